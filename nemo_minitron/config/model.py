@@ -1,0 +1,87 @@
+"""The architecture of one model, as stored in ``model.yaml`` beside its weights."""
+
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MODEL_YAML = "model.yaml"
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Sizes and switches of a GPT model, named as Megatron-Core names them.
+
+    All sizes are global (of the whole model). ``vocab_size`` is the true vocabulary: padding to a
+    multiple of the tensor-parallel size is added when a model is built and never stored.
+    """
+
+    family: str
+    """Name of the parameter table in ``nemo_minitron/families``."""
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    """Head dim. Independent of ``hidden_size / num_attention_heads``."""
+    vocab_size: int
+    max_position_embeddings: int
+    normalization: str = "RMSNorm"
+    layernorm_epsilon: float = 1e-5
+    gated_linear_unit: bool = True
+    activation: str = "silu"
+    """``silu``, ``gelu``, ``gelu_tanh`` or ``squared_relu``."""
+    add_bias_linear: bool = False
+    add_qkv_bias: bool = False
+    qk_layernorm: bool = False
+    position_embedding_type: str = "rope"
+    rotary_base: float = 10000.0
+    rotary_percent: float = 1.0
+    rope_scaling: dict[str, Any] | None = None
+    """The Hugging Face ``rope_scaling`` dictionary, or None."""
+    share_embeddings_and_output_weights: bool = False
+    """Tied input and output embeddings."""
+    dtype: str = "float32"
+    """Storage dtype of the weights: ``float32``, ``bfloat16`` or ``float16``."""
+    kept_layers: list[int] = field(default_factory=list)
+    """Indices (0-based) of these layers in the original model; empty when nothing was dropped."""
+    hf: dict[str, Any] = field(default_factory=dict)
+    """Fields of the source ``config.json`` that do not change with size (token ids, rope, ...)."""
+
+    def __post_init__(self) -> None:
+        """Check the relations every model must satisfy."""
+        if self.num_attention_heads % self.num_query_groups:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
+                f"num_query_groups={self.num_query_groups}"
+            )
+        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "kv_channels", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.num_attention_heads // self.num_query_groups
+
+    def save(self, folder: Path) -> None:
+        """Write ``model.yaml`` into ``folder``."""
+        (folder / MODEL_YAML).write_text(yaml.safe_dump(asdict(self), sort_keys=False))
+
+    @classmethod
+    def load(cls, folder: Path) -> "ModelConfig":
+        """Read ``model.yaml`` from ``folder``.
+
+        Raises:
+            ValueError: the file is missing or holds keys this version does not know.
+        """
+        path = folder / MODEL_YAML
+        if not path.is_file():
+            raise ValueError(f"{folder} is not a minitron checkpoint: {MODEL_YAML} is missing")
+        values = yaml.safe_load(path.read_text())
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(f"{path} holds unknown keys {sorted(unknown)}")
+        return cls(**values)

@@ -1,0 +1,79 @@
+"""The layout: how one model is spread over ranks."""
+
+from dataclasses import dataclass
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """Degrees of parallelism, named as Megatron-Core names them."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share every matrix."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks that share the layers."""
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Model chunks per pipeline rank (interleaved schedule); null switches it off."""
+    context_parallel_size: int = 1
+    """Ranks that share every sequence."""
+    expert_model_parallel_size: int = 1
+    """Ranks that share the experts of a mixture-of-experts layer."""
+    sequence_parallel: bool = False
+    """Split norms and residuals along the sequence over the tensor-parallel ranks."""
+    data_parallel_size: int | None = None
+    """Model replicas. null: what the launcher's world size leaves; 1 when started alone."""
+    num_layers_in_first_pipeline_stage: int | None = None
+    """Layers of the first stage when stages are uneven."""
+    num_layers_in_last_pipeline_stage: int | None = None
+    """Layers of the last stage when stages are uneven."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without knowing the model."""
+        for name in (
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "context_parallel_size",
+            "expert_model_parallel_size",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"parallel.{name}={getattr(self, name)} must be at least 1")
+        vpp = self.virtual_pipeline_model_parallel_size
+        if vpp is not None and (vpp < 2 or self.pipeline_model_parallel_size < 2):
+            raise ValueError(
+                f"parallel.virtual_pipeline_model_parallel_size={vpp} needs at least 2 chunks and "
+                "parallel.pipeline_model_parallel_size of at least 2; use null to switch it off"
+            )
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise ValueError(
+                "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size of at "
+                "least 2; set parallel.sequence_parallel=false"
+            )
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one replica of the model."""
+        return (
+            self.tensor_model_parallel_size
+            * self.pipeline_model_parallel_size
+            * self.context_parallel_size
+        )
+
+    def world_size(self, launched: int | None = None) -> int:
+        """Ranks in all.
+
+        Args:
+            launched: ranks the launcher (torchrun, srun) started; None when started alone.
+
+        Raises:
+            ValueError: the launcher's world size does not fit the layout.
+        """
+        wanted = self.model_parallel_size * (self.data_parallel_size or 1)
+        if launched is None:
+            return wanted
+        if launched % self.model_parallel_size or (self.data_parallel_size and launched != wanted):
+            raise ValueError(
+                f"the launcher started {launched} ranks but the layout (tensor x pipeline x context"
+                f"{' x data' if self.data_parallel_size else ''}) needs "
+                f"{'exactly' if self.data_parallel_size else 'a multiple of'} {wanted}; change the "
+                "launcher or the parallel.* keys"
+            )
+        return launched

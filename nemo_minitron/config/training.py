@@ -1,0 +1,110 @@
+"""Data, trainer and optimizer settings shared by the stages that run a model."""
+
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Where tokens come from and how they are cut into samples."""
+
+    path: str = MISSING
+    """Text file, folder of .txt/.jsonl files, JSONL file, Megatron .bin/.idx prefix, or .npy ids."""
+    seq_length: int = 512
+    """Tokens per sample."""
+    num_samples: int | None = None
+    """Samples to use (calibration, evaluation); null means all of them once."""
+    split: str = "90,5,5"
+    """Shares of documents for train, validation and test."""
+    split_name: str = "train"
+    """The split a stage reads: ``train``, ``validation`` or ``test``."""
+    micro_batch_size: int = 1
+    """Samples per forward pass and rank."""
+    global_batch_size: int = 8
+    """Samples per optimizer step over all ranks."""
+    seed: int = 1234
+    """Seed of the document order (before the split) and of Megatron's sample shuffle."""
+    text_key: str = "text"
+    """Key of the text in a JSONL record."""
+    document_separator: str = "\n\n"
+    """What separates documents inside one plain text file."""
+    cache_dir: str | None = None
+    """Folder of tokenised data; null means ``<output_dir>/../.data-cache``."""
+
+    def __post_init__(self) -> None:
+        """Check values that do not depend on the data."""
+        for name in ("seq_length", "micro_batch_size", "global_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name}={getattr(self, name)} must be at least 1")
+        if self.num_samples is not None and self.num_samples < 1:
+            raise ValueError(f"data.num_samples={self.num_samples} must be at least 1, or null")
+        if self.split_name not in ("train", "validation", "test"):
+            raise ValueError(
+                f"data.split_name={self.split_name} must be train, validation or test"
+            )
+
+
+@dataclass(kw_only=True)
+class TrainerConfig:
+    """How long and how often; Lightning's names where Lightning has one."""
+
+    max_steps: int = 100
+    """Optimizer steps."""
+    val_check_interval: int = 50
+    """Steps between validations."""
+    limit_val_batches: int = 8
+    """Global batches per validation; 0 switches validation off."""
+    log_every_n_steps: int = 1
+    """Steps between log lines."""
+    save_every_n_steps: int = 50
+    """Steps between resumable checkpoints; 0 keeps only the final one."""
+    save_top_k: int = 2
+    """Resumable checkpoints kept (the newest ones)."""
+    gradient_clip_val: float = 1.0
+    """Global gradient norm limit; 0 switches clipping off."""
+    precision: str = "32"
+    """``32`` or ``bf16-mixed`` (bf16 weights, fp32 main weights and gradients)."""
+    seed: int = 1234
+    """Seed of everything that draws numbers during training."""
+    num_nodes: int = 1
+    """Nodes; checked against the launcher."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.max_steps < 1:
+            raise ValueError(f"trainer.max_steps={self.max_steps} must be at least 1")
+        if self.precision not in ("32", "bf16-mixed"):
+            raise ValueError(f"trainer.precision={self.precision} must be 32 or bf16-mixed")
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """Adam and its schedule; Megatron's names."""
+
+    lr: float = 1e-4
+    """Peak learning rate."""
+    min_lr: float = 1e-5
+    """Learning rate at the end of the decay."""
+    lr_warmup_steps: int = 0
+    """Steps of linear warm-up from 0 to lr."""
+    lr_decay_style: str = "cosine"
+    """``cosine``, ``linear`` or ``constant``."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay; norms and biases are excluded (Megatron's rule)."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    use_distributed_optimizer: bool = True
+    """Shard optimizer state over the data-parallel ranks."""
+
+    def __post_init__(self) -> None:
+        """Check ranges and relations."""
+        if not 0 <= self.min_lr <= self.lr:
+            raise ValueError(
+                f"optim.min_lr={self.min_lr} must lie between 0 and optim.lr={self.lr}"
+            )
+        if self.lr_decay_style not in ("cosine", "linear", "constant"):
+            raise ValueError(
+                f"optim.lr_decay_style={self.lr_decay_style} must be cosine, linear or constant"
+            )

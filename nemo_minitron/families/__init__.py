@@ -1,0 +1,1 @@
+"""Model families: each is a table of parameters (data) plus a config mapping."""

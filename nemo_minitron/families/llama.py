@@ -1,0 +1,151 @@
+"""Llama 2 and 3.x: RMSNorm, rotary positions, gated SiLU MLP, grouped-query attention."""
+
+from typing import Any
+
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.families.table import Family, Row
+
+_LAYER = "decoder.layers.{layer}."
+_HF_LAYER = "model.layers.{layer}."
+
+
+def _untied(config: ModelConfig) -> bool:
+    return not config.share_embeddings_and_output_weights
+
+
+ROWS = (
+    Row(
+        "embedding.word_embeddings.weight",
+        ("vocab", "hidden"),
+        0,
+        ("model.embed_tokens.weight",),
+    ),
+    Row("decoder.final_layernorm.weight", ("hidden",), None, ("model.norm.weight",)),
+    Row("output_layer.weight", ("vocab", "hidden"), 0, ("lm_head.weight",), when=_untied),
+    Row(
+        _LAYER + "input_layernorm.weight",
+        ("hidden",),
+        None,
+        (_HF_LAYER + "input_layernorm.weight",),
+        te_name=_LAYER + "self_attention.linear_qkv.layer_norm_weight",
+    ),
+    Row(
+        _LAYER + "self_attention.linear_qkv.weight",
+        ("qkv", "hidden"),
+        0,
+        tuple(_HF_LAYER + f"self_attn.{x}_proj.weight" for x in "qkv"),
+    ),
+    Row(
+        _LAYER + "self_attention.linear_proj.weight",
+        ("hidden", "head"),
+        1,
+        (_HF_LAYER + "self_attn.o_proj.weight",),
+    ),
+    Row(
+        _LAYER + "pre_mlp_layernorm.weight",
+        ("hidden",),
+        None,
+        (_HF_LAYER + "post_attention_layernorm.weight",),
+        te_name=_LAYER + "mlp.linear_fc1.layer_norm_weight",
+    ),
+    Row(
+        _LAYER + "mlp.linear_fc1.weight",
+        ("gate_up", "hidden"),
+        0,
+        (_HF_LAYER + "mlp.gate_proj.weight", _HF_LAYER + "mlp.up_proj.weight"),
+    ),
+    Row(
+        _LAYER + "mlp.linear_fc2.weight",
+        ("hidden", "ffn"),
+        1,
+        (_HF_LAYER + "mlp.down_proj.weight",),
+    ),
+)
+
+# config.json fields that follow from the sizes; everything else is carried over untouched.
+_SIZE_KEYS = {
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "dtype",
+    "transformers_version",
+    "_name_or_path",
+}
+
+
+def _rope(hf: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
+    """Rotary base and scaling from the old (rope_theta) or the new (rope_parameters) fields."""
+    parameters = dict(hf.get("rope_parameters") or {})
+    base = parameters.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
+    scaling = hf.get("rope_scaling") or parameters
+    kind = (scaling or {}).get("rope_type") or (scaling or {}).get("type") or "default"
+    if kind == "default":
+        return float(base), None
+    if kind != "llama3":
+        raise ValueError(f"rope_scaling type '{kind}' is not supported; supported: default, llama3")
+    return float(base), dict(scaling)
+
+
+def from_hf(hf: dict[str, Any]) -> ModelConfig:
+    """Megatron sizes of a Hugging Face Llama config.
+
+    Raises:
+        ValueError: the config asks for something this table does not hold.
+    """
+    for key in ("attention_bias", "mlp_bias"):
+        if hf.get(key):
+            raise ValueError(f"config.json {key}=true is not supported by family 'llama'")
+    if hf.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"config.json hidden_act={hf['hidden_act']} is not supported; only silu")
+    heads = hf["num_attention_heads"]
+    base, scaling = _rope(hf)
+    return ModelConfig(
+        family="llama",
+        num_layers=hf["num_hidden_layers"],
+        hidden_size=hf["hidden_size"],
+        ffn_hidden_size=hf["intermediate_size"],
+        num_attention_heads=heads,
+        num_query_groups=hf.get("num_key_value_heads") or heads,
+        kv_channels=hf.get("head_dim") or hf["hidden_size"] // heads,
+        vocab_size=hf["vocab_size"],
+        max_position_embeddings=hf.get("max_position_embeddings", 2048),
+        layernorm_epsilon=hf.get("rms_norm_eps", 1e-6),
+        rotary_base=base,
+        rope_scaling=scaling,
+        share_embeddings_and_output_weights=hf.get("tie_word_embeddings", False),
+        dtype=hf.get("torch_dtype") or hf.get("dtype") or "float32",
+        hf={key: value for key, value in hf.items() if key not in _SIZE_KEYS},
+    )
+
+
+def to_hf(config: ModelConfig) -> dict[str, Any]:
+    """config.json of a (pruned) model; ``head_dim`` is always written."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "rope_theta": config.rotary_base,
+        **config.hf,
+        "num_hidden_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.ffn_hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_query_groups,
+        "head_dim": config.kv_channels,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.layernorm_epsilon,
+        "tie_word_embeddings": config.share_embeddings_and_output_weights,
+        "torch_dtype": config.dtype,
+    }
+
+
+LLAMA = Family("llama", ("LlamaForCausalLM",), ROWS, from_hf, to_hf)

@@ -1,0 +1,123 @@
+"""The parameter table: the one place that says what every tensor of a model means.
+
+Pruning, checkpoint import and export, parameter counting and the completeness check all read it.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_minitron.config.model import ModelConfig
+
+# What a tensor dim can hold. "qkv" is Megatron's interleaving of linear_qkv rows: per query group
+# [q_1 .. q_{n/g}, k, v], each `kv_channels` rows. "gate_up" is [gate; up], each `ffn` rows.
+DIM_SIZES: dict[str, Callable[[ModelConfig], int]] = {
+    "vocab": lambda c: c.vocab_size,
+    "position": lambda c: c.max_position_embeddings,
+    "hidden": lambda c: c.hidden_size,
+    "ffn": lambda c: c.ffn_hidden_size,
+    "gate_up": lambda c: 2 * c.ffn_hidden_size,
+    "qkv": lambda c: (c.num_attention_heads + 2 * c.num_query_groups) * c.kv_channels,
+    "head": lambda c: c.num_attention_heads * c.kv_channels,
+    "head_dim": lambda c: c.kv_channels,
+}
+
+
+def _always(_: ModelConfig) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter (or one per layer) of a family.
+
+    Attributes:
+        name: Megatron name under the local spec; ``{layer}`` stands for the 0-based layer index.
+        dims: what each tensor dim holds, keys of ``DIM_SIZES``.
+        tp_dim: dim that tensor parallelism splits, None when replicated.
+        hf: Hugging Face names; several are fused into one Megatron tensor along dim 0.
+        te_name: name under the Transformer Engine spec where it differs.
+        when: whether a model with this config has the parameter.
+    """
+
+    name: str
+    dims: tuple[str, ...]
+    tp_dim: int | None
+    hf: tuple[str, ...]
+    te_name: str | None = None
+    when: Callable[[ModelConfig], bool] = _always
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether every layer has one."""
+        return "{layer}" in self.name
+
+    def shape(self, config: ModelConfig) -> tuple[int, ...]:
+        """Global shape of the Megatron tensor."""
+        return tuple(DIM_SIZES[dim](config) for dim in self.dims)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family.
+
+    Attributes:
+        name: key in ``ModelConfig.family``.
+        hf_architectures: ``architectures`` entries of config.json that belong to it.
+        rows: the table.
+        from_hf: config.json dictionary -> ModelConfig.
+        to_hf: ModelConfig -> config.json dictionary.
+    """
+
+    name: str
+    hf_architectures: tuple[str, ...]
+    rows: tuple[Row, ...]
+    from_hf: Callable[[dict[str, Any]], ModelConfig]
+    to_hf: Callable[[ModelConfig], dict[str, Any]]
+
+    def parameters(self, config: ModelConfig) -> Iterator[tuple[str, Row, int | None]]:
+        """Yield (Megatron name, row, layer index or None) of every parameter, layers in order."""
+        rows = [row for row in self.rows if row.when(config)]
+        for row in rows:
+            if not row.per_layer:
+                yield row.name, row, None
+        for layer in range(config.num_layers):
+            for row in rows:
+                if row.per_layer:
+                    yield row.name.format(layer=layer), row, layer
+
+    def find(self, name: str, config: ModelConfig) -> tuple[Row, int | None]:
+        """Row and layer of a Megatron parameter name, under the local or the TE spec.
+
+        Raises:
+            ValueError: no row fits; names the parameter and lists the known rows.
+        """
+        for row in self.rows:
+            if not row.when(config):
+                continue
+            for pattern in (row.name, row.te_name):
+                if pattern is None:
+                    continue
+                regex = re.escape(pattern).replace(r"\{layer\}", r"(\d+)")
+                match = re.fullmatch(regex, name)
+                if match:
+                    return row, int(match.group(1)) if row.per_layer else None
+        known = "\n  ".join(row.name for row in self.rows)
+        raise ValueError(
+            f"parameter {name} has no row in the table of family '{self.name}'; add one to "
+            f"nemo_minitron/families/{self.name}.py. Known rows:\n  {known}"
+        )
+
+
+def parameter_count(family: Family, config: ModelConfig) -> dict[str, int]:
+    """Parameters: ``total`` and ``non_embedding`` (without input and output embeddings)."""
+    total = embedding = 0
+    for _, row, _ in family.parameters(config):
+        count = 1
+        for size in row.shape(config):
+            count *= size
+        total += count
+        if "vocab" in row.dims or "position" in row.dims:
+            embedding += count
+    return {"total": total, "non_embedding": total - embedding}
