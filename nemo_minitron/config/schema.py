@@ -1,0 +1,115 @@
+"""What the stages are, what keys they take, and how those reach Hydra. Reads no config file."""
+
+import ast
+import dataclasses
+import functools
+import inspect
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+import nemo_minitron
+from nemo_minitron.config.stages import STAGE_CONFIGS
+
+# Stages that run a model and so may need more than one rank.
+RANKED_STAGES = frozenset({"importance", "distill", "evaluate"})
+
+# Keys that do not change what a stage computes: they are left out of the config hash.
+NEUTRAL_KEYS = frozenset({"output_dir", "overwrite", "verify_inputs", "workers", "data.cache_dir"})
+
+# Keys that hold a path to an input. Hashes record the content of the input, not its path.
+INPUT_KEYS = ("source", "checkpoint", "importance", "student", "teacher", "data.path")
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of a stage: dotted name, type as written, default and meaning."""
+
+    name: str
+    type: str
+    default: Any
+    doc: str
+
+
+def conf_dir() -> Path:
+    """Folder of the shipped YAML files: inside an installed package, beside it in a checkout."""
+    package = Path(nemo_minitron.__file__).parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def schema_name(stage: str) -> str:
+    """Name of the stage's dataclass in Hydra's ConfigStore, used in ``conf/<stage>.yaml``."""
+    return f"{stage}_schema"
+
+
+def register_schemas() -> None:
+    """Put every stage dataclass into Hydra's ConfigStore (idempotent)."""
+    from hydra.core.config_store import ConfigStore
+
+    for stage, cls in STAGE_CONFIGS.items():
+        ConfigStore.instance().store(name=schema_name(stage), node=cls, provider="nemo_minitron")
+
+
+def summary(stage: str) -> str:
+    """First line of the stage dataclass's docstring."""
+    return (STAGE_CONFIGS[stage].__doc__ or "").strip().splitlines()[0]
+
+
+def keys(cls: type, prefix: str = "") -> Iterator[Key]:
+    """Yield the keys of a config dataclass, nested ones as ``section.key``, in order."""
+    yield from _keys(cls, None, prefix)
+
+
+def _keys(cls: type, instance: Any, prefix: str) -> Iterator[Key]:
+    docs = _docs(cls)
+    for field in dataclasses.fields(cls):
+        default = getattr(instance, field.name) if instance is not None else _default(field)
+        name = prefix + field.name
+        if dataclasses.is_dataclass(default):
+            yield from _keys(type(default), default, name + ".")
+        else:
+            yield Key(name, _type_name(field.type), default, docs.get(field.name, ""))
+
+
+def _default(field: "dataclasses.Field[Any]") -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return MISSING if field.default is dataclasses.MISSING else field.default
+
+
+def _type_name(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
+
+
+@functools.cache
+def _docs(cls: type) -> dict[str, str]:
+    """Attribute docstrings (the string under each field), which Python itself throws away."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        body = _class_body(base)
+        for node, following in zip(body, body[1:], strict=False):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                value = following.value if isinstance(following, ast.Expr) else None
+                if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                    docs[node.target.id] = " ".join(value.value.split())
+    return docs
+
+
+def _class_body(cls: type) -> list[ast.stmt]:
+    tree = _module_tree(inspect.getsource(sys.modules[cls.__module__]))
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == cls.__name__:
+            return node.body
+    return []
+
+
+@functools.cache
+def _module_tree(source: str) -> ast.Module:
+    return ast.parse(source)
