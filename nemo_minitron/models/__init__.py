@@ -1,0 +1,1 @@
+"""Megatron-Core models and the NeMo classes around them."""

@@ -1,0 +1,115 @@
+"""Causal attention for the local spec: CPUs and GPUs without Transformer Engine.
+
+Megatron's local ``DotProductAttention`` refuses context parallelism; this one gathers keys and
+values over the context-parallel group and knows Megatron's zigzag order (rank r of N holds chunks
+r and 2N-1-r of 2N). Shape letters: s local sequence, b micro-batch, n local heads, g local query
+groups, d head dim.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+def zigzag_positions(local_length: int, rank: int, size: int) -> Tensor:
+    """Global positions of the tokens a context-parallel rank holds.
+
+    Args:
+        local_length: tokens on this rank, two equal chunks.
+        rank: rank in the context-parallel group.
+        size: ranks in the group.
+
+    Returns:
+        ``[local_length]`` int64 global positions, in local order.
+    """
+    if size == 1:
+        return torch.arange(local_length)
+    half = local_length // 2
+    first = torch.arange(rank * half, (rank + 1) * half)
+    mirror = 2 * size - 1 - rank
+    return torch.cat([first, torch.arange(mirror * half, (mirror + 1) * half)])
+
+
+class _GatherSequence(torch.autograd.Function):
+    """All-gather along dim 0; the gradient is reduce-scattered."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+        ctx.group = group
+        out = [torch.empty_like(local) for _ in range(group.size())]
+        torch.distributed.all_gather(out, local.contiguous(), group=group)
+        return torch.cat(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0].contiguous()
+        torch.distributed.all_reduce(grad, group=ctx.group)
+        return grad.chunk(ctx.group.size())[ctx.group.rank()].contiguous(), None
+
+
+class LocalAttention(torch.nn.Module):
+    """Scaled dot-product attention with a causal mask, grouped queries and context parallelism."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__()
+        assert pg_collection is not None
+        assert attn_mask_type == AttnMaskType.causal, attn_mask_type
+        self.cp_group = pg_collection.cp
+        self.dropout = (
+            config.attention_dropout if attention_dropout is None else attention_dropout
+        )
+        self.softmax_scale = softmax_scale
+
+    def _mask(self, local_length: int) -> Tensor:
+        """``[s, s * cp]`` boolean mask of this rank's queries over all keys in gathered order."""
+        size = self.cp_group.size()
+        queries = zigzag_positions(local_length, self.cp_group.rank(), size)
+        keys = torch.cat([zigzag_positions(local_length, rank, size) for rank in range(size)])
+        return queries[:, None] >= keys[None, :]
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        """``[s, b, n, d]`` query and ``[s, b, g, d]`` key, value -> ``[s, b, n * d]``."""
+        assert attention_bias is None and packed_seq_params is None
+        mask = None
+        if self.cp_group.size() > 1:
+            mask = self._mask(query.size(0)).to(query.device)
+            key = _GatherSequence.apply(key, self.cp_group)
+            value = _GatherSequence.apply(value, self.cp_group)
+        # [s, b, n, d] -> [b, n, s, d]
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=mask is None,
+            scale=self.softmax_scale,
+            enable_gqa=query.size(1) != key.size(1),
+        )
+        # [b, n, s, d] -> [s, b, n * d]
+        return out.permute(2, 0, 1, 3).flatten(2).contiguous()

@@ -1,0 +1,212 @@
+"""ModelConfig + layout -> Megatron-Core model on this rank."""
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.activations import squared_relu
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.models.spec import HAVE_TE, block_spec
+from nemo_minitron.runtime.groups import ParallelGroups
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "squared_relu": squared_relu,
+}
+
+
+class HiddenGPTModel(GPTModel):
+    """GPTModel whose last stage can stop before the output layer.
+
+    The losses and the calibration of this package start from the final hidden state, so that the
+    full ``[s, b, v]`` logits never exist.
+    """
+
+    return_hidden: bool = False
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.return_hidden and self.post_process:
+            return hidden_states
+        return super()._postprocess(hidden_states, *args, **kwargs)
+
+    def output_weight(self) -> Tensor:
+        """Local ``[v / tp, h]`` weight of the output layer (last stage only)."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
+    """Smallest multiple of the tensor-parallel size that holds the vocabulary."""
+    tp = tensor_model_parallel_size
+    return -(-vocab_size // tp) * tp
+
+
+def check_layout(config: ModelConfig, parallel: ParallelConfig) -> None:
+    """Refuse layouts this model cannot be split into.
+
+    Raises:
+        ValueError: names the size, the degree and the keys to change.
+    """
+    tp = parallel.tensor_model_parallel_size
+    for name in ("num_query_groups", "num_attention_heads", "ffn_hidden_size"):
+        if getattr(config, name) % tp:
+            raise ValueError(
+                f"parallel.tensor_model_parallel_size={tp} must divide {name}="
+                f"{getattr(config, name)} of the model; use a divisor of it"
+            )
+    if tp > config.vocab_size:
+        raise ValueError(
+            f"parallel.tensor_model_parallel_size={tp} is larger than vocab_size={config.vocab_size}"
+        )
+    check_pipeline(config, parallel)
+
+
+def check_pipeline(config: ModelConfig, parallel: ParallelConfig) -> None:
+    """Refuse layer splits Megatron cannot make."""
+    pp = parallel.pipeline_model_parallel_size
+    first = parallel.num_layers_in_first_pipeline_stage
+    last = parallel.num_layers_in_last_pipeline_stage
+    if pp == 1:
+        if first or last:
+            raise ValueError(
+                "parallel.num_layers_in_first/last_pipeline_stage need "
+                "parallel.pipeline_model_parallel_size of at least 2"
+            )
+        return
+    rest = config.num_layers - (first or 0) - (last or 0)
+    stages = pp - (first is not None) - (last is not None)
+    chunks = parallel.virtual_pipeline_model_parallel_size or 1
+    even = rest == 0 if stages == 0 else rest > 0 and rest % (stages * chunks) == 0
+    if not even or any(size is not None and size % chunks for size in (first, last)):
+        raise ValueError(
+            f"num_layers={config.num_layers} cannot be split over parallel."
+            f"pipeline_model_parallel_size={pp} x virtual_pipeline_model_parallel_size={chunks} "
+            f"(first stage {first}, last stage {last}); set parallel."
+            "num_layers_in_first_pipeline_stage / num_layers_in_last_pipeline_stage so that the "
+            "rest divides evenly"
+        )
+
+
+def transformer_config(
+    config: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype
+) -> TransformerConfig:
+    """Megatron's configuration of this model at this layout."""
+    on_gpu = torch.cuda.is_available()
+    return TransformerConfig(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_query_groups,
+        kv_channels=config.kv_channels,
+        normalization=config.normalization,
+        layernorm_epsilon=config.layernorm_epsilon,
+        gated_linear_unit=config.gated_linear_unit,
+        activation_func=_ACTIVATIONS[config.activation],
+        add_bias_linear=config.add_bias_linear,
+        add_qkv_bias=config.add_qkv_bias,
+        qk_layernorm=config.qk_layernorm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        # Weights always come from a checkpoint.
+        perform_initialization=False,
+        use_cpu_initialization=not on_gpu,
+        # The loss is a sum over tokens; Megatron divides gradients by the global token count.
+        calculate_per_token_loss=True,
+        apply_rope_fusion=HAVE_TE,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=on_gpu,
+        bias_dropout_fusion=on_gpu,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=HAVE_TE,
+        batch_p2p_comm=on_gpu,
+    )
+
+
+def _build_chunk(
+    config: ModelConfig,
+    mcore: TransformerConfig,
+    groups: ParallelGroups,
+    vp_stage: int | None,
+    max_sequence_length: int,
+) -> HiddenGPTModel:
+    chunks = mcore.virtual_pipeline_model_parallel_size or 1
+    stage = vp_stage or 0
+    scaling = config.rope_scaling or {}
+    return HiddenGPTModel(
+        config=mcore,
+        transformer_layer_spec=block_spec(mcore, vp_stage, groups.pp.rank()),
+        vocab_size=padded_vocab_size(config.vocab_size, mcore.tensor_model_parallel_size),
+        max_sequence_length=max_sequence_length,
+        pre_process=groups.is_first_stage and stage == 0,
+        post_process=groups.is_last_stage and stage == chunks - 1,
+        share_embeddings_and_output_weights=config.share_embeddings_and_output_weights,
+        position_embedding_type=config.position_embedding_type,
+        rotary_percent=config.rotary_percent,
+        rotary_base=int(config.rotary_base),
+        rope_scaling=bool(scaling),
+        rope_scaling_factor=scaling.get("factor", 8.0),
+        pg_collection=groups.collection,
+        vp_stage=vp_stage,
+    )
+
+
+def build_gpt(
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    groups: ParallelGroups,
+    *,
+    dtype: torch.dtype = torch.float32,
+    max_sequence_length: int | None = None,
+) -> list[HiddenGPTModel]:
+    """Build this rank's part of the model, weights uninitialised.
+
+    Args:
+        config: global sizes.
+        parallel: layout; must be the initialised one.
+        groups: this rank's process groups.
+        dtype: parameter dtype.
+        max_sequence_length: longest sequence; None takes the model's.
+
+    Returns:
+        One model chunk per virtual pipeline stage (one without interleaving).
+    """
+    check_layout(config, parallel)
+    mcore = transformer_config(config, parallel, dtype)
+    length = max_sequence_length or config.max_position_embeddings
+    stages: list[int | None] = [None]
+    if parallel.virtual_pipeline_model_parallel_size:
+        stages = list(range(parallel.virtual_pipeline_model_parallel_size))
+    return [_build_chunk(config, mcore, groups, stage, length) for stage in stages]
+
+
+def unwrap(module: torch.nn.Module) -> HiddenGPTModel:
+    """The GPT model inside Megatron's DDP and Float16Module wrappers."""
+    from megatron.core.distributed import DistributedDataParallel
+
+    while isinstance(module, DistributedDataParallel | Float16Module):
+        module = module.module
+    assert isinstance(module, HiddenGPTModel)
+    return module

@@ -1,0 +1,78 @@
+"""Layer specs: Transformer Engine where it is installed, Megatron's local layers elsewhere."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from nemo_minitron.models.attention import LocalAttention
+
+try:
+    import transformer_engine  # noqa: F401
+
+    HAVE_TE = torch.cuda.is_available()
+except ImportError:
+    HAVE_TE = False
+
+
+class LocalNorm:
+    """Torch LayerNorm or RMSNorm that also works under sequence parallelism.
+
+    Megatron's ``WrappedTorchNorm`` refuses it; all it takes is the mark that makes Megatron sum
+    the gradients of the weight over the tensor-parallel ranks.
+    """
+
+    def __new__(  # type: ignore[misc]
+        cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any
+    ) -> torch.nn.Module:
+        norm = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
+        module = norm(hidden_size, eps=eps)
+        for parameter in module.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return module
+
+
+def _local_layer(config: TransformerConfig) -> ModuleSpec:
+    spec = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts,
+        qk_layernorm=config.qk_layernorm,
+        normalization=config.normalization,
+    )
+    layer = spec.submodules
+    attention = layer.self_attention.submodules
+    attention.core_attention = LocalAttention
+    for holder in (layer, attention):
+        for name in ("input_layernorm", "pre_mlp_layernorm", "q_layernorm", "k_layernorm"):
+            value = getattr(holder, name, None)
+            if isinstance(value, type) and "Norm" in value.__name__:
+                setattr(holder, name, LocalNorm)
+    return spec
+
+
+def block_spec(config: TransformerConfig, vp_stage: int | None, pp_rank: int) -> Any:
+    """Spec of this stage's transformer block.
+
+    Args:
+        config: Megatron configuration (global sizes).
+        vp_stage: virtual pipeline stage, None without interleaving.
+        pp_rank: pipeline rank.
+    """
+    if HAVE_TE:
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts,
+            qk_layernorm=config.qk_layernorm,
+        )
+    layers = get_num_layers_to_build(config, vp_stage, pp_rank)
+    return TransformerBlockSubmodules(
+        layer_specs=[replace(_local_layer(config)) for _ in range(layers)], layer_norm=LocalNorm
+    )

@@ -1,0 +1,82 @@
+"""Loads and saves the weights of a built model as a ``torch_dist`` checkpoint."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.models.build import HiddenGPTModel
+from nemo_minitron.runtime.groups import ParallelGroups
+
+_VOCAB_KEYS = ("embedding.word_embeddings.weight", "output_layer.weight")
+
+
+def model_sharded_state_dict(
+    chunks: list[HiddenGPTModel], groups: ParallelGroups
+) -> dict[str, dict[str, Any]]:
+    """Sharded tensors of every chunk, keyed ``model0``, ``model1``, ...
+
+    ``_extra_state`` objects (fp8 metadata of Transformer Engine) are left out: no weight is in them.
+    """
+    metadata = {"dp_cp_group": groups.dp_cp}
+    out = {}
+    for index, chunk in enumerate(chunks):
+        state = chunk.sharded_state_dict(metadata=metadata)
+        out[f"model{index}"] = {
+            key: value for key, value in state.items() if not isinstance(value, ShardedObject)
+        }
+    return out
+
+
+def load_weights(chunks: list[HiddenGPTModel], groups: ParallelGroups, folder: Path) -> None:
+    """Fill the model from ``folder``, written at any layout.
+
+    Rows of a padded vocabulary that the checkpoint does not hold become zero.
+    """
+    state = dist_checkpointing.load(model_sharded_state_dict(chunks, groups), str(folder))
+    for index, chunk in enumerate(chunks):
+        result = chunk.load_state_dict(state[f"model{index}"], strict=False)
+        missing = [key for key in result.missing_keys if not key.endswith("_extra_state")]
+        if missing or result.unexpected_keys:
+            raise ValueError(
+                f"{folder} does not fit the model: missing {missing}, "
+                f"unexpected {result.unexpected_keys}"
+            )
+
+
+def _unpad(tensor: ShardedTensor, vocab_size: int) -> ShardedTensor | None:
+    """The part of a vocabulary shard that is not padding; None when nothing is left."""
+    rows = min(tensor.local_shape[0], vocab_size - tensor.global_offset[0])
+    if rows <= 0:
+        return None
+    return replace(
+        tensor,
+        data=tensor.data[:rows].contiguous(),
+        local_shape=(rows, *tensor.local_shape[1:]),
+        global_shape=(vocab_size, *tensor.global_shape[1:]),
+        axis_fragmentations=None,
+        allow_shape_mismatch=False,
+    )
+
+
+def save_weights(
+    chunks: list[HiddenGPTModel], groups: ParallelGroups, config: ModelConfig, folder: Path
+) -> None:
+    """Write the model to ``folder`` (collective; the folder exists and is empty).
+
+    The vocabulary is stored without padding, so the checkpoint does not depend on the layout.
+    """
+    state = model_sharded_state_dict(chunks, groups)
+    for chunk in state.values():
+        for name, tensor in list(chunk.items()):
+            if isinstance(tensor, ShardedTensor) and tensor.key in _VOCAB_KEYS:
+                trimmed = _unpad(tensor, config.vocab_size)
+                if trimmed is None:
+                    del chunk[name]
+                else:
+                    chunk[name] = trimmed
+    dist_checkpointing.save(state, str(folder))

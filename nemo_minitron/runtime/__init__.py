@@ -1,0 +1,1 @@
+"""Process groups, start-up and the CPU stand-in."""

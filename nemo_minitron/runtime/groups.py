@@ -1,0 +1,58 @@
+"""The one place that reads Megatron's ``parallel_state``."""
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+Group = dist.ProcessGroup
+
+
+@dataclass(frozen=True)
+class ParallelGroups:
+    """Named process groups of this rank; every collective of this package takes one of them.
+
+    ``dp`` counts batch replicas (without context parallelism); ``dp_cp`` are all ranks that hold
+    the same shard of the weights; ``embd`` are the first and the last stage.
+    """
+
+    tp: Group
+    pp: Group
+    cp: Group
+    dp: Group
+    dp_cp: Group
+    ep: Group
+    embd: Group | None
+    model: Group
+    collection: ProcessGroupCollection
+
+    @classmethod
+    def current(cls) -> "ParallelGroups":
+        """The groups of the initialised layout."""
+        return cls(
+            tp=parallel_state.get_tensor_model_parallel_group(),
+            pp=parallel_state.get_pipeline_model_parallel_group(),
+            cp=parallel_state.get_context_parallel_group(),
+            dp=parallel_state.get_data_parallel_group(with_context_parallel=False),
+            dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
+            ep=parallel_state.get_expert_model_parallel_group(),
+            embd=parallel_state.get_embedding_group(check_initialized=False),
+            model=parallel_state.get_model_parallel_group(),
+            collection=ProcessGroupCollection.use_mpu_process_groups(),
+        )
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the first layers."""
+        return self.pp.rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the last layers and the output layer."""
+        return self.pp.rank() == self.pp.size() - 1
+
+    @property
+    def last_stage_global_rank(self) -> int:
+        """Global rank of the last stage of this rank's pipeline."""
+        return dist.get_global_rank(self.pp, self.pp.size() - 1)

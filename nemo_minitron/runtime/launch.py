@@ -1,0 +1,73 @@
+"""Starts and ends the process group and Megatron's model-parallel state."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.runtime import cpu
+
+
+def launched_world_size() -> int | None:
+    """Ranks that torchrun (or srun, through cli.py) started; None when started alone."""
+    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
+
+
+def device() -> torch.device:
+    """This rank's device."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def init_process_group(timeout_minutes: int = 30) -> None:
+    """Join the ranks the launcher started, or make a group of one that needs no network."""
+    if dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    timeout = timedelta(minutes=timeout_minutes)
+    if launched_world_size() is None:
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
+    else:
+        dist.init_process_group(backend, timeout=timeout)
+
+
+def init_model_parallel(parallel: ParallelConfig, seed: int = 1234) -> None:
+    """Create Megatron's groups for ``parallel`` over the initialised world."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    parallel.world_size(dist.get_world_size())
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+@contextmanager
+def distributed(parallel: ParallelConfig, seed: int = 1234) -> Iterator[None]:
+    """Everything a stage needs around a model: stand-in, process group, model-parallel groups."""
+    from megatron.core import parallel_state
+
+    cpu.install()
+    init_process_group()
+    init_model_parallel(parallel, seed)
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        if dist.is_initialized():
+            dist.destroy_process_group()
