@@ -1,0 +1,269 @@
+"""``manifest.json``: what a complete result folder holds, what made it and from what."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import nemo_minitron
+from nemo_minitron.config.schema import INPUT_KEYS, NEUTRAL_KEYS
+from nemo_minitron.config.stages import StageConfig
+
+MANIFEST = "manifest.json"
+_BLOCK = 1 << 20
+_VERSIONS = ("torch", "megatron-core", "nemo_toolkit", "transformers")
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One output file: bytes and sha256 (hex)."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A complete result.
+
+    Attributes:
+        folder: where it was read from; not stored.
+        stage: the stage that wrote it.
+        config_hash: see ``config_hash``.
+        inputs: config key -> identity of what it named (see ``fingerprint``).
+        files: path inside the folder -> entry; every file but the manifest.
+        versions: package -> version.
+        created: UTC time, ISO 8601.
+    """
+
+    folder: Path
+    stage: str
+    config_hash: str
+    inputs: dict[str, str]
+    files: dict[str, FileEntry]
+    versions: dict[str, str]
+    created: str
+
+    @property
+    def id(self) -> str:
+        """Identity: a function of the stage, its config, its inputs and the files it made.
+
+        Times and versions do not enter, nor does ``metrics.json`` (it holds timings) or a log, so a
+        stage run twice on the same inputs keeps its identity and what depends on it stays current.
+        """
+        content = {n: e.sha256 for n, e in self.files.items() if _is_content(n)}
+        return digest([self.stage, self.config_hash, self.inputs, content])
+
+    def save(self, folder: Path) -> None:
+        """Write ``manifest.json`` into ``folder`` and flush it to disk."""
+        values = {"complete": True, "id": self.id, **asdict(self)}
+        del values["folder"]
+        with open(folder / MANIFEST, "w") as file:
+            json.dump(values, file, indent=1, sort_keys=True)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _is_content(name: str) -> bool:
+    return name != "metrics.json" and name.split("/")[0] not in (".hydra", "logs")
+
+
+def digest(value: Any) -> str:
+    """sha256 (hex) of a JSON value, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries -> dotted keys."""
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= flatten(item, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def config_values(cfg: StageConfig) -> dict[str, Any]:
+    """The keys of a stage config that decide its result, dotted; see ``input_paths`` for inputs."""
+    skipped = {*NEUTRAL_KEYS, *INPUT_KEYS}
+    return {key: value for key, value in flatten(asdict(cfg)).items() if key not in skipped}
+
+
+def config_hash(cfg: StageConfig) -> str:
+    """Hash of everything in a stage config that decides its result, its inputs apart."""
+    return digest(config_values(cfg))
+
+
+def input_paths(cfg: StageConfig) -> dict[str, str]:
+    """Config key -> path, for every input the stage config names."""
+    values = flatten(asdict(cfg))
+    return {key: values[key] for key in INPUT_KEYS if values.get(key) is not None}
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of what computes with it, as installed (nothing is imported)."""
+    found = {"nemo_minitron": nemo_minitron.__version__}
+    for name in _VERSIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def now() -> str:
+    """UTC time, ISO 8601, whole seconds."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def files_in(folder: Path) -> list[str]:
+    """Relative POSIX paths of all files under ``folder``, sorted."""
+    return sorted(
+        (Path(base) / name).relative_to(folder).as_posix()
+        for base, _, names in os.walk(folder, followlinks=True)
+        for name in names
+    )
+
+
+def hash_file(path: Path, *, flush: bool = False) -> FileEntry:
+    """Size and sha256 of a file; with ``flush`` it is also forced to disk."""
+    sha, size = hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            sha.update(block)  # releases the GIL, so threads hash in parallel
+            size += len(block)
+        if flush:
+            os.fsync(file.fileno())
+    return FileEntry(size, sha.hexdigest())
+
+
+def hash_files(
+    folder: Path, names: Iterable[str], workers: int, *, flush: bool = False
+) -> dict[str, FileEntry]:
+    """Hash files of ``folder`` in ``workers`` threads."""
+    names = list(names)
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        entries = pool.map(lambda name: hash_file(folder / name, flush=flush), names)
+        return dict(zip(names, entries, strict=True))
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a folder; None when there is none or it does not say "complete".
+
+    Raises:
+        ValueError: the manifest was damaged or edited.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text())
+        complete, identity = values.pop("complete"), values.pop("id")
+        values["files"] = {name: FileEntry(**entry) for name, entry in values["files"].items()}
+        manifest = Manifest(folder=folder, **values)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); run the stage that made it again") from None
+    if manifest.id != identity:
+        raise ValueError(f"{path} was changed; run the stage that made it again")
+    return manifest if complete is True else None
+
+
+def open_result(
+    path: str | Path,
+    verify: str = "full",
+    *,
+    key: str = "",
+    needs: str | None = None,
+    workers: int = 2,
+) -> Manifest:
+    """Check an input folder against its manifest.
+
+    Args:
+        path: result folder of an earlier stage.
+        verify: ``full`` hashes every file, ``size`` compares sizes only.
+        key: config key that named the folder, for messages.
+        needs: a file the result must hold, e.g. ``checkpoint/model.yaml``.
+        workers: hashing threads.
+
+    Raises:
+        ValueError: not a complete result, or a file is missing, truncated or changed.
+    """
+    folder = Path(path)
+    named = f"{key}={path}" if key else str(path)
+    manifest = read_manifest(folder) if folder.is_dir() else None
+    if manifest is None:
+        raise ValueError(_not_a_result(folder, named))
+    if needs is not None and needs not in manifest.files:
+        raise ValueError(
+            f"{named} is a result of stage '{manifest.stage}' without {needs}; {_HINT}"
+        )
+    problem = _damage(manifest, verify, workers)
+    if problem:
+        raise ValueError(
+            f"{named} was damaged or edited after it was written: {problem}; restore the file, or "
+            f"run '{manifest.stage}' again with overwrite=true"
+        )
+    return manifest
+
+
+_HINT = "give the folder that the right stage wrote as its output_dir"
+
+
+def _not_a_result(folder: Path, named: str) -> str:
+    if not folder.exists():
+        return f"{named} does not exist; {_HINT}"
+    if (folder.parent / MANIFEST).is_file():
+        return f"{named} is a part of a result; give the result folder {folder.parent} itself"
+    return (
+        f"{named} is not a complete result ({MANIFEST} is missing): the stage that wrote it did "
+        f"not end well, or it is something else; {_HINT}, or run that stage again"
+    )
+
+
+def _damage(manifest: Manifest, verify: str, workers: int) -> str | None:
+    for name, entry in manifest.files.items():
+        file = manifest.folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        size = file.stat().st_size
+        if size != entry.size:
+            word = "truncated" if size < entry.size else "changed"
+            return f"{name} is {word} ({size} bytes, {entry.size} when it was written)"
+    if verify == "full":
+        for name, entry in hash_files(manifest.folder, manifest.files, workers).items():
+            if entry != manifest.files[name]:
+                return f"{name} is changed (its sha256 differs)"
+    return None
+
+
+def fingerprint(path: str | Path, workers: int = 2) -> str:
+    """Identity of an input: the manifest id of a result folder, else a hash of the content.
+
+    Args:
+        path: result folder, data file, data folder, or the prefix of a Megatron .bin/.idx pair.
+        workers: hashing threads.
+
+    Raises:
+        ValueError: there is nothing at ``path``.
+    """
+    path = Path(path)
+    if path.is_file():
+        return "sha256:" + hash_file(path).sha256
+    if path.is_dir():
+        manifest = read_manifest(path)
+        if manifest is not None:
+            return f"{manifest.stage}:{manifest.id}"
+        folder, names = path, files_in(path)
+    else:
+        folder = path.parent
+        names = [path.name + end for end in (".bin", ".idx") if Path(f"{path}{end}").is_file()]
+    if not names:
+        raise ValueError(f"{path} does not exist or is empty")
+    hashes = {name: e.sha256 for name, e in hash_files(folder, names, workers).items()}
+    return "sha256:" + digest(hashes if path.is_dir() else list(hashes.values()))
