@@ -74,6 +74,9 @@ _SIZE_KEYS = {
     "max_position_embeddings",
     "rms_norm_eps",
     "tie_word_embeddings",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
     "torch_dtype",
     "dtype",
     "transformers_version",
@@ -132,7 +135,6 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
-        "rope_theta": config.rotary_base,
         **config.hf,
         "num_hidden_layers": config.num_layers,
         "hidden_size": config.hidden_size,
@@ -143,6 +145,9 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.layernorm_epsilon,
+        # transformers 5 writes rope_parameters but reads these two as well; 4.x reads only these.
+        "rope_theta": config.rotary_base,
+        "rope_scaling": config.rope_scaling,
         "tie_word_embeddings": config.share_embeddings_and_output_weights,
         "torch_dtype": config.dtype,
     }

@@ -1,0 +1,1 @@
+"""Weights on disk: Megatron ``torch_dist``, Hugging Face and GGUF, read and written lazily."""

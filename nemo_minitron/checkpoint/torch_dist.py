@@ -1,0 +1,372 @@
+"""Megatron's ``torch_dist`` checkpoint format, without Megatron and without a process group.
+
+Files are written and read by torch.distributed.checkpoint's file-system classes, fed with a plan that
+names Megatron's keys. The layout is the one ``megatron.core.dist_checkpointing`` calls homogeneous:
+one key for all layers, ``decoder.layers.mlp.linear_fc1.weight`` of shape ``[num_layers, ...]`` with a
+chunk per layer; other parameters under their own name. Norms that Transformer Engine fuses are stored
+under the TE name, because Megatron's local spec maps to it too. The vocabulary is stored unpadded.
+Letters: l layers. All shapes are global.
+"""
+
+import json
+import logging
+import pickle
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.default_planner import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    create_default_global_save_plan,
+)
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from nemo_minitron.checkpoint.lazy import LazyTensor, Store
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.families.table import Family, Row
+
+logger = logging.getLogger(__name__)
+
+FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+# What Megatron-Core should pass as ``metadata`` to ``sharded_state_dict`` to get these keys.
+CONTENT_METADATA = {"singleton_local_shards": False, "non_homogeneous_layers": False}
+FORMAT_JSON = "metadata.json"
+COMMON_PT = "common.pt"
+_MAX_FILE_BYTES = 2 << 30
+_READ_ERRORS = (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError)
+
+
+def disk_key(row: Row) -> str:
+    """Key of a row on disk: TE name where there is one, layer number left out."""
+    return (row.te_name or row.name).replace("{layer}.", "")
+
+
+class _Writer(FileSystemWriter):
+    """Leaves folder name and random id out of ``.metadata``: equal weights give equal files."""
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta()
+
+
+class _LazySavePlanner(DefaultSavePlanner):
+    """Reads a tensor when the writer reaches it."""
+
+    def __init__(self, reads: dict[MetadataIndex, Callable[[], Tensor]]) -> None:
+        super().__init__()
+        self.reads = reads
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        assert write_item.tensor_data is not None and write_item.tensor_data.chunk is not None
+        return self.reads[write_item.index]().reshape(write_item.tensor_data.chunk.sizes)
+
+
+class _IntoTensor(DefaultLoadPlanner):
+    """Puts what is read into the regions of one tensor."""
+
+    def __init__(self, target: Tensor) -> None:
+        super().__init__()
+        self.target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        view = self.target
+        for dim, (start, length) in enumerate(
+            zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        ):
+            view = view.narrow(dim, start, length)
+        return view
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        pass
+
+
+def _write_item(
+    key: str, row: Row, layer: int | None, config: ModelConfig, dtype: Any
+) -> WriteItem:
+    shape = row.shape(config)
+    size = shape if layer is None else (config.num_layers, *shape)
+    sizes = shape if layer is None else (1, *shape)
+    offsets = torch.Size([layer or 0] + [0] * (len(size) - 1))
+    return WriteItem(
+        index=MetadataIndex(key, offsets),
+        type=WriteItemType.SHARD,
+        tensor_data=TensorWriteData(
+            chunk=ChunkStorageMetadata(offsets=offsets, sizes=torch.Size(sizes)),
+            properties=TensorProperties(dtype=dtype),
+            size=torch.Size(size),
+        ),
+    )
+
+
+def _check_store(store: Store, family: Family, config: ModelConfig) -> None:
+    expected = {name: row.shape(config) for name, row, _ in family.parameters(config)}
+    missing, extra = sorted(set(expected) - set(store)), sorted(set(store) - set(expected))
+    if missing or extra:
+        raise ValueError(f"weights do not fit model.yaml: missing {missing}, unexpected {extra}")
+    for name, shape in expected.items():
+        if store[name].shape != shape:
+            raise ValueError(f"{name} has shape {store[name].shape}; model.yaml asks for {shape}")
+
+
+def _write_items(
+    store: Store, family: Family, config: ModelConfig
+) -> dict[str, list[tuple[WriteItem, LazyTensor]]]:
+    """What to write under each key, layers in order."""
+    items: dict[str, list[tuple[WriteItem, LazyTensor]]] = {}
+    for name, row, layer in family.parameters(config):
+        key, lazy = disk_key(row), store[name]
+        group = items.setdefault(key, [])
+        if group and group[0][1].dtype != lazy.dtype:
+            raise ValueError(
+                f"{name} is {lazy.dtype} but its first layer is {group[0][1].dtype}; convert the "
+                "source to one dtype"
+            )
+        group.append((_write_item(key, row, layer, config, lazy.dtype), lazy))
+    return items
+
+
+def _files(items: dict[str, list[tuple[WriteItem, LazyTensor]]]) -> list[SavePlan]:
+    """One plan per file, largest first.
+
+    A file holds one key only: the writer keeps the newest tensor of every key of an open file alive.
+    """
+    files: list[tuple[int, list[WriteItem]]] = []
+    for group in items.values():
+        size, batch = 0, []
+        for item, lazy in group:
+            if batch and size + lazy.nbytes > _MAX_FILE_BYTES:
+                files.append((size, batch))
+                size, batch = 0, []
+            batch.append(item)
+            size += lazy.nbytes
+        files.append((size, batch))
+    files.sort(key=lambda file: -file[0])
+    return [SavePlan(batch) for _, batch in files]
+
+
+def _write_file(writer: FileSystemWriter, planner: DefaultSavePlanner, plan: SavePlan) -> list:
+    try:
+        return writer.write_data(plan, planner).wait()
+    except RuntimeError as error:
+        # torch.save replaces the cause (disk full) by its own "unexpected pos" on the way out.
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, (OSError, ValueError)):
+            cause = cause.__context__
+        raise (cause or error) from error
+
+
+def write_torch_dist(
+    folder: Path, store: Store, family: Family, config: ModelConfig, *, workers: int
+) -> None:
+    """Write the weights of a model as a Megatron ``torch_dist`` checkpoint.
+
+    Tensors are read one by one as the files are written; at most two per worker are alive.
+
+    Args:
+        folder: existing folder; gets ``*.distcp``, ``.metadata``, ``metadata.json``, ``common.pt``.
+        store: Megatron names (local spec, with layer numbers), global shapes.
+        family: the table that says which parameters there are.
+        config: sizes of the model.
+        workers: files written at a time.
+
+    Raises:
+        ValueError: the store does not fit the config.
+        OSError: the folder cannot be written (disk full).
+    """
+    _check_store(store, family, config)
+    items = _write_items(store, family, config)
+    planner = _LazySavePlanner(
+        {item.index: lazy.read for group in items.values() for item, lazy in group}
+    )
+    writer = _Writer(folder)
+    plans, metadata = create_default_global_save_plan(_files(items))
+    plans = writer.prepare_global_plan(plans)
+    with ThreadPoolExecutor(workers) as pool:
+        results = list(pool.map(partial(_write_file, writer, planner), plans))
+    torch.save({"content_metadata": CONTENT_METADATA}, folder / COMMON_PT)
+    (folder / FORMAT_JSON).write_text(json.dumps(FORMAT))
+    writer.finish(metadata, results)
+
+
+def _open_metadata(folder: Path) -> tuple[FileSystemReader, Metadata]:
+    """Metadata of a checkpoint, after checking that every file it names is there in full length."""
+    path = folder / FORMAT_JSON
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{folder} is not a Megatron checkpoint: {FORMAT_JSON} is missing"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if found.get("sharded_backend") != "torch_dist":
+        raise ValueError(f"{path}: sharded_backend={found.get('sharded_backend')}, not torch_dist")
+    reader = FileSystemReader(folder)
+    try:
+        metadata = reader.read_metadata()
+        ends: dict[str, int] = {}
+        for info in metadata.storage_data.values():
+            end = info.offset + info.length
+            ends[info.relative_path] = max(end, ends.get(info.relative_path, 0))
+    except (*_READ_ERRORS, AttributeError, ImportError, IndexError, TypeError) as error:
+        raise ValueError(f"{folder / '.metadata'} is missing or damaged: {error}") from error
+    for name, end in sorted(ends.items()):
+        file = folder / name
+        if not file.is_file():
+            raise ValueError(f"{file} is missing: the checkpoint is incomplete")
+        if file.stat().st_size < end:
+            raise ValueError(f"{file} is truncated: {file.stat().st_size} of {end} bytes")
+    reader.set_up_storage_reader(metadata, is_coordinator=True)
+    return reader, metadata
+
+
+def _read_chunk(
+    reader: FileSystemReader,
+    key: str,
+    saved: TensorStorageMetadata,
+    wanted: ChunkStorageMetadata,
+    shape: tuple[int, ...],
+) -> Tensor:
+    """Read one region of a key, out of however many chunks it was saved in."""
+    items = create_read_items_for_chunk_list(key, saved, [wanted])
+    target = torch.empty(wanted.sizes, dtype=saved.properties.dtype)
+    covered = sum(item.lengths.numel() for item in items)
+    if covered != target.numel():
+        raise ValueError(
+            f"{reader.path}: {key} at {tuple(wanted.offsets)} has {covered} of {target.numel()} "
+            "elements; the checkpoint is incomplete"
+        )
+    planner = _IntoTensor(target)
+    for item in items:  # one by one, so that an error can name the file
+        try:
+            reader.read_data(LoadPlan([item]), planner)
+        except (*_READ_ERRORS, AssertionError) as error:
+            file = reader.storage_data[item.storage_index].relative_path
+            raise ValueError(f"{Path(reader.path) / file} is damaged at {key}: {error}") from error
+    return target.view(shape)
+
+
+def _locate(
+    row: Row, layer: int | None, metadata: Metadata
+) -> tuple[str, TensorStorageMetadata, bool] | None:
+    """Key, metadata and whether the key holds all layers; None when the checkpoint lacks it."""
+    for name in filter(None, (row.te_name, row.name)):
+        for key, stacked in ((name.replace("{layer}.", ""), True), (name, False)):
+            if not stacked and layer is not None:
+                key = key.format(layer=layer)
+            saved = metadata.state_dict_metadata.get(key)
+            if isinstance(saved, TensorStorageMetadata):
+                return key, saved, stacked and layer is not None
+    return None
+
+
+def _wanted(
+    row: Row, layer: int | None, stacked: bool, config: ModelConfig, saved: TensorStorageMetadata
+) -> ChunkStorageMetadata | None:
+    """Region that holds one parameter; None when the saved shape does not fit the config."""
+    sizes = row.shape(config)
+    rows = list(saved.size)
+    if stacked:
+        if rows.pop(0) != config.num_layers:
+            return None
+    if len(rows) != len(sizes):
+        return None
+    for dim, have, want in zip(row.dims, rows, sizes, strict=True):
+        # Megatron pads the vocabulary to a multiple of the tensor-parallel size; the pad is cut.
+        if have != want and not (dim == "vocab" and have > want):
+            return None
+    offsets = [layer or 0] if stacked else []
+    lead = [1] if stacked else []
+    return ChunkStorageMetadata(
+        offsets=torch.Size([*offsets, *[0] * len(sizes)]), sizes=torch.Size([*lead, *sizes])
+    )
+
+
+def _refuse_unknown(used: set[str], metadata: Metadata, folder: Path) -> None:
+    """Optimizer state and other bookkeeping may lie beside the weights; unknown weights may not."""
+    for key, saved in metadata.state_dict_metadata.items():
+        weight = key.startswith(("embedding.", "decoder.", "output_layer.")) and key not in used
+        if weight and isinstance(saved, TensorStorageMetadata):
+            raise ValueError(f"{folder} holds {key}, which this model does not have")
+
+
+def _lazy(
+    reader: FileSystemReader,
+    found: tuple[str, TensorStorageMetadata, bool],
+    wanted: Any,
+    shape: Any,
+) -> LazyTensor:
+    key, saved, _ = found
+    read = partial(_read_chunk, reader, key, saved, wanted, shape)
+    return LazyTensor(shape, saved.properties.dtype, read)
+
+
+def _located(
+    family: Family, config: ModelConfig, metadata: Metadata, folder: Path
+) -> Iterator[tuple[str, Row, int | None, tuple[str, TensorStorageMetadata, bool]]]:
+    for name, row, layer in family.parameters(config):
+        found = _locate(row, layer, metadata)
+        if found is None:
+            raise ValueError(f"{folder} lacks {name}, which a model of this configuration has")
+        yield name, row, layer, found
+
+
+def read_torch_dist(folder: Path, family: Family, config: ModelConfig) -> Store:
+    """Open the weights of a Megatron ``torch_dist`` checkpoint; nothing is read but the metadata.
+
+    Reads what ``write_torch_dist`` and what Megatron itself wrote, at any layout: chunks may be cut
+    anyhow, layers stacked or not, the vocabulary padded.
+
+    Args:
+        folder: the checkpoint.
+        family: the table that says which parameters there are.
+        config: sizes of the model.
+
+    Returns:
+        Store of Megatron names (local spec, with layer numbers), global shapes.
+
+    Raises:
+        ValueError: files missing or truncated, parameters missing, unknown or of another shape. A
+            damaged file is found when its tensor is read.
+    """
+    reader, metadata = _open_metadata(folder)
+    store: Store = {}
+    used: set[str] = set()
+    for name, row, layer, found in _located(family, config, metadata, folder):
+        key, saved, stacked = found
+        wanted = _wanted(row, layer, stacked, config, saved)
+        if wanted is None:
+            raise ValueError(
+                f"{folder} holds {key} of shape {tuple(saved.size)}; model.yaml asks for "
+                f"{row.shape(config)}{f' in {config.num_layers} layers' if stacked else ''}"
+            )
+        used.add(key)
+        store[name] = _lazy(reader, found, wanted, row.shape(config))
+    _refuse_unknown(used, metadata, folder)
+    return store
