@@ -1,0 +1,1 @@
+"""Tokens: documents -> Megatron indexed dataset -> samples -> batches of a data-parallel rank."""

@@ -1,0 +1,65 @@
+"""Cache folders that several ranks and several runs share."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from nemo_minitron.config.training import DataConfig
+
+Barrier = Callable[[], None]
+
+
+def no_barrier() -> None:
+    """The barrier of a single process."""
+
+
+def cache_folder(data: DataConfig, output_dir: str | Path) -> Path:
+    """Where tokenised data is kept: ``data.cache_dir``, or beside the results."""
+    if data.cache_dir is not None:
+        return Path(data.cache_dir).absolute()
+    return Path(output_dir).absolute().parent / ".data-cache"
+
+
+def build_once(
+    folder: Path, fill: Callable[[Path], None], rank: int = 0, barrier: Barrier = no_barrier
+) -> None:
+    """Make a cache folder unless it is there; every rank calls this.
+
+    Rank 0 fills a working folder and renames it, so a folder under its final name is complete,
+    whatever was killed when. Of two runs that fill the same folder the first to end wins.
+
+    Args:
+        folder: the final name; it must name everything its content depends on.
+        fill: writes the content into the folder it is given. Called on rank 0 only.
+        rank: global rank of this process.
+        barrier: waits for all ranks.
+
+    Raises:
+        RuntimeError: on another rank than 0 when rank 0 failed or its files cannot be seen.
+    """
+    try:
+        if rank == 0 and not folder.is_dir():
+            _fill_and_rename(folder, fill)
+    finally:
+        barrier()
+    if not folder.is_dir():
+        raise RuntimeError(
+            f"rank {rank} finds no {folder}: rank 0 failed (see its message), or data.cache_dir "
+            "is not on storage that all nodes share"
+        )
+
+
+def _fill_and_rename(folder: Path, fill: Callable[[Path], None]) -> None:
+    working = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.partial")
+    working.mkdir(parents=True)
+    try:
+        fill(working)
+        try:
+            os.rename(working, folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(working, ignore_errors=True)

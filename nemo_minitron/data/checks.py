@@ -1,0 +1,155 @@
+"""Checks of ``data.*`` that need neither Megatron nor a model: all user input, within seconds."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from nemo_minitron.config.training import DataConfig
+from nemo_minitron.data.indexed import Index, TextTokenizer, check_ids, check_text, read_index
+from nemo_minitron.data.splits import (
+    check_num_samples,
+    check_tokens,
+    parse_split,
+    split_bounds,
+    wanted_splits,
+)
+from nemo_minitron.data.text import INDEXED, NPY, Source, find_source, no_documents, read_documents
+
+# Text up to these sizes is read, and tokenised, twice: about a second each on one core.
+_READ_UP_TO = 64 << 20
+_TOKENISE_UP_TO = 4 << 20
+_SCAN = "ids.json"
+
+
+def check_data(
+    data: DataConfig,
+    *,
+    splits: Sequence[str] | None = None,
+    vocab_size: int | None = None,
+    tokenizer_dir: Path | None = None,
+) -> None:
+    """Refuse bad data fast; what takes longer is refused by ``datasets.prepare_tokens``.
+
+    Found here: a missing path, an unknown form, unreadable or empty files, records without text,
+    an impossible split, a ``.npy`` of the wrong shape, dtype or ids, a damaged ``.bin/.idx`` pair,
+    and too little data; text above 4 MB has its tokens counted when it is tokenised.
+
+    Args:
+        data: the data keys.
+        splits: splits a training stage reads; None for a stage that reads ``data.split_name``.
+        vocab_size: true vocabulary of the model, to check the ids of a ``.npy``.
+        tokenizer_dir: the checkpoint's tokenizer, to count the tokens of text.
+
+    Raises:
+        ValueError: the message names the key to change and how.
+    """
+    parse_split(data.split)
+    wanted_splits(data, splits)
+    source = find_source(data.path)
+    if source.kind == NPY:
+        check_npy(source.path, data, vocab_size, splits)
+    elif source.kind == INDEXED:
+        check_index(source, data, splits)
+    else:
+        tokenizer = None if tokenizer_dir is None else TextTokenizer(tokenizer_dir)
+        if source.size <= _READ_UP_TO:
+            small = source.size <= _TOKENISE_UP_TO
+            check_text(source, data, splits, tokenizer if small else None)
+        elif next(read_documents(source, data), None) is None:
+            raise no_documents(source)
+
+
+def check_batch_sizes(data: DataConfig, data_parallel_size: int) -> None:
+    """Refuse a global batch that micro-batches cannot fill evenly over the model replicas.
+
+    Raises:
+        ValueError: names the three sizes.
+    """
+    step = data.micro_batch_size * data_parallel_size
+    if data.global_batch_size % step:
+        raise ValueError(
+            f"data.global_batch_size={data.global_batch_size} must be a multiple of "
+            f"data.micro_batch_size={data.micro_batch_size} x data-parallel size "
+            f"{data_parallel_size}; set data.global_batch_size to a multiple of {step}"
+        )
+
+
+def check_npy(
+    path: Path, data: DataConfig, vocab_size: int | None, splits: Sequence[str] | None
+) -> None:
+    """Refuse a ``.npy`` that is not integer ids ``[samples, data.seq_length]`` of the vocabulary.
+
+    Raises:
+        ValueError: says what the file holds and which key to change.
+    """
+    try:
+        ids = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"data.path={path} is not a readable .npy file ({error})") from error
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(
+            f"data.path={path} holds {ids.dtype}, not integer token ids; save integers"
+        )
+    if ids.ndim != 2 or len(ids) == 0:
+        raise ValueError(
+            f"data.path={path} has shape {list(ids.shape)}; it must be [samples, data.seq_length] "
+            "with at least one sample"
+        )
+    if ids.shape[1] != data.seq_length:
+        raise ValueError(
+            f"data.path={path} holds rows of {ids.shape[1]} tokens but data.seq_length="
+            f"{data.seq_length}; set data.seq_length={ids.shape[1]}"
+        )
+    if vocab_size is not None:
+        check_ids(int(ids.max()), vocab_size, f"data.path={path} holds", int(ids.min()))
+    if splits is None:
+        check_num_samples(data, len(ids))
+
+
+def check_index(
+    source: Source,
+    data: DataConfig,
+    splits: Sequence[str] | None,
+    *,
+    vocab_size: int | None = None,
+    scan: Path | None = None,
+) -> None:
+    """Refuse a ``.bin/.idx`` pair that is damaged, too short, or split inside a document.
+
+    Args:
+        source: a source of kind ``indexed``.
+        data: the data keys.
+        splits: as ``splits.wanted_splits`` takes them.
+        vocab_size: true vocabulary, compared with the ids found by ``scan_ids``.
+        scan: folder that ``scan_ids`` filled.
+
+    Raises:
+        ValueError: says what is wrong and the way out.
+    """
+    index = read_index(source.path)
+    if len(index.lengths) == 0:
+        raise ValueError(f"data.path={source.path} holds no documents")
+    check_tokens(data, index.lengths, splits)
+    _check_cuts(source, data, index)
+    if vocab_size is not None and scan is not None:
+        found = json.loads((scan / _SCAN).read_text())
+        check_ids(found["max"], vocab_size, f"data.path={source.path} holds", found["min"])
+
+
+def _check_cuts(source: Source, data: DataConfig, index: Index) -> None:
+    """Megatron splits by sequence; a document of several sequences must stay on one side."""
+    for begin, end in split_bounds(data.split, len(index.lengths)):
+        if begin < end and end not in index.documents:
+            raise ValueError(
+                f"data.split={data.split} cuts data.path={source.path} at sequence {end}, inside a "
+                "document; write the pair with one sequence per document, or change data.split"
+            )
+
+
+def scan_ids(prefix: Path, folder: Path) -> None:
+    """Read every id of a pair once and note the smallest and largest in ``folder``."""
+    ids = np.memmap(f"{prefix}.bin", dtype=read_index(prefix).dtype, mode="r")
+    found = {"min": int(ids.min()), "max": int(ids.max())}
+    (folder / _SCAN).write_text(json.dumps(found))

@@ -1,0 +1,307 @@
+"""Text -> Megatron's ``.bin``/``.idx`` pair, kept in a cache folder named by what went into it.
+
+The pair is written in two passes, both with Megatron's own builder: documents are tokenised in
+file order, then copied in the order that ``data.seed`` draws, so that Megatron's split into
+contiguous runs is a random split of documents. Memory holds a batch of texts, never the corpus.
+"""
+
+import hashlib
+import json
+import logging
+import struct
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from nemo_minitron.config.training import DataConfig
+from nemo_minitron.data.cache import Barrier, build_once, no_barrier
+from nemo_minitron.data.splits import check_documents, check_tokens
+from nemo_minitron.data.text import Source, no_documents, read_documents, unique_documents
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1  # part of every cache key: raise it when the content of a cache folder changes
+_PREFIX = "tokens"
+_BATCH_CHARACTERS = 1 << 20
+_HASH_CONTENT_UP_TO = 1 << 30
+_HEADER = b"MMIDIDX\x00\x00"
+_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+
+
+@dataclass(frozen=True)
+class Index:
+    """The ``.idx`` of a Megatron pair, read without Megatron."""
+
+    dtype: np.dtype
+    lengths: np.ndarray
+    """Tokens of each sequence."""
+    documents: np.ndarray
+    """First sequence of each document, and one past the last sequence at the end."""
+
+
+def read_index(prefix: Path) -> Index:
+    """Read and check the ``.idx`` of a ``.bin``/``.idx`` pair.
+
+    Raises:
+        ValueError: not such an index, of a token type that is not integer, or cut short, or the
+            ``.bin`` has another size than the index says.
+    """
+    path = Path(f"{prefix}.idx")
+    raw = path.read_bytes()
+    if len(raw) < 34 or raw[:9] != _HEADER:
+        raise ValueError(f"data.path: {path} is not a Megatron index (wrong header)")
+    version, code, sequences, documents = struct.unpack_from("<QBQQ", raw, 9)
+    if version != 1 or code not in _DTYPES:
+        raise ValueError(f"data.path: {path} has version {version}, token type {code}: unknown")
+    if len(raw) < 34 + 12 * sequences + 8 * documents:
+        raise ValueError(f"data.path: {path} is cut short; write the .bin/.idx pair again")
+    lengths = np.frombuffer(raw, np.int32, sequences, 34)
+    starts = np.frombuffer(raw, np.int64, documents, 34 + 12 * sequences)
+    dtype = np.dtype(_DTYPES[code])
+    size, wanted = Path(f"{prefix}.bin").stat().st_size, int(lengths.sum(dtype=np.int64))
+    if size != wanted * dtype.itemsize:
+        raise ValueError(
+            f"data.path: {prefix}.bin has {size} bytes but its index names {wanted} tokens of "
+            f"{dtype.itemsize} bytes; the pair is damaged, write it again"
+        )
+    return Index(dtype, lengths, starts)
+
+
+class TextTokenizer:
+    """The checkpoint's tokenizer as plain text -> ids, no special tokens added by itself."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read ``tokenizer.json`` and the end-of-sequence token beside it.
+
+        Args:
+            folder: a Hugging Face fast-tokenizer folder.
+
+        Raises:
+            ValueError: a file is missing, or no end-of-sequence token is named.
+        """
+        from tokenizers import Tokenizer
+
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise ValueError(
+                f"{folder} holds no tokenizer.json, which text needs; use a checkpoint that was "
+                "imported with its fast tokenizer, or set data.path to a .bin/.idx prefix or .npy"
+            )
+        self._tokenizer = Tokenizer.from_file(str(file))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        token = _eos_token(folder)
+        eod = None if token is None else self._tokenizer.token_to_id(token)
+        if eod is None:
+            raise ValueError(
+                f"the tokenizer in {folder} names no end-of-sequence token of its vocabulary "
+                f"(eos_token={token!r}); set eos_token in its tokenizer_config.json"
+            )
+        self.eod: int = eod
+        """Id that ends every document."""
+        self.digest = hashlib.sha256(file.read_bytes() + str(eod).encode()).hexdigest()
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text, the end-of-document id appended. int64, ``[tokens + 1]`` each."""
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array([*encoding.ids, self.eod], dtype=np.int64) for encoding in encodings]
+
+
+def _eos_token(folder: Path) -> str | None:
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            token = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token")
+            if token is not None:
+                return str(token["content"] if isinstance(token, dict) else token)
+    return None
+
+
+def document_order(count: int, seed: int) -> np.ndarray:
+    """The order in which documents are stored: a permutation of ``range(count)``, int64."""
+    return np.random.default_rng(seed).permutation(count)
+
+
+def check_text(
+    source: Source,
+    data: DataConfig,
+    splits: Sequence[str] | None,
+    tokenizer: TextTokenizer | None,
+) -> None:
+    """Read a text source whole and refuse what is empty, broken or too short.
+
+    Args:
+        source: a source of kind ``text``, small enough to be read now.
+        data: the data keys.
+        splits: as ``splits.wanted_splits`` takes them.
+        tokenizer: counts tokens; None when only documents are to be counted.
+
+    Raises:
+        ValueError: see ``text.read_documents``, ``splits.check_documents``, ``check_tokens``.
+    """
+    texts = list(unique_documents(read_documents(source, data), Counter()))
+    if not texts:
+        raise no_documents(source)
+    check_documents(data, len(texts), splits)
+    if tokenizer is not None:
+        lengths = np.array([len(ids) for ids in tokenizer.encode(texts)])
+        check_tokens(data, lengths[document_order(len(texts), data.seed)], splits)
+
+
+def build_indexed(
+    source: Source,
+    data: DataConfig,
+    tokenizer: TextTokenizer,
+    vocab_size: int,
+    cache: Path,
+    rank: int = 0,
+    barrier: Barrier = no_barrier,
+) -> Path:
+    """Tokenise a text source into a ``.bin``/``.idx`` pair, or find the one made before.
+
+    All ranks call it; rank 0 builds while the others wait (see ``cache.build_once``).
+
+    Args:
+        source: a source of kind ``text``.
+        data: the data keys; path, seed, separator and text key decide what is stored.
+        tokenizer: the checkpoint's.
+        vocab_size: true vocabulary of the model; every id must lie below it.
+        cache: folder shared by all ranks and runs.
+        rank: global rank of this process.
+        barrier: waits for all ranks.
+
+    Returns:
+        The prefix of the pair.
+
+    Raises:
+        ValueError: no documents, or ids outside the vocabulary.
+    """
+    folder = cache / _cache_key(source, data, tokenizer, vocab_size)
+    build_once(
+        folder, lambda into: _build(into, source, data, tokenizer, vocab_size), rank, barrier
+    )
+    return folder / _PREFIX
+
+
+def _cache_key(source: Source, data: DataConfig, tokenizer: TextTokenizer, vocab_size: int) -> str:
+    whole = source.size <= _HASH_CONTENT_UP_TO
+    parts: dict[str, Any] = {
+        "format": _FORMAT,
+        "files": [_file_identity(file, whole) for file in source.files],
+        "single": source.path == source.files[0],
+        "separator": data.document_separator,
+        "text_key": data.text_key,
+        "seed": data.seed,
+        "tokenizer": tokenizer.digest,
+        "dtype": np.dtype(_dtype(vocab_size)).name,
+    }
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+def _file_identity(file: Path, whole: bool) -> list[Any]:
+    """Name and content hash; of corpora too large to hash each time, name, size and mtime."""
+    if not whole:
+        status = file.stat()
+        return [str(file.resolve()), status.st_size, status.st_mtime_ns]
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return [file.suffix, digest.hexdigest()]
+
+
+def _dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
+    """Megatron's rule (``DType.optimal_dtype``)."""
+    return np.uint16 if vocab_size < 65500 else np.int32
+
+
+def _build(
+    folder: Path, source: Source, data: DataConfig, tokenizer: TextTokenizer, vocab_size: int
+) -> None:
+    with Progress(console=Console(stderr=True)) as progress:
+        dropped: Counter[str] = Counter()
+        texts = unique_documents(read_documents(source, data), dropped)
+        unordered = folder / "unordered"
+        lengths = _tokenise(unordered, texts, source, tokenizer, vocab_size, progress)
+        order = document_order(len(lengths), data.seed)
+        _reorder(unordered, folder / _PREFIX, order, progress)
+    logger.info("%s: %d documents, %d tokens", source.path, len(lengths), lengths.sum())
+    if dropped["duplicates"]:
+        logger.warning(
+            "%s: left out %d exact repeats of documents, so that no text is in two splits",
+            source.path,
+            dropped["duplicates"],
+        )
+
+
+def _tokenise(
+    prefix: Path,
+    texts: Iterator[str],
+    source: Source,
+    tokenizer: TextTokenizer,
+    vocab_size: int,
+    progress: Progress,
+) -> np.ndarray:
+    """First pass: documents in reading order. Returns their lengths in tokens."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=_dtype(vocab_size))
+    task = progress.add_task("Tokenising", total=source.size)
+    lengths: list[int] = []
+    while batch := _next_batch(texts):
+        for ids in tokenizer.encode(batch):
+            check_ids(int(ids.max()), vocab_size, f"the tokenizer gives data.path={source.path}")
+            builder.add_document(ids, [len(ids)])
+            lengths.append(len(ids))
+        progress.advance(task, sum(len(text.encode()) for text in batch))
+    if not lengths:
+        raise no_documents(source)
+    progress.update(task, completed=source.size)
+    builder.finalize(f"{prefix}.idx")
+    return np.array(lengths, dtype=np.int64)
+
+
+def _next_batch(texts: Iterator[str]) -> list[str]:
+    """Texts of about a million characters: enough to keep every core of the tokenizer busy."""
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if characters >= _BATCH_CHARACTERS:
+            break
+    return batch
+
+
+def _reorder(source: Path, target: Path, order: np.ndarray, progress: Progress) -> None:
+    """Second pass: copy documents in ``order``, then drop the unordered pair."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+
+    documents = IndexedDataset(str(source))
+    builder = IndexedDatasetBuilder(f"{target}.bin", dtype=documents.index.dtype)
+    for position in progress.track(order, description="Shuffling documents"):
+        ids = documents[int(position)]
+        builder.add_document(ids, [len(ids)])
+    builder.finalize(f"{target}.idx")
+    del documents
+    for suffix in (".bin", ".idx"):
+        Path(f"{source}{suffix}").unlink()
+
+
+def check_ids(largest: int, vocab_size: int, where: str, smallest: int = 0) -> None:
+    """Refuse token ids the model does not have.
+
+    Raises:
+        ValueError: an id is negative or at least ``vocab_size``.
+    """
+    bad = largest if largest >= vocab_size else smallest
+    if not 0 <= bad < vocab_size:
+        raise ValueError(
+            f"{where} token id {bad} but the model's vocab_size is {vocab_size}; use the tokenizer "
+            "of this checkpoint, or set data.path to data made with it"
+        )

@@ -1,0 +1,152 @@
+"""Which documents belong to train, validation and test, and whether they are enough.
+
+The arithmetic is Megatron's own (contiguous runs of documents, ``round(share * count)``), repeated
+here in numpy so that bad splits are found before Megatron, which takes seconds, is imported.
+"""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from nemo_minitron.config.training import DataConfig
+
+SPLITS = ("train", "validation", "test")
+
+
+def parse_split(split: str) -> tuple[float, float, float]:
+    """Shares of the three splits, summing to 1.
+
+    Args:
+        split: up to three numbers separated by ``,``, ``/``, ``:`` or blanks; missing ones are 0.
+
+    Raises:
+        ValueError: not numbers, negative, more than three, or all zero.
+    """
+    vector = np.array([float(part) for part in split_numbers(split)])
+    train, validation, test = (vector / vector.sum()).tolist()
+    return train, validation, test
+
+
+def split_numbers(split: str) -> list[str]:
+    """The three numbers of ``data.split`` as written; see :func:`parse_split`."""
+    parts = re.split(r"[,/:\s]+", split.strip())
+    number = re.compile(r"\d+(\.\d*)?|\.\d+")
+    if len(parts) > 3 or not all(map(number.fullmatch, parts)) or not any(map(float, parts)):
+        raise ValueError(
+            f"data.split='{split}' must be up to three shares for train, validation and test, none "
+            "negative and not all 0, such as data.split=90/5/5"
+        )
+    return parts + ["0"] * (3 - len(parts))
+
+
+def split_bounds(split: str, count: int) -> list[tuple[int, int]]:
+    """First and one-past-last document of each split, as Megatron's dataset builder cuts them.
+
+    Args:
+        split: ``data.split``.
+        count: documents in all (sequences of the indexed dataset).
+    """
+    edges = [0.0]
+    for share in parse_split(split):
+        edges.append(edges[-1] + share)
+    cuts = [int(round(edge * float(count))) for edge in edges]
+    return list(zip(cuts[:-1], cuts[1:], strict=True))
+
+
+def wanted_splits(data: DataConfig, splits: Sequence[str] | None) -> tuple[str, ...]:
+    """Names of the splits a stage reads.
+
+    Args:
+        data: the data keys.
+        splits: those a training stage reads; None for a stage that reads ``data.split_name`` once
+            (calibration, evaluation), the only one ``data.num_samples`` speaks to.
+
+    Raises:
+        ValueError: ``data.num_samples`` is set for a training stage.
+    """
+    if splits is None:
+        return (data.split_name,)
+    if data.num_samples is not None:
+        raise ValueError(
+            f"data.num_samples={data.num_samples} does not apply to training, which reads "
+            "trainer.max_steps x data.global_batch_size samples; set data.num_samples=null"
+        )
+    return tuple(splits)
+
+
+def check_documents(data: DataConfig, count: int, splits: Sequence[str] | None) -> None:
+    """Refuse a split that gets no document.
+
+    Args:
+        data: the data keys.
+        count: documents in all.
+        splits: as :func:`wanted_splits` takes them.
+
+    Raises:
+        ValueError: names the split, how many documents it takes, and the ways out.
+    """
+    for name in wanted_splits(data, splits):
+        position = SPLITS.index(name)
+        if parse_split(data.split)[position] == 0:
+            raise ValueError(
+                f"data.split={data.split} gives the {name} split no share; change data.split "
+                "(such as data.split=80/10/10)"
+            )
+        begin, end = split_bounds(data.split, count)[position]
+        if begin == end:
+            raise ValueError(
+                f"data.split={data.split} leaves the {name} split without documents: data.path="
+                f"{data.path} holds {count} and it needs at least {_needed(data.split, position)} "
+                "documents; change data.split (such as data.split=50/25/25), add documents, or set "
+                "data.document_separator so that a text file holds more of them"
+            )
+
+
+def _needed(split: str, position: int) -> int:
+    """Smallest count of documents that leaves no split of non-zero share up to this one empty."""
+    count = 1
+    while split_bounds(split, count)[position][0] == split_bounds(split, count)[position][1]:
+        count += 1
+    return count
+
+
+def check_tokens(data: DataConfig, lengths: np.ndarray, splits: Sequence[str] | None) -> None:
+    """Refuse a split shorter than one sequence, or than ``data.num_samples`` of them.
+
+    Args:
+        data: the data keys.
+        lengths: tokens of each document (end-of-document included), in split order.
+        splits: as :func:`wanted_splits` takes them.
+
+    Raises:
+        ValueError: also whatever :func:`check_documents` refuses.
+    """
+    check_documents(data, len(lengths), splits)
+    for name in wanted_splits(data, splits):
+        begin, end = split_bounds(data.split, len(lengths))[SPLITS.index(name)]
+        tokens = int(lengths[begin:end].sum(dtype=np.int64))
+        # The last token of a sample is only a label, and the next sample starts with it.
+        samples = (tokens - 1) // data.seq_length
+        if samples < 1:
+            raise ValueError(
+                f"the {name} split of data.path={data.path} holds {tokens} tokens in {end - begin} "
+                f"documents, less than one sequence of data.seq_length={data.seq_length} plus one; "
+                "lower data.seq_length, change data.split or add text"
+            )
+        if splits is None:
+            check_num_samples(data, samples)
+
+
+def check_num_samples(data: DataConfig, samples: int) -> None:
+    """Refuse to read more samples than there are: each is read once, none twice.
+
+    Raises:
+        ValueError: ``data.num_samples`` exceeds ``samples``.
+    """
+    if (data.num_samples or 0) > samples:
+        raise ValueError(
+            f"data.num_samples={data.num_samples} is more than the {samples} sequences of "
+            f"data.seq_length={data.seq_length} in the {data.split_name} split of data.path="
+            f"{data.path}; set data.num_samples to at most {samples}, or to null for all of them"
+        )
