@@ -1,0 +1,214 @@
+"""Forward hooks on Megatron model chunks that feed the accumulators.
+
+What is scored where (2407.14679, section 2.2):
+
+- ``hidden``: output of each layer's input norm and pre-MLP norm,
+- ``ffn``: input of ``mlp.linear_fc2``,
+- ``head``: input of ``self_attention.linear_proj``,
+- ``layer``: input and output of the transformer layer.
+
+Activations are ``[s, b, w]`` and local: ffn and head channels are split over the tensor-parallel
+ranks; under sequence parallelism the hidden states are split along s over the same ranks; context
+parallelism splits every s. A chunk is one virtual pipeline stage; all ranks that share its samples
+run its forward passes in the same order, so one exchange at the end of each is enough.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from nemo_minitron.config.stages import ScoreConfig
+from nemo_minitron.importance.aggregate import Accumulator, BlockInfluence, reduce_partials
+from nemo_minitron.runtime.groups import ParallelGroups
+
+NORMS_PER_LAYER = 2
+CHANNEL_AXES = ("hidden", "ffn", "head")
+
+
+class ChunkRecorder:
+    """Accumulators of one model chunk, fed by its hooks.
+
+    Attributes:
+        layers: global 0-based indices of the chunk's layers.
+        channels: axis -> accumulator; ``hidden`` has two modules per layer, ``ffn`` and ``head``
+            one, in layer order.
+        influence: accumulator of the ``layer`` axis, None when it is not scored.
+    """
+
+    def __init__(
+        self,
+        chunk: Any,
+        groups: ParallelGroups,
+        scores: ScoreConfig,
+        valid: Callable[[int], int],
+    ) -> None:
+        """Prepare accumulators; registers nothing yet.
+
+        Args:
+            chunk: a Megatron ``GPTModel`` without wrappers.
+            groups: this rank's process groups.
+            scores: what to score and how.
+            valid: micro-batch number -> leading samples of it that count on this rank.
+        """
+        self.chunk, self.groups, self.valid = chunk, groups, valid
+        config = chunk.config
+        self.sequence_split = bool(config.sequence_parallel)
+        blocks = list(chunk.decoder.layers)
+        self.layers = [int(block.layer_number) - 1 for block in blocks]
+        self.micro_batches = 0
+        tp, count = groups.tp.size(), len(blocks)
+        device = next(chunk.parameters()).device
+        widths = {
+            "hidden": (NORMS_PER_LAYER * count, config.hidden_size),
+            "ffn": (count, config.ffn_hidden_size // tp),
+            "head": (count, config.num_attention_heads * config.kv_channels // tp),
+        }
+        self.channels = {
+            axis: Accumulator(
+                modules,
+                width,
+                batch=scores.batch_aggregation,
+                seq=scores.seq_aggregation,
+                device=device,
+            )
+            for axis, (modules, width) in widths.items()
+            if axis in scores.axes
+        }
+        self.influence = BlockInfluence(count, device=device) if "layer" in scores.axes else None
+        self._blocks = blocks
+
+    def register(self) -> list[RemovableHandle]:
+        """Register all hooks.
+
+        Raises:
+            ValueError: a layer has no dense MLP or no self-attention to hook.
+        """
+        handles = [self.chunk.register_forward_hook(self._finish)]
+        for local, block in enumerate(self._blocks):
+            if "hidden" in self.channels:
+                norm, linear = block.input_layernorm, block.self_attention.linear_qkv
+                handles.append(self._on_norm(NORMS_PER_LAYER * local, norm, linear))
+                norm = block.pre_mlp_layernorm
+                linear = getattr(block.mlp, "linear_fc1", None)
+                handles.append(self._on_norm(NORMS_PER_LAYER * local + 1, norm, linear))
+            for axis, owner, name in (
+                ("ffn", block.mlp, "linear_fc2"),
+                ("head", block.self_attention, "linear_proj"),
+            ):
+                if axis in self.channels:
+                    module = _submodule(owner, name, axis, self.layers[local])
+                    hook = partial(self._on_input, axis, local)
+                    handles.append(module.register_forward_pre_hook(hook))
+            if self.influence is not None:
+                hook = partial(self._on_layer, local)
+                handles.append(block.register_forward_hook(hook, with_kwargs=True))
+        return handles
+
+    def _on_norm(self, module: int, norm: nn.Module, linear: nn.Module | None) -> RemovableHandle:
+        """Hook a norm, or the Transformer Engine linear layer that it is fused into."""
+        if linear is not None and getattr(linear, "layer_norm_weight", None) is not None:
+            return linear.register_forward_pre_hook(partial(self._on_fused_norm, module))
+        return norm.register_forward_hook(partial(self._on_output, module))
+
+    # Hooks: torch gives (module, args[, kwargs][, output]) after the bound arguments.
+
+    def _on_output(self, index: int, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        self.channels["hidden"].observe(index, output.detach())
+
+    def _on_fused_norm(self, index: int, linear: nn.Module, args: tuple[Any, ...]) -> None:
+        self.channels["hidden"].observe(index, normed_input(linear, args[0].detach()))
+
+    def _on_input(self, axis: str, local: int, _: nn.Module, args: tuple[Any, ...]) -> None:
+        self.channels[axis].observe(local, args[0].detach())
+
+    def _on_layer(
+        self,
+        local: int,
+        _: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: tuple[Tensor, Any],
+    ) -> None:
+        before = args[0] if args else kwargs["hidden_states"]
+        assert self.influence is not None
+        self.influence.observe(local, before, output[0])
+
+    def _finish(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """End of one micro-batch: complete the samples over the ranks that share them."""
+        valid = self.valid(self.micro_batches)
+        self.micro_batches += 1
+        if self.sequence_split and "hidden" in self.channels:
+            reduce_partials([self.channels["hidden"]], self.groups.tp)
+        reduce_partials(list(self.channels.values()), self.groups.cp)
+        for axis, accumulator in self.channels.items():
+            split = self.groups.tp.size() if self.sequence_split and axis == "hidden" else 1
+            accumulator.commit(split * self.groups.cp.size(), valid)
+        if self.influence is not None:
+            self.influence.commit(valid)
+
+
+def _submodule(owner: nn.Module, name: str, axis: str, layer: int) -> nn.Module:
+    module = getattr(owner, name, None)
+    if module is None:
+        raise ValueError(
+            f"layer {layer + 1} has a {type(owner).__name__} without {name}, so axis '{axis}' "
+            f"cannot be scored; leave {axis} out of scores.axes"
+        )
+    return module
+
+
+def normed_input(linear: Any, x: Tensor) -> Tensor:
+    """What Transformer Engine's fused norm + linear layer feeds its matrix.
+
+    Args:
+        linear: a module with ``layer_norm_weight`` (and ``layer_norm_bias``) and Megatron's config.
+        x: ``[s, b, h]`` input of the module.
+
+    Returns:
+        ``[s, b, h]``, dtype of ``x``.
+    """
+    config = linear.config
+    weight, bias = linear.layer_norm_weight, getattr(linear, "layer_norm_bias", None)
+    if config.layernorm_zero_centered_gamma:
+        weight = weight + 1
+    shape, eps = (x.size(-1),), config.layernorm_epsilon
+    if config.normalization == "RMSNorm":
+        return F.rms_norm(x, shape, weight, eps)
+    return F.layer_norm(x, shape, weight, bias, eps)
+
+
+@contextmanager
+def record(
+    chunks: Sequence[Any],
+    groups: ParallelGroups,
+    scores: ScoreConfig,
+    valid: Callable[[int], int],
+) -> Iterator[list[ChunkRecorder]]:
+    """Hook every chunk; the hooks are gone when the context ends, however it ends.
+
+    Args:
+        chunks: this rank's model chunks without wrappers, in virtual-stage order.
+        groups: this rank's process groups.
+        scores: what to score and how.
+        valid: micro-batch number -> leading samples of it that count on this rank. Every chunk
+            sees the micro-batches in the same order.
+
+    Yields:
+        One recorder per chunk.
+    """
+    recorders = [ChunkRecorder(chunk, groups, scores, valid) for chunk in chunks]
+    handles: list[RemovableHandle] = []
+    try:
+        for recorder in recorders:
+            handles += recorder.register()
+        with torch.no_grad():
+            yield recorders
+    finally:
+        for handle in handles:
+            handle.remove()

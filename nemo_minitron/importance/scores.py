@@ -1,0 +1,148 @@
+"""Importance scores of a model and their files. Imports torch only where tensors are touched."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nemo_minitron.config.model import ModelConfig
+
+SCORES_FILE = "scores.safetensors"
+META_FILE = "scores.json"
+AXES = ("hidden", "ffn", "head", "layer")
+_FORMAT = 1
+# What must agree between the model that was scored and the model that is pruned.
+_MODEL_KEYS = (
+    "family",
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "vocab_size",
+    "kept_layers",
+)
+
+
+@dataclass
+class Scores:
+    """One number per index of each scored axis: global, fp32, higher = keep.
+
+    An axis that was not scored is None. The files do not depend on the layout they were made at.
+    """
+
+    hidden: Tensor | None = None
+    """``[h]``, summed over all input and pre-MLP norms."""
+    ffn: Tensor | None = None
+    """``[layers, f]``."""
+    head: Tensor | None = None
+    """``[layers, n]`` query heads."""
+    layer: Tensor | None = None
+    """``[layers]`` block influence."""
+    meta: dict[str, Any] = field(default_factory=dict)
+    """``model`` sizes, ``aggregation``, ``data``, ``num_samples``, ``num_tokens``."""
+
+    def axes(self) -> dict[str, Tensor]:
+        """The scored axes by name."""
+        found = {axis: getattr(self, axis) for axis in AXES}
+        return {axis: tensor for axis, tensor in found.items() if tensor is not None}
+
+    def save(self, folder: Path) -> None:
+        """Write ``scores.safetensors`` and ``scores.json`` into ``folder``."""
+        from safetensors.torch import save_file
+
+        tensors = {axis: tensor.detach().cpu().contiguous() for axis, tensor in self.axes().items()}
+        save_file(tensors, folder / SCORES_FILE)
+        meta = {"format": _FORMAT, "axes": list(tensors), **self.meta}
+        (folder / META_FILE).write_text(json.dumps(meta, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Scores:
+        """Read what ``save`` wrote.
+
+        Raises:
+            ValueError: a file is missing or damaged, or a score is not finite.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        meta = read_meta(folder)
+        try:
+            tensors = load_file(folder / SCORES_FILE)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{folder / SCORES_FILE} cannot be read: {error}") from error
+        scores = cls(meta=meta, **tensors)
+        check_finite(scores)
+        return scores
+
+
+def check_finite(scores: Scores) -> None:
+    """Refuse scores that rank nothing.
+
+    Raises:
+        ValueError: a score is NaN or infinite.
+    """
+    for axis, tensor in scores.axes().items():
+        bad = int((~tensor.isfinite()).sum())
+        if bad:
+            raise ValueError(
+                f"{bad} of {tensor.numel()} {axis} scores are NaN or infinite: the model's "
+                "activations are; check the checkpoint (minitron evaluate) and the calibration data"
+            )
+
+
+def model_meta(config: ModelConfig) -> dict[str, Any]:
+    """The part of a model's config that its scores depend on, for ``Scores.meta['model']``."""
+    return {key: getattr(config, key) for key in _MODEL_KEYS}
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """``scores.json`` of a result folder, without torch.
+
+    Raises:
+        ValueError: the file is missing, damaged or of another version.
+    """
+    path = folder / META_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} holds no {META_FILE}; set importance to the output_dir of "
+            "minitron importance"
+        )
+    try:
+        meta = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(meta, dict) or meta.get("format") != _FORMAT or "model" not in meta:
+        raise ValueError(
+            f"{path} is not a format-{_FORMAT} scores file; run minitron importance again"
+        )
+    return meta
+
+
+def check_model(config: ModelConfig, meta: dict[str, Any]) -> None:
+    """Refuse scores of a different model.
+
+    Args:
+        config: the model to prune.
+        meta: ``scores.json``.
+
+    Raises:
+        ValueError: names every size that differs.
+    """
+    scored, mine = meta["model"], model_meta(config)
+    different = [
+        f"{key}={scored.get(key)} (checkpoint: {mine[key]})"
+        for key in _MODEL_KEYS
+        if scored.get(key) != mine[key]
+    ]
+    if different:
+        raise ValueError(
+            f"importance belongs to a different model: {', '.join(different)}; set importance to "
+            "scores of this checkpoint (minitron importance checkpoint=<the same folder>)"
+        )

@@ -1,0 +1,1 @@
+"""Pruning: scores -> plan (kept indices) -> smaller weights."""

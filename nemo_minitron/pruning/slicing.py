@@ -1,0 +1,155 @@
+"""A plan applied to tensors, through the parameter table. Pure torch.
+
+Everything here is about *global* tensors; the table says which axis each tensor dim holds, and the
+plan which indices of that axis stay.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import LongTensor, Tensor
+
+from nemo_minitron.checkpoint.lazy import LazyTensor, Store
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.families.table import DIM_SIZES, Family
+from nemo_minitron.pruning.plan import Plan, pruned_config
+
+
+def _blocks(starts: Tensor, length: int) -> Tensor:
+    """``[n]`` block numbers -> ``[n * length]`` element indices, blocks of ``length`` elements."""
+    return (starts[:, None] * length + torch.arange(length)).flatten()
+
+
+def _ffn(config: ModelConfig, plan: Plan, position: int) -> Tensor:
+    return torch.tensor(plan.ffn[position])
+
+
+def _gate_up(config: ModelConfig, plan: Plan, position: int) -> Tensor:
+    kept = _ffn(config, plan, position)
+    return torch.cat([kept, kept + config.ffn_hidden_size])
+
+
+def _head(config: ModelConfig, plan: Plan, position: int) -> Tensor:
+    return _blocks(torch.tensor(plan.head[position]), config.kv_channels)
+
+
+def _qkv(config: ModelConfig, plan: Plan, position: int) -> Tensor:
+    """Per kept query group: the rows of its kept query heads, of its key and of its value."""
+    per_group = config.heads_per_group
+    blocks = []  # one block = one head's kv_channels rows; a group is per_group + 2 blocks
+    for group in plan.query_group[position]:
+        first = group * (per_group + 2)
+        mine = [head % per_group for head in plan.head[position] if head // per_group == group]
+        blocks += [first + head for head in (*mine, per_group, per_group + 1)]
+    return _blocks(torch.tensor(blocks), config.kv_channels)
+
+
+_PER_LAYER: dict[str, Callable[[ModelConfig, Plan, int], Tensor]] = {
+    "ffn": _ffn,
+    "gate_up": _gate_up,
+    "head": _head,
+    "qkv": _qkv,
+}
+_NEVER_PRUNED = ("vocab", "position", "head_dim")
+
+
+def dim_indices(
+    dim: str, config: ModelConfig, plan: Plan, position: int | None
+) -> LongTensor | None:
+    """Indices that stay of one tensor dim.
+
+    Args:
+        dim: what the dim holds, a key of ``families.table.DIM_SIZES``.
+        config: the model before pruning.
+        plan: what to keep.
+        position: position of the layer in ``plan.layers``; None for tensors outside the layers.
+
+    Returns:
+        Global indices in the order they are stored, or None when all stay.
+    """
+    if dim in _NEVER_PRUNED:
+        return None
+    if dim == "hidden":
+        kept = torch.tensor(plan.hidden)
+    elif position is None:
+        raise ValueError(
+            f"a '{dim}' dim needs a layer; fix the family table: only rows with "
+            "{layer} in their name can have it"
+        )
+    else:
+        kept = _PER_LAYER[dim](config, plan, position)
+    if len(kept) == DIM_SIZES[dim](config):
+        return None
+    return kept  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a pruned tensor comes from.
+
+    Attributes:
+        name: Megatron name in the model before pruning.
+        indices: per tensor dim the global indices kept, None: all.
+    """
+
+    name: str
+    indices: tuple[LongTensor | None, ...]
+
+
+def sources(family: Family, config: ModelConfig, plan: Plan) -> dict[str, Source]:
+    """Megatron name in the pruned model -> where its values are in the model before pruning."""
+    result = {}
+    for name, row, position in family.parameters(pruned_config(config, plan)):
+        old = name if position is None else row.name.format(layer=plan.layers[position])
+        kept = tuple(dim_indices(dim, config, plan, position) for dim in row.dims)
+        result[name] = Source(old, kept)
+    return result
+
+
+def slice_tensor(tensor: Tensor, indices: tuple[LongTensor | None, ...]) -> Tensor:
+    """Keep ``indices`` of each dim; returns ``tensor`` itself when all are None."""
+    for dim, kept in enumerate(indices):
+        if kept is not None:
+            tensor = tensor.index_select(dim, kept)
+    return tensor
+
+
+def _read_sliced(tensor: LazyTensor, indices: tuple[LongTensor | None, ...]) -> Tensor:
+    return slice_tensor(tensor.read(), indices)
+
+
+def prune_store(family: Family, config: ModelConfig, plan: Plan, store: Store) -> Store:
+    """The pruned model, tensor by tensor and only when read.
+
+    Args:
+        family: the table.
+        config: the model before pruning.
+        plan: what to keep.
+        store: all its parameters.
+
+    Returns:
+        Store of the pruned model; dtypes are kept, tensors that lose nothing are passed through.
+
+    Raises:
+        ValueError: the store lacks a parameter, or holds one that has no row in the table.
+    """
+    for name in store:
+        family.find(name, config)
+    missing = [name for name, _, _ in family.parameters(config) if name not in store]
+    if missing:
+        raise ValueError(f"the checkpoint lacks {len(missing)} parameters: {missing[:5]}")
+    result: Store = {}
+    for name, source in sources(family, config, plan).items():
+        tensor = store[source.name]
+        if all(kept is None for kept in source.indices):
+            result[name] = tensor
+            continue
+        shape = tuple(
+            size if kept is None else len(kept)
+            for size, kept in zip(tensor.shape, source.indices, strict=True)
+        )
+        read = partial(_read_sliced, tensor, source.indices)
+        result[name] = LazyTensor(shape, tensor.dtype, read)
+    return result
