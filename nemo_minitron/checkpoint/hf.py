@@ -121,8 +121,8 @@ def open_hf(folder: Path) -> tuple[dict[str, Any], Store]:
     config = _read_json(folder / CONFIG_JSON)
     if config.get("quantization_config"):
         raise ValueError(
-            f"{folder} holds quantised weights (quantization_config in {CONFIG_JSON}); set source to "
-            "the unquantised model"
+            f"{folder} holds quantised weights (quantization_config in {CONFIG_JSON}); set source "
+            "to the unquantised model"
         )
     family_of_hf(config)
     store: Store = {}
@@ -276,16 +276,17 @@ def write_hf(folder: Path, store: Store, config: dict[str, Any], max_shard_size:
         OSError: the folder cannot be written (disk full).
     """
     split = split_shards(store, max_shard_size)
+    (folder / CONFIG_JSON).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     for file, names in split.filename_to_tensors.items():
         tensors = {name: store[name].read() for name in names}
         try:
             save_file(tensors, folder / file, metadata={"format": "pt"})
+            shutil.copymode(folder / CONFIG_JSON, folder / file)  # safetensors makes it private
         except SafetensorError as error:
             raise OSError(f"{folder / file} cannot be written: {error}") from error
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX_JSON).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    (folder / CONFIG_JSON).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     return list(split.filename_to_tensors)
 
 

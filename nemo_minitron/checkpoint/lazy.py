@@ -88,7 +88,7 @@ def refuse_nonfinite(name: str, tensor: Tensor) -> None:
 def shared_parts(read: Callable[[], Sequence[Tensor]], parts: int) -> list[Callable[[], Tensor]]:
     """Readers of the parts of one split tensor that read the whole only once per round.
 
-    The parts are kept until each has been taken once, then dropped; asking for one twice reads anew.
+    Each part is kept until it has been taken, then dropped; taking one twice reads anew.
     """
     lock = threading.Lock()
     kept: dict[int, Tensor] = {}

@@ -1,21 +1,20 @@
 """Megatron's ``torch_dist`` checkpoint format, without Megatron and without a process group.
 
-Files are written and read by torch.distributed.checkpoint's file-system classes, fed with a plan that
-names Megatron's keys. The layout is the one ``megatron.core.dist_checkpointing`` calls homogeneous:
-one key for all layers, ``decoder.layers.mlp.linear_fc1.weight`` of shape ``[num_layers, ...]`` with a
-chunk per layer; other parameters under their own name. Norms that Transformer Engine fuses are stored
-under the TE name, because Megatron's local spec maps to it too. The vocabulary is stored unpadded.
-Letters: l layers. All shapes are global.
+Files are written and read by torch.distributed.checkpoint's file-system classes, fed with a plan
+that names Megatron's keys. The layout is the one ``megatron.core.dist_checkpointing`` calls
+homogeneous: one key for all layers, ``decoder.layers.mlp.linear_fc1.weight`` of shape
+``[num_layers, ...]`` with a chunk per layer; other parameters under their own name. Norms that
+Transformer Engine fuses are stored under the TE name, as Megatron's local spec stores them too. The
+vocabulary is stored unpadded. Shapes are global.
 """
 
 import json
 import logging
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,8 +82,9 @@ class _LazySavePlanner(DefaultSavePlanner):
         self.reads = reads
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        assert write_item.tensor_data is not None and write_item.tensor_data.chunk is not None
-        return self.reads[write_item.index]().reshape(write_item.tensor_data.chunk.sizes)
+        data = write_item.tensor_data
+        assert data is not None
+        return self.reads[write_item.index]().reshape(data.chunk.sizes)
 
 
 class _IntoTensor(DefaultLoadPlanner):
@@ -107,7 +107,7 @@ class _IntoTensor(DefaultLoadPlanner):
 
 
 def _write_item(
-    key: str, row: Row, layer: int | None, config: ModelConfig, dtype: Any
+    key: str, row: Row, layer: int | None, config: ModelConfig, dtype: torch.dtype
 ) -> WriteItem:
     shape = row.shape(config)
     size = shape if layer is None else (config.num_layers, *shape)
@@ -154,11 +154,11 @@ def _write_items(
 def _files(items: dict[str, list[tuple[WriteItem, LazyTensor]]]) -> list[SavePlan]:
     """One plan per file, largest first.
 
-    A file holds one key only: the writer keeps the newest tensor of every key of an open file alive.
+    One key per file, as the writer keeps alive the newest tensor of every key of an open file.
     """
     files: list[tuple[int, list[WriteItem]]] = []
     for group in items.values():
-        size, batch = 0, []
+        size, batch = 0, list[WriteItem]()
         for item, lazy in group:
             if batch and size + lazy.nbytes > _MAX_FILE_BYTES:
                 files.append((size, batch))
@@ -292,9 +292,8 @@ def _wanted(
     """Region that holds one parameter; None when the saved shape does not fit the config."""
     sizes = row.shape(config)
     rows = list(saved.size)
-    if stacked:
-        if rows.pop(0) != config.num_layers:
-            return None
+    if stacked and rows.pop(0) != config.num_layers:
+        return None
     if len(rows) != len(sizes):
         return None
     for dim, have, want in zip(row.dims, rows, sizes, strict=True):
@@ -314,27 +313,6 @@ def _refuse_unknown(used: set[str], metadata: Metadata, folder: Path) -> None:
         weight = key.startswith(("embedding.", "decoder.", "output_layer.")) and key not in used
         if weight and isinstance(saved, TensorStorageMetadata):
             raise ValueError(f"{folder} holds {key}, which this model does not have")
-
-
-def _lazy(
-    reader: FileSystemReader,
-    found: tuple[str, TensorStorageMetadata, bool],
-    wanted: Any,
-    shape: Any,
-) -> LazyTensor:
-    key, saved, _ = found
-    read = partial(_read_chunk, reader, key, saved, wanted, shape)
-    return LazyTensor(shape, saved.properties.dtype, read)
-
-
-def _located(
-    family: Family, config: ModelConfig, metadata: Metadata, folder: Path
-) -> Iterator[tuple[str, Row, int | None, tuple[str, TensorStorageMetadata, bool]]]:
-    for name, row, layer in family.parameters(config):
-        found = _locate(row, layer, metadata)
-        if found is None:
-            raise ValueError(f"{folder} lacks {name}, which a model of this configuration has")
-        yield name, row, layer, found
 
 
 def read_torch_dist(folder: Path, family: Family, config: ModelConfig) -> Store:
@@ -358,7 +336,10 @@ def read_torch_dist(folder: Path, family: Family, config: ModelConfig) -> Store:
     reader, metadata = _open_metadata(folder)
     store: Store = {}
     used: set[str] = set()
-    for name, row, layer, found in _located(family, config, metadata, folder):
+    for name, row, layer in family.parameters(config):
+        found = _locate(row, layer, metadata)
+        if found is None:
+            raise ValueError(f"{folder} lacks {name}, which a model of this configuration has")
         key, saved, stacked = found
         wanted = _wanted(row, layer, stacked, config, saved)
         if wanted is None:
@@ -367,6 +348,8 @@ def read_torch_dist(folder: Path, family: Family, config: ModelConfig) -> Store:
                 f"{row.shape(config)}{f' in {config.num_layers} layers' if stacked else ''}"
             )
         used.add(key)
-        store[name] = _lazy(reader, found, wanted, row.shape(config))
+        shape = row.shape(config)
+        read = partial(_read_chunk, reader, key, saved, wanted, shape)
+        store[name] = LazyTensor(shape, saved.properties.dtype, read)
     _refuse_unknown(used, metadata, folder)
     return store

@@ -1,7 +1,7 @@
 """How several Hugging Face tensors become one Megatron tensor, and back.
 
-Keyed by what dim 0 of the Megatron tensor holds (``families.table.DIM_SIZES``), so a table row needs
-no code. Only rows are moved: every function is exact in every dtype.
+Keyed by what dim 0 of the Megatron tensor holds (``families.table.DIM_SIZES``), so a table row
+needs no code. Only rows are moved: every function is exact in every dtype.
 Letters: g query groups, n heads, d head dim, f ffn, `...` the other dims.
 """
 

@@ -1,0 +1,222 @@
+"""GGUF files (llama.cpp): Llama weights, dequantised lazily, with Hugging Face names and row order.
+
+Names come from the ``gguf`` package's own map and values from its own dequantisation. Two facts are
+ours: the rows of q and k are stored permuted for llama.cpp's rotary layout, and GGUF keeps sizes in
+metadata fields, of which ``_config`` makes a config.json. Letters: n heads, d head dim, h hidden.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Kind
+from gguf import GGUFReader, ReaderTensor, get_tensor_name_map
+from gguf.constants import MODEL_ARCH
+from gguf.quants import dequantize
+from torch import Tensor
+
+from nemo_minitron.checkpoint.lazy import LazyTensor, Store
+from nemo_minitron.families.registry import family_of_hf
+
+# Types kept as they are; all others become float32.
+_PLAIN = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
+_QUANTISED = {
+    Kind.Q4_0,
+    Kind.Q4_1,
+    Kind.Q5_0,
+    Kind.Q5_1,
+    Kind.Q8_0,
+    Kind.Q2_K,
+    Kind.Q3_K,
+    Kind.Q4_K,
+    Kind.Q5_K,
+    Kind.Q6_K,
+}
+
+
+@lru_cache(maxsize=2)
+def _parse(path: Path, size: int, mtime_ns: int) -> GGUFReader:
+    """Parsing a large vocabulary takes seconds, and a stage opens its source more than once."""
+    try:
+        return GGUFReader(path)
+    except (ValueError, IndexError, KeyError, OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} is not a GGUF file, or is truncated or damaged: {error}"
+        ) from error
+
+
+def open_reader(path: Path) -> GGUFReader:
+    """Memory-mapped GGUF file.
+
+    Raises:
+        ValueError: the file is missing, truncated or not GGUF.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
+    stat = path.stat()
+    return _parse(path, stat.st_size, stat.st_mtime_ns)
+
+
+def fields_of(path: Path) -> Callable[..., Any]:
+    """Look-up ``get(key, default)`` of metadata; without a default the field must be there."""
+    reader = open_reader(path)
+
+    def get(key: str, *default: Any) -> Any:
+        field = reader.get_field(key)
+        if field is None:
+            if default:
+                return default[0]
+            raise ValueError(f"{path} lacks the metadata field {key}")
+        value = field.contents()
+        # float32 fields: the shortest decimal that means the same (1e-05, not 9.99999974e-06)
+        return float(str(np.float32(value))) if isinstance(value, float) else value
+
+    return get
+
+
+def _refuse(path: Path, what: str, field: str) -> None:
+    raise ValueError(
+        f"{path}: {field} {what}, which config.json cannot say; set source to the Hugging Face "
+        "folder of this model"
+    )
+
+
+def _check_supported(path: Path, get: Callable[..., Any], head_dim: int) -> None:
+    if get("llama.expert_count", 0):
+        _refuse(path, "is set (a mixture of experts)", "llama.expert_count")
+    if (
+        get("llama.rope.scaling.type", "none") != "none"
+        or get("llama.rope.scale_linear", 1.0) != 1.0
+    ):
+        _refuse(path, "is set", "llama.rope.scaling")
+    if any(tensor.name == "rope_freqs.weight" for tensor in open_reader(path).tensors):
+        _refuse(path, "holds scaled rotary frequencies", "rope_freqs.weight")
+    rotary = get("llama.rope.dimension_count", head_dim)
+    if rotary != head_dim:
+        _refuse(path, f"is {rotary} of {head_dim} (partial rotary)", "llama.rope.dimension_count")
+    value_dim = get("llama.attention.value_length", head_dim)
+    if value_dim != head_dim:
+        _refuse(path, f"is {value_dim}, not {head_dim}", "llama.attention.value_length")
+
+
+def _config(path: Path, tensors: dict[str, ReaderTensor]) -> dict[str, Any]:
+    """config.json of the model."""
+    get = fields_of(path)
+    arch = get("general.architecture")
+    if arch != "llama":
+        raise ValueError(f"{path}: general.architecture={arch} is not supported; supported: llama")
+    hidden, heads = get("llama.embedding_length"), get("llama.attention.head_count")
+    head_dim = get("llama.attention.key_length", hidden // heads)
+    _check_supported(path, get, head_dim)
+    if "token_embd.weight" not in tensors:
+        raise ValueError(f"{path} lacks the tensor token_embd.weight")
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "num_hidden_layers": get("llama.block_count"),
+        "hidden_size": hidden,
+        "intermediate_size": get("llama.feed_forward_length"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": get("llama.attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "vocab_size": int(tensors["token_embd.weight"].shape[-1]),
+        "max_position_embeddings": get("llama.context_length"),
+        "rms_norm_eps": get("llama.attention.layer_norm_rms_epsilon"),
+        "rope_theta": get("llama.rope.freq_base", 10000.0),
+        "tie_word_embeddings": "output.weight" not in tensors,
+    }
+    for name, field in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        config[f"{name}_token_id"] = get(f"tokenizer.ggml.{field}_token_id", None)
+    return config
+
+
+def _plain(tensor: ReaderTensor) -> Tensor:
+    """Copy out of the memory map, type kept."""
+    if tensor.tensor_type == Kind.BF16:  # numpy has no bfloat16: the reader gives bytes
+        return torch.from_numpy(tensor.data.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(tensor.data.copy())
+
+
+def _read(tensor: ReaderTensor, dtype: torch.dtype, heads: int) -> Tensor:
+    """One tensor in Hugging Face row order.
+
+    Args:
+        tensor: entry of the memory-mapped file.
+        dtype: dtype of the result.
+        heads: heads whose rows are permuted (q and k); 0 for all other tensors.
+    """
+    if tensor.tensor_type in _PLAIN:
+        value = _plain(tensor).to(dtype)
+    else:
+        value = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)).to(dtype)
+    if heads:
+        # [n * d, h]: llama.cpp's (d/2, 2) back to the halves (2, d/2) of Hugging Face
+        n, half = heads, value.shape[0] // heads // 2
+        value = value.view(n, half, 2, -1).transpose(1, 2).reshape(value.shape)
+    return value.contiguous()
+
+
+def _dtypes(path: Path, tensors: dict[str, ReaderTensor]) -> Callable[[ReaderTensor], torch.dtype]:
+    """Dtype of every tensor: as stored if all matrices have one plain type, else float32.
+
+    Norms stay float32, as GGUF stores them.
+    """
+    for tensor in tensors.values():
+        if tensor.tensor_type not in _PLAIN and tensor.tensor_type not in _QUANTISED:
+            known = sorted(kind.name for kind in {*_PLAIN, *_QUANTISED})
+            raise ValueError(
+                f"{path}: {tensor.name} is {tensor.tensor_type.name}; supported: {known}"
+            )
+    kinds = {t.tensor_type for t in tensors.values() if len(t.shape) > 1}
+    uniform = len(kinds) == 1 and kinds <= set(_PLAIN)
+    return lambda tensor: _PLAIN[tensor.tensor_type] if uniform else torch.float32
+
+
+def open_gguf(path: Path) -> tuple[dict[str, Any], Store]:
+    """Open a Llama GGUF file; weights are dequantised when read.
+
+    Args:
+        path: the .gguf file.
+
+    Returns:
+        A config.json, and the store under Hugging Face names, rows in Hugging Face order. Quantised
+        files give float32; plain ones keep their types.
+
+    Raises:
+        ValueError: not GGUF, damaged, another architecture, or something config.json cannot say.
+    """
+    tensors = {tensor.name: tensor for tensor in open_reader(path).tensors}
+    hf = _config(path, tensors)
+    family = family_of_hf(hf)
+    config = family.from_hf(hf)
+    dtype_of = _dtypes(path, tensors)
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_layers)
+    store: Store = {}
+    for _, row, layer in family.parameters(config):
+        for pattern in row.hf:
+            name = pattern.format(layer=layer)
+            tensor = tensors.pop(
+                names.get_name(name, try_suffixes=(".weight", ".bias")) or "", None
+            )
+            if tensor is None:
+                raise ValueError(f"{path} lacks {name} (as {names.get_name(name, ('.weight',))})")
+            heads = 0
+            if ".q_proj." in name:
+                heads = config.num_attention_heads
+            elif ".k_proj." in name:
+                heads = config.num_query_groups
+            shape = tuple(int(size) for size in reversed(tensor.shape))
+            dtype = dtype_of(tensor)
+            store[name] = LazyTensor(shape, dtype, partial(_read, tensor, dtype, heads))
+    if tensors:
+        raise ValueError(
+            f"{path} holds tensors without a row in the table of family '{family.name}': "
+            f"{sorted(tensors)[:5]}"
+        )
+    return hf, store

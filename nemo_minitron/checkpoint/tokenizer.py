@@ -1,0 +1,165 @@
+"""The tokenizer beside the weights: copied from a Hugging Face folder or built from a GGUF file."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
+
+TOKENIZER_JSON = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+FILES = (
+    TOKENIZER_JSON,
+    TOKENIZER_CONFIG,
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+# Kinds of tokens in tokenizer.ggml.token_type
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
+
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _byte_level(use_regex: bool = True) -> Any:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+
+
+# tokenizer.ggml.pre -> how text is cut before byte-pair merging
+_PRE_TOKENIZERS: dict[str, list[Any]] = {
+    "default": [_byte_level()],
+    "gpt-2": [_byte_level()],
+    "smollm": [pre_tokenizers.Digits(individual_digits=True), _byte_level()],
+    "llama-bpe": [pre_tokenizers.Split(Regex(_LLAMA3), "isolated"), _byte_level(use_regex=False)],
+}
+
+
+def check_gguf_tokenizer(path: Path) -> None:
+    """Refuse GGUF tokenizers that cannot be rebuilt.
+
+    Raises:
+        ValueError: not byte-level BPE, or cut by rules not known here.
+    """
+    from nemo_minitron.checkpoint.gguf import fields_of
+
+    get = fields_of(path)
+    kind, pre = get("tokenizer.ggml.model", None), get("tokenizer.ggml.pre", "default")
+    way_out = "set source to the Hugging Face folder of this model"
+    if kind != "gpt2":
+        raise ValueError(
+            f"{path}: tokenizer.ggml.model={kind} is not supported; supported: gpt2 (byte-level "
+            f"BPE); {way_out}"
+        )
+    if pre not in _PRE_TOKENIZERS:
+        raise ValueError(
+            f"{path}: tokenizer.ggml.pre={pre} is not supported; supported: "
+            f"{sorted(_PRE_TOKENIZERS)}; {way_out}"
+        )
+
+
+def _added_tokens(tokens: list[str], kinds: list[int]) -> list[AddedToken]:
+    return [
+        AddedToken(token, special=kind != _USER_DEFINED, normalized=False)
+        for token, kind in zip(tokens, kinds, strict=True)
+        if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+    ]
+
+
+def _template(tokens: dict[str, tuple[str, int]], bos: bool, eos: bool) -> Any:
+    """Post-processor that adds beginning- and end-of-text tokens."""
+    pieces = [name for name, wanted in (("bos", bos), ("A", True), ("eos", eos)) if wanted]
+    single = " ".join("$A" if piece == "A" else tokens[piece][0] for piece in pieces)
+    pair = single + " " + single.replace("$A", "$B:1")
+    used = [tokens[name] for name, wanted in (("bos", bos), ("eos", eos)) if wanted]
+    return processors.TemplateProcessing(single=single, pair=pair, special_tokens=used)
+
+
+def _build_from_gguf(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
+    """Tokenizer and tokenizer_config.json of a GGUF file."""
+    from nemo_minitron.checkpoint.gguf import fields_of
+
+    check_gguf_tokenizer(path)
+    get = fields_of(path)
+    tokens, pre = get("tokenizer.ggml.tokens"), get("tokenizer.ggml.pre", "default")
+    merges = [tuple(merge.split(" ", 1)) for merge in get("tokenizer.ggml.merges")]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(_PRE_TOKENIZERS[pre])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens(_added_tokens(tokens, get("tokenizer.ggml.token_type")))
+    special: dict[str, tuple[str, int]] = {}
+    for name, field in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        index = get(f"tokenizer.ggml.{field}_token_id", None)
+        if index is not None:
+            special[name] = (tokens[index], index)
+    bos = get("tokenizer.ggml.add_bos_token", False) and "bos" in special
+    eos = get("tokenizer.ggml.add_eos_token", False) and "eos" in special
+    if bos or eos:
+        tokenizer.post_processor = _template(special, bos, eos)
+    config: dict[str, Any] = {
+        # Not LlamaTokenizer: transformers would rebuild the cutting rules of Llama 2.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": get("llama.context_length"),
+        "add_bos_token": bos,
+        "add_eos_token": eos,
+        **{f"{name}_token": token for name, (token, _) in special.items()},
+    }
+    template = get("tokenizer.chat_template", None)
+    return tokenizer, config if template is None else {**config, "chat_template": template}
+
+
+def save_tokenizer(source: Path, folder: Path) -> list[str]:
+    """Put the tokenizer of a model into ``folder``.
+
+    Args:
+        source: Hugging Face folder (files are copied) or .gguf file (the tokenizer is built).
+        folder: existing folder.
+
+    Returns:
+        Names of the files written; empty when a Hugging Face folder has no tokenizer.
+
+    Raises:
+        ValueError: the GGUF tokenizer is of a kind that cannot be rebuilt.
+    """
+    if source.is_dir():
+        names = [name for name in FILES if (source / name).is_file()]
+        for name in names:
+            shutil.copyfile(source / name, folder / name)
+        return names
+    tokenizer, config = _build_from_gguf(source)
+    tokenizer.save(str(folder / TOKENIZER_JSON))
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (folder / TOKENIZER_CONFIG).write_text(text, encoding="utf-8")
+    return [TOKENIZER_JSON, TOKENIZER_CONFIG]
+
+
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
+    """Tokenizer that ``save_tokenizer`` put into ``folder``.
+
+    tokenizer.json is taken as it is: ``AutoTokenizer`` may rebuild it after its class name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not (folder / TOKENIZER_JSON).is_file():
+        raise ValueError(
+            f"{folder} holds no {TOKENIZER_JSON}: the model was imported without a tokenizer; "
+            f"import again from a source that has one, or set data.path to .npy token ids"
+        )
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(str(folder))
