@@ -162,13 +162,16 @@ class FirstSamples(Dataset[Sample]):
     """The first ``size`` samples of a dataset."""
 
     def __init__(self, dataset: Any, size: int) -> None:
+        """Wrap a Megatron dataset of at least ``size`` samples."""
         self.dataset = dataset
         self.size = size
 
     def __len__(self) -> int:
+        """Samples."""
         return self.size
 
     def __getitem__(self, index: int | None) -> Sample:
+        """Sample ``index``; None: filler, its loss mask all 0."""
         return cast(Sample, self.dataset[index])
 
 
@@ -190,9 +193,11 @@ class NpyDataset(Dataset[Sample]):
         self.size = size
 
     def __len__(self) -> int:
+        """Samples."""
         return self.size
 
     def __getitem__(self, index: int | None) -> Sample:
+        """Sample ``index``; None: filler, its loss mask all 0."""
         tokens = torch.from_numpy(self.ids[(index or 0) % len(self.ids)].astype(np.int64))
         labels = torch.zeros_like(tokens)
         labels[:-1] = tokens[1:]
@@ -217,7 +222,7 @@ class _Tokenizer:
     It has no ``pad``: samples are never padded, and Megatron then masks no real token.
     """
 
-    eod: int = -1  # read only with the reset flags or eod_mask_loss, which are off
+    eod: int | None = None  # read only with the reset flags or eod_mask_loss, which are off
     vocab_size: int | None = None
     unique_identifiers: dict[str, str] = field(default_factory=lambda: {"class": "none"})
 

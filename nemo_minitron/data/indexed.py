@@ -198,7 +198,7 @@ def _cache_key(source: Source, data: DataConfig, tokenizer: TextTokenizer, vocab
         "text_key": data.text_key,
         "seed": data.seed,
         "tokenizer": tokenizer.digest,
-        "dtype": np.dtype(_dtype(vocab_size)).name,
+        "vocab_size": vocab_size,
     }
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 

@@ -68,6 +68,7 @@ class GlobalBatchSampler(Sampler[list[int | None]]):
         return batches * self.global_batch_size // (self.micro_batch_size * self.dp_size)
 
     def __iter__(self) -> Iterator[list[int | None]]:
+        """Indices of one micro-batch at a time; None stands for a filler sample."""
         step = self.micro_batch_size * self.dp_size
         start = self.consumed_samples + self.dp_rank * self.micro_batch_size
         for first in range(start, start + len(self) * step, step):

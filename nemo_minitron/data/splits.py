@@ -4,6 +4,8 @@ The arithmetic is Megatron's own (contiguous runs of documents, ``round(share * 
 here in numpy so that bad splits are found before Megatron, which takes seconds, is imported.
 """
 
+import itertools
+import math
 import re
 from collections.abc import Sequence
 
@@ -12,6 +14,7 @@ import numpy as np
 from nemo_minitron.config.training import DataConfig
 
 SPLITS = ("train", "validation", "test")
+_SEARCH_UP_TO = 10_000
 
 
 def parse_split(split: str) -> tuple[float, float, float]:
@@ -50,8 +53,8 @@ def split_bounds(split: str, count: int) -> list[tuple[int, int]]:
     edges = [0.0]
     for share in parse_split(split):
         edges.append(edges[-1] + share)
-    cuts = [int(round(edge * float(count))) for edge in edges]
-    return list(zip(cuts[:-1], cuts[1:], strict=True))
+    cuts = [round(edge * float(count)) for edge in edges]
+    return list(itertools.pairwise(cuts))
 
 
 def wanted_splits(data: DataConfig, splits: Sequence[str] | None) -> tuple[str, ...]:
@@ -104,11 +107,15 @@ def check_documents(data: DataConfig, count: int, splits: Sequence[str] | None) 
 
 
 def _needed(split: str, position: int) -> int:
-    """Smallest count of documents that leaves no split of non-zero share up to this one empty."""
-    count = 1
-    while split_bounds(split, count)[position][0] == split_bounds(split, count)[position][1]:
-        count += 1
-    return count
+    """Count of documents from which on no larger count leaves the split empty (by rounding)."""
+    enough = math.ceil(2 / parse_split(split)[position])
+    if enough > _SEARCH_UP_TO:
+        return enough
+    for count in range(enough, 0, -1):
+        begin, end = split_bounds(split, count)[position]
+        if begin == end:
+            return count + 1
+    return 1
 
 
 def check_tokens(data: DataConfig, lengths: np.ndarray, splits: Sequence[str] | None) -> None:
