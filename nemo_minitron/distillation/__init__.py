@@ -1,0 +1,1 @@
+"""Losses between teacher and student and the teacher's forward pass."""

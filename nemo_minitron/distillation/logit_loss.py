@@ -1,0 +1,218 @@
+"""Distillation and language-model losses straight from hidden states.
+
+Both output layers, the softmaxes, the loss and its gradients are done a chunk of tokens at a time,
+on vocabulary shards, so logits of at most ``chunk_size`` tokens exist at any moment. Gradients are
+made in the forward pass (they cost no second matrix product) and scaled in the backward.
+
+Shape letters: N tokens (sequence x micro-batch, full sequence), c tokens of a chunk, h and H student
+and teacher width, v local vocabulary rows without padding. Torch only.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group = dist.ProcessGroup
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """The vocabulary rows of this tensor-parallel rank.
+
+    Attributes:
+        group: tensor-parallel group.
+        vocab_size: true (unpadded) global vocabulary.
+        rows: rows of the local weight, padding included (the same on every rank).
+    """
+
+    group: Group
+    vocab_size: int
+    rows: int
+
+    @property
+    def start(self) -> int:
+        """Global id of the first local row."""
+        return self.group.rank() * self.rows
+
+    @property
+    def valid(self) -> int:
+        """Local rows that are real vocabulary; may be 0 on the last ranks."""
+        return max(0, min(self.rows, self.vocab_size - self.start))
+
+
+@dataclass(frozen=True)
+class LogitLossConfig:
+    """What is summed: ``kd_weight * KL(teacher || student) + ce_weight * CE(labels)``."""
+
+    temperature: float = 1.0
+    kd_weight: float = 1.0
+    ce_weight: float = 0.0
+    chunk_size: int = 256
+    reduce_grad: bool = True
+    """Sum the gradient of the hidden state over the group; False where the caller does (the
+    backward of Megatron's sequence-parallel gather is a reduce-scatter)."""
+
+
+def all_reduce(tensor: Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    """In-place all-reduce; nothing happens in a group of one."""
+    if group.size() > 1:
+        dist.all_reduce(tensor, op=op, group=group)
+    return tensor
+
+
+def log_normalizers(logits: list[Tensor], shard: VocabShard) -> list[Tensor]:
+    """Log of the softmax denominators over the whole vocabulary.
+
+    Args:
+        logits: ``[c, v]`` fp32 local logits of several models; ``v`` may be 0.
+        shard: the vocabulary shard.
+
+    Returns:
+        ``[c, 1]`` for each model. Two collectives in all, whatever the number of models.
+    """
+    floor = torch.finfo(torch.float32).min
+    peak = torch.stack(
+        [x.amax(-1) if x.size(-1) else x.new_full(x.shape[:1], floor) for x in logits]
+    )
+    all_reduce(peak, shard.group, dist.ReduceOp.MAX)
+    total = torch.stack(
+        [(x - m[:, None]).exp_().sum(-1) for x, m in zip(logits, peak, strict=True)]
+    )
+    all_reduce(total, shard.group)
+    return list((peak + total.log()).unsqueeze(-1))
+
+
+def _label_columns(labels: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """Local column of every label and whether this rank holds it."""
+    column = labels - shard.start
+    mine = (column >= 0) & (column < shard.valid)
+    return torch.where(mine, column, 0), mine
+
+
+def _kd_chunk(
+    student: Tensor, teacher: Tensor, mask: Tensor, config: LogitLossConfig, shard: VocabShard
+) -> tuple[Tensor, Tensor]:
+    """Local part of the masked KL sum and its gradient by the student logits.
+
+    KL(t || s) = sum_v p_t (log p_t - log p_s); d/dlogits_s = (p_s - p_t) / T (2407.14679, sec. 3).
+    """
+    student, teacher = student / config.temperature, teacher / config.temperature
+    log_zs, log_zt = log_normalizers([student, teacher], shard)
+    log_ps, log_pt = student - log_zs, teacher - log_zt
+    pt = log_pt.exp()
+    loss = (pt * (log_pt - log_ps)).sum(-1) @ mask
+    return loss, (log_ps.exp_() - pt) * (mask / config.temperature)[:, None]
+
+
+def _ce_chunk(
+    student: Tensor, labels: Tensor, mask: Tensor, shard: VocabShard
+) -> tuple[Tensor, Tensor]:
+    """Local part of the masked cross-entropy sum and its gradient by the student logits."""
+    (log_z,) = log_normalizers([student], shard)
+    column, mine = _label_columns(labels, shard)
+    grad = (student - log_z).exp_()
+    if student.size(-1) == 0:
+        return log_z.new_zeros(()), grad
+    picked = student.gather(-1, column[:, None]).squeeze(-1)
+    # log_z is the same on every rank of the group: the rank that owns the label adds it.
+    loss = torch.where(mine, log_z.squeeze(-1) - picked, 0.0) @ mask
+    grad.scatter_add_(-1, column[:, None], -mine.to(grad.dtype)[:, None])
+    return loss, grad * mask[:, None]
+
+
+class _LogitLoss(torch.autograd.Function):
+    """See ``logit_loss``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        teacher_hidden: Tensor | None,
+        teacher_weight: Tensor | None,
+        labels: Tensor,
+        mask: Tensor,
+        config: LogitLossConfig,
+        shard: VocabShard,
+    ) -> tuple[Tensor, Tensor]:
+        need_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        grad_hidden = torch.empty_like(hidden) if need_grad else None
+        accumulate = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        grad_weight = torch.zeros_like(weight, dtype=accumulate) if need_grad else None
+        local_weight = weight[: shard.valid]
+        parts = hidden.new_zeros(2, dtype=accumulate)
+        for start in range(0, hidden.size(0), config.chunk_size):
+            rows = slice(start, start + config.chunk_size)
+            logits = (hidden[rows] @ local_weight.t()).to(accumulate)
+            grad = torch.zeros_like(logits) if need_grad else None
+            if teacher_hidden is not None and teacher_weight is not None:
+                teacher = (teacher_hidden[rows] @ teacher_weight[: shard.valid].t()).to(accumulate)
+                loss, g = _kd_chunk(logits, teacher, mask[rows], config, shard)
+                parts[0] += loss
+                if grad is not None:
+                    grad.add_(g, alpha=config.kd_weight)
+            if config.ce_weight or teacher_hidden is None or not need_grad:
+                loss, g = _ce_chunk(logits, labels[rows], mask[rows], shard)
+                parts[1] += loss
+                if grad is not None:
+                    grad.add_(g, alpha=config.ce_weight)
+            if grad is not None and grad_hidden is not None and grad_weight is not None:
+                grad = grad.to(weight.dtype)
+                torch.matmul(grad, local_weight, out=grad_hidden[rows])
+                grad_weight[: shard.valid].addmm_(
+                    grad.t().to(accumulate), hidden[rows].to(accumulate)
+                )
+        all_reduce(parts, shard.group)
+        if need_grad:
+            ctx.save_for_backward(grad_hidden, grad_weight)
+            ctx.group = shard.group if config.reduce_grad else None
+        weights = parts.new_tensor([config.kd_weight, config.ce_weight])
+        ctx.mark_non_differentiable(parts)
+        return (parts * weights).sum(), parts
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale = grads[0]
+        grad_hidden = grad_hidden * scale.to(grad_hidden.dtype)
+        # Each rank holds the part of the gradient that flows through its vocabulary rows.
+        if ctx.group is not None:
+            all_reduce(grad_hidden, ctx.group)
+        grad_weight = (grad_weight * scale).to(grad_hidden.dtype)
+        return grad_hidden, grad_weight, None, None, None, None, None, None
+
+
+def logit_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    mask: Tensor,
+    config: LogitLossConfig,
+    shard: VocabShard,
+    *,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Masked sum of the distillation and language-model losses, differentiable by the student.
+
+    Args:
+        hidden: ``[N, h]`` final hidden state of the student, the same on every rank of the group.
+        weight: ``[rows, h]`` local rows of the student's output layer.
+        labels: ``[N]`` int64 target ids.
+        mask: ``[N]`` 1.0 where a token counts, 0.0 elsewhere.
+        config: weights, temperature and chunk size.
+        shard: the local vocabulary rows.
+        teacher_hidden: ``[N, H]``; None leaves only the language-model loss.
+        teacher_weight: ``[rows', H]`` local rows of the teacher's output layer, same vocabulary.
+
+    Returns:
+        Scalar ``kd_weight * KD + ce_weight * CE`` summed over this rank's tokens (the same on
+        every rank of the group) and ``[KD, CE]`` (CE only when it is weighted or no gradient is
+        asked for).
+    """
+    return _LogitLoss.apply(
+        hidden, weight, teacher_hidden, teacher_weight, labels, mask, config, shard
+    )

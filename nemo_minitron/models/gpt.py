@@ -1,0 +1,269 @@
+"""A Megatron-Core GPT as a NeMo model."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from megatron.core import tensor_parallel
+from nemo.core.classes import ModelPT
+from nemo.core.classes.common import PretrainedModelInfo
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.config.training import DataConfig, OptimConfig, TrainerConfig
+from nemo_minitron.distillation.logit_loss import LogitLossConfig, VocabShard, logit_loss
+from nemo_minitron.models.build import DTYPES, HiddenGPTModel, build_gpt, unwrap
+from nemo_minitron.models.lightning import MegatronOptimizerAdapter, StepLoader
+from nemo_minitron.models.optim import build_optimizer, wrap_ddp
+from nemo_minitron.models.schedule import Batch, on_this_cp_rank, run_schedule, tokens_first
+from nemo_minitron.models.weights import load_weights, model_sharded_state_dict, save_weights
+from nemo_minitron.runtime.groups import ParallelGroups
+from nemo_minitron.runtime.launch import device
+
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def gathered_hidden(hidden: Tensor, chunk: HiddenGPTModel, *, reduce: bool = True) -> Tensor:
+    """Final hidden state of the full sequence, one row per token.
+
+    Args:
+        hidden: ``[s, b, h]``; under sequence parallelism the local ``[s / tp, b, h]``.
+        chunk: the model it comes from.
+        reduce: whether the gradient is a partial sum that the gather's backward must add up.
+
+    Returns:
+        ``[s * b, h]``.
+    """
+    if chunk.config.sequence_parallel:
+        hidden = tensor_parallel.gather_from_sequence_parallel_region(
+            hidden, tensor_parallel_output_grad=reduce
+        )
+    return hidden.flatten(0, 1)
+
+
+class MinitronGPTModel(ModelPT):
+    """Megatron-Core GPT trained through Megatron's schedule by Lightning's Trainer.
+
+    The config has one entry per dataclass: ``gpt`` (ModelConfig), ``parallel``, ``data``,
+    ``trainer``, ``optim`` and ``chunk_size`` (tokens whose logits exist at one time). Megatron's
+    groups must be initialised (``runtime.launch.distributed``).
+    """
+
+    def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
+        super().__init__(cfg=cfg, trainer=trainer)
+        self.automatic_optimization = False
+        self.gpt = ModelConfig(**OmegaConf.to_container(cfg.gpt))  # type: ignore[arg-type]
+        self.parallel = ParallelConfig(**cfg.parallel)
+        self.data_cfg = DataConfig(**cfg.data)
+        self.trainer_cfg = TrainerConfig(**cfg.trainer)
+        self.optim_cfg = OptimConfig(**cfg.optim)
+        self.groups = ParallelGroups.current()
+        self.dtype_ = torch.bfloat16 if self.trainer_cfg.precision == "bf16-mixed" else torch.float32
+        chunks = build_gpt(self.gpt, self.parallel, self.groups, dtype=self.dtype_)
+        self.model = torch.nn.ModuleList(chunk.to(device()) for chunk in chunks)
+        for chunk in self.chunks:
+            chunk.return_hidden = True
+        self.consumed_samples = 0
+        self.last_metrics: dict[str, float] = {}
+        self._validation_sums: list[Tensor] = []
+        self._megatron: Any = None
+        self._lr_scheduler: Any = None
+
+    # ---- weights
+
+    @property
+    def chunks(self) -> list[HiddenGPTModel]:
+        """This rank's GPT modules without wrappers, one per virtual stage."""
+        return [unwrap(module) for module in self.model]
+
+    @property
+    def last_chunk(self) -> HiddenGPTModel:
+        """The chunk that holds the output layer on the last stage."""
+        return self.chunks[-1]
+
+    @property
+    def shard(self) -> VocabShard:
+        """Vocabulary rows of this rank (last stage only)."""
+        rows = self.last_chunk.output_weight().size(0)
+        return VocabShard(self.groups.tp, self.gpt.vocab_size, rows)
+
+    def load(self, folder: Path) -> None:
+        """Fill the model from a ``torch_dist`` checkpoint of any layout."""
+        load_weights(self.chunks, self.groups, folder)
+
+    def save(self, folder: Path) -> None:
+        """Write a ``torch_dist`` checkpoint and ``model.yaml`` (collective)."""
+        if dist.get_rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.gpt.save(folder)
+        dist.barrier(group=dist.group.WORLD)
+        save_weights(self.chunks, self.groups, self.gpt, folder)
+
+    # ---- data
+
+    def setup_training_data(self, train_data_config: Any) -> None:
+        """Nothing at construction: stages give loaders through ``set_loaders``."""
+
+    def setup_validation_data(self, val_data_config: Any) -> None:
+        """Nothing at construction: stages give loaders through ``set_loaders``."""
+
+    def micro_batches_per_step(self) -> int:
+        """Micro-batches of this rank in one global batch."""
+        return self.data_cfg.global_batch_size // (
+            self.data_cfg.micro_batch_size * self.groups.dp.size()
+        )
+
+    def set_loaders(self, train: Any, validation: Any | None) -> None:
+        """Attach loaders of micro-batches (``data.sampler.build_dataloader``)."""
+        count = self.micro_batches_per_step()
+        self._train_dl = StepLoader(train, count)
+        self._validation_dl = None if validation is None else StepLoader(validation, count)
+
+    # ---- optimisation
+
+    def configure_optimizers(self) -> list[MegatronOptimizerAdapter]:
+        """Wrap the chunks in Megatron's DDP and build its optimizer and schedule."""
+        self.model = torch.nn.ModuleList(wrap_ddp(self.chunks, self.optim_cfg))
+        self._megatron, self._lr_scheduler = build_optimizer(
+            list(self.model), self.optim_cfg, self.trainer_cfg
+        )
+        return [MegatronOptimizerAdapter(self._megatron)]
+
+    def training_state(self, *, is_loading: bool) -> dict[str, Any]:
+        """Sharded weights, optimizer and scheduler state for ``dist_checkpointing``."""
+        model = model_sharded_state_dict(self.chunks, self.groups)
+        metadata = {**_METADATA, "dp_cp_group": self.groups.dp_cp}
+        flat = model["model0"] if len(model) == 1 else model
+        optimizer = self._megatron.sharded_state_dict(
+            flat, is_loading=is_loading, metadata=metadata
+        )
+        state = {**model, "optimizer": optimizer}
+        if not is_loading:
+            state["lr_scheduler"] = self._lr_scheduler.state_dict()
+            state["consumed_samples"] = self.consumed_samples
+        return state
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Restore what ``training_state`` saved."""
+        for index, chunk in enumerate(self.chunks):
+            chunk.load_state_dict(state[f"model{index}"], strict=False)
+        self._megatron.load_state_dict(state["optimizer"])
+        self._lr_scheduler.load_state_dict(state["lr_scheduler"])
+        self.consumed_samples = state["consumed_samples"]
+
+    # ---- steps
+
+    def loss_config(self) -> LogitLossConfig:
+        """Language-model loss; subclasses add a teacher."""
+        return LogitLossConfig(
+            kd_weight=0.0,
+            ce_weight=1.0,
+            chunk_size=self.cfg.chunk_size,
+            reduce_grad=not self.parallel.sequence_parallel,
+        )
+
+    def loss(
+        self, batch: Batch, hidden: Tensor, config: LogitLossConfig, **teacher: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Summed loss of a micro-batch and ``[KD, CE, tokens]`` sums (last stage)."""
+        labels, mask = tokens_first(batch)
+        total, parts = logit_loss(
+            gathered_hidden(hidden, self.last_chunk),
+            self.last_chunk.output_weight(),
+            labels,
+            mask.to(torch.float32),
+            config,
+            self.shard,
+            **teacher,
+        )
+        return total, torch.cat([parts, mask.sum().to(parts)[None]])
+
+    def _reduced(self, sums: list[Tensor]) -> Tensor:
+        """``[KD, CE, tokens]`` over the whole global batch, the same on every rank."""
+        out = torch.stack(sums).sum(0) if sums else torch.zeros(3, device=device())
+        dist.all_reduce(out, group=self.groups.dp_cp)
+        dist.broadcast(out, src=self.groups.last_stage_global_rank, group=self.groups.pp)
+        return out
+
+    def forward_backward(self, micro_batches: list[Batch]) -> Tensor:
+        """One global batch forward and backward; gradients are left in Megatron's buffers.
+
+        Returns:
+            ``[KD, CE, tokens]`` sums of the global batch.
+        """
+        config = self.loss_config()
+
+        def loss_func(index: int, batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            total, sums = self.loss(batch, hidden, config)
+            return total, batch["loss_mask"].sum().int(), sums
+
+        return self._reduced(
+            run_schedule(list(self.model), micro_batches, loss_func, forward_only=False)
+        )
+
+    def training_step(self, batch: list[Batch], batch_idx: int) -> None:
+        """One optimizer step over a global batch (this rank's micro-batches)."""
+        optimizer: Any = self.optimizers()
+        for chunk in self.model:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        micro_batches = [on_this_cp_rank(micro_batch, self.groups) for micro_batch in batch]
+        sums = self.forward_backward(micro_batches)
+        lr = next(g["lr"] for g in self._megatron.param_groups if g["params"] is not None)
+        optimizer.step()
+        self._lr_scheduler.step(increment=1)
+        self.consumed_samples += self.data_cfg.global_batch_size
+        step = self.trainer.global_step
+        if step % self.trainer_cfg.log_every_n_steps == 0 or step == self.trainer_cfg.max_steps:
+            self._log_step(sums, lr, optimizer.optimizer.grad_norm)
+
+    def _log_step(self, sums: Tensor, lr: float, grad_norm: float | None) -> None:
+        kd, ce, tokens = sums.tolist()
+        config = self.loss_config()
+        loss = (config.kd_weight * kd + config.ce_weight * ce) / max(tokens, 1.0)
+        self.last_metrics = {"loss": loss, "lr": lr, "grad_norm": float(grad_norm or 0.0)}
+        self.last_metrics["tokens"] = tokens
+        for name, value in self.last_metrics.items():
+            self.log(f"train/{name}", value, prog_bar=name == "loss", batch_size=1)
+
+    @torch.no_grad()
+    def evaluate_batch(self, micro_batches: list[Batch]) -> Tensor:
+        """``[KD, CE, tokens]`` sums of one global batch, forward only."""
+        config = self.loss_config()
+
+        def loss_func(index: int, batch: Batch, hidden: Tensor) -> Tensor:
+            return self.loss(batch, hidden, config)[1]
+
+        return self._reduced(
+            run_schedule(
+                list(self.model), micro_batches, loss_func, forward_only=True, collect_outputs=True
+            )
+        )
+
+    def validation_step(self, batch: list[Batch], batch_idx: int) -> None:
+        """Collect the sums of one global batch."""
+        micro_batches = [on_this_cp_rank(micro_batch, self.groups) for micro_batch in batch]
+        self._validation_sums.append(self.evaluate_batch(micro_batches))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the losses per token."""
+        if not self._validation_sums:
+            return
+        kd, ce, tokens = torch.stack(self._validation_sums).sum(0).tolist()
+        self._validation_sums.clear()
+        self.log("val_loss", ce / tokens, prog_bar=True, batch_size=1)
+        self.log("val_kd_loss", kd / tokens, batch_size=1)
+
+    @classmethod
+    def list_available_models(cls) -> list[PretrainedModelInfo]:
+        """None: models come from ``minitron import``."""
+        return []
+
+
+def storage_dtype(config: ModelConfig) -> torch.dtype:
+    """Torch dtype the weights are stored in."""
+    return DTYPES[config.dtype]

@@ -1,0 +1,164 @@
+"""What Lightning needs to drive a model that Megatron parallelises: strategy, optimizer, loader."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from megatron.core import dist_checkpointing
+from megatron.core.optimizer import MegatronOptimizer
+
+if TYPE_CHECKING:
+    from nemo_minitron.models.gpt import MinitronGPTModel
+
+STATE = "state"
+"""Key of Lightning's own state (loops, callbacks) in a training checkpoint."""
+
+
+class MegatronOptimizerAdapter(torch.optim.Optimizer):
+    """Shows Megatron's optimizer to Lightning as a torch optimizer."""
+
+    def __init__(self, optimizer: MegatronOptimizer) -> None:
+        self.megatron = optimizer
+        self.defaults: dict[str, Any] = {}
+        self.grad_norm: float | None = None
+        self._optimizer_step_pre_hooks = {}  # type: ignore[assignment]
+        self._optimizer_step_post_hooks = {}  # type: ignore[assignment]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """Megatron's parameter groups."""
+        return self.megatron.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """Kept by Megatron; Lightning asks only to move it to a device."""
+        return {}
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear gradients (Megatron's buffers are cleared by its DDP)."""
+        self.megatron.zero_grad(set_to_none)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Clip and update; keeps the gradient norm."""
+        result = closure() if closure is not None else None
+        success, self.grad_norm, _ = self.megatron.step()
+        if not success:
+            raise RuntimeError("the optimizer step failed: gradients hold inf or NaN")
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: optimizer state is saved sharded by ``MegatronStrategy.save_checkpoint``."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing: see ``state_dict``."""
+
+
+class StepLoader:
+    """Groups micro-batches into the list one optimizer step takes.
+
+    It has no length on purpose: Lightning then ends training by ``max_steps`` alone, also after a
+    resume in the middle of an epoch.
+    """
+
+    def __init__(self, loader: Iterable[Any], micro_batches: int) -> None:
+        self.loader = loader
+        self.micro_batches = micro_batches
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        step: list[Any] = []
+        for micro_batch in self.loader:
+            step.append(micro_batch)
+            if len(step) == self.micro_batches:
+                yield step
+                step = []
+
+
+class MegatronStrategy(SingleDeviceStrategy):
+    """Lightning sees one device per process; Megatron does everything between processes.
+
+    Training checkpoints are Megatron ``torch_dist`` folders (any layout reads them) that appear
+    under their name only when complete.
+    """
+
+    strategy_name = "megatron"
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device=device)
+        self.global_rank = dist.get_rank()
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.world_size = dist.get_world_size()
+
+    @property
+    def _module(self) -> "MinitronGPTModel":
+        assert self.lightning_module is not None
+        return self.lightning_module  # type: ignore[return-value]
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this is global rank 0."""
+        return self.global_rank == 0
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """The optimizer must exist when its state is loaded."""
+        return True
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        """Wait for every rank."""
+        dist.barrier(group=dist.group.WORLD)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Send an object from global rank ``src`` to every rank."""
+        box = [obj]
+        dist.broadcast_object_list(box, src=src, group=dist.group.WORLD)
+        return box[0]
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Nothing: weights are saved sharded."""
+        return {}
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """Nothing: optimizer state is saved sharded."""
+        return {}
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
+        """Write weights, optimizer, scheduler and Lightning's state to a folder (collective)."""
+        target = Path(filepath)
+        work = target.with_name(target.name + ".tmp")
+        if self.is_global_zero:
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir(parents=True)
+        self.barrier()
+        state = self._module.training_state(is_loading=False)
+        state[STATE] = checkpoint
+        dist_checkpointing.save(state, str(work))
+        if self.is_global_zero:
+            shutil.rmtree(target, ignore_errors=True)
+            work.rename(target)
+        self.barrier()
+
+    def load_checkpoint(self, checkpoint_path: Any) -> dict[str, Any]:
+        """Load weights, optimizer and scheduler in place; returns Lightning's state."""
+        state = self._module.training_state(is_loading=True)
+        loaded = dist_checkpointing.load(state, str(checkpoint_path))
+        self._module.load_training_state(loaded)
+        return loaded[STATE]
+
+    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
+        """Nothing left to do after ``load_checkpoint``."""
+
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        """Nothing left to do after ``load_checkpoint``."""
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Delete a training checkpoint."""
+        if self.is_global_zero:
+            shutil.rmtree(filepath, ignore_errors=True)

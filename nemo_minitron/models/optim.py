@@ -1,0 +1,80 @@
+"""Megatron's DDP, optimizer and learning-rate schedule for a list of model chunks."""
+
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+
+from nemo_minitron.config.training import OptimConfig, TrainerConfig
+from nemo_minitron.models.build import HiddenGPTModel
+
+
+def wrap_ddp(
+    chunks: list[HiddenGPTModel], optim: OptimConfig
+) -> list[DistributedDataParallel]:
+    """Wrap trainable chunks in Megatron's DDP (and its half-precision module under bf16)."""
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=optim.use_distributed_optimizer,
+        check_for_nan_in_grad=False,
+    )
+    wrapped = []
+    for index, chunk in enumerate(chunks):
+        module = Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk
+        wrapped.append(
+            DistributedDataParallel(chunk.config, config, module, disable_bucketing=index > 0)
+        )
+    return wrapped
+
+
+def build_optimizer(
+    chunks: list[DistributedDataParallel], optim: OptimConfig, trainer: TrainerConfig
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """Adam and its schedule; one scheduler step per optimizer step.
+
+    Weight decay leaves out norms and biases (Megatron's rule). Megatron reads the hooks it needs
+    (gradient finalisation, loss scale) from the model config, so they are set here.
+    """
+    bf16 = trainer.precision == "bf16-mixed"
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        min_lr=optim.min_lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.adam_beta1,
+        adam_beta2=optim.adam_beta2,
+        adam_eps=optim.adam_eps,
+        bf16=bf16,
+        params_dtype=chunks[0].config.params_dtype,
+        clip_grad=trainer.gradient_clip_val,
+        use_distributed_optimizer=optim.use_distributed_optimizer,
+    )
+    overrides = get_standard_config_overrides(config)
+    optimizer = get_megatron_optimizer(config, chunks, config_overrides=overrides)
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=optim.lr,
+        min_lr=optim.min_lr,
+        lr_warmup_steps=optim.lr_warmup_steps,
+        lr_decay_steps=trainer.max_steps,
+        lr_decay_style=optim.lr_decay_style,
+        start_wd=optim.weight_decay,
+        end_wd=optim.weight_decay,
+        wd_incr_steps=trainer.max_steps,
+        wd_incr_style="constant",
+    )
+    for chunk in chunks:
+        chunk.config.finalize_model_grads_func = finalize_model_grads
+        chunk.config.grad_scale_func = optimizer.scale_loss
+    return optimizer, scheduler

@@ -1,0 +1,81 @@
+"""Runs micro-batches through Megatron's own pipeline schedule."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_batch_on_this_cp_rank
+from torch import Tensor
+
+from nemo_minitron.models.build import unwrap
+from nemo_minitron.runtime.groups import ParallelGroups
+
+Batch = dict[str, Tensor]
+
+
+def on_this_cp_rank(batch: Batch, groups: ParallelGroups) -> Batch:
+    """This context-parallel rank's part of ``[b, s]`` tensors (Megatron's zigzag split)."""
+    if groups.cp.size() == 1:
+        return batch
+    out: Batch = get_batch_on_this_cp_rank(dict(batch))
+    return out
+
+
+def run_schedule(
+    chunks: Sequence[torch.nn.Module],
+    micro_batches: Sequence[Batch],
+    loss_func: Callable[[int, Batch, Tensor], Any],
+    *,
+    forward_only: bool,
+    collect_outputs: bool = False,
+) -> list[Any]:
+    """Forward (and backward) of all micro-batches of one global batch on this rank.
+
+    Args:
+        chunks: this rank's model chunks; the last stage must return hidden states.
+        micro_batches: ``tokens``, ``labels``, ``loss_mask``, ``position_ids``, each ``[b, s]``
+            (local to the context-parallel rank).
+        loss_func: ``(index of the micro-batch, batch, hidden [s, b, h])`` -> what Megatron's
+            schedule expects of a loss function, called on the last stage.
+        forward_only: no backward.
+        collect_outputs: ``loss_func`` returns data to collect instead of a loss.
+
+    Returns:
+        On the last stage one entry per micro-batch: what ``loss_func`` reported. Else empty.
+    """
+    config = unwrap(chunks[0]).config
+    b, s = micro_batches[0]["tokens"].shape
+
+    def forward_step(iterator: Any, model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        index, batch = next(iterator)
+        kwargs = {"fp32_output": False} if config.bf16 and _is_wrapped(model) else {}
+        hidden = model(batch["tokens"], batch["position_ids"], None, **kwargs)
+
+        def loss(output: Tensor, non_loss_data: bool = False) -> Any:
+            return loss_func(index, batch, output)
+
+        return hidden, loss
+
+    iterators: Any = [iter(list(enumerate(micro_batches))) for _ in chunks]
+    return list(
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=list(chunks) if len(chunks) > 1 else chunks[0],
+            num_microbatches=len(micro_batches),
+            seq_length=s * config.context_parallel_size,
+            micro_batch_size=b,
+            forward_only=forward_only,
+            collect_non_loss_data=collect_outputs,
+        )
+    )
+
+
+def _is_wrapped(model: torch.nn.Module) -> bool:
+    return unwrap(model) is not model
+
+
+def tokens_first(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Labels and loss mask as ``[s * b]``, the order of a flattened ``[s, b, h]`` hidden state."""
+    return batch["labels"].t().flatten(), batch["loss_mask"].t().flatten()
