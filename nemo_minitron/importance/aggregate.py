@@ -29,14 +29,14 @@ def write_partials(x: Tensor, seq: str, out: Tensor) -> None:
     Args:
         x: ``[s, b, w]`` activation of one module, any float dtype.
         seq: sequence aggregation.
-        out: ``[k, b, w]``, overwritten. fp32; fp64 for ``var``, whose sums nearly cancel.
+        out: ``[k, b, w]``, overwritten; its dtype (fp32 or fp64) is that of the sums.
     """
     if seq == "mean":
-        torch.sum(x.abs(), dim=0, dtype=torch.float32, out=out[0])
+        torch.sum(x.abs(), dim=0, dtype=out.dtype, out=out[0])
         return
     x = x.float()
     if seq == "l2":
-        torch.sum(x * x, dim=0, out=out[0])
+        torch.sum(x * x, dim=0, dtype=out.dtype, out=out[0])
         return
     # Around the local mean, so that fp32 is enough for the elements.
     mean = x.mean(dim=0)
@@ -92,10 +92,11 @@ class Accumulator:
             _PARTIALS[seq],
             0,
             width,
-            dtype=torch.float64 if seq == "var" else torch.float32,
+            # A variance is the small difference of large sums.
+            dtype=torch.float64 if "var" in (batch, seq) else torch.float32,
             device=device,
         )
-        # fp64: `var` of values that hardly differ needs it, and the tensors are small.
+        # fp64 costs nothing here: the tensors are small.
         self.sums = {
             name: torch.zeros(modules, width, dtype=torch.float64, device=device)
             for name in _SUMS[batch]
@@ -189,7 +190,7 @@ def reduce_partials(accumulators: Sequence[Accumulator], group: dist.ProcessGrou
         group: ranks that hold different positions of the same samples and the same channels.
     """
     if group.size() > 1 and accumulators:
-        _all_reduce([acc.partials for acc in accumulators], group)
+        all_reduce_flat([acc.partials for acc in accumulators], group)
 
 
 def reduce_sums(
@@ -208,7 +209,7 @@ def reduce_sums(
         dtype=torch.float64,
         device=_sums(accumulators[0])[0].device,
     )
-    _all_reduce([counts, *(part for acc in accumulators for part in _sums(acc))], group)
+    all_reduce_flat([counts, *(part for acc in accumulators for part in _sums(acc))], group)
     for acc, count in zip(accumulators, counts.tolist(), strict=True):
         if isinstance(acc, Accumulator):
             acc.samples = int(count)
@@ -220,8 +221,10 @@ def _sums(acc: Accumulator | BlockInfluence) -> list[Tensor]:
     return list(acc.sums.values()) if isinstance(acc, Accumulator) else [acc.sums]
 
 
-def _all_reduce(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
-    """Sum each tensor over ``group``, in place, through one flat buffer."""
+def all_reduce_flat(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
+    """Sum each tensor (all of one dtype) over ``group``, in place, in one collective."""
+    if group.size() == 1 or not tensors:
+        return
     if len(tensors) == 1 and tensors[0].is_contiguous():
         dist.all_reduce(tensors[0], group=group)
         return

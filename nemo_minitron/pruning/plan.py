@@ -152,7 +152,8 @@ def check_pruning(config: ModelConfig, pruning: PruningConfig) -> None:
         ValueError: see ``target_sizes``; heads that do not fit the query groups; drop_layers out of
             range, repeated, all layers, or together with target.num_layers; nothing to prune.
     """
-    if pruning.drop_layers is None and not any(asdict(pruning.target).values()):
+    targets = asdict(pruning.target).values()
+    if pruning.drop_layers is None and all(target is None for target in targets):
         names = ", ".join(f.name for f in fields(pruning.target))
         raise ValueError(
             f"nothing to prune: set pruning.target.<size> (one of {names}) or pruning.drop_layers"
