@@ -13,6 +13,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
+import psutil
 import torch.multiprocessing as mp
 
 TIMEOUT_SECONDS = 180
@@ -48,9 +49,10 @@ def _worker(connection: Connection) -> None:
     torch.set_num_threads(1)
     cpu.install()
     while True:
-        task = connection.recv()
-        if task is None:
-            return
+        try:
+            task = connection.recv()
+        except EOFError:  # the test session is gone
+            os._exit(0)
         try:
             connection.send((True, _run_task(*task)))
         except BaseException:
@@ -64,10 +66,11 @@ class WorkerPool:
         self._workers: list[tuple[Any, Connection]] = []
 
     def _grow(self, size: int) -> None:
+        # Not daemons: Megatron's checkpoint writer starts processes of its own.
         context = mp.get_context("spawn")
         while len(self._workers) < size:
             parent, child = context.Pipe()
-            process = context.Process(target=_worker, args=(child,), daemon=True)
+            process = context.Process(target=_worker, args=(child,))
             process.start()
             self._workers.append((process, parent))
 
@@ -105,6 +108,8 @@ class WorkerPool:
     def close(self) -> None:
         """Stop every worker."""
         for process, _ in self._workers:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()  # the helper processes of Megatron's checkpoint writer
             process.kill()
             process.join()
         self._workers = []
