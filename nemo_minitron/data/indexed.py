@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 
 from nemo_minitron.config.training import DataConfig
 from nemo_minitron.data.cache import Barrier, build_once, no_barrier
 from nemo_minitron.data.splits import check_documents, check_tokens
 from nemo_minitron.data.text import Source, no_documents, read_documents, unique_documents
+from nemo_minitron.reporting.console import progress
 
 logger = logging.getLogger(__name__)
 
@@ -223,13 +222,11 @@ def _dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
 def _build(
     folder: Path, source: Source, data: DataConfig, tokenizer: TextTokenizer, vocab_size: int
 ) -> None:
-    with Progress(console=Console(stderr=True)) as progress:
-        dropped: Counter[str] = Counter()
-        texts = unique_documents(read_documents(source, data), dropped)
-        unordered = folder / "unordered"
-        lengths = _tokenise(unordered, texts, source, tokenizer, vocab_size, progress)
-        order = document_order(len(lengths), data.seed)
-        _reorder(unordered, folder / _PREFIX, order, progress)
+    dropped: Counter[str] = Counter()
+    texts = unique_documents(read_documents(source, data), dropped)
+    unordered = folder / "unordered"
+    lengths = _tokenise(unordered, texts, source, tokenizer, vocab_size)
+    _reorder(unordered, folder / _PREFIX, document_order(len(lengths), data.seed))
     logger.info("%s: %d documents, %d tokens", source.path, len(lengths), lengths.sum())
     if dropped["duplicates"]:
         logger.warning(
@@ -240,28 +237,29 @@ def _build(
 
 
 def _tokenise(
-    prefix: Path,
-    texts: Iterator[str],
-    source: Source,
-    tokenizer: TextTokenizer,
-    vocab_size: int,
-    progress: Progress,
+    prefix: Path, texts: Iterator[str], source: Source, tokenizer: TextTokenizer, vocab_size: int
 ) -> np.ndarray:
     """First pass: documents in reading order. Returns their lengths in tokens."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=_dtype(vocab_size))
-    task = progress.add_task("Tokenising", total=source.size)
     lengths: list[int] = []
-    while batch := _next_batch(texts):
-        for ids in tokenizer.encode(batch):
-            check_ids(int(ids.max()), vocab_size, f"the tokenizer gives data.path={source.path}")
-            builder.add_document(ids, [len(ids)])
-            lengths.append(len(ids))
-        progress.advance(task, sum(len(text.encode()) for text in batch))
+    total, done = -(-source.size // 1024), 0
+    with progress("Tokenising (kB of text)", total) as advance:
+        while batch := _next_batch(texts):
+            for ids in tokenizer.encode(batch):
+                check_ids(
+                    int(ids.max()), vocab_size, f"the tokenizer gives data.path={source.path}"
+                )
+                builder.add_document(ids, [len(ids)])
+                lengths.append(len(ids))
+            read = min(sum(len(text.encode()) for text in batch) // 1024, total - done)
+            done += read
+            advance(read)
+        if done < total:
+            advance(total - done)  # blanks, separators and repeats that no document holds
     if not lengths:
         raise no_documents(source)
-    progress.update(task, completed=source.size)
     builder.finalize(f"{prefix}.idx")
     return np.array(lengths, dtype=np.int64)
 
@@ -278,15 +276,17 @@ def _next_batch(texts: Iterator[str]) -> list[str]:
     return batch
 
 
-def _reorder(source: Path, target: Path, order: np.ndarray, progress: Progress) -> None:
+def _reorder(source: Path, target: Path, order: np.ndarray) -> None:
     """Second pass: copy documents in ``order``, then drop the unordered pair."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
     documents = IndexedDataset(str(source))
     builder = IndexedDatasetBuilder(f"{target}.bin", dtype=documents.index.dtype)
-    for position in progress.track(order, description="Shuffling documents"):
-        ids = documents[int(position)]
-        builder.add_document(ids, [len(ids)])
+    with progress("Shuffling documents", len(order)) as advance:
+        for position in order:
+            ids = documents[int(position)]
+            builder.add_document(ids, [len(ids)])
+            advance()
     builder.finalize(f"{target}.idx")
     del documents
     for suffix in (".bin", ".idx"):
