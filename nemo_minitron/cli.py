@@ -1,26 +1,227 @@
-"""``minitron <stage> key=value ...``."""
+"""``minitron <stage> key=value ...``: config -> check -> ranks -> run -> exit code.
+
+Light imports only: what needs torch is imported when a stage runs.
+"""
 
 import importlib
+import logging
+import os
+import signal
 import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType, ModuleType
+from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.config.schema import STAGE_CONFIGS, conf_dir, register_schemas
+import nemo_minitron
+from nemo_minitron import usage
+from nemo_minitron.config import load, schema
+from nemo_minitron.config.stages import STAGE_CONFIGS, StageConfig
+from nemo_minitron.errors import BAD_INPUT, StageFailed, verdict
+from nemo_minitron.runtime import ranks
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+log = logging.getLogger(__name__)
 
 
-def main() -> int:
-    """Compose the config of a stage, check it, run it."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code (``usage.EXIT_CODES``)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        return _say(usage.overview())
+    if arguments[0] == "--version":
+        return _say(nemo_minitron.__version__)
+    stage, *rest = arguments
+    if stage not in STAGE_CONFIGS:
+        return _refuse(usage.unknown_stage(stage))
+    if "--help" in rest or "-h" in rest:
+        return _say(usage.stage_help(stage))
+    return _run_hydra(stage, rest)
+
+
+def _say(text: str) -> int:
+    sys.stdout.write(text + "\n")
+    return 0
+
+
+def _refuse(message: str) -> int:
+    sys.stderr.write(f"minitron: {message}\n")
+    return BAD_INPUT
+
+
+def _run_hydra(stage: str, arguments: list[str]) -> int:
+    """Hand over to Hydra, which composes the config(s) and calls ``job`` for each."""
     import hydra
-    from omegaconf import DictConfig, OmegaConf
+    from hydra._internal.utils import get_args_parser
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
 
-    stage = sys.argv[1]
-    del sys.argv[1]
-    register_schemas()
+    # Hydra would answer every exception with exit code 1; this makes it let them through.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    load.register()
+    flags = get_args_parser().parse_intermixed_args(arguments)
+    codes: list[int] = []
 
-    def job(cfg: DictConfig) -> None:
-        cls = STAGE_CONFIGS[stage]
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), cfg))
-        module = importlib.import_module(f"nemo_minitron.stages.{'import_' if stage == 'import' else stage}")
-        module.check(config)
+    def job(composed: "DictConfig") -> None:
+        code, message = run_job(stage, composed)
+        codes.append(code)
+        if code and _is_sweep_job():  # the launcher has to know, and runs the other jobs still
+            raise StageFailed(message, code)
+
+    before = sys.argv
+    try:
+        load.check_overrides(stage, flags.overrides, flags.config_dir)
+        with tempfile.TemporaryDirectory(prefix="minitron-") as scratch:
+            others = [a for a in arguments if a not in flags.overrides]
+            sweep = _sweep_settings(flags, scratch)
+            sys.argv = [f"minitron {stage}", *flags.overrides, *sweep, *others]
+            folder = str(schema.conf_dir())
+            hydra.main(version_base="1.3", config_path=folder, config_name=stage)(job)()
+    except StageFailed as failure:
+        return failure.code
+    except (HydraException, OmegaConfBaseException) as error:
+        return _refuse(load.explain(stage, error))
+    except ValueError as error:
+        return _refuse(str(error))
+    finally:
+        sys.argv = before
+    return max(codes, default=0)
+
+
+def run_job(stage: str, composed: "DictConfig") -> tuple[int, str]:
+    """Run one composed job, whatever happens in it.
+
+    Returns:
+        Exit code, and the line that said why it is not 0.
+    """
+    config = None
+    try:
+        config = load.stage_config(stage, composed)
+        config.output_dir = _job_folder(config.output_dir)
+        _run(stage, config)
+    except (Exception, KeyboardInterrupt) as error:
+        log_path = _log_path(config) if config and _log_path(config).exists() else None
+        code, message = verdict(stage, error, log_path)
+        if code == 1 and not isinstance(error, StageFailed):
+            log.exception("%s failed", stage)
+        ranks.leave_verdict(code, message)
+        sys.stderr.write(f"minitron {stage}: {message}\n")
+        return code, message
+    return 0, ""
+
+
+def _run(stage: str, config: StageConfig) -> None:
+    """Check, then run here or in ranks of our own."""
+    ranks.adopt_slurm()
+    launched = ranks.launched_world_size()
+    parallel = getattr(config, "parallel", None)
+    world = parallel.world_size(launched) if parallel else 1
+    module = stage_module(stage)
+    if not ranks.started_by_us():
+        _check(module, config)
+    if world > 1 and launched is None:
+        ranks.check_fits(world)
+        return ranks.start_ranks(world, _same_job(stage, config))
+    if ranks.rank() and stage not in schema.RANKED_STAGES:
+        return log.debug("rank 0 alone runs %s", stage)
+    _end_with_parent()
+    from nemo_minitron.reporting.console import log_file
+
+    with log_file(_log_path(config)):
         module.run(config)
 
-    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=stage)(job)()
-    return 0
+
+def _log_path(config: StageConfig) -> Path:
+    return Path(f"{Path(config.output_dir)}.log")
+
+
+def stage_module(stage: str) -> ModuleType:
+    """The module with the ``check`` and ``run`` of a stage."""
+    return importlib.import_module(
+        f"nemo_minitron.stages.{'import_' if stage == 'import' else stage}"
+    )
+
+
+def _check(module: ModuleType, config: StageConfig) -> None:
+    """Check the user's input; among launched ranks, rank 0 alone hashes whole files."""
+    verify = config.verify_inputs
+    if ranks.rank():
+        config.verify_inputs = "size"
+    module.check(config)
+    config.verify_inputs = verify
+
+
+def _end_with_parent() -> None:
+    """Let SIGTERM unwind the stack, so that working folders are removed."""
+    if ranks.started_by_us():
+        ranks.die_with_parent()
+
+    def leave(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
+
+
+def _is_sweep_job() -> bool:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
+
+
+def _job_folder(output_dir: str) -> str:
+    """Own folder of a sweep's job: ``<output_dir>/<swept key>=<value>,...``."""
+    if not _is_sweep_job():
+        return output_dir
+    from hydra.core.hydra_config import HydraConfig
+
+    settings = HydraConfig.get()
+    fixed = set(settings.job.config.override_dirname.exclude_keys)
+    pairs = [override.lstrip("+~").partition("=")[::2] for override in settings.overrides.task]
+    swept = [(key, value) for key, value in pairs if key not in fixed]
+    if not swept or "output_dir" in dict(swept):
+        return output_dir
+    short = [key.rpartition(".")[2] for key, _ in swept]
+    names = short if len({*short}) == len(short) else [key for key, _ in swept]
+    values = [value.replace("/", "_") for _, value in swept]
+    return str(Path(output_dir) / ",".join(map("=".join, zip(names, values, strict=True))))
+
+
+def _sweep_settings(flags: Namespace, scratch: str) -> list[str]:
+    """Overrides that tell a sweep's jobs which keys are swept, and keep Hydra's files away.
+
+    Hydra writes multirun.yaml before the first job has been checked: into a scratch folder, since
+    every job stores its own config. Launchers that submit jobs need a lasting folder instead.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    overrides = OverridesParser.create().parse_overrides(flags.overrides)
+    given: dict[str, Any] = {o.key_or_group: o for o in overrides}
+    if not flags.multirun and "hydra.mode" not in given:
+        return []
+    fixed = [key for key, o in given.items() if not o.is_sweep_override()]
+    settings = [load.override("hydra.job.config.override_dirname.exclude_keys", fixed)]
+    if "hydra.sweep.dir" not in given:
+        folder = scratch
+        if "hydra/launcher" in given:
+            folder = str(given["output_dir"].value()) if "output_dir" in fixed else "."
+        settings.append(load.override("hydra.sweep.dir", folder))
+    return settings
+
+
+def _same_job(stage: str, config: StageConfig) -> list[str]:
+    """Arguments that run this very job again, alone, also when it is part of a sweep."""
+    from hydra.core.hydra_config import HydraConfig
+
+    settings = HydraConfig.get()
+    of_sweep = ("hydra.mode", "hydra.sweep", "hydra/sweep", "hydra.launch", "hydra/launch")
+    dropped = (*of_sweep, "hydra.job.config")
+    ours = [o for o in settings.overrides.hydra if not o.lstrip("+~").startswith(dropped)]
+    task = [o for o in settings.overrides.task if not o.startswith("output_dir=")]
+    folder = load.override("output_dir", config.output_dir)
+    named = ["--config-name", str(settings.job.config_name)]
+    return [stage, *task, *ours, folder, *named, *load.config_flags()]

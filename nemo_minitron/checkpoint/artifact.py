@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -250,22 +250,38 @@ def _resumes(cfg: StageConfig, work: Path, owner: dict[str, Any], mine: dict[str
 
 def _complete(cfg: StageConfig, stage: str, work: Path, output: Path) -> None:
     """Turn the working folder into the result."""
-    owner = _read_owner(work)
-    _write_hydra(cfg, work / ".hydra")
     names = [name for name in files_in(work) if name not in (OWNER, MANIFEST)]
-    manifest = Manifest(
-        folder=work,
-        stage=stage,
-        config_hash=config_hash(cfg),
-        inputs=owner["inputs"],
-        files=hash_files(work, names, cfg.workers, flush=True),
-        versions=versions(),
-        created=now(),
-    )
-    manifest.save(work)
+    write_manifest(cfg, stage, work, _read_owner(work)["inputs"], names)
     (work / OWNER).unlink()
     _flush_folder(work)
     _replace(work, output)
+
+
+def write_manifest(
+    cfg: StageConfig, stage: str, folder: Path, inputs: dict[str, str], names: Sequence[str]
+) -> None:
+    """Write ``.hydra/`` and then ``manifest.json``, which declares ``folder`` complete.
+
+    Args:
+        cfg: the stage's config.
+        stage: its name.
+        folder: where the result is.
+        inputs: config key (or item name) -> identity.
+        names: its files, relative to ``folder``.
+    """
+    _write_hydra(cfg, folder / ".hydra")
+    settings = [f".hydra/{name}" for name in files_in(folder / ".hydra")]
+    names = sorted({*names, *settings})
+    manifest = Manifest(
+        folder=folder,
+        stage=stage,
+        config_hash=config_hash(cfg),
+        inputs=inputs,
+        files=hash_files(folder, names, cfg.workers, flush=True),
+        versions=versions(),
+        created=now(),
+    )
+    manifest.save(folder)
 
 
 def _replace(work: Path, output: Path) -> None:

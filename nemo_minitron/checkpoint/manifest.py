@@ -218,7 +218,8 @@ _HINT = "give the folder that the right stage wrote as its output_dir"
 def _not_a_result(folder: Path, named: str) -> str:
     if not folder.exists():
         return f"{named} does not exist; {_HINT}"
-    if (folder.parent / MANIFEST).is_file():
+    whole = read_manifest(folder.parent)
+    if whole is not None and any(name.startswith(f"{folder.name}/") for name in whole.files):
         return f"{named} is a part of a result; give the result folder {folder.parent} itself"
     return (
         f"{named} is not a complete result ({MANIFEST} is missing): the stage that wrote it did "

@@ -166,6 +166,8 @@ class ExportConfig(StageConfig):
 class PipelineConfig(StageConfig):
     """A list of stages, each a folder under ``output_dir``; finished ones are skipped."""
 
+    inputs: dict[str, Any] = field(default_factory=dict)
+    """Values that items share (model, text, ...): ``${inputs.NAME}`` in an item's config."""
     stages: list[dict[str, Any]] = field(default_factory=list)
     """Items ``{name: folder, stage: stage, config: {key: value}}``; ``${stage:NAME}`` in a value
     is the folder of an earlier item."""

@@ -1,0 +1,197 @@
+"""Hydra -> stage dataclass, strictly: one clear ``ValueError`` for whatever is wrong."""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_minitron.config import schema
+from nemo_minitron.config.stages import STAGE_CONFIGS, StageConfig
+
+
+def register() -> None:
+    """Make the schemas and the ``${stage:NAME}`` resolver known to Hydra (idempotent)."""
+    schema.register_schemas()
+    OmegaConf.register_new_resolver("stage", _stage_folder, replace=True)
+
+
+def _stage_folder(name: str, _root_: DictConfig) -> str:
+    """Folder of a pipeline item: ``${stage:NAME}``."""
+    return f"{_root_.output_dir}/{name}"
+
+
+def stage_config(stage: str, composed: DictConfig) -> StageConfig:
+    """Turn a composed config into the stage's dataclass.
+
+    Raises:
+        ValueError: unknown keys, missing keys, wrong types, or values the dataclass refuses.
+    """
+    cls = STAGE_CONFIGS[stage]
+    try:
+        typed = OmegaConf.merge(OmegaConf.structured(cls), composed)
+        missing = [key.name for key in schema.keys(cls) if _is_missing(typed, key.name)]
+        if missing:
+            needed = " ".join(f"{key}=..." for key in missing)
+            raise ValueError(f"{stage} needs {', '.join(missing)}; add {needed}")
+        return cast(StageConfig, OmegaConf.to_object(typed))
+    except OmegaConfBaseException as error:
+        raise ValueError(explain(stage, error)) from error
+
+
+def _is_missing(config: Any, key: str) -> bool:
+    section, _, name = key.rpartition(".")
+    parent = OmegaConf.select(config, section) if section else config
+    return OmegaConf.is_missing(parent, name)
+
+
+def compose(stage: str, overrides: Sequence[str]) -> StageConfig:
+    """Compose a stage as the command line does, with the config folders now in force.
+
+    Raises:
+        ValueError: as ``check_overrides`` and ``stage_config``.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+
+    register()
+    try:
+        check_overrides(stage, overrides)
+        if GlobalHydra.instance().is_initialized():
+            composed = hydra_compose(config_name=stage, overrides=list(overrides))
+        else:
+            with initialize_config_dir(str(schema.conf_dir()), version_base="1.3"):
+                composed = hydra_compose(config_name=stage, overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(explain(stage, error)) from error
+    return stage_config(stage, composed)
+
+
+def check_overrides(stage: str, overrides: Iterable[str], config_dir: str | None = None) -> None:
+    """Refuse keys that the stage does not have, before Hydra composes anything.
+
+    Args:
+        stage: name of the stage.
+        overrides: as on the command line.
+        config_dir: the user's own config folder, whose groups are known too.
+
+    Raises:
+        ValueError: names the key and the nearest one there is.
+        HydraException: an override that does not parse.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    known_groups = {*groups(stage), *_folders(config_dir)}
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        key = override.key_or_group
+        grouped = "/" in key or override.package is not None or key in known_groups
+        if not grouped and key.split(".")[0] != "hydra":
+            _check_key(stage, key)
+
+
+def _folders(config_dir: str | None) -> list[str]:
+    return [path.name for path in Path(config_dir).glob("*/")] if config_dir else []
+
+
+def groups(stage: str) -> dict[str, list[str]]:
+    """Config group -> its shipped entries, for the groups a stage takes."""
+    conf = schema.conf_dir()
+    defaults = yaml.safe_load((conf / f"{stage}.yaml").read_text())["defaults"]
+    names = [next(iter(entry)) for entry in defaults if isinstance(entry, dict)]
+    return {
+        name: sorted(path.stem for path in (conf / name).glob("*.yaml"))
+        for name in names
+        if not name.startswith("override ")
+    }
+
+
+def _check_key(stage: str, key: str) -> None:
+    known = {k.name: k for k in schema.keys(STAGE_CONFIGS[stage])}
+    inside = [name for name in known if key == name or name.startswith(key + ".")]
+    open_ended = [
+        name for name, k in known.items() if "dict" in k.type and key.startswith(name + ".")
+    ]
+    if not inside and not open_ended:
+        raise ValueError(unknown_key(stage, key))
+
+
+def unknown_key(stage: str, key: str) -> str:
+    """Message for a key that the stage does not have."""
+    known = [k.name for k in schema.keys(STAGE_CONFIGS[stage])]
+    near = nearest(key, known)
+    # A key given without its section ("hidden_size") is near to nothing, but easy to place.
+    near = near or next((k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]), None)
+    hint = f"did you mean {near}?" if near else f"see minitron {stage} --help"
+    return f"{key} is not a key of {stage}; {hint}"
+
+
+def override(key: str, value: Any) -> str:
+    """``key=value`` in Hydra's grammar; lists and dictionaries included."""
+    return f"{key}={_quoted(value)}"
+
+
+def _quoted(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        # Backslashes only count before a quote (or at the end), so only those are doubled.
+        text = re.sub(r"(\\*)(?='|$)", r"\1\1", value).replace("'", "\\'")
+        return f"'{text}'"
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(_quoted, value))}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{_quoted(k)}:{_quoted(v)}" for k, v in value.items()) + "}"
+    return repr(value)
+
+
+def config_flags() -> list[str]:
+    """Flags that give another ``minitron`` the config folders of this one."""
+    from hydra.core.hydra_config import HydraConfig
+
+    if not HydraConfig.initialized():
+        return []
+    flags = []
+    for source in HydraConfig.get().runtime.config_sources:
+        if source.provider == "command-line":
+            flags += ["--config-dir", str(source.path)]
+        if source.provider == "main" and source.path != str(schema.conf_dir()):
+            flags += ["--config-path", str(source.path)]
+    return flags
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word most like ``word``, if any is."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)), None)
+
+
+def explain(stage: str, error: Exception) -> str:
+    """One line for an error of Hydra or OmegaConf."""
+    from hydra.errors import OverrideParseException
+
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} is not a key=value that Hydra can read ({_first_line(error)})"
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    full_key = getattr(cause, "full_key", None)
+    text = _first_line(cause)
+    if full_key and re.search(r"Key '.*' (is not in struct|not in )", text):
+        return unknown_key(stage, full_key)
+    options = re.search(r"Available options in '(\S+)':\n((?:\t.*\n?)+)", str(error))
+    if options:
+        group, names = options.group(1), options.group(2).split()
+        return f"{_first_line(error)}; {group}= is one of {', '.join(names)}"
+    if full_key:
+        return f"{full_key}: {text}"
+    return text if cause is error else f"{_first_line(error)}: {text}"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -1,0 +1,57 @@
+"""How a job ends: exit codes, the exceptions that carry them, and the line that says what to do."""
+
+import errno
+from pathlib import Path
+
+BAD_INPUT = 2
+"""A ``ValueError``: the user has to change something."""
+PREEMPTED = 75
+"""``EX_TEMPFAIL`` of sysexits.h: run the same command again."""
+INTERRUPTED = 130
+
+
+class Preempted(Exception):  # noqa: N818 - a notice, not an error
+    """A stage was told to stop, saved its work and can go on from there."""
+
+
+class StageFailed(Exception):  # noqa: N818
+    """A stage that ran in another process ended badly.
+
+    Attributes:
+        code: its exit code.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def verdict(stage: str, error: BaseException, log_path: Path | None) -> tuple[int, str]:
+    """Exit code of a job that ended with ``error``, and the line that says what to do about it.
+
+    ``log_path`` is the job's log file, None when it had not got that far.
+    """
+    text = str(error) or type(error).__name__
+    if isinstance(error, StageFailed):
+        return error.code, text
+    if isinstance(error, Preempted):
+        return PREEMPTED, f"stopped early ({text}); run the same command again to go on"
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, "interrupted; run the same command again"
+    if isinstance(error, ValueError):
+        return BAD_INPUT, text
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return 1, (
+            f"the disk is full ({error.filename or log_path}): free some space or set another "
+            "output_dir, then run the same command again"
+        )
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return 1, (
+            "out of memory: lower data.micro_batch_size or data.seq_length, or raise "
+            f"parallel.tensor_model_parallel_size ({text.splitlines()[0]})"
+        )
+    where = f"in {log_path}" if log_path else "above"
+    return 1, (
+        f"failed with {type(error).__name__}: {text.splitlines()[0]}; the traceback is {where}: "
+        f"if it does not tell what to change, report it together with `minitron {stage} --cfg job`"
+    )

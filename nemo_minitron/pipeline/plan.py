@@ -1,0 +1,115 @@
+"""Reads the items of a pipeline: composes every one of them before anything runs."""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron import usage
+from nemo_minitron.checkpoint.manifest import flatten, input_paths
+from nemo_minitron.config import load
+from nemo_minitron.config.stages import STAGE_CONFIGS, PipelineConfig, StageConfig
+
+_ITEM_KEYS = {"name", "stage", "config"}
+# Keys of the pipeline that hold for its items too, unless an item sets them itself.
+_SHARED_KEYS = ("verify_inputs", "workers")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One stage of a pipeline.
+
+    Attributes:
+        name: its folder under the pipeline's output_dir.
+        stage: what runs.
+        overrides: its command line, less ``overwrite``.
+        config: the same, composed.
+        needs: names of the earlier items whose results it reads.
+    """
+
+    name: str
+    stage: str
+    overrides: tuple[str, ...]
+    config: StageConfig
+    needs: tuple[str, ...]
+
+
+def read_items(cfg: PipelineConfig) -> list[Item]:
+    """Compose every item.
+
+    Raises:
+        ValueError: names the item and what is wrong with it.
+    """
+    if not cfg.stages:
+        raise ValueError("stages is empty; choose experiment=..., or list {name, stage, config}")
+    items: list[Item] = []
+    for index, raw in enumerate(cfg.stages):
+        where = f"stages.{index} ({raw.get('name', 'no name')})"
+        try:
+            items.append(_read_item(cfg, raw, [item.name for item in items]))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    return items
+
+
+def _read_item(cfg: PipelineConfig, raw: dict[str, Any], earlier: Sequence[str]) -> Item:
+    unknown = sorted(set(raw) - _ITEM_KEYS)
+    if unknown:
+        near = load.nearest(unknown[0], _ITEM_KEYS) or "config"
+        raise ValueError(f"{unknown[0]} is not a key of an item; did you mean {near}?")
+    name, stage = _name(raw, earlier), _stage(raw)
+    config = raw.get("config") or {}
+    if not isinstance(config, dict):
+        raise ValueError(f"config={config} must be a dictionary of the keys of {stage}")
+    overrides = _overrides(cfg, name, flatten(config) if config else {})
+    composed = load.compose(stage, overrides)
+    needs = _needs(cfg, composed, earlier)
+    return Item(name, stage, tuple(overrides), composed, needs)
+
+
+def _name(raw: dict[str, Any], earlier: Sequence[str]) -> str:
+    name = str(raw.get("name") or "")
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name):
+        raise ValueError(f"name={name!r} must be a folder name of letters, digits, _ and -")
+    if name.lower() in [other.lower() for other in earlier]:
+        raise ValueError(f"name={name} is taken by an earlier item: both would write one folder")
+    return name
+
+
+def _stage(raw: dict[str, Any]) -> str:
+    stage = str(raw.get("stage") or "")
+    if stage not in STAGE_CONFIGS:
+        raise ValueError(usage.unknown_stage(stage) if stage else "stage is missing")
+    if stage == "pipeline":
+        raise ValueError("stage=pipeline: a pipeline cannot hold another one; list its items here")
+    return stage
+
+
+def _overrides(cfg: PipelineConfig, name: str, config: dict[str, Any]) -> list[str]:
+    for key in ("output_dir", "overwrite"):
+        if key in config:
+            raise ValueError(f"{key} is set by the pipeline; remove it from the item's config")
+    shared = {key: getattr(cfg, key) for key in _SHARED_KEYS}
+    values = {**shared, **config, "output_dir": str(Path(cfg.output_dir) / name)}
+    return [load.override(key, value) for key, value in values.items()]
+
+
+def _needs(cfg: PipelineConfig, config: StageConfig, earlier: Sequence[str]) -> tuple[str, ...]:
+    """Earlier items whose folders the inputs name. Inputs from elsewhere have to exist already."""
+    root = Path(os.path.abspath(cfg.output_dir))
+    needs = []
+    for key, value in input_paths(config).items():
+        path = Path(os.path.abspath(value))
+        if root in path.parents:
+            name = path.relative_to(root).parts[0]
+            if name not in earlier:
+                raise ValueError(
+                    f"{key}={value} names '{name}', which is not an earlier item; earlier ones: "
+                    f"{', '.join(earlier) or 'none'}"
+                )
+            needs.append(name)
+        elif not (path.exists() or Path(f"{path}.bin").exists()):
+            raise ValueError(f"{key}={value} does not exist")
+    return tuple(dict.fromkeys(needs))

@@ -1,0 +1,79 @@
+"""Runs the items of a pipeline, each in a process of its own, and skips what is up to date."""
+
+import logging
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from nemo_minitron.checkpoint.manifest import (
+    MANIFEST,
+    config_hash,
+    fingerprint,
+    input_paths,
+    open_result,
+)
+from nemo_minitron.config import load
+from nemo_minitron.config.stages import PipelineConfig
+from nemo_minitron.errors import PREEMPTED, Preempted, StageFailed
+from nemo_minitron.pipeline.plan import Item
+from nemo_minitron.runtime import ranks
+
+log = logging.getLogger(__name__)
+
+
+def run_items(cfg: PipelineConfig, items: list[Item]) -> None:
+    """Run every item whose result is missing or stale, in order.
+
+    Raises:
+        StageFailed: an item failed; later ones have not started.
+        Preempted: an item saved its work and stopped.
+    """
+    for number, item in enumerate(items, start=1):
+        title = f"[{number}/{len(items)}] {item.name} ({item.stage})"
+        reason = "overwrite=true" if cfg.overwrite else stale(item)
+        if reason is None:
+            log.info("%s: up to date, skipped", title)
+            continue
+        log.info("%s: %s", title, reason)
+        _run_item(item)
+
+
+def stale(item: Item) -> str | None:
+    """Why an item has to run; None when its result is of this config and of these inputs."""
+    folder = Path(item.config.output_dir)
+    if not (folder / MANIFEST).is_file():
+        return "no result yet"
+    try:
+        manifest = open_result(folder, item.config.verify_inputs, workers=item.config.workers)
+    except ValueError as error:
+        return str(error)
+    if manifest.stage != item.stage:
+        return f"the folder holds a result of {manifest.stage}"
+    if manifest.config_hash != config_hash(item.config):
+        return "its config changed"
+    for key, path in input_paths(item.config).items():
+        if manifest.inputs.get(key) != fingerprint(path, item.config.workers):
+            return f"its input {key} changed"
+    return None
+
+
+def command(item: Item) -> list[str]:
+    """Arguments of ``minitron`` that run an item, over a stale result too."""
+    return [item.stage, *item.overrides, "overwrite=true", *load.config_flags()]
+
+
+def _run_item(item: Item) -> None:
+    arguments = command(item)
+    log.info("minitron %s", shlex.join(arguments))
+    program = [sys.executable, "-m", "nemo_minitron"]
+    code = ranks.supervise([*program, *arguments], ranks.alone(os.environ))
+    if code == PREEMPTED:
+        raise Preempted(f"in {item.name}")
+    if code:
+        raise StageFailed(
+            f"{item.name} ({item.stage}) failed with exit code {code}; its log is "
+            f"{item.config.output_dir}.log. Mend it and run the same command again: finished "
+            "stages are skipped",
+            code if 0 < code < 128 else 1,
+        )

@@ -1,0 +1,1 @@
+"""What people look at: console output, tables and report.html."""

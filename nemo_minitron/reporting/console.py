@@ -1,0 +1,133 @@
+"""Console output: logs and progress on stderr, tables on stdout, from rank 0 alone."""
+
+import contextlib
+import functools
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemo_minitron.runtime.ranks import launched_world_size, rank
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+log = logging.getLogger(__name__)
+
+Advance = Callable[..., None]
+"""``advance(n=1, loss=...)``: n more are done; the figures are shown beside the bar."""
+
+_SECONDS_BETWEEN_LINES = 15.0
+
+
+@functools.cache
+def console() -> "Console":
+    """The one stderr console, shared by logs and bars so that they do not overwrite each other."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def log_handler() -> logging.Handler:
+    """Log handler of the console: pretty on a terminal, plain lines elsewhere (never wrapped)."""
+    if console().is_terminal:
+        from rich.logging import RichHandler
+
+        handler: logging.Handler = RichHandler(
+            console=console(), show_path=False, log_time_format="%H:%M:%S", markup=False
+        )
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    if rank() > 0:
+        handler.setLevel(logging.WARNING)
+    return handler
+
+
+@contextlib.contextmanager
+def log_file(path: Path) -> Iterator[None]:
+    """Append log records to ``path`` too, and the traceback of what ends the body."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    who = f" rank {rank()}" if (launched_world_size() or 1) > 1 else ""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s{who} %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    except BaseException:
+        trace = sys.exc_info()
+        handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, "failed", (), trace))
+        raise
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+@contextlib.contextmanager
+def progress(description: str, total: int) -> Iterator[Advance]:
+    """Show how far a loop is: a bar on a terminal, else a log line now and then.
+
+    Args:
+        description: what is being done.
+        total: how many there are to do.
+
+    Yields:
+        ``advance``; a function that does nothing on ranks other than 0.
+    """
+    if rank() > 0:
+        yield lambda n=1, **figures: None
+    elif console().is_terminal:
+        yield from _bar(description, total)
+    else:
+        yield from _lines(description, total)
+
+
+def _bar(description: str, total: int) -> Iterator[Advance]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Remaining())
+    with Progress(*columns, TextColumn("{task.fields[figures]}"), console=console()) as bar:
+        task = bar.add_task(description, total=total, figures="")
+
+        def advance(n: int = 1, **figures: float) -> None:
+            bar.update(task, advance=n, figures=_shown(figures))
+
+        yield advance
+
+
+def _lines(description: str, total: int) -> Iterator[Advance]:
+    done, last = 0, time.monotonic()
+
+    def advance(n: int = 1, **figures: float) -> None:
+        nonlocal done, last
+        done += n
+        if done == total or time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            log.info("%s %d/%d %s", description, done, total, _shown(figures))
+
+    yield advance
+
+
+def _shown(figures: dict[str, float]) -> str:
+    return " ".join(f"{name}={value:.4g}" for name, value in figures.items())
+
+
+def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table on stdout; the first column is text, the others are figures."""
+    if rank() > 0:
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for index, name in enumerate(header):
+        table.add_column(name, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    out = Console()
+    if not out.is_terminal:  # a pipe has no width to fit into
+        out = Console(width=200)
+    out.print(table)

@@ -1,0 +1,52 @@
+"""``minitron pipeline``: a list of stages, each into a folder under ``output_dir``."""
+
+import logging
+import os
+from pathlib import Path
+
+from nemo_minitron.checkpoint.artifact import write_manifest
+from nemo_minitron.checkpoint.manifest import fingerprint, read_manifest
+from nemo_minitron.config.stages import PipelineConfig
+from nemo_minitron.pipeline.plan import read_items
+from nemo_minitron.pipeline.run import run_items
+from nemo_minitron.runtime import ranks
+
+log = logging.getLogger(__name__)
+
+
+def check(cfg: PipelineConfig) -> None:
+    """Compose and check every item, so that a mistake in the last one shows before the first runs.
+
+    Raises:
+        ValueError: unknown stages or keys, names taken twice, references to later items, inputs
+            that do not exist, an output folder that belongs to something else.
+    """
+    if (ranks.launched_world_size() or 1) > 1:
+        raise ValueError(
+            "pipeline starts the ranks of its stages itself; start it once, without torchrun and "
+            "with a single srun task"
+        )
+    output = Path(cfg.output_dir)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output_dir={output} is not a folder; set another output_dir")
+    manifest = read_manifest(output)
+    if manifest is not None and manifest.stage != "pipeline":
+        raise ValueError(
+            f"output_dir={output} holds a result of stage '{manifest.stage}'; set another "
+            "output_dir"
+        )
+    read_items(cfg)
+
+
+def run(cfg: PipelineConfig) -> None:
+    """Run what is not up to date, then write report.html, the final table and the manifest."""
+    from nemo_minitron.reporting.report import write_report
+
+    items = read_items(cfg)
+    output = Path(cfg.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    run_items(cfg, items)
+    write_report(output, cfg)
+    results = {item.name: fingerprint(item.config.output_dir) for item in items}
+    own = [name for name in sorted(os.listdir(output)) if name in ("report.html", "metrics.json")]
+    write_manifest(cfg, "pipeline", output, results, own)

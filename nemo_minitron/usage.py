@@ -1,0 +1,105 @@
+"""``minitron --help`` and ``minitron <stage> --help``, made from the config dataclasses.
+
+Plain text and light imports: help has to appear at once, also on a login node's cold disk.
+"""
+
+import shutil
+import textwrap
+
+from nemo_minitron.config import load, schema
+from nemo_minitron.config.stages import STAGE_CONFIGS
+
+FLAGS = (
+    ("--cfg job", "print the composed config and stop"),
+    ("-m, --multirun", "run every combination of key=a,b values, each into its own folder"),
+    ("--config-dir DIR", "look for config files in DIR too"),
+    ("hydra.verbose=true", "log debug messages"),
+    ("--hydra-help", "what else Hydra offers"),
+)
+EXIT_CODES = (
+    ("0", "done"),
+    ("2", "bad input: the last line says which key to change"),
+    ("75", "stopped early, work saved: the same command goes on from there"),
+    ("1", "anything else: the traceback is in <output_dir>.log"),
+)
+
+
+def overview() -> str:
+    """Text of ``minitron --help``."""
+    rows = [(stage, schema.summary(stage)) for stage in STAGE_CONFIGS]
+    return "\n".join(
+        [
+            "usage: minitron <stage> key=value ...",
+            "",
+            "Turns a trained GPT-style model into a smaller one.",
+            "",
+            "stages:",
+            *_table(rows),
+            "",
+            "`minitron <stage> --help` lists its keys.",
+            "",
+            "flags:",
+            *_table(FLAGS),
+            "",
+            "exit codes:",
+            *_table(EXIT_CODES),
+        ]
+    )
+
+
+def stage_help(stage: str) -> str:
+    """Text of ``minitron <stage> --help``."""
+    keys = [
+        (f"{key.name}={_shown(key.default)}", key.doc) for key in schema.keys(STAGE_CONFIGS[stage])
+    ]
+    groups = [
+        (f"{name}=", ", ".join(entries) or "(yours, from --config-dir)")
+        for name, entries in load.groups(stage).items()
+    ]
+    return "\n".join(
+        [
+            f"usage: minitron {stage} key=value ...",
+            "",
+            schema.summary(stage),
+            "",
+            "keys and defaults (??? must be given):",
+            *_table(keys),
+            "",
+            "config groups (conf/<group>/<entry>.yaml):",
+            *_table(groups),
+            "",
+            "flags:",
+            *_table(FLAGS),
+        ]
+    )
+
+
+def unknown_stage(stage: str) -> str:
+    """Message for a stage that does not exist."""
+    near = load.nearest(stage, STAGE_CONFIGS)
+    hint = f"did you mean {near}?" if near else f"stages: {', '.join(STAGE_CONFIGS)}"
+    return f"{stage} is not a stage; {hint}"
+
+
+def _shown(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{','.join(map(_shown, value))}]"
+    return repr(value) if isinstance(value, str) and "\n" in value else str(value)
+
+
+def _table(rows: "list[tuple[str, str]] | tuple[tuple[str, str], ...]") -> list[str]:
+    """Two columns, the second wrapped to the terminal."""
+    width = shutil.get_terminal_size((100, 24)).columns
+    column = min(max(len(left) for left, _ in rows) + 4, 52)
+    lines = []
+    for left, right in rows:
+        wrapped = textwrap.wrap(right.replace("``", ""), max(width - column, 30)) or [""]
+        head = f"  {left}".ljust(column)
+        if len(head) > column:  # a long key gets its own line
+            lines.append(head)
+            head = ""
+        lines.append(head.ljust(column) + wrapped[0])
+        lines += [" " * column + line for line in wrapped[1:]]
+    return lines
