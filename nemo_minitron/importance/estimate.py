@@ -1,12 +1,12 @@
 """The calibration loop: a dataset through the model on any layout, global scores out."""
 
+import itertools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -17,8 +17,8 @@ from nemo_minitron.data.sampler import build_dataloader
 from nemo_minitron.importance.aggregate import all_reduce_flat, reduce_sums
 from nemo_minitron.importance.hooks import NORMS_PER_LAYER, ChunkRecorder, record
 from nemo_minitron.importance.scores import Scores, check_finite, model_meta
-from nemo_minitron.models.attention import zigzag_positions
 from nemo_minitron.models.build import HiddenGPTModel
+from nemo_minitron.models.schedule import Batch, on_this_cp_rank, run_schedule
 from nemo_minitron.runtime.groups import ParallelGroups
 
 
@@ -66,74 +66,41 @@ class Calibration:
         return [per_run] * full + ([rest] if rest else [])
 
 
-def local_tokens(batch: dict[str, Tensor], cp_group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """This context-parallel rank's part of a micro-batch.
-
-    Args:
-        batch: ``tokens`` and ``position_ids``, ``[b, seq_length]``.
-        cp_group: ranks that share the sequences.
-
-    Returns:
-        ``[b, seq_length / cp]`` token ids and positions, in Megatron's zigzag order.
-    """
-    tokens, positions = batch["tokens"], batch["position_ids"]
-    if cp_group.size() > 1:
-        length = tokens.size(1) // cp_group.size()
-        mine = zigzag_positions(length, cp_group.rank(), cp_group.size())
-        tokens, positions = tokens[:, mine], positions[:, mine]
-    return tokens, positions
-
-
-def _forward_step(
-    groups: ParallelGroups, device: torch.device, on_batch: Callable[[], None]
-) -> Callable[..., Any]:
-    """Megatron's forward step: hooks do the work, so there is no loss to speak of."""
-
-    def no_loss(output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return output.new_zeros(()), {}
-
-    def step(batches: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tensor, Any]:
-        tokens, positions = local_tokens(next(batches), groups.cp)
-        output = model(tokens.to(device), positions.to(device), None)
-        on_batch()
-        return output, no_loss
-
-    return step
-
-
 def _run(
     chunks: list[HiddenGPTModel],
     groups: ParallelGroups,
-    dataset: Dataset[dict[str, Tensor]],
-    data: DataConfig,
+    batches: Iterator[Batch],
     plan: Calibration,
-    on_batch: Callable[[], None],
+    on_samples: Callable[[int], None],
 ) -> None:
-    """Forward passes over the whole calibration set, logits never computed."""
-    loaders = [
-        iter(
-            build_dataloader(
-                dataset, data, dp_rank=plan.dp_rank, dp_size=plan.dp_size, drop_last=False
-            )
-        )
-        for _ in chunks
-    ]
+    """Forward passes over the whole calibration set; logits are never computed."""
+    step = plan.micro_batch_size * plan.dp_size
+    done = 0
+    with _calibrating(chunks):
+        device = next(chunks[0].parameters()).device
+        for count in plan.schedule():
+            run = [
+                {key: value.to(device) for key, value in on_this_cp_rank(batch, groups).items()}
+                for batch in itertools.islice(batches, count)
+            ]
+            run_schedule(chunks, run, _no_loss, forward_only=True, collect_outputs=True)
+            before, done = done, min(done + count * step, plan.samples)
+            on_samples(done - before)
+
+
+def _no_loss(index: int, batch: Batch, hidden: Tensor) -> None:
+    """The hooks have seen all there is to see."""
+
+
+@contextmanager
+def _calibrating(chunks: list[HiddenGPTModel]) -> Iterator[None]:
+    """Evaluation mode and no output layer, for as long as it takes."""
     modes = [(chunk.training, chunk.return_hidden) for chunk in chunks]
-    step = _forward_step(groups, next(chunks[0].parameters()).device, on_batch)
     for chunk in chunks:
         chunk.eval()
         chunk.return_hidden = True
     try:
-        for micro_batches in plan.schedule():
-            get_forward_backward_func()(
-                forward_step_func=step,
-                data_iterator=loaders if len(chunks) > 1 else loaders[0],
-                model=chunks if len(chunks) > 1 else chunks[0],
-                num_microbatches=micro_batches,
-                seq_length=data.seq_length,
-                micro_batch_size=data.micro_batch_size,
-                forward_only=True,
-            )
+        yield
     finally:
         for chunk, (training, return_hidden) in zip(chunks, modes, strict=True):
             chunk.train(training)
@@ -147,7 +114,7 @@ def estimate_scores(
     dataset: Dataset[dict[str, Tensor]],
     data: DataConfig,
     scores: ScoreConfig,
-    on_batch: Callable[[], None] = lambda: None,
+    on_samples: Callable[[int], None] = lambda count: None,
 ) -> Scores:
     """Score a model on a calibration set. Collective: every rank of the layout calls it.
 
@@ -158,7 +125,7 @@ def estimate_scores(
         dataset: all calibration samples, of all ranks, each counted once.
         data: gives the batch sizes and the sequence length.
         scores: what to score and how.
-        on_batch: called after every micro-batch of every chunk (progress).
+        on_samples: told how many more samples are done, for progress.
 
     Returns:
         Global scores on the CPU, the same on every rank.
@@ -175,8 +142,11 @@ def estimate_scores(
         pp_size=groups.pp.size(),
         interleaved=len(chunks) > 1,
     )
+    batches = build_dataloader(
+        dataset, data, dp_rank=plan.dp_rank, dp_size=plan.dp_size, drop_last=False
+    )
     with record(chunks, groups, scores, plan.valid) as recorders:
-        _run(chunks, groups, dataset, data, plan, on_batch)
+        _run(chunks, groups, iter(batches), plan, on_samples)
     result = gather_scores(recorders, config, groups)
     result.meta = {
         "model": model_meta(config),

@@ -1,0 +1,46 @@
+"""Tasks for the rank pool: scores of a model spread over ranks."""
+
+from pathlib import Path
+
+import torch
+
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.config.stages import ScoreConfig
+from nemo_minitron.config.training import DataConfig
+
+
+def score(
+    config: ModelConfig,
+    folder: str,
+    ids: torch.Tensor,
+    parallel: ParallelConfig,
+    scores: ScoreConfig,
+    micro_batch_size: int,
+    global_batch_size: int,
+) -> dict[str, torch.Tensor]:
+    """Scores of the checkpoint in ``folder`` on ``[samples, s]`` ids."""
+    from nemo_minitron.data.datasets import NpyDataset
+    from nemo_minitron.importance.estimate import estimate_scores
+    from nemo_minitron.models.build import build_gpt
+    from nemo_minitron.models.weights import load_weights
+    from nemo_minitron.runtime.groups import ParallelGroups
+    from nemo_minitron.runtime.launch import init_model_parallel
+
+    init_model_parallel(parallel)
+    groups = ParallelGroups.current()
+    chunks = build_gpt(config, parallel, groups)
+    load_weights(chunks, groups, Path(folder))
+    data = DataConfig(
+        path="-",
+        seq_length=ids.size(1),
+        micro_batch_size=micro_batch_size,
+        global_batch_size=global_batch_size,
+    )
+    dataset = NpyDataset(ids.numpy(), len(ids))
+    result = estimate_scores(chunks, config, groups, dataset, data, scores)
+    hooks = sum(
+        len(m._forward_hooks) + len(m._forward_pre_hooks) for c in chunks for m in c.modules()
+    )
+    assert hooks == 0
+    return result.axes()
