@@ -113,6 +113,8 @@ def _build_from_gguf(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
         # Not LlamaTokenizer: transformers would rebuild the cutting rules of Llama 2.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
+        # transformers 4.x would add token_type_ids, which no Llama takes
+        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": get("llama.context_length"),
         "add_bos_token": bos,
         "add_eos_token": eos,

@@ -1,0 +1,136 @@
+"""``minitron export``: a Megatron checkpoint becomes a Hugging Face folder."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.checkpoint.artifact import check_output, open_result, output_folder
+from nemo_minitron.checkpoint.hf import copy_generation_config, split_shards, to_hf, write_hf
+from nemo_minitron.checkpoint.lazy import Store, on_read, store_nbytes
+from nemo_minitron.checkpoint.tokenizer import save_tokenizer
+from nemo_minitron.checkpoint.torch_dist import read_torch_dist
+from nemo_minitron.config.model import MODEL_YAML, ModelConfig
+from nemo_minitron.config.stages import ExportConfig
+from nemo_minitron.families.registry import family_of
+from nemo_minitron.families.table import parameter_count
+from nemo_minitron.reporting.console import progress, show_table
+
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [minitron, pruning, distillation]
+---
+
+# {title}
+
+A {family} model of {parameters:,} parameters ({non_embedding:,} without embeddings), exported by
+[nemo_minitron](https://arxiv.org/abs/2407.14679).
+
+| size | value |
+|---|---|
+{sizes}
+{layers}
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+"""
+_SIZES = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "vocab_size",
+    "max_position_embeddings",
+    "dtype",
+)
+
+
+def _open(cfg: ExportConfig) -> tuple[ModelConfig, Store]:
+    """Sizes and store under Hugging Face names; only metadata is read."""
+    folder = Path(cfg.checkpoint) / "checkpoint"
+    config = ModelConfig.load(folder)
+    family = family_of(config)
+    return config, to_hf(family, config, read_torch_dist(folder, family, config))
+
+
+def check(cfg: ExportConfig) -> None:
+    """Refuse bad input; weights are hashed but not loaded.
+
+    Raises:
+        ValueError: the checkpoint is not a complete, intact result, max_shard_size is not a size,
+            or the output folder cannot take the result.
+    """
+    check_output(cfg, "export")
+    open_result(
+        cfg.checkpoint,
+        cfg.verify_inputs,
+        key="checkpoint",
+        needs=f"checkpoint/{MODEL_YAML}",
+        workers=cfg.workers,
+    )
+    _, store = _open(cfg)
+    split_shards(store, cfg.max_shard_size)
+
+
+def run(cfg: ExportConfig) -> None:
+    """Write config.json, safetensors, tokenizer, README.md and ``metrics.json``."""
+    start = time.perf_counter()
+    config, store = _open(cfg)
+    family = family_of(config)
+    tokenizer = Path(cfg.checkpoint) / "checkpoint" / "tokenizer"
+    with output_folder(cfg, "export") as work:
+        with progress("exporting tensors", len(store)) as advance:
+            counted = on_read(store, lambda name, tensor: advance())
+            files = write_hf(work, counted, family.to_hf(config), cfg.max_shard_size)
+        if tokenizer.is_dir():
+            save_tokenizer(tokenizer, work)
+            copy_generation_config(tokenizer, work)
+        (work / "README.md").write_text(_card(cfg, config))
+        metrics = _metrics(config, store, files, time.perf_counter() - start)
+        (work / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    _report(cfg, config, metrics)
+
+
+def _card(cfg: ExportConfig, config: ModelConfig) -> str:
+    """Model card."""
+    count = parameter_count(family_of(config), config)
+    kept, layers = config.kept_layers, ""
+    if kept:
+        layers = f"\nLayers of the original model that were kept (0-based): {kept}.\n"
+    return _CARD.format(
+        title=Path(cfg.output_dir).resolve().name,
+        family=config.family,
+        parameters=count["total"],
+        non_embedding=count["non_embedding"],
+        sizes="\n".join(f"| `{name}` | {getattr(config, name)} |" for name in _SIZES),
+        layers=layers,
+    )
+
+
+def _metrics(config: ModelConfig, store: Store, files: list[str], seconds: float) -> dict[str, Any]:
+    return {
+        "parameters": parameter_count(family_of(config), config)["total"],
+        "bytes": store_nbytes(store),
+        "dtype": config.dtype,
+        "files": files,
+        "seconds": round(seconds, 3),
+    }
+
+
+def _report(cfg: ExportConfig, config: ModelConfig, metrics: dict[str, Any]) -> None:
+    rows = [
+        ["parameters", f"{metrics['parameters']:,}"],
+        *[[name, str(getattr(config, name))] for name in _SIZES],
+        ["files", str(len(metrics["files"]))],
+        ["size on disk", f"{metrics['bytes'] / 1e6:,.0f} MB"],
+        ["seconds", f"{metrics['seconds']:.1f}"],
+        ["result", cfg.output_dir],
+    ]
+    show_table("export", ("", config.family), rows)

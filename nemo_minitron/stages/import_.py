@@ -1,0 +1,101 @@
+"""``minitron import``: a Hugging Face folder or a GGUF file becomes a Megatron checkpoint."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.checkpoint.artifact import check_output, output_folder
+from nemo_minitron.checkpoint.gguf import open_gguf
+from nemo_minitron.checkpoint.hf import copy_generation_config, model_config, open_hf, to_megatron
+from nemo_minitron.checkpoint.lazy import Store, on_read, refuse_nonfinite, store_nbytes
+from nemo_minitron.checkpoint.tokenizer import check_gguf_tokenizer, save_tokenizer
+from nemo_minitron.checkpoint.torch_dist import write_torch_dist
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.stages import ImportConfig
+from nemo_minitron.families.table import Family, parameter_count
+from nemo_minitron.reporting.console import progress, show_table
+
+
+def open_source(source: str) -> tuple[Family, ModelConfig, Store]:
+    """Open what ``source`` names; only headers are read.
+
+    Args:
+        source: Hugging Face folder or .gguf file.
+
+    Returns:
+        Family, sizes, and the store under Megatron names. Reading a tensor with NaN or infinity
+        raises a ValueError that names it as the source does.
+
+    Raises:
+        ValueError: the source is missing, damaged, incomplete or of an unknown architecture.
+    """
+    path = Path(source)
+    if path.is_dir():
+        hf_config, hf_store = open_hf(path)
+    elif path.is_file():
+        hf_config, hf_store = open_gguf(path)
+    else:
+        raise ValueError(
+            f"source={source} does not exist; give a Hugging Face model folder (config.json and "
+            ".safetensors files) or a .gguf file on this machine"
+        )
+    family, config = model_config(hf_config, hf_store)
+    return family, config, to_megatron(family, config, on_read(hf_store, refuse_nonfinite))
+
+
+def check(cfg: ImportConfig) -> None:
+    """Refuse bad input; reads headers, no weights.
+
+    Raises:
+        ValueError: see ``open_source``; or the output folder cannot take the result.
+    """
+    check_output(cfg, "import")
+    open_source(cfg.source)
+    if Path(cfg.source).is_file():
+        check_gguf_tokenizer(Path(cfg.source))
+
+
+def run(cfg: ImportConfig) -> None:
+    """Write ``checkpoint/`` (weights, model.yaml, tokenizer/) and ``metrics.json``."""
+    start, source = time.perf_counter(), Path(cfg.source)
+    family, config, store = open_source(cfg.source)
+    with output_folder(cfg, "import") as work:
+        folder = work / "checkpoint"
+        (folder / "tokenizer").mkdir(parents=True)
+        with progress("importing tensors", len(store)) as advance:
+            counted = on_read(store, lambda name, tensor: advance())
+            write_torch_dist(folder, counted, family, config, workers=cfg.workers)
+        config.save(folder)
+        save_tokenizer(source, folder / "tokenizer")
+        copy_generation_config(source, folder / "tokenizer")
+        metrics = _metrics(family, config, store, time.perf_counter() - start)
+        (work / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    _report(cfg, config, metrics)
+
+
+def _metrics(family: Family, config: ModelConfig, store: Store, seconds: float) -> dict[str, Any]:
+    count = parameter_count(family, config)
+    return {
+        "parameters": count["total"],
+        "non_embedding_parameters": count["non_embedding"],
+        "bytes": store_nbytes(store),
+        "dtype": config.dtype,
+        "seconds": round(seconds, 3),
+    }
+
+
+def _report(cfg: ImportConfig, config: ModelConfig, metrics: dict[str, Any]) -> None:
+    sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+    names = (*sizes, "num_query_groups", "kv_channels", "vocab_size")
+    rows = [
+        ["family", config.family],
+        ["parameters", f"{metrics['parameters']:,}"],
+        *[[name, f"{getattr(config, name):,}"] for name in names],
+        ["tied embeddings", str(config.share_embeddings_and_output_weights).lower()],
+        ["dtype", config.dtype],
+        ["size on disk", f"{metrics['bytes'] / 1e6:,.0f} MB"],
+        ["seconds", f"{metrics['seconds']:.1f}"],
+        ["result", cfg.output_dir],
+    ]
+    show_table("import", ("", Path(cfg.source).name), rows)
