@@ -11,6 +11,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from nemo_minitron.config.layout import check_layout, padded_vocab_size
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.models.spec import HAVE_TE, block_spec
@@ -44,58 +45,6 @@ class HiddenGPTModel(GPTModel):
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
-
-
-def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
-    """Smallest multiple of the tensor-parallel size that holds the vocabulary."""
-    tp = tensor_model_parallel_size
-    return -(-vocab_size // tp) * tp
-
-
-def check_layout(config: ModelConfig, parallel: ParallelConfig) -> None:
-    """Refuse layouts this model cannot be split into.
-
-    Raises:
-        ValueError: names the size, the degree and the keys to change.
-    """
-    tp = parallel.tensor_model_parallel_size
-    for name in ("num_query_groups", "num_attention_heads", "ffn_hidden_size"):
-        if getattr(config, name) % tp:
-            raise ValueError(
-                f"parallel.tensor_model_parallel_size={tp} must divide {name}="
-                f"{getattr(config, name)} of the model; use a divisor of it"
-            )
-    if tp > config.vocab_size:
-        raise ValueError(
-            f"parallel.tensor_model_parallel_size={tp} is larger than vocab_size={config.vocab_size}"
-        )
-    check_pipeline(config, parallel)
-
-
-def check_pipeline(config: ModelConfig, parallel: ParallelConfig) -> None:
-    """Refuse layer splits Megatron cannot make."""
-    pp = parallel.pipeline_model_parallel_size
-    first = parallel.num_layers_in_first_pipeline_stage
-    last = parallel.num_layers_in_last_pipeline_stage
-    if pp == 1:
-        if first or last:
-            raise ValueError(
-                "parallel.num_layers_in_first/last_pipeline_stage need "
-                "parallel.pipeline_model_parallel_size of at least 2"
-            )
-        return
-    rest = config.num_layers - (first or 0) - (last or 0)
-    stages = pp - (first is not None) - (last is not None)
-    chunks = parallel.virtual_pipeline_model_parallel_size or 1
-    even = rest == 0 if stages == 0 else rest > 0 and rest % (stages * chunks) == 0
-    if not even or any(size is not None and size % chunks for size in (first, last)):
-        raise ValueError(
-            f"num_layers={config.num_layers} cannot be split over parallel."
-            f"pipeline_model_parallel_size={pp} x virtual_pipeline_model_parallel_size={chunks} "
-            f"(first stage {first}, last stage {last}); set parallel."
-            "num_layers_in_first_pipeline_stage / num_layers_in_last_pipeline_stage so that the "
-            "rest divides evenly"
-        )
 
 
 def transformer_config(

@@ -10,11 +10,7 @@ import torch.distributed as dist
 
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.runtime import cpu
-
-
-def launched_world_size() -> int | None:
-    """Ranks that torchrun (or srun, through cli.py) started; None when started alone."""
-    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
+from nemo_minitron.runtime.ranks import launched_world_size
 
 
 def device() -> torch.device:
@@ -22,6 +18,11 @@ def device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    dist.barrier(group=dist.group.WORLD)
 
 
 def init_process_group(timeout_minutes: int = 30) -> None:

@@ -1,0 +1,243 @@
+"""Lightning's Trainer around a Minitron model: logs, validation, checkpoints, resume, preemption."""
+
+import logging
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from megatron.core import dist_checkpointing
+from nemo.utils.exp_manager import exp_manager
+
+from nemo_minitron.config.training import DataConfig, TrainerConfig
+from nemo_minitron.data.sampler import build_dataloader
+from nemo_minitron.errors import Preempted
+from nemo_minitron.models.gpt import MinitronGPTModel
+from nemo_minitron.models.lightning import MegatronStrategy
+from nemo_minitron.reporting.console import progress
+from nemo_minitron.runtime.launch import device
+
+log = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+"""Sub-folder of resumable training checkpoints."""
+
+
+class History(Callback):
+    """Keeps one record per logged step; saved in checkpoints, so a resumed run has the whole curve.
+
+    ``tokens_per_second`` counts global training tokens since the record before.
+    """
+
+    def __init__(self, total_steps: int) -> None:
+        self.records: list[dict[str, float]] = []
+        self.total_steps = total_steps
+        self._tokens = 0.0
+        self._since = 0.0
+        self._bar: Any = None
+        self._advance: Any = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {"records": self.records}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From the checkpoint."""
+        self.records = list(state_dict["records"])
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Start the clock and the bar."""
+        self._since = time.monotonic()
+        self._bar = progress("training", self.total_steps)
+        self._advance = self._bar.__enter__()
+        if trainer.global_step:
+            self._advance(trainer.global_step)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+        """Keep what the step logged."""
+        metrics = pl_module.last_metrics
+        if metrics:
+            now = time.monotonic()
+            record = {"step": trainer.global_step, **metrics}
+            record["tokens_per_second"] = metrics["tokens"] / max(now - self._since, 1e-9)
+            self.records.append(record)
+            self._since = now
+            pl_module.last_metrics = {}
+            self._advance(0, loss=metrics["loss"])
+        self._advance(1)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Add the validation losses to the record of this step; validation is not training time."""
+        values = {
+            name: float(trainer.callback_metrics[name])
+            for name in ("val_loss", "val_kd_loss")
+            if name in trainer.callback_metrics
+        }
+        if self.records and self.records[-1]["step"] == trainer.global_step:
+            self.records[-1].update(values)
+        elif not trainer.sanity_checking:
+            self.records.append({"step": trainer.global_step, **values})
+        self._since = time.monotonic()
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Close the bar."""
+        self._bar.__exit__(None, None, None)
+
+
+class StopOnSignal(Callback):
+    """SIGTERM or SIGUSR1: finish the step, save a checkpoint on every rank, raise ``Preempted``."""
+
+    def __init__(self, checkpoint: ModelCheckpoint) -> None:
+        self.checkpoint = checkpoint
+        self._asked = False
+        self._before: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Take the signals over from Lightning."""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            self._before[number] = signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self._asked = True
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+        """Agree on stopping: ranks get the signal at different moments."""
+        flag = torch.tensor(float(self._asked), device=device())
+        if dist.get_world_size() > 1:
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=dist.group.WORLD)
+        if flag.item() == 0 or trainer.global_step >= pl_module.trainer_cfg.max_steps:
+            return
+        save_now(trainer, self.checkpoint)
+        raise Preempted(f"a signal asked to stop; saved at step {trainer.global_step}")
+
+    def restore(self) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of a training checkpoint."""
+    return f"step={step}"
+
+
+def save_now(trainer: Trainer, callback: ModelCheckpoint) -> None:
+    """Write a checkpoint of this very step unless it is there already."""
+    path = Path(str(callback.dirpath)) / checkpoint_name(trainer.global_step)
+    if not path.exists():
+        trainer.save_checkpoint(path)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The last complete training checkpoint below ``folder``."""
+    found = [
+        path
+        for path in folder.glob("step=*")
+        if path.suffix != ".tmp" and dist_checkpointing.check_is_distributed_checkpoint(path)
+    ]
+    return max(found, key=lambda path: int(path.name.split("=")[1]), default=None)
+
+
+def _checkpoint_callback(config: TrainerConfig, folder: Path) -> ModelCheckpoint:
+    # A limit of max_steps + 1 means: none before the end, whose weights are the result itself.
+    every = config.save_every_n_steps or config.max_steps + 1
+    callback = ModelCheckpoint(
+        dirpath=folder,
+        filename="{step}",
+        monitor="step",
+        mode="max",
+        save_top_k=config.save_top_k,
+        every_n_train_steps=every,
+        save_on_train_epoch_end=False,
+        enable_version_counter=False,
+    )
+    callback.FILE_EXTENSION = ""
+    return callback
+
+
+def _trainer(config: TrainerConfig, callbacks: list[Callback], validate: bool) -> Trainer:
+    return Trainer(
+        strategy=MegatronStrategy(device()),
+        accelerator="gpu" if torch.cuda.is_available() else "cpu",
+        devices=1,
+        max_steps=config.max_steps,
+        val_check_interval=config.val_check_interval if validate else None,
+        check_val_every_n_epoch=None if validate else 1,
+        limit_val_batches=config.limit_val_batches if validate else 0,
+        log_every_n_steps=config.log_every_n_steps,
+        callbacks=callbacks,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
+
+
+def _log_with_nemo(trainer: Trainer, folder: Path) -> None:
+    """TensorBoard and log files through NeMo's exp_manager; our own callbacks do the rest."""
+    exp_manager(
+        trainer,
+        {
+            "explicit_log_dir": str(folder),
+            "create_checkpoint_callback": False,
+            "create_preemption_callback": False,
+            "create_tensorboard_logger": True,
+            "log_step_timing": False,
+            "log_tflops_per_sec_per_gpu": False,
+            "seconds_to_sleep": 0,
+        },
+    )
+
+
+def _loaders(
+    model: MinitronGPTModel, data: DataConfig, datasets: tuple[Any, Any], consumed: int
+) -> tuple[Any, Any]:
+    share = {"dp_rank": model.groups.dp.rank(), "dp_size": model.groups.dp.size()}
+    train = build_dataloader(
+        datasets[0], data, consumed_samples=consumed, drop_last=True, **share
+    )
+    if datasets[1] is None:
+        return train, None
+    return train, build_dataloader(datasets[1], data, drop_last=False, **share)
+
+
+def fit(
+    model: MinitronGPTModel, datasets: tuple[Any, Any], work: Path
+) -> list[dict[str, float]]:
+    """Train to ``trainer.max_steps``, going on from the newest checkpoint in ``work`` if any.
+
+    Args:
+        model: the model, weights loaded.
+        datasets: train and validation samples (validation may be None).
+        work: folder for training checkpoints and logs.
+
+    Returns:
+        One record per logged step: step, loss, lr, grad_norm, tokens, tokens_per_second, and
+        val_loss / val_kd_loss at validation steps.
+
+    Raises:
+        Preempted: a signal asked to stop; the state is saved.
+    """
+    config = model.trainer_cfg
+    resume = newest_checkpoint(work / CHECKPOINTS)
+    consumed = 0 if resume is None else int(resume.name.split("=")[1])
+    consumed *= model.data_cfg.global_batch_size
+    if resume is not None:
+        log.info("going on from %s", resume)
+    checkpoint = _checkpoint_callback(config, work / CHECKPOINTS)
+    history, stop = History(config.max_steps), StopOnSignal(checkpoint)
+    loaders = _loaders(model, model.data_cfg, datasets, consumed)
+    model.set_loaders(*loaders)
+    validate = loaders[1] is not None and config.limit_val_batches > 0
+    trainer = _trainer(config, [history, checkpoint, stop], validate)
+    _log_with_nemo(trainer, work / "logs")
+    try:
+        trainer.fit(model, ckpt_path=None if resume is None else str(resume))
+    finally:
+        stop.restore()
+    return history.records
