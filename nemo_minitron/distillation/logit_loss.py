@@ -4,8 +4,8 @@ Both output layers, the softmaxes, the loss and its gradients are done a chunk o
 on vocabulary shards, so logits of at most ``chunk_size`` tokens exist at any moment. Gradients are
 made in the forward pass (they cost no second matrix product) and scaled in the backward.
 
-Shape letters: N tokens (sequence x micro-batch, full sequence), c tokens of a chunk, h and H student
-and teacher width, v local vocabulary rows without padding. Torch only.
+Shape letters: N tokens (sequence x micro-batch, full sequence), c tokens of a chunk, h and H
+student and teacher width, v local vocabulary rows without padding. Torch only.
 """
 
 from dataclasses import dataclass
@@ -137,8 +137,8 @@ class _LogitLoss(torch.autograd.Function):
         mask: Tensor,
         config: LogitLossConfig,
         shard: VocabShard,
+        need_grad: bool,
     ) -> tuple[Tensor, Tensor]:
-        need_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         grad_hidden = torch.empty_like(hidden) if need_grad else None
         accumulate = torch.float64 if weight.dtype == torch.float64 else torch.float32
         grad_weight = torch.zeros_like(weight, dtype=accumulate) if need_grad else None
@@ -182,7 +182,7 @@ class _LogitLoss(torch.autograd.Function):
         if ctx.group is not None:
             all_reduce(grad_hidden, ctx.group)
         grad_weight = (grad_weight * scale).to(grad_hidden.dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+        return grad_hidden, grad_weight, *[None] * 7
 
 
 def logit_loss(
@@ -213,6 +213,7 @@ def logit_loss(
         every rank of the group) and ``[KD, CE]`` (CE only when it is weighted or no gradient is
         asked for).
     """
+    need_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return _LogitLoss.apply(
-        hidden, weight, teacher_hidden, teacher_weight, labels, mask, config, shard
+        hidden, weight, teacher_hidden, teacher_weight, labels, mask, config, shard, need_grad
     )

@@ -21,8 +21,11 @@ from nemo_minitron.models.lightning import MegatronOptimizerAdapter, StepLoader
 from nemo_minitron.models.optim import build_optimizer, wrap_ddp
 from nemo_minitron.models.schedule import Batch, on_this_cp_rank, run_schedule, tokens_first
 from nemo_minitron.models.weights import load_weights, model_sharded_state_dict, save_weights
+from nemo_minitron.runtime import quiet
 from nemo_minitron.runtime.groups import ParallelGroups
 from nemo_minitron.runtime.launch import device
+
+quiet.after_imports()
 
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
@@ -62,7 +65,8 @@ class MinitronGPTModel(ModelPT):
         self.trainer_cfg = TrainerConfig(**cfg.trainer)
         self.optim_cfg = OptimConfig(**cfg.optim)
         self.groups = ParallelGroups.current()
-        self.dtype_ = torch.bfloat16 if self.trainer_cfg.precision == "bf16-mixed" else torch.float32
+        bf16 = self.trainer_cfg.precision == "bf16-mixed"
+        self.dtype_ = torch.bfloat16 if bf16 else torch.float32
         chunks = build_gpt(self.gpt, self.parallel, self.groups, dtype=self.dtype_)
         self.model = torch.nn.ModuleList(chunk.to(device()) for chunk in chunks)
         for chunk in self.chunks:
@@ -99,9 +103,10 @@ class MinitronGPTModel(ModelPT):
         """Write a ``torch_dist`` checkpoint and ``model.yaml`` (collective)."""
         if dist.get_rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            self.gpt.save(folder)
         dist.barrier(group=dist.group.WORLD)
         save_weights(self.chunks, self.groups, self.gpt, folder)
+        if dist.get_rank() == 0:
+            self.gpt.save(folder)
 
     # ---- data
 

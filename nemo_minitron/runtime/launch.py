@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.runtime import cpu
+from nemo_minitron.runtime import cpu, quiet
 from nemo_minitron.runtime.ranks import launched_world_size
 
 
@@ -61,6 +61,7 @@ def init_model_parallel(parallel: ParallelConfig, seed: int = 1234) -> None:
 @contextmanager
 def distributed(parallel: ParallelConfig, seed: int = 1234) -> Iterator[None]:
     """Everything a stage needs around a model: stand-in, process group, model-parallel groups."""
+    quiet.before_imports()
     from megatron.core import parallel_state
 
     cpu.install()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.checkpoint.artifact import check_output, open_result
+from nemo_minitron.config.layout import check_layout
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import DistillConfig
 from nemo_minitron.data.checks import check_batch_sizes, check_data
@@ -25,8 +26,6 @@ def check(cfg: DistillConfig) -> None:
     Raises:
         ValueError: names the value, the relation and the key to set.
     """
-    from nemo_minitron.config.layout import check_layout
-
     check_output(cfg, "distill")
     for path in (cfg.student, cfg.teacher):
         open_result(path, cfg.verify_inputs)

@@ -1,0 +1,94 @@
+"""Language-model loss and perplexity of a model on any layout."""
+
+import math
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import Dataset
+
+from nemo_minitron.config.training import DataConfig
+from nemo_minitron.data.sampler import build_dataloader
+from nemo_minitron.distillation.logit_loss import LogitLossConfig, VocabShard, logit_loss
+from nemo_minitron.models.build import HiddenGPTModel
+from nemo_minitron.models.gpt import gathered_hidden
+from nemo_minitron.models.lightning import StepLoader
+from nemo_minitron.models.schedule import Batch, on_this_cp_rank, run_schedule, tokens_first
+from nemo_minitron.reporting.console import progress
+from nemo_minitron.runtime.groups import ParallelGroups
+from nemo_minitron.runtime.launch import device
+
+_CHUNK_SIZE = 256
+
+
+def _batch_sums(
+    chunks: list[HiddenGPTModel], micro_batches: list[Batch], shard: VocabShard | None
+) -> torch.Tensor:
+    """``[CE, tokens]`` sums of this rank's micro-batches; zeros off the last stage."""
+    config = LogitLossConfig(kd_weight=0.0, ce_weight=1.0, chunk_size=_CHUNK_SIZE)
+
+    def loss_func(index: int, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
+        assert shard is not None
+        labels, mask = tokens_first(batch)
+        rows = gathered_hidden(hidden, chunks[-1])
+        weight = chunks[-1].output_weight()
+        _, parts = logit_loss(rows, weight, labels, mask.float(), config, shard)
+        return torch.stack([parts[1].double(), mask.sum().double()])
+
+    sums = run_schedule(chunks, micro_batches, loss_func, forward_only=True, collect_outputs=True)
+    zeros = torch.zeros(2, dtype=torch.float64, device=device())
+    return torch.stack(sums).sum(0) if sums else zeros
+
+
+@torch.no_grad()
+def evaluate_lm(
+    chunks: list[HiddenGPTModel],
+    groups: ParallelGroups,
+    vocab_size: int,
+    dataset: Dataset[Any],
+    data: DataConfig,
+) -> dict[str, float]:
+    """Loss over every sample of ``dataset``; the sums do not depend on batch sizes or layout.
+
+    Args:
+        chunks: this rank's model chunks, returning hidden states.
+        groups: this rank's process groups.
+        vocab_size: true vocabulary.
+        dataset: samples of all ranks, in global order.
+        data: batch sizes.
+
+    Returns:
+        ``lm_loss`` (nats per token), ``perplexity``, ``tokens`` (that count), ``samples``,
+        ``seconds`` and ``tokens_per_second``, the same on every rank.
+    """
+    share = {"dp_rank": groups.dp.rank(), "dp_size": groups.dp.size()}
+    loader = build_dataloader(dataset, data, drop_last=False, **share)
+    steps = StepLoader(loader, data.global_batch_size // (data.micro_batch_size * share["dp_size"]))
+    last = groups.is_last_stage
+    rows = chunks[-1].output_weight().size(0) if last else 0
+    shard = VocabShard(groups.tp, vocab_size, rows) if last else None
+    total = torch.zeros(2, dtype=torch.float64, device=device())
+    count = len(loader) // steps.micro_batches
+    start = time.monotonic()
+    with progress("evaluating", count) as advance:
+        for step in steps:
+            micro_batches = [on_this_cp_rank(_on_device(batch), groups) for batch in step]
+            total += _batch_sums(chunks, micro_batches, shard)
+            advance()
+    dist.all_reduce(total, group=groups.dp_cp)
+    dist.broadcast(total, src=groups.last_stage_global_rank, group=groups.pp)
+    loss, tokens = total.tolist()
+    seconds = time.monotonic() - start
+    return {
+        "lm_loss": loss / tokens,
+        "perplexity": math.exp(loss / tokens),
+        "tokens": int(tokens),
+        "samples": len(dataset),  # type: ignore[arg-type]
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+    }
+
+
+def _on_device(batch: Batch) -> Batch:
+    return {key: value.to(device(), non_blocking=True) for key, value in batch.items()}
