@@ -3,8 +3,11 @@
 Everything a user can get wrong in a folder is found from the headers, before any weight is read.
 """
 
+import errno
 import json
 import logging
+import os
+import re
 import shutil
 from collections.abc import Iterable
 from functools import partial
@@ -259,6 +262,13 @@ def split_shards(store: Store, max_shard_size: str) -> StateDictSplit:
         ) from error
 
 
+def _os_error(error: SafetensorError, path: Path) -> OSError:
+    """What the operating system said; safetensors keeps only its words."""
+    number = re.search(r"os error (\d+)", str(error))
+    code = int(number.group(1)) if number else errno.EIO
+    return OSError(code, os.strerror(code), str(path))
+
+
 def write_hf(folder: Path, store: Store, config: dict[str, Any], max_shard_size: str) -> list[str]:
     """Write config.json and safetensors; one shard is in memory at a time.
 
@@ -283,7 +293,7 @@ def write_hf(folder: Path, store: Store, config: dict[str, Any], max_shard_size:
             save_file(tensors, folder / file, metadata={"format": "pt"})
             shutil.copymode(folder / CONFIG_JSON, folder / file)  # safetensors makes it private
         except SafetensorError as error:
-            raise OSError(f"{folder / file} cannot be written: {error}") from error
+            raise _os_error(error, folder / file) from error
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX_JSON).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

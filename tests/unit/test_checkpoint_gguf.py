@@ -1,0 +1,101 @@
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+from gguf.quants import dequantize
+
+from nemo_minitron.checkpoint.gguf import open_gguf
+from nemo_minitron.checkpoint.hf import model_config, to_megatron
+from tests.unit.gguf_fixtures import llama, write_gguf
+
+
+@pytest.mark.parametrize("overrides", [{}, {"tie_word_embeddings": True}, {"head_dim": 24}])
+def test_plain_file_gives_back_every_tensor_and_size(tmp_path, overrides):
+    model = llama(**overrides)
+    write_gguf(tmp_path / "model.gguf", model)
+    hf, store = open_gguf(tmp_path / "model.gguf")
+    assert set(store) == {name for name, _ in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        assert torch.equal(store[name].read(), parameter), name
+    source = model.config.to_dict()
+    for key in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+    ):
+        assert hf[key] == source[key], key
+    assert hf["rope_theta"] == 5e4
+    assert (hf["bos_token_id"], hf["eos_token_id"], hf["pad_token_id"]) == (1, 0, 2)
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q8_0])
+def test_quantised_files_are_dequantised_to_float32(tmp_path, kind):
+    model = llama()
+    stored = write_gguf(tmp_path / "model.gguf", model, kind, embedding=Kind.Q8_0)
+    hf, store = open_gguf(tmp_path / "model.gguf")
+    for name, array in stored.items():
+        tensor = store[name].read()
+        assert tensor.dtype == store[name].dtype == torch.float32
+        used = Kind.F32 if array.ndim == 1 else Kind.Q8_0 if "embed" in name else kind
+        assert torch.equal(tensor, torch.from_numpy(dequantize(array, used).copy())), name
+        close = 0.2 if kind != Kind.Q8_0 else 0.02
+        assert (tensor - model.get_parameter(name)).abs().max() < close * tensor.abs().max()
+    family, config = model_config(hf, store)
+    assert config.dtype == "float32"
+    assert len(to_megatron(family, config, store)) == 3 + 3 * 6
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [(Kind.F16, "float16"), (Kind.BF16, "bfloat16")])
+def test_half_precision_files_keep_their_dtype(tmp_path, kind, dtype):
+    model = llama()
+    write_gguf(tmp_path / "model.gguf", model, kind)
+    hf, store = open_gguf(tmp_path / "model.gguf")
+    assert model_config(hf, store)[1].dtype == dtype
+    name = "model.layers.1.self_attn.k_proj.weight"
+    wanted = model.get_parameter(name).to(getattr(torch, dtype))
+    assert torch.equal(store[name].read(), wanted)
+    assert store["model.norm.weight"].read().dtype == torch.float32
+
+
+def test_mixed_half_precision_becomes_float32(tmp_path):
+    write_gguf(tmp_path / "model.gguf", llama(), Kind.F16, embedding=Kind.BF16)
+    _, store = open_gguf(tmp_path / "model.gguf")
+    assert {tensor.dtype for tensor in store.values()} == {torch.float32}
+    assert {tensor.read().dtype for tensor in store.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arch": "qwen2"}, "general.architecture=qwen2 is not supported; supported: llama"),
+        ({"fields": {"llama.expert_count": 8}}, "mixture of experts"),
+        ({"fields": {"llama.rope.scaling.type": "linear"}}, "llama.rope.scaling is set"),
+        ({"extra": {"rope_freqs.weight": np.ones(8, np.float32)}}, "scaled rotary frequencies"),
+        ({"extra": {"blk.0.attn_q.bias": np.ones(8, np.float32)}}, r"\['blk.0.attn_q.bias'\]"),
+        ({"drop": "layers.2.mlp.up"}, r"lacks model.layers.2.mlp.up_proj.weight \(as blk.2.ffn_up"),
+        ({"drop": "embed_tokens"}, "lacks the tensor token_embd.weight"),
+    ],
+)
+def test_models_that_cannot_be_imported(tmp_path, changes, message):
+    write_gguf(tmp_path / "model.gguf", llama(), **changes)
+    with pytest.raises(ValueError, match=message):
+        open_gguf(tmp_path / "model.gguf")
+
+
+def test_damaged_files(tmp_path):
+    path = tmp_path / "model.gguf"
+    write_gguf(path, llama())
+    data = path.read_bytes()
+    for content in (b"", b"not a model", data[:5000], data[:-1000]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"model.gguf is not a GGUF file, or is truncated"):
+            open_gguf(path)
+    with pytest.raises(ValueError, match="nothing.gguf does not exist"):
+        open_gguf(tmp_path / "nothing.gguf")

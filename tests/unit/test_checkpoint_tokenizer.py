@@ -1,0 +1,102 @@
+import json
+
+import pytest
+from gguf import GGUFWriter
+from transformers import AutoTokenizer
+
+from nemo_minitron.checkpoint.tokenizer import load_tokenizer, save_tokenizer
+from tests.unit.gguf_fixtures import SPECIAL, TEXT, llama, tokenizer, write_gguf
+
+TRICKY = [
+    TEXT,
+    "  spaces  ",
+    "<|start|>hi<|end|> 007\r\n\ttab",
+    "a\u0301e\u0301 \u65e5\u672c \U0001f389",
+    "12 345",
+    "",
+]
+
+
+@pytest.fixture
+def built(tmp_path):
+    write_gguf(tmp_path / "model.gguf", llama())
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    assert save_tokenizer(tmp_path / "model.gguf", folder) == [
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    return folder
+
+
+@pytest.mark.parametrize("load", [load_tokenizer, AutoTokenizer.from_pretrained])
+def test_gguf_tokenizer_is_rebuilt_exactly(built, load):
+    source, rebuilt = tokenizer(), load(built)
+    for text in TRICKY:
+        ids = rebuilt(text)["input_ids"]
+        assert ids == source.encode(text).ids
+        assert rebuilt.decode(ids) == text
+    assert rebuilt("12")["input_ids"] == [source.token_to_id("1"), source.token_to_id("2")]
+    assert (rebuilt.eos_token_id, rebuilt.bos_token_id, rebuilt.pad_token_id) == (0, 1, 2)
+    assert set(rebuilt("hi")) == {"input_ids", "attention_mask"}
+
+
+def test_special_tokens_and_chat_template(built):
+    rebuilt = load_tokenizer(built)
+    assert rebuilt("<|start|>")["input_ids"] == [1]
+    assert set(SPECIAL) <= set(rebuilt.all_special_tokens)
+    assert rebuilt.decode(rebuilt("a<|end|>")["input_ids"], skip_special_tokens=True) == "a"
+    chat = [{"role": "user", "content": "hi"}]
+    assert rebuilt.apply_chat_template(chat, tokenize=False) == "<|start|>hi"
+
+
+def test_bos_is_added_only_when_the_file_says_so(built, tmp_path):
+    assert load_tokenizer(built)("hi")["input_ids"][0] != 1
+    write_gguf(tmp_path / "with_bos.gguf", llama(), add_bos=True)
+    save_tokenizer(tmp_path / "with_bos.gguf", tmp_path)
+    with_bos = load_tokenizer(tmp_path)
+    assert with_bos("hi")["input_ids"] == [1, *load_tokenizer(built)("hi")["input_ids"]]
+    assert with_bos("hi", add_special_tokens=False)["input_ids"][0] != 1
+
+
+@pytest.mark.parametrize(
+    ("model", "pre", "message"),
+    [
+        ("llama", "default", "tokenizer.ggml.model=llama is not supported; supported: gpt2"),
+        ("gpt2", "qwen2", "tokenizer.ggml.pre=qwen2 is not supported; supported: .*smollm"),
+    ],
+)
+def test_other_kinds_are_refused(tmp_path, model, pre, message):
+    writer = GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_tokenizer_model(model)
+    writer.add_tokenizer_pre(pre)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match=message):
+        save_tokenizer(tmp_path / "model.gguf", tmp_path)
+
+
+def test_folder_is_copied_as_it_is(built, tmp_path):
+    (built / "special_tokens_map.json").write_text("{}")
+    (built / "config.json").write_text("{}")
+    target = tmp_path / "target"
+    target.mkdir()
+    names = save_tokenizer(built, target)
+    assert set(names) == {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
+    for name in names:
+        assert (target / name).read_bytes() == (built / name).read_bytes()
+
+
+def test_a_class_name_does_not_change_the_tokenizer(built):
+    """AutoTokenizer would rebuild after the class; tokenizer.json is the truth."""
+    config = json.loads((built / "tokenizer_config.json").read_text())
+    config["tokenizer_class"] = "LlamaTokenizerFast"
+    (built / "tokenizer_config.json").write_text(json.dumps(config))
+    assert load_tokenizer(built)(TEXT)["input_ids"] == tokenizer().encode(TEXT).ids
+
+
+def test_no_tokenizer(tmp_path):
+    assert save_tokenizer(tmp_path, tmp_path) == []
+    with pytest.raises(ValueError, match=r"holds no tokenizer.json.*import again"):
+        load_tokenizer(tmp_path)

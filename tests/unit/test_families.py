@@ -1,0 +1,157 @@
+import json
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from nemo_minitron.families.fuse import FUSIONS, hf_shapes
+from nemo_minitron.families.llama import from_hf, to_hf
+from nemo_minitron.families.registry import family_of, family_of_hf
+from nemo_minitron.families.table import DIM_SIZES, parameter_count
+from tests.tiny import LLAMA
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def hf_llama(**overrides) -> LlamaConfig:
+    sizes = dict(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=101,
+        hidden_size=48,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+    return LlamaConfig(**{**sizes, **overrides})
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_are_exactly_the_parameters_of_transformers(tied):
+    hf = hf_llama(tie_word_embeddings=tied)
+    config = from_hf(hf.to_dict())
+    shapes = {}
+    for _, row, layer in family_of(config).parameters(config):
+        for name, shape in zip(row.hf, hf_shapes(row, config), strict=True):
+            shapes[name.format(layer=layer)] = shape
+    model = LlamaForCausalLM(hf)
+    assert shapes == {name: tuple(p.shape) for name, p in model.named_parameters()}
+    total = sum(p.numel() for p in model.parameters())
+    embedding = 101 * 48 * (1 if tied else 2)
+    count = parameter_count(family_of(config), config)
+    assert count == {"total": total, "non_embedding": total - embedding}
+
+
+def test_dims_of_every_row_are_known():
+    for row in family_of(LLAMA).rows:
+        assert set(row.dims) <= set(DIM_SIZES)
+        assert row.tp_dim is None or row.tp_dim < len(row.dims)
+        assert len(row.hf) == 1 or row.dims[0] in FUSIONS
+
+
+def test_find_knows_both_layer_specs():
+    family = family_of(LLAMA)
+    local = family.find("decoder.layers.3.input_layernorm.weight", LLAMA)
+    fused = family.find("decoder.layers.3.self_attention.linear_qkv.layer_norm_weight", LLAMA)
+    assert local == fused
+    assert local[1] == 3
+    assert family.find("decoder.final_layernorm.weight", LLAMA)[1] is None
+
+
+def test_unknown_parameter_is_named_with_the_known_rows():
+    with pytest.raises(ValueError, match=r"decoder\.layers\.0\.x\.weight has no row") as error:
+        family_of(LLAMA).find("decoder.layers.0.x.weight", LLAMA)
+    assert "decoder.layers.{layer}.mlp.linear_fc2.weight" in str(error.value)
+    tied = replace(LLAMA, share_embeddings_and_output_weights=True)
+    with pytest.raises(ValueError, match=r"output_layer\.weight has no row"):
+        family_of(tied).find("output_layer.weight", tied)
+
+
+def test_unknown_family_and_architecture():
+    with pytest.raises(ValueError, match="family 'bert' is unknown; known: .'llama'"):
+        family_of(replace(LLAMA, family="bert"))
+    with pytest.raises(ValueError, match="BertModel.*supported: .*LlamaForCausalLM"):
+        family_of_hf({"architectures": ["BertModel"]})
+    with pytest.raises(ValueError, match=r"architectures=\[\]"):
+        family_of_hf({})
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("rest", [(5,), ()])
+def test_qkv_interleaves_per_query_group(heads, groups, rest):
+    config = replace(LLAMA, num_attention_heads=heads, num_query_groups=groups, kv_channels=3)
+    q = torch.randn(heads * 3, *rest)
+    k, v = torch.randn(2, groups * 3, *rest)
+    fused = FUSIONS["qkv"].fuse(config, [q, k, v])
+    expected, per = [], heads // groups * 3
+    for g in range(groups):
+        expected += [q[g * per : (g + 1) * per], k[g * 3 : g * 3 + 3], v[g * 3 : g * 3 + 3]]
+    assert torch.equal(fused, torch.cat(expected))
+    parts = FUSIONS["qkv"].split(config, fused)
+    for part, original in zip(parts, (q, k, v), strict=True):
+        assert torch.equal(part, original)
+        assert part.is_contiguous()
+        assert part.untyped_storage().nbytes() == part.nbytes  # does not keep the whole alive
+
+
+def test_gate_comes_before_up():
+    config = replace(LLAMA, ffn_hidden_size=3)
+    gate, up = torch.randn(2, 3, 5)
+    fused = FUSIONS["gate_up"].fuse(config, [gate, up])
+    assert torch.equal(fused, torch.cat([gate, up]))
+    parts = FUSIONS["gate_up"].split(config, fused)
+    assert torch.equal(parts[0], gate)
+    assert torch.equal(parts[1], up)
+    assert parts[0].untyped_storage().nbytes() == parts[0].nbytes
+
+
+@pytest.mark.parametrize("scaling", [None, LLAMA3_ROPE])
+def test_rope_survives_whichever_transformers_wrote_it(scaling):
+    base = hf_llama().to_dict()
+    base.pop("rope_parameters")
+    old = {**base, "rope_theta": 5e5, "rope_scaling": scaling}
+    new = {
+        **base,
+        "rope_parameters": {"rope_type": "default", **(scaling or {}), "rope_theta": 5e5},
+    }
+    wanted = LlamaConfig(**deepcopy(old)).rope_parameters  # it writes into what it is given
+    for source in (old, new):
+        config = from_hf(source)
+        assert (config.rotary_base, config.rope_scaling) == (5e5, scaling)
+        written = json.loads(json.dumps(to_hf(config)))
+        # what transformers 4.x reads, and nothing that contradicts it
+        assert (written["rope_theta"], written["rope_scaling"]) == (5e5, scaling)
+        assert "rope_parameters" not in written
+        assert LlamaConfig(**written).rope_parameters == wanted
+
+
+def test_head_dim_is_pinned_and_other_fields_carried_over():
+    source = {**hf_llama(head_dim=16).to_dict(), "eos_token_id": [7, 8], "use_cache": False}
+    written = to_hf(replace(from_hf(source), hidden_size=40))
+    assert written["head_dim"] == 16
+    assert written["hidden_size"] == 40
+    assert (written["eos_token_id"], written["use_cache"]) == ([7, 8], False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attention_bias": True}, "attention_bias=true is not supported"),
+        ({"mlp_bias": True}, "mlp_bias=true is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act=gelu is not supported"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling type 'linear'"),
+        ({"num_key_value_heads": 3}, "num_attention_heads=4 must be a multiple"),
+    ],
+)
+def test_configs_the_table_cannot_hold_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        from_hf({**hf_llama().to_dict(), **change})
