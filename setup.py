@@ -15,5 +15,8 @@ conf_packages = {"nemo_minitron." + ".".join(p.parts): p.as_posix() for p in fol
 setup(
     packages=[*find_packages(include=["nemo_minitron", "nemo_minitron.*"]), *conf_packages],
     package_dir=conf_packages,
-    package_data={name: ["*.yaml"] for name in conf_packages},
+    package_data={
+        "nemo_minitron.reporting": ["templates/*"],
+        **{name: ["*.yaml"] for name in conf_packages},
+    },
 )

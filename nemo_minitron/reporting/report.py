@@ -1,0 +1,204 @@
+"""The end of a pipeline: one table on the console and ``report.html``, readable offline."""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.stages import PipelineConfig
+from nemo_minitron.families.registry import family_of
+from nemo_minitron.families.table import parameter_count
+from nemo_minitron.reporting import plots
+from nemo_minitron.reporting.console import show_table
+from nemo_minitron.reporting.results import Pruning, Results, Row, StageResult, read_results
+
+log = logging.getLogger(__name__)
+
+REPORT = "report.html"
+_SIZES = {
+    "layers": "num_layers",
+    "hidden size": "hidden_size",
+    "FFN size": "ffn_hidden_size",
+    "query heads": "num_attention_heads",
+    "query groups": "num_query_groups",
+    "head dim": "kv_channels",
+    "vocabulary": "vocab_size",
+}
+_HEADER = ("model", "parameters", "held-out LM loss", "perplexity", "tokens/s", "gap closed")
+
+
+def write_report(output_dir: str | Path, cfg: PipelineConfig) -> Path:
+    """Print the final table and write ``report.html``.
+
+    Args:
+        output_dir: folder of a pipeline whose stages are all complete.
+        cfg: its config; ``report`` says what the table compares (``results.check_report``).
+
+    Returns:
+        The page.
+
+    Raises:
+        ValueError: a result that the table needs is missing or damaged.
+    """
+    results = read_results(Path(output_dir), cfg)
+    page = Path(output_dir) / REPORT
+    working = page.with_suffix(".html.partial")
+    working.write_text(render(results), encoding="utf-8")
+    os.replace(working, page)
+    for warning in results.warnings:
+        log.warning("%s", warning)
+    if results.rows:
+        show_table(results.title, _HEADER, [_cells(row) for row in results.rows])
+    for stage in results.stages_of("export"):
+        log.info("Hugging Face model: %s", stage.folder)
+    log.info("report: %s", page)
+    return page
+
+
+def render(results: Results) -> str:
+    """The HTML page: style and pictures inline, no script, no link to anywhere."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("nemo_minitron.reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2").render(
+        title=results.title,
+        header=_HEADER,
+        rows=[_cells(row) for row in results.rows],
+        evaluated=_evaluated(results),
+        warnings=results.warnings,
+        headline=_headline(results.rows),
+        prunings=[(p.name, _size_rows(p), _kept_picture(p)) for p in results.prunings],
+        importance=[(name, _score_pictures(results, name)) for name in results.scores],
+        training=[_training(stage) for stage in results.stages if stage.metrics.get("history")],
+        stages=results.stages,
+        exports=[stage.folder for stage in results.stages_of("export")],
+        versions=_versions(results.stages),
+    )
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.label,
+        millions(row.parameters),
+        f"{row.loss:.4f}",
+        f"{row.perplexity:.2f}",
+        f"{row.tokens_per_second:,.0f}",
+        "-" if row.closed is None else f"{row.closed:.0%}",
+    )
+
+
+def millions(count: int) -> str:
+    """A parameter count with four digits: ``134.5 M``, ``8.030 B``."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            value = count / size
+            return f"{value:.{max(0, 3 - len(str(int(value))) + 1)}f} {unit}"
+    return str(count)
+
+
+def _evaluated(results: Results) -> str:
+    """What the losses are a mean over."""
+    splits = {s.values.get("data", {}).get("split_name") for s in results.stages_of("evaluate")}
+    counts = sorted({row.tokens for row in results.rows})
+    tokens = " or ".join(f"{count:,}" for count in counts)
+    names = sorted(name for name in splits if name)
+    return f"{tokens} tokens" + (f" of the {' and '.join(names)} split" if names else "")
+
+
+def _headline(rows: Sequence[Row]) -> str:
+    if len(rows) < 2:
+        return ""
+    first, last = rows[0], rows[-1]
+    text = (
+        f"{last.label}: {last.parameters / first.parameters:.0%} of the parameters of "
+        f"{first.label}, held-out loss {last.loss:.3f} against {first.loss:.3f}"
+    )
+    closed = "" if last.closed is None else f"; {last.closed:.0%} of the loss of pruning won back"
+    return f"{text}{closed}."
+
+
+def _size_rows(pruning: Pruning) -> list[tuple[str, str, str, str]]:
+    rows = []
+    for label, name in _SIZES.items():
+        rows.append(_size_row(label, getattr(pruning.before, name), getattr(pruning.after, name)))
+    before, after = _counts(pruning.before), _counts(pruning.after)
+    for label, name in (("parameters", "total"), ("without embeddings", "non_embedding")):
+        rows.append(_size_row(label, before[name], after[name]))
+    return rows
+
+
+def _size_row(label: str, before: int, after: int) -> tuple[str, str, str, str]:
+    return label, f"{before:,}", f"{after:,}", "" if before == after else f"{after / before:.0%}"
+
+
+def _counts(config: ModelConfig) -> dict[str, int]:
+    return parameter_count(family_of(config), config)
+
+
+def _kept_picture(pruning: Pruning) -> plots.Picture:
+    plan, before = pruning.plan, pruning.before
+    axes = {
+        "FFN neurons": ("ffn", before.ffn_hidden_size),
+        "query heads": ("head", before.num_attention_heads),
+        "query groups": ("query_group", before.num_query_groups),
+    }
+    kept = {
+        label: {layer: len(plan[key][i]) for i, layer in enumerate(plan["layers"])}
+        for label, (key, _) in axes.items()
+    }
+    sizes = {label: size for label, (_, size) in axes.items()}
+    return plots.kept_sizes(sizes, kept, before.num_layers)
+
+
+def _score_pictures(results: Results, name: str) -> list[plots.Picture]:
+    """Heat maps and curves of one importance stage, with the cut of the pruning that used it."""
+    folder = (results.output_dir / name).resolve()
+    users = [p for p in results.prunings if p.importance and p.importance.resolve() == folder]
+    plan: dict[str, Any] | None = users[0].plan if users else None
+    scores = results.scores[name]
+    pictures = []
+    if "ffn" in scores:
+        kept = None if plan is None else max(map(len, plan["ffn"]))
+        pictures.append(plots.ffn_heat_map(scores["ffn"], kept))
+    if "head" in scores:
+        heads = None
+        if plan is not None:
+            heads = {layer: set(plan["head"][i]) for i, layer in enumerate(plan["layers"])}
+        pictures.append(plots.head_heat_map(scores["head"], heads))
+    if "layer" in scores:
+        pictures.append(plots.layer_bars(scores["layer"], None if plan is None else plan["layers"]))
+    if "hidden" in scores:
+        kept = None if plan is None else len(plan["hidden"])
+        pictures.append(plots.hidden_curve(scores["hidden"], kept))
+    return pictures
+
+
+def _training(stage: StageResult) -> tuple[str, str, plots.Picture]:
+    """Name, a line of figures and the curve of a training stage."""
+    history = stage.metrics["history"]
+    figures = [f"{history[-1]['step']} steps"]
+    speeds = sorted(h["tokens_per_second"] for h in history if h.get("tokens_per_second"))
+    if speeds:
+        figures.append(f"{speeds[len(speeds) // 2]:,.0f} tokens/s (median)")
+    losses = [h["val_loss"] for h in history if h.get("val_loss") is not None]
+    if losses:
+        figures.append(f"validation loss {losses[0]:.4f} to {losses[-1]:.4f}")
+    return stage.name, ", ".join(figures), plots.training_curve(history)
+
+
+def _versions(stages: Sequence[StageResult]) -> list[tuple[str, str]]:
+    """Package and version; several versions when stages ran with different ones."""
+    found: dict[str, list[str]] = {}
+    for stage in stages:
+        for package, version in stage.versions.items():
+            if version not in found.setdefault(package, []):
+                found[package].append(version)
+    return [(package, ", ".join(versions)) for package, versions in sorted(found.items())]

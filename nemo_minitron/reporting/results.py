@@ -1,0 +1,291 @@
+"""What the stages of a pipeline left on disk, read for the report, without torch."""
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from nemo_minitron.checkpoint.manifest import flatten
+from nemo_minitron.config.model import MODEL_YAML, ModelConfig
+from nemo_minitron.config.stages import PipelineConfig
+
+_ROW_KEYS = {"label", "evaluate", "gap"}
+_REPORT_KEYS = {"title", "rows"}
+# Data keys that deal documents to splits, and those that do not change what is evaluated.
+_DEAL = ("seed", "split", "document_separator", "text_key")
+_SPEED = ("micro_batch_size", "global_batch_size", "cache_dir")
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """One stage folder."""
+
+    name: str
+    stage: str
+    folder: Path
+    command: str
+    """What makes this result when typed in a shell."""
+    config: str
+    """The resolved config, YAML."""
+    metrics: dict[str, Any]
+    versions: dict[str, str]
+    created: str
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The resolved config."""
+        return yaml.safe_load(self.config) or {}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the evaluation table."""
+
+    label: str
+    loss: float
+    perplexity: float
+    tokens: int
+    tokens_per_second: float
+    parameters: int
+    closed: float | None
+    """Share of the loss gap between pruned and teacher that is closed; None: not defined."""
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What one prune stage did."""
+
+    name: str
+    before: ModelConfig
+    after: ModelConfig
+    plan: dict[str, Any]
+    """``plan.json``: kept indices, 0-based (``pruning/plan.py``)."""
+    importance: Path | None
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything the report shows."""
+
+    title: str
+    output_dir: Path
+    stages: list[StageResult]
+    rows: list[Row]
+    prunings: list[Pruning]
+    scores: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    """Importance stage -> axis -> scores."""
+    warnings: list[str] = field(default_factory=list)
+    """Why the table may not mean what it says."""
+
+    def stages_of(self, stage: str) -> list[StageResult]:
+        """The results of one kind of stage, in pipeline order."""
+        return [result for result in self.stages if result.stage == stage]
+
+
+def check_report(cfg: PipelineConfig) -> None:
+    """Refuse ``report`` keys that name nothing, before any stage runs.
+
+    ``report.rows`` is a list of ``{label, evaluate, gap}``: ``evaluate`` names an ``evaluate``
+    item of ``stages``; ``gap`` (optional) is ``[pruned label, teacher label]``, the gap this row
+    closes. Without any ``gap`` the first row is the teacher, the second the pruned model, and later
+    rows close the gap between them. Without ``rows`` every ``evaluate`` stage is one.
+
+    Raises:
+        ValueError: names the key and what it could be.
+    """
+    unknown = set(cfg.report) - _REPORT_KEYS
+    if unknown:
+        raise ValueError(
+            f"report holds unknown keys {sorted(unknown)}; known: {sorted(_REPORT_KEYS)}"
+        )
+    evaluations = [item["name"] for item in cfg.stages if item["stage"] == "evaluate"]
+    labels: list[str] = []
+    for row in _row_items(cfg):
+        if set(row) - _ROW_KEYS or not {"label", "evaluate"} <= set(row):
+            raise ValueError(
+                f"report.rows holds {dict(row)}; a row is {{label, evaluate}} and maybe gap: "
+                "[pruned label, teacher label]"
+            )
+        if row["evaluate"] not in evaluations:
+            raise ValueError(
+                f"report.rows evaluate={row['evaluate']} is not an evaluate stage of this "
+                f"pipeline; it must be one of {evaluations}"
+            )
+        gap = row.get("gap") or []
+        if gap and (len(gap) != 2 or not set(gap) <= set(labels)):
+            raise ValueError(
+                f"report.rows gap={gap} of '{row['label']}' must be [pruned label, teacher label], "
+                f"labels of earlier rows: {labels}"
+            )
+        labels.append(row["label"])
+    if len(set(labels)) != len(labels):
+        raise ValueError(f"report.rows labels {labels} must differ from each other")
+
+
+def _row_items(cfg: PipelineConfig) -> list[Mapping[str, Any]]:
+    evaluations = [item["name"] for item in cfg.stages if item["stage"] == "evaluate"]
+    return list(cfg.report.get("rows") or [{"label": n, "evaluate": n} for n in evaluations])
+
+
+def read_results(output_dir: Path, cfg: PipelineConfig) -> Results:
+    """Read all stage folders of a finished pipeline.
+
+    Args:
+        output_dir: the pipeline's folder; each stage is ``output_dir/<name>``.
+        cfg: the pipeline's config.
+
+    Raises:
+        ValueError: ``report`` is wrong, or a file that the table needs is missing or damaged.
+    """
+    check_report(cfg)
+    stages = [_read_stage(output_dir, item) for item in cfg.stages]
+    return Results(
+        title=cfg.report.get("title") or f"Minitron: {output_dir.name}",
+        output_dir=output_dir,
+        stages=stages,
+        rows=_rows(cfg, {stage.name: stage for stage in stages}),
+        prunings=[_read_pruning(s) for s in stages if s.stage == "prune"],
+        scores={s.name: _read_scores(s.folder) for s in stages if s.stage == "importance"},
+        warnings=_leaks(stages) + _unlike(cfg, stages),
+    )
+
+
+def _leaks(stages: list[StageResult]) -> list[str]:
+    """Evaluations that may have seen documents some stage trained on."""
+    found = []
+    for test in (s for s in stages if s.stage == "evaluate"):
+        for train in (s for s in stages if s.stage in ("distill", "finetune")):
+            mine, theirs = test.values.get("data", {}), train.values.get("data", {})
+            if mine.get("path") != theirs.get("path"):
+                continue
+            different = [f"data.{key}" for key in _DEAL if mine.get(key) != theirs.get(key)]
+            if str(mine.get("path")).endswith(".npy"):
+                why = "a .npy is not split"
+            elif mine.get("split_name") == "train":
+                why = "data.split_name=train"
+            elif different:
+                why = f"{', '.join(different)} differ"
+            else:
+                continue
+            found.append(
+                f"{test.name} may hold text that {train.name} trained on (same data.path; {why})"
+            )
+    return found
+
+
+def _unlike(cfg: PipelineConfig, stages: list[StageResult]) -> list[str]:
+    """Rows measured on different data."""
+    names = [item["evaluate"] for item in _row_items(cfg)]
+    data = [
+        {key: value for key, value in stage.values.get("data", {}).items() if key not in _SPEED}
+        for stage in stages
+        if stage.name in names
+    ]
+    if all(item == data[0] for item in data):
+        return []
+    return ["the rows of the table were measured on different data, so they do not compare"]
+
+
+def _read_stage(output_dir: Path, item: Mapping[str, Any]) -> StageResult:
+    folder = output_dir / item["name"]
+    overrides, config = folder / ".hydra" / "overrides.yaml", folder / ".hydra" / "config.yaml"
+    if overrides.is_file():
+        words = [str(word) for word in yaml.safe_load(overrides.read_text()) or []]
+    else:
+        keys = {**flatten(dict(item.get("config") or {})), "output_dir": folder}
+        words = [f"{key}={_hydra_value(value)}" for key, value in keys.items() if key]
+    manifest = _read_json(folder / "manifest.json", {})
+    return StageResult(
+        name=item["name"],
+        stage=item["stage"],
+        folder=folder,
+        command=shlex.join(["minitron", item["stage"], *words]),
+        config=config.read_text() if config.is_file() else "",
+        metrics=_read_json(folder / "metrics.json", {}),
+        versions=manifest.get("versions", {}),
+        created=manifest.get("created", ""),
+    )
+
+
+def _hydra_value(value: Any) -> str:
+    """A value in Hydra's override grammar."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "[" + ",".join(map(_hydra_value, value)) + "]"
+    text = str(value)
+    plain = isinstance(value, int | float) or not set(text) & set(",:={}[]()'\" \n\t\\")
+    return text if plain and text else json.dumps(text, ensure_ascii=False)
+
+
+def _read_json(path: Path, missing: Any) -> Any:
+    if not path.is_file():
+        return missing
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}); run its stage again") from error
+
+
+def _rows(cfg: PipelineConfig, stages: Mapping[str, StageResult]) -> list[Row]:
+    items = _row_items(cfg)
+    losses = {item["label"]: _metric(stages[item["evaluate"]], "lm_loss") for item in items}
+    first = list(losses)[:2]
+    explicit = any("gap" in item for item in items)
+    rows = []
+    for number, item in enumerate(items):
+        gap = item.get("gap") if explicit else ([first[1], first[0]] if number >= 2 else None)
+        stage, loss = stages[item["evaluate"]], losses[item["label"]]
+        rows.append(
+            Row(
+                label=item["label"],
+                loss=loss,
+                perplexity=_metric(stage, "perplexity"),
+                tokens=int(_metric(stage, "tokens")),
+                tokens_per_second=_metric(stage, "tokens_per_second"),
+                parameters=int(_metric(stage, "parameters")),
+                closed=None if not gap else _closed(losses[gap[0]], losses[gap[1]], loss),
+            )
+        )
+    return rows
+
+
+def _closed(pruned: float, teacher: float, loss: float) -> float | None:
+    return (pruned - loss) / (pruned - teacher) if pruned > teacher else None
+
+
+def _metric(stage: StageResult, name: str) -> float:
+    if name not in stage.metrics:
+        raise ValueError(
+            f"{stage.folder / 'metrics.json'} holds no {name}; run stage '{stage.name}' again"
+        )
+    return float(stage.metrics[name])
+
+
+def _read_pruning(stage: StageResult) -> Pruning:
+    importance = stage.values.get("importance")
+    return Pruning(
+        name=stage.name,
+        before=_model(Path(stage.values["checkpoint"])),
+        after=_model(stage.folder),
+        plan=_read_json(stage.folder / "plan.json", {}),
+        importance=Path(importance) if importance else None,
+    )
+
+
+def _model(folder: Path) -> ModelConfig:
+    nested = folder / "checkpoint"
+    return ModelConfig.load(nested if (nested / MODEL_YAML).is_file() else folder)
+
+
+def _read_scores(folder: Path) -> dict[str, np.ndarray]:
+    from safetensors.numpy import load_file
+
+    return dict(load_file(folder / "scores.safetensors"))

@@ -1,0 +1,257 @@
+"""The final table and report.html from result folders in the stages' own formats."""
+
+import base64
+import json
+import math
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+import torch
+import yaml
+
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.stages import PipelineConfig, PruningConfig, TargetConfig
+from nemo_minitron.families.registry import family_of
+from nemo_minitron.families.table import parameter_count
+from nemo_minitron.importance.scores import Scores, model_meta
+from nemo_minitron.pruning.plan import make_plan, pruned_config
+from nemo_minitron.reporting.report import REPORT, millions, render, write_report
+from nemo_minitron.reporting.results import check_report, read_results
+
+MODEL = ModelConfig(
+    family="llama",
+    num_layers=4,
+    hidden_size=16,
+    ffn_hidden_size=24,
+    num_attention_heads=6,
+    num_query_groups=3,
+    kv_channels=4,
+    vocab_size=50,
+    max_position_embeddings=64,
+)
+DATA = {"path": "speeches", "seed": 1, "split": "90,5,5", "split_name": "test"}
+LOSSES = {"teacher": 3.0, "pruned": 5.0, "distilled": 3.5}
+
+
+def _write(folder, config, metrics=None, model=None):
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra" / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "manifest.json").write_text(
+        json.dumps({"versions": {"torch": "9.9.9"}, "created": "2030-01-02T03:04:05+00:00"})
+    )
+    if metrics is not None:
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+    if model is not None:
+        (folder / "checkpoint").mkdir()
+        model.save(folder / "checkpoint")
+
+
+def _make_pipeline(out):
+    """Result folders of import, importance, prune, distill, three evaluations and export."""
+    draw = torch.Generator().manual_seed(0)
+    scores = Scores(
+        hidden=torch.rand(16, generator=draw),
+        ffn=torch.rand(4, 24, generator=draw),
+        head=torch.rand(4, 6, generator=draw),
+        layer=torch.rand(4, generator=draw),
+        meta={"model": model_meta(MODEL)},
+    )
+    target = TargetConfig(num_layers=3, ffn_hidden_size=12, num_attention_heads=3)
+    plan = make_plan(MODEL, PruningConfig(target=target), scores)
+    small = pruned_config(MODEL, plan)
+    _write(out / "import", {"source": "x.gguf"}, model=MODEL)
+    _write(out / "score", {"checkpoint": str(out / "import")})
+    scores.save(out / "score")
+    config = {"checkpoint": str(out / "import"), "importance": str(out / "score")}
+    _write(out / "prune", config, model=small)
+    plan.save(out / "prune")
+    history = [
+        {"step": n, "loss": 2 / n, "lr": 1e-4, "grad_norm": 1.0, "tokens_per_second": 100.0 + n}
+        for n in range(1, 9)
+    ]
+    history[3]["val_loss"], history[7]["val_loss"] = 4.0, 3.6
+    _write(out / "distill", {"data": {**DATA, "split_name": "train"}}, {"history": history}, small)
+    for label, loss in LOSSES.items():
+        model = MODEL if label == "teacher" else small
+        metrics = {
+            "lm_loss": loss,
+            "perplexity": math.exp(loss),
+            "tokens": 4096,
+            "tokens_per_second": 1500.4,
+            "parameters": parameter_count(family_of(model), model)["total"],
+        }
+        _write(out / f"eval_{label}", {"data": DATA}, metrics)
+    _write(out / "export", {"checkpoint": str(out / "distill")})
+    (out / "export" / ".hydra" / "overrides.yaml").write_text(
+        "[checkpoint=a b, max_shard_size=1GB]"
+    )
+    return _config(out)
+
+
+def _config(out):
+    stages = [
+        {"name": "import", "stage": "import", "config": {"source": "my <model>.gguf"}},
+        {"name": "score", "stage": "importance", "config": {"data": {"num_samples": 8}}},
+        {"name": "prune", "stage": "prune", "config": {"pruning": {"target": {"num_layers": 3}}}},
+        {"name": "distill", "stage": "distill", "config": {"data.split": "90,5,5"}},
+        *({"name": f"eval_{label}", "stage": "evaluate", "config": {}} for label in LOSSES),
+        {"name": "export", "stage": "export", "config": {}},
+    ]
+    rows = [{"label": label, "evaluate": f"eval_{label}"} for label in LOSSES]
+    report = {"title": "A small model", "rows": rows}
+    return PipelineConfig(output_dir=str(out), stages=stages, report=report)
+
+
+class _Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.links, self.data = [], [], []
+        self.feed(text)
+        self.text = re.sub(r"\s+", " ", " ".join(self.data))
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [v for k, v in attrs if k in ("src", "srcset", "href", "data", "action")]
+
+    def handle_data(self, data):
+        self.data.append(data)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(output folder, config) of one pipeline, read only."""
+    out = tmp_path_factory.mktemp("pipeline")
+    return out, _make_pipeline(out)
+
+
+def test_page_and_table(finished, capsys):
+    out, cfg = finished
+    assert write_report(out, cfg) == out / REPORT
+    table = capsys.readouterr().out
+    for cells in (("teacher", "3.0000", "20.09", "1,500", "-"), ("distilled", "3.5000", "75%")):
+        line = next(line for line in table.splitlines() if cells[0] in line)
+        assert all(cell in line for cell in cells)
+    text = (out / REPORT).read_text()
+    page = _Page(text)
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert "http" not in re.sub(r"data:image/png;base64,[\w+/=]+", "", text)
+    assert "url(" not in text
+    assert len(page.links) == 2 * 6  # four importance pictures, kept sizes, training curve
+    for link in page.links:
+        kind, content = link.split(",")
+        assert kind == "data:image/png;base64"
+        assert base64.b64decode(content, validate=True).startswith(b"\x89PNG")
+    assert "A small model" in page.text
+    assert "75% of the loss of pruning won back" in page.text
+    assert "4,096 tokens of the test split" in page.text
+    assert "8 steps, 105 tokens/s (median), validation loss 4.0000 to 3.6000" in page.text
+    assert "torch 9.9.9" in page.text
+    assert "Careful" not in page.text
+    assert list(out.glob("*.partial")) == []
+
+
+def test_sizes_before_and_after(finished):
+    out, cfg = finished
+    results = replace(read_results(out, cfg), scores={})
+    text = _Page(render(results)).text
+    small = results.prunings[0].after
+    before, after = (parameter_count(family_of(m), m)["total"] for m in (MODEL, small))
+    assert f"parameters {before:,} {after:,} {after / before:.0%}" in text
+    assert "layers 4 3 75%" in text
+    assert "FFN size 24 12 50%" in text
+    assert "query groups 3 3 head dim" in text
+
+
+def test_commands_can_be_typed_again(finished):
+    out, cfg = finished
+    commands = {stage.name: stage.command for stage in read_results(out, cfg).stages}
+    assert (
+        commands["import"]
+        == f"minitron import 'source=\"my <model>.gguf\"' output_dir={out}/import"
+    )
+    assert commands["score"] == f"minitron importance data.num_samples=8 output_dir={out}/score"
+    assert (
+        commands["distill"] == f"minitron distill 'data.split=\"90,5,5\"' output_dir={out}/distill"
+    )
+    assert commands["export"] == "minitron export 'checkpoint=a b' max_shard_size=1GB"
+
+
+def test_rows_of_a_chain_name_their_gap(finished):
+    out, cfg = finished
+    rows = cfg.report["rows"]
+    chain = {"rows": [*rows[:2], {**rows[2], "gap": ["pruned", "teacher"]}]}
+    closed = [r.closed for r in read_results(out, _with(cfg, chain)).rows]
+    assert closed == [None, None, 0.75]
+    assert [r.label for r in read_results(out, _with(cfg, {})).rows] == [
+        "eval_teacher",
+        "eval_pruned",
+        "eval_distilled",
+    ]
+
+
+def _with(cfg, report):
+    return PipelineConfig(output_dir=cfg.output_dir, stages=cfg.stages, report=report)
+
+
+@pytest.mark.parametrize(
+    ("report", "message"),
+    [
+        ({"titel": "x"}, r"unknown keys \['titel'\]"),
+        ({"rows": [{"label": "a"}]}, r"a row is \{label, evaluate\}"),
+        ({"rows": [{"label": "a", "evaluate": "distill"}]}, "must be one of .*eval_teacher"),
+        ({"rows": [{"label": "a", "evaluate": "eval_pruned"}] * 2}, "must differ"),
+        (
+            {"rows": [{"label": "a", "evaluate": "eval_pruned", "gap": ["a", "b"]}]},
+            "labels of earlier rows",
+        ),
+    ],
+)
+def test_bad_report_keys_are_refused(report, message):
+    with pytest.raises(ValueError, match=message):
+        check_report(_with(_config("x"), report))
+
+
+def test_doubtful_numbers_are_said_to_be_so(tmp_path, caplog):
+    cfg = _make_pipeline(tmp_path)
+    (tmp_path / "distill" / "metrics.json").unlink()  # no pictures: they take a second each
+    cfg.stages = [s for s in cfg.stages if s["stage"] in ("distill", "evaluate")]
+    for label, change in (("pruned", {"seed": 2}), ("distilled", {"split_name": "train"})):
+        config = tmp_path / f"eval_{label}" / ".hydra" / "config.yaml"
+        config.write_text(yaml.safe_dump({"data": {**DATA, **change}}))
+    write_report(tmp_path, cfg)
+    text = _Page((tmp_path / REPORT).read_text()).text
+    for warning in (
+        "eval_pruned may hold text that distill trained on (same data.path; data.seed differ)",
+        "eval_distilled may hold text that distill trained on (same data.path; data.split_name=",
+        "measured on different data",
+    ):
+        assert warning in text
+        assert warning in caplog.text
+    assert "eval_teacher may" not in text
+
+
+def test_missing_figures_are_named(tmp_path):
+    cfg = _make_pipeline(tmp_path)
+    (tmp_path / "eval_pruned" / "metrics.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds no lm_loss; run stage 'eval_pruned' again"):
+        write_report(tmp_path, cfg)
+    assert not (tmp_path / REPORT).exists()
+
+
+def test_plan_without_scores(tmp_path):
+    """Layers dropped by hand: no importance stage at all."""
+    plan = make_plan(MODEL, PruningConfig(drop_layers=[2]), None)
+    _write(tmp_path / "import", {}, model=MODEL)
+    config = {"checkpoint": str(tmp_path / "import"), "importance": None}
+    _write(tmp_path / "prune", config, model=pruned_config(MODEL, plan))
+    plan.save(tmp_path / "prune")
+    stages = [{"name": n, "stage": n, "config": {}} for n in ("import", "prune")]
+    write_report(tmp_path, PipelineConfig(output_dir=str(tmp_path), stages=stages))
+    assert "layers 4 3 75%" in _Page((tmp_path / REPORT).read_text()).text
+
+
+def test_parameter_counts_have_four_digits():
+    shown = [millions(n) for n in (134515008, 8030261248, 12345, 999, 98_000_000, 405 * 10**9)]
+    assert shown == ["134.5 M", "8.030 B", "12.35 k", "999", "98.00 M", "405.0 B"]
