@@ -29,13 +29,21 @@ LAYER_NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 SPECIAL = ["<|end|>", "<|start|>", "<|pad|>"]
-TEXT = "In 1776, on July 4th, they declared: 'we don't   wait'.\n\n\tTabs, caf\u00e9s \u65e5\u672c \U0001f389 and 12345."
+TEXT = (
+    "In 1776, on July 4th, they declared: 'we don't   wait'.\n\n\tTabs, "
+    "caf\u00e9s \u65e5\u672c \U0001f389 and 12345."
+)
 
 
 def llama(**overrides) -> LlamaForCausalLM:
     """A model whose rows can be quantised in blocks of 32."""
     torch.manual_seed(0)
-    sizes = dict(vocab_size=288, hidden_size=64, intermediate_size=96, num_attention_heads=4)
+    sizes = {
+        "vocab_size": 288,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+    }
     config = hf_llama(**{**sizes, "num_key_value_heads": 2, "rope_theta": 5e4, **overrides})
     return LlamaForCausalLM(config)
 

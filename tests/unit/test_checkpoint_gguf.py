@@ -97,5 +97,5 @@ def test_damaged_files(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"model.gguf is not a GGUF file, or is truncated"):
             open_gguf(path)
-    with pytest.raises(ValueError, match="nothing.gguf does not exist"):
+    with pytest.raises(ValueError, match=r"nothing.gguf does not exist"):
         open_gguf(tmp_path / "nothing.gguf")

@@ -163,7 +163,7 @@ def test_config_that_does_not_fit(folder, key, value, message):
 def test_no_weights(folder):
     for path in folder.glob("*.safetensors*"):
         path.unlink()
-    with pytest.raises(ValueError, match="holds no .safetensors file"):
+    with pytest.raises(ValueError, match=r"holds no .safetensors file"):
         import_(folder)
 
 
@@ -230,7 +230,7 @@ def test_nan_is_named(bad, dtype):
     tensor = torch.ones(5, 4, dtype=dtype)
     tensor[2, 3] = bad
     store = on_read({"model.x.weight": from_tensor(tensor)}, refuse_nonfinite)
-    with pytest.raises(ValueError, match="model.x.weight holds 1 NaN or infinite values of 20"):
+    with pytest.raises(ValueError, match=r"model.x.weight holds 1 NaN or infinite values of 20"):
         store["model.x.weight"].read()
 
 
@@ -248,7 +248,7 @@ def test_dtype_comes_from_the_weights(folder, caplog):
 def test_parts_of_different_dtypes_are_refused(folder):
     name = "model.layers.1.self_attn.k_proj.weight"
     edit_shard(folder, name, lambda t: t.update({name: t[name].half()}))
-    with pytest.raises(ValueError, match="convert the source to one dtype"):
+    with pytest.raises(ValueError, match=r"convert the source to one dtype"):
         import_(folder)
 
 
@@ -271,7 +271,7 @@ def test_full_disk_is_an_os_error(good, tmp_path, monkeypatch):
 
     monkeypatch.setattr(hf, "save_file", full)
     hf_config, hf_store = open_hf(good)
-    with pytest.raises(OSError, match="No space left") as error:
+    with pytest.raises(OSError, match=r"No space left") as error:
         write_hf(tmp_path, hf_store, hf_config, "5GB")
     assert error.value.errno == errno.ENOSPC
 

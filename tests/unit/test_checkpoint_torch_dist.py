@@ -123,7 +123,7 @@ def save_in_chunks(folder: Path, tensors: dict, cuts: dict, extra: dict | None =
         blocks = [((0,) * tensor.dim(), tensor)]
         for dim, size in cuts.get(key, []):
             blocks = [
-                (offsets[:dim] + (offsets[dim] + i * size,) + offsets[dim + 1 :], part)
+                ((*offsets[:dim], offsets[dim] + i * size, *offsets[dim + 1 :]), part)
                 for offsets, block in blocks
                 for i, part in enumerate(block.split(size, dim))
             ]
@@ -195,9 +195,9 @@ def test_a_gap_between_chunks_is_found(tmp_path):
 def test_store_that_does_not_fit_is_refused(tmp_path):
     weights = random_weights(LLAMA)
     fewer = {name: tensor for name, tensor in weights.items() if "layers.2.mlp" not in name}
-    with pytest.raises(ValueError, match="missing .*layers.2.mlp.linear_fc1.weight"):
+    with pytest.raises(ValueError, match=r"missing .*layers.2.mlp.linear_fc1.weight"):
         write(tmp_path, fewer)
-    with pytest.raises(ValueError, match="unexpected .*'x.weight'"):
+    with pytest.raises(ValueError, match=r"unexpected .*'x.weight'"):
         write(tmp_path, {**weights, "x.weight": torch.zeros(1)})
     with pytest.raises(
         ValueError, match=r"final_layernorm.weight has shape \(3,\).*asks for \(64,\)"
@@ -205,7 +205,7 @@ def test_store_that_does_not_fit_is_refused(tmp_path):
         write(tmp_path, {**weights, "decoder.final_layernorm.weight": torch.zeros(3)})
     mixed = {**weights}
     mixed["decoder.layers.2.mlp.linear_fc1.weight"] = torch.zeros(192, 64).half()
-    with pytest.raises(ValueError, match="is torch.float16 but its first layer is torch.float32"):
+    with pytest.raises(ValueError, match=r"is torch.float16 but its first layer is torch.float32"):
         write(tmp_path, mixed)
     assert not list(tmp_path.iterdir())
 
@@ -274,6 +274,6 @@ def test_full_disk_is_an_os_error(tmp_path, monkeypatch):
             yield file
 
     monkeypatch.setattr("torch.distributed.checkpoint.filesystem.FileSystem.create_stream", full)
-    with pytest.raises(OSError, match="No space left") as error:
+    with pytest.raises(OSError, match=r"No space left") as error:
         write(tmp_path / "checkpoint", random_weights(LLAMA))
     assert error.value.errno == errno.ENOSPC

@@ -22,16 +22,16 @@ LLAMA3_ROPE = {
 
 
 def hf_llama(**overrides) -> LlamaConfig:
-    sizes = dict(
-        architectures=["LlamaForCausalLM"],
-        vocab_size=101,
-        hidden_size=48,
-        intermediate_size=40,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-    )
+    sizes = {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 101,
+        "hidden_size": 48,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    }
     return LlamaConfig(**{**sizes, **overrides})
 
 
@@ -77,9 +77,9 @@ def test_unknown_parameter_is_named_with_the_known_rows():
 
 
 def test_unknown_family_and_architecture():
-    with pytest.raises(ValueError, match="family 'bert' is unknown; known: .'llama'"):
+    with pytest.raises(ValueError, match=r"family 'bert' is unknown; known: .'llama'"):
         family_of(replace(LLAMA, family="bert"))
-    with pytest.raises(ValueError, match="BertModel.*supported: .*LlamaForCausalLM"):
+    with pytest.raises(ValueError, match=r"BertModel.*supported: .*LlamaForCausalLM"):
         family_of_hf({"architectures": ["BertModel"]})
     with pytest.raises(ValueError, match=r"architectures=\[\]"):
         family_of_hf({})
