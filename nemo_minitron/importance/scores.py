@@ -55,10 +55,10 @@ class Scores:
 
     def save(self, folder: Path) -> None:
         """Write ``scores.safetensors`` and ``scores.json`` into ``folder``."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         tensors = {axis: tensor.detach().cpu().contiguous() for axis, tensor in self.axes().items()}
-        save_file(tensors, folder / SCORES_FILE)
+        (folder / SCORES_FILE).write_bytes(save(tensors))
         meta = {"format": _FORMAT, "axes": list(tensors), **self.meta}
         (folder / META_FILE).write_text(json.dumps(meta, indent=2) + "\n")
 
