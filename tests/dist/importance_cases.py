@@ -6,7 +6,7 @@ import torch
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.config.stages import ScoreConfig
+from nemo_minitron.config.stages import ImportanceConfig, ScoreConfig
 from nemo_minitron.config.training import DataConfig
 
 
@@ -44,3 +44,11 @@ def score(
     )
     assert hooks == 0
     return result.axes()
+
+
+def run_stage(cfg: ImportanceConfig) -> None:
+    """``minitron importance`` on the ranks of the pool."""
+    from nemo_minitron.stages import importance
+
+    importance.check(cfg)
+    importance.run(cfg)
