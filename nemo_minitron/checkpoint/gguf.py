@@ -37,11 +37,23 @@ _QUANTISED = {
 }
 
 
+class _Reader(GGUFReader):
+    """Keeps the memory map as a plain array, whose thousands of slices are three times faster."""
+
+    @property
+    def data(self) -> np.ndarray:
+        return self._data
+
+    @data.setter
+    def data(self, mapped: np.memmap) -> None:
+        self._data = mapped.view(np.ndarray)
+
+
 @lru_cache(maxsize=2)
 def _parse(path: Path, size: int, mtime_ns: int) -> GGUFReader:
-    """Parsing a large vocabulary takes seconds, and a stage opens its source more than once."""
+    """Parsing a large vocabulary takes a second, and a stage opens its source more than once."""
     try:
-        return GGUFReader(path)
+        return _Reader(path)
     except (ValueError, IndexError, KeyError, OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path} is not a GGUF file, or is truncated or damaged: {error}"

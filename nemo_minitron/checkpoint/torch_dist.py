@@ -6,6 +6,10 @@ homogeneous: one key for all layers, ``decoder.layers.mlp.linear_fc1.weight`` of
 ``[num_layers, ...]`` with a chunk per layer; other parameters under their own name. Norms that
 Transformer Engine fuses are stored under the TE name, as Megatron's local spec stores them too. The
 vocabulary is stored unpadded. Shapes are global.
+
+No ``_extra_state`` objects are stored (fp8 scales under TE, nothing under the local spec):
+Megatron's ``dist_checkpointing.load`` wants them left out of the sharded state dict, as
+``models/weights.py`` does, or ``strict="log_unexpected"``.
 """
 
 import json

@@ -32,7 +32,7 @@ def hf_llama(**overrides) -> LlamaConfig:
         "num_key_value_heads": 2,
         "head_dim": 16,
     }
-    return LlamaConfig(**{**sizes, **overrides})
+    return LlamaConfig(**deepcopy({**sizes, **overrides}))  # it writes into what it is given
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -123,7 +123,7 @@ def test_rope_survives_whichever_transformers_wrote_it(scaling):
         **base,
         "rope_parameters": {"rope_type": "default", **(scaling or {}), "rope_theta": 5e5},
     }
-    wanted = LlamaConfig(**deepcopy(old)).rope_parameters  # it writes into what it is given
+    wanted = LlamaConfig(**deepcopy(old)).rope_parameters
     for source in (old, new):
         config = from_hf(source)
         assert (config.rotary_base, config.rope_scaling) == (5e5, scaling)
