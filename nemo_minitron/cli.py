@@ -56,6 +56,7 @@ def _refuse(message: str) -> int:
 def _run_hydra(stage: str, arguments: list[str]) -> int:
     """Hand over to Hydra, which composes the config(s) and calls ``job`` for each."""
     import hydra
+    import yaml
     from hydra._internal.utils import get_args_parser
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -85,8 +86,8 @@ def _run_hydra(stage: str, arguments: list[str]) -> int:
         return failure.code
     except (HydraException, OmegaConfBaseException) as error:
         return _refuse(load.explain(stage, error))
-    except ValueError as error:
-        return _refuse(str(error))
+    except (ValueError, yaml.YAMLError) as error:
+        return _refuse(" ".join(str(error).split()))
     finally:
         sys.argv = before
     return max(codes, default=0)

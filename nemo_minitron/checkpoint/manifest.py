@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import nemo_minitron
-from nemo_minitron.config.schema import INPUT_KEYS, NEUTRAL_KEYS
+from nemo_minitron.config.schema import INPUT_KEYS, NEUTRAL_KEYS, flatten
 from nemo_minitron.config.stages import StageConfig
 
 MANIFEST = "manifest.json"
@@ -57,7 +57,7 @@ class Manifest:
         Times and versions do not enter, nor does ``metrics.json`` (it holds timings) or a log, so a
         stage run twice on the same inputs keeps its identity and what depends on it stays current.
         """
-        content = {n: e.sha256 for n, e in self.files.items() if _is_content(n)}
+        content = {n: [e.size, e.sha256] for n, e in self.files.items() if _is_content(n)}
         return digest([self.stage, self.config_hash, self.inputs, content])
 
     def save(self, folder: Path) -> None:
@@ -77,16 +77,6 @@ def _is_content(name: str) -> bool:
 def digest(value: Any) -> str:
     """sha256 (hex) of a JSON value, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries -> dotted keys."""
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat |= flatten(item, f"{prefix}.{key}" if prefix else str(key))
-    return flat
 
 
 def config_values(cfg: StageConfig) -> dict[str, Any]:

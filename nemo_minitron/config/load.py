@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_minitron.config import schema
@@ -34,19 +34,14 @@ def stage_config(stage: str, composed: DictConfig) -> StageConfig:
     cls = STAGE_CONFIGS[stage]
     try:
         typed = OmegaConf.merge(OmegaConf.structured(cls), composed)
-        missing = [key.name for key in schema.keys(cls) if _is_missing(typed, key.name)]
+        values = schema.flatten(OmegaConf.to_container(typed, resolve=False))
+        missing = [key for key, value in values.items() if value == MISSING]
         if missing:
             needed = " ".join(f"{key}=..." for key in missing)
             raise ValueError(f"{stage} needs {', '.join(missing)}; add {needed}")
         return cast(StageConfig, OmegaConf.to_object(typed))
     except OmegaConfBaseException as error:
         raise ValueError(explain(stage, error)) from error
-
-
-def _is_missing(config: Any, key: str) -> bool:
-    section, _, name = key.rpartition(".")
-    parent = OmegaConf.select(config, section) if section else config
-    return OmegaConf.is_missing(parent, name)
 
 
 def compose(stage: str, overrides: Sequence[str]) -> StageConfig:
@@ -112,17 +107,25 @@ def groups(stage: str) -> dict[str, list[str]]:
 
 
 def _check_key(stage: str, key: str) -> None:
-    known = {k.name: k for k in schema.keys(STAGE_CONFIGS[stage])}
-    inside = [name for name in known if key == name or name.startswith(key + ".")]
-    open_ended = [
-        name for name, k in known.items() if "dict" in k.type and key.startswith(name + ".")
-    ]
-    if not inside and not open_ended:
+    known = [k.name for k in schema.keys(STAGE_CONFIGS[stage])]
+    inside = any(name == key or name.startswith(key + ".") for name in known)
+    if not inside and not _open_section(stage, key):
         raise ValueError(unknown_key(stage, key))
+
+
+def _open_section(stage: str, key: str) -> bool:
+    """Whether the key lies in a free-form dictionary or list (``inputs``, ``stages``, ...)."""
+    return any(
+        key.startswith(k.name + ".") and k.type.startswith(("dict", "list[dict"))
+        for k in schema.keys(STAGE_CONFIGS[stage])
+    )
 
 
 def unknown_key(stage: str, key: str) -> str:
     """Message for a key that the stage does not have."""
+    key = key.replace("[", ".").replace("]", "")  # stages[0].x, as OmegaConf writes it
+    if _open_section(stage, key):
+        return f"{key} is not in the chosen experiment; write +{key}=... to add it"
     known = [k.name for k in schema.keys(STAGE_CONFIGS[stage])]
     near = nearest(key, known)
     # A key given without its section ("hidden_size") is near to nothing, but easy to place.
@@ -148,7 +151,7 @@ def _quoted(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return f"[{','.join(map(_quoted, value))}]"
     if isinstance(value, dict):
-        return "{" + ",".join(f"{_quoted(k)}:{_quoted(v)}" for k, v in value.items()) + "}"
+        return "{" + ",".join(f"{k}:{_quoted(v)}" for k, v in value.items()) + "}"
     return repr(value)
 
 
@@ -178,11 +181,15 @@ def explain(stage: str, error: Exception) -> str:
 
     if isinstance(error, OverrideParseException):
         return f"{error.override} is not a key=value that Hydra can read ({_first_line(error)})"
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if str(error).startswith("Ambiguous value"):  # a,b without --multirun
+        return " ".join(line.strip() for line in str(error).splitlines())
+    behind = error.__cause__ or error.__context__
+    cause = behind if isinstance(behind, OmegaConfBaseException) else error
     full_key = getattr(cause, "full_key", None)
     text = _first_line(cause)
     if full_key and re.search(r"Key '.*' (is not in struct|not in )", text):
-        return unknown_key(stage, full_key)
+        where = re.match(r"In '(.+?)':", str(error))
+        return (f"conf/{where.group(1)}.yaml: " if where else "") + unknown_key(stage, full_key)
     options = re.search(r"Available options in '(\S+)':\n((?:\t.*\n?)+)", str(error))
     if options:
         group, names = options.group(1), options.group(2).split()

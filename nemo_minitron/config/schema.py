@@ -43,6 +43,16 @@ def conf_dir() -> Path:
     return installed if installed.is_dir() else package.parent / "conf"
 
 
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries -> dotted keys."""
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= flatten(item, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
 def schema_name(stage: str) -> str:
     """Name of the stage's dataclass in Hydra's ConfigStore, used in ``conf/<stage>.yaml``."""
     return f"{stage}_schema"

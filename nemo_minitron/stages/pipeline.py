@@ -9,6 +9,7 @@ from nemo_minitron.checkpoint.manifest import fingerprint, read_manifest
 from nemo_minitron.config.stages import PipelineConfig
 from nemo_minitron.pipeline.plan import read_items
 from nemo_minitron.pipeline.run import run_items
+from nemo_minitron.reporting.results import check_report
 from nemo_minitron.runtime import ranks
 
 log = logging.getLogger(__name__)
@@ -19,7 +20,8 @@ def check(cfg: PipelineConfig) -> None:
 
     Raises:
         ValueError: unknown stages or keys, names taken twice, references to later items, inputs
-            that do not exist, an output folder that belongs to something else.
+            that do not exist, an output folder that belongs to something else, a report of
+            evaluations that are not there.
     """
     if (ranks.launched_world_size() or 1) > 1:
         raise ValueError(
@@ -36,6 +38,7 @@ def check(cfg: PipelineConfig) -> None:
             "output_dir"
         )
     read_items(cfg)
+    check_report(cfg)
 
 
 def run(cfg: PipelineConfig) -> None:

@@ -1,0 +1,148 @@
+"""Hydra -> dataclass: every shipped file composes, keys are strict, values survive quoting."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from nemo_minitron.config import load, schema
+from nemo_minitron.config.stages import (
+    STAGE_CONFIGS,
+    DistillConfig,
+    EvaluateConfig,
+    ImportanceConfig,
+    PipelineConfig,
+    PruneConfig,
+)
+
+CONF = schema.conf_dir()
+REQUIRED = {
+    "output_dir": "out",
+    "source": "m.gguf",
+    "checkpoint": "m",
+    "student": "s",
+    "teacher": "t",
+    "data.path": "text",
+}
+ENTRIES = sorted(
+    path.relative_to(CONF).as_posix() for path in CONF.glob("*/*.yaml") if path.parts[-2] != "hydra"
+)
+
+
+def complete(stage: str, overrides: list[str]) -> list[str]:
+    """Add the keys that have no default."""
+    given = {override.split("=")[0] for override in overrides}
+    known = {key.name for key in schema.keys(STAGE_CONFIGS[stage])}
+    if stage == "pipeline":
+        return overrides
+    missing = [f"{k}={v}" for k, v in REQUIRED.items() if k in known and k not in given]
+    return [*overrides, *missing]
+
+
+@pytest.mark.parametrize("stage", STAGE_CONFIGS)
+def test_every_stage_composes_to_the_defaults_of_its_dataclass(stage):
+    composed = load.compose(stage, complete(stage, ["output_dir=out"]))
+    cls = STAGE_CONFIGS[stage]
+    assert type(composed) is cls
+    values = {k: v for k, v in REQUIRED.items() if "." not in k and k in cls.__dataclass_fields__}
+    expected = cls(**values)
+    if hasattr(expected, "data"):
+        expected.data.path = "text"
+    assert composed == expected
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_every_shipped_entry_composes_as_its_first_lines_say(entry):
+    text = (CONF / entry).read_text()
+    usage = re.search(r"^# minitron (.*)$", text, re.MULTILINE)
+    assert usage, f"conf/{entry} needs a line '# minitron <stage> {Path(entry).parent}=...'"
+    stage, *overrides = shlex.split(usage.group(1))
+    group, name = Path(entry).parent.as_posix(), Path(entry).stem
+    assert f"{group}={name}" in overrides
+    config = load.compose(stage, complete(stage, overrides))
+    if group != "experiment":
+        assert config != load.compose(stage, complete(stage, overrides[1:])), "it changes nothing"
+
+
+def test_stage_files_add_no_defaults_of_their_own():
+    for stage in STAGE_CONFIGS:
+        lines = (CONF / f"{stage}.yaml").read_text().splitlines()
+        keys = [line for line in lines if re.match(r"\w+:", line)]
+        assert keys == ["defaults:", "hydra:"]
+
+
+def test_pruning_entries_are_the_published_ones():
+    width = load.compose("prune", complete("prune", ["pruning=llama31_minitron_4b_width"]))
+    assert isinstance(width, PruneConfig)
+    assert (width.pruning.target.hidden_size, width.pruning.target.ffn_hidden_size) == (3072, 9216)
+    depth = load.compose("prune", complete("prune", ["pruning=llama31_minitron_4b_depth"]))
+    assert isinstance(depth, PruneConfig)
+    assert depth.pruning.drop_layers == list(range(16, 32))
+
+
+def test_defaults_that_differ_between_stages():
+    importance = load.compose("importance", complete("importance", []))
+    evaluate = load.compose("evaluate", complete("evaluate", []))
+    assert isinstance(importance, ImportanceConfig)
+    assert isinstance(evaluate, EvaluateConfig)
+    assert importance.data.num_samples == 1024
+    assert evaluate.data.split_name == "test"
+
+
+@pytest.mark.parametrize("stage", STAGE_CONFIGS)
+def test_keys_are_documented(stage):
+    """The names in TargetConfig and Adam's are Megatron's own and need no words."""
+    bare = [k.name for k in schema.keys(STAGE_CONFIGS[stage]) if not k.doc]
+    assert all(name.startswith(("pruning.target.", "optim.adam_")) for name in bare) or not bare
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        True,
+        3,
+        -1,
+        1e-5,
+        "plain",
+        "",
+        "null",
+        "3",
+        "a b",
+        "a,b",
+        "a=b",
+        "it's",
+        'say "x"',
+        "back\\slash",
+        "ends with \\",
+        "\\'",
+        "[x]",
+        "{a:b}",
+        "/data/x-1_2.bin",
+        [1, 2],
+        ["a,b", "c"],
+        [],
+        {"a": 1, "b": [None, "d'e"]},
+    ],
+)
+def test_values_survive_quoting(value):
+    overrides = [load.override("+inputs.x", value), "output_dir=out"]
+    config = load.compose("pipeline", overrides)
+    assert isinstance(config, PipelineConfig)
+    assert config.inputs["x"] == value
+    assert type(config.inputs["x"]) is type(value)
+
+
+def test_every_part_of_a_nested_value_is_checked():
+    with pytest.raises(ValueError, match=r"optim.min_lr=0.5 must lie between 0 and optim.lr"):
+        load.compose("distill", complete("distill", ["optim.min_lr=0.5"]))
+    config = load.compose("distill", complete("distill", ["optim.lr=1", "optim.min_lr=0.5"]))
+    assert isinstance(config, DistillConfig)
+    assert config.optim.min_lr == 0.5
+
+
+def test_stage_reference_is_the_folder_of_the_item():
+    config = load.compose("pipeline", ["output_dir=out", "+inputs.x=${stage:a}/b"])
+    assert isinstance(config, PipelineConfig)
+    assert config.inputs["x"] == "out/a/b"
