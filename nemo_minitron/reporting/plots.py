@@ -82,8 +82,9 @@ def _image(figure: "Figure", values: np.ndarray, label: str, extent: Sequence[fl
 
     axes = figure.subplots()
     positive = values[values > 0]
-    low, high = (positive.min(), positive.max()) if positive.size else (0.5, 1.0)
-    norm = LogNorm(max(low, high * 1e-4), max(high, low * (1 + 1e-6)))
+    # A few outliers would otherwise take the whole scale.
+    low, high = np.percentile(positive, [0.5, 99.5]) if positive.size else (0.5, 1.0)
+    norm = LogNorm(low, max(high, low * (1 + 1e-6)))
     drawn = axes.imshow(
         np.clip(values, norm.vmin, None),
         aspect="auto",
@@ -91,7 +92,7 @@ def _image(figure: "Figure", values: np.ndarray, label: str, extent: Sequence[fl
         norm=norm,
         extent=(extent[0], extent[1], len(values) - 0.5, -0.5),
     )
-    figure.colorbar(drawn, ax=axes, label=label, pad=0.02)
+    figure.colorbar(drawn, ax=axes, label=label, pad=0.02, extend="both")
     axes.set_ylabel(_LAYER)
     _layer_axis(axes.yaxis, len(values))
     return axes
@@ -232,7 +233,8 @@ def kept_sizes(before: dict[str, int], kept: dict[str, dict[int, int]], layers: 
             gone = [index for index in range(layers) if index not in stays]
             axes.bar(range(layers), [size] * layers, color="none", edgecolor="#8b949e", lw=0.6)
             axes.bar(list(stays), list(stays.values()), color=_KEPT)
-            axes.plot(gone, [size / 2] * len(gone), "x", color=_DROPPED, ms=5, clip_on=False)
+            if gone:
+                axes.plot(gone, [size / 2] * len(gone), "x", color=_DROPPED, ms=5)
             axes.set_title(_kept_title(label, size, stays, gone))
             axes.set_ylim(0, size * 1.05)
         _layer_axis(panels[-1].xaxis, layers)
@@ -256,33 +258,45 @@ def _kept_title(label: str, size: int, stays: dict[int, int], gone: list[int]) -
 
 
 def training_curve(history: Sequence[dict[str, Any]]) -> Picture:
-    """Training loss, validation loss and learning rate over optimizer steps.
+    """Losses and learning rate over optimizer steps.
 
     Args:
-        history: items with ``step`` and any of ``loss``, ``val_loss``, ``lr``; at least one loss.
+        history: items with ``step`` and any of ``loss``, ``val_kd_loss``, ``val_loss``, ``lr``; at
+            least one loss.
     """
+    from matplotlib.ticker import MaxNLocator
+
     panels = [
-        (key, colour, title, unit)
-        for key, colour, title, unit in (
-            ("loss", _KEPT, "distillation loss (training batches)", "loss"),
-            ("val_loss", _DROPPED, "language-model loss (validation split)", "loss"),
-            ("lr", _OTHER, "learning rate", "rate"),
+        (title, lines)
+        for title, lines in (
+            ("distillation loss: training, validation (dots)", ("loss", "val_kd_loss")),
+            ("language-model loss, validation", ("val_loss",)),
+            ("learning rate", ("lr",)),
         )
-        if _points(history, key)[0]
+        if any(_points(history, key)[0] for key in lines)
     ]
+    styles: dict[str, dict[str, Any]] = {
+        "loss": {"color": _KEPT},
+        "val_kd_loss": {"color": _DROPPED, "marker": "o", "ls": "none", "ms": 5},
+        "val_loss": {"color": _DROPPED, "marker": "o", "ms": 5},
+        "lr": {"color": _OTHER},
+    }
 
     def draw(figure: "Figure") -> None:
         drawn = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-        for axes, (key, colour, title, unit) in zip(drawn, panels, strict=True):
-            steps, values = _points(history, key)
-            axes.plot(steps, values, "o-" if len(steps) < 40 else "-", ms=3, color=colour)
+        drawn[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+        for axes, (title, lines) in zip(drawn, panels, strict=True):
+            for key in lines:
+                axes.plot(*_points(history, key), **styles[key])
             axes.set_title(title)
-            axes.set_ylabel(unit)
             axes.grid()
         drawn[-1].set_xlabel("optimizer step")
 
     return _picture(
-        draw, 0.6 + 1.5 * len(panels), "Training.", "Curves of loss and learning rate over steps."
+        draw,
+        0.6 + 1.5 * len(panels),
+        "Losses and learning rate over optimizer steps.",
+        "Curves of " + ", ".join(title for title, _ in panels),
     )
 
 

@@ -1,6 +1,7 @@
 """What the stages of a pipeline left on disk, read for the report, without torch."""
 
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import numpy as np
 import yaml
 
 from nemo_minitron.checkpoint.manifest import flatten
+from nemo_minitron.config import load
 from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.config.stages import PipelineConfig
 
@@ -145,7 +147,7 @@ def read_results(output_dir: Path, cfg: PipelineConfig) -> Results:
     check_report(cfg)
     stages = [_read_stage(output_dir, item) for item in cfg.stages]
     return Results(
-        title=cfg.report.get("title") or f"Minitron: {output_dir.name}",
+        title=cfg.report.get("title") or "Minitron report",
         output_dir=output_dir,
         stages=stages,
         rows=_rows(cfg, {stage.name: stage for stage in stages}),
@@ -197,14 +199,14 @@ def _read_stage(output_dir: Path, item: Mapping[str, Any]) -> StageResult:
     if overrides.is_file():
         words = [str(word) for word in yaml.safe_load(overrides.read_text()) or []]
     else:
-        keys = {**flatten(dict(item.get("config") or {})), "output_dir": folder}
-        words = [f"{key}={_hydra_value(value)}" for key, value in keys.items() if key]
+        keys = {**flatten(dict(item.get("config") or {})), "output_dir": str(folder)}
+        words = [load.override(key, value) for key, value in keys.items() if key]
     manifest = _read_json(folder / "manifest.json", {})
     return StageResult(
         name=item["name"],
         stage=item["stage"],
         folder=folder,
-        command=shlex.join(["minitron", item["stage"], *words]),
+        command=_shell(["minitron", item["stage"], *words]),
         config=config.read_text() if config.is_file() else "",
         metrics=_read_json(folder / "metrics.json", {}),
         versions=manifest.get("versions", {}),
@@ -212,17 +214,27 @@ def _read_stage(output_dir: Path, item: Mapping[str, Any]) -> StageResult:
     )
 
 
-def _hydra_value(value: Any) -> str:
-    """A value in Hydra's override grammar."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return "[" + ",".join(map(_hydra_value, value)) + "]"
-    text = str(value)
-    plain = isinstance(value, int | float) or not set(text) & set(",:={}[]()'\" \n\t\\")
-    return text if plain and text else json.dumps(text, ensure_ascii=False)
+def _shell(words: list[str]) -> str:
+    """A command line for people: as few quotes as Hydra and the shell need."""
+    return " ".join(_quote(_bare(word)) for word in words)
+
+
+def _bare(word: str) -> str:
+    """``key='value'`` without the quotes where Hydra reads a plain word as a string anyway."""
+    match = re.fullmatch(r"([\w.]+)='([A-Za-z/._][\w./@+-]*)'", word)
+    if match is None or match[2].lower() in ("true", "false", "null"):
+        return word
+    try:
+        float(match[2])
+    except ValueError:
+        return f"{match[1]}={match[2]}"
+    return word
+
+
+def _quote(word: str) -> str:
+    if "'" in word and not set(word) & set('"$`\\!'):
+        return f'"{word}"'
+    return shlex.quote(word)
 
 
 def _read_json(path: Path, missing: Any) -> Any:
@@ -250,7 +262,7 @@ def _rows(cfg: PipelineConfig, stages: Mapping[str, StageResult]) -> list[Row]:
                 perplexity=_metric(stage, "perplexity"),
                 tokens=int(_metric(stage, "tokens")),
                 tokens_per_second=_metric(stage, "tokens_per_second"),
-                parameters=int(_metric(stage, "parameters")),
+                parameters=int(_metric(stage, "parameters", "total")),
                 closed=None if not gap else _closed(losses[gap[0]], losses[gap[1]], loss),
             )
         )
@@ -261,12 +273,16 @@ def _closed(pruned: float, teacher: float, loss: float) -> float | None:
     return (pruned - loss) / (pruned - teacher) if pruned > teacher else None
 
 
-def _metric(stage: StageResult, name: str) -> float:
-    if name not in stage.metrics:
-        raise ValueError(
-            f"{stage.folder / 'metrics.json'} holds no {name}; run stage '{stage.name}' again"
-        )
-    return float(stage.metrics[name])
+def _metric(stage: StageResult, *path: str) -> float:
+    value: Any = stage.metrics
+    for name in path:
+        if not isinstance(value, dict) or name not in value:
+            raise ValueError(
+                f"{stage.folder / 'metrics.json'} holds no {'.'.join(path)}; run stage "
+                f"'{stage.name}' again"
+            )
+        value = value[name]
+    return float(value)
 
 
 def _read_pruning(stage: StageResult) -> Pruning:

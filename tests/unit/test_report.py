@@ -4,6 +4,7 @@ import base64
 import json
 import math
 import re
+import shlex
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from nemo_minitron.config import load
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import PipelineConfig, PruningConfig, TargetConfig
 from nemo_minitron.families.registry import family_of
@@ -72,6 +74,7 @@ def _make_pipeline(out):
         for n in range(1, 9)
     ]
     history[3]["val_loss"], history[7]["val_loss"] = 4.0, 3.6
+    history[7]["val_kd_loss"] = 0.5
     _write(out / "distill", {"data": {**DATA, "split_name": "train"}}, {"history": history}, small)
     for label, loss in LOSSES.items():
         model = MODEL if label == "teacher" else small
@@ -80,7 +83,7 @@ def _make_pipeline(out):
             "perplexity": math.exp(loss),
             "tokens": 4096,
             "tokens_per_second": 1500.4,
-            "parameters": parameter_count(family_of(model), model)["total"],
+            "parameters": parameter_count(family_of(model), model),
         }
         _write(out / f"eval_{label}", {"data": DATA}, metrics)
     _write(out / "export", {"checkpoint": str(out / "distill")})
@@ -167,15 +170,15 @@ def test_sizes_before_and_after(finished):
 def test_commands_can_be_typed_again(finished):
     out, cfg = finished
     commands = {stage.name: stage.command for stage in read_results(out, cfg).stages}
-    assert (
-        commands["import"]
-        == f"minitron import 'source=\"my <model>.gguf\"' output_dir={out}/import"
-    )
-    assert commands["score"] == f"minitron importance data.num_samples=8 output_dir={out}/score"
-    assert (
-        commands["distill"] == f"minitron distill 'data.split=\"90,5,5\"' output_dir={out}/distill"
-    )
     assert commands["export"] == "minitron export 'checkpoint=a b' max_shard_size=1GB"
+    words = shlex.split(commands["import"])
+    assert words[:2] == ["minitron", "import"]
+    composed = load.compose("import", words[2:])
+    assert (composed.source, composed.output_dir) == ("my <model>.gguf", f"{out}/import")
+    assert (
+        commands["distill"] == f"minitron distill \"data.split='90,5,5'\" output_dir={out}/distill"
+    )
+    assert "data.num_samples=8" in shlex.split(commands["score"])
 
 
 def test_rows_of_a_chain_name_their_gap(finished):
