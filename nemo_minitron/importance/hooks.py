@@ -14,7 +14,7 @@ run its forward passes in the same order, so one exchange at the end of each is 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -83,32 +83,31 @@ class ChunkRecorder:
         self.influence = BlockInfluence(count, device=device) if "layer" in scores.axes else None
         self._blocks = blocks
 
-    def register(self) -> list[RemovableHandle]:
-        """Register all hooks.
+    def register(self, keep: Callable[[RemovableHandle], object]) -> None:
+        """Register all hooks, handing every handle to ``keep`` at once.
 
         Raises:
             ValueError: a layer has no dense MLP or no self-attention to hook.
         """
-        handles = [self.chunk.register_forward_hook(self._finish)]
+        keep(self.chunk.register_forward_hook(self._finish))
         for local, block in enumerate(self._blocks):
+            attention, mlp = block.self_attention, block.mlp
             if "hidden" in self.channels:
-                norm, linear = block.input_layernorm, block.self_attention.linear_qkv
-                handles.append(self._on_norm(NORMS_PER_LAYER * local, norm, linear))
-                norm = block.pre_mlp_layernorm
-                linear = getattr(block.mlp, "linear_fc1", None)
-                handles.append(self._on_norm(NORMS_PER_LAYER * local + 1, norm, linear))
+                first = NORMS_PER_LAYER * local
+                keep(self._on_norm(first, block.input_layernorm, attention.linear_qkv))
+                linear = getattr(mlp, "linear_fc1", None)
+                keep(self._on_norm(first + 1, block.pre_mlp_layernorm, linear))
             for axis, owner, name in (
-                ("ffn", block.mlp, "linear_fc2"),
-                ("head", block.self_attention, "linear_proj"),
+                ("ffn", mlp, "linear_fc2"),
+                ("head", attention, "linear_proj"),
             ):
                 if axis in self.channels:
                     module = _submodule(owner, name, axis, self.layers[local])
                     hook = partial(self._on_input, axis, local)
-                    handles.append(module.register_forward_pre_hook(hook))
+                    keep(module.register_forward_pre_hook(hook))
             if self.influence is not None:
                 hook = partial(self._on_layer, local)
-                handles.append(block.register_forward_hook(hook, with_kwargs=True))
-        return handles
+                keep(block.register_forward_hook(hook, with_kwargs=True))
 
     def _on_norm(self, module: int, norm: nn.Module, linear: nn.Module | None) -> RemovableHandle:
         """Hook a norm, or the Transformer Engine linear layer that it is fused into."""
@@ -203,12 +202,8 @@ def record(
         One recorder per chunk.
     """
     recorders = [ChunkRecorder(chunk, groups, scores, valid) for chunk in chunks]
-    handles: list[RemovableHandle] = []
-    try:
+    with ExitStack() as handles:
         for recorder in recorders:
-            handles += recorder.register()
+            recorder.register(lambda handle: handles.callback(handle.remove))
         with torch.no_grad():
             yield recorders
-    finally:
-        for handle in handles:
-            handle.remove()
