@@ -269,6 +269,15 @@ def _os_error(error: SafetensorError, path: Path) -> OSError:
     return OSError(code, os.strerror(code), str(path))
 
 
+def _write_shard(path: Path, store: Store) -> None:
+    # A function of its own, so that a shard is gone before the next is read.
+    tensors = {name: tensor.read() for name, tensor in store.items()}
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise _os_error(error, path) from error
+
+
 def write_hf(folder: Path, store: Store, config: dict[str, Any], max_shard_size: str) -> list[str]:
     """Write config.json and safetensors; one shard is in memory at a time.
 
@@ -288,12 +297,8 @@ def write_hf(folder: Path, store: Store, config: dict[str, Any], max_shard_size:
     split = split_shards(store, max_shard_size)
     (folder / CONFIG_JSON).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     for file, names in split.filename_to_tensors.items():
-        tensors = {name: store[name].read() for name in names}
-        try:
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-            shutil.copymode(folder / CONFIG_JSON, folder / file)  # safetensors makes it private
-        except SafetensorError as error:
-            raise _os_error(error, folder / file) from error
+        _write_shard(folder / file, {name: store[name] for name in names})
+        shutil.copymode(folder / CONFIG_JSON, folder / file)  # safetensors makes it private
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX_JSON).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
