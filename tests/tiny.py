@@ -1,5 +1,8 @@
 """Small models and token batches that tests share."""
 
+from pathlib import Path
+
+import numpy as np
 import torch
 
 from nemo_minitron.config.model import ModelConfig
@@ -35,3 +38,43 @@ def token_batch(samples: int, seq_length: int, vocab_size: int, seed: int = 0) -
     """``[samples, seq_length + 1]`` random ids."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, vocab_size, (samples, seq_length + 1), generator=generator)
+
+
+def write_weights(folder: Path, config: ModelConfig, seed: int) -> None:
+    """Random model as a torch_dist checkpoint (one process, no group)."""
+    from nemo_minitron.checkpoint.lazy import from_tensor
+    from nemo_minitron.checkpoint.torch_dist import write_torch_dist
+    from nemo_minitron.families.registry import family_of
+
+    folder.mkdir(parents=True)
+    store = {name: from_tensor(tensor) for name, tensor in random_weights(config, seed).items()}
+    write_torch_dist(folder, store, family_of(config), config, workers=1)
+
+
+def write_result(folder: Path, config: ModelConfig, seed: int) -> Path:
+    """Random model as a complete result folder of ``import``."""
+    from nemo_minitron.checkpoint.artifact import output_folder
+    from nemo_minitron.config.stages import ImportConfig
+
+    cfg = ImportConfig(output_dir=str(folder), source="-", overwrite=True)
+    with output_folder(cfg, "import", {}) as work:
+        write_weights(work / "checkpoint", config, seed)
+        config.save(work / "checkpoint")
+    return folder
+
+
+def read_weights(result: Path) -> dict[str, torch.Tensor]:
+    """Global tensors of a result folder, keyed by Megatron name."""
+    from nemo_minitron.checkpoint.torch_dist import read_torch_dist
+    from nemo_minitron.families.registry import family_of
+
+    folder = result / "checkpoint"
+    config = ModelConfig.load(folder)
+    store = read_torch_dist(folder, family_of(config), config)
+    return {name: tensor.read() for name, tensor in store.items()}
+
+
+def write_npy(path: Path, samples: int, seq_length: int, vocab_size: int, seed: int = 0) -> Path:
+    """Token ids ``[samples, seq_length]`` as ``data.path`` takes them."""
+    np.save(path, token_batch(samples, seq_length - 1, vocab_size, seed).numpy())
+    return path

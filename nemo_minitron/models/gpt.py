@@ -18,7 +18,12 @@ from nemo_minitron.config.training import DataConfig, OptimConfig, TrainerConfig
 from nemo_minitron.distillation.logit_loss import LogitLossConfig, VocabShard, logit_loss
 from nemo_minitron.models.build import DTYPES, HiddenGPTModel, build_gpt, unwrap
 from nemo_minitron.models.lightning import MegatronOptimizerAdapter, StepLoader
-from nemo_minitron.models.optim import build_optimizer, wrap_ddp
+from nemo_minitron.models.optim import (
+    allocate_state,
+    build_optimizer,
+    load_optimizer,
+    wrap_ddp,
+)
 from nemo_minitron.models.schedule import Batch, on_this_cp_rank, run_schedule, tokens_first
 from nemo_minitron.models.weights import load_weights, model_sharded_state_dict, save_weights
 from nemo_minitron.runtime import quiet
@@ -140,6 +145,8 @@ class MinitronGPTModel(ModelPT):
 
     def training_state(self, *, is_loading: bool) -> dict[str, Any]:
         """Sharded weights, optimizer and scheduler state for ``dist_checkpointing``."""
+        if is_loading:
+            allocate_state(self._megatron)
         model = model_sharded_state_dict(self.chunks, self.groups)
         metadata = {**_METADATA, "dp_cp_group": self.groups.dp_cp}
         flat = model["model0"] if len(model) == 1 else model
@@ -156,7 +163,7 @@ class MinitronGPTModel(ModelPT):
         """Restore what ``training_state`` saved."""
         for index, chunk in enumerate(self.chunks):
             chunk.load_state_dict(state[f"model{index}"], strict=False)
-        self._megatron.load_state_dict(state["optimizer"])
+        load_optimizer(self._megatron, state["optimizer"])
         self._lr_scheduler.load_state_dict(state["lr_scheduler"])
         self.consumed_samples = state["consumed_samples"]
 

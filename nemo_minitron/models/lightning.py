@@ -16,7 +16,19 @@ if TYPE_CHECKING:
     from nemo_minitron.models.gpt import MinitronGPTModel
 
 STATE = "state"
-"""Key of Lightning's own state (loops, callbacks) in a training checkpoint."""
+"""Key of Lightning's own state in a training checkpoint."""
+# Plain values only: Megatron reads them back with ``weights_only=True``. The config is not among
+# them, it is in the result's ``.hydra``.
+_KEPT = (
+    "epoch",
+    "global_step",
+    "loops",
+    "callbacks",
+    "pytorch-lightning_version",
+    "state_dict",
+    "optimizer_states",
+    "lr_schedulers",
+)
 
 
 class MegatronOptimizerAdapter(torch.optim.Optimizer):
@@ -138,7 +150,7 @@ class MegatronStrategy(SingleDeviceStrategy):
             work.mkdir(parents=True)
         self.barrier()
         state = self._module.training_state(is_loading=False)
-        state[STATE] = checkpoint
+        state[STATE] = {key: checkpoint[key] for key in _KEPT if key in checkpoint}
         dist_checkpointing.save(state, str(work))
         if self.is_global_zero:
             shutil.rmtree(target, ignore_errors=True)

@@ -14,12 +14,16 @@ from nemo_minitron.config.training import DataConfig, OptimConfig, TrainerConfig
 from tests.tiny import token_batch
 
 
-def model_cfg(student: ModelConfig, teacher: ModelConfig | None, parallel: ParallelConfig, **over: Any) -> Any:
+def model_cfg(
+    student: ModelConfig, teacher: ModelConfig | None, parallel: ParallelConfig, **over: Any
+) -> Any:
     """Config of a (distillation) model."""
     cfg = {
         "gpt": asdict(student),
         "parallel": asdict(parallel),
-        "data": asdict(DataConfig(path="-", seq_length=16, micro_batch_size=1, global_batch_size=4)),
+        "data": asdict(
+            DataConfig(path="-", seq_length=16, micro_batch_size=1, global_batch_size=4)
+        ),
         "trainer": asdict(TrainerConfig(max_steps=2)),
         "optim": asdict(OptimConfig()),
         "chunk_size": 8,
@@ -46,18 +50,6 @@ def batches(samples: int, seq: int, vocab: int) -> list[dict[str, torch.Tensor]]
             }
         )
     return out
-
-
-def write_model(folder: Path, config: ModelConfig, seed: int) -> None:
-    """Random model as a torch_dist checkpoint (one process, no group)."""
-    from nemo_minitron.checkpoint.lazy import from_tensor
-    from nemo_minitron.checkpoint.torch_dist import write_torch_dist
-    from nemo_minitron.families.registry import family_of
-    from tests.tiny import random_weights
-
-    folder.mkdir(parents=True)
-    store = {name: from_tensor(tensor) for name, tensor in random_weights(config, seed).items()}
-    write_torch_dist(folder, store, family_of(config), config, workers=1)
 
 
 def kd_gradients(

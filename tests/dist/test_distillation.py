@@ -10,8 +10,8 @@ from nemo_minitron.checkpoint.torch_dist import read_torch_dist
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.families.registry import family_of
-from tests.dist.kd_cases import batches, kd_gradients, write_model
-from tests.tiny import LLAMA
+from tests.dist.kd_cases import batches, kd_gradients
+from tests.tiny import LLAMA, write_weights
 
 TEACHER = replace(LLAMA, num_layers=8, hidden_size=48)
 STUDENT = replace(LLAMA, num_layers=4, hidden_size=32, ffn_hidden_size=48)
@@ -50,8 +50,8 @@ def pair(request, tmp_path_factory):
     """Student and teacher checkpoints and the single-rank reference."""
     folder = tmp_path_factory.mktemp("kd")
     student = replace(STUDENT, share_embeddings_and_output_weights=request.param)
-    write_model(folder / "student", student, 1)
-    write_model(folder / "teacher", TEACHER, 2)
+    write_weights(folder / "student", student, 1)
+    write_weights(folder / "teacher", TEACHER, 2)
     return (student, str(folder / "student")), (TEACHER, str(folder / "teacher")), folder
 
 

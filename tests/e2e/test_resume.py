@@ -1,0 +1,91 @@
+"""A distillation that is killed and started again ends with the weights of one that was not."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny import LLAMA, read_weights, write_npy, write_result
+
+STUDENT = replace(LLAMA, hidden_size=48, ffn_hidden_size=64, num_layers=2)
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Student, teacher and data."""
+    path = tmp_path_factory.mktemp("resume")
+    write_result(path / "teacher", LLAMA, 1)
+    write_result(path / "student", STUDENT, 2)
+    write_npy(path / "data.npy", 40, 16, LLAMA.vocab_size)
+    return path
+
+
+def _command(folder: Path, name: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "nemo_minitron", "distill"),
+        f"student={folder}/student",
+        f"teacher={folder}/teacher",
+        f"output_dir={folder}/{name}",
+        f"data.path={folder}/data.npy",
+        "data.seq_length=16",
+        "data.global_batch_size=4",
+        f"trainer.max_steps={STEPS}",
+        "trainer.limit_val_batches=0",
+        "trainer.save_every_n_steps=2",
+        "optim.lr=1e-2",
+        "optim.lr_warmup_steps=2",
+    ]
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=170, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def _stop_at(command: list[str], checkpoint: Path, number: int) -> int:
+    """Start, send a signal once ``checkpoint`` exists, return the exit code."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists():
+        assert process.poll() is None, "ended before it could be stopped"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(process.pid, number)
+    return process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder):
+    """Weights of a run that nobody stopped."""
+    _run(_command(folder, "undisturbed"))
+    return read_weights(folder / "undisturbed")
+
+
+def _same(folder: Path, name: str, want: dict[str, torch.Tensor]) -> None:
+    got = read_weights(folder / name)
+    assert got.keys() == want.keys()
+    for key, tensor in want.items():
+        assert torch.equal(got[key], tensor), key
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75)])
+def test_stopped_and_started_again(folder, undisturbed, number, code):
+    """Must-show 6: bit for bit; SIGTERM saves and exits with 75, SIGKILL loses at most one step."""
+    name = f"stopped{number}"
+    command = _command(folder, name)
+    first = folder / f"{name}.partial" / "checkpoints" / "step=2"
+    assert _stop_at(command, first, number) == code
+    assert not (folder / name).exists()
+    _run(command)
+    _same(folder, name, undisturbed)
+    assert any(
+        not torch.equal(tensor, undisturbed[key])
+        for key, tensor in read_weights(folder / "student").items()
+    )
