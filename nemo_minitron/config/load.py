@@ -1,5 +1,6 @@
 """Hydra -> stage dataclass, strictly: one clear ``ValueError`` for whatever is wrong."""
 
+import contextlib
 import difflib
 import re
 from collections.abc import Iterable, Sequence
@@ -12,6 +13,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_minitron.config import schema
 from nemo_minitron.config.stages import STAGE_CONFIGS, StageConfig
+
+_PLAIN = re.compile(r"[A-Za-z_./][A-Za-z0-9_./-]*")
 
 
 def register() -> None:
@@ -144,6 +147,8 @@ def _quoted(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, str) and _is_plain(value):
+        return value
     if isinstance(value, str):
         # Backslashes only count before a quote (or at the end), so only those are doubled.
         text = re.sub(r"(\\*)(?='|$)", r"\1\1", value).replace("'", "\\'")
@@ -153,6 +158,14 @@ def _quoted(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ",".join(f"{k}:{_quoted(v)}" for k, v in value.items()) + "}"
     return repr(value)
+
+
+def _is_plain(text: str) -> bool:
+    """Whether Hydra reads the bare text as this very string (a path, a name)."""
+    with contextlib.suppress(ValueError):
+        float(text)
+        return False  # a number, or "nan" and its like
+    return text.lower() not in ("null", "true", "false") and bool(_PLAIN.fullmatch(text))
 
 
 def config_flags() -> list[str]:

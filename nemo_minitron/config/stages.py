@@ -141,6 +141,15 @@ class DistillConfig(StageConfig):
     optim: OptimConfig = field(default_factory=OptimConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
 
+    def __post_init__(self) -> None:
+        """Check relations between sections."""
+        super().__post_init__()
+        if self.optim.lr_warmup_steps >= self.trainer.max_steps:
+            raise ValueError(
+                f"optim.lr_warmup_steps={self.optim.lr_warmup_steps} must be below "
+                f"trainer.max_steps={self.trainer.max_steps}"
+            )
+
 
 @dataclass(kw_only=True)
 class EvaluateConfig(StageConfig):

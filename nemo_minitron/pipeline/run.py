@@ -15,7 +15,7 @@ from nemo_minitron.checkpoint.manifest import (
 )
 from nemo_minitron.config import load
 from nemo_minitron.config.stages import PipelineConfig
-from nemo_minitron.errors import PREEMPTED, Preempted, StageFailed
+from nemo_minitron.errors import StageFailed
 from nemo_minitron.pipeline.plan import Item
 from nemo_minitron.runtime import ranks
 
@@ -26,8 +26,7 @@ def run_items(cfg: PipelineConfig, items: list[Item]) -> None:
     """Run every item whose result is missing or stale, in order.
 
     Raises:
-        StageFailed: an item failed; later ones have not started.
-        Preempted: an item saved its work and stopped.
+        StageFailed: an item failed, or stopped and can go on; later ones have not started.
     """
     for number, item in enumerate(items, start=1):
         title = f"[{number}/{len(items)}] {item.name} ({item.stage})"
@@ -66,14 +65,11 @@ def command(item: Item) -> list[str]:
 def _run_item(item: Item) -> None:
     arguments = command(item)
     log.info("minitron %s", shlex.join(arguments))
-    program = [sys.executable, "-m", "nemo_minitron"]
-    code = ranks.supervise([*program, *arguments], ranks.alone(os.environ))
-    if code == PREEMPTED:
-        raise Preempted(f"in {item.name}")
-    if code:
+    try:
+        ranks.run_minitron([sys.executable], arguments, ranks.alone(os.environ))
+    except StageFailed as failure:
         raise StageFailed(
-            f"{item.name} ({item.stage}) failed with exit code {code}; its log is "
-            f"{item.config.output_dir}.log. Mend it and run the same command again: finished "
-            "stages are skipped",
-            code if 0 < code < 128 else 1,
-        )
+            f"{item.name} ({item.stage}): {failure} [log: {item.config.output_dir}.log; finished "
+            "stages are skipped when the pipeline runs again]",
+            failure.code,
+        ) from None

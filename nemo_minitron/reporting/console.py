@@ -106,7 +106,7 @@ def _lines(description: str, total: int) -> Iterator[Advance]:
         done += n
         if done == total or time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
             last = time.monotonic()
-            log.info("%s %d/%d %s", description, done, total, _shown(figures))
+            log.info("%s", f"{description} {done}/{total} {_shown(figures)}".rstrip())
 
     yield advance
 

@@ -19,9 +19,11 @@ from nemo_minitron.errors import StageFailed
 
 log = logging.getLogger(__name__)
 
-# Set in ranks that ``start_ranks`` started: the input is checked already, and this file is where
-# the first rank to fail leaves its verdict (torchrun itself only ever exits with 0 or 1).
+_STARTED = "MINITRON_STARTED"
+"""Set in ranks that ``start_ranks`` started: their input is checked already."""
 _VERDICT_FILE = "MINITRON_VERDICT_FILE"
+"""Where a process that another minitron started says why it failed. The first rank to fail does:
+torchrun itself only ever exits with 0 or 1."""
 _LAUNCHER_KEYS = (
     "RANK",
     "LOCAL_RANK",
@@ -45,7 +47,7 @@ def launched_world_size() -> int | None:
 
 def started_by_us() -> bool:
     """Whether ``start_ranks`` started this process."""
-    return _VERDICT_FILE in os.environ
+    return _STARTED in os.environ
 
 
 def adopt_slurm() -> None:
@@ -82,7 +84,7 @@ def _first_node(env: Mapping[str, str]) -> str:
 
 def alone(env: Mapping[str, str]) -> dict[str, str]:
     """Environment for a process that is to stand alone, whatever launched this one."""
-    return {key: value for key, value in env.items() if key not in (*_LAUNCHER_KEYS, _VERDICT_FILE)}
+    return {key: value for key, value in env.items() if key not in (*_LAUNCHER_KEYS, _STARTED)}
 
 
 def visible_gpus() -> int:
@@ -114,26 +116,36 @@ def start_ranks(world_size: int, arguments: Sequence[str]) -> None:
     Raises:
         StageFailed: with the exit code and the message of the first rank that failed.
     """
+    env = {**os.environ, _STARTED: "1"}
+    if not visible_gpus():
+        cores = len(os.sched_getaffinity(0))
+        env.setdefault("OMP_NUM_THREADS", str(max(1, cores // world_size)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--local-addr", "127.0.0.1", f"--nproc-per-node={world_size}"]
+    log.info("starting %d ranks", world_size)
+    run_minitron(command, arguments, env)
+
+
+def run_minitron(launcher: Sequence[str], arguments: Sequence[str], env: Mapping[str, str]) -> None:
+    """Run ``<launcher> -m nemo_minitron <arguments>`` to its end.
+
+    Raises:
+        StageFailed: with the exit code and the message of the process that failed (first).
+    """
     with tempfile.TemporaryDirectory(prefix="minitron-") as folder:
         verdict = Path(folder) / "verdict.json"
-        env = {**os.environ, _VERDICT_FILE: str(verdict)}
-        if not visible_gpus():
-            cores = len(os.sched_getaffinity(0))
-            env.setdefault("OMP_NUM_THREADS", str(max(1, cores // world_size)))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--local-addr", "127.0.0.1", f"--nproc-per-node={world_size}"]
-        log.info("starting %d ranks", world_size)
-        code = supervise([*command, "-m", "nemo_minitron", *arguments], env)
+        command = [*launcher, "-m", "nemo_minitron", *arguments]
+        code = supervise(command, {**env, _VERDICT_FILE: str(verdict)})
         if code and verdict.exists():
             said = json.loads(verdict.read_text())
             raise StageFailed(said["message"], said["code"])
         if code:
-            raise StageFailed(f"a rank was killed (torchrun exit code {code}); see above", 1)
+            raise StageFailed(f"it was killed (exit code {code}); run the same command again", 1)
 
 
 def leave_verdict(code: int, message: str) -> None:
-    """In a rank started by ``start_ranks``: tell it why this one ends, unless another did."""
-    if started_by_us():
+    """Tell the minitron that started this process why it failed, unless another rank did."""
+    if _VERDICT_FILE in os.environ:
         with contextlib.suppress(OSError), open(os.environ[_VERDICT_FILE], "x") as file:
             json.dump({"code": code, "message": message}, file)
 

@@ -116,6 +116,11 @@ def test_keys_are_documented(stage):
         'say "x"',
         "back\\slash",
         "ends with \\",
+        "nan",
+        "True",
+        ".5",
+        "./x",
+        "1e5",
         "\\'",
         "[x]",
         "{a:b}",
@@ -137,6 +142,9 @@ def test_values_survive_quoting(value):
 def test_every_part_of_a_nested_value_is_checked():
     with pytest.raises(ValueError, match=r"optim.min_lr=0.5 must lie between 0 and optim.lr"):
         load.compose("distill", complete("distill", ["optim.min_lr=0.5"]))
+    steps = ["optim.lr_warmup_steps=9", "trainer.max_steps=9"]
+    with pytest.raises(ValueError, match=r"lr_warmup_steps=9 must be below trainer.max_steps=9"):
+        load.compose("distill", complete("distill", steps))
     config = load.compose("distill", complete("distill", ["optim.lr=1", "optim.min_lr=0.5"]))
     assert isinstance(config, DistillConfig)
     assert config.optim.min_lr == 0.5

@@ -85,14 +85,15 @@ def test_runs_skips_and_reruns_what_depends_on_a_change(pipeline, tmp_path):
 def test_stops_at_the_first_failure_and_goes_on_from_there(pipeline):
     code, err, ran = pipeline(FAKE_RUN="prune:bug")
     assert (code, ran) == (1, ALL[:3])
-    assert (
-        "pruned (prune) failed with exit code 1; its log is run/pruned.log" in err.splitlines()[-1]
-    )
+    last = err.splitlines()[-1]
+    assert "pruned (prune): failed with RuntimeError: a bug" in last
+    assert "log: run/pruned.log" in last
     code, err, ran = pipeline(FAKE_RUN="prune:preempted")
     assert (code, ran) == (75, ["prune"])
     assert "run the same command again" in err.splitlines()[-1]
     code, err, ran = pipeline(FAKE_CHECK="prune:value_error")
     assert (code, ran) == (2, [])
+    assert "pruned (prune): data.path=/nowhere does not exist; set it" in err.splitlines()[-1]
     assert pipeline()[2] == ALL[2:]
 
 
