@@ -12,6 +12,7 @@ Shape letters: s local sequence, b micro-batch, m modules, w local channels, k p
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -149,31 +150,33 @@ class BlockInfluence:
         """Start from no tokens; ``layers`` local layers."""
         self.tokens = 0
         self.sums = torch.zeros(layers, dtype=torch.float64, device=device)
-        self._pending = torch.zeros(layers, 0, dtype=torch.float32, device=device)
-        self._positions = 0
-        self._last: tuple[Tensor, Tensor] | None = None
+        # Per token of the micro-batch: norm of the input, norm of the output, their dot product.
+        self._before, self._after, self._dot = torch.zeros(3, layers, 0, 0, device=device)
+        self._chained: list[int] = []
+        self._last: Tensor | None = None
 
     def observe(self, layer: int, before: Tensor, after: Tensor) -> None:
         """Note input and output ``[s, b, h]`` of local layer number ``layer``."""
-        if self._pending.size(1) != before.size(1):
-            self._pending = self._pending.new_zeros(self._pending.size(0), before.size(1))
-        after_norm = torch.linalg.vector_norm(after, dim=-1, dtype=torch.float32)
-        # A layer's input is its predecessor's output: its norm is known already.
-        if self._last is not None and self._last[0] is before:
-            before_norm = self._last[1]
+        if self._dot.shape[1:] != before.shape[:2]:
+            shape = (3, len(self.sums), *before.shape[:2])
+            self._before, self._after, self._dot = self._dot.new_zeros(shape)
+        norm = partial(torch.linalg.vector_norm, dim=-1, dtype=torch.float32)
+        norm(after, out=self._after[layer])
+        torch.linalg.vecdot(before.float(), after.float(), out=self._dot[layer])
+        if self._last is before:  # then its norm is known
+            self._chained.append(layer)
         else:
-            before_norm = torch.linalg.vector_norm(before, dim=-1, dtype=torch.float32)
-        self._last = (after, after_norm)
-        dot = torch.linalg.vecdot(before.float(), after.float())
-        cosine = dot / (before_norm * after_norm).clamp_min_(torch.finfo(torch.float32).tiny)
-        torch.sum(1.0 - cosine, dim=0, out=self._pending[layer])
-        self._positions = before.size(0)
+            norm(before, out=self._before[layer])
+        self._last = after
 
     def commit(self, valid: int) -> None:
         """Add the first ``valid`` samples of the observed micro-batch."""
-        self._last = None
-        self.sums += self._pending[:, :valid].double().sum(dim=1)
-        self.tokens += valid * self._positions
+        self._before[self._chained] = self._after[[layer - 1 for layer in self._chained]]
+        self._chained, self._last = [], None
+        norms = (self._before * self._after).clamp_min_(torch.finfo(torch.float32).tiny)
+        influence = (1.0 - self._dot / norms)[:, :, :valid]
+        self.sums += influence.sum(dim=(1, 2), dtype=torch.float64)
+        self.tokens += valid * self._dot.size(1)
 
     def scores(self) -> Tensor:
         """``[layers]`` fp64 influence of all tokens committed (and reduced) so far."""

@@ -118,13 +118,13 @@ class ChunkRecorder:
     # Hooks: torch gives (module, args[, kwargs][, output]) after the bound arguments.
 
     def _on_output(self, index: int, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self.channels["hidden"].observe(index, output.detach())
+        self.channels["hidden"].observe(index, output)
 
     def _on_fused_norm(self, index: int, linear: nn.Module, args: tuple[Any, ...]) -> None:
-        self.channels["hidden"].observe(index, normed_input(linear, args[0].detach()))
+        self.channels["hidden"].observe(index, normed_input(linear, args[0]))
 
     def _on_input(self, axis: str, local: int, _: nn.Module, args: tuple[Any, ...]) -> None:
-        self.channels[axis].observe(local, args[0].detach())
+        self.channels[axis].observe(local, args[0])
 
     def _on_layer(
         self,
