@@ -50,7 +50,7 @@ def overview() -> str:
 def stage_help(stage: str) -> str:
     """Text of ``minitron <stage> --help``."""
     keys = [
-        (f"{key.name}={_shown(key.default)}", key.doc) for key in schema.keys(STAGE_CONFIGS[stage])
+        (f"{key.name}={shown(key.default)}", key.doc) for key in schema.keys(STAGE_CONFIGS[stage])
     ]
     groups = [
         (f"{name}=", ", ".join(entries) or "(yours, from --config-dir)")
@@ -81,11 +81,12 @@ def unknown_stage(stage: str) -> str:
     return f"{stage} is not a stage; {hint}"
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A default as it is written in YAML."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list):
-        return f"[{','.join(map(_shown, value))}]"
+        return f"[{','.join(map(shown, value))}]"
     return repr(value) if isinstance(value, str) and "\n" in value else str(value)
 
 
@@ -97,7 +98,7 @@ def _table(rows: "list[tuple[str, str]] | tuple[tuple[str, str], ...]") -> list[
     for left, right in rows:
         wrapped = textwrap.wrap(right.replace("``", ""), max(width - column, 30)) or [""]
         head = f"  {left}".ljust(column)
-        if len(head) > column:  # a long key gets its own line
+        if not head.endswith(" "):  # a long key gets its own line
             lines.append(head)
             head = ""
         lines.append(head.ljust(column) + wrapped[0])

@@ -1,0 +1,65 @@
+# Every target works in a fresh clone; only Python 3.10-3.12 with venv is needed.
+#
+#   make setup PYTHON=python3.12 CONSTRAINTS=   another Python, the newest versions allowed
+#   make setup TORCH="--index-url URL torch"    torch from another package index (CPU, CUDA 12.x)
+
+PYTHON ?= python3
+TORCH ?= torch
+CONSTRAINTS ?= requirements/tested.txt
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+PIP = $(BIN)/python -m pip install $(addprefix -c ,$(CONSTRAINTS))
+
+.PHONY: help setup quickstart test lint format docs pins clean distclean
+
+help:
+	@echo "make setup       .venv with the package in it (.venv/bin/minitron)"
+	@echo "make quickstart  prune and distill SmolLM2-135M on this machine"
+	@echo "make test        all tests"
+	@echo "make lint        ruff, mypy, shellcheck"
+	@echo "make format      let ruff rewrite files"
+	@echo "make docs        write docs/keys.md from the config dataclasses"
+	@echo "make pins        write requirements/tested.txt from .venv"
+	@echo "make clean       remove results and caches; distclean: .venv and downloads too"
+
+setup: $(INSTALLED)
+
+# torch goes first and alone: whichever build is chosen, what follows then finds it installed.
+$(INSTALLED): pyproject.toml setup.py $(CONSTRAINTS)
+	$(PYTHON) -m venv .venv
+	$(PIP) $(TORCH)
+	$(PIP) -e ".[dev]"
+	@touch $@
+
+quickstart: setup
+	$(BIN)/python scripts/quickstart_assets.py .quickstart
+	$(BIN)/minitron pipeline experiment=quickstart
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/shellcheck --external-sources .ci/run launch/lib.sh launch/*.sbatch
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: setup
+	$(BIN)/python scripts/config_docs.py docs/keys.md
+
+pins: setup
+	@sed '/^[^#]/d' requirements/tested.txt > requirements/tested.txt.new
+	$(BIN)/python -m pip freeze --exclude-editable | sed '/^#/d; s/+[a-z0-9.]*$$//' >> requirements/tested.txt.new
+	@mv requirements/tested.txt.new requirements/tested.txt
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .quickstart/run
+	find nemo_minitron tests scripts -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv .quickstart

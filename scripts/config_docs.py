@@ -1,0 +1,92 @@
+"""Write the page of all config keys from the config dataclasses.
+
+    python scripts/config_docs.py docs/keys.md
+
+``tests/unit/test_repo.py`` fails while the page and the dataclasses differ.
+"""
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from nemo_minitron.config import load, schema
+from nemo_minitron.config.schema import Key
+from nemo_minitron.config.stages import STAGE_CONFIGS, StageConfig
+from nemo_minitron.usage import shown
+
+HEAD = """\
+# Every key
+
+Written by `make docs` from the dataclasses in `nemo_minitron/config/`; do not edit. `???` must be given, `null` means
+"not set". A key of a shared section is listed with a stage too where its default differs there. [configuration.md](configuration.md)
+says how keys, groups and sweeps work.
+"""
+
+
+def page() -> str:
+    """Text of ``docs/keys.md``."""
+    stages = {stage: list(schema.keys(cls)) for stage, cls in STAGE_CONFIGS.items()}
+    common = list(schema.keys(StageConfig))
+    sections = _sections(stages.values())
+    parts = [HEAD, "## Keys of every stage\n", _table(common)]
+    for stage, keys in stages.items():
+        parts += [f"## {stage}\n", f"{schema.summary(stage)}\n"]
+        parts += [groups] if (groups := _groups(stage)) else []
+        used = [name for name in sections if any(_section(k) == name for k in keys)]
+        own = [k for k in keys if k not in common and k not in _flat(sections)]
+        if own:
+            parts.append(_table(own))
+        if used:
+            parts.append(f"And the sections {', '.join(f'[{s}](#{s})' for s in used)}.\n")
+    for name, keys in sections.items():
+        parts += [f"## {name}\n", _table(keys)]
+    return "\n".join(parts)
+
+
+def _section(key: Key) -> str:
+    return key.name.rpartition(".")[0]
+
+
+def _sections(stages: Iterable[list[Key]]) -> dict[str, list[Key]]:
+    """Sections that several stages have, with the defaults most of them give."""
+    stages = list(stages)
+    names = [_section(k) for keys in stages for k in keys if "." in k.name]
+    found: dict[str, list[Key]] = {}
+    for name in dict.fromkeys(names):
+        having = [[k for k in keys if _section(k) == name] for keys in stages]
+        having = [keys for keys in having if keys]
+        if len(having) > 1:
+            found[name] = [max(same, key=same.count) for same in zip(*having, strict=True)]
+    return found
+
+
+def _flat(sections: dict[str, list[Key]]) -> list[Key]:
+    return [key for keys in sections.values() for key in keys]
+
+
+def _groups(stage: str) -> str:
+    # The experiments that are shipped are pipelines.
+    others = {"experiment"} if stage != "pipeline" else set()
+    named = [
+        f"`{name}=` {', '.join(entries)}"
+        for name, entries in load.groups(stage).items()
+        if entries and name not in others
+    ]
+    return f"Config groups: {'; '.join(named)}.\n" if named else ""
+
+
+def _table(keys: Iterable[Key]) -> str:
+    lines = ["| key | default | type | meaning |", "|---|---|---|---|"]
+    for key in keys:
+        cells = (
+            f"`{key.name}`",
+            f"`{shown(key.default)}`",
+            f"`{key.type.replace('typing.', '')}`",
+            key.doc,
+        )
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(page(), encoding="utf-8")
