@@ -17,9 +17,10 @@ from nemo_minitron.usage import shown
 HEAD = """\
 # Every key
 
-Written by `make docs` from the dataclasses in `nemo_minitron/config/`; do not edit. `???` must be given, `null` means
-"not set". A key of a shared section is listed with a stage too where its default differs there. [configuration.md](configuration.md)
-says how keys, groups and sweeps work.
+Written by `make docs` from the dataclasses in `nemo_minitron/config/`; do not edit.
+`???` must be given, `null` means "not set". A key of a shared section is listed with a stage too
+where its default differs there. [configuration.md](configuration.md) says how keys, groups and
+sweeps work.
 """
 
 
