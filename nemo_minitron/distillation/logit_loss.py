@@ -98,13 +98,17 @@ def _kd_chunk(
     """Local part of the masked KL sum and its gradient by the student logits.
 
     KL(t || s) = sum_v p_t (log p_t - log p_s); d/dlogits_s = (p_s - p_t) / T (2407.14679, sec. 3).
+    Both inputs are overwritten: the gradient takes the place of ``student``.
     """
-    student, teacher = student / config.temperature, teacher / config.temperature
+    if config.temperature != 1.0:
+        student.div_(config.temperature)
+        teacher.div_(config.temperature)
     log_zs, log_zt = log_normalizers([student, teacher], shard)
-    log_ps, log_pt = student - log_zs, teacher - log_zt
-    pt = log_pt.exp()
-    loss = (pt * (log_pt - log_ps)).sum(-1) @ mask
-    return loss, (log_ps.exp_() - pt) * (mask / config.temperature)[:, None]
+    log_ps, log_pt = student.sub_(log_zs), teacher.sub_(log_zt)
+    difference = log_pt - log_ps
+    pt = log_pt.exp_()
+    loss = torch.linalg.vecdot(pt, difference) @ mask
+    return loss, log_ps.exp_().sub_(pt).mul_((mask / config.temperature)[:, None])
 
 
 def _ce_chunk(
@@ -121,6 +125,24 @@ def _ce_chunk(
     loss = torch.where(mine, log_z.squeeze(-1) - picked, 0.0) @ mask
     grad.scatter_add_(-1, column[:, None], -mine.to(grad.dtype)[:, None])
     return loss, grad * mask[:, None]
+
+
+def _weighted_sum(grads: list[tuple[float, Tensor]]) -> Tensor:
+    """Sum of ``weight * grad``, in place of the first one."""
+    weight, total = grads[0]
+    if weight != 1.0:
+        total.mul_(weight)
+    for weight, grad in grads[1:]:
+        total.add_(grad, alpha=weight)
+    return total
+
+
+def _add_outer(out: Tensor, grad: Tensor, hidden: Tensor) -> None:
+    """``out += grad^T hidden`` with ``out`` in fp32 and half-precision factors left as they are."""
+    if out.dtype == grad.dtype:
+        out.addmm_(grad.t(), hidden)
+    else:
+        out.add_(grad.t() @ hidden)
 
 
 class _LogitLoss(torch.autograd.Function):
@@ -147,24 +169,20 @@ class _LogitLoss(torch.autograd.Function):
         for start in range(0, hidden.size(0), config.chunk_size):
             rows = slice(start, start + config.chunk_size)
             logits = (hidden[rows] @ local_weight.t()).to(accumulate)
-            grad = torch.zeros_like(logits) if need_grad else None
+            grads = []
+            if config.ce_weight or teacher_hidden is None or not need_grad:
+                loss, grad = _ce_chunk(logits, labels[rows], mask[rows], shard)
+                parts[1] += loss
+                grads.append((config.ce_weight, grad))
             if teacher_hidden is not None and teacher_weight is not None:
                 teacher = (teacher_hidden[rows] @ teacher_weight[: shard.valid].t()).to(accumulate)
-                loss, g = _kd_chunk(logits, teacher, mask[rows], config, shard)
+                loss, grad = _kd_chunk(logits, teacher, mask[rows], config, shard)
                 parts[0] += loss
-                if grad is not None:
-                    grad.add_(g, alpha=config.kd_weight)
-            if config.ce_weight or teacher_hidden is None or not need_grad:
-                loss, g = _ce_chunk(logits, labels[rows], mask[rows], shard)
-                parts[1] += loss
-                if grad is not None:
-                    grad.add_(g, alpha=config.ce_weight)
-            if grad is not None and grad_hidden is not None and grad_weight is not None:
-                grad = grad.to(weight.dtype)
-                torch.matmul(grad, local_weight, out=grad_hidden[rows])
-                grad_weight[: shard.valid].addmm_(
-                    grad.t().to(accumulate), hidden[rows].to(accumulate)
-                )
+                grads.append((config.kd_weight, grad))
+            if grad_hidden is not None and grad_weight is not None:
+                total = _weighted_sum(grads).to(weight.dtype)
+                torch.matmul(total, local_weight, out=grad_hidden[rows])
+                _add_outer(grad_weight[: shard.valid], total, hidden[rows])
         all_reduce(parts, shard.group)
         if need_grad:
             ctx.save_for_backward(grad_hidden, grad_weight)
