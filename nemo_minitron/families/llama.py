@@ -1,4 +1,7 @@
-"""Llama 2 and 3.x: RMSNorm, rotary positions, gated SiLU MLP, grouped-query attention."""
+"""Llama 2 and 3.x: RMSNorm, rotary positions, gated SiLU MLP, grouped-query attention.
+
+Mistral without a sliding window is the same network under another name.
+"""
 
 from typing import Any
 
@@ -77,10 +80,19 @@ _SIZE_KEYS = {
     "rope_theta",
     "rope_scaling",
     "rope_parameters",
+    "architectures",
+    "model_type",
+    "sliding_window",
     "torch_dtype",
     "dtype",
     "transformers_version",
     "_name_or_path",
+}
+# What Megatron-Core's RotaryEmbedding hard-codes of Llama 3's scaling; only the factor is free.
+_LLAMA3_SCALING = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
 }
 
 
@@ -94,6 +106,12 @@ def _rope(hf: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
         return float(base), None
     if kind != "llama3":
         raise ValueError(f"rope_scaling type '{kind}' is not supported; supported: default, llama3")
+    for key, value in _LLAMA3_SCALING.items():
+        if scaling.get(key, value) != value:
+            raise ValueError(
+                f"rope_scaling {key}={scaling[key]} is not supported: Megatron-Core fixes it to "
+                f"{value}"
+            )
     return float(base), dict(scaling)
 
 
@@ -106,6 +124,10 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     for key in ("attention_bias", "mlp_bias"):
         if hf.get(key):
             raise ValueError(f"config.json {key}=true is not supported by family 'llama'")
+    if hf.get("model_type") == "mistral" and hf.get("sliding_window") is not None:
+        raise ValueError(
+            f"config.json sliding_window={hf['sliding_window']} is not supported; only null"
+        )
     if hf.get("hidden_act", "silu") != "silu":
         raise ValueError(f"config.json hidden_act={hf['hidden_act']} is not supported; only silu")
     heads = hf["num_attention_heads"]
@@ -129,13 +151,27 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     )
 
 
+def _architecture(config: ModelConfig) -> dict[str, Any]:
+    """Class that ``transformers`` opens the model with.
+
+    Its LlamaConfig insists on ``hidden_size % num_attention_heads == 0`` although ``head_dim`` is
+    given. Mistral without a sliding window is the same network and has no such rule.
+    """
+    if config.hidden_size % config.num_attention_heads == 0:
+        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    return {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "sliding_window": None,
+    }
+
+
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """config.json of a (pruned) model; ``head_dim`` is always written."""
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
         "hidden_act": "silu",
         **config.hf,
+        **_architecture(config),
         "num_hidden_layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.ffn_hidden_size,
@@ -153,4 +189,4 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-LLAMA = Family("llama", ("LlamaForCausalLM",), ROWS, from_hf, to_hf)
+LLAMA = Family("llama", ("LlamaForCausalLM", "MistralForCausalLM"), ROWS, from_hf, to_hf)
