@@ -126,7 +126,7 @@ def output_folder(
 
     On success ``.hydra/`` is written, every file is hashed and flushed, ``manifest.json`` follows
     last and the folder is renamed to ``output_dir``. On any failure an old result still stands, and
-    the working folder is removed unless ``resumable``.
+    the working folder is removed unless it is ``resumable`` and holds anything.
 
     Args:
         cfg: the stage's config.
@@ -156,7 +156,7 @@ def output_folder(
             _complete(cfg, stage, work, output)
     except BaseException as error:
         if ranks.rank == 0:
-            _abandon(work, output, error, keep=resumable)
+            _abandon(work, output, error, keep=resumable and files_in(work) != [OWNER])
         raise
     ranks.barrier()
 
@@ -186,8 +186,20 @@ def _open_work(
     if work.exists() and not (resumable and _resumes(cfg, work, owner, mine)):
         log.info("removing %s, left by a job that did not end well", work)
         shutil.rmtree(work)
+    _sign(work, mine)
+
+
+def _sign(work: Path, owner: dict[str, Any]) -> None:
+    """Create the working folder if need be and say whose it is; all or nothing."""
+    made = not work.exists()
     work.mkdir(parents=True, exist_ok=True)
-    (work / OWNER).write_text(json.dumps(mine, indent=1))
+    draft = work / f"{OWNER}.draft"
+    try:
+        draft.write_text(json.dumps(owner, indent=1))
+        draft.replace(work / OWNER)
+    except OSError:  # disk full; what an earlier run left to resume stays resumable
+        shutil.rmtree(work, ignore_errors=True) if made else draft.unlink(missing_ok=True)
+        raise
 
 
 def _identity(value: str | Path | Manifest, workers: int) -> str:

@@ -68,8 +68,13 @@ def on_read(store: Store, visit: Callable[[str, Tensor], None]) -> Store:
     return {name: replace(tensor, read=visited(name, tensor)) for name, tensor in store.items()}
 
 
-def refuse_nonfinite(name: str, tensor: Tensor) -> None:
+def refuse_nonfinite(name: str, tensor: Tensor, key: str = "source") -> None:
     """A visitor for ``on_read`` that refuses weights no model can run with.
+
+    Args:
+        name: of the tensor.
+        tensor: what was read.
+        key: config key that named where it was read from, for the message.
 
     Raises:
         ValueError: the tensor holds NaN or infinity.
@@ -80,8 +85,8 @@ def refuse_nonfinite(name: str, tensor: Tensor) -> None:
     bad = int((~torch.isfinite(tensor)).sum())
     if bad:
         raise ValueError(
-            f"{name} holds {bad} NaN or infinite values of {tensor.numel()}; the source weights "
-            "are damaged: set source to an intact copy"
+            f"{name} holds {bad} NaN or infinite values of {tensor.numel()}; the weights are "
+            f"damaged: set {key} to an intact copy"
         )
 
 

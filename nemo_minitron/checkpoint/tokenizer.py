@@ -47,6 +47,43 @@ _PRE_TOKENIZERS: dict[str, list[Any]] = {
 }
 
 
+def check_same_tokens(one: Path, other: Path) -> None:
+    """Refuse a student and a teacher whose tokenizers give the same id to different tokens.
+
+    Args:
+        one: tokenizer folder of the student.
+        other: that of the teacher. Nothing is compared when a folder has no tokenizer.json.
+
+    Raises:
+        ValueError: names an id and its two tokens.
+    """
+    files = [folder / TOKENIZER_JSON for folder in (one, other)]
+    if not all(file.is_file() for file in files):
+        return
+    texts = [file.read_bytes() for file in files]
+    if texts[0] == texts[1]:
+        return
+    ours, theirs = map(_tokens_by_id, texts)
+    different = sorted(index for index in ours if ours[index] != theirs.get(index, ours[index]))
+    if different:
+        index = different[0]
+        raise ValueError(
+            f"student and teacher have different vocabularies: {len(different)} ids stand for "
+            f"other tokens, such as {index}: {ours[index]!r} and {theirs[index]!r}; set student "
+            "and teacher to models of one tokenizer"
+        )
+
+
+def _tokens_by_id(text: bytes) -> dict[int, str]:
+    """Id -> token of a tokenizer.json."""
+    values = json.loads(text)
+    vocab = values["model"].get("vocab", {})
+    if isinstance(vocab, list):  # Unigram: pairs of token and score, in the order of the ids
+        vocab = {pair[0]: index for index, pair in enumerate(vocab)}
+    added = {token["content"]: token["id"] for token in values.get("added_tokens", [])}
+    return {index: token for token, index in {**vocab, **added}.items()}
+
+
 def check_gguf_tokenizer(path: Path) -> None:
     """Refuse GGUF tokenizers that cannot be rebuilt.
 

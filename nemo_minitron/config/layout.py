@@ -25,7 +25,8 @@ def check_layout(config: ModelConfig, parallel: ParallelConfig) -> None:
             )
     if tp > config.vocab_size:
         raise ValueError(
-            f"parallel.tensor_model_parallel_size={tp} is larger than vocab_size={config.vocab_size}"
+            f"parallel.tensor_model_parallel_size={tp} is larger than vocab_size="
+            f"{config.vocab_size} of the model; make it smaller"
         )
     check_pipeline(config, parallel)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.training import DataConfig
 from nemo_minitron.data.indexed import Index, TextTokenizer, check_ids, check_text, read_index
 from nemo_minitron.data.splits import (
@@ -73,6 +74,34 @@ def check_batch_sizes(data: DataConfig, data_parallel_size: int) -> None:
             f"data.global_batch_size={data.global_batch_size} must be a multiple of "
             f"data.micro_batch_size={data.micro_batch_size} x data-parallel size "
             f"{data_parallel_size}; set data.global_batch_size to a multiple of {step}"
+        )
+
+
+def check_batches(data: DataConfig, parallel: ParallelConfig, world_size: int) -> None:
+    """Refuse sequences and batches that the layout cannot cut.
+
+    Raises:
+        ValueError: names the sizes, the degrees and the key to change.
+    """
+    dp = world_size // parallel.model_parallel_size
+    check_batch_sizes(data, dp)
+    cp, sp = parallel.context_parallel_size, parallel.sequence_parallel
+    # Context parallelism cuts a sequence into two chunks per rank (zigzag).
+    parts = (2 * cp if cp > 1 else 1) * (parallel.tensor_model_parallel_size if sp else 1)
+    if data.seq_length % parts:
+        raise ValueError(
+            f"data.seq_length={data.seq_length} must be a multiple of {parts} at parallel."
+            f"context_parallel_size={cp} and parallel.sequence_parallel={str(sp).lower()}; set "
+            "data.seq_length to one"
+        )
+    pp, step = parallel.pipeline_model_parallel_size, data.micro_batch_size * dp
+    count = data.global_batch_size // step
+    if parallel.virtual_pipeline_model_parallel_size and count % pp:
+        raise ValueError(
+            f"data.global_batch_size={data.global_batch_size} makes {count} micro-batches per "
+            f"model replica; virtual pipeline stages need a multiple of parallel."
+            f"pipeline_model_parallel_size={pp}: set data.global_batch_size to a multiple of "
+            f"{step * pp}"
         )
 
 

@@ -61,6 +61,9 @@ def evaluate_lm(
     Returns:
         ``lm_loss`` (nats per token), ``perplexity``, ``tokens`` (that count), ``samples``,
         ``seconds`` and ``tokens_per_second``, the same on every rank.
+
+    Raises:
+        ValueError: the loss is NaN or infinite.
     """
     share = {"dp_rank": groups.dp.rank(), "dp_size": groups.dp.size()}
     loader = build_dataloader(dataset, data, drop_last=False, **share)
@@ -79,6 +82,11 @@ def evaluate_lm(
     dist.all_reduce(total, group=groups.dp_cp)
     dist.broadcast(total, src=groups.last_stage_global_rank, group=groups.pp)
     loss, tokens = total.tolist()
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"the LM loss is {loss}: the model's activations overflow or are NaN; set checkpoint "
+            "to an intact result"
+        )
     seconds = time.monotonic() - start
     return {
         "lm_loss": loss / tokens,

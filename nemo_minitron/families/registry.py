@@ -27,4 +27,7 @@ def family_of_hf(hf_config: dict[str, Any]) -> Family:
         if set(names) & set(family.hf_architectures):
             return family
     known = sorted(name for family in FAMILIES.values() for name in family.hf_architectures)
-    raise ValueError(f"architectures={names} in config.json is not supported; supported: {known}")
+    raise ValueError(
+        f"architectures={names} in config.json is not supported; supported: {known}; set source to "
+        "such a model"
+    )

@@ -39,7 +39,7 @@ class DistillationGPTModel(MinitronGPTModel):
 
     def load_teacher(self, folder: Path) -> None:
         """Fill the teacher from a ``torch_dist`` checkpoint of any layout."""
-        load_weights(self.teacher.chunks, self.groups, folder)
+        load_weights(self.teacher.chunks, self.groups, folder, key="teacher")
 
     def loss_config(self) -> LogitLossConfig:
         """Weights of the distillation and the language-model loss."""

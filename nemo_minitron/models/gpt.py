@@ -1,5 +1,6 @@
 """A Megatron-Core GPT as a NeMo model."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,12 @@ from nemo_minitron.models.optim import (
     wrap_ddp,
 )
 from nemo_minitron.models.schedule import Batch, on_this_cp_rank, run_schedule, tokens_first
-from nemo_minitron.models.weights import load_weights, model_sharded_state_dict, save_weights
+from nemo_minitron.models.weights import (
+    load_weights,
+    model_sharded_state_dict,
+    nonfinite_parameter,
+    save_weights,
+)
 from nemo_minitron.runtime import quiet
 from nemo_minitron.runtime.groups import ParallelGroups
 from nemo_minitron.runtime.launch import device
@@ -51,6 +57,14 @@ def gathered_hidden(hidden: Tensor, chunk: HiddenGPTModel, *, reduce: bool = Tru
             hidden, tensor_parallel_output_grad=reduce
         )
     return hidden.flatten(0, 1)
+
+
+def diverged(what: str, step: int) -> ValueError:
+    """The error for training that cannot go on."""
+    return ValueError(
+        f"training diverged: {what} at step {step}; lower optim.lr, raise optim.lr_warmup_steps or "
+        "check data.path, and set overwrite=true to start again"
+    )
 
 
 class MinitronGPTModel(ModelPT):
@@ -100,12 +114,19 @@ class MinitronGPTModel(ModelPT):
         rows = self.last_chunk.output_weight().size(0)
         return VocabShard(self.groups.tp, self.gpt.vocab_size, rows)
 
-    def load(self, folder: Path) -> None:
-        """Fill the model from a ``torch_dist`` checkpoint of any layout."""
-        load_weights(self.chunks, self.groups, folder)
+    def load(self, folder: Path, key: str = "checkpoint") -> None:
+        """Fill the model from a ``torch_dist`` checkpoint that config key ``key`` names."""
+        load_weights(self.chunks, self.groups, folder, key=key)
 
     def save(self, folder: Path) -> None:
-        """Write a ``torch_dist`` checkpoint and ``model.yaml`` (collective)."""
+        """Write a ``torch_dist`` checkpoint and ``model.yaml`` (collective).
+
+        Raises:
+            ValueError: training ended with NaN or infinite weights.
+        """
+        bad = nonfinite_parameter(self.chunks)
+        if bad:
+            raise diverged(f"{bad} is not finite", self.trainer_cfg.max_steps)
         if dist.get_rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
         dist.barrier(group=dist.group.WORLD)
@@ -226,12 +247,17 @@ class MinitronGPTModel(ModelPT):
         micro_batches = [on_this_cp_rank(micro_batch, self.groups) for micro_batch in batch]
         sums = self.forward_backward(micro_batches)
         lr = next(g["lr"] for g in self._megatron.param_groups if g["params"] is not None)
+        if not torch.isfinite(sums).all():  # the same sums on every rank
+            raise diverged(f"the loss sums are {sums.tolist()}", self.trainer.global_step + 1)
         optimizer.step()
         self._lr_scheduler.step(increment=1)
         self.consumed_samples += self.data_cfg.global_batch_size
         step = self.trainer.global_step
+        grad_norm = optimizer.optimizer.grad_norm
+        if grad_norm is not None and not math.isfinite(grad_norm):
+            raise diverged(f"the gradient norm is {grad_norm}", step)
         if step % self.trainer_cfg.log_every_n_steps == 0 or step == self.trainer_cfg.max_steps:
-            self._log_step(sums, lr, optimizer.optimizer.grad_norm)
+            self._log_step(sums, lr, grad_norm)
 
     def _log_step(self, sums: Tensor, lr: float, grad_norm: float | None) -> None:
         kd, ce, tokens = sums.tolist()

@@ -1,9 +1,12 @@
 """Loads and saves the weights of a built model as a ``torch_dist`` checkpoint."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject
@@ -32,10 +35,56 @@ def model_sharded_state_dict(
     return out
 
 
-def load_weights(chunks: list[HiddenGPTModel], groups: ParallelGroups, folder: Path) -> None:
-    """Fill the model from ``folder``, written at any layout.
+def nonfinite_parameter(chunks: list[HiddenGPTModel]) -> str | None:
+    """A parameter that holds NaN or infinity on any rank (collective, the same on every rank).
+
+    Returns:
+        Its name with the global layer number, None when all are finite.
+    """
+    name = next(filter(None, map(_nonfinite_in, chunks)), None)
+    device = next(chunks[0].parameters()).device
+    flag = torch.tensor(float(name is not None), device=device)
+    # Every rank has to learn of it, whatever it shares with the one that found it.
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=dist.group.WORLD)
+    if flag.item() == 0:
+        return None
+    names: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(names, name, group=dist.group.WORLD)
+    return next(filter(None, names))
+
+
+@torch.no_grad()
+def _nonfinite_in(chunk: HiddenGPTModel) -> str | None:
+    for name, parameter in chunk.named_parameters():
+        # One sum is several times faster than isfinite; it can overflow, so it only acquits.
+        if not parameter.sum().isfinite() and not parameter.isfinite().all():
+            return re.sub(
+                r"(?<=layers\.)\d+",
+                lambda found: str(chunk.decoder.layers[int(found.group())].layer_number - 1),
+                name,
+            )
+    return None
+
+
+def load_weights(
+    chunks: list[HiddenGPTModel],
+    groups: ParallelGroups,
+    folder: Path,
+    *,
+    key: str = "checkpoint",
+) -> None:
+    """Fill the model from ``folder``, written at any layout (collective).
 
     Rows of a padded vocabulary that the checkpoint does not hold become zero.
+
+    Args:
+        chunks: this rank's part of the model.
+        groups: this rank's process groups.
+        folder: ``checkpoint/`` of a result.
+        key: config key that named the result, for messages.
+
+    Raises:
+        ValueError: the weights do not fit the model, or hold NaN or infinity.
     """
     state = dist_checkpointing.load(model_sharded_state_dict(chunks, groups), str(folder))
     for index, chunk in enumerate(chunks):
@@ -46,6 +95,12 @@ def load_weights(chunks: list[HiddenGPTModel], groups: ParallelGroups, folder: P
                 f"{folder} does not fit the model: missing {missing}, "
                 f"unexpected {result.unexpected_keys}"
             )
+    bad = nonfinite_parameter(chunks)
+    if bad:
+        raise ValueError(
+            f"{bad} in {folder} holds NaN or infinite values: the weights are damaged; set {key} "
+            "to an intact result"
+        )
 
 
 def _unpad(tensor: ShardedTensor, vocab_size: int) -> ShardedTensor | None:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.checkpoint.artifact import check_output, open_result
+from nemo_minitron.checkpoint.tokenizer import check_same_tokens
 from nemo_minitron.config.layout import check_layout
-from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.config.stages import DistillConfig
-from nemo_minitron.data.checks import check_batch_sizes, check_data
+from nemo_minitron.data.checks import check_batches, check_data
 from nemo_minitron.runtime.ranks import launched_world_size
 
 _SPLITS = ("train", "validation")
@@ -27,23 +28,36 @@ def check(cfg: DistillConfig) -> None:
         ValueError: names the value, the relation and the key to set.
     """
     check_output(cfg, "distill")
-    for path in (cfg.student, cfg.teacher):
-        open_result(path, cfg.verify_inputs)
-    student = ModelConfig.load(Path(cfg.student) / "checkpoint")
-    teacher = ModelConfig.load(Path(cfg.teacher) / "checkpoint")
+    _open_models(cfg, "size")
+    student_dir, teacher_dir = (Path(path) / "checkpoint" for path in (cfg.student, cfg.teacher))
+    student, teacher = ModelConfig.load(student_dir), ModelConfig.load(teacher_dir)
     if student.vocab_size != teacher.vocab_size:
         raise ValueError(
             f"student has vocab_size={student.vocab_size} but teacher has "
             f"{teacher.vocab_size}; set student= and teacher= to models of one tokenizer"
         )
-    for model in (student, teacher):
-        check_layout(model, cfg.parallel)
-    world = cfg.parallel.world_size(launched_world_size())
-    check_batch_sizes(cfg.data, world // cfg.parallel.model_parallel_size)
-    tokenizer = Path(cfg.student) / "checkpoint" / "tokenizer"
+    check_same_tokens(student_dir / "tokenizer", teacher_dir / "tokenizer")
+    for key, model in (("student", student), ("teacher", teacher)):
+        try:
+            check_layout(model, cfg.parallel)
+        except ValueError as error:
+            raise ValueError(f"{key}={getattr(cfg, key)}: {error}") from error
+    check_batches(cfg.data, cfg.parallel, cfg.parallel.world_size(launched_world_size()))
     check_data(
-        cfg.data, splits=_splits(cfg), vocab_size=student.vocab_size, tokenizer_dir=tokenizer
+        cfg.data,
+        splits=_splits(cfg),
+        vocab_size=student.vocab_size,
+        tokenizer_dir=student_dir / "tokenizer",
     )
+    # Whole-file hashes last: a typing mistake should not cost a pass over the weights.
+    if cfg.verify_inputs != "size":
+        _open_models(cfg, cfg.verify_inputs)
+
+
+def _open_models(cfg: DistillConfig, verify: str) -> None:
+    needs = f"checkpoint/{MODEL_YAML}"
+    for key in ("student", "teacher"):
+        open_result(getattr(cfg, key), verify, key=key, needs=needs, workers=cfg.workers)
 
 
 def model_config(cfg: DistillConfig, student: ModelConfig, teacher: ModelConfig) -> dict[str, Any]:
@@ -96,7 +110,7 @@ def _train(cfg: DistillConfig, work: Path) -> dict[str, Any]:
     )
     config = OmegaConf.create(model_config(cfg, replace(student), teacher))
     model = DistillationGPTModel(config)
-    model.load(student_dir)
+    model.load(student_dir, key="student")
     model.load_teacher(teacher_dir)
     history = fit(model, datasets, work)
     model.save(work / "checkpoint")

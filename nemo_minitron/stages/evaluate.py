@@ -6,9 +6,9 @@ from typing import Any
 
 from nemo_minitron.checkpoint.artifact import check_output, open_result
 from nemo_minitron.config.layout import check_layout
-from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.config.stages import EvaluateConfig
-from nemo_minitron.data.checks import check_batch_sizes, check_data
+from nemo_minitron.data.checks import check_batches, check_data
 from nemo_minitron.runtime.ranks import launched_world_size
 
 
@@ -19,13 +19,25 @@ def check(cfg: EvaluateConfig) -> None:
         ValueError: names the value, the relation and the key to set.
     """
     check_output(cfg, "evaluate")
-    open_result(cfg.checkpoint, cfg.verify_inputs)
+    _open_checkpoint(cfg, "size")
     folder = Path(cfg.checkpoint) / "checkpoint"
     model = ModelConfig.load(folder)
     check_layout(model, cfg.parallel)
-    world = cfg.parallel.world_size(launched_world_size())
-    check_batch_sizes(cfg.data, world // cfg.parallel.model_parallel_size)
+    check_batches(cfg.data, cfg.parallel, cfg.parallel.world_size(launched_world_size()))
     check_data(cfg.data, vocab_size=model.vocab_size, tokenizer_dir=folder / "tokenizer")
+    # Whole-file hashes last: a typing mistake should not cost a pass over the weights.
+    if cfg.verify_inputs != "size":
+        _open_checkpoint(cfg, cfg.verify_inputs)
+
+
+def _open_checkpoint(cfg: EvaluateConfig, verify: str) -> None:
+    open_result(
+        cfg.checkpoint,
+        verify,
+        key="checkpoint",
+        needs=f"checkpoint/{MODEL_YAML}",
+        workers=cfg.workers,
+    )
 
 
 def run(cfg: EvaluateConfig) -> None:

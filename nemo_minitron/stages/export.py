@@ -2,12 +2,13 @@
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.checkpoint.artifact import check_output, open_result, output_folder
 from nemo_minitron.checkpoint.hf import copy_generation_config, split_shards, to_hf, write_hf
-from nemo_minitron.checkpoint.lazy import Store, on_read, store_nbytes
+from nemo_minitron.checkpoint.lazy import Store, on_read, refuse_nonfinite, store_nbytes
 from nemo_minitron.checkpoint.tokenizer import save_tokenizer
 from nemo_minitron.checkpoint.torch_dist import read_torch_dist
 from nemo_minitron.config.model import MODEL_YAML, ModelConfig
@@ -57,7 +58,9 @@ def _open(cfg: ExportConfig) -> tuple[ModelConfig, Store]:
     folder = Path(cfg.checkpoint) / "checkpoint"
     config = ModelConfig.load(folder)
     family = family_of(config)
-    return config, to_hf(family, config, read_torch_dist(folder, family, config))
+    store = read_torch_dist(folder, family, config)
+    store = on_read(store, partial(refuse_nonfinite, key="checkpoint"))
+    return config, to_hf(family, config, store)
 
 
 def check(cfg: ExportConfig) -> None:

@@ -2,19 +2,29 @@
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.checkpoint.artifact import check_output, output_folder
 from nemo_minitron.checkpoint.gguf import open_gguf
 from nemo_minitron.checkpoint.hf import copy_generation_config, model_config, open_hf, to_megatron
-from nemo_minitron.checkpoint.lazy import Store, on_read, refuse_nonfinite, store_nbytes
+from nemo_minitron.checkpoint.lazy import (
+    LazyTensor,
+    Store,
+    on_read,
+    refuse_nonfinite,
+    store_nbytes,
+)
 from nemo_minitron.checkpoint.tokenizer import check_gguf_tokenizer, save_tokenizer
 from nemo_minitron.checkpoint.torch_dist import write_torch_dist
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import ImportConfig
 from nemo_minitron.families.table import Family, parameter_count
 from nemo_minitron.reporting.console import progress, show_table
+
+# Bytes of weights that ``check`` reads, in search of NaN: about a second on one core.
+_READ_UP_TO = 512 << 20
 
 
 def open_source(source: str) -> tuple[Family, ModelConfig, Store]:
@@ -31,29 +41,47 @@ def open_source(source: str) -> tuple[Family, ModelConfig, Store]:
         ValueError: the source is missing, damaged, incomplete or of an unknown architecture.
     """
     path = Path(source)
-    if path.is_dir():
-        hf_config, hf_store = open_hf(path)
-    elif path.is_file():
-        hf_config, hf_store = open_gguf(path)
-    else:
+    if not path.exists():
         raise ValueError(
             f"source={source} does not exist; give a Hugging Face model folder (config.json and "
             ".safetensors files) or a .gguf file on this machine"
         )
-    family, config = model_config(hf_config, hf_store)
-    return family, config, to_megatron(family, config, on_read(hf_store, refuse_nonfinite))
+    try:
+        hf_config, hf_store = open_hf(path) if path.is_dir() else open_gguf(path)
+        family, config = model_config(hf_config, hf_store)
+        store = to_megatron(family, config, on_read(hf_store, refuse_nonfinite))
+    except ValueError as error:
+        raise ValueError(f"source: {error}") from error
+    return family, config, store
 
 
 def check(cfg: ImportConfig) -> None:
-    """Refuse bad input; reads headers, no weights.
+    """Refuse bad input; reads headers and the first weights.
 
     Raises:
         ValueError: see ``open_source``; or the output folder cannot take the result.
     """
     check_output(cfg, "import")
-    open_source(cfg.source)
+    _, _, store = open_source(cfg.source)
     if Path(cfg.source).is_file():
         check_gguf_tokenizer(Path(cfg.source))
+    _check_first_weights(store, cfg.workers)
+
+
+def _check_first_weights(store: Store, workers: int) -> None:
+    """Read as many weights as takes a second; ``run`` finds NaN in the others as it reads them."""
+    read, size = [], 0
+    for tensor in store.values():
+        size += tensor.nbytes
+        if size <= _READ_UP_TO:
+            read.append(tensor)
+    with ThreadPoolExecutor(workers) as pool:
+        for _ in pool.map(_read_and_drop, read):
+            pass
+
+
+def _read_and_drop(tensor: LazyTensor) -> None:
+    tensor.read()
 
 
 def run(cfg: ImportConfig) -> None:

@@ -9,7 +9,7 @@ from nemo_minitron.checkpoint.artifact import check_output, open_result
 from nemo_minitron.config.layout import check_layout
 from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.config.stages import ImportanceConfig
-from nemo_minitron.data.checks import check_batch_sizes, check_data
+from nemo_minitron.data.checks import check_batches, check_data
 from nemo_minitron.runtime.ranks import launched_world_size
 
 if TYPE_CHECKING:
@@ -28,13 +28,8 @@ def check(cfg: ImportanceConfig) -> None:
     folder = Path(cfg.checkpoint) / "checkpoint"
     config = ModelConfig.load(folder)
     check_layout(config, cfg.parallel)
-    _check_batches(cfg)
-    tokenizer = folder / "tokenizer"
-    check_data(
-        cfg.data,
-        vocab_size=config.vocab_size,
-        tokenizer_dir=tokenizer if tokenizer.is_dir() else None,
-    )
+    check_batches(cfg.data, cfg.parallel, cfg.parallel.world_size(launched_world_size()))
+    check_data(cfg.data, vocab_size=config.vocab_size, tokenizer_dir=folder / "tokenizer")
     if cfg.verify_inputs != "size":
         _open_checkpoint(cfg, cfg.verify_inputs)
 
@@ -47,34 +42,6 @@ def _open_checkpoint(cfg: ImportanceConfig, verify: str) -> None:
         needs=f"checkpoint/{MODEL_YAML}",
         workers=cfg.workers,
     )
-
-
-def _check_batches(cfg: ImportanceConfig) -> None:
-    """Sequences and batches against the layout."""
-    data, parallel = cfg.data, cfg.parallel
-    world = parallel.world_size(launched_world_size())
-    dp = world // parallel.model_parallel_size
-    check_batch_sizes(data, dp)
-    cp = parallel.context_parallel_size
-    # Context parallelism cuts a sequence into two chunks per rank (zigzag).
-    parts = (2 * cp if cp > 1 else 1) * (
-        parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    )
-    if data.seq_length % parts:
-        raise ValueError(
-            f"data.seq_length={data.seq_length} must be a multiple of {parts} at parallel."
-            f"context_parallel_size={cp} and parallel.sequence_parallel="
-            f"{str(parallel.sequence_parallel).lower()}; set data.seq_length to one"
-        )
-    pp = parallel.pipeline_model_parallel_size
-    per_step = data.global_batch_size // (data.micro_batch_size * dp)
-    if parallel.virtual_pipeline_model_parallel_size and per_step % pp:
-        raise ValueError(
-            f"data.global_batch_size={data.global_batch_size} makes {per_step} micro-batches per "
-            f"model replica; virtual pipeline stages need a multiple of parallel."
-            f"pipeline_model_parallel_size={pp}: set data.global_batch_size to a multiple of "
-            f"{data.micro_batch_size * dp * pp}"
-        )
 
 
 def run(cfg: ImportanceConfig) -> None:

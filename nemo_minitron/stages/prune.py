@@ -8,6 +8,7 @@ import json
 import logging
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,14 +104,17 @@ def _write_checkpoint(
     cfg: PruneConfig, config: ModelConfig, plan: Plan, source: Path, folder: Path
 ) -> None:
     """The streaming executor: lazy store in, lazy store out, one writer."""
-    from nemo_minitron.checkpoint.lazy import on_read
+    from nemo_minitron.checkpoint.lazy import on_read, refuse_nonfinite
     from nemo_minitron.checkpoint.torch_dist import read_torch_dist, write_torch_dist
     from nemo_minitron.families.registry import family_of
     from nemo_minitron.pruning.slicing import prune_store
     from nemo_minitron.reporting.console import progress
 
     family, small = family_of(config), pruned_config(config, plan)
-    store = prune_store(family, config, plan, read_torch_dist(source, family, config))
+    whole = on_read(
+        read_torch_dist(source, family, config), partial(refuse_nonfinite, key="checkpoint")
+    )
+    store = prune_store(family, config, plan, whole)
     folder.mkdir()
     with progress("pruning tensors", len(store)) as advance:
         counted = on_read(store, lambda name, tensor: advance())
