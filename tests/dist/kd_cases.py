@@ -18,13 +18,14 @@ def model_cfg(
     student: ModelConfig, teacher: ModelConfig | None, parallel: ParallelConfig, **over: Any
 ) -> Any:
     """Config of a (distillation) model."""
+    trainer = TrainerConfig(max_steps=2, precision=over.pop("precision", "32"))
     cfg = {
         "gpt": asdict(student),
         "parallel": asdict(parallel),
         "data": asdict(
             DataConfig(path="-", seq_length=16, micro_batch_size=1, global_batch_size=4)
         ),
-        "trainer": asdict(TrainerConfig(max_steps=2)),
+        "trainer": asdict(trainer),
         "optim": asdict(OptimConfig()),
         "chunk_size": 8,
     }
@@ -83,7 +84,7 @@ def kd_gradients(
     sums = model.forward_backward([on_this_cp_rank(batch, model.groups) for batch in mine])
     for chunk in model.chunks:
         for parameter in chunk.parameters():
-            parameter.data.copy_(parameter.main_grad)
+            parameter.data = parameter.main_grad.clone()
     folder = Path(out)
     if torch.distributed.get_rank() == 0:
         folder.mkdir(parents=True)

@@ -112,6 +112,17 @@ def test_gradients_equal_transformers(ranks, pair, over):
         _close(got[name], tensor.read(), name)
 
 
+def test_bf16_is_close_to_fp32(ranks, pair):
+    """bf16 weights and activations, fp32 softmax, losses and gradient buffers."""
+    want_sums, want = _run(ranks, pair, "single")
+    sums, got = _run(ranks, pair, "single", precision="bf16-mixed")
+    torch.testing.assert_close(sums, want_sums, rtol=2e-2, atol=0)
+    for name, tensor in want.items():
+        assert got[name].dtype == torch.float32
+        # bf16 has 8 bits of mantissa and the errors add up over the layers.
+        _close(got[name], tensor, name, tolerance=8e-2)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_do_not_depend_on_the_layout(ranks, pair, layout):
     """Loss and every gradient tensor equal the single rank's, at an odd vocabulary of 101."""
