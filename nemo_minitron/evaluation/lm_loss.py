@@ -12,9 +12,14 @@ from nemo_minitron.config.training import DataConfig
 from nemo_minitron.data.sampler import build_dataloader
 from nemo_minitron.distillation.logit_loss import LogitLossConfig, VocabShard, logit_loss
 from nemo_minitron.models.build import HiddenGPTModel
-from nemo_minitron.models.gpt import gathered_hidden
-from nemo_minitron.models.lightning import StepLoader
-from nemo_minitron.models.schedule import Batch, on_this_cp_rank, run_schedule, tokens_first
+from nemo_minitron.models.schedule import (
+    Batch,
+    StepLoader,
+    gathered_hidden,
+    on_this_cp_rank,
+    run_schedule,
+    tokens_first,
+)
 from nemo_minitron.reporting.console import progress
 from nemo_minitron.runtime.groups import ParallelGroups
 from nemo_minitron.runtime.launch import device

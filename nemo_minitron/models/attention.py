@@ -93,7 +93,8 @@ class LocalAttention(torch.nn.Module):
         packed_seq_params: Any = None,
     ) -> Tensor:
         """``[s, b, n, d]`` query and ``[s, b, g, d]`` key, value -> ``[s, b, n * d]``."""
-        assert attention_bias is None and packed_seq_params is None
+        assert attention_bias is None
+        assert packed_seq_params is None
         mask = None
         if self.cp_group.size() > 1:
             mask = self._mask(query.size(0)).to(query.device)

@@ -12,8 +12,8 @@ from nemo_minitron.config.stages import DistillationConfig
 from nemo_minitron.distillation.logit_loss import LogitLossConfig
 from nemo_minitron.distillation.teacher import Teacher
 from nemo_minitron.models.build import build_gpt
-from nemo_minitron.models.gpt import MinitronGPTModel, gathered_hidden
-from nemo_minitron.models.schedule import Batch, run_schedule
+from nemo_minitron.models.gpt import MinitronGPTModel
+from nemo_minitron.models.schedule import Batch, gathered_hidden, run_schedule
 from nemo_minitron.models.weights import load_weights
 from nemo_minitron.runtime.launch import device
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
-from megatron.core import tensor_parallel
 from nemo.core.classes import ModelPT
 from nemo.core.classes.common import PretrainedModelInfo
 from omegaconf import DictConfig, OmegaConf
@@ -18,14 +17,21 @@ from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.training import DataConfig, OptimConfig, TrainerConfig
 from nemo_minitron.distillation.logit_loss import LogitLossConfig, VocabShard, logit_loss
 from nemo_minitron.models.build import DTYPES, HiddenGPTModel, build_gpt, unwrap
-from nemo_minitron.models.lightning import MegatronOptimizerAdapter, StepLoader
+from nemo_minitron.models.lightning import MegatronOptimizerAdapter
 from nemo_minitron.models.optim import (
     allocate_state,
     build_optimizer,
     load_optimizer,
     wrap_ddp,
 )
-from nemo_minitron.models.schedule import Batch, on_this_cp_rank, run_schedule, tokens_first
+from nemo_minitron.models.schedule import (
+    Batch,
+    StepLoader,
+    gathered_hidden,
+    on_this_cp_rank,
+    run_schedule,
+    tokens_first,
+)
 from nemo_minitron.models.weights import (
     load_weights,
     model_sharded_state_dict,
@@ -39,24 +45,6 @@ from nemo_minitron.runtime.launch import device
 quiet.after_imports()
 
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
-
-
-def gathered_hidden(hidden: Tensor, chunk: HiddenGPTModel, *, reduce: bool = True) -> Tensor:
-    """Final hidden state of the full sequence, one row per token.
-
-    Args:
-        hidden: ``[s, b, h]``; under sequence parallelism the local ``[s / tp, b, h]``.
-        chunk: the model it comes from.
-        reduce: whether the gradient is a partial sum that the gather's backward must add up.
-
-    Returns:
-        ``[s * b, h]``.
-    """
-    if chunk.config.sequence_parallel:
-        hidden = tensor_parallel.gather_from_sequence_parallel_region(
-            hidden, tensor_parallel_output_grad=reduce
-        )
-    return hidden.flatten(0, 1)
 
 
 def diverged(what: str, step: int) -> ValueError:

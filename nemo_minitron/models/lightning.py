@@ -1,8 +1,8 @@
-"""What Lightning needs to drive a model that Megatron parallelises: strategy, optimizer, loader."""
+"""What Lightning needs to drive a model that Megatron parallelises: strategy and optimizer."""
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,26 +69,6 @@ class MegatronOptimizerAdapter(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing: see ``state_dict``."""
-
-
-class StepLoader:
-    """Groups micro-batches into the list one optimizer step takes.
-
-    It has no length on purpose: Lightning then ends training by ``max_steps`` alone, also after a
-    resume in the middle of an epoch.
-    """
-
-    def __init__(self, loader: Iterable[Any], micro_batches: int) -> None:
-        self.loader = loader
-        self.micro_batches = micro_batches
-
-    def __iter__(self) -> Iterator[list[Any]]:
-        step: list[Any] = []
-        for micro_batch in self.loader:
-            step.append(micro_batch)
-            if len(step) == self.micro_batches:
-                yield step
-                step = []
 
 
 class MegatronStrategy(SingleDeviceStrategy):

@@ -1,14 +1,15 @@
 """Runs micro-batches through Megatron's own pipeline schedule."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from megatron.core import tensor_parallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
-from nemo_minitron.models.build import unwrap
+from nemo_minitron.models.build import HiddenGPTModel, unwrap
 from nemo_minitron.runtime.groups import ParallelGroups
 
 Batch = dict[str, Tensor]
@@ -79,3 +80,42 @@ def _is_wrapped(model: torch.nn.Module) -> bool:
 def tokens_first(batch: Batch) -> tuple[Tensor, Tensor]:
     """Labels and loss mask as ``[s * b]``, the order of a flattened ``[s, b, h]`` hidden state."""
     return batch["labels"].t().flatten(), batch["loss_mask"].t().flatten()
+
+
+def gathered_hidden(hidden: Tensor, chunk: HiddenGPTModel, *, reduce: bool = True) -> Tensor:
+    """Final hidden state of the full sequence, one row per token.
+
+    Args:
+        hidden: ``[s, b, h]``; under sequence parallelism the local ``[s / tp, b, h]``.
+        chunk: the model it comes from.
+        reduce: whether the gradient is a partial sum that the gather's backward must add up.
+
+    Returns:
+        ``[s * b, h]``.
+    """
+    if chunk.config.sequence_parallel:
+        hidden = tensor_parallel.gather_from_sequence_parallel_region(
+            hidden, tensor_parallel_output_grad=reduce
+        )
+    return hidden.flatten(0, 1)
+
+
+class StepLoader:
+    """Groups micro-batches into the list one optimizer step takes.
+
+    It has no length on purpose: Lightning then ends training by ``max_steps`` alone, also after a
+    resume in the middle of an epoch.
+    """
+
+    def __init__(self, loader: Iterable[Any], micro_batches: int) -> None:
+        self.loader = loader
+        self.micro_batches = micro_batches
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        """Lists of ``micro_batches`` items; a shorter rest is dropped."""
+        step: list[Any] = []
+        for micro_batch in self.loader:
+            step.append(micro_batch)
+            if len(step) == self.micro_batches:
+                yield step
+                step = []

@@ -35,6 +35,7 @@ class LocalNorm:
     def __new__(  # type: ignore[misc]
         cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any
     ) -> torch.nn.Module:
+        """Build the norm the way Megatron's spec system asks for one."""
         norm = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
         module = norm(hidden_size, eps=eps)
         for parameter in module.parameters():

@@ -1,4 +1,4 @@
-"""Lightning's Trainer around a Minitron model: logs, validation, checkpoints, resume, preemption."""
+"""Lightning's Trainer around a Minitron model: logs, validation, checkpoints, resume, signals."""
 
 import logging
 import signal

@@ -23,7 +23,7 @@ def model_sharded_state_dict(
 ) -> dict[str, dict[str, Any]]:
     """Sharded tensors of every chunk, keyed ``model0``, ``model1``, ...
 
-    ``_extra_state`` objects (fp8 metadata of Transformer Engine) are left out: no weight is in them.
+    ``_extra_state`` objects (Transformer Engine's fp8 metadata) are left out: they hold no weight.
     """
     metadata = {"dp_cp_group": groups.dp_cp}
     out = {}
