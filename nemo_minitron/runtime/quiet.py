@@ -1,6 +1,5 @@
 """Keeps NeMo, Megatron and Lightning from talking over our own output."""
 
-import contextlib
 import logging
 import warnings
 
@@ -30,13 +29,8 @@ def after_imports() -> None:
     The telemetry leaves ``onelogger.*`` in the current folder and, where one training failed,
     refuses the next one of the same process.
     """
+    from nemo.lightning.callback_group import CallbackGroup
     from nemo.utils import logging as nemo_logging
-    from nv_one_logger.api.one_logger_provider import OneLoggerProvider
 
     nemo_logging.setLevel(nemo_logging.ERROR)
-    OneLoggerProvider.instance().force_disable_logging()
-    # NeMo's telemetry has nowhere to send to, but writes files into the current folder.
-    with contextlib.suppress(ImportError):
-        from nv_one_logger.api.one_logger_provider import OneLoggerProvider
-
-        OneLoggerProvider.instance().force_disable_logging()
+    CallbackGroup.get_instance().callbacks.clear()
