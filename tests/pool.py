@@ -41,6 +41,12 @@ def _run_task(rank: int, size: int, store: str, fn: Callable[..., Any], args: tu
             dist.destroy_process_group()
 
 
+def _kill_children(pid: int) -> None:
+    """Megatron's checkpoint writer starts helper processes that outlive a killed parent."""
+    for child in psutil.Process(pid).children(recursive=True):
+        child.kill()
+
+
 def _worker(connection: Connection) -> None:
     import torch
 
@@ -52,6 +58,7 @@ def _worker(connection: Connection) -> None:
         try:
             task = connection.recv()
         except EOFError:  # the test session is gone
+            _kill_children(os.getpid())
             os._exit(0)
         try:
             connection.send((True, _run_task(*task)))
@@ -94,7 +101,9 @@ class WorkerPool:
             connection = self._workers[rank][1]
             if not connection.poll(TIMEOUT_SECONDS + 60):
                 self.close()
-                raise TimeoutError(f"{name}: rank {rank} of {size} gave no answer\n" + "".join(errors))
+                raise TimeoutError(
+                    f"{name}: rank {rank} of {size} gave no answer\n" + "".join(errors)
+                )
             ok, value = connection.recv()
             if ok:
                 results.append(value)
@@ -108,8 +117,7 @@ class WorkerPool:
     def close(self) -> None:
         """Stop every worker."""
         for process, _ in self._workers:
-            for child in psutil.Process(process.pid).children(recursive=True):
-                child.kill()  # the helper processes of Megatron's checkpoint writer
+            _kill_children(process.pid)
             process.kill()
             process.join()
         self._workers = []

@@ -1,5 +1,6 @@
 """A distillation that is killed and started again ends with the weights of one that was not."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -57,8 +59,13 @@ def _stop_at(command: list[str], checkpoint: Path, number: int) -> int:
         assert process.poll() is None, "ended before it could be stopped"
         assert time.monotonic() < deadline
         time.sleep(0.002)
+    helpers = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, number)
-    return process.wait(timeout=60)
+    code = process.wait(timeout=60)
+    for helper in helpers:  # Megatron's checkpoint writer has a process that outlives a SIGKILL
+        with contextlib.suppress(psutil.NoSuchProcess):
+            helper.kill()
+    return code
 
 
 @pytest.fixture(scope="module")
