@@ -1,0 +1,115 @@
+"""The package as a wheel, installed where only light packages are, away from the repository."""
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).parents[2]
+SOURCES = ("nemo_minitron", "conf", "pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE")
+# All that help, --cfg job and refusals may need. A download would cost the test a network.
+LIGHT = ("hydra-core", "omegaconf", "antlr4-python3-runtime", "PyYAML", "packaging")
+
+
+def _run(*command: "str | Path", **options) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=100, **options
+    )
+
+
+def _build(folder: Path) -> Path:
+    """Wheel of a copy of the sources, so that no build files appear in the repository."""
+    source = folder / "source"
+    source.mkdir()
+    for name in (*SOURCES, "README.md", "CHANGELOG.md"):
+        if (REPO / name).is_dir():
+            ignore = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(REPO / name, source / name, ignore=ignore)
+        else:
+            shutil.copy(REPO / name, source)
+    pip = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation")
+    built = _run(*pip, "--wheel-dir", folder, source)
+    assert built.returncode == 0, built.stderr
+    shutil.rmtree(source)
+    (wheel,) = folder.glob("nemo_minitron-*.whl")
+    return wheel
+
+
+def _copy_distribution(name: str, site: Path) -> None:
+    """Install what is installed here over there, file by file as its record lists them."""
+    for file in importlib.metadata.distribution(name).files or ():
+        if ".." not in file.parts and file.suffix != ".pyc":
+            target = site / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(str(file.locate()), target)
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """``bin/minitron`` of a fresh environment."""
+    folder = tmp_path_factory.mktemp("wheel")
+    wheel = _build(folder)
+    home = folder / "env"
+    venv.create(home, with_pip=False)
+    python = home / "bin" / "python"
+    pip = (sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index")
+    done = _run(*pip, wheel)
+    assert done.returncode == 0, done.stderr
+    (site,) = home.glob("lib/python*/site-packages")
+    for name in LIGHT:
+        _copy_distribution(name, site)
+    return home / "bin"
+
+
+@pytest.fixture
+def minitron(installed, tmp_path):
+    """Run it in an empty folder, with nothing of this environment in reach."""
+    clean = {key: os.environ[key] for key in ("HOME", "LANG") if key in os.environ}
+
+    def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
+        return _run(installed / "minitron", *arguments, cwd=tmp_path, env=clean)
+
+    return run
+
+
+def test_config_files_come_with_the_wheel(installed, tmp_path):
+    code = (
+        "import json, sys; from nemo_minitron.config.schema import conf_dir; "
+        "print(json.dumps([str(conf_dir()), sorted(p.relative_to(conf_dir()).as_posix() "
+        "for p in conf_dir().rglob('*.yaml'))]))"
+    )
+    done = _run(installed / "python", "-I", "-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder, names = json.loads(done.stdout)
+    assert Path(folder).is_relative_to(installed.parent)
+    conf = REPO / "conf"
+    assert names == sorted(p.relative_to(conf).as_posix() for p in conf.rglob("*.yaml"))
+
+
+def test_help_and_version(minitron):
+    assert "stages:" in minitron("--help").stdout
+    declared = importlib.metadata.version("nemo_minitron")
+    assert minitron("--version").stdout.strip() == declared
+    assert "pruning.target.hidden_size=null" in minitron("prune", "--help").stdout
+
+
+def test_configs_compose(minitron):
+    done = minitron("prune", "pruning=llama31_minitron_4b_width", "--cfg", "job")
+    assert done.returncode == 0, done.stderr
+    assert "hidden_size: 3072" in done.stdout
+    done = minitron("pipeline", "experiment=quickstart", "--cfg", "job")
+    assert done.returncode == 0, done.stderr
+    assert "evaluate_distilled" in done.stdout
+
+
+def test_bad_input_is_refused(minitron, tmp_path):
+    done = minitron("prune", "pruning.target.hiden_size=1")
+    assert done.returncode == 2
+    assert "did you mean pruning.target.hidden_size?" in done.stderr
+    assert not list(tmp_path.iterdir())
