@@ -16,6 +16,12 @@ def check_layout(config: ModelConfig, parallel: ParallelConfig) -> None:
     Raises:
         ValueError: names the size, the degree and the keys to change.
     """
+    ep = parallel.expert_model_parallel_size
+    if ep > 1:
+        raise ValueError(
+            f"parallel.expert_model_parallel_size={ep} needs a model with experts; family "
+            f"'{config.family}' has none: set it to 1"
+        )
     tp = parallel.tensor_model_parallel_size
     for name in ("num_query_groups", "num_attention_heads", "ffn_hidden_size"):
         if getattr(config, name) % tp:
