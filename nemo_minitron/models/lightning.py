@@ -12,6 +12,8 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
 
+from nemo_minitron.models.weights import plain_errors
+
 if TYPE_CHECKING:
     from nemo_minitron.models.gpt import MinitronGPTModel
 
@@ -131,7 +133,8 @@ class MegatronStrategy(SingleDeviceStrategy):
         self.barrier()
         state = self._module.training_state(is_loading=False)
         state[STATE] = {key: checkpoint[key] for key in _KEPT if key in checkpoint}
-        dist_checkpointing.save(state, str(work))
+        with plain_errors(work):
+            dist_checkpointing.save(state, str(work))
         if self.is_global_zero:
             shutil.rmtree(target, ignore_errors=True)
             work.rename(target)
@@ -140,7 +143,8 @@ class MegatronStrategy(SingleDeviceStrategy):
     def load_checkpoint(self, checkpoint_path: Any) -> dict[str, Any]:
         """Load weights, optimizer and scheduler in place; returns Lightning's state."""
         state = self._module.training_state(is_loading=True)
-        loaded = dist_checkpointing.load(state, str(checkpoint_path))
+        with plain_errors(Path(checkpoint_path)):
+            loaded = dist_checkpointing.load(state, str(checkpoint_path))
         self._module.load_training_state(loaded)
         return loaded[STATE]
 

@@ -1,6 +1,10 @@
 """Loads and saves the weights of a built model as a ``torch_dist`` checkpoint."""
 
+import errno
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +14,40 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.models.build import HiddenGPTModel
 from nemo_minitron.runtime.groups import ParallelGroups
 
+_ALMOST_FULL = 1 << 20
 _VOCAB_KEYS = ("embedding.word_embeddings.weight", "output_layer.weight")
+
+
+@contextmanager
+def plain_errors(folder: Path) -> Iterator[None]:
+    """Raise what happened instead of torch's ``CheckpointException``, on every rank.
+
+    That one is a ``BaseException``, and errors of the writing processes reach it as text.
+
+    Args:
+        folder: the checkpoint that is being written or read.
+
+    Raises:
+        OSError: as the operating system reported it (disk full).
+        RuntimeError: anything else.
+    """
+    try:
+        yield
+    except CheckpointException as error:
+        text = "; ".join(str(cause) for cause, _ in error.failures.values())
+        number = re.search(r"\[Errno (\d+)\]", text)
+        # torch.save may say no more than "unexpected pos" when a write failed.
+        free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+        code = int(number.group(1)) if number else errno.ENOSPC if free < _ALMOST_FULL else None
+        if code is None:
+            raise RuntimeError(f"{folder}: {text}") from error
+        raise OSError(code, os.strerror(code), str(folder)) from error
 
 
 def model_sharded_state_dict(
@@ -86,7 +118,8 @@ def load_weights(
     Raises:
         ValueError: the weights do not fit the model, or hold NaN or infinity.
     """
-    state = dist_checkpointing.load(model_sharded_state_dict(chunks, groups), str(folder))
+    with plain_errors(folder):
+        state = dist_checkpointing.load(model_sharded_state_dict(chunks, groups), str(folder))
     for index, chunk in enumerate(chunks):
         result = chunk.load_state_dict(state[f"model{index}"], strict=False)
         missing = [key for key in result.missing_keys if not key.endswith("_extra_state")]
@@ -134,4 +167,5 @@ def save_weights(
                     del chunk[name]
                 else:
                     chunk[name] = trimmed
-    dist_checkpointing.save(state, str(folder))
+    with plain_errors(folder):
+        dist_checkpointing.save(state, str(folder))

@@ -52,6 +52,8 @@ def log_file(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     who = f" rank {rank()}" if (launched_world_size() or 1) > 1 else ""
     handler = logging.FileHandler(path)
+    # On a full disk the error that ends the body says it all; the log must not hide or repeat it.
+    handler.handleError = lambda record: None  # type: ignore[method-assign]
     handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s{who} %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     try:
@@ -62,7 +64,8 @@ def log_file(path: Path) -> Iterator[None]:
         raise
     finally:
         logging.getLogger().removeHandler(handler)
-        handler.close()
+        with contextlib.suppress(OSError):
+            handler.close()
 
 
 @contextlib.contextmanager

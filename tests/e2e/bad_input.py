@@ -80,18 +80,28 @@ def run_line(arguments: list[str]) -> Ending:
     from hydra.core.hydra_config import HydraConfig
 
     out, err = io.StringIO(), io.StringIO()
-    logger, handler = logging.getLogger(), signal.getsignal(signal.SIGTERM)
-    before = (logger.handlers[:], logger.level)
+    handler, before = signal.getsignal(signal.SIGTERM), _logging()
     start, cpu = time.monotonic(), time.process_time()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = main(arguments)
     finally:
         signal.signal(signal.SIGTERM, handler)
-        logger.handlers[:], logger.level = before
+        for logger in _loggers():
+            logger.handlers[:], logger.level = before.get(logger, ([], logger.level))
         HydraConfig.instance().cfg = None
     seconds = min(time.monotonic() - start, time.process_time() - cpu)
     return Ending(code, out.getvalue(), err.getvalue(), seconds)
+
+
+def _loggers() -> list[logging.Logger]:
+    known = logging.root.manager.loggerDict.values()
+    return [logging.root, *(logger for logger in known if isinstance(logger, logging.Logger))]
+
+
+def _logging() -> dict[logging.Logger, tuple[list[logging.Handler], int]]:
+    """Handlers and level of every logger; NeMo gives several of them files in the result folder."""
+    return {logger: (logger.handlers[:], logger.level) for logger in _loggers()}
 
 
 def contents(*folders: Path) -> dict[Path, tuple[int, int]]:

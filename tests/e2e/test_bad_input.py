@@ -53,7 +53,6 @@ def refuses(home, tmp_path):
         arguments = line(stage, home, tmp_path / "deep" / "out", **changes)
         before = contents(home, tmp_path)
         ending = run_line(arguments)
-        print(ending.err)
         assert ending.code == 2, ending.err
         assert len(ending.err.splitlines()) == 1
         for text in says:
