@@ -9,7 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from tests.pool import WorkerPool  # noqa: E402
+from tests.pool import WorkerPool
 
 
 @pytest.fixture(scope="session")

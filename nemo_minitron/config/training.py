@@ -10,7 +10,7 @@ class DataConfig:
     """Where tokens come from and how they are cut into samples."""
 
     path: str = MISSING
-    """Text file, folder of .txt/.jsonl files, JSONL file, Megatron .bin/.idx prefix, or .npy ids."""
+    """Text or JSONL file, folder of such files, Megatron .bin/.idx prefix, or .npy of token ids."""
     seq_length: int = 512
     """Tokens per sample."""
     num_samples: int | None = None
@@ -40,9 +40,7 @@ class DataConfig:
         if self.num_samples is not None and self.num_samples < 1:
             raise ValueError(f"data.num_samples={self.num_samples} must be at least 1, or null")
         if self.split_name not in ("train", "validation", "test"):
-            raise ValueError(
-                f"data.split_name={self.split_name} must be train, validation or test"
-            )
+            raise ValueError(f"data.split_name={self.split_name} must be train, validation or test")
 
 
 @dataclass(kw_only=True)

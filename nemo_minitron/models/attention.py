@@ -70,9 +70,7 @@ class LocalAttention(torch.nn.Module):
         assert pg_collection is not None
         assert attn_mask_type == AttnMaskType.causal, attn_mask_type
         self.cp_group = pg_collection.cp
-        self.dropout = (
-            config.attention_dropout if attention_dropout is None else attention_dropout
-        )
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale
 
     def _mask(self, local_length: int) -> Tensor:

@@ -229,7 +229,8 @@ class MinitronGPTModel(ModelPT):
     def training_step(self, batch: list[Batch], batch_idx: int) -> None:
         """One optimizer step over a global batch (this rank's micro-batches)."""
         optimizer: Any = self.optimizers()
-        for chunk in self.model:
+        chunks: Any = self.model
+        for chunk in chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         micro_batches = [on_this_cp_rank(micro_batch, self.groups) for micro_batch in batch]

@@ -40,8 +40,8 @@ class MegatronOptimizerAdapter(torch.optim.Optimizer):
         self.megatron = optimizer
         self.defaults: dict[str, Any] = {}
         self.grad_norm: float | None = None
-        self._optimizer_step_pre_hooks = {}  # type: ignore[assignment]
-        self._optimizer_step_post_hooks = {}  # type: ignore[assignment]
+        self._optimizer_step_pre_hooks = {}
+        self._optimizer_step_post_hooks = {}
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -57,7 +57,7 @@ class MegatronOptimizerAdapter(torch.optim.Optimizer):
         """Clear gradients (Megatron's buffers are cleared by its DDP)."""
         self.megatron.zero_grad(set_to_none)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Clip and update; keeps the gradient norm."""
         result = closure() if closure is not None else None
         success, self.grad_norm, _ = self.megatron.step()
@@ -91,7 +91,7 @@ class MegatronStrategy(SingleDeviceStrategy):
     @property
     def _module(self) -> "MinitronGPTModel":
         assert self.lightning_module is not None
-        return self.lightning_module  # type: ignore[return-value]
+        return self.lightning_module
 
     @property
     def is_global_zero(self) -> bool:

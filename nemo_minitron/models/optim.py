@@ -22,9 +22,7 @@ from nemo_minitron.config.training import OptimConfig, TrainerConfig
 from nemo_minitron.models.build import HiddenGPTModel
 
 
-def wrap_ddp(
-    chunks: list[HiddenGPTModel], optim: OptimConfig
-) -> list[DistributedDataParallel]:
+def wrap_ddp(chunks: list[HiddenGPTModel], optim: OptimConfig) -> list[DistributedDataParallel]:
     """Wrap trainable chunks in Megatron's DDP (and its half-precision module under bf16)."""
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -101,7 +99,7 @@ def allocate_state(optimizer: MegatronOptimizer) -> None:
     with torch's Adam it asserts that a step was taken.
     """
     for part in _parts(optimizer):
-        inner = _torch_adam(part)
+        inner: Any = _torch_adam(part)
         for group in inner.param_groups if inner is not None else []:
             for parameter in group["params"]:
                 if not inner.state[parameter]:

@@ -198,17 +198,13 @@ def _loaders(
     model: MinitronGPTModel, data: DataConfig, datasets: tuple[Any, Any], consumed: int
 ) -> tuple[Any, Any]:
     share = {"dp_rank": model.groups.dp.rank(), "dp_size": model.groups.dp.size()}
-    train = build_dataloader(
-        datasets[0], data, consumed_samples=consumed, drop_last=True, **share
-    )
+    train = build_dataloader(datasets[0], data, consumed_samples=consumed, drop_last=True, **share)
     if datasets[1] is None:
         return train, None
     return train, build_dataloader(datasets[1], data, drop_last=False, **share)
 
 
-def fit(
-    model: MinitronGPTModel, datasets: tuple[Any, Any], work: Path
-) -> list[dict[str, float]]:
+def fit(model: MinitronGPTModel, datasets: tuple[Any, Any], work: Path) -> list[dict[str, float]]:
     """Train to ``trainer.max_steps``, going on from the newest checkpoint in ``work`` if any.
 
     Args:

@@ -83,10 +83,10 @@ def _patch_torch() -> None:
     torch.cuda.Event = _NoStream  # type: ignore[misc,assignment]
     for name in ("current_stream", "default_stream"):
         setattr(torch.cuda, name, lambda *args, **kwargs: _NoStream())
-    torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment]
+    setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     torch.cuda.synchronize = lambda *args, **kwargs: None
     torch.cuda.empty_cache = lambda: None
-    torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign]
+    setattr(torch.Tensor, "record_stream", lambda self, stream: None)
 
 
 def _patch_random() -> None:
