@@ -3,7 +3,8 @@
 Files are written and read by torch.distributed.checkpoint's file-system classes, fed with a plan
 that names Megatron's keys. The layout is the one ``megatron.core.dist_checkpointing`` calls
 homogeneous: one key for all layers, ``decoder.layers.mlp.linear_fc1.weight`` of shape
-``[num_layers, ...]`` with a chunk per layer; other parameters under their own name. Norms that
+``[num_layers, ...]`` with a chunk per layer; experts ``[num_layers, num_moe_experts, ...]`` with
+a chunk per expert; other parameters under their own name. Norms that
 Transformer Engine fuses are stored under the TE name, as Megatron's local spec stores them too. The
 vocabulary is stored unpadded. Shapes are global.
 
@@ -15,6 +16,7 @@ Megatron's ``dist_checkpointing.load`` wants them left out of the sharded state 
 import json
 import logging
 import pickle
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -67,8 +69,21 @@ _READ_ERRORS = (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.Un
 
 
 def disk_key(row: Row) -> str:
-    """Key of a row on disk: TE name where there is one, layer number left out."""
-    return (row.te_name or row.name).replace("{layer}.", "")
+    """Key of a row on disk: TE name where there is one, layer and expert number left out."""
+    return _stacked_name(row.te_name or row.name).replace("{layer}.", "")
+
+
+def _stacked_name(name: str) -> str:
+    """Megatron stores all experts of a layer under one key, as ``experts.experts``."""
+    return re.sub(r"\blocal_experts\.\d+\.", "experts.", name)
+
+
+def _stack(row: Row, layer: int | None, config: ModelConfig) -> list[tuple[int, int]]:
+    """(index, size) of each axis that Megatron puts before a parameter's own: layer, expert."""
+    axes = [] if layer is None else [(layer, config.num_layers)]
+    if row.expert is not None:
+        axes.append((row.expert, config.num_moe_experts or 0))
+    return axes
 
 
 class _Writer(FileSystemWriter):
@@ -113,10 +128,10 @@ class _IntoTensor(DefaultLoadPlanner):
 def _write_item(
     key: str, row: Row, layer: int | None, config: ModelConfig, dtype: torch.dtype
 ) -> WriteItem:
-    shape = row.shape(config)
-    size = shape if layer is None else (config.num_layers, *shape)
-    sizes = shape if layer is None else (1, *shape)
-    offsets = torch.Size([layer or 0] + [0] * (len(size) - 1))
+    shape, axes = row.shape(config), _stack(row, layer, config)
+    size = (*(count for _, count in axes), *shape)
+    sizes = (*(1 for _ in axes), *shape)
+    offsets = torch.Size([*(index for index, _ in axes), *(0 for _ in shape)])
     return WriteItem(
         index=MetadataIndex(key, offsets),
         type=WriteItemType.SHARD,
@@ -280,7 +295,7 @@ def _locate(
     row: Row, layer: int | None, metadata: Metadata
 ) -> tuple[str, TensorStorageMetadata, bool] | None:
     """Key, metadata and whether the key holds all layers; None when the checkpoint lacks it."""
-    for name in filter(None, (row.te_name, row.name)):
+    for name in map(_stacked_name, filter(None, (row.te_name, row.name))):
         for key, stacked in ((name.replace("{layer}.", ""), True), (name, False)):
             if not stacked and layer is not None:
                 key = key.format(layer=layer)
@@ -295,19 +310,20 @@ def _wanted(
 ) -> ChunkStorageMetadata | None:
     """Region that holds one parameter; None when the saved shape does not fit the config."""
     sizes = row.shape(config)
+    axes = _stack(row, layer if stacked else None, config)
     rows = list(saved.size)
-    if stacked and rows.pop(0) != config.num_layers:
+    if rows[: len(axes)] != [count for _, count in axes]:
         return None
+    rows = rows[len(axes) :]
     if len(rows) != len(sizes):
         return None
     for dim, have, want in zip(row.dims, rows, sizes, strict=True):
         # Megatron pads the vocabulary to a multiple of the tensor-parallel size; the pad is cut.
         if have != want and not (dim == "vocab" and have > want):
             return None
-    offsets = [layer or 0] if stacked else []
-    lead = [1] if stacked else []
     return ChunkStorageMetadata(
-        offsets=torch.Size([*offsets, *[0] * len(sizes)]), sizes=torch.Size([*lead, *sizes])
+        offsets=torch.Size([*(index for index, _ in axes), *(0 for _ in sizes)]),
+        sizes=torch.Size([*(1 for _ in axes), *sizes]),
     )
 
 

@@ -16,14 +16,10 @@ def check_layout(config: ModelConfig, parallel: ParallelConfig) -> None:
     Raises:
         ValueError: names the size, the degree and the keys to change.
     """
-    ep = parallel.expert_model_parallel_size
-    if ep > 1:
-        raise ValueError(
-            f"parallel.expert_model_parallel_size={ep} needs a model with experts; family "
-            f"'{config.family}' has none: set it to 1"
-        )
+    check_experts(config, parallel)
     tp = parallel.tensor_model_parallel_size
-    for name in ("num_query_groups", "num_attention_heads", "ffn_hidden_size"):
+    ffn = "ffn_hidden_size" if config.num_moe_experts is None else "moe_ffn_hidden_size"
+    for name in ("num_query_groups", "num_attention_heads", ffn):
         if getattr(config, name) % tp:
             raise ValueError(
                 f"parallel.tensor_model_parallel_size={tp} must divide {name}="
@@ -35,6 +31,28 @@ def check_layout(config: ModelConfig, parallel: ParallelConfig) -> None:
             f"{config.vocab_size} of the model; make it smaller"
         )
     check_pipeline(config, parallel)
+
+
+def check_experts(config: ModelConfig, parallel: ParallelConfig) -> None:
+    """Refuse layouts Megatron cannot spread the experts over."""
+    ep, experts = parallel.expert_model_parallel_size, config.num_moe_experts
+    if experts is None:
+        if ep > 1:
+            raise ValueError(
+                f"parallel.expert_model_parallel_size={ep} needs a model with experts; family "
+                f"'{config.family}' has none: set it to 1"
+            )
+        return
+    if experts % ep:
+        raise ValueError(
+            f"parallel.expert_model_parallel_size={ep} must divide num_moe_experts={experts} of "
+            "the model; use a divisor of it"
+        )
+    if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+        raise ValueError(
+            f"parallel.tensor_model_parallel_size={parallel.tensor_model_parallel_size} of a model "
+            "with experts needs sequence parallelism; set parallel.sequence_parallel=true"
+        )
 
 
 def check_pipeline(config: ModelConfig, parallel: ParallelConfig) -> None:

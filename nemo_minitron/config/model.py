@@ -43,6 +43,12 @@ class ModelConfig:
     """The Hugging Face ``rope_scaling`` dictionary, or None."""
     share_embeddings_and_output_weights: bool = False
     """Tied input and output embeddings."""
+    num_moe_experts: int | None = None
+    """Experts of every layer; None: a dense model."""
+    moe_ffn_hidden_size: int | None = None
+    """FFN width of each expert."""
+    moe_router_topk: int = 2
+    """Experts that each token is routed to."""
     dtype: str = "float32"
     """Storage dtype of the weights: ``float32``, ``bfloat16`` or ``float16``."""
     kept_layers: list[int] = field(default_factory=list)
@@ -60,6 +66,20 @@ class ModelConfig:
         for name in ("num_layers", "hidden_size", "ffn_hidden_size", "kv_channels", "vocab_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.num_moe_experts is not None:
+            self._check_experts(self.num_moe_experts)
+
+    def _check_experts(self, experts: int) -> None:
+        if not 1 <= self.moe_router_topk <= experts:
+            raise ValueError(
+                f"moe_router_topk={self.moe_router_topk} must be between 1 and num_moe_experts="
+                f"{experts}"
+            )
+        if self.moe_ffn_hidden_size is None or self.moe_ffn_hidden_size < 1:
+            raise ValueError(
+                f"moe_ffn_hidden_size={self.moe_ffn_hidden_size} must be at least 1 where there "
+                "are experts"
+            )
 
     @property
     def heads_per_group(self) -> int:

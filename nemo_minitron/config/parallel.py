@@ -1,5 +1,6 @@
 """The layout: how one model is spread over ranks."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -20,7 +21,8 @@ class ParallelConfig:
     sequence_parallel: bool = False
     """Split norms and residuals along the sequence over the tensor-parallel ranks."""
     data_parallel_size: int | None = None
-    """Model replicas. null: what the launcher's world size leaves; 1 when started alone."""
+    """Model replicas. null: what the launcher's world size leaves; when started alone as few as
+    the experts need, 1 without ``expert_model_parallel_size``."""
     num_layers_in_first_pipeline_stage: int | None = None
     """Layers of the first stage when stages are uneven."""
     num_layers_in_last_pipeline_stage: int | None = None
@@ -66,9 +68,31 @@ class ParallelConfig:
         Raises:
             ValueError: the launcher's world size does not fit the layout.
         """
-        wanted = self.model_parallel_size * (self.data_parallel_size or 1)
+        world = self._world_size(launched)
+        self._check_experts(world // self.model_parallel_size)
+        return world
+
+    def _check_experts(self, data_parallel_size: int) -> None:
+        """Experts are spread over ranks that hold replicas of everything else."""
+        replicas = data_parallel_size * self.context_parallel_size
+        if replicas % self.expert_model_parallel_size:
+            raise ValueError(
+                f"parallel.expert_model_parallel_size={self.expert_model_parallel_size} must "
+                f"divide data x context parallel ranks, {data_parallel_size} x "
+                f"{self.context_parallel_size}; set parallel.data_parallel_size to a multiple of "
+                f"{self._fewest_replicas}"
+            )
+
+    @property
+    def _fewest_replicas(self) -> int:
+        ep = self.expert_model_parallel_size
+        return ep // math.gcd(ep, self.context_parallel_size)
+
+    def _world_size(self, launched: int | None) -> int:
+        wanted = self.model_parallel_size * (self.data_parallel_size or self._fewest_replicas)
         if launched is None:
             return wanted
+        wanted = self.model_parallel_size * (self.data_parallel_size or 1)
         if launched % self.model_parallel_size or (self.data_parallel_size and launched != wanted):
             raise ValueError(
                 f"the launcher started {launched} ranks but the layout (tensor x pipeline x context"

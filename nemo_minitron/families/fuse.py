@@ -7,6 +7,7 @@ Letters: g query groups, n heads, d head dim, f ffn, `...` the other dims.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -55,8 +56,8 @@ def _split_qkv(config: ModelConfig, tensor: Tensor) -> list[Tensor]:
     return [part.clone(memory_format=torch.contiguous_format).flatten(0, 1) for part in parts]
 
 
-def _gate_up_sizes(config: ModelConfig) -> tuple[int, ...]:
-    return config.ffn_hidden_size, config.ffn_hidden_size
+def _halves(size: Callable[[ModelConfig], int], config: ModelConfig) -> tuple[int, ...]:
+    return size(config), size(config)
 
 
 def _fuse_gate_up(_: ModelConfig, parts: Sequence[Tensor]) -> Tensor:
@@ -64,14 +65,17 @@ def _fuse_gate_up(_: ModelConfig, parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(parts))
 
 
-def _split_gate_up(config: ModelConfig, tensor: Tensor) -> list[Tensor]:
+def _split_gate_up(_: ModelConfig, tensor: Tensor) -> list[Tensor]:
     """Inverse of ``_fuse_gate_up``."""
-    return [part.clone() for part in tensor.split(config.ffn_hidden_size)]
+    return [part.clone() for part in tensor.chunk(2)]
 
 
 FUSIONS: dict[str, Fusion] = {
     "qkv": Fusion(_qkv_sizes, _fuse_qkv, _split_qkv),
-    "gate_up": Fusion(_gate_up_sizes, _fuse_gate_up, _split_gate_up),
+    "gate_up": Fusion(partial(_halves, DIM_SIZES["ffn"]), _fuse_gate_up, _split_gate_up),
+    "expert_gate_up": Fusion(
+        partial(_halves, DIM_SIZES["expert_ffn"]), _fuse_gate_up, _split_gate_up
+    ),
 }
 
 

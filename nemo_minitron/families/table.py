@@ -5,13 +5,14 @@ Pruning, checkpoint import and export, parameter counting and the completeness c
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nemo_minitron.config.model import ModelConfig
 
 # What a tensor dim can hold. "qkv" is Megatron's interleaving of linear_qkv rows: per query group
-# [q_1 .. q_{n/g}, k, v], each `kv_channels` rows. "gate_up" is [gate; up], each `ffn` rows.
+# [q_1 .. q_{n/g}, k, v], each `kv_channels` rows. "gate_up" is [gate; up], each `ffn` rows. "expert"
+# are the router's rows; "expert_ffn" and "expert_gate_up" are "ffn" and "gate_up" of one expert.
 DIM_SIZES: dict[str, Callable[[ModelConfig], int]] = {
     "vocab": lambda c: c.vocab_size,
     "position": lambda c: c.max_position_embeddings,
@@ -21,7 +22,12 @@ DIM_SIZES: dict[str, Callable[[ModelConfig], int]] = {
     "qkv": lambda c: (c.num_attention_heads + 2 * c.num_query_groups) * c.kv_channels,
     "head": lambda c: c.num_attention_heads * c.kv_channels,
     "head_dim": lambda c: c.kv_channels,
+    "expert": lambda c: c.num_moe_experts or 0,
+    "expert_ffn": lambda c: c.moe_ffn_hidden_size or 0,
+    "expert_gate_up": lambda c: 2 * (c.moe_ffn_hidden_size or 0),
 }
+
+_INDEX = re.compile(r"\\\{(layer|expert)\\\}")
 
 
 def _always(_: ModelConfig) -> bool:
@@ -30,15 +36,17 @@ def _always(_: ModelConfig) -> bool:
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter (or one per layer) of a family.
+    """One parameter (or one per layer, or one per layer and expert) of a family.
 
     Attributes:
-        name: Megatron name under the local spec; ``{layer}`` stands for the 0-based layer index.
+        name: Megatron name under the local spec; ``{layer}`` stands for the 0-based layer index,
+            ``{expert}`` for the 0-based global index of an expert.
         dims: what each tensor dim holds, keys of ``DIM_SIZES``.
         tp_dim: dim that tensor parallelism splits, None when replicated.
         hf: Hugging Face names; several are fused into one Megatron tensor along dim 0.
         te_name: name under the Transformer Engine spec where it differs.
         when: whether a model with this config has the parameter.
+        expert: the expert this row belongs to, once ``of_expert`` has filled in ``{expert}``.
     """
 
     name: str
@@ -47,11 +55,31 @@ class Row:
     hf: tuple[str, ...]
     te_name: str | None = None
     when: Callable[[ModelConfig], bool] = _always
+    expert: int | None = None
 
     @property
     def per_layer(self) -> bool:
         """Whether every layer has one."""
         return "{layer}" in self.name
+
+    @property
+    def per_expert(self) -> bool:
+        """Whether every expert has one and this row does not say yet which one's it is."""
+        return "{expert}" in self.name
+
+    def of_expert(self, expert: int) -> "Row":
+        """The row of one expert (global index): every name with the index filled in."""
+
+        def fill(name: str) -> str:
+            return name.replace("{expert}", str(expert))
+
+        return replace(
+            self,
+            name=fill(self.name),
+            hf=tuple(map(fill, self.hf)),
+            te_name=None if self.te_name is None else fill(self.te_name),
+            expert=expert,
+        )
 
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
         """Global shape of the Megatron tensor."""
@@ -77,8 +105,16 @@ class Family:
     to_hf: Callable[[ModelConfig], dict[str, Any]]
 
     def parameters(self, config: ModelConfig) -> Iterator[tuple[str, Row, int | None]]:
-        """Yield (Megatron name, row, layer index or None) of every parameter, layers in order."""
-        rows = [row for row in self.rows if row.when(config)]
+        """Yield (Megatron name, row, layer index or None) of every parameter, layers in order.
+
+        Rows of experts come one by one, each bound to its expert (``Row.expert``).
+        """
+        rows: list[Row] = []
+        for row in self.rows:
+            if row.when(config) and row.per_expert:
+                rows += [row.of_expert(expert) for expert in range(config.num_moe_experts or 0)]
+            elif row.when(config):
+                rows.append(row)
         for row in rows:
             if not row.per_layer:
                 yield row.name, row, None
@@ -88,7 +124,7 @@ class Family:
                     yield row.name.format(layer=layer), row, layer
 
     def find(self, name: str, config: ModelConfig) -> tuple[Row, int | None]:
-        """Row and layer of a Megatron parameter name, under the local or the TE spec.
+        """Row (bound to its expert) and layer of a Megatron name, under the local or the TE spec.
 
         Raises:
             ValueError: no row fits; names the parameter and lists the known rows.
@@ -99,10 +135,11 @@ class Family:
             for pattern in (row.name, row.te_name):
                 if pattern is None:
                     continue
-                regex = re.escape(pattern).replace(r"\{layer\}", r"(\d+)")
-                match = re.fullmatch(regex, name)
+                match = re.fullmatch(_INDEX.sub(r"(?P<\1>\\d+)", re.escape(pattern)), name)
                 if match:
-                    return row, int(match.group(1)) if row.per_layer else None
+                    index = {key: int(value) for key, value in match.groupdict().items()}
+                    found = row.of_expert(index["expert"]) if row.per_expert else row
+                    return found, index.get("layer")
         known = "\n  ".join(row.name for row in self.rows)
         raise ValueError(
             f"parameter {name} has no row in the table of family '{self.name}'; add one to "

@@ -63,6 +63,14 @@ def transformer_config(
         layernorm_epsilon=config.layernorm_epsilon,
         gated_linear_unit=config.gated_linear_unit,
         activation_func=_ACTIVATIONS[config.activation],
+        num_moe_experts=config.num_moe_experts,
+        moe_ffn_hidden_size=config.moe_ffn_hidden_size,
+        moe_router_topk=config.moe_router_topk,
+        # Distillation follows the teacher's logits, the router included: no balancing loss.
+        moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0,
+        # The other dispatchers need CUDA: alltoall passes what gloo does not take.
+        moe_token_dispatcher_type="alltoall" if on_gpu else "allgather",
         add_bias_linear=config.add_bias_linear,
         add_qkv_bias=config.add_qkv_bias,
         qk_layernorm=config.qk_layernorm,

@@ -50,6 +50,12 @@ def _local_layer(config: TransformerConfig) -> ModuleSpec:
         normalization=config.normalization,
     )
     layer = spec.submodules
+    if config.num_moe_experts is not None:
+        # Megatron's local spec stores this norm as if it were fused; Transformer Engine's spec for
+        # experts does not fuse it. One name on disk for both.
+        names = dict(layer.sharded_state_dict_keys_map)
+        del names["pre_mlp_layernorm."]
+        layer.sharded_state_dict_keys_map = names
     attention = layer.self_attention.submodules
     attention.core_attention = LocalAttention
     for holder in (layer, attention):

@@ -14,7 +14,9 @@ class ParallelGroups:
     """Named process groups of this rank; every collective of this package takes one of them.
 
     ``dp`` counts batch replicas (without context parallelism); ``dp_cp`` are all ranks that hold
-    the same shard of the weights; ``embd`` are the first and the last stage.
+    the same shard of the weights; ``embd`` are the first and the last stage. Experts are spread
+    over ``ep``, each split over ``expt_tp``; ``expt_dp`` are the ranks that hold the same shard of
+    the same experts.
     """
 
     tp: Group
@@ -23,6 +25,8 @@ class ParallelGroups:
     dp: Group
     dp_cp: Group
     ep: Group
+    expt_tp: Group
+    expt_dp: Group
     embd: Group | None
     model: Group
     collection: ProcessGroupCollection
@@ -37,6 +41,8 @@ class ParallelGroups:
             dp=parallel_state.get_data_parallel_group(with_context_parallel=False),
             dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
             ep=parallel_state.get_expert_model_parallel_group(),
+            expt_tp=parallel_state.get_expert_tensor_parallel_group(),
+            expt_dp=parallel_state.get_expert_data_parallel_group(),
             embd=parallel_state.get_embedding_group(check_initialized=False),
             model=parallel_state.get_model_parallel_group(),
             collection=ProcessGroupCollection.use_mpu_process_groups(),

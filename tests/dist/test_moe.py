@@ -1,0 +1,95 @@
+"""Mixture of experts: Mixtral in and out, and the same at every layout."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from nemo_minitron.checkpoint.torch_dist import read_torch_dist
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.config.stages import ExportConfig, ImportConfig
+from nemo_minitron.families.registry import family_of
+from nemo_minitron.stages import export, import_
+from tests.dist.checkpoint_cases import load_and_save
+from tests.dist.logits_cases import megatron_logits
+from tests.pool import WorkerPool
+
+LAYOUTS = {
+    "one": (1, {}),
+    "ep2": (2, {"expert_model_parallel_size": 2}),
+    "tp2_sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Mixtral as a Hugging Face folder and imported, with ids and logits."""
+    home = tmp_path_factory.mktemp("moe")
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=101,
+        hidden_size=48,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=4,
+        max_position_embeddings=128,
+    )
+    model = MixtralForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.15)
+    model.save_pretrained(home / "hf")
+    ids = torch.randint(0, 101, (2, 24))
+    with torch.no_grad():
+        torch.save((ids, model(ids).logits), home / "logits.pt")
+    cfg = ImportConfig(source=str(home / "hf"), output_dir=str(home / "model"))
+    import_.check(cfg)
+    import_.run(cfg)
+    return home
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_logits_equal_transformers(ranks: WorkerPool, home: Path, name: str) -> None:
+    ids, want = torch.load(home / "logits.pt")
+    size, keys = LAYOUTS[name]
+    for got in ranks.run(size, megatron_logits, str(home / "model"), ParallelConfig(**keys), ids):
+        assert (got - want).abs().max() < 1e-4
+
+
+def test_export_gives_the_very_tensors_back(home: Path) -> None:
+    out = home / "out"
+    export.run(ExportConfig(checkpoint=str(home / "model"), output_dir=str(out)))
+    before = AutoModelForCausalLM.from_pretrained(home / "hf").state_dict()
+    after = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("name", ["ep2", "tp2_sp"])
+def test_megatron_reads_and_writes_the_same_weights(
+    ranks: WorkerPool, home: Path, tmp_path: Path, name: str
+) -> None:
+    """What Megatron's own writer stores, experts included, is what we store."""
+    size, keys = LAYOUTS[name]
+    folder = home / "model" / "checkpoint"
+    config = ModelConfig.load(folder)
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    local = ranks.run(
+        size, load_and_save, config, ParallelConfig(**keys), str(folder), str(theirs)
+    )
+    ours = read_torch_dist(folder, family_of(config), config)
+    back = read_torch_dist(theirs, family_of(config), config)
+    assert ours.keys() == back.keys()
+    assert all(torch.equal(ours[key].read(), back[key].read()) for key in ours)
+    expert = "decoder.layers.1.mlp.experts.local_experts.{}.linear_fc2.weight"
+    for rank, parameters in enumerate(local):
+        if name == "ep2":  # two experts each
+            whole = ours[expert.format(2 * rank + 1)].read()
+        else:
+            whole = ours[expert.format(1)].read().chunk(2, dim=1)[rank]
+        assert torch.equal(parameters[expert.format(1)], whole)
