@@ -1,5 +1,6 @@
 """Small models and token batches that tests share."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,15 @@ LLAMA = ModelConfig(
     kv_channels=12,
     vocab_size=101,
     max_position_embeddings=128,
+)
+
+MIXTRAL = replace(
+    LLAMA,
+    family="mixtral",
+    ffn_hidden_size=40,
+    num_moe_experts=4,
+    moe_ffn_hidden_size=40,
+    moe_router_topk=2,
 )
 
 

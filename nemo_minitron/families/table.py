@@ -11,8 +11,9 @@ from typing import Any
 from nemo_minitron.config.model import ModelConfig
 
 # What a tensor dim can hold. "qkv" is Megatron's interleaving of linear_qkv rows: per query group
-# [q_1 .. q_{n/g}, k, v], each `kv_channels` rows. "gate_up" is [gate; up], each `ffn` rows. "expert"
-# are the router's rows; "expert_ffn" and "expert_gate_up" are "ffn" and "gate_up" of one expert.
+# [q_1 .. q_{n/g}, k, v], each `kv_channels` rows. "gate_up" is [gate; up], each `ffn` rows.
+# "expert" are the router's rows; "expert_ffn" and "expert_gate_up" are "ffn" and "gate_up" of one
+# expert.
 DIM_SIZES: dict[str, Callable[[ModelConfig], int]] = {
     "vocab": lambda c: c.vocab_size,
     "position": lambda c: c.max_position_embeddings,

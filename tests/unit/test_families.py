@@ -10,7 +10,7 @@ from nemo_minitron.families.fuse import FUSIONS, hf_shapes
 from nemo_minitron.families.llama import from_hf, to_hf
 from nemo_minitron.families.registry import family_of, family_of_hf
 from nemo_minitron.families.table import DIM_SIZES, parameter_count
-from tests.tiny import LLAMA
+from tests.tiny import LLAMA, MIXTRAL
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -52,7 +52,7 @@ def test_rows_are_exactly_the_parameters_of_transformers(tied):
 
 
 def test_dims_of_every_row_are_known():
-    for row in family_of(LLAMA).rows:
+    for row in family_of(MIXTRAL).rows + family_of(LLAMA).rows:
         assert set(row.dims) <= set(DIM_SIZES)
         assert row.tp_dim is None or row.tp_dim < len(row.dims)
         assert len(row.hf) == 1 or row.dims[0] in FUSIONS
@@ -67,6 +67,37 @@ def test_find_knows_both_layer_specs():
     assert family.find("decoder.final_layernorm.weight", LLAMA)[1] is None
 
 
+def test_experts_are_rows_of_their_own():
+    family = family_of(MIXTRAL)
+    name = "decoder.layers.2.mlp.experts.local_experts.3.linear_fc1.weight"
+    row, layer = family.find(name, MIXTRAL)
+    assert (layer, row.expert) == (2, 3)
+    assert row.hf[1] == "model.layers.{layer}.block_sparse_moe.experts.3.w3.weight"
+    assert row.shape(MIXTRAL) == (80, 64)
+    found = {name: (row, layer) for name, row, layer in family.parameters(MIXTRAL)}
+    assert found[name] == (row, layer)
+    assert sum("local_experts" in name for name in found) == 4 * 4 * 2
+    norm, _ = family.find("decoder.layers.0.pre_mlp_layernorm.weight", MIXTRAL)
+    assert norm.te_name is None
+
+
+def test_experts_the_model_cannot_route_to_are_refused():
+    with pytest.raises(ValueError, match="moe_router_topk=5 must be between 1 and num_moe_experts"):
+        replace(MIXTRAL, moe_router_topk=5)
+    with pytest.raises(ValueError, match="moe_ffn_hidden_size=None must be at least 1"):
+        replace(MIXTRAL, moe_ffn_hidden_size=None)
+    hf = {**family_of(MIXTRAL).to_hf(MIXTRAL), "num_experts_per_tok": 1}
+    with pytest.raises(ValueError, match="num_experts_per_tok=1 is not supported"):
+        family_of_hf(hf).from_hf(hf)
+
+
+def test_mixtral_config_survives():
+    family = family_of(MIXTRAL)
+    written = family.to_hf(MIXTRAL)
+    assert family_of_hf(written) is family
+    assert family.from_hf(written) == replace(MIXTRAL, hf={"hidden_act": "silu"})
+
+
 def test_unknown_parameter_is_named_with_the_known_rows():
     with pytest.raises(ValueError, match=r"decoder\.layers\.0\.x\.weight has no row") as error:
         family_of(LLAMA).find("decoder.layers.0.x.weight", LLAMA)
@@ -77,7 +108,7 @@ def test_unknown_parameter_is_named_with_the_known_rows():
 
 
 def test_unknown_family_and_architecture():
-    with pytest.raises(ValueError, match=r"family 'bert' is unknown; known: .'llama'"):
+    with pytest.raises(ValueError, match=r"family 'bert' is unknown; known: .'llama', 'mixtral'"):
         family_of(replace(LLAMA, family="bert"))
     with pytest.raises(ValueError, match=r"BertModel.*supported: .*LlamaForCausalLM"):
         family_of_hf({"architectures": ["BertModel"]})

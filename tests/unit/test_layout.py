@@ -6,7 +6,7 @@ import pytest
 
 from nemo_minitron.config.layout import check_layout, padded_vocab_size
 from nemo_minitron.config.parallel import ParallelConfig
-from tests.tiny import LLAMA
+from tests.tiny import LLAMA, MIXTRAL
 
 PIPELINE = {"pipeline_model_parallel_size": 2}
 
@@ -37,6 +37,32 @@ def test_ffn_and_vocabulary():
         check_layout(replace(LLAMA, ffn_hidden_size=97), tp2)
     with pytest.raises(ValueError, match="larger than vocab_size"):
         check_layout(replace(LLAMA, vocab_size=1), tp2)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"expert_model_parallel_size": 3}, "must divide num_moe_experts=4"),
+        ({"tensor_model_parallel_size": 2}, "with experts needs sequence parallelism"),
+        (
+            {"tensor_model_parallel_size": 4, "sequence_parallel": True},
+            "must divide moe_ffn_hidden_size=42",
+        ),
+    ],
+)
+def test_experts_refused(keys, words):
+    with pytest.raises(ValueError, match=words):
+        check_layout(replace(MIXTRAL, moe_ffn_hidden_size=42), ParallelConfig(**keys))
+
+
+def test_experts_need_replicas_of_the_rest():
+    assert ParallelConfig(expert_model_parallel_size=2).world_size() == 2
+    cp = ParallelConfig(expert_model_parallel_size=4, context_parallel_size=2)
+    assert cp.world_size() == 4
+    with pytest.raises(ValueError, match=r"set parallel\.data_parallel_size to a multiple of 2"):
+        ParallelConfig(expert_model_parallel_size=2).world_size(3)
+    with pytest.raises(ValueError, match=r"must divide data x context parallel ranks, 1 x 1"):
+        ParallelConfig(expert_model_parallel_size=2, data_parallel_size=1).world_size()
 
 
 @pytest.mark.parametrize(
