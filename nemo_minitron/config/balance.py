@@ -1,0 +1,128 @@
+"""The layout a model gets when it is pruned in memory. Imports neither torch nor Megatron.
+
+The degrees stay; only the split of the layers over the pipeline changes. Megatron splits evenly, or
+with a first and a last stage of their own size: not every number of layers can be spread so that
+stages differ by at most one layer.
+"""
+
+from dataclasses import replace
+
+from nemo_minitron.config.layout import check_layout
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.parallel import ParallelConfig
+
+_TP_SIZES = ("num_query_groups", "num_attention_heads", "ffn_hidden_size")
+
+
+def balanced_layout(
+    config: ModelConfig, pruned: ModelConfig, parallel: ParallelConfig
+) -> ParallelConfig:
+    """Layout of the pruned model on the ranks of the model before pruning.
+
+    Args:
+        config: the model before pruning.
+        pruned: the model after pruning.
+        parallel: layout of the model before pruning.
+
+    Returns:
+        ``parallel`` itself when no layer is dropped (an uneven split stays as the user set it),
+        else with stages that differ by at most one layer.
+
+    Raises:
+        ValueError: a size does not split over the tensor-parallel ranks, or Megatron cannot make
+            such stages; names the keys and the nearest sizes that do.
+    """
+    _check_tensor_parallel(pruned, parallel)
+    layout = parallel
+    if pruned.num_layers != config.num_layers:
+        layout = balanced_pipeline(pruned.num_layers, parallel)
+    check_layout(pruned, layout)
+    return layout
+
+
+def _check_tensor_parallel(pruned: ModelConfig, parallel: ParallelConfig) -> None:
+    tp = parallel.tensor_model_parallel_size
+    for name in _TP_SIZES:
+        size = getattr(pruned, name)
+        if size % tp:
+            below, above = size // tp * tp, -(-size // tp) * tp
+            raise ValueError(
+                f"{name}={size} after pruning cannot be shared equally by parallel."
+                f"tensor_model_parallel_size={tp} ranks; set pruning.target.{name} to "
+                f"{f'{below} or ' if below else ''}{above}, or prune the checkpoint instead of the "
+                "model in memory (minitron prune needs no ranks)"
+            )
+
+
+def balanced_pipeline(num_layers: int, parallel: ParallelConfig) -> ParallelConfig:
+    """Pipeline split with stages that differ by at most one layer.
+
+    With interleaving every stage holds the same number of layers in each of its chunks, so stages
+    are equal or differ by at least the number of chunks: only equal ones are accepted.
+
+    Args:
+        num_layers: of the whole model.
+        parallel: the degrees; its first and last stage sizes are replaced.
+
+    Raises:
+        ValueError: Megatron cannot make such a split; names the nearest numbers of layers it can.
+    """
+    uneven = _first_and_last(num_layers, parallel)
+    if uneven is None:
+        pp = parallel.pipeline_model_parallel_size
+        chunks = parallel.virtual_pipeline_model_parallel_size or 1
+        interleaved = f" x virtual_pipeline_model_parallel_size={chunks}" if chunks > 1 else ""
+        raise ValueError(
+            f"num_layers={num_layers} after pruning cannot be spread over parallel."
+            f"pipeline_model_parallel_size={pp}{interleaved} in stages that differ by at most one "
+            "layer: Megatron can give only the first and the last stage another size"
+            f"{' (a multiple of the chunks)' if chunks > 1 else ''}; keep "
+            f"{_nearest(num_layers, parallel)} layers (pruning.target.num_layers or "
+            "pruning.drop_layers), or prune the checkpoint instead of the model in memory "
+            "(minitron prune) and load it at another layout"
+        )
+    return replace(
+        parallel,
+        num_layers_in_first_pipeline_stage=uneven[0],
+        num_layers_in_last_pipeline_stage=uneven[1],
+    )
+
+
+def _first_and_last(
+    num_layers: int, parallel: ParallelConfig
+) -> tuple[int | None, int | None] | None:
+    """Sizes of the first and the last stage, None where it is as long as the others.
+
+    Where there is a choice the last stage is the shorter one: it holds the output layer too.
+
+    Returns:
+        None when there is no such split.
+    """
+    pp = parallel.pipeline_model_parallel_size
+    chunks = parallel.virtual_pipeline_model_parallel_size or 1
+    short, longer = divmod(num_layers, pp)  # `longer` stages hold one layer more than `short`
+    if short % chunks or short == 0:
+        return None
+    if longer == 0:
+        return None, None
+    if chunks > 1:
+        return None
+    if longer == pp - 1:
+        return None, short
+    if longer == 1:
+        return short + 1, None
+    if longer == pp - 2:
+        return short, short
+    return (short + 1, short + 1) if longer == 2 else None
+
+
+def _nearest(num_layers: int, parallel: ParallelConfig) -> str:
+    pp = parallel.pipeline_model_parallel_size
+    chunks = parallel.virtual_pipeline_model_parallel_size or 1
+    below = range(num_layers - 1, 0, -1)
+    above = range(num_layers + 1, num_layers + pp * chunks + 1)
+    found = [
+        next((n for n in side if _first_and_last(n, parallel) is not None), None)
+        for side in (below, above)
+    ]
+    return " or ".join(str(n) for n in found if n is not None)
