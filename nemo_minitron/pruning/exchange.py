@@ -93,6 +93,27 @@ def plan_transfers(owned: Mapping[int, Tensor], wanted: Mapping[int, Tensor]) ->
     return transfers
 
 
+def travel_order(sources: Sequence[int], targets: Sequence[int]) -> list[int]:
+    """Order of work in which no pipeline rank holds much more than before or after.
+
+    Layers that stay shrink first. Of those that go to a later stage the last goes first, of those
+    that go to an earlier stage the first: a stage gives before it is given.
+
+    Args:
+        sources: virtual stage (number of the model chunk along the pipeline) of each kept layer
+            before; the plain stage would not do, an interleaved pipeline visits it several times.
+        targets: the same after.
+
+    Returns:
+        Positions of the kept layers.
+    """
+    positions = range(len(sources))
+    stay = [p for p in positions if sources[p] == targets[p]]
+    later = [p for p in reversed(positions) if sources[p] < targets[p]]
+    earlier = [p for p in positions if sources[p] > targets[p]]
+    return stay + later + earlier
+
+
 def redistribute(
     local: Mapping[str, Tensor],
     out: Mapping[str, Tensor],

@@ -33,6 +33,7 @@ from nemo_minitron.pruning.exchange import (
     equal_shares,
     plan_transfers,
     redistribute,
+    travel_order,
 )
 from nemo_minitron.pruning.plan import Plan, pruned_config
 from nemo_minitron.pruning.slicing import dim_indices, slice_tensor
@@ -111,14 +112,14 @@ def prune_live(
     new_chunks, shapes = _build_without_layers(chunks, pruned, layout, groups)
     _fill_outer(new_chunks, family, pruned, outer, shapes)
     new = _layers(new_chunks)
-    stages, old_stage, new_stage = _placement(groups, old, new)
+    stages, before, after = _placement(groups, chunks, new_chunks)
     job = _Job(family, config, pruned, plan, groups, stages, traffic or Traffic())
-    sources = [old_stage[index] for index in plan.layers]
-    targets = [new_stage[position] for position in range(len(plan.layers))]
-    for position in _order(sources, targets):
+    sources = [before[index] for index in plan.layers]
+    targets = [after[position] for position in range(len(plan.layers))]
+    for position in travel_order(sources, targets):
         layer, target = old.get(plan.layers[position]), new.get(position)
         if layer is not None or target is not None:
-            path = sources[position], targets[position]
+            path = sources[position] % len(stages), targets[position] % len(stages)
             _prune_layer(job, position, path, layer, target, shapes)
     return new_chunks, pruned
 
@@ -243,35 +244,31 @@ def _emptied_parameters() -> Iterator[dict[nn.Parameter, torch.Size]]:
 
 
 def _placement(
-    groups: ParallelGroups, old: dict[int, TransformerLayer], new: dict[int, TransformerLayer]
+    groups: ParallelGroups, old: Sequence[HiddenGPTModel], new: Sequence[HiddenGPTModel]
 ) -> tuple[list[list[int]], dict[int, int], dict[int, int]]:
-    """Ranks of every stage, and the stage of every layer before and after.
+    """Ranks of every stage, and the virtual stage of every layer before and after.
 
-    Asked of the ranks, so that it holds for any split Megatron made.
+    Asked of the ranks, so that it holds for any split Megatron made. Virtual stages are counted
+    along the pipeline: chunk ``c`` of stage ``p`` of ``n`` is number ``c * n + p``.
     """
-    mine = (groups.pp.rank(), groups.tp.rank(), list(old), list(new))
-    answers: list[tuple[int, int, list[int], list[int]]] = [mine] * groups.model.size()
+    mine = (groups.pp.rank(), groups.tp.rank(), _layer_numbers(old), _layer_numbers(new))
+    answers = [mine] * groups.model.size()
     dist.all_gather_object(answers, mine, group=groups.model)
-    stages = [[-1] * groups.tp.size() for _ in range(groups.pp.size())]
-    old_stage, new_stage = {}, {}
-    for rank, (stage, shard, before, after) in enumerate(answers):
+    count = groups.pp.size()
+    stages = [[-1] * groups.tp.size() for _ in range(count)]
+    before: dict[int, int] = {}
+    after: dict[int, int] = {}
+    for rank, (stage, shard, was, will_be) in enumerate(answers):
         stages[stage][shard] = rank
-        old_stage.update(dict.fromkeys(before, stage))
-        new_stage.update(dict.fromkeys(after, stage))
-    return stages, old_stage, new_stage
+        for place, chunks in ((before, was), (after, will_be)):
+            for chunk, layers in enumerate(chunks):
+                place.update(dict.fromkeys(layers, chunk * count + stage))
+    return stages, before, after
 
 
-def _order(sources: list[int], targets: list[int]) -> list[int]:
-    """Order of the kept layers in which no stage holds more than it did, or one layer more.
-
-    Those that stay shrink first. Of those that go to a later stage the last goes first, of those
-    that go to an earlier stage the first: a stage gives before it is given.
-    """
-    positions = range(len(sources))
-    stay = [p for p in positions if sources[p] == targets[p]]
-    later = [p for p in reversed(positions) if sources[p] < targets[p]]
-    earlier = [p for p in positions if sources[p] > targets[p]]
-    return stay + later + earlier
+def _layer_numbers(chunks: Sequence[HiddenGPTModel]) -> list[list[int]]:
+    """Global 0-based indices of the layers of each chunk."""
+    return [[layer.layer_number - 1 for layer in chunk.decoder.layers] for chunk in chunks]
 
 
 def _prune_layer(

@@ -198,3 +198,54 @@ def refused_scoring(
     except ValueError as error:
         return str(error)
     return ""
+
+
+def gradients_after_pruning(
+    config: ModelConfig, folder: str, ids: torch.Tensor, parallel: ParallelConfig, plan: Plan
+) -> None:
+    """A pruned model takes a backward pass, under Megatron's DDP as in training."""
+    from nemo_minitron.config.training import OptimConfig
+    from nemo_minitron.families.registry import family_of
+    from nemo_minitron.models.optim import wrap_ddp
+    from nemo_minitron.models.schedule import run_schedule
+    from nemo_minitron.pruning.live import prune_live
+
+    groups = _start(parallel)
+    chunks = _load(config, folder, parallel, groups)
+    small, _ = prune_live(chunks, family_of(config), config, plan, parallel, groups)
+    positions = torch.arange(ids.size(1)).expand_as(ids).contiguous()
+    batch = {"tokens": ids, "labels": ids, "loss_mask": ids, "position_ids": positions}
+    wrapped = wrap_ddp(small, OptimConfig())
+
+    def loss(index: int, batch: dict[str, torch.Tensor], logits: torch.Tensor):
+        return logits.square().sum(), torch.tensor(1, dtype=torch.int32), {}
+
+    run_schedule(wrapped, [batch], loss, forward_only=False)
+    for chunk in small:
+        for name, parameter in chunk.named_parameters():
+            assert parameter.main_grad.shape == parameter.shape, name
+            assert parameter.main_grad.any(), name
+
+
+def exchange_rows(dtype: torch.dtype) -> None:
+    """Rows and whole tensors change hands in one batch."""
+    from nemo_minitron.pruning.exchange import Move, Traffic, Transfer, plan_transfers, redistribute
+
+    me, group = dist.get_rank(), dist.group.WORLD
+    rows = torch.arange(8)
+    table = rows[:, None] * torch.ones(1, 3, dtype=torch.long)
+    owned = {0: rows[:4], 1: rows[4:]}
+    wanted = {0: torch.tensor([1, 4]), 1: torch.tensor([6, 2])}
+    moves = {
+        "columns": Move(1, plan_transfers(owned, wanted)),
+        "whole": Move(0, [Transfer(0, 1)]),
+    }
+    local = {"columns": table[owned[me]].T.to(dtype), "whole": table.to(dtype)}
+    out = {"columns": torch.empty(3, 2, dtype=dtype), "whole": torch.empty(8, 3, dtype=dtype)}
+    traffic = Traffic()
+    redistribute(local, out, moves, group, traffic)
+    assert torch.equal(out["columns"], table[wanted[me]].T.to(dtype))
+    if me == 1:
+        assert torch.equal(out["whole"], table.to(dtype))
+    sent = 3 + 24 if me == 0 else 3
+    assert traffic == Traffic(bytes_sent=sent * dtype.itemsize, messages=2 - me)

@@ -20,7 +20,15 @@ from nemo_minitron.families.registry import family_of
 from nemo_minitron.importance.scores import Scores, model_meta
 from nemo_minitron.pruning.plan import Plan, full_plan, make_plan, pruned_config
 from nemo_minitron.pruning.slicing import prune_store
-from tests.dist.live_cases import Result, logits_at, refused, refused_scoring, score_and_prune
+from tests.dist.live_cases import (
+    Result,
+    exchange_rows,
+    gradients_after_pruning,
+    logits_at,
+    refused,
+    refused_scoring,
+    score_and_prune,
+)
 from tests.layout_table import LayoutTable, read_rows
 from tests.pool import WorkerPool
 from tests.tiny import LLAMA, random_weights, token_batch, write_weights
@@ -330,6 +338,19 @@ def test_loads_at_another_layout(
     assert seen
     for tensor in seen:
         close_logits(tensor, logits(plan))
+
+
+@pytest.mark.parametrize("name", ["TP2", "PP2"])
+def test_a_pruned_model_trains(ranks: WorkerPool, truth: Truth, name: str) -> None:
+    parallel = LAYOUTS[name]
+    plan = truth.plan(prunings(parallel)["both"])
+    arguments = (MODEL, str(truth.folder), truth.ids, parallel, plan)
+    ranks.run(parallel.world_size(), gradients_after_pruning, *arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8], ids=str)
+def test_rows_of_any_dtype_travel(ranks: WorkerPool, dtype: torch.dtype) -> None:
+    ranks.run(2, exchange_rows, dtype)
 
 
 def test_refusals_leave_the_model_alone(ranks: WorkerPool, truth: Truth) -> None:
