@@ -1,4 +1,4 @@
-"""The live executor: a plan applied to a model in memory, on any layout. Megatron at the edge.
+"""The live executor: a plan applied to a model in memory, on any layout.
 
 Gives the same weights as the streaming executor (``slicing.prune_store``), bit for bit. Dims that
 every rank holds whole (hidden) are sliced where they are. Of dims that tensor parallelism splits,
@@ -11,21 +11,19 @@ pruning and one pruned layer.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
 
 from nemo_minitron.config.balance import balanced_layout
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.families.table import DIM_SIZES, Family, Row
-from nemo_minitron.models.build import HiddenGPTModel, build_gpt
+from nemo_minitron.models.build import HiddenGPTModel
+from nemo_minitron.models.empty import Shapes, build_empty_gpt
 from nemo_minitron.pruning.exchange import (
     Move,
     Traffic,
@@ -109,7 +107,7 @@ def prune_live(
     old = _layers(chunks)
     _free(layer for index, layer in old.items() if index not in set(plan.layers))
     outer = _prune_outer(chunks, family, config, plan)
-    new_chunks, shapes = _build_without_layers(chunks, pruned, layout, groups)
+    new_chunks, shapes = build_empty_gpt(pruned, layout, groups, like=chunks[0])
     _fill_outer(new_chunks, family, pruned, outer, shapes)
     new = _layers(new_chunks)
     stages, before, after = _placement(groups, chunks, new_chunks)
@@ -124,7 +122,7 @@ def prune_live(
     return new_chunks, pruned
 
 
-def _layers(chunks: Sequence[HiddenGPTModel]) -> dict[int, TransformerLayer]:
+def _layers(chunks: Sequence[HiddenGPTModel]) -> dict[int, Any]:
     """Global 0-based index -> this rank's transformer layer."""
     return {layer.layer_number - 1: layer for chunk in chunks for layer in chunk.decoder.layers}
 
@@ -173,7 +171,7 @@ def _fill_outer(
     family: Family,
     pruned: ModelConfig,
     outer: dict[str, Tensor],
-    shapes: dict[nn.Parameter, torch.Size],
+    shapes: Shapes,
 ) -> None:
     for name, _, parameter in _outer_parameters(chunks, family, pruned):
         assert outer[name].shape == shapes.get(parameter, parameter.shape), name
@@ -188,56 +186,6 @@ def _take_parameter(parameter: nn.Parameter, kept: tuple[Tensor | None, ...]) ->
     tensor = slice_tensor(parameter.data, indices)  # type: ignore[arg-type]
     parameter.data = parameter.data.new_empty(0)
     return tensor
-
-
-def _build_without_layers(
-    chunks: Sequence[HiddenGPTModel],
-    pruned: ModelConfig,
-    layout: ParallelConfig,
-    groups: ParallelGroups,
-) -> tuple[list[HiddenGPTModel], dict[nn.Parameter, torch.Size]]:
-    """The pruned model with empty parameters, but for embeddings and output layer.
-
-    Returns:
-        The chunks, and the shape that each emptied parameter is to have (local).
-    """
-    old = chunks[0]
-    with _emptied_parameters() as shapes:
-        new_chunks = build_gpt(
-            pruned,
-            layout,
-            groups,
-            dtype=old.config.params_dtype,
-            max_sequence_length=old.max_sequence_length,
-        )
-    for chunk in new_chunks:
-        chunk.to(next(old.parameters()).device)
-        chunk.train(old.training)
-        chunk.return_hidden = old.return_hidden
-    return new_chunks, shapes
-
-
-@contextmanager
-def _emptied_parameters() -> Iterator[dict[nn.Parameter, torch.Size]]:
-    """Parameters of modules built here are emptied as soon as their module is complete.
-
-    Embeddings and output layer are left alone: Megatron synchronises tied ones as it builds them.
-    """
-    shapes: dict[nn.Parameter, torch.Size] = {}
-
-    def empty(parent: nn.Module, name: str, module: nn.Module | None) -> None:
-        if module is None or isinstance(parent, HiddenGPTModel | LanguageModelEmbedding):
-            return
-        for parameter in module.parameters():
-            if parameter not in shapes:
-                shapes[parameter] = parameter.shape
-                parameter.data = parameter.data.new_empty(0)
-
-    handle = register_module_module_registration_hook(empty)
-    try:
-        yield shapes
-    finally:
-        handle.remove()
 
 
 # ---------------------------------------------------------------- layers
@@ -275,9 +223,9 @@ def _prune_layer(
     job: _Job,
     position: int,
     path: tuple[int, int],
-    layer: TransformerLayer | None,
-    target: TransformerLayer | None,
-    shapes: dict[nn.Parameter, torch.Size],
+    layer: Any,
+    target: Any,
+    shapes: Shapes,
 ) -> None:
     """Slice, free and hand over one layer.
 
@@ -313,9 +261,7 @@ def _prune_layer(
             parameter.data = filled[row.name]
 
 
-def _by_row(
-    job: _Job, config: ModelConfig, layer: TransformerLayer
-) -> dict[str, tuple[Row, nn.Parameter]]:
+def _by_row(job: _Job, config: ModelConfig, layer: Any) -> dict[str, tuple[Row, nn.Parameter]]:
     """Name of the row -> row and parameter of a layer, whichever spec built it."""
     prefix = f"decoder.layers.{layer.layer_number - 1}."
     found = {}

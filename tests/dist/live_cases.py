@@ -90,19 +90,22 @@ def _watching_memory(chunks) -> Iterator[list[int]]:
 
     held: list[int] = []
     models = list(chunks)
-    build, redistribute = live.build_gpt, live.redistribute
+    build, redistribute = live.build_empty_gpt, live.redistribute
 
     def building(*args, **kwargs):
-        built = build(*args, **kwargs)
+        built, shapes = build(*args, **kwargs)
         models.extend(built)
-        return built
+        return built, shapes
 
     def moving(local, out, *args):
         weights = [p for model in models for p in model.parameters()]
         held.append(_held([*weights, *local.values(), *out.values()]))
         redistribute(local, out, *args)
 
-    with patch.object(live, "build_gpt", building), patch.object(live, "redistribute", moving):
+    with (
+        patch.object(live, "build_empty_gpt", building),
+        patch.object(live, "redistribute", moving),
+    ):
         yield held
 
 

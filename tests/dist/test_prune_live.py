@@ -36,6 +36,7 @@ from tests.tiny import LLAMA, random_weights, token_batch, write_weights
 MODEL = replace(LLAMA, num_layers=8, num_attention_heads=16, num_query_groups=8)
 FAMILY = family_of(MODEL)
 SAMPLES, LENGTH = 4, 16
+pytestmark = pytest.mark.timeout(300)  # eight ranks start on two cores
 WIDTH = TargetConfig(hidden_size=40, ffn_hidden_size=64, num_attention_heads=8, num_query_groups=4)
 
 

@@ -86,3 +86,8 @@ def test_sizes_that_do_not_split_are_refused(name: str, size: int, ways: str) ->
     small = replace(LLAMA, **{name: size})
     with pytest.raises(ValueError, match=f"{name}={size} after .*pruning.target.{name} to {ways}"):
         balanced_layout(LLAMA, small, layout(tp=4))
+
+
+def test_interleaving_needs_a_pipeline() -> None:
+    with pytest.raises(ValueError, match=r"=2 needs .*pipeline_model_parallel_size of at least 2"):
+        layout(1, vpp=2)
