@@ -20,6 +20,7 @@ from nemo_minitron.models.gpt import MinitronGPTModel
 from nemo_minitron.models.lightning import MegatronStrategy
 from nemo_minitron.reporting.console import progress
 from nemo_minitron.runtime.launch import device
+from nemo_minitron.runtime.writer import start_writer_helper
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +98,8 @@ class StopOnSignal(Callback):
         self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Take the signals over from Lightning."""
+        """Take the signals over from Lightning, and keep them from what writes checkpoints."""
+        start_writer_helper()
         for number in (signal.SIGTERM, signal.SIGUSR1):
             self._before[number] = signal.signal(number, self._ask)
 

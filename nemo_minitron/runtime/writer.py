@@ -1,0 +1,29 @@
+"""Keeps the helper process of Megatron's checkpoint writer alive when a job is told to stop.
+
+SLURM signals every process of a job step and torchrun whole process groups. The helper collects
+what the writers of a checkpoint did: were it to die of the signal, the checkpoint that the signal
+asks for could not be written.
+"""
+
+import multiprocessing
+import signal
+from multiprocessing.managers import SyncManager
+
+from nemo_minitron.runtime.ranks import die_with_parent
+
+
+def start_writer_helper() -> None:
+    """Start the helper that Megatron would start at its first checkpoint, deaf to stop signals."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start(initializer=_stay)
+        filesystem_async._results_queue = manager.Queue()  # it holds the manager
+
+
+def _stay() -> None:
+    """Outlive the signals that ask to stop, but not the process that writes checkpoints."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    die_with_parent()
