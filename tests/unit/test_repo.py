@@ -174,7 +174,8 @@ def test_a_failed_download_leaves_nothing_that_looks_complete(tmp_path, monkeypa
 
 def sbatch(script: Path, *arguments: str, **env: str) -> "subprocess.CompletedProcess[str]":
     """Run a script as SLURM would, outside SLURM."""
-    outside = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "CONTAINER"))}
+    ours = ("SLURM", "SRUN", "CONTAINER", "MINITRON")
+    outside = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     return subprocess.run(
         ["bash", str(script), *arguments],
         env={**outside, **env},
