@@ -17,10 +17,19 @@ import nemo_minitron
 from nemo_minitron.config.stages import STAGE_CONFIGS
 
 # Stages that run a model and so may need more than one rank.
-RANKED_STAGES = frozenset({"importance", "distill", "evaluate"})
+RANKED_STAGES = frozenset({"importance", "prune", "distill", "evaluate"})
 
 # Keys that do not change what a stage computes: they are left out of the config hash.
-NEUTRAL_KEYS = frozenset({"output_dir", "overwrite", "verify_inputs", "workers", "data.cache_dir"})
+NEUTRAL_KEYS = frozenset(
+    {
+        "output_dir",
+        "overwrite",
+        "verify_inputs",
+        "workers",
+        "data.cache_dir",
+        "save_every_n_samples",
+    }
+)
 
 # Keys that hold a path to an input. Hashes record the content of the input, not its path.
 INPUT_KEYS = ("source", "checkpoint", "importance", "student", "teacher", "data.path")

@@ -6,7 +6,12 @@ from typing import Any
 from omegaconf import MISSING
 
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.config.training import DataConfig, OptimConfig, TrainerConfig
+from nemo_minitron.config.training import (
+    DataConfig,
+    OptimConfig,
+    OptionalDataConfig,
+    TrainerConfig,
+)
 
 
 @dataclass(kw_only=True)
@@ -38,26 +43,84 @@ class ImportConfig(StageConfig):
     """Hugging Face model folder (config.json + safetensors) or a .gguf file."""
 
 
-@dataclass(kw_only=True)
-class ScoreConfig:
-    """How activations become scores."""
+LAYER_CRITERIA = ("block_influence", "lm_loss", "block_angular", "block_lm_loss")
+# Those that score blocks of contiguous layers, and so need to know how long the blocks are.
+BLOCK_CRITERIA = ("block_angular", "block_lm_loss")
 
-    axes: list[str] = field(default_factory=lambda: ["hidden", "ffn", "head", "layer"])
-    """Axes to score."""
+
+@dataclass(kw_only=True)
+class CalibrationConfig:
+    """How activations become scores, whatever is scored."""
+
     batch_aggregation: str = "l2"
     """Over samples: ``mean``, ``l2`` or ``var`` (2407.14679, section 2.2)."""
     seq_aggregation: str = "mean"
     """Over positions of a sample: ``mean``, ``l2`` or ``var``."""
+    lm_loss_samples: int = 32
+    """Samples for ``lm_loss`` and ``block_lm_loss``, the first ones: each takes a forward pass for
+    every layer or block."""
 
     def __post_init__(self) -> None:
-        """Check names."""
+        """Check names and ranges."""
+        for name in ("batch_aggregation", "seq_aggregation"):
+            if getattr(self, name) not in ("mean", "l2", "var"):
+                raise ValueError(f"scores.{name}={getattr(self, name)} must be mean, l2 or var")
+        if self.lm_loss_samples < 1:
+            raise ValueError(f"scores.lm_loss_samples={self.lm_loss_samples} must be at least 1")
+
+
+@dataclass(kw_only=True)
+class ScoreConfig(CalibrationConfig):
+    """What is scored and how."""
+
+    axes: list[str] = field(default_factory=lambda: ["hidden", "ffn", "head", "layer"])
+    """Axes to score."""
+    layer_criteria: list[str] = field(default_factory=lambda: ["block_influence"])
+    """How to score layers, any of ``block_influence`` (1 - cosine of a layer's input and output),
+    ``lm_loss`` (LM loss without the layer), ``block_angular`` (angle between input and output of
+    a block of contiguous layers) and ``block_lm_loss`` (LM loss without the block).
+    ``pruning.layer_criterion`` picks one of those that were scored."""
+    block_sizes: list[int] = field(default_factory=list)
+    """Lengths of the blocks that ``block_angular`` and ``block_lm_loss`` score: how many layers
+    are to go (num_layers - pruning.target.num_layers)."""
+
+    def __post_init__(self) -> None:
+        """Check names and lengths."""
+        super().__post_init__()
         known = ["hidden", "ffn", "head", "layer"]
         bad = [a for a in self.axes if a not in known]
         if bad or not self.axes:
             raise ValueError(f"scores.axes={self.axes} must be a non-empty list out of {known}")
-        for name in ("batch_aggregation", "seq_aggregation"):
-            if getattr(self, name) not in ("mean", "l2", "var"):
-                raise ValueError(f"scores.{name}={getattr(self, name)} must be mean, l2 or var")
+        if not self.layer_criteria or not set(self.layer_criteria) <= set(LAYER_CRITERIA):
+            raise ValueError(
+                f"scores.layer_criteria={self.layer_criteria} must be a non-empty list out of "
+                f"{list(LAYER_CRITERIA)}"
+            )
+        if "layer" not in self.axes and self.layer_criteria != ["block_influence"]:
+            raise ValueError(
+                f"scores.layer_criteria={self.layer_criteria} score layers, but scores.axes="
+                f"{self.axes} leaves them out; add layer to scores.axes"
+            )
+        self._check_blocks()
+
+    def _check_blocks(self) -> None:
+        blocks = [name for name in self.layer_criteria if name in BLOCK_CRITERIA]
+        if blocks and not self.block_sizes:
+            raise ValueError(
+                f"scores.layer_criteria={self.layer_criteria} score blocks of layers; set "
+                "scores.block_sizes=[n], n = num_layers - pruning.target.num_layers"
+            )
+        if self.block_sizes and not blocks:
+            raise ValueError(
+                f"scores.block_sizes={self.block_sizes} is for {' and '.join(BLOCK_CRITERIA)}; add "
+                "one of them to scores.layer_criteria, or leave scores.block_sizes out"
+            )
+        if any(size < 1 for size in self.block_sizes):
+            raise ValueError(f"scores.block_sizes={self.block_sizes} must be at least 1 each")
+
+    def layers_by(self, criterion: str) -> bool:
+        """Whether layers are scored by ``criterion``."""
+        return "layer" in self.axes and criterion in self.layer_criteria
 
 
 @dataclass(kw_only=True)
@@ -69,6 +132,19 @@ class ImportanceConfig(StageConfig):
     data: DataConfig = field(default_factory=lambda: DataConfig(num_samples=1024))
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     scores: ScoreConfig = field(default_factory=ScoreConfig)
+    save_every_n_samples: int = 64
+    """Samples between saved states, from which a killed calibration goes on; 0 saves none."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        super().__post_init__()
+        check_save_every(self.save_every_n_samples)
+
+
+def check_save_every(value: int) -> None:
+    """Refuse a negative ``save_every_n_samples``."""
+    if value < 0:
+        raise ValueError(f"save_every_n_samples={value} must be at least 1, or 0 to save none")
 
 
 @dataclass(kw_only=True)
@@ -89,6 +165,25 @@ class PruningConfig:
     target: TargetConfig = field(default_factory=TargetConfig)
     drop_layers: list[int] | None = None
     """Layers to drop, 1-indexed as in NeMo's ``--drop_layers``; excludes target.num_layers."""
+    layer_criterion: str = "block_influence"
+    """Which scores choose the layers that target.num_layers drops; see ``scores.layer_criteria``.
+    Layers one by one: ``block_influence``, ``lm_loss`` (2407.14679, section 2.2). One contiguous
+    block: ``block_angular``, ``block_lm_loss`` (2408.11796, section 4)."""
+    merge_heads: bool = False
+    """Add to kept query heads what pruned ones of their group had (2407.14679, section 2.3)."""
+    iterations: int = 1
+    """Rounds of scoring and pruning on the way to the target (2407.14679, section 2.2); the rounds
+    that ``importance`` does not serve calibrate on ``data.path``."""
+
+    def __post_init__(self) -> None:
+        """Check names and ranges."""
+        if self.layer_criterion not in LAYER_CRITERIA:
+            raise ValueError(
+                f"pruning.layer_criterion={self.layer_criterion} must be one of "
+                f"{', '.join(LAYER_CRITERIA)}"
+            )
+        if self.iterations < 1:
+            raise ValueError(f"pruning.iterations={self.iterations} must be at least 1")
 
 
 @dataclass(kw_only=True)
@@ -98,8 +193,19 @@ class PruneConfig(StageConfig):
     checkpoint: str = MISSING
     """Result folder that holds the model to prune."""
     importance: str | None = None
-    """Result folder of ``importance``; not needed for ``drop_layers`` alone."""
+    """Result folder of ``importance``: scores of the first round. Not needed for ``drop_layers``
+    alone, nor with ``data.path``."""
     pruning: PruningConfig = field(default_factory=PruningConfig)
+    data: OptionalDataConfig = field(default_factory=lambda: OptionalDataConfig(num_samples=1024))
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    scores: CalibrationConfig = field(default_factory=CalibrationConfig)
+    save_every_n_samples: int = 64
+    """As in ``importance``."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        super().__post_init__()
+        check_save_every(self.save_every_n_samples)
 
 
 @dataclass(kw_only=True)

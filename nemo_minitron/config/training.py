@@ -44,6 +44,14 @@ class DataConfig:
 
 
 @dataclass(kw_only=True)
+class OptionalDataConfig(DataConfig):
+    """Data of a stage that can do without."""
+
+    path: str | None = None  # type: ignore[assignment]
+    """As in the stages that need data; null when this one does not."""
+
+
+@dataclass(kw_only=True)
 class TrainerConfig:
     """How long and how often; Lightning's names where Lightning has one."""
 

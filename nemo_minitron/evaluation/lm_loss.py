@@ -27,10 +27,19 @@ from nemo_minitron.runtime.launch import device
 _CHUNK_SIZE = 256
 
 
-def _batch_sums(
+def vocab_shard(
+    chunks: list[HiddenGPTModel], groups: ParallelGroups, vocab_size: int
+) -> VocabShard | None:
+    """Rows of the output layer that this rank holds; None off the last stage."""
+    if not groups.is_last_stage:
+        return None
+    return VocabShard(groups.tp, vocab_size, chunks[-1].output_weight().size(0))
+
+
+def batch_sums(
     chunks: list[HiddenGPTModel], micro_batches: list[Batch], shard: VocabShard | None
-) -> torch.Tensor:
-    """``[CE, tokens]`` sums of this rank's micro-batches; zeros off the last stage."""
+) -> list[torch.Tensor]:
+    """``[CE, tokens]`` fp64 sums of each of this rank's micro-batches; empty off the last stage."""
     config = LogitLossConfig(kd_weight=0.0, ce_weight=1.0, chunk_size=_CHUNK_SIZE)
 
     def loss_func(index: int, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
@@ -41,9 +50,7 @@ def _batch_sums(
         _, parts = logit_loss(rows, weight, labels, mask.float(), config, shard)
         return torch.stack([parts[1].double(), mask.sum().double()])
 
-    sums = run_schedule(chunks, micro_batches, loss_func, forward_only=True, collect_outputs=True)
-    zeros = torch.zeros(2, dtype=torch.float64, device=device())
-    return torch.stack(sums).sum(0) if sums else zeros
+    return run_schedule(chunks, micro_batches, loss_func, forward_only=True, collect_outputs=True)
 
 
 @torch.no_grad()
@@ -73,16 +80,15 @@ def evaluate_lm(
     share = {"dp_rank": groups.dp.rank(), "dp_size": groups.dp.size()}
     loader = build_dataloader(dataset, data, drop_last=False, **share)
     steps = StepLoader(loader, data.global_batch_size // (data.micro_batch_size * share["dp_size"]))
-    last = groups.is_last_stage
-    rows = chunks[-1].output_weight().size(0) if last else 0
-    shard = VocabShard(groups.tp, vocab_size, rows) if last else None
+    shard = vocab_shard(chunks, groups, vocab_size)
     total = torch.zeros(2, dtype=torch.float64, device=device())
     count = len(loader) // steps.micro_batches
     start = time.monotonic()
     with progress("evaluating", count) as advance:
         for step in steps:
             micro_batches = [on_this_cp_rank(_on_device(batch), groups) for batch in step]
-            total += _batch_sums(chunks, micro_batches, shard)
+            sums = batch_sums(chunks, micro_batches, shard)
+            total += torch.stack(sums).sum(0) if sums else 0
             advance()
     dist.all_reduce(total, group=groups.dp_cp)
     dist.broadcast(total, src=groups.last_stage_global_rank, group=groups.pp)

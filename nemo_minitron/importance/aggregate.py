@@ -13,6 +13,7 @@ Shape letters: s local sequence, b micro-batch, m modules, w local channels, k p
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -139,6 +140,34 @@ class Accumulator:
             return mean
         return (self.sums["squares"] / self.samples - mean.square()).clamp_min(0.0)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What was committed so far."""
+        return {"samples": self.samples, "sums": self.sums}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what ``state_dict`` returned."""
+        self.samples = state["samples"]
+        for name, values in self.sums.items():
+            values.copy_(state["sums"][name])
+
+
+class TokenSums(Protocol):
+    """Sums over tokens: linear, so that ranks need not talk before the end."""
+
+    tokens: int
+    sums: Tensor
+
+
+def token_state(acc: TokenSums) -> dict[str, Any]:
+    """What was committed so far."""
+    return {"tokens": acc.tokens, "sums": acc.sums}
+
+
+def load_token_state(acc: TokenSums, state: dict[str, Any]) -> None:
+    """Go on from what ``token_state`` returned."""
+    acc.tokens = state["tokens"]
+    acc.sums.copy_(state["sums"])
+
 
 class BlockInfluence:
     """1 - cosine of every layer's input and output, averaged over tokens (2403.03853).
@@ -196,14 +225,12 @@ def reduce_partials(accumulators: Sequence[Accumulator], group: dist.ProcessGrou
         all_reduce_flat([acc.partials for acc in accumulators], group)
 
 
-def reduce_sums(
-    accumulators: Sequence[Accumulator | BlockInfluence], group: dist.ProcessGroup
-) -> None:
+def reduce_sums(accumulators: Sequence[Accumulator | TokenSums], group: dist.ProcessGroup) -> None:
     """Add up what the ranks of ``group`` accumulated: one collective for all modules.
 
     Args:
         accumulators: same order on every rank.
-        group: ranks that saw different samples (for block influence: different tokens).
+        group: ranks that saw different samples (for sums over tokens: different tokens).
     """
     if group.size() == 1 or not accumulators:
         return
@@ -220,7 +247,7 @@ def reduce_sums(
             acc.tokens = int(count)
 
 
-def _sums(acc: Accumulator | BlockInfluence) -> list[Tensor]:
+def _sums(acc: Accumulator | TokenSums) -> list[Tensor]:
     return list(acc.sums.values()) if isinstance(acc, Accumulator) else [acc.sums]
 
 

@@ -1,9 +1,7 @@
 """The calibration loop: a dataset through the model on any layout, global scores out."""
 
-import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,108 +11,135 @@ from torch.utils.data import Dataset
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import ScoreConfig
 from nemo_minitron.config.training import DataConfig
-from nemo_minitron.data.sampler import build_dataloader
-from nemo_minitron.importance.aggregate import all_reduce_flat, reduce_sums
+from nemo_minitron.importance.aggregate import TokenSums, all_reduce_flat, reduce_sums
+from nemo_minitron.importance.calibration import Calibration, calibrating, calibration_runs
 from nemo_minitron.importance.hooks import NORMS_PER_LAYER, ChunkRecorder, record
-from nemo_minitron.importance.scores import Scores, check_finite, model_meta
+from nemo_minitron.importance.removal import Removal, removed_blocks
+from nemo_minitron.importance.resume import SavedState
+from nemo_minitron.importance.scores import (
+    Scores,
+    check_block_sizes,
+    check_finite,
+    layer_scores,
+    model_meta,
+)
 from nemo_minitron.models.build import HiddenGPTModel
-from nemo_minitron.models.schedule import Batch, on_this_cp_rank, run_schedule
+from nemo_minitron.models.schedule import Batch, run_schedule
 from nemo_minitron.runtime.groups import ParallelGroups
 
+Samples = Dataset[dict[str, Tensor]]
 
-@dataclass(frozen=True)
-class Calibration:
-    """How the samples are spread over micro-batches and data-parallel ranks.
 
-    Micro-batch ``k`` of data-parallel rank ``r`` holds the samples from ``(k * dp_size + r) *
-    micro_batch_size`` on; those past the end are filler that counts for nothing, so the scores do
-    not depend on any of these numbers but ``samples``.
+def forward_passes(config: ModelConfig, scores: ScoreConfig, samples: int) -> tuple[int, int]:
+    """Forward passes of a sample: those that record activations, those that measure the LM loss.
+
+    Args:
+        config: global sizes of the model.
+        scores: what to score.
+        samples: of the calibration set.
     """
-
-    samples: int
-    micro_batch_size: int
-    global_batch_size: int
-    dp_rank: int
-    dp_size: int
-    pp_size: int
-    interleaved: bool
-
-    def valid(self, micro_batch: int) -> int:
-        """Leading samples of a micro-batch of this rank that are not filler."""
-        start = (micro_batch * self.dp_size + self.dp_rank) * self.micro_batch_size
-        return min(max(self.samples - start, 0), self.micro_batch_size)
-
-    def schedule(self) -> list[int]:
-        """Micro-batches per run of Megatron's schedule: one global batch each, the last cut short.
-
-        Raises:
-            ValueError: an interleaved pipeline is given fewer micro-batches than it has stages.
-        """
-        step = self.micro_batch_size * self.dp_size
-        per_run = self.global_batch_size // step
-        if self.interleaved and per_run % self.pp_size:
-            raise ValueError(
-                f"data.global_batch_size={self.global_batch_size} makes {per_run} micro-batches; "
-                "the interleaved schedule needs a multiple of parallel."
-                f"pipeline_model_parallel_size={self.pp_size}: set data.global_batch_size to a "
-                f"multiple of {step * self.pp_size}"
-            )
-        left = -(-self.samples // step)
-        if self.interleaved:
-            left += -left % self.pp_size
-        full, rest = divmod(left, per_run)
-        return [per_run] * full + ([rest] if rest else [])
+    recorded = samples if _records(scores) else 0
+    blocks = len(removed_blocks(config.num_layers, scores))
+    return recorded, blocks * min(scores.lm_loss_samples, samples)
 
 
-def _run(
-    chunks: list[HiddenGPTModel],
-    groups: ParallelGroups,
-    batches: Iterator[Batch],
-    plan: Calibration,
-    on_samples: Callable[[int], None],
-) -> None:
-    """Forward passes over the whole calibration set; logits are never computed."""
-    step = plan.micro_batch_size * plan.dp_size
-    done = 0
-    with _calibrating(chunks):
-        device = next(chunks[0].parameters()).device
-        for count in plan.schedule():
-            run = [
-                {key: value.to(device) for key, value in on_this_cp_rank(batch, groups).items()}
-                for batch in itertools.islice(batches, count)
-            ]
-            run_schedule(chunks, run, _no_loss, forward_only=True, collect_outputs=True)
-            before, done = done, min(done + count * step, plan.samples)
-            on_samples(done - before)
+def _records(scores: ScoreConfig) -> bool:
+    """Whether anything is scored from activations."""
+    return set(scores.axes) != {"layer"} or any(
+        scores.layers_by(criterion) for criterion in ("block_influence", "block_angular")
+    )
+
+
+class _Calibrator:
+    """Two loops over samples, either of which can be left and taken up again."""
+
+    def __init__(
+        self,
+        chunks: list[HiddenGPTModel],
+        config: ModelConfig,
+        groups: ParallelGroups,
+        dataset: Samples,
+        data: DataConfig,
+        scores: ScoreConfig,
+        on_samples: Callable[[int], None],
+        saved: SavedState | None,
+    ) -> None:
+        self.chunks, self.groups = chunks, groups
+        self.dataset, self.data = dataset, data
+        self.on_samples, self.saved = on_samples, saved
+        self.runs = self.done = 0
+        samples = len(dataset)  # type: ignore[arg-type]
+        interleaved = len(chunks) > 1
+        self.plan = Calibration.of(
+            samples if _records(scores) else 0, data, groups, interleaved=interleaved
+        )
+        self.removal_plan = Calibration.of(
+            min(samples, scores.lm_loss_samples), data, groups, interleaved=interleaved
+        )
+        blocks = removed_blocks(config.num_layers, scores)
+        self.removal = Removal(chunks, groups, blocks) if blocks else None
+        self.recorders: list[ChunkRecorder] = []
+
+    def run(self, scores: ScoreConfig, vocab_size: int) -> None:
+        """Both loops, from where the saved state is on."""
+        state = self.saved.load() if self.saved else None
+        with calibrating(self.chunks):
+            with record(self.chunks, self.groups, scores, self.plan.valid) as self.recorders:
+                if state is not None:
+                    self._load(state)
+                self._record()
+            if self.removal is not None:
+                plan, data = self.removal_plan, self.data
+                self.removal.run(self.dataset, data, plan, vocab_size, self._advance)
+
+    def _record(self) -> None:
+        runs = calibration_runs(
+            self.chunks, self.groups, self.dataset, self.data, self.plan, self.runs
+        )
+        for batches in runs:
+            run_schedule(self.chunks, batches, _no_loss, forward_only=True, collect_outputs=True)
+            angles = self.recorders[0].angles
+            if angles is not None:
+                angles.flush(self.plan.valid)
+            before, self.runs = self.plan.done(self.runs), self.runs + 1
+            self._advance(self.plan.done(self.runs) - before)
+
+    def _advance(self, samples: int) -> None:
+        self.done += samples
+        if self.saved is not None:
+            self.saved.after(samples, self.done, self._state)
+        self.on_samples(samples)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "runs": self.runs,
+            "done": self.done,
+            "recorders": [recorder.state_dict() for recorder in self.recorders],
+            "removal": None if self.removal is None else self.removal.state_dict(),
+        }
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self.runs, self.done = state["runs"], state["done"]
+        for recorder, values in zip(self.recorders, state["recorders"], strict=True):
+            recorder.load_state_dict(values)
+        if self.removal is not None:
+            self.removal.load_state_dict(state["removal"])
+        self.on_samples(self.done)
 
 
 def _no_loss(index: int, batch: Batch, hidden: Tensor) -> None:
     """The hooks have seen all there is to see."""
 
 
-@contextmanager
-def _calibrating(chunks: list[HiddenGPTModel]) -> Iterator[None]:
-    """Evaluation mode and no output layer, for as long as it takes."""
-    modes = [(chunk.training, chunk.return_hidden) for chunk in chunks]
-    for chunk in chunks:
-        chunk.eval()
-        chunk.return_hidden = True
-    try:
-        yield
-    finally:
-        for chunk, (training, return_hidden) in zip(chunks, modes, strict=True):
-            chunk.train(training)
-            chunk.return_hidden = return_hidden
-
-
 def estimate_scores(
     chunks: list[HiddenGPTModel],
     config: ModelConfig,
     groups: ParallelGroups,
-    dataset: Dataset[dict[str, Tensor]],
+    dataset: Samples,
     data: DataConfig,
     scores: ScoreConfig,
     on_samples: Callable[[int], None] = lambda count: None,
+    saved: SavedState | None = None,
 ) -> Scores:
     """Score a model on a calibration set. Collective: every rank of the layout calls it.
 
@@ -125,38 +150,49 @@ def estimate_scores(
         dataset: all calibration samples, of all ranks, each counted once.
         data: gives the batch sizes and the sequence length.
         scores: what to score and how.
-        on_samples: told how many more samples are done, for progress.
+        on_samples: told how many more forward passes of a sample are done (``forward_passes``).
+        saved: where the state of a calibration that may be killed is kept.
 
     Returns:
         Global scores on the CPU, the same on every rank.
 
     Raises:
-        ValueError: batch sizes do not fit the layout, or scores are not finite.
+        ValueError: batch sizes do not fit the layout, blocks do not fit the model, or scores are
+            not finite.
     """
-    plan = Calibration(
-        samples=len(dataset),  # type: ignore[arg-type]
-        micro_batch_size=data.micro_batch_size,
-        global_batch_size=data.global_batch_size,
-        dp_rank=groups.dp.rank(),
-        dp_size=groups.dp.size(),
-        pp_size=groups.pp.size(),
-        interleaved=len(chunks) > 1,
-    )
-    batches = build_dataloader(
-        dataset, data, dp_rank=plan.dp_rank, dp_size=plan.dp_size, drop_last=False
-    )
-    with record(chunks, groups, scores, plan.valid) as recorders:
-        _run(chunks, groups, iter(batches), plan, on_samples)
-    result = gather_scores(recorders, config, groups)
+    check_block_sizes(config, scores)
+    calibrator = _Calibrator(chunks, config, groups, dataset, data, scores, on_samples, saved)
+    calibrator.run(scores, config.vocab_size)
+    result = Scores()
+    if calibrator.plan.samples:
+        result = gather_scores(calibrator.recorders, config, groups)
+    samples = len(dataset)  # type: ignore[arg-type]
     result.meta = {
         "model": model_meta(config),
         "aggregation": {"batch": scores.batch_aggregation, "seq": scores.seq_aggregation},
-        "num_samples": plan.samples,
-        "num_tokens": plan.samples * data.seq_length,
+        "num_samples": samples,
+        "num_tokens": samples * data.seq_length,
         "layers": config.kept_layers or list(range(config.num_layers)),
     }
+    if calibrator.removal is not None:
+        _add_losses(result, calibrator.removal, scores)
+        result.meta["lm_loss_samples"] = calibrator.removal_plan.samples
     check_finite(result)
     return result
+
+
+def _add_losses(result: Scores, removal: Removal, scores: ScoreConfig) -> None:
+    """Fill in the scores by LM loss."""
+    losses = removal.losses()
+    by_size: dict[int, list[float]] = {}
+    for (first, stop), loss in losses.items():  # in the order of ``first``
+        by_size.setdefault(stop - first, []).append(loss)
+    result.meta["lm_loss"] = by_size.pop(0)[0]
+    if scores.layers_by("lm_loss"):
+        result.layer_lm_loss = torch.tensor(by_size[1])
+    if scores.layers_by("block_lm_loss"):
+        for size in scores.block_sizes:
+            result.blocks[layer_scores("block_lm_loss", size)] = torch.tensor(by_size[size])
 
 
 def gather_scores(
@@ -168,22 +204,30 @@ def gather_scores(
     head channels concatenated over tensor-parallel ranks.
     """
     influences = [r.influence for r in recorders if r.influence is not None]
-    if recorders[0].sequence_split:
-        reduce_sums(influences, groups.tp)
-    reduce_sums(influences, groups.cp)
     channels = [acc for recorder in recorders for acc in recorder.channels.values()]
-    reduce_sums([*influences, *channels], groups.dp)
+    angles = [] if recorders[0].angles is None else [recorders[0].angles]
+    tokens: list[TokenSums] = [*influences, *angles]
+    if recorders[0].sequence_split:
+        reduce_sums(tokens, groups.tp)
+    reduce_sums(tokens, groups.cp)
+    reduce_sums([*tokens, *channels], groups.dp)
+    reduce_sums(angles, groups.pp)
     tables = _layer_tables(recorders, config)
     all_reduce_flat(list(tables.values()), groups.pp)
     hidden, ffn, head = (tables.get(axis) for axis in ("hidden", "ffn", "head"))
     if head is not None:
         head = _gather_channels(head, groups.tp).unflatten(1, (-1, config.kv_channels))
         head = torch.linalg.vector_norm(head, dim=-1)
+    blocks = {} if not angles else angles[0].scores()
     return Scores(
-        hidden=_final(None if hidden is None else hidden.sum(dim=(0, 1)), groups.tp),
-        ffn=_final(None if ffn is None else _gather_channels(ffn, groups.tp), groups.tp),
-        head=_final(head, groups.tp),
-        layer=_final(tables.get("layer"), groups.tp),
+        hidden=_final_or_none(None if hidden is None else hidden.sum(dim=(0, 1)), groups.tp),
+        ffn=_final_or_none(None if ffn is None else _gather_channels(ffn, groups.tp), groups.tp),
+        head=_final_or_none(head, groups.tp),
+        layer=_final_or_none(tables.get("layer"), groups.tp),
+        blocks={
+            layer_scores("block_angular", size): _final(values, groups.tp)
+            for size, values in blocks.items()
+        },
     )
 
 
@@ -212,10 +256,12 @@ def _gather_channels(local: Tensor, group: dist.ProcessGroup) -> Tensor:
     return torch.cat(parts, dim=-1)
 
 
-def _final(scores: Tensor | None, tp_group: dist.ProcessGroup) -> Tensor | None:
+def _final_or_none(scores: Tensor | None, tp_group: dist.ProcessGroup) -> Tensor | None:
+    return None if scores is None else _final(scores, tp_group)
+
+
+def _final(scores: Tensor, tp_group: dist.ProcessGroup) -> Tensor:
     """fp32 on the CPU; replicas may differ in the last bit, so one of them decides."""
-    if scores is None:
-        return None
     scores = scores.float().contiguous()
     if tp_group.size() > 1:
         dist.broadcast(scores, src=dist.get_global_rank(tp_group, 0), group=tp_group)

@@ -19,12 +19,21 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nemo_minitron.config.stages import ScoreConfig
-from nemo_minitron.importance.aggregate import Accumulator, BlockInfluence, reduce_partials
+from nemo_minitron.importance.aggregate import (
+    Accumulator,
+    BlockInfluence,
+    TokenSums,
+    load_token_state,
+    reduce_partials,
+    token_state,
+)
+from nemo_minitron.importance.angles import BlockAngles
 from nemo_minitron.runtime.groups import ParallelGroups
 
 NORMS_PER_LAYER = 2
@@ -38,7 +47,8 @@ class ChunkRecorder:
         layers: global 0-based indices of the chunk's layers.
         channels: axis -> accumulator; ``hidden`` has two modules per layer, ``ffn`` and ``head``
             one, in layer order.
-        influence: accumulator of the ``layer`` axis, None when it is not scored.
+        influence: accumulator of block influence, None when layers are not scored by it.
+        angles: accumulator of block angles, one for all chunks of a rank; None when not scored.
     """
 
     def __init__(
@@ -47,6 +57,7 @@ class ChunkRecorder:
         groups: ParallelGroups,
         scores: ScoreConfig,
         valid: Callable[[int], int],
+        angles: BlockAngles | None = None,
     ) -> None:
         """Prepare accumulators; registers nothing yet.
 
@@ -55,8 +66,9 @@ class ChunkRecorder:
             groups: this rank's process groups.
             scores: what to score and how.
             valid: micro-batch number -> leading samples of it that count on this rank.
+            angles: accumulator of block angles.
         """
-        self.chunk, self.groups, self.valid = chunk, groups, valid
+        self.chunk, self.groups, self.valid, self.angles = chunk, groups, valid, angles
         config = chunk.config
         self.sequence_split = bool(config.sequence_parallel)
         blocks = list(chunk.decoder.layers)
@@ -80,7 +92,9 @@ class ChunkRecorder:
             for axis, (modules, width) in widths.items()
             if axis in scores.axes
         }
-        self.influence = BlockInfluence(count, device=device) if "layer" in scores.axes else None
+        self.influence = None
+        if scores.layers_by("block_influence"):
+            self.influence = BlockInfluence(count, device=device)
         self._blocks = blocks
 
     def register(self, keep: Callable[[RemovableHandle], object]) -> None:
@@ -105,7 +119,7 @@ class ChunkRecorder:
                     module = _submodule(owner, name, axis, self.layers[local])
                     hook = partial(self._on_input, axis, local)
                     keep(module.register_forward_pre_hook(hook))
-            if self.influence is not None:
+            if self.influence is not None or self.angles is not None:
                 hook = partial(self._on_layer, local)
                 keep(block.register_forward_hook(hook, with_kwargs=True))
 
@@ -135,8 +149,13 @@ class ChunkRecorder:
         output: tuple[Tensor, Any],
     ) -> None:
         before = args[0] if args else kwargs["hidden_states"]
-        assert self.influence is not None
-        self.influence.observe(local, before, output[0])
+        if self.influence is not None:
+            self.influence.observe(local, before, output[0])
+        if self.angles is not None:
+            layer = self.layers[local]
+            self.angles.observe(self.micro_batches, layer, before)
+            if layer + 1 == self.chunk.config.num_layers:
+                self.angles.observe(self.micro_batches, layer + 1, output[0])
 
     def _finish(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """End of one micro-batch: complete the samples over the ranks that share them."""
@@ -150,6 +169,27 @@ class ChunkRecorder:
             accumulator.commit(split * self.groups.cp.size(), valid)
         if self.influence is not None:
             self.influence.commit(valid)
+        if self.angles is not None and self.groups.pp.size() == 1:
+            self.angles.flush(self.valid)  # in a pipeline this has to wait for the other stages
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was accumulated so far."""
+        return {
+            "micro_batches": self.micro_batches,
+            "channels": {axis: acc.state_dict() for axis, acc in self.channels.items()},
+            "tokens": [token_state(acc) for acc in self._token_sums()],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what ``state_dict`` returned."""
+        self.micro_batches = state["micro_batches"]
+        for axis, accumulator in self.channels.items():
+            accumulator.load_state_dict(state["channels"][axis])
+        for sums, values in zip(self._token_sums(), state["tokens"], strict=True):
+            load_token_state(sums, values)
+
+    def _token_sums(self) -> list[TokenSums]:
+        return [acc for acc in (self.influence, self.angles) if acc is not None]
 
 
 def _submodule(owner: nn.Module, name: str, axis: str, layer: int) -> nn.Module:
@@ -182,6 +222,23 @@ def normed_input(linear: Any, x: Tensor) -> Tensor:
     return F.layer_norm(x, shape, weight, bias, eps)
 
 
+def _block_angles(
+    chunks: Sequence[Any], groups: ParallelGroups, scores: ScoreConfig
+) -> BlockAngles | None:
+    """The accumulator of block angles that all chunks of this rank feed."""
+    if not scores.layers_by("block_angular"):
+        return None
+    num_layers = chunks[0].config.num_layers
+    mine = [block.layer_number - 1 for chunk in chunks for block in chunk.decoder.layers]
+    if num_layers - 1 in mine:
+        mine.append(num_layers)
+    owned = [mine] * groups.pp.size()
+    if groups.pp.size() > 1:
+        dist.all_gather_object(owned, mine, group=groups.pp)
+    device = next(chunks[0].parameters()).device
+    return BlockAngles(owned, num_layers, scores.block_sizes, groups.pp, device)
+
+
 @contextmanager
 def record(
     chunks: Sequence[Any],
@@ -201,7 +258,8 @@ def record(
     Yields:
         One recorder per chunk.
     """
-    recorders = [ChunkRecorder(chunk, groups, scores, valid) for chunk in chunks]
+    angles = _block_angles(chunks, groups, scores)
+    recorders = [ChunkRecorder(chunk, groups, scores, valid, angles) for chunk in chunks]
     with ExitStack() as handles:
         for recorder in recorders:
             recorder.register(lambda handle: handles.callback(handle.remove))

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_minitron.config.stages import BLOCK_CRITERIA, ScoreConfig
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 
 SCORES_FILE = "scores.safetensors"
 META_FILE = "scores.json"
-AXES = ("hidden", "ffn", "head", "layer")
+AXES = ("hidden", "ffn", "head", "layer", "layer_lm_loss")
 _FORMAT = 1
 # What must agree between the model that was scored and the model that is pruned.
 _MODEL_KEYS = (
@@ -45,12 +47,18 @@ class Scores:
     """``[layers, n]`` query heads."""
     layer: Tensor | None = None
     """``[layers]`` block influence."""
+    layer_lm_loss: Tensor | None = None
+    """``[layers]`` LM loss (nats per token) without the layer; ``meta['lm_loss']`` is with all."""
+    blocks: dict[str, Tensor] = field(default_factory=dict)
+    """``<criterion>.<n>`` -> ``[layers - n + 1]``, one per block of n layers by its first layer:
+    ``block_angular.n`` (angle between input and output, 1 is pi), ``block_lm_loss.n`` (LM loss
+    without the block)."""
     meta: dict[str, Any] = field(default_factory=dict)
     """``model`` sizes, ``aggregation``, ``data``, ``num_samples``, ``num_tokens``."""
 
     def axes(self) -> dict[str, Tensor]:
         """The scored axes by name."""
-        found = {axis: getattr(self, axis) for axis in AXES}
+        found = {axis: getattr(self, axis) for axis in AXES} | self.blocks
         return {axis: tensor for axis, tensor in found.items() if tensor is not None}
 
     def save(self, folder: Path) -> None:
@@ -77,9 +85,48 @@ class Scores:
             tensors = load_file(folder / SCORES_FILE)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{folder / SCORES_FILE} cannot be read: {error}") from error
-        scores = cls(meta=meta, **tensors)
+        blocks = {name: tensors.pop(name) for name in list(tensors) if "." in name}
+        scores = cls(meta=meta, blocks=blocks, **tensors)
         check_finite(scores)
         return scores
+
+
+def layer_scores(criterion: str, dropped: int) -> str:
+    """Name of the scores that choose which ``dropped`` layers go.
+
+    Args:
+        criterion: one of ``config.stages.LAYER_CRITERIA``.
+        dropped: layers that go.
+    """
+    if criterion in BLOCK_CRITERIA:
+        return f"{criterion}.{dropped}"
+    return {"block_influence": "layer", "lm_loss": "layer_lm_loss"}[criterion]
+
+
+def how_to_score(name: str) -> str:
+    """The keys of ``minitron importance`` that make the scores called ``name``."""
+    criterion, _, size = name.partition(".")
+    if size:
+        return f"scores.layer_criteria including {criterion}, scores.block_sizes including {size}"
+    if name == "layer_lm_loss":
+        return "scores.layer_criteria including lm_loss"
+    if name == "layer":
+        return "scores.axes including layer, scores.layer_criteria including block_influence"
+    return f"scores.axes including {name}"
+
+
+def check_block_sizes(config: ModelConfig, scores: ScoreConfig) -> None:
+    """Refuse blocks that are as long as the model.
+
+    Raises:
+        ValueError: names them and the longest block there is.
+    """
+    long = [size for size in scores.block_sizes if size >= config.num_layers]
+    if long:
+        raise ValueError(
+            f"scores.block_sizes holds {long}, but a block must leave at least one of the model's "
+            f"num_layers={config.num_layers}; use at most {config.num_layers - 1}"
+        )
 
 
 def check_finite(scores: Scores) -> None:

@@ -7,11 +7,19 @@ same scores always give the same plan and a plan is canonical.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.config.stages import PruningConfig
+from nemo_minitron.config.stages import BLOCK_CRITERIA, PruningConfig
+from nemo_minitron.importance.scores import layer_scores
+from nemo_minitron.pruning.merge import Terms, merge_terms
+from nemo_minitron.pruning.targets import (
+    check_importance,
+    check_pruning,
+    needed_scores,
+    target_sizes,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,10 +40,16 @@ class Plan:
     ffn: list[list[int]]
     head: list[list[int]]
     query_group: list[list[int]]
+    merge: list[Terms] = field(default_factory=list)
+    """What kept query heads take over from others (``pruning/merge.py``), before anything is cut;
+    empty (and absent from the file) when heads stay what they are."""
 
     def save(self, folder: Path) -> None:
         """Write ``plan.json`` into ``folder``."""
-        text = json.dumps({"format": _FORMAT, **asdict(self)}, separators=(",", ":"))
+        values = asdict(self)
+        if not self.merge:
+            del values["merge"]
+        text = json.dumps({"format": _FORMAT, **values}, separators=(",", ":"))
         (folder / PLAN_FILE).write_text(text + "\n")
 
     @classmethod
@@ -50,10 +64,10 @@ class Plan:
             values = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
-        names = {f.name for f in fields(cls)}
+        names = {f.name for f in fields(cls)} - {"merge"}
         if not isinstance(values, dict) or values.pop("format", None) != _FORMAT:
             raise ValueError(f"{path} is not a format-{_FORMAT} plan; run minitron prune again")
-        if set(values) != names:
+        if set(values) - {"merge"} != names:
             raise ValueError(f"{path} must hold {sorted(names)}, not {sorted(values)}")
         return cls(**values)
 
@@ -73,144 +87,6 @@ def full_plan(config: ModelConfig) -> Plan:
     )
 
 
-# ---------------------------------------------------------------- checks of what the user asked for
-
-
-def target_sizes(config: ModelConfig, pruning: PruningConfig) -> dict[str, int]:
-    """Sizes after pruning by their Megatron name, with null targets filled in.
-
-    Raises:
-        ValueError: a target is larger than the current size, or below 1.
-    """
-    sizes = {}
-    for name, target in asdict(pruning.target).items():
-        current = getattr(config, name)
-        if target is not None and not 1 <= target <= current:
-            raise ValueError(
-                f"pruning.target.{name}={target} must be between 1 and {current}, the model's "
-                f"{name}; lower it, or leave it out to keep {current}"
-            )
-        sizes[name] = current if target is None else target
-    return sizes
-
-
-def _nearest(value: int, valid: list[int]) -> str:
-    below = [v for v in valid if v <= value][-1:]
-    above = [v for v in valid if v > value][:1]
-    return " or ".join(str(v) for v in below + above)
-
-
-def _check_heads(config: ModelConfig, sizes: dict[str, int]) -> None:
-    """Every kept query group keeps the same number of its own query heads."""
-    heads, groups = sizes["num_attention_heads"], sizes["num_query_groups"]
-    most = groups * config.heads_per_group
-    valid = [groups * k for k in range(1, config.heads_per_group + 1)]
-    if heads % groups:
-        raise ValueError(
-            f"num_attention_heads={heads} after pruning must be a multiple of num_query_groups="
-            f"{groups}; set pruning.target.num_attention_heads={_nearest(heads, valid)}"
-        )
-    if heads > most:
-        raise ValueError(
-            f"{groups} query groups hold only {most} query heads ({config.heads_per_group} each), "
-            f"fewer than num_attention_heads={heads}; set pruning.target.num_attention_heads="
-            f"{_nearest(most, valid)}, or keep more groups with pruning.target.num_query_groups"
-        )
-
-
-def _check_drop_layers(config: ModelConfig, pruning: PruningConfig) -> None:
-    drop = pruning.drop_layers
-    if drop is None:
-        return
-    if pruning.target.num_layers is not None:
-        raise ValueError(
-            f"pruning.drop_layers={drop} and pruning.target.num_layers="
-            f"{pruning.target.num_layers} both choose layers; set only one of them"
-        )
-    outside = [layer for layer in drop if not 1 <= layer <= config.num_layers]
-    if outside:
-        raise ValueError(
-            f"pruning.drop_layers holds {outside}, out of range: layers are counted from 1 to "
-            f"num_layers={config.num_layers}; remove them"
-        )
-    repeated = sorted({layer for layer in drop if drop.count(layer) > 1})
-    if repeated:
-        raise ValueError(
-            f"pruning.drop_layers holds {repeated} more than once; list each layer once"
-        )
-    if len(drop) == config.num_layers:
-        raise ValueError(
-            f"pruning.drop_layers drops all {config.num_layers} layers; leave at least one out of "
-            "the list"
-        )
-
-
-def check_pruning(config: ModelConfig, pruning: PruningConfig) -> None:
-    """Everything about the targets that can be wrong, whatever the scores.
-
-    Raises:
-        ValueError: see ``target_sizes``; heads that do not fit the query groups; drop_layers out of
-            range, repeated, all layers, or together with target.num_layers; nothing to prune.
-    """
-    targets = asdict(pruning.target).values()
-    if pruning.drop_layers is None and all(target is None for target in targets):
-        names = ", ".join(f.name for f in fields(pruning.target))
-        raise ValueError(
-            f"nothing to prune: set pruning.target.<size> (one of {names}) or pruning.drop_layers"
-        )
-    _check_heads(config, target_sizes(config, pruning))
-    _check_drop_layers(config, pruning)
-
-
-def needed_axes(config: ModelConfig, pruning: PruningConfig) -> dict[str, str]:
-    """Axis that must have been scored -> the key that asks for it."""
-    axis_of = {
-        "num_layers": "layer",
-        "hidden_size": "hidden",
-        "ffn_hidden_size": "ffn",
-        "num_attention_heads": "head",
-        "num_query_groups": "head",
-    }
-    sizes = target_sizes(config, pruning)
-    return {
-        axis: f"pruning.target.{name}={sizes[name]}"
-        for name, axis in axis_of.items()
-        if sizes[name] < getattr(config, name)
-    }
-
-
-def check_importance(
-    config: ModelConfig, pruning: PruningConfig, meta: dict[str, Any] | None
-) -> None:
-    """Whether the scores can serve the targets.
-
-    Args:
-        config: the model to prune.
-        pruning: the targets.
-        meta: ``scores.json``, or None when ``importance`` is not set.
-
-    Raises:
-        ValueError: a target has no scores, or they are of a different model.
-    """
-    from nemo_minitron.importance.scores import check_model
-
-    needed = needed_axes(config, pruning)
-    if meta is None:
-        if needed:
-            raise ValueError(
-                f"{', '.join(needed.values())} needs importance scores and importance is not set; "
-                "set importance to the output_dir of minitron importance"
-            )
-        return
-    check_model(config, meta)
-    for axis, key in needed.items():
-        if axis not in meta["axes"]:
-            raise ValueError(
-                f"{key} needs '{axis}' scores, but importance holds only {meta['axes']}; run "
-                f"minitron importance with scores.axes including {axis}, or leave the target out"
-            )
-
-
 # ---------------------------------------------------------------- scores -> plan
 
 
@@ -220,12 +96,20 @@ def _top(scores: Tensor, count: int) -> Tensor:
     return order[..., :count].sort(dim=-1).values
 
 
-def _keep_layers(config: ModelConfig, pruning: PruningConfig, scores: Scores) -> list[int]:
+def _keep_layers(config: ModelConfig, pruning: PruningConfig, scores: Scores | None) -> list[int]:
     if pruning.drop_layers is not None:
         dropped = {layer - 1 for layer in pruning.drop_layers}
         return [layer for layer in range(config.num_layers) if layer not in dropped]
-    assert scores.layer is not None
-    return _top(scores.layer, target_sizes(config, pruning)["num_layers"]).tolist()
+    kept = target_sizes(config, pruning)["num_layers"]
+    if scores is None or kept == config.num_layers:
+        return list(range(config.num_layers))
+    count = config.num_layers - kept
+    values = scores.axes()[layer_scores(pruning.layer_criterion, count)]
+    if pruning.layer_criterion not in BLOCK_CRITERIA:
+        return _top(values, kept).tolist()
+    # Of equal blocks the last one goes, as of equal layers.
+    first = len(values) - 1 - int(values.flip(0).argmin())
+    return [layer for layer in range(config.num_layers) if not first <= layer < first + count]
 
 
 def _keep_heads(scores: Tensor, config: ModelConfig, sizes: dict[str, int]) -> dict[str, Any]:
@@ -262,26 +146,29 @@ def make_plan(config: ModelConfig, pruning: PruningConfig, scores: Scores | None
     meta = None if scores is None else {"axes": list(scores.axes()), **scores.meta}
     check_importance(config, pruning, meta)
     plan, sizes = full_plan(config), target_sizes(config, pruning)
-    needed = needed_axes(config, pruning)
-    if pruning.drop_layers is not None or "layer" in needed:
-        layers = _keep_layers(config, pruning, scores)  # type: ignore[arg-type]
-        count = len(layers)
-        plan = replace(
-            plan,
-            layers=layers,
-            ffn=plan.ffn[:count],
-            head=plan.head[:count],
-            query_group=plan.query_group[:count],
-        )
+    layers = _keep_layers(config, pruning, scores)
+    count = len(layers)
+    plan = replace(
+        plan,
+        layers=layers,
+        ffn=plan.ffn[:count],
+        head=plan.head[:count],
+        query_group=plan.query_group[:count],
+    )
     if scores is None:
         return plan
+    needed = needed_scores(config, pruning)
     if "hidden" in needed and scores.hidden is not None:
         plan = replace(plan, hidden=_top(scores.hidden, sizes["hidden_size"]).tolist())
     if "ffn" in needed and scores.ffn is not None:
         ffn = _top(scores.ffn[plan.layers], sizes["ffn_hidden_size"]).tolist()
         plan = replace(plan, ffn=ffn)
     if "head" in needed and scores.head is not None:
-        plan = replace(plan, **_keep_heads(scores.head[plan.layers], config, sizes))
+        rows = scores.head[plan.layers]
+        plan = replace(plan, **_keep_heads(rows, config, sizes))
+        if pruning.merge_heads:
+            terms = zip(rows.tolist(), plan.query_group, plan.head, strict=True)
+            plan = replace(plan, merge=[merge_terms(config, *layer) for layer in terms])
     return plan
 
 

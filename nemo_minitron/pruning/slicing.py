@@ -5,7 +5,7 @@ plan which indices of that axis stay.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -14,6 +14,7 @@ from torch import LongTensor, Tensor
 from nemo_minitron.checkpoint.lazy import LazyTensor, Store
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.table import DIM_SIZES, Family
+from nemo_minitron.pruning.merge import Terms, merge_qkv
 from nemo_minitron.pruning.plan import Plan, pruned_config
 
 
@@ -92,10 +93,12 @@ class Source:
     Attributes:
         name: Megatron name in the model before pruning.
         indices: per tensor dim the global indices kept, None: all.
+        merge: query heads to merge before that (``merge.merge_qkv``).
     """
 
     name: str
     indices: tuple[LongTensor | None, ...]
+    merge: Terms = field(default_factory=list)
 
 
 def sources(family: Family, config: ModelConfig, plan: Plan) -> dict[str, Source]:
@@ -104,7 +107,10 @@ def sources(family: Family, config: ModelConfig, plan: Plan) -> dict[str, Source
     for name, row, position in family.parameters(pruned_config(config, plan)):
         old = name if position is None else row.name.format(layer=plan.layers[position])
         kept = tuple(dim_indices(dim, config, plan, position) for dim in row.dims)
-        result[name] = Source(old, kept)
+        merge: Terms = []
+        if plan.merge and position is not None and row.dims[0] == "qkv":
+            merge = plan.merge[position]
+        result[name] = Source(old, kept, merge)
     return result
 
 
@@ -116,8 +122,11 @@ def slice_tensor(tensor: Tensor, indices: tuple[LongTensor | None, ...]) -> Tens
     return tensor
 
 
-def _read_sliced(tensor: LazyTensor, indices: tuple[LongTensor | None, ...]) -> Tensor:
-    return slice_tensor(tensor.read(), indices)
+def _read_pruned(tensor: LazyTensor, config: ModelConfig, source: Source) -> Tensor:
+    whole = tensor.read()
+    if source.merge:
+        whole = merge_qkv(whole, config, source.merge)
+    return slice_tensor(whole, source.indices)
 
 
 def prune_store(family: Family, config: ModelConfig, plan: Plan, store: Store) -> Store:
@@ -150,6 +159,6 @@ def prune_store(family: Family, config: ModelConfig, plan: Plan, store: Store) -
             size if kept is None else len(kept)
             for size, kept in zip(tensor.shape, source.indices, strict=True)
         )
-        read = partial(_read_sliced, tensor, source.indices)
+        read = partial(_read_pruned, tensor, config, source)
         result[name] = LazyTensor(shape, tensor.dtype, read)
     return result

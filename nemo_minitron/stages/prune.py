@@ -16,13 +16,8 @@ from nemo_minitron.checkpoint.artifact import check_output, open_result, output_
 from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.config.stages import PruneConfig
 from nemo_minitron.importance.scores import META_FILE, read_meta
-from nemo_minitron.pruning.plan import (
-    Plan,
-    check_importance,
-    check_pruning,
-    make_plan,
-    pruned_config,
-)
+from nemo_minitron.pruning.plan import Plan, make_plan, pruned_config
+from nemo_minitron.pruning.targets import check_importance, check_pruning
 
 if TYPE_CHECKING:
     from nemo_minitron.importance.scores import Scores

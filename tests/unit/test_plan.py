@@ -7,7 +7,8 @@ import torch
 
 from nemo_minitron.config.stages import PruningConfig, TargetConfig
 from nemo_minitron.importance.scores import Scores, model_meta
-from nemo_minitron.pruning.plan import Plan, check_pruning, full_plan, make_plan, pruned_config
+from nemo_minitron.pruning.plan import Plan, full_plan, make_plan, pruned_config
+from nemo_minitron.pruning.targets import check_pruning
 from tests.tiny import LLAMA
 
 L, H, F, N, G = 4, 64, 96, 8, 4  # LLAMA: two query heads per group

@@ -1,0 +1,153 @@
+"""LM loss of the model without some of its layers (2407.14679, section 2.2; 2408.11796, section 4).
+
+Nothing is rebuilt. Every micro-batch goes through Megatron's schedule once whole and then once per
+block of layers, that block bypassed on the ranks that hold it; in a pipeline these passes follow
+each other like any micro-batches, so stages do not wait for one another. Layers before the block
+give the output they gave in the whole pass: on average half of the layers are not run again.
+Memory: the outputs of this rank's layers for one micro-batch.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from nemo_minitron.config.stages import ScoreConfig
+from nemo_minitron.config.training import DataConfig
+from nemo_minitron.evaluation.lm_loss import batch_sums, vocab_shard
+from nemo_minitron.importance.calibration import Calibration, calibration_runs
+from nemo_minitron.models.build import HiddenGPTModel
+from nemo_minitron.runtime.groups import ParallelGroups
+
+Block = tuple[int, int]
+"""Layers ``first .. stop - 1``, global and 0-based; empty when both are equal."""
+
+
+def removed_blocks(num_layers: int, scores: ScoreConfig) -> list[Block]:
+    """Blocks to measure the LM loss without, the empty one first; empty when there are none."""
+    sizes = set(scores.block_sizes) if scores.layers_by("block_lm_loss") else set()
+    sizes |= {1} if scores.layers_by("lm_loss") else set()
+    blocks = [
+        (first, first + size) for size in sorted(sizes) for first in range(num_layers - size + 1)
+    ]
+    return [(0, 0), *blocks] if blocks else []
+
+
+class _Bypass:
+    """Forward passes of one chunk: number k leaves out block k modulo their number."""
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self.blocks = blocks
+        self.calls = 0
+        self.block = blocks[0]
+        self.whole: dict[int, Tensor] = {}
+
+    def begin(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        """A forward pass of the chunk begins."""
+        self.block = self.blocks[self.calls % len(self.blocks)]
+        self.calls += 1
+
+    def layer(
+        self, index: int, forward: Callable[..., tuple[Tensor, Any]], *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Any]:
+        """Stands in for the ``forward`` of layer ``index``."""
+        first, stop = self.block
+        if first == stop:
+            output, context = forward(*args, **kwargs)
+            self.whole[index] = output
+            return output, context
+        if index < first:
+            return self.whole[index], None
+        if index < stop:
+            return (args[0] if args else kwargs["hidden_states"]), None
+        return forward(*args, **kwargs)
+
+
+@contextmanager
+def leaving_out(chunks: Sequence[HiddenGPTModel], blocks: Sequence[Block]) -> Iterator[None]:
+    """Make forward pass k of every chunk leave out block ``k % len(blocks)``.
+
+    Args:
+        chunks: this rank's model chunks.
+        blocks: the first one empty; passes of one round see the same micro-batch.
+    """
+    with ExitStack() as stack:
+        for chunk in chunks:
+            bypass = _Bypass(blocks)
+            stack.callback(chunk.register_forward_pre_hook(bypass.begin).remove)
+            for layer in chunk.decoder.layers:
+                layer.forward = partial(bypass.layer, layer.layer_number - 1, layer.forward)
+                stack.callback(delattr, layer, "forward")
+        yield
+
+
+class Removal:
+    """``[blocks, 2]`` sums of LM loss and tokens on this rank; zeros off the last stage."""
+
+    def __init__(
+        self, chunks: list[HiddenGPTModel], groups: ParallelGroups, blocks: Sequence[Block]
+    ) -> None:
+        """Start from no samples.
+
+        Args:
+            chunks: this rank's model chunks.
+            groups: this rank's process groups.
+            blocks: see ``removed_blocks``.
+        """
+        self.chunks, self.groups, self.blocks = chunks, groups, blocks
+        self.runs = 0
+        device = next(chunks[0].parameters()).device
+        self.sums = torch.zeros(len(blocks), 2, dtype=torch.float64, device=device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured so far."""
+        return {"runs": self.runs, "sums": self.sums}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what ``state_dict`` returned."""
+        self.runs = state["runs"]
+        self.sums.copy_(state["sums"])
+
+    @torch.no_grad()
+    def run(
+        self,
+        dataset: Dataset[dict[str, Tensor]],
+        data: DataConfig,
+        plan: Calibration,
+        vocab_size: int,
+        on_samples: Callable[[int], None],
+    ) -> None:
+        """Measure all samples that are left; ``on_samples`` is told of every forward pass of one.
+
+        Args:
+            dataset: at least ``plan.samples`` samples.
+            data: batch sizes.
+            plan: how samples are spread; with them ends the measurement.
+            vocab_size: true vocabulary.
+            on_samples: see above.
+        """
+        shard = vocab_shard(self.chunks, self.groups, vocab_size)
+        args = (self.chunks, self.groups, dataset, data, plan, self.runs)
+        with leaving_out(self.chunks, self.blocks):
+            for batches in calibration_runs(*args):
+                passes = [batch for batch in batches for _ in self.blocks]
+                sums = batch_sums(self.chunks, passes, shard)
+                if sums:
+                    self.sums += torch.stack(sums).unflatten(0, (-1, len(self.blocks))).sum(0)
+                before, self.runs = plan.done(self.runs), self.runs + 1
+                on_samples((plan.done(self.runs) - before) * len(self.blocks))
+
+    def losses(self) -> dict[Block, float]:
+        """Block -> LM loss in nats per token without it; collective, the same on every rank."""
+        total = self.sums.clone()
+        groups = self.groups
+        dist.all_reduce(total, group=groups.dp_cp)
+        dist.broadcast(total, src=groups.last_stage_global_rank, group=groups.pp)
+        # Replicas may differ in the last bit, so one of them decides.
+        dist.broadcast(total, src=dist.get_global_rank(groups.tp, 0), group=groups.tp)
+        return dict(zip(self.blocks, (total[:, 0] / total[:, 1]).tolist(), strict=True))

@@ -1,0 +1,106 @@
+"""State of a calibration on disk, so that a killed one goes on where it was.
+
+``<folder>/<number>/rank<r>.pt`` holds the accumulators of every rank, ``<folder>/latest.json``
+names the newest complete number and the layout it belongs to. Accumulators add in a fixed order, so
+a calibration that went on gives the scores of an undisturbed one, bit for bit.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+log = logging.getLogger(__name__)
+
+_LATEST = "latest.json"
+
+
+class SavedState:
+    """Saves the state of all ranks now and then; collective throughout."""
+
+    def __init__(self, folder: Path, every: int, layout: dict[str, Any]) -> None:
+        """Describe where and how often.
+
+        Args:
+            folder: for this state alone, the same on every rank.
+            every: samples between two saves; 0 saves none.
+            layout: JSON values that must be the same for a saved state to fit.
+        """
+        self.folder, self.every = folder, every
+        self.layout = {**layout, "world_size": dist.get_world_size()}
+        self.number = 0
+        self._samples = 0
+
+    def load(self) -> dict[str, Any] | None:
+        """This rank's part of the newest state; None where there is none that fits."""
+        found: list[Any] = [self._find() if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(found, src=0)
+        if found[0] is None:
+            return None
+        path = self._file(found[0])
+        missing = torch.tensor(float(not path.is_file()))
+        dist.all_reduce(missing)
+        if missing:
+            log.warning("%s is not visible to every rank: scoring starts over", path.parent)
+            return None
+        self.number = found[0]
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return state
+
+    def _find(self) -> int | None:
+        path = self.folder / _LATEST
+        if not path.is_file():
+            return None
+        latest = json.loads(path.read_text())
+        changed = [
+            f"{key} {latest['layout'].get(key)} -> {value}"
+            for key, value in self.layout.items()
+            if latest["layout"].get(key) != value
+        ]
+        if changed:
+            log.warning("the layout changed (%s): scoring starts over", ", ".join(changed))
+            return None
+        log.info("scoring goes on after %d samples", latest["samples"])
+        return int(latest["number"])
+
+    def _file(self, number: int) -> Path:
+        return self.folder / str(number) / f"rank{dist.get_rank()}.pt"
+
+    def after(self, samples: int, done: int, state: Callable[[], dict[str, Any]]) -> None:
+        """Save where it is due.
+
+        Args:
+            samples: forward passes of a sample since the last call.
+            done: forward passes of a sample so far.
+            state: what to save of this rank.
+        """
+        self._samples += samples
+        if not self.every or self._samples < self.every:
+            return
+        self._samples = 0
+        before, self.number = self.number, self.number + 1
+        path = self._file(self.number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as file:
+            torch.save(state(), file)
+            file.flush()
+            os.fsync(file.fileno())
+        dist.barrier(group=dist.group.WORLD)
+        if dist.get_rank() == 0:
+            latest = {"number": self.number, "samples": done, "layout": self.layout}
+            part = self.folder / f"{_LATEST}.part"
+            part.write_text(json.dumps(latest))
+            part.replace(self.folder / _LATEST)
+            shutil.rmtree(self.folder / str(before), ignore_errors=True)
+
+    def remove(self) -> None:
+        """Forget all of it: the scores are there."""
+        dist.barrier(group=dist.group.WORLD)
+        if dist.get_rank() == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)

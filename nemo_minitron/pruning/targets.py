@@ -1,0 +1,195 @@
+"""What the user asked to prune, checked against the model and the scores. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from typing import TYPE_CHECKING, Any
+
+from nemo_minitron.config.stages import BLOCK_CRITERIA, PruningConfig
+from nemo_minitron.importance.scores import check_model, how_to_score, layer_scores
+
+if TYPE_CHECKING:
+    from nemo_minitron.config.model import ModelConfig
+
+
+def target_sizes(config: ModelConfig, pruning: PruningConfig) -> dict[str, int]:
+    """Sizes after pruning by their Megatron name, with null targets filled in.
+
+    Raises:
+        ValueError: a target is larger than the current size, or below 1.
+    """
+    sizes = {}
+    for name, target in asdict(pruning.target).items():
+        current = getattr(config, name)
+        if target is not None and not 1 <= target <= current:
+            raise ValueError(
+                f"pruning.target.{name}={target} must be between 1 and {current}, the model's "
+                f"{name}; lower it, or leave it out to keep {current}"
+            )
+        sizes[name] = current if target is None else target
+    return sizes
+
+
+def _nearest(value: int, valid: list[int]) -> str:
+    below = [v for v in valid if v <= value][-1:]
+    above = [v for v in valid if v > value][:1]
+    return " or ".join(str(v) for v in below + above)
+
+
+def _check_heads(config: ModelConfig, sizes: dict[str, int]) -> None:
+    """Every kept query group keeps the same number of its own query heads."""
+    heads, groups = sizes["num_attention_heads"], sizes["num_query_groups"]
+    most = groups * config.heads_per_group
+    valid = [groups * k for k in range(1, config.heads_per_group + 1)]
+    if heads % groups:
+        raise ValueError(
+            f"num_attention_heads={heads} after pruning must be a multiple of num_query_groups="
+            f"{groups}; set pruning.target.num_attention_heads={_nearest(heads, valid)}"
+        )
+    if heads > most:
+        raise ValueError(
+            f"{groups} query groups hold only {most} query heads ({config.heads_per_group} each), "
+            f"fewer than num_attention_heads={heads}; set pruning.target.num_attention_heads="
+            f"{_nearest(most, valid)}, or keep more groups with pruning.target.num_query_groups"
+        )
+
+
+def _check_drop_layers(config: ModelConfig, pruning: PruningConfig) -> None:
+    drop = pruning.drop_layers
+    if drop is None:
+        return
+    if pruning.target.num_layers is not None:
+        raise ValueError(
+            f"pruning.drop_layers={drop} and pruning.target.num_layers="
+            f"{pruning.target.num_layers} both choose layers; set only one of them"
+        )
+    outside = [layer for layer in drop if not 1 <= layer <= config.num_layers]
+    if outside:
+        raise ValueError(
+            f"pruning.drop_layers holds {outside}, out of range: layers are counted from 1 to "
+            f"num_layers={config.num_layers}; remove them"
+        )
+    repeated = sorted({layer for layer in drop if drop.count(layer) > 1})
+    if repeated:
+        raise ValueError(
+            f"pruning.drop_layers holds {repeated} more than once; list each layer once"
+        )
+    if len(drop) == config.num_layers:
+        raise ValueError(
+            f"pruning.drop_layers drops all {config.num_layers} layers; leave at least one out of "
+            "the list"
+        )
+
+
+def merged_heads(config: ModelConfig, sizes: dict[str, int]) -> tuple[int, int]:
+    """Query heads that merging pairs up with one another, and how many of them stay.
+
+    Those of one query group; where every head has a key and value of its own, those of one layer.
+
+    Args:
+        config: the model to prune.
+        sizes: sizes after pruning.
+    """
+    heads, groups = sizes["num_attention_heads"], sizes["num_query_groups"]
+    if config.heads_per_group == 1:
+        return config.num_attention_heads, heads
+    return config.heads_per_group, heads // groups
+
+
+def _check_merge(config: ModelConfig, pruning: PruningConfig, sizes: dict[str, int]) -> None:
+    if not pruning.merge_heads:
+        return
+    before, after = merged_heads(config, sizes)
+    where = "layer" if config.heads_per_group == 1 else "query group"
+    if before == after:
+        raise ValueError(
+            f"pruning.merge_heads=true has nothing to merge: every {where} keeps its {before} "
+            "query heads; lower pruning.target.num_attention_heads, or set pruning.merge_heads=false"
+        )
+    # Every pruned head is paired with a kept one. Rounds are checked one by one.
+    if before > 2 * after and pruning.iterations == 1:
+        raise ValueError(
+            f"pruning.merge_heads=true needs at least half of the {before} query heads of every "
+            f"{where} kept, not {after}: raise pruning.target.num_attention_heads, or get there in "
+            "several rounds (pruning.iterations=2)"
+        )
+
+
+def _check_criterion(config: ModelConfig, pruning: PruningConfig, sizes: dict[str, int]) -> None:
+    criterion = pruning.layer_criterion
+    if criterion != "block_influence" and sizes["num_layers"] == config.num_layers:
+        raise ValueError(
+            f"pruning.layer_criterion={criterion} chooses layers, but no layer is to be chosen; "
+            "set pruning.target.num_layers, or leave pruning.layer_criterion out"
+        )
+
+
+def check_pruning(config: ModelConfig, pruning: PruningConfig) -> None:
+    """Everything about the targets that can be wrong, whatever the scores.
+
+    Raises:
+        ValueError: see ``target_sizes``; heads that do not fit the query groups; drop_layers out of
+            range, repeated, all layers, or together with target.num_layers; nothing to prune;
+            heads to merge, or layers to choose, where there are none.
+    """
+    targets = asdict(pruning.target).values()
+    if pruning.drop_layers is None and all(target is None for target in targets):
+        names = ", ".join(f.name for f in fields(pruning.target))
+        raise ValueError(
+            f"nothing to prune: set pruning.target.<size> (one of {names}) or pruning.drop_layers"
+        )
+    sizes = target_sizes(config, pruning)
+    _check_heads(config, sizes)
+    _check_drop_layers(config, pruning)
+    _check_merge(config, pruning, sizes)
+    _check_criterion(config, pruning, sizes)
+
+
+def needed_scores(config: ModelConfig, pruning: PruningConfig) -> dict[str, str]:
+    """Name of the scores that are needed -> the key that asks for them."""
+    axis_of = {
+        "hidden_size": "hidden",
+        "ffn_hidden_size": "ffn",
+        "num_attention_heads": "head",
+        "num_query_groups": "head",
+    }
+    sizes = target_sizes(config, pruning)
+    dropped = config.num_layers - sizes["num_layers"]
+    axis_of["num_layers"] = layer_scores(pruning.layer_criterion, dropped)
+    return {
+        axis: f"pruning.target.{name}={sizes[name]}"
+        for name, axis in axis_of.items()
+        if sizes[name] < getattr(config, name)
+    }
+
+
+def check_importance(
+    config: ModelConfig, pruning: PruningConfig, meta: dict[str, Any] | None
+) -> None:
+    """Whether the scores can serve the targets.
+
+    Args:
+        config: the model to prune.
+        pruning: the targets.
+        meta: ``scores.json``, or None when ``importance`` is not set.
+
+    Raises:
+        ValueError: a target has no scores, or they are of a different model.
+    """
+    needed = needed_scores(config, pruning)
+    if meta is None:
+        if needed:
+            raise ValueError(
+                f"{', '.join(needed.values())} needs importance scores and importance is not set; "
+                "set importance to the output_dir of minitron importance"
+            )
+        return
+    check_model(config, meta)
+    for name, key in needed.items():
+        if name not in meta["axes"]:
+            if name.startswith(BLOCK_CRITERIA):
+                key += f" with pruning.layer_criterion={pruning.layer_criterion}"
+            raise ValueError(
+                f"{key} needs '{name}' scores, but importance holds only {meta['axes']}; run "
+                f"minitron importance with {how_to_score(name)}, or leave the target out"
+            )
