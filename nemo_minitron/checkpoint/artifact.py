@@ -120,6 +120,7 @@ def output_folder(
     inputs: Mapping[str, str | Path | Manifest] | None = None,
     *,
     resumable: bool = False,
+    may_change: tuple[str, ...] = (),
     ranks: Ranks | None = None,
 ) -> Iterator[Path]:
     """Give a stage a folder to write into, and make it a result when the body ends well.
@@ -135,6 +136,7 @@ def output_folder(
             inputs that ``cfg`` names (``config.schema.INPUT_KEYS``).
         resumable: keep the working folder on failure and find it again next time, if config and
             inputs are the same (with other ones it is refused, or cleared under overwrite=true).
+        may_change: keys (or beginnings of keys) that may differ then; the stage copes with it.
         ranks: for several ranks that write one result; every rank enters and leaves together.
 
     Yields:
@@ -147,7 +149,7 @@ def output_folder(
     output = Path(cfg.output_dir).resolve()
     work = partial_of(output)
     if ranks.rank == 0:
-        _open_work(cfg, stage, inputs, output, resumable)
+        _open_work(cfg, stage, inputs, output, resumable, may_change)
     ranks.barrier()
     try:
         yield work
@@ -167,6 +169,7 @@ def _open_work(
     inputs: Mapping[str, str | Path | Manifest] | None,
     output: Path,
     resumable: bool,
+    may_change: tuple[str, ...],
 ) -> None:
     """Create or re-open the working folder and sign it."""
     old = old_of(output)
@@ -183,7 +186,7 @@ def _open_work(
         "inputs": {key: _identity(value, cfg.workers) for key, value in named.items()},
         **_signature(),
     }
-    if work.exists() and not (resumable and _resumes(cfg, work, owner, mine)):
+    if work.exists() and not (resumable and _resumes(cfg, work, owner, mine, may_change)):
         log.info("removing %s, left by a job that did not end well", work)
         shutil.rmtree(work)
     _sign(work, mine)
@@ -233,7 +236,13 @@ def _refuse_live_owner(work: Path, owner: dict[str, Any]) -> None:
             )
 
 
-def _resumes(cfg: StageConfig, work: Path, owner: dict[str, Any], mine: dict[str, Any]) -> bool:
+def _resumes(
+    cfg: StageConfig,
+    work: Path,
+    owner: dict[str, Any],
+    mine: dict[str, Any],
+    may_change: tuple[str, ...],
+) -> bool:
     """Whether the working folder belongs to this very job.
 
     Raises:
@@ -246,7 +255,7 @@ def _resumes(cfg: StageConfig, work: Path, owner: dict[str, Any], mine: dict[str
         for part in ("config", "inputs")
         for before, after in [(owner.get(part, {}), mine[part])]
         for key in sorted({*before, *after})
-        if before.get(key) != after.get(key)
+        if before.get(key) != after.get(key) and not key.startswith(may_change)
     ]
     if owner.get("stage") == mine["stage"] and not changes:
         log.info("resuming the work in %s", work)

@@ -22,7 +22,12 @@ _LATEST = "latest.json"
 
 
 class SavedState:
-    """Saves the state of all ranks now and then; collective throughout."""
+    """Saves the state of all ranks now and then; collective throughout.
+
+    Attributes:
+        number: of the newest state.
+        resumed: forward passes of a sample that the loaded state stands for.
+    """
 
     def __init__(self, folder: Path, every: int, layout: dict[str, Any]) -> None:
         """Describe where and how often.
@@ -35,6 +40,7 @@ class SavedState:
         self.folder, self.every = folder, every
         self.layout = {**layout, "world_size": dist.get_world_size()}
         self.number = 0
+        self.resumed = 0
         self._samples = 0
 
     def load(self) -> dict[str, Any] | None:
@@ -43,17 +49,20 @@ class SavedState:
         dist.broadcast_object_list(found, src=0)
         if found[0] is None:
             return None
-        path = self._file(found[0])
-        missing = torch.tensor(float(not path.is_file()))
-        dist.all_reduce(missing)
-        if missing:
-            log.warning("%s is not visible to every rank: scoring starts over", path.parent)
+        number, samples = found[0]
+        path = self._file(number)
+        visible: list[bool] = [False] * dist.get_world_size()
+        dist.all_gather_object(visible, path.is_file())
+        if not all(visible):
+            log.warning("not every rank finds its part of %s: scoring starts over", path.parent)
             return None
-        self.number = found[0]
+        self.number, self.resumed = number, samples
+        log.info("scoring goes on after %d samples", samples)
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         return state
 
-    def _find(self) -> int | None:
+    def _find(self) -> tuple[int, int] | None:
+        """Number of the newest complete state and samples done by then (rank 0)."""
         path = self.folder / _LATEST
         if not path.is_file():
             return None
@@ -66,8 +75,7 @@ class SavedState:
         if changed:
             log.warning("the layout changed (%s): scoring starts over", ", ".join(changed))
             return None
-        log.info("scoring goes on after %d samples", latest["samples"])
-        return int(latest["number"])
+        return latest["number"], latest["samples"]
 
     def _file(self, number: int) -> Path:
         return self.folder / str(number) / f"rank{dist.get_rank()}.pt"

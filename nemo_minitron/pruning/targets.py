@@ -104,7 +104,8 @@ def _check_merge(config: ModelConfig, pruning: PruningConfig, sizes: dict[str, i
     if before == after:
         raise ValueError(
             f"pruning.merge_heads=true has nothing to merge: every {where} keeps its {before} "
-            "query heads; lower pruning.target.num_attention_heads, or set pruning.merge_heads=false"
+            "query heads; lower pruning.target.num_attention_heads, or set "
+            "pruning.merge_heads=false"
         )
     # Every pruned head is paired with a kept one. Rounds are checked one by one.
     if before > 2 * after and pruning.iterations == 1:

@@ -1,7 +1,6 @@
 """``minitron importance``: forward passes over calibration text become scores."""
 
 import json
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +9,12 @@ from nemo_minitron.config.layout import check_layout
 from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.config.stages import ImportanceConfig
 from nemo_minitron.data.checks import check_batches, check_data
+from nemo_minitron.importance.scores import check_block_sizes
 from nemo_minitron.runtime.ranks import launched_world_size
 
 if TYPE_CHECKING:
     from nemo_minitron.importance.scores import Scores
+    from nemo_minitron.stages.calibrate import Calibrated
 
 
 def check(cfg: ImportanceConfig) -> None:
@@ -21,12 +22,14 @@ def check(cfg: ImportanceConfig) -> None:
 
     Raises:
         ValueError: the checkpoint is no intact result, the model does not fit the layout, the data
-            are missing, too little or do not fit the layout, or the output folder is taken.
+            are missing, too little or do not fit the layout, blocks do not fit the model, or the
+            output folder is taken.
     """
     check_output(cfg, "importance")
     _open_checkpoint(cfg, "size")
     folder = Path(cfg.checkpoint) / "checkpoint"
     config = ModelConfig.load(folder)
+    check_block_sizes(config, cfg.scores)
     check_layout(config, cfg.parallel)
     check_batches(cfg.data, cfg.parallel, cfg.parallel.world_size(launched_world_size()))
     check_data(cfg.data, vocab_size=config.vocab_size, tokenizer_dir=folder / "tokenizer")
@@ -51,56 +54,40 @@ def run(cfg: ImportanceConfig) -> None:
     from nemo_minitron.runtime.ranks import rank
 
     with distributed(cfg.parallel, cfg.data.seed):
+        from nemo_minitron.stages.calibrate import LAYOUT_KEYS, calibrate
+
         ranks = Ranks(rank(), barrier)
-        with output_folder(cfg, "importance", ranks=ranks) as work:
-            scores, seconds = _estimate(cfg)
-            metrics = _metrics(scores, seconds)
+        folder = output_folder(
+            cfg, "importance", resumable=True, may_change=LAYOUT_KEYS, ranks=ranks
+        )
+        with folder as work:
+            calibrated = calibrate(
+                Path(cfg.checkpoint) / "checkpoint",
+                cfg.data,
+                cfg.parallel,
+                cfg.scores,
+                output_dir=cfg.output_dir,
+                work=work,
+                save_every=cfg.save_every_n_samples,
+            )
+            metrics = _metrics(calibrated)
             if ranks.rank == 0:
-                scores.save(work)
+                calibrated.scores.save(work)
                 (work / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    _report(cfg, scores, metrics)
+    _report(cfg, calibrated.scores, metrics)
 
 
-def _estimate(cfg: ImportanceConfig) -> "tuple[Scores, float]":
-    """Data, model, forward passes; returns global scores and the seconds the passes took."""
-    import torch
-
-    from nemo_minitron.importance.estimate import estimate_scores
-    from nemo_minitron.models.build import DTYPES, build_gpt
-    from nemo_minitron.models.stage_data import stage_dataset
-    from nemo_minitron.models.weights import load_weights
-    from nemo_minitron.reporting.console import progress
-    from nemo_minitron.runtime.groups import ParallelGroups
-    from nemo_minitron.runtime.launch import device
-
-    folder = Path(cfg.checkpoint) / "checkpoint"
-    config = ModelConfig.load(folder)
-    dataset = stage_dataset(cfg.data, config, folder, cfg.output_dir)
-    groups = ParallelGroups.current()
-    # CPUs have no fast path for half precision.
-    dtype = DTYPES[config.dtype] if torch.cuda.is_available() else torch.float32
-    chunks = build_gpt(config, cfg.parallel, groups, dtype=dtype)
-    for chunk in chunks:
-        chunk.to(device())
-    load_weights(chunks, groups, folder)
-    start = time.perf_counter()
-    with progress("scoring samples", len(dataset)) as advance:
-        scores = estimate_scores(chunks, config, groups, dataset, cfg.data, cfg.scores, advance)
-    scores.meta["data"] = {
-        key: getattr(cfg.data, key) for key in ("seq_length", "split", "split_name", "seed")
-    }
-    return scores, time.perf_counter() - start
-
-
-def _metrics(scores: "Scores", seconds: float) -> dict[str, Any]:
-    metrics: dict[str, Any] = {
-        "num_samples": scores.meta["num_samples"],
-        "num_tokens": scores.meta["num_tokens"],
-        "seconds": round(seconds, 3),
-        "tokens_per_second": round(scores.meta["num_tokens"] / seconds, 1),
-    }
+def _metrics(calibrated: "Calibrated") -> dict[str, Any]:
+    metrics, scores = calibrated.figures(), calibrated.scores
     if scores.layer is not None:
         metrics["block_influence"] = [round(x, 6) for x in scores.layer.tolist()]
+    if "lm_loss" in scores.meta:
+        metrics["lm_loss"] = whole = scores.meta["lm_loss"]
+        metrics["lm_loss_increase"] = {
+            name: [round(x - whole, 6) for x in values.tolist()]
+            for name, values in scores.axes().items()
+            if "lm_loss" in name
+        }
     return metrics
 
 

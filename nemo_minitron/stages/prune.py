@@ -1,26 +1,27 @@
 """``minitron prune``: scores and targets become a plan, the plan a smaller checkpoint.
 
 Checkpoint in, checkpoint out, tensor by tensor: no model is built, no process group is needed, and
-memory holds a few tensors whatever the size of the model.
+memory holds a few tensors whatever the size of the model. Only with ``data.path`` is a model run:
+to score it here, once or in rounds (``stages/iterate.py``).
 """
 
 import json
 import logging
 import shutil
 import time
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from nemo_minitron.checkpoint.artifact import check_output, open_result, output_folder
+from nemo_minitron.checkpoint.artifact import Ranks, check_output, open_result, output_folder
+from nemo_minitron.config.layout import check_layout
 from nemo_minitron.config.model import MODEL_YAML, ModelConfig
-from nemo_minitron.config.stages import PruneConfig
+from nemo_minitron.config.stages import PruneConfig, PruningConfig
+from nemo_minitron.data.checks import check_batches, check_data
 from nemo_minitron.importance.scores import META_FILE, read_meta
 from nemo_minitron.pruning.plan import Plan, make_plan, pruned_config
-from nemo_minitron.pruning.targets import check_importance, check_pruning
-
-if TYPE_CHECKING:
-    from nemo_minitron.importance.scores import Scores
+from nemo_minitron.pruning.rounds import pruning_rounds
+from nemo_minitron.pruning.targets import check_importance, needed_scores
+from nemo_minitron.runtime.ranks import launched_world_size, rank
 
 log = logging.getLogger(__name__)
 
@@ -40,17 +41,57 @@ def check(cfg: PruneConfig) -> None:
 
     Raises:
         ValueError: inputs that are no intact results, targets the model or the scores cannot serve,
-            or an output folder that cannot take the result.
+            data or a layout that do not fit (or are not needed), or an output folder that cannot
+            take the result.
     """
     check_output(cfg, "prune")
     # Targets before whole-file hashes: a typing mistake should not cost a pass over the weights.
     _open_inputs(cfg, "size")
-    config = ModelConfig.load(Path(cfg.checkpoint) / "checkpoint")
-    check_pruning(config, cfg.pruning)
-    meta = None if cfg.importance is None else read_meta(Path(cfg.importance))
-    check_importance(config, cfg.pruning, meta)
+    folder = Path(cfg.checkpoint) / "checkpoint"
+    config = ModelConfig.load(folder)
+    rounds = pruning_rounds(config, cfg.pruning, cfg.parallel)
+    if cfg.importance is not None:
+        check_importance(config, rounds[0], read_meta(Path(cfg.importance)))
+    if _calibrates(cfg, config, rounds):
+        check_layout(config, cfg.parallel)
+        check_batches(cfg.data, cfg.parallel, cfg.parallel.world_size(launched_world_size()))
+        check_data(cfg.data, vocab_size=config.vocab_size, tokenizer_dir=folder / "tokenizer")
     if cfg.verify_inputs != "size":
         _open_inputs(cfg, cfg.verify_inputs)
+
+
+def _calibrates(cfg: PruneConfig, config: ModelConfig, rounds: list[PruningConfig]) -> bool:
+    """Whether a model is scored here.
+
+    Raises:
+        ValueError: it has to be and there are no data, or there are and it has not to be.
+    """
+    needed = needed_scores(config, rounds[0])
+    unserved = cfg.importance is None and bool(needed)
+    if cfg.data.path is None:
+        if len(rounds) > 1:
+            raise ValueError(
+                f"pruning.iterations={cfg.pruning.iterations} scores the model again after every "
+                "round; set data.path to the calibration text, or pruning.iterations=1"
+            )
+        if unserved:
+            check_importance(config, rounds[0], None)
+        default = PruneConfig(checkpoint="", output_dir="")
+        for section in ("data", "parallel", "scores"):
+            if getattr(cfg, section) != getattr(default, section):
+                raise ValueError(
+                    f"{section}.* is for scoring, but nothing is scored here; set data.path to "
+                    f"score the model here, or leave {section}.* out"
+                )
+        return False
+    if len(rounds) == 1 and not unserved:
+        raise ValueError(
+            f"data.path={cfg.data.path} is not needed: "
+            + (f"importance={cfg.importance} has the scores" if needed else "nothing is scored")
+            + "; leave data.path out"
+            + (", or leave importance out" if needed else "")
+        )
+    return True
 
 
 def _open_inputs(cfg: PruneConfig, verify: str) -> None:
@@ -77,46 +118,63 @@ def _open_inputs(cfg: PruneConfig, verify: str) -> None:
 def run(cfg: PruneConfig) -> None:
     """Write ``checkpoint/`` (weights, model.yaml, tokenizer/), ``plan.json``, ``metrics.json``."""
     start = time.perf_counter()
-    source = Path(cfg.checkpoint) / "checkpoint"
-    config = ModelConfig.load(source)
-    plan = make_plan(config, cfg.pruning, _scores(cfg))
+    config = ModelConfig.load(Path(cfg.checkpoint) / "checkpoint")
+    rounds = pruning_rounds(config, cfg.pruning, cfg.parallel)
+    if cfg.data.path is not None:
+        return _score_and_prune(cfg, config, rounds, start)
+    if rank():
+        return log.debug("rank 0 alone prunes a checkpoint")
+    from nemo_minitron.importance.scores import Scores
+
+    scores = None if cfg.importance is None else Scores.load(Path(cfg.importance))
+    plan = make_plan(config, rounds[0], scores)
     with output_folder(cfg, "prune") as work:
-        plan.save(work)
-        _write_checkpoint(cfg, config, plan, source, work / "checkpoint")
-        metrics = _metrics(config, pruned_config(config, plan), plan)
-        metrics["seconds"] = round(time.perf_counter() - start, 3)
-        (work / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        metrics = _write(cfg, config, plan, work, start)
     _report(cfg, metrics)
 
 
-def _scores(cfg: PruneConfig) -> "Scores | None":
-    from nemo_minitron.importance.scores import Scores
-
-    return None if cfg.importance is None else Scores.load(Path(cfg.importance))
-
-
-def _write_checkpoint(
-    cfg: PruneConfig, config: ModelConfig, plan: Plan, source: Path, folder: Path
+def _score_and_prune(
+    cfg: PruneConfig, config: ModelConfig, rounds: list[PruningConfig], start: float
 ) -> None:
-    """The streaming executor: lazy store in, lazy store out, one writer."""
-    from nemo_minitron.checkpoint.lazy import on_read, refuse_nonfinite
-    from nemo_minitron.checkpoint.torch_dist import read_torch_dist, write_torch_dist
-    from nemo_minitron.families.registry import family_of
-    from nemo_minitron.pruning.slicing import prune_store
-    from nemo_minitron.reporting.console import progress
+    """``run`` on every rank, with a model to score."""
+    from nemo_minitron.runtime.launch import barrier, distributed
 
-    family, small = family_of(config), pruned_config(config, plan)
-    whole = on_read(
-        read_torch_dist(source, family, config), partial(refuse_nonfinite, key="checkpoint")
-    )
-    store = prune_store(family, config, plan, whole)
-    folder.mkdir()
-    with progress("pruning tensors", len(store)) as advance:
-        counted = on_read(store, lambda name, tensor: advance())
-        write_torch_dist(folder, counted, family, small, workers=cfg.workers)
-    small.save(folder)
-    if (source / "tokenizer").is_dir():
-        shutil.copytree(source / "tokenizer", folder / "tokenizer")
+    metrics: dict[str, Any] = {}
+    with distributed(cfg.parallel, cfg.data.seed):
+        from nemo_minitron.stages.calibrate import BATCH_KEYS
+        from nemo_minitron.stages.iterate import run_rounds
+
+        ranks = Ranks(rank(), barrier)
+        folder = output_folder(cfg, "prune", resumable=True, may_change=BATCH_KEYS, ranks=ranks)
+        with folder as work:
+            plan, costs = run_rounds(cfg, config, rounds, work)
+            if ranks.rank == 0:
+                metrics = _write(cfg, config, plan, work, start, costs)
+    if ranks.rank == 0:
+        _report(cfg, metrics)
+
+
+def _write(
+    cfg: PruneConfig,
+    config: ModelConfig,
+    plan: Plan,
+    work: Path,
+    start: float,
+    costs: list[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Files of the result; returns the metrics."""
+    from nemo_minitron.pruning.stream import prune_checkpoint
+
+    plan.save(work)
+    source, target = Path(cfg.checkpoint) / "checkpoint", work / "checkpoint"
+    shutil.rmtree(target, ignore_errors=True)  # a part of it, of a run that was killed
+    prune_checkpoint(source, config, plan, target, cfg.workers)
+    metrics = _metrics(config, pruned_config(config, plan), plan)
+    if costs is not None:
+        metrics["rounds"] = costs
+    metrics["seconds"] = round(time.perf_counter() - start, 3)
+    (work / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    return metrics
 
 
 def _metrics(config: ModelConfig, small: ModelConfig, plan: Plan) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import torch
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.config.stages import ImportanceConfig, ScoreConfig
+from nemo_minitron.config.stages import ImportanceConfig, PruneConfig, ScoreConfig
 from nemo_minitron.config.training import DataConfig
 
 
@@ -52,3 +52,28 @@ def run_stage(cfg: ImportanceConfig) -> None:
 
     importance.check(cfg)
     importance.run(cfg)
+
+
+def run_prune(cfg: PruneConfig, cut_at: str = "") -> str:
+    """``minitron prune`` on the ranks of the pool; it dies when it logs ``cut_at``."""
+    import logging
+
+    from nemo_minitron.stages import iterate, prune
+
+    class Killer(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if cut_at and cut_at in record.getMessage():
+                raise InterruptedError
+
+    prune.check(cfg)
+    killer, level = Killer(), iterate.log.level
+    iterate.log.addHandler(killer)
+    iterate.log.setLevel(logging.INFO)
+    try:
+        prune.run(cfg)
+    except InterruptedError:
+        return "cut off"
+    finally:
+        iterate.log.removeHandler(killer)
+        iterate.log.setLevel(level)
+    return "done"

@@ -86,9 +86,7 @@ def angle(model: LlamaForCausalLM, ids: torch.Tensor, first: int, size: int) -> 
     model.model(ids, use_cache=False)
     for hook in hooks:
         hook.remove()
-    cosine = torch.cosine_similarity(
-        states[first].double(), states[first + size].double(), dim=-1
-    )
+    cosine = torch.cosine_similarity(states[first].double(), states[first + size].double(), dim=-1)
     return float(cosine.arccos().mean() / math.pi)
 
 

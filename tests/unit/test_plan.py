@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nemo_minitron.config.stages import PruningConfig, TargetConfig
+from nemo_minitron.config.stages import PruningConfig, ScoreConfig, TargetConfig
 from nemo_minitron.importance.scores import Scores, model_meta
 from nemo_minitron.pruning.plan import Plan, full_plan, make_plan, pruned_config
 from nemo_minitron.pruning.targets import check_pruning
@@ -75,6 +75,51 @@ def test_layers_by_score_take_their_own_rows_of_the_other_scores() -> None:
     assert len(plan.head) == len(plan.query_group) == 2
 
 
+def depth(criterion: str, layers: int) -> PruningConfig:
+    return PruningConfig(target=TargetConfig(num_layers=layers), layer_criterion=criterion)
+
+
+def test_layers_by_lm_loss() -> None:
+    scores = random_scores()
+    scores.layer_lm_loss = torch.tensor([3.0, 3.2, 3.1, 3.3])
+    assert make_plan(LLAMA, depth("lm_loss", 2), scores).layers == [1, 3]
+
+
+@pytest.mark.parametrize("criterion", ["block_angular", "block_lm_loss"])
+def test_the_lowest_block_goes(criterion: str) -> None:
+    scores = random_scores()
+    scores.blocks = {
+        f"{criterion}.1": torch.tensor([0.2, 0.3, 0.1, 0.4]),
+        f"{criterion}.2": torch.tensor([0.3, 0.2, 0.4]),
+        f"{criterion}.3": torch.tensor([0.1, 0.2]),
+    }
+    kept = [make_plan(LLAMA, depth(criterion, n), scores).layers for n in (3, 2, 1)]
+    assert kept == [[0, 1, 3], [0, 3], [3]]
+
+
+def test_of_equal_blocks_the_last_one_goes() -> None:
+    scores = random_scores()
+    scores.blocks = {"block_angular.2": torch.tensor([0.1, 0.5, 0.1])}
+    assert make_plan(LLAMA, depth("block_angular", 2), scores).layers == [0, 1]
+
+
+def test_first_and_last_layers_may_go() -> None:
+    scores = random_scores()
+    scores.layer = torch.tensor([0.1, 0.4, 0.3, 0.2])
+    assert make_plan(LLAMA, prune(num_layers=2), scores).layers == [1, 2]
+
+
+def test_blocks_with_width() -> None:
+    scores = random_scores()
+    scores.blocks = {"block_lm_loss.2": torch.tensor([4.0, 3.0, 5.0])}
+    pruning = PruningConfig(
+        target=TargetConfig(num_layers=2, ffn_hidden_size=5), layer_criterion="block_lm_loss"
+    )
+    plan = make_plan(LLAMA, pruning, scores)
+    assert plan.layers == [0, 3]
+    assert plan.ffn == [sorted(scores.ffn[i].topk(5).indices.tolist()) for i in (0, 3)]
+
+
 def test_drop_layers_is_one_indexed_and_needs_no_scores() -> None:
     plan = make_plan(LLAMA, prune(drop_layers=[1, 3]), None)
     assert plan.layers == [1, 3]
@@ -130,6 +175,7 @@ def test_json_round_trip(tmp_path) -> None:
         (prune(drop_layers=[2, 2]), r"holds \[2\] more than once"),
         (prune(drop_layers=[1, 2, 3, 4]), r"drops all 4 layers"),
         (prune(drop_layers=[1], num_layers=2), r"both choose layers; set only one"),
+        (PruningConfig(target=TargetConfig(hidden_size=8), layer_criterion="lm_loss"), "no layer"),
     ],
 )
 def test_bad_targets_are_refused(pruning: PruningConfig, message: str) -> None:
@@ -144,6 +190,50 @@ def test_missing_importance_is_refused() -> None:
     scores.hidden = None
     with pytest.raises(ValueError, match=r"target\.hidden_size=8 needs 'hidden' scores"):
         make_plan(LLAMA, prune(hidden_size=8), scores)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "message"),
+    [
+        (
+            "block_lm_loss",
+            r"target\.num_layers=2 with .*'block_lm_loss\.2'.*block_sizes including 2",
+        ),
+        (
+            "block_angular",
+            r"'block_angular\.2'.*\['hidden', 'ffn', 'head', 'layer', 'block_angular.1",
+        ),
+        ("lm_loss", r"needs 'layer_lm_loss' scores.*scores\.layer_criteria including lm_loss"),
+    ],
+)
+def test_layers_that_were_not_scored_that_way_are_refused(criterion: str, message: str) -> None:
+    scores = random_scores()
+    scores.blocks = {"block_angular.1": torch.rand(L)}
+    with pytest.raises(ValueError, match=message):
+        make_plan(LLAMA, depth(criterion, 2), scores)
+
+
+@pytest.mark.parametrize("values", [{"layer_criterion": "ppl"}, {"iterations": 0}])
+def test_bad_pruning_keys_are_refused(values: dict) -> None:
+    with pytest.raises(ValueError, match=r"pruning\.(layer_criterion=ppl must be|iterations=0)"):
+        PruningConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"layer_criteria": ["ppl"]}, r"layer_criteria=\['ppl'\] must be a non-empty list"),
+        ({"layer_criteria": []}, "non-empty"),
+        ({"layer_criteria": ["block_angular"]}, r"set scores\.block_sizes=\[n\]"),
+        ({"block_sizes": [2]}, r"block_sizes=\[2\] is for block_angular and block_lm_loss"),
+        ({"layer_criteria": ["block_lm_loss"], "block_sizes": [0]}, "at least 1 each"),
+        ({"axes": ["ffn"], "layer_criteria": ["lm_loss"]}, r"add layer to scores\.axes"),
+        ({"lm_loss_samples": 0}, "lm_loss_samples=0 must be at least 1"),
+    ],
+)
+def test_bad_score_keys_are_refused(values: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ScoreConfig(**values)
 
 
 def test_scores_of_another_model_are_refused() -> None:

@@ -117,6 +117,19 @@ def test_files_round_trip(tmp_path) -> None:
     check_model(LLAMA, read_meta(tmp_path))
 
 
+def test_layer_scores_round_trip(tmp_path) -> None:
+    scores = make_scores()
+    scores.layer_lm_loss = torch.rand(LLAMA.num_layers)
+    scores.blocks = {"block_angular.2": torch.rand(3), "block_lm_loss.3": torch.rand(2)}
+    scores.save(tmp_path)
+    loaded = Scores.load(tmp_path)
+    assert loaded.axes().keys() == scores.axes().keys()
+    for name, tensor in scores.axes().items():
+        assert torch.equal(loaded.axes()[name], tensor)
+    names = ["hidden", "layer", "layer_lm_loss", "block_angular.2", "block_lm_loss.3"]
+    assert read_meta(tmp_path)["axes"] == names
+
+
 def test_bad_files_are_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"scores\.json; set importance to"):
         read_meta(tmp_path)

@@ -103,6 +103,17 @@ def test_drop_layers_needs_no_importance(home: Path, tmp_path: Path) -> None:
     assert (small.num_layers, small.kept_layers) == (3, [0, 2, 3])
 
 
+def test_scores_serve_any_target_without_a_forward_pass(home, tmp_path, monkeypatch) -> None:
+    """One importance result, several targets: nothing but files is read."""
+    monkeypatch.setattr("torch.nn.Module.__call__", None)
+    for name, target in {"a": {"hidden_size": 20}, "b": {"num_layers": 2}}.items():
+        cfg = prune_config(home, tmp_path / name, **target)
+        prune.check(cfg)
+        prune.run(cfg)
+        small = ModelConfig.load(tmp_path / name / "checkpoint")
+        assert all(getattr(small, key) == size for key, size in target.items())
+
+
 def test_same_scores_give_the_same_files(home: Path, tmp_path: Path) -> None:
     manifests = []
     for name in ("a", "b"):
@@ -141,6 +152,31 @@ def test_bad_input_is_refused(home: Path, tmp_path: Path, scores, pruning, messa
     with pytest.raises(ValueError, match=message):
         prune.check(cfg)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"data": {"path": "text"}}, r"data\.path=text is not needed: importance=.*leave data"),
+        ({"data": {"seq_length": 8}}, r"data\.\* is for scoring, but nothing is scored here"),
+        ({"parallel": {"tensor_model_parallel_size": 2}}, r"parallel\.\* is for scoring"),
+        ({"scores": {"seq_aggregation": "l2"}}, r"scores\.\* is for scoring"),
+        ({"iterations": 2}, r"pruning\.iterations=2 scores the model again .* set data\.path"),
+        ({"iterations": 2, "data": {"path": "no"}}, r"data\.path=no does not exist"),
+        (
+            {"iterations": 2, "data": {"path": "no"}, "parallel": {"context_parallel_size": 3}},
+            r"data\.seq_length=512 must be a multiple of 6",
+        ),
+    ],
+)
+def test_keys_of_scoring_are_refused(home: Path, tmp_path: Path, values, message) -> None:
+    cfg = prune_config(home, tmp_path / "out", hidden_size=20)
+    cfg.pruning.iterations = values.pop("iterations", 1)
+    for section, keys in values.items():
+        for key, value in keys.items():
+            setattr(getattr(cfg, section), key, value)
+    with pytest.raises(ValueError, match=message):
+        prune.check(cfg)
 
 
 def test_scores_of_other_weights_are_used_with_a_warning(home, tmp_path, caplog) -> None:

@@ -1,0 +1,151 @@
+"""Rounds of pruning on the way to a target, and several plans as one (docs/design/iterative.md).
+
+2407.14679, section 2.2: for T rounds and a size that goes from d_s to d_t, round i scores the model
+of size d_s - i (d_s - d_t) / T and prunes it to d_s - (i + 1) (d_s - d_t) / T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+from nemo_minitron.config.layout import check_pipeline
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.config.stages import PruningConfig, TargetConfig
+from nemo_minitron.pruning.merge import compose_terms
+from nemo_minitron.pruning.plan import Plan
+from nemo_minitron.pruning.targets import check_pruning, merged_heads, target_sizes
+
+_HEADS = "heads_per_group"
+
+
+def pruning_rounds(
+    config: ModelConfig, pruning: PruningConfig, parallel: ParallelConfig
+) -> list[PruningConfig]:
+    """What every round prunes, of the model that the rounds before it left.
+
+    Sizes in between are the nearest ones that ``parallel`` can split; rounds that would change
+    nothing are left out. Layers that ``drop_layers`` names go in the last round.
+
+    Args:
+        config: the model before pruning.
+        pruning: the target and the number of rounds.
+        parallel: layout of the calibration.
+
+    Raises:
+        ValueError: see ``targets.check_pruning``, of the whole and of every round.
+    """
+    check_pruning(config, pruning)
+    if pruning.iterations == 1:
+        return [pruning]
+    grouped = config.heads_per_group > 1
+    final = target_sizes(config, pruning)
+    rounds, current = [], config
+    for number in range(1, pruning.iterations + 1):
+        last = number == pruning.iterations
+        share = Fraction(number, pruning.iterations)
+        sizes = final if last else _sizes_between(config, current, final, share, parallel)
+        drop = pruning.drop_layers if last else None
+        changed = any(size != getattr(current, name) for name, size in sizes.items())
+        if not changed and drop is None:
+            continue
+        one = _one_round(current, pruning, sizes, drop, grouped)
+        check_pruning(current, one)
+        rounds.append(one)
+        current = _resized(current, sizes)
+    return rounds
+
+
+def _resized(config: ModelConfig, sizes: dict[str, Any]) -> ModelConfig:
+    return replace(config, **sizes)
+
+
+def _one_round(
+    config: ModelConfig,
+    pruning: PruningConfig,
+    sizes: dict[str, int],
+    drop_layers: list[int] | None,
+    grouped: bool,
+) -> PruningConfig:
+    """One round of ``pruning``: from ``config`` to ``sizes``."""
+    before, after = merged_heads(config, sizes)
+    # Groups of one head that were larger once still have no keys of their own to merge.
+    merges = before > after and (config.heads_per_group > 1 or not grouped)
+    layers = sizes["num_layers"] if sizes["num_layers"] < config.num_layers else None
+    return PruningConfig(
+        target=TargetConfig(**{**sizes, "num_layers": layers}),
+        drop_layers=drop_layers,
+        layer_criterion=pruning.layer_criterion if layers else "block_influence",
+        merge_heads=pruning.merge_heads and merges,
+    )
+
+
+def _sizes_between(
+    start: ModelConfig,
+    current: ModelConfig,
+    final: dict[str, int],
+    share: Fraction,
+    parallel: ParallelConfig,
+) -> dict[str, int]:
+    """Sizes after ``share`` of the way, each between the current one and the target."""
+    tp = parallel.tensor_model_parallel_size
+
+    def pipeline(size: int) -> bool:
+        try:
+            check_pipeline(replace(current, num_layers=size), parallel)
+        except ValueError:
+            return False
+        return True
+
+    def divides(size: int) -> bool:
+        return size % tp == 0
+
+    fits: dict[str, Callable[[int], bool]] = {
+        "num_layers": pipeline,
+        "ffn_hidden_size": divides,
+        "num_query_groups": divides,
+    }
+    goal = {**final, _HEADS: final["num_attention_heads"] // final["num_query_groups"]}
+    sizes = {}
+    for name in (n for n in goal if n != "num_attention_heads"):
+        begin, now, end = getattr(start, name), getattr(current, name), goal[name]
+        wanted = begin - share * (begin - end)
+        options = [size for size in range(end, now) if fits.get(name, bool)(size)]
+        # Of two that are equally near the larger one: later rounds can still cut.
+        sizes[name] = min([now, *reversed(options)], key=lambda size: abs(size - wanted))
+    sizes["num_attention_heads"] = sizes["num_query_groups"] * sizes.pop(_HEADS)
+    return sizes
+
+
+def compose(first: Plan, second: Plan) -> Plan:
+    """The plan that does at once what two plans do one after the other.
+
+    Args:
+        first: of the original model.
+        second: of the model that ``first`` gives.
+    """
+    layers = second.layers
+
+    def picked(rows: list[list[int]], kept: list[list[int]]) -> list[list[int]]:
+        return [_pick(rows[layer], k) for layer, k in zip(layers, kept, strict=True)]
+
+    merge = []
+    for position, layer in enumerate(layers):
+        before = first.merge[layer] if first.merge else []
+        after = second.merge[position] if second.merge else []
+        merge.append(compose_terms(before, first.head[layer], after, second.head[position]))
+    return Plan(
+        layers=_pick(first.layers, layers),
+        hidden=_pick(first.hidden, second.hidden),
+        ffn=picked(first.ffn, second.ffn),
+        head=picked(first.head, second.head),
+        query_group=picked(first.query_group, second.query_group),
+        merge=merge if any(merge) else [],
+    )
+
+
+def _pick(values: list[int], indices: Iterable[int]) -> list[int]:
+    return [values[index] for index in indices]

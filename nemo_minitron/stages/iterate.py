@@ -1,0 +1,123 @@
+"""Rounds of scoring and pruning inside ``minitron prune`` (docs/design/iterative.md)."""
+
+import logging
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.stages import BLOCK_CRITERIA, PruneConfig, PruningConfig, ScoreConfig
+from nemo_minitron.importance.scores import Scores
+from nemo_minitron.pruning.plan import Plan, full_plan, make_plan, pruned_config
+from nemo_minitron.pruning.rounds import compose
+from nemo_minitron.pruning.stream import prune_checkpoint
+from nemo_minitron.pruning.targets import needed_scores, target_sizes
+from nemo_minitron.runtime.launch import barrier
+from nemo_minitron.runtime.ranks import rank
+from nemo_minitron.stages.calibrate import calibrate
+
+log = logging.getLogger(__name__)
+
+ROUNDS = "rounds"
+
+
+def run_rounds(
+    cfg: PruneConfig, config: ModelConfig, rounds: list[PruningConfig], work: Path
+) -> tuple[Plan, list[dict[str, Any]]]:
+    """Score, plan, prune, and again; collective, inside ``runtime.launch.distributed``.
+
+    ``rounds/<n>/`` in ``work`` gets the scores and the plan of each round, both in terms of the
+    model that the rounds before it left; a round whose scores are there is not scored again.
+
+    Args:
+        cfg: the stage.
+        config: the model before pruning.
+        rounds: see ``pruning.rounds.pruning_rounds``.
+        work: working folder of the stage.
+
+    Returns:
+        The plan of all rounds together, in terms of the model before pruning; what every round cost
+        (where it was scored here and now).
+    """
+    plan, costs = full_plan(config), []
+    for number, one in enumerate(rounds, start=1):
+        small = pruned_config(config, plan)
+        sizes = target_sizes(small, one)
+        log.info("round %d of %d: to %s", number, len(rounds), sizes)
+        scores, figures = _scores(cfg, config, plan, one, work / ROUNDS, number)
+        step = make_plan(small, one, scores)
+        if rank() == 0:
+            (work / ROUNDS / str(number)).mkdir(parents=True, exist_ok=True)
+            step.save(work / ROUNDS / str(number))
+        plan = compose(plan, step)
+        costs.append({"sizes": sizes, **figures})
+    return plan, costs
+
+
+def _scores(
+    cfg: PruneConfig, config: ModelConfig, plan: Plan, one: PruningConfig, folder: Path, number: int
+) -> tuple[Scores | None, dict[str, Any]]:
+    """Scores of the model that ``plan`` gives, from wherever they are."""
+    small = pruned_config(config, plan)
+    if number == 1 and cfg.importance is not None:
+        return Scores.load(Path(cfg.importance)), {}
+    if not needed_scores(small, one):
+        return None, {}
+    result, part = folder / str(number), folder / f"{number}.part"
+    figures: dict[str, Any] = {}
+    if not _seen_by_all(result):
+        figures = _score_here(cfg, config, plan, one, part, number)
+        if rank() == 0:
+            part.rename(result)
+        barrier()
+    return Scores.load(result), figures
+
+
+def _seen_by_all(folder: Path) -> bool:
+    barrier()  # rank 0 does not make the folder before everyone has looked
+    there = folder.is_dir()
+    barrier()
+    return there
+
+
+def _score_here(
+    cfg: PruneConfig, config: ModelConfig, plan: Plan, one: PruningConfig, part: Path, number: int
+) -> dict[str, Any]:
+    """Calibrate on the model that ``plan`` gives; its scores are left in ``part``."""
+    source = model = Path(cfg.checkpoint) / "checkpoint"
+    if number > 1:
+        model = part / "checkpoint"
+        if rank() == 0:
+            shutil.rmtree(model, ignore_errors=True)  # half a model, of a run that was killed
+            part.mkdir(parents=True, exist_ok=True)
+            prune_checkpoint(source, config, plan, model, cfg.workers)
+        barrier()
+    calibrated = calibrate(
+        model,
+        cfg.data,
+        cfg.parallel,
+        _what_to_score(cfg, pruned_config(config, plan), one),
+        output_dir=cfg.output_dir,
+        work=part,
+        save_every=cfg.save_every_n_samples,
+    )
+    if rank() == 0:
+        part.mkdir(parents=True, exist_ok=True)
+        calibrated.scores.save(part)
+        shutil.rmtree(part / "checkpoint", ignore_errors=True)
+    return calibrated.figures()
+
+
+def _what_to_score(cfg: PruneConfig, small: ModelConfig, one: PruningConfig) -> ScoreConfig:
+    """Just what a round needs."""
+    needed = needed_scores(small, one)
+    dropped = small.num_layers - target_sizes(small, one)["num_layers"]
+    axes = [axis for axis in ("hidden", "ffn", "head") if axis in needed]
+    blocks = dropped and one.layer_criterion in BLOCK_CRITERIA
+    return ScoreConfig(
+        **asdict(cfg.scores),
+        axes=axes + (["layer"] if dropped else []),
+        layer_criteria=[one.layer_criterion if dropped else "block_influence"],
+        block_sizes=[dropped] if blocks else [],
+    )
