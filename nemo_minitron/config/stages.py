@@ -13,6 +13,8 @@ from nemo_minitron.config.training import (
     TrainerConfig,
 )
 
+SCORE_AXES = ("hidden", "ffn", "head", "layer", "expert", "expert_ffn")
+
 
 @dataclass(kw_only=True)
 class StageConfig:
@@ -73,8 +75,8 @@ class CalibrationConfig:
 class ScoreConfig(CalibrationConfig):
     """What is scored and how."""
 
-    axes: list[str] = field(default_factory=lambda: ["hidden", "ffn", "head", "layer"])
-    """Axes to score."""
+    axes: list[str] = field(default_factory=lambda: list(SCORE_AXES))
+    """Axes to score; those that the model lacks (experts, or a dense ffn) are left out."""
     layer_criteria: list[str] = field(default_factory=lambda: ["block_influence"])
     """How to score layers, any of ``block_influence`` (1 - cosine of a layer's input and output),
     ``lm_loss`` (LM loss without the layer), ``block_angular`` (angle between input and output of
@@ -87,10 +89,11 @@ class ScoreConfig(CalibrationConfig):
     def __post_init__(self) -> None:
         """Check names and lengths."""
         super().__post_init__()
-        known = ["hidden", "ffn", "head", "layer"]
-        bad = [a for a in self.axes if a not in known]
+        bad = [a for a in self.axes if a not in SCORE_AXES]
         if bad or not self.axes:
-            raise ValueError(f"scores.axes={self.axes} must be a non-empty list out of {known}")
+            raise ValueError(
+                f"scores.axes={self.axes} must be a non-empty list out of {list(SCORE_AXES)}"
+            )
         if not self.layer_criteria or not set(self.layer_criteria) <= set(LAYER_CRITERIA):
             raise ValueError(
                 f"scores.layer_criteria={self.layer_criteria} must be a non-empty list out of "

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 # Partial sums that each sequence aggregation needs: sum |x|; sum x^2; sum x and sum x^2.
-_PARTIALS = {"mean": 1, "l2": 1, "var": 2}
+PARTIALS = {"mean": 1, "l2": 1, "var": 2}
 # Batch sums that each batch aggregation needs: sum y; sum y^2; both.
 _SUMS = {"mean": ("sum",), "l2": ("squares",), "var": ("sum", "squares")}
 
@@ -48,13 +48,13 @@ def write_partials(x: Tensor, seq: str, out: Tensor) -> None:
     out[1] = squares.double() + mean.double().square() * x.size(0)
 
 
-def sequence_statistic(partials: Tensor, seq: str, positions: int) -> Tensor:
+def sequence_statistic(partials: Tensor, seq: str, positions: int | Tensor) -> Tensor:
     """Complete partial sums -> one statistic per sample.
 
     Args:
         partials: ``[m, k, b, w]`` sums over all positions of each sample.
         seq: sequence aggregation.
-        positions: global positions per sample.
+        positions: global positions per sample, or ``[m, b, 1]`` where samples differ.
 
     Returns:
         ``[m, b, w]`` fp64, not negative.
@@ -91,7 +91,7 @@ class Accumulator:
         self._length = 0
         self.partials = torch.empty(
             modules,
-            _PARTIALS[seq],
+            PARTIALS[seq],
             0,
             width,
             # A variance is the small difference of large sums.

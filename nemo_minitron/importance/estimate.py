@@ -224,6 +224,8 @@ def gather_scores(
         ffn=_final_or_none(None if ffn is None else _gather_channels(ffn, groups.tp), groups.tp),
         head=_final_or_none(head, groups.tp),
         layer=_final_or_none(tables.get("layer"), groups.tp),
+        expert=_final_or_none(tables.get("expert"), groups.tp),
+        expert_ffn=_final_or_none(tables.get("expert_ffn"), groups.tp),
         blocks={
             layer_scores("block_angular", size): _final(values, groups.tp)
             for size, values in blocks.items()
@@ -240,6 +242,8 @@ def _layer_tables(recorders: list[ChunkRecorder], config: ModelConfig) -> dict[s
             local["hidden"] = local["hidden"].unflatten(0, (-1, NORMS_PER_LAYER))
         if recorder.influence is not None:
             local["layer"] = recorder.influence.scores()
+        if recorder.experts is not None:
+            local |= recorder.experts.scores()
         for axis, values in local.items():
             if axis not in tables:
                 tables[axis] = values.new_zeros(config.num_layers, *values.shape[1:])

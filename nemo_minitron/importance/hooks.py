@@ -5,7 +5,8 @@ What is scored where (2407.14679, section 2.2):
 - ``hidden``: output of each layer's input norm and pre-MLP norm,
 - ``ffn``: input of ``mlp.linear_fc2``,
 - ``head``: input of ``self_attention.linear_proj``,
-- ``layer``: input and output of the transformer layer.
+- ``layer``: input and output of the transformer layer,
+- ``expert`` and ``expert_ffn``: see ``importance/experts.py``; with experts there is no ``ffn``.
 
 Activations are ``[s, b, w]`` and local: ffn and head channels are split over the tensor-parallel
 ranks; under sequence parallelism the hidden states are split along s over the same ranks; context
@@ -34,6 +35,7 @@ from nemo_minitron.importance.aggregate import (
     token_state,
 )
 from nemo_minitron.importance.angles import BlockAngles
+from nemo_minitron.importance.experts import ExpertRecorder
 from nemo_minitron.runtime.groups import ParallelGroups
 
 NORMS_PER_LAYER = 2
@@ -49,6 +51,7 @@ class ChunkRecorder:
             one, in layer order.
         influence: accumulator of block influence, None when layers are not scored by it.
         angles: accumulator of block angles, one for all chunks of a rank; None when not scored.
+        experts: sums over the experts' tokens, None in a dense model.
     """
 
     def __init__(
@@ -96,6 +99,12 @@ class ChunkRecorder:
         if scores.layers_by("block_influence"):
             self.influence = BlockInfluence(count, device=device)
         self._blocks = blocks
+        self.experts: ExpertRecorder | None = None
+        if config.num_moe_experts is not None:
+            self.channels.pop("ffn", None)
+            self.experts = ExpertRecorder(
+                chunk, groups, scores, lambda: self.valid(self.micro_batches)
+            )
 
     def register(self, keep: Callable[[RemovableHandle], object]) -> None:
         """Register all hooks, handing every handle to ``keep`` at once.
@@ -104,6 +113,8 @@ class ChunkRecorder:
             ValueError: a layer has no dense MLP or no self-attention to hook.
         """
         keep(self.chunk.register_forward_hook(self._finish))
+        if self.experts is not None:
+            self.experts.register(keep)
         for local, block in enumerate(self._blocks):
             attention, mlp = block.self_attention, block.mlp
             if "hidden" in self.channels:
@@ -178,6 +189,7 @@ class ChunkRecorder:
             "micro_batches": self.micro_batches,
             "channels": {axis: acc.state_dict() for axis, acc in self.channels.items()},
             "tokens": [token_state(acc) for acc in self._token_sums()],
+            "experts": None if self.experts is None else self.experts.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -187,6 +199,8 @@ class ChunkRecorder:
             accumulator.load_state_dict(state["channels"][axis])
         for sums, values in zip(self._token_sums(), state["tokens"], strict=True):
             load_token_state(sums, values)
+        if self.experts is not None:
+            self.experts.load_state_dict(state["experts"])
 
     def _token_sums(self) -> list[TokenSums]:
         return [acc for acc in (self.influence, self.angles) if acc is not None]

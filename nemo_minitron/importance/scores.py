@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.config.stages import BLOCK_CRITERIA, ScoreConfig
+from nemo_minitron.config.stages import BLOCK_CRITERIA, SCORE_AXES, ScoreConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SCORES_FILE = "scores.safetensors"
 META_FILE = "scores.json"
-AXES = ("hidden", "ffn", "head", "layer", "layer_lm_loss")
+AXES = ("hidden", "ffn", "head", "expert", "expert_ffn", "layer", "layer_lm_loss")
 _FORMAT = 1
 # What must agree between the model that was scored and the model that is pruned.
 _MODEL_KEYS = (
@@ -29,6 +29,8 @@ _MODEL_KEYS = (
     "kv_channels",
     "vocab_size",
     "kept_layers",
+    "num_moe_experts",
+    "moe_ffn_hidden_size",
 )
 
 
@@ -45,6 +47,10 @@ class Scores:
     """``[layers, f]``."""
     head: Tensor | None = None
     """``[layers, n]`` query heads."""
+    expert: Tensor | None = None
+    """``[layers, num_moe_experts]``."""
+    expert_ffn: Tensor | None = None
+    """``[layers, num_moe_experts, f]``."""
     layer: Tensor | None = None
     """``[layers]`` block influence."""
     layer_lm_loss: Tensor | None = None
@@ -142,6 +148,21 @@ def check_finite(scores: Scores) -> None:
                 f"{bad} of {tensor.numel()} {axis} scores are NaN or infinite: the model's "
                 "activations are; check the checkpoint (minitron evaluate) and the calibration data"
             )
+
+
+def check_axes(config: ModelConfig, axes: list[str]) -> None:
+    """Refuse a scoring that would score nothing: axes that a model lacks are left out.
+
+    Raises:
+        ValueError: none of the axes exists in this model.
+    """
+    lacking = ["expert", "expert_ffn"] if config.num_moe_experts is None else ["ffn"]
+    if set(axes) <= set(lacking):
+        what = "no experts" if config.num_moe_experts is None else "experts in every layer"
+        raise ValueError(
+            f"scores.axes={axes} holds no axis of this model, which has {what}; set scores.axes to "
+            f"some of {[axis for axis in SCORE_AXES if axis not in lacking]}"
+        )
 
 
 def model_meta(config: ModelConfig) -> dict[str, Any]:

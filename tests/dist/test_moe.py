@@ -9,12 +9,14 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from nemo_minitron.checkpoint.torch_dist import read_torch_dist
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.config.stages import ExportConfig, ImportConfig
+from nemo_minitron.config.stages import ExportConfig, ImportConfig, ScoreConfig
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.stages import export, import_
 from tests.dist.checkpoint_cases import load_and_save
+from tests.dist.importance_cases import score
 from tests.dist.logits_cases import megatron_logits
 from tests.pool import WorkerPool
+from tests.tiny import token_batch
 
 LAYOUTS = {
     "one": (1, {}),
@@ -79,9 +81,7 @@ def test_megatron_reads_and_writes_the_same_weights(
     config = ModelConfig.load(folder)
     theirs = tmp_path / "theirs"
     theirs.mkdir()
-    local = ranks.run(
-        size, load_and_save, config, ParallelConfig(**keys), str(folder), str(theirs)
-    )
+    local = ranks.run(size, load_and_save, config, ParallelConfig(**keys), str(folder), str(theirs))
     ours = read_torch_dist(folder, family_of(config), config)
     back = read_torch_dist(theirs, family_of(config), config)
     assert ours.keys() == back.keys()
@@ -93,3 +93,99 @@ def test_megatron_reads_and_writes_the_same_weights(
         else:
             whole = ours[expert.format(1)].read().chunk(2, dim=1)[rank]
         assert torch.equal(parameters[expert.format(1)], whole)
+
+
+SAMPLES, LENGTH = 5, 16  # no multiple of any micro-batch: fillers are among the tokens
+
+
+def score_layout(
+    ranks: WorkerPool, home: Path, size: int, keys: dict, micro: int = 1, **scores
+) -> list[dict[str, torch.Tensor]]:
+    folder = home / "model" / "checkpoint"
+    ids = torch.load(home / "calibration.pt")
+    return ranks.run(
+        size,
+        score,
+        ModelConfig.load(folder),
+        str(folder),
+        ids,
+        ParallelConfig(**keys),
+        ScoreConfig(**scores),
+        micro,
+        4,
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(ranks: WorkerPool, home: Path) -> dict[str, torch.Tensor]:
+    """Scores on one rank."""
+    torch.save(token_batch(SAMPLES, LENGTH - 1, 101, seed=3), home / "calibration.pt")
+    return score_layout(ranks, home, 1, {})[0]
+
+
+def reference(home: Path) -> dict[str, torch.Tensor]:
+    """Scores of experts from transformers' own modules, token by token."""
+    model = AutoModelForCausalLM.from_pretrained(home / "hf").eval()
+    seen: list[torch.Tensor] = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        model(torch.load(home / "calibration.pt"))
+        out = {"expert": torch.zeros(2, 4), "expert_ffn": torch.zeros(2, 4, 40)}
+        for index, (layer, x) in enumerate(zip(model.model.layers, seen, strict=True)):
+            _, weights, picked = layer.mlp.gate(x)
+            for expert in range(4):
+                token, place = torch.where(picked == expert)
+                gate, up = (x[token] @ layer.mlp.experts.gate_up_proj[expert].T).chunk(2, dim=-1)
+                inner = torch.nn.functional.silu(gate) * up * weights[token, place, None]
+                outer = inner @ layer.mlp.experts.down_proj[expert].T
+                out["expert"][index, expert] = outer.norm(dim=-1).mean()
+                out["expert_ffn"][index, expert] = inner.abs().mean(dim=0)
+    return out
+
+
+def test_expert_scores_are_those_of_transformers(
+    home: Path, alone: dict[str, torch.Tensor]
+) -> None:
+    assert list(alone) == ["hidden", "head", "expert", "expert_ffn", "layer"]
+    for axis, want in reference(home).items():
+        torch.testing.assert_close(alone[axis], want, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("size", "keys", "micro"),
+    [
+        (1, {}, 2),
+        (2, {"expert_model_parallel_size": 2}, 1),
+        (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, 2),
+        (
+            4,
+            {
+                "tensor_model_parallel_size": 2,
+                "sequence_parallel": True,
+                "expert_model_parallel_size": 2,
+            },
+            2,
+        ),
+        (4, {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}, 2),
+        (2, {"context_parallel_size": 2, "expert_model_parallel_size": 2}, 1),
+        (4, {"data_parallel_size": 4, "expert_model_parallel_size": 2}, 1),
+    ],
+    ids=["mbs2", "ep2", "tp2_sp", "tp2_sp_ep2", "pp2_ep2", "cp2_ep2", "dp4_ep2"],
+)
+def test_scores_do_not_depend_on_the_layout(
+    ranks: WorkerPool, home: Path, alone: dict[str, torch.Tensor], size: int, keys: dict, micro: int
+) -> None:
+    for found in score_layout(ranks, home, size, keys, micro):
+        assert found.keys() == alone.keys()
+        for axis, want in alone.items():
+            torch.testing.assert_close(found[axis], want, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("seq", ["l2", "var"])
+def test_other_aggregations(ranks: WorkerPool, home: Path, alone, seq: str) -> None:
+    keys = {"expert_model_parallel_size": 2}
+    scores = {"seq_aggregation": seq, "axes": ["expert_ffn"]}
+    (one,) = score_layout(ranks, home, 1, {}, **scores)
+    for found in score_layout(ranks, home, 2, keys, 2, **scores):
+        torch.testing.assert_close(found["expert_ffn"], one["expert_ffn"], rtol=1e-5, atol=0)

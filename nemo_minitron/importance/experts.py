@@ -1,0 +1,165 @@
+"""Scores of experts and of the channels inside them, from hooks on mixture-of-experts layers.
+
+- ``expert``: L2 norm of the expert's output, mean over the tokens routed to it,
+- ``expert_ffn``: input of each expert's ``linear_fc2``, over the tokens routed to it.
+
+Both are taken as they enter the layer's sum: Megatron multiplies by the router's weight before
+``linear_fc2``. All tokens routed to an expert in the calibration set are aggregated as one
+sequence, by the sequence aggregation; which sample a token came from is not known where the expert
+is. An expert that no token was routed to scores 0.
+
+An expert's rank sees the tokens of all expert-parallel ranks and, under sequence parallelism, of
+all tensor-parallel ranks; filler samples among them count for nothing because the router's hook
+sets their weights to 0 where they come from, which is also where routed tokens are counted.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from nemo_minitron.config.stages import ScoreConfig
+from nemo_minitron.importance.aggregate import (
+    PARTIALS,
+    all_reduce_flat,
+    sequence_statistic,
+    write_partials,
+)
+from nemo_minitron.runtime.groups import Group, ParallelGroups
+
+EXPERT_AXES = ("expert", "expert_ffn")
+_STATE = ("counts", "norms", "partials")
+
+
+class ExpertRecorder:
+    """Sums over routed tokens for the experts of one model chunk, fed by its hooks.
+
+    Shape letters: l layers of the chunk, e local experts, k partial sums, w local channels.
+
+    Attributes:
+        counts: ``[l, num_moe_experts]`` int64, tokens of this rank routed to each expert.
+        norms: ``[l, e]`` fp64, summed L2 norms of the outputs.
+        partials: ``[l, e, k, w]`` fp64 partial sums of the channels.
+    """
+
+    def __init__(
+        self,
+        chunk: Any,
+        groups: ParallelGroups,
+        scores: ScoreConfig,
+        valid: Callable[[], int],
+    ) -> None:
+        """Prepare sums; registers nothing yet.
+
+        Args:
+            chunk: a Megatron ``GPTModel`` with experts, without wrappers.
+            groups: this rank's process groups.
+            scores: what to score and how.
+            valid: leading samples of the current micro-batch that count on this rank.
+        """
+        config = chunk.config
+        self.groups, self.valid = groups, valid
+        self.seq = scores.seq_aggregation
+        self.axes = [axis for axis in EXPERT_AXES if axis in scores.axes]
+        self.sequence_split = bool(config.sequence_parallel)
+        self._layers = [block.mlp for block in chunk.decoder.layers]
+        count, local = len(self._layers), config.num_moe_experts // groups.ep.size()
+        width = config.moe_ffn_hidden_size // groups.expt_tp.size()
+        zeros = partial(torch.zeros, dtype=torch.float64, device=next(chunk.parameters()).device)
+        self.counts = zeros(count, config.num_moe_experts, dtype=torch.int64)
+        self.norms = zeros(count, local)
+        self.partials = zeros(count, local, PARTIALS[self.seq], width)
+
+    def register(self, keep: Callable[[RemovableHandle], object]) -> None:
+        """Register all hooks, handing every handle to ``keep`` at once."""
+        if not self.axes:
+            return
+        for layer, moe in enumerate(self._layers):
+            keep(moe.router.register_forward_hook(partial(self._on_router, layer)))
+            for index, expert in enumerate(moe.experts.local_experts):
+                if "expert" in self.axes:
+                    keep(expert.register_forward_hook(partial(self._on_output, layer, index)))
+                if "expert_ffn" in self.axes:
+                    hook = partial(self._on_channels, layer, index)
+                    keep(expert.linear_fc2.register_forward_pre_hook(hook))
+
+    # Hooks: torch gives (module, args[, output]) after the bound arguments.
+
+    def _on_router(
+        self, layer: int, _: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor] | None:
+        """Count the tokens that count, and silence the others."""
+        probs, routing_map = output  # [s * b, num_moe_experts], in the order of [s, b]
+        samples, valid = args[0].size(1), self.valid()
+        if valid == samples:
+            self.counts[layer] += routing_map.sum(dim=0)
+            return None
+        keep = torch.arange(len(probs), device=probs.device) % samples < valid
+        self.counts[layer] += routing_map[keep].sum(dim=0)
+        return probs * keep[:, None], routing_map
+
+    def _on_output(
+        self, layer: int, expert: int, _: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]
+    ) -> None:
+        out = output[0].float()  # [tokens, h]
+        if self.groups.expt_tp.size() > 1:
+            # Each rank has a partial sum over its channels; Megatron adds them up later, per token.
+            out = out.clone()
+            dist.all_reduce(out, group=self.groups.expt_tp)
+        self.norms[layer, expert] += torch.linalg.vector_norm(out, dim=-1).double().sum()
+
+    def _on_channels(self, layer: int, expert: int, _: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0]  # [tokens, w]
+        if len(x) == 0:
+            return
+        out = torch.empty_like(self.partials[layer, expert])
+        write_partials(x[:, None], self.seq, out[:, None])
+        self.partials[layer, expert] += out
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What was accumulated so far."""
+        return {name: getattr(self, name) for name in _STATE}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from what ``state_dict`` returned."""
+        for name in _STATE:
+            getattr(self, name).copy_(state[name])
+
+    def scores(self) -> dict[str, Tensor]:
+        """Axis -> global fp64 scores of this chunk's layers (collective, the same on every rank).
+
+        Returns:
+            ``expert`` ``[l, num_moe_experts]`` and ``expert_ffn`` ``[l, num_moe_experts, f]``, as
+            far as they are scored.
+        """
+        groups = self.groups
+        if not self.axes:
+            return {}
+        counts = self.counts.clone()
+        if self.sequence_split:
+            all_reduce_flat([counts], groups.tp)
+        all_reduce_flat([counts], groups.dp_cp)
+        norms, sums = self.norms.clone(), self.partials.clone()
+        all_reduce_flat([norms, sums], groups.expt_dp)
+        tokens = counts.clamp_min(1)
+        found = {}
+        if "expert" in self.axes:
+            found["expert"] = gather(norms, groups.ep, dim=1) / tokens
+        if "expert_ffn" in self.axes:
+            sums = gather(gather(sums, groups.expt_tp, dim=-1), groups.ep, dim=1)
+            sums = sums.transpose(1, 2)  # [l, k, num_moe_experts, f]
+            found["expert_ffn"] = sequence_statistic(sums, self.seq, tokens[:, :, None])
+        return found
+
+
+def gather(local: Tensor, group: Group, dim: int) -> Tensor:
+    """Shards of every rank of ``group``, concatenated along ``dim`` in rank order."""
+    if group.size() == 1:
+        return local
+    parts = [torch.empty_like(local) for _ in range(group.size())]
+    dist.all_gather(parts, local.contiguous(), group=group)
+    return torch.cat(parts, dim=dim)
