@@ -159,6 +159,10 @@ class TargetConfig:
     ffn_hidden_size: int | None = None
     num_attention_heads: int | None = None
     num_query_groups: int | None = None
+    num_moe_experts: int | None = None
+    """Experts of every layer, at least moe_router_topk."""
+    moe_ffn_hidden_size: int | None = None
+    """FFN width of each expert."""
 
 
 @dataclass(kw_only=True)

@@ -48,6 +48,7 @@ class Row:
         te_name: name under the Transformer Engine spec where it differs.
         when: whether a model with this config has the parameter.
         expert: the expert this row belongs to, once ``of_expert`` has filled in ``{expert}``.
+        template: the row that ``of_expert`` made this one from.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Row:
     te_name: str | None = None
     when: Callable[[ModelConfig], bool] = _always
     expert: int | None = None
+    template: "Row | None" = None
 
     @property
     def per_layer(self) -> bool:
@@ -80,6 +82,7 @@ class Row:
             hf=tuple(map(fill, self.hf)),
             te_name=None if self.te_name is None else fill(self.te_name),
             expert=expert,
+            template=self,
         )
 
     def shape(self, config: ModelConfig) -> tuple[int, ...]:

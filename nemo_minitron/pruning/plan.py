@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 PLAN_FILE = "plan.json"
 _FORMAT = 1
+_OPTIONAL = {"merge", "expert", "expert_ffn"}
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ class Plan:
     ffn: list[list[int]]
     head: list[list[int]]
     query_group: list[list[int]]
+    expert: list[list[int]] = field(default_factory=list)
+    """Empty (and absent from the file) in a model without experts, as ``expert_ffn``; in one with
+    experts the lists of ``ffn`` are empty."""
+    expert_ffn: list[list[list[int]]] = field(default_factory=list)
+    """One list per kept layer and kept expert."""
     merge: list[Terms] = field(default_factory=list)
     """What kept query heads take over from others (``pruning/merge.py``), before anything is cut;
     empty (and absent from the file) when heads stay what they are."""
@@ -47,8 +53,9 @@ class Plan:
     def save(self, folder: Path) -> None:
         """Write ``plan.json`` into ``folder``."""
         values = asdict(self)
-        if not self.merge:
-            del values["merge"]
+        for name in _OPTIONAL:
+            if not values[name]:
+                del values[name]
         text = json.dumps({"format": _FORMAT, **values}, separators=(",", ":"))
         (folder / PLAN_FILE).write_text(text + "\n")
 
@@ -64,10 +71,10 @@ class Plan:
             values = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
-        names = {f.name for f in fields(cls)} - {"merge"}
+        names = {f.name for f in fields(cls)} - _OPTIONAL
         if not isinstance(values, dict) or values.pop("format", None) != _FORMAT:
             raise ValueError(f"{path} is not a format-{_FORMAT} plan; run minitron prune again")
-        if set(values) - {"merge"} != names:
+        if set(values) - _OPTIONAL != names:
             raise ValueError(f"{path} must hold {sorted(names)}, not {sorted(values)}")
         return cls(**values)
 
@@ -78,13 +85,21 @@ def full_plan(config: ModelConfig) -> Plan:
     def everything(size: int) -> list[list[int]]:
         return [list(range(size)) for _ in range(config.num_layers)]
 
+    experts, width = config.num_moe_experts, config.moe_ffn_hidden_size
+    dense = experts is None or width is None
     return Plan(
         layers=list(range(config.num_layers)),
         hidden=list(range(config.hidden_size)),
-        ffn=everything(config.ffn_hidden_size),
+        ffn=everything(config.ffn_hidden_size if dense else 0),
         head=everything(config.num_attention_heads),
         query_group=everything(config.num_query_groups),
+        expert=[] if dense else everything(experts),
+        expert_ffn=[] if dense else [_all_channels(experts, width)] * config.num_layers,
     )
+
+
+def _all_channels(experts: int, width: int) -> list[list[int]]:
+    return [list(range(width)) for _ in range(experts)]
 
 
 # ---------------------------------------------------------------- scores -> plan
@@ -129,6 +144,22 @@ def _keep_heads(scores: Tensor, config: ModelConfig, sizes: dict[str, int]) -> d
     return {"query_group": kept_groups.tolist(), "head": heads.flatten(1).tolist()}
 
 
+def _keep_experts(
+    plan: Plan, scores: Scores, sizes: dict[str, int], needed: dict[str, str]
+) -> Plan:
+    """Experts of every kept layer, then channels inside each kept expert."""
+    if "expert" in needed and scores.expert is not None:
+        kept = _top(scores.expert[plan.layers], sizes["num_moe_experts"]).tolist()
+        channels = [layer[: len(kept[0])] for layer in plan.expert_ffn]
+        plan = replace(plan, expert=kept, expert_ffn=channels)
+    if "expert_ffn" in needed and scores.expert_ffn is not None:
+        rows = zip(scores.expert_ffn[plan.layers], plan.expert, strict=True)
+        width = sizes["moe_ffn_hidden_size"]
+        channels = [_top(layer[kept], width).tolist() for layer, kept in rows]
+        plan = replace(plan, expert_ffn=channels)
+    return plan
+
+
 def make_plan(config: ModelConfig, pruning: PruningConfig, scores: Scores | None) -> Plan:
     """Choose what to keep.
 
@@ -154,6 +185,8 @@ def make_plan(config: ModelConfig, pruning: PruningConfig, scores: Scores | None
         ffn=plan.ffn[:count],
         head=plan.head[:count],
         query_group=plan.query_group[:count],
+        expert=plan.expert[:count],
+        expert_ffn=plan.expert_ffn[:count],
     )
     if scores is None:
         return plan
@@ -163,6 +196,7 @@ def make_plan(config: ModelConfig, pruning: PruningConfig, scores: Scores | None
     if "ffn" in needed and scores.ffn is not None:
         ffn = _top(scores.ffn[plan.layers], sizes["ffn_hidden_size"]).tolist()
         plan = replace(plan, ffn=ffn)
+    plan = _keep_experts(plan, scores, sizes, needed)
     if "head" in needed and scores.head is not None:
         rows = scores.head[plan.layers]
         plan = replace(plan, **_keep_heads(rows, config, sizes))
@@ -176,11 +210,15 @@ def pruned_config(config: ModelConfig, plan: Plan) -> ModelConfig:
     """Config of the pruned model; ``kept_layers`` stays in terms of the original model."""
     original = config.kept_layers or list(range(config.num_layers))
     dropped = len(plan.layers) < config.num_layers
+    # Where every layer has experts, the width of dense layers is that of the experts.
+    ffn = len(plan.expert_ffn[0][0]) if plan.expert_ffn else len(plan.ffn[0])
     return replace(
         config,
         num_layers=len(plan.layers),
         hidden_size=len(plan.hidden),
-        ffn_hidden_size=len(plan.ffn[0]),
+        ffn_hidden_size=ffn,
+        num_moe_experts=len(plan.expert[0]) if plan.expert else None,
+        moe_ffn_hidden_size=ffn if plan.expert_ffn else None,
         num_attention_heads=len(plan.head[0]),
         num_query_groups=len(plan.query_group[0]),
         kept_layers=[original[i] for i in plan.layers] if dropped else list(config.kept_layers),

@@ -60,6 +60,8 @@ def pruning_rounds(
 
 
 def _resized(config: ModelConfig, sizes: dict[str, Any]) -> ModelConfig:
+    if config.num_moe_experts is not None:  # the width of dense layers that there are none of
+        sizes = {**sizes, "ffn_hidden_size": sizes["moe_ffn_hidden_size"]}
     return replace(config, **sizes)
 
 
@@ -107,6 +109,8 @@ def _sizes_between(
         "num_layers": pipeline,
         "ffn_hidden_size": divides,
         "num_query_groups": divides,
+        "moe_ffn_hidden_size": divides,
+        "num_moe_experts": lambda size: size % parallel.expert_model_parallel_size == 0,
     }
     goal = {**final, _HEADS: final["num_attention_heads"] // final["num_query_groups"]}
     sizes = {}
@@ -137,12 +141,18 @@ def compose(first: Plan, second: Plan) -> Plan:
         before = first.merge[layer] if first.merge else []
         after = second.merge[position] if second.merge else []
         merge.append(compose_terms(before, first.head[layer], after, second.head[position]))
+    inner = []
+    for position, layer in enumerate(layers[: len(second.expert)]):
+        rows = _pick(first.expert_ffn[layer], second.expert[position])
+        inner.append([_pick(r, k) for r, k in zip(rows, second.expert_ffn[position], strict=True)])
     return Plan(
         layers=_pick(first.layers, layers),
         hidden=_pick(first.hidden, second.hidden),
         ffn=picked(first.ffn, second.ffn),
         head=picked(first.head, second.head),
         query_group=picked(first.query_group, second.query_group),
+        expert=picked(first.expert, second.expert) if second.expert else [],
+        expert_ffn=inner,
         merge=merge if any(merge) else [],
     )
 

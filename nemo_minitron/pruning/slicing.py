@@ -13,7 +13,7 @@ from torch import LongTensor, Tensor
 
 from nemo_minitron.checkpoint.lazy import LazyTensor, Store
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.families.table import DIM_SIZES, Family
+from nemo_minitron.families.table import DIM_SIZES, Family, Row
 from nemo_minitron.pruning.merge import Terms, merge_qkv
 from nemo_minitron.pruning.plan import Plan, pruned_config
 
@@ -47,17 +47,37 @@ def _qkv(config: ModelConfig, plan: Plan, position: int) -> Tensor:
     return _blocks(torch.tensor(blocks), config.kv_channels)
 
 
+def _expert(config: ModelConfig, plan: Plan, position: int) -> Tensor:
+    return torch.tensor(plan.expert[position])
+
+
+def _in_expert(
+    dim: str, config: ModelConfig, plan: Plan, position: int, expert: int | None
+) -> Tensor:
+    """Channels of one expert, its number counted among the kept ones."""
+    if expert is None:
+        raise ValueError(
+            f"a '{dim}' dim needs an expert; fix the family table: only rows with {{expert}} in "
+            "their name can have it"
+        )
+    kept = torch.tensor(plan.expert_ffn[position][expert])
+    if dim == "expert_ffn":
+        return kept
+    return torch.cat([kept, kept + (config.moe_ffn_hidden_size or 0)])
+
+
 _PER_LAYER: dict[str, Callable[[ModelConfig, Plan, int], Tensor]] = {
     "ffn": _ffn,
     "gate_up": _gate_up,
     "head": _head,
     "qkv": _qkv,
+    "expert": _expert,
 }
 _NEVER_PRUNED = ("vocab", "position", "head_dim")
 
 
 def dim_indices(
-    dim: str, config: ModelConfig, plan: Plan, position: int | None
+    dim: str, config: ModelConfig, plan: Plan, position: int | None, expert: int | None = None
 ) -> LongTensor | None:
     """Indices that stay of one tensor dim.
 
@@ -66,6 +86,7 @@ def dim_indices(
         config: the model before pruning.
         plan: what to keep.
         position: position of the layer in ``plan.layers``; None for tensors outside the layers.
+        expert: position of the expert in ``plan.expert[position]``; None outside experts.
 
     Returns:
         Global indices in the order they are stored, or None when all stay.
@@ -79,6 +100,8 @@ def dim_indices(
             f"a '{dim}' dim needs a layer; fix the family table: only rows with "
             "{layer} in their name can have it"
         )
+    elif dim in ("expert_ffn", "expert_gate_up"):
+        kept = _in_expert(dim, config, plan, position, expert)
     else:
         kept = _PER_LAYER[dim](config, plan, position)
     if len(kept) == DIM_SIZES[dim](config):
@@ -101,12 +124,19 @@ class Source:
     merge: Terms = field(default_factory=list)
 
 
+def _old_name(row: Row, plan: Plan, position: int) -> str:
+    """Name before pruning of the parameter of a kept layer (and expert)."""
+    if row.expert is not None and row.template is not None:
+        row = row.template.of_expert(plan.expert[position][row.expert])
+    return row.name.format(layer=plan.layers[position])
+
+
 def sources(family: Family, config: ModelConfig, plan: Plan) -> dict[str, Source]:
     """Megatron name in the pruned model -> where its values are in the model before pruning."""
     result = {}
     for name, row, position in family.parameters(pruned_config(config, plan)):
-        old = name if position is None else row.name.format(layer=plan.layers[position])
-        kept = tuple(dim_indices(dim, config, plan, position) for dim in row.dims)
+        old = name if position is None else _old_name(row, plan, position)
+        kept = tuple(dim_indices(dim, config, plan, position, row.expert) for dim in row.dims)
         merge: Terms = []
         if plan.merge and position is not None and row.dims[0] == "qkv":
             merge = plan.merge[position]

@@ -15,12 +15,23 @@ if TYPE_CHECKING:
 def target_sizes(config: ModelConfig, pruning: PruningConfig) -> dict[str, int]:
     """Sizes after pruning by their Megatron name, with null targets filled in.
 
+    Sizes that the model does not have are left out: those of experts in a dense model, that of the
+    dense MLP where every layer has experts.
+
     Raises:
-        ValueError: a target is larger than the current size, or below 1.
+        ValueError: a target is larger than the current size, below 1, or of a size that the model
+            does not have.
     """
     sizes = {}
     for name, target in asdict(pruning.target).items():
         current = getattr(config, name)
+        if name in missing_sizes(config):
+            if target is not None:
+                raise ValueError(
+                    f"pruning.target.{name}={target} is a size that this model does not have: "
+                    f"{_missing(config)}; leave it out"
+                )
+            continue
         if target is not None and not 1 <= target <= current:
             raise ValueError(
                 f"pruning.target.{name}={target} must be between 1 and {current}, the model's "
@@ -28,6 +39,29 @@ def target_sizes(config: ModelConfig, pruning: PruningConfig) -> dict[str, int]:
             )
         sizes[name] = current if target is None else target
     return sizes
+
+
+def missing_sizes(config: ModelConfig) -> tuple[str, ...]:
+    """Names of the prunable sizes that a model does not have."""
+    if config.num_moe_experts is None:
+        return "num_moe_experts", "moe_ffn_hidden_size"
+    return ("ffn_hidden_size",)
+
+
+def _missing(config: ModelConfig) -> str:
+    if config.num_moe_experts is None:
+        return "it has no experts"
+    return "its layers have experts (pruning.target.moe_ffn_hidden_size is their width)"
+
+
+def _check_experts(config: ModelConfig, sizes: dict[str, int]) -> None:
+    experts = sizes.get("num_moe_experts")
+    if experts is not None and experts < config.moe_router_topk:
+        raise ValueError(
+            f"pruning.target.num_moe_experts={experts} is fewer than moe_router_topk="
+            f"{config.moe_router_topk}, the experts that each token is routed to; keep at least "
+            f"{config.moe_router_topk}"
+        )
 
 
 def _nearest(value: int, valid: list[int]) -> str:
@@ -141,6 +175,7 @@ def check_pruning(config: ModelConfig, pruning: PruningConfig) -> None:
         )
     sizes = target_sizes(config, pruning)
     _check_heads(config, sizes)
+    _check_experts(config, sizes)
     _check_drop_layers(config, pruning)
     _check_merge(config, pruning, sizes)
     _check_criterion(config, pruning, sizes)
@@ -153,6 +188,8 @@ def needed_scores(config: ModelConfig, pruning: PruningConfig) -> dict[str, str]
         "ffn_hidden_size": "ffn",
         "num_attention_heads": "head",
         "num_query_groups": "head",
+        "num_moe_experts": "expert",
+        "moe_ffn_hidden_size": "expert_ffn",
     }
     sizes = target_sizes(config, pruning)
     dropped = config.num_layers - sizes["num_layers"]
@@ -160,7 +197,7 @@ def needed_scores(config: ModelConfig, pruning: PruningConfig) -> dict[str, str]
     return {
         axis: f"pruning.target.{name}={sizes[name]}"
         for name, axis in axis_of.items()
-        if sizes[name] < getattr(config, name)
+        if name in sizes and sizes[name] < getattr(config, name)
     }
 
 

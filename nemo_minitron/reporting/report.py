@@ -147,9 +147,11 @@ def _kept_picture(pruning: Pruning) -> plots.Picture:
     plan, before = pruning.plan, pruning.before
     axes = {
         "FFN neurons": ("ffn", before.ffn_hidden_size),
+        "experts": ("expert", before.num_moe_experts or 0),
         "query heads": ("head", before.num_attention_heads),
         "query groups": ("query_group", before.num_query_groups),
     }
+    axes = {label: (key, size) for label, (key, size) in axes.items() if any(plan.get(key, []))}
     kept = {
         label: {layer: len(plan[key][i]) for i, layer in enumerate(plan["layers"])}
         for label, (key, _) in axes.items()

@@ -46,6 +46,9 @@ _SIZES = (
     "ffn_hidden_size",
     "num_attention_heads",
     "num_query_groups",
+    "num_moe_experts",
+    "moe_ffn_hidden_size",
+    "moe_router_topk",
     "kv_channels",
     "vocab_size",
     "max_position_embeddings",
@@ -112,9 +115,15 @@ def _card(cfg: ExportConfig, config: ModelConfig) -> str:
         family=config.family,
         parameters=count["total"],
         non_embedding=count["non_embedding"],
-        sizes="\n".join(f"| `{name}` | {getattr(config, name)} |" for name in _SIZES),
+        sizes="\n".join(f"| `{name}` | {size} |" for name, size in _sizes(config)),
         layers=layers,
     )
+
+
+def _sizes(config: ModelConfig) -> list[tuple[str, str]]:
+    """The sizes that the model has; nothing about experts for a dense one."""
+    names = [name for name in _SIZES if config.num_moe_experts or "moe" not in name]
+    return [(name, str(getattr(config, name))) for name in names]
 
 
 def _metrics(config: ModelConfig, store: Store, files: list[str], seconds: float) -> dict[str, Any]:
@@ -130,7 +139,7 @@ def _metrics(config: ModelConfig, store: Store, files: list[str], seconds: float
 def _report(cfg: ExportConfig, config: ModelConfig, metrics: dict[str, Any]) -> None:
     rows = [
         ["parameters", f"{metrics['parameters']:,}"],
-        *[[name, str(getattr(config, name))] for name in _SIZES],
+        *[[name, size] for name, size in _sizes(config)],
         ["files", str(len(metrics["files"]))],
         ["size on disk", f"{metrics['bytes'] / 1e6:,.0f} MB"],
         ["seconds", f"{metrics['seconds']:.1f}"],

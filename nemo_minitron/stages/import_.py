@@ -115,7 +115,9 @@ def _metrics(family: Family, config: ModelConfig, store: Store, seconds: float) 
 
 def _report(cfg: ImportConfig, config: ModelConfig, metrics: dict[str, Any]) -> None:
     sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
-    names = (*sizes, "num_query_groups", "kv_channels", "vocab_size")
+    names = [*sizes, "num_query_groups", "kv_channels", "vocab_size"]
+    if config.num_moe_experts is not None:
+        names += ["num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk"]
     rows = [
         ["family", config.family],
         ["parameters", f"{metrics['parameters']:,}"],

@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.config.stages import BLOCK_CRITERIA, PruneConfig, PruningConfig, ScoreConfig
+from nemo_minitron.config.stages import (
+    BLOCK_CRITERIA,
+    SCORE_AXES,
+    PruneConfig,
+    PruningConfig,
+    ScoreConfig,
+)
 from nemo_minitron.importance.scores import Scores
 from nemo_minitron.pruning.plan import Plan, full_plan, make_plan, pruned_config
 from nemo_minitron.pruning.rounds import compose
@@ -113,7 +119,7 @@ def _what_to_score(cfg: PruneConfig, small: ModelConfig, one: PruningConfig) -> 
     """Just what a round needs."""
     needed = needed_scores(small, one)
     dropped = small.num_layers - target_sizes(small, one)["num_layers"]
-    axes = [axis for axis in ("hidden", "ffn", "head") if axis in needed]
+    axes = [axis for axis in SCORE_AXES if axis in needed and axis != "layer"]
     blocks = dropped and one.layer_criterion in BLOCK_CRITERIA
     return ScoreConfig(
         **asdict(cfg.scores),

@@ -31,6 +31,8 @@ _SIZES = (
     "ffn_hidden_size",
     "num_attention_heads",
     "num_query_groups",
+    "num_moe_experts",
+    "moe_ffn_hidden_size",
     "kv_channels",
     "vocab_size",
 )
@@ -188,11 +190,16 @@ def _metrics(config: ModelConfig, small: ModelConfig, plan: Plan) -> dict[str, A
         "non_embedding_parameters": after["non_embedding"],
         "parameters_before": before["total"],
         "non_embedding_parameters_before": before["non_embedding"],
-        "sizes": {name: getattr(small, name) for name in _SIZES},
-        "sizes_before": {name: getattr(config, name) for name in _SIZES},
+        "sizes": _sizes(small),
+        "sizes_before": _sizes(config),
         "kept_layers": [layer + 1 for layer in plan.layers],
         "dropped_layers": [i + 1 for i in range(config.num_layers) if i not in set(plan.layers)],
     }
+
+
+def _sizes(config: ModelConfig) -> dict[str, int]:
+    """The sizes that a model has."""
+    return {name: size for name in _SIZES if (size := getattr(config, name)) is not None}
 
 
 def _report(cfg: PruneConfig, metrics: dict[str, Any]) -> None:
@@ -208,7 +215,10 @@ def _report(cfg: PruneConfig, metrics: dict[str, Any]) -> None:
             metrics["non_embedding_parameters_before"],
             metrics["non_embedding_parameters"],
         ),
-        *[row(name, metrics["sizes_before"][name], metrics["sizes"][name]) for name in _SIZES],
+        *[
+            row(name, size, metrics["sizes"][name])
+            for name, size in metrics["sizes_before"].items()
+        ],
     ]
     if metrics["dropped_layers"]:
         dropped = ", ".join(str(layer) for layer in metrics["dropped_layers"])

@@ -17,6 +17,7 @@ def make_config(normalization: str, zero_centered: bool) -> SimpleNamespace:
         hidden_size=H,
         ffn_hidden_size=FFN,
         num_attention_heads=HEADS,
+        num_moe_experts=None,
         kv_channels=D,
         sequence_parallel=False,
         normalization=normalization,

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
@@ -9,11 +10,20 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from nemo_minitron.checkpoint.torch_dist import read_torch_dist
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.config.stages import ExportConfig, ImportConfig, ScoreConfig
+from nemo_minitron.config.stages import (
+    ExportConfig,
+    ImportanceConfig,
+    ImportConfig,
+    PruneConfig,
+    PruningConfig,
+    ScoreConfig,
+    TargetConfig,
+)
+from nemo_minitron.config.training import DataConfig
 from nemo_minitron.families.registry import family_of
-from nemo_minitron.stages import export, import_
+from nemo_minitron.stages import export, import_, prune
 from tests.dist.checkpoint_cases import load_and_save
-from tests.dist.importance_cases import score
+from tests.dist.importance_cases import run_stage, score
 from tests.dist.logits_cases import megatron_logits
 from tests.pool import WorkerPool
 from tests.tiny import token_batch
@@ -189,3 +199,51 @@ def test_other_aggregations(ranks: WorkerPool, home: Path, alone, seq: str) -> N
     (one,) = score_layout(ranks, home, 1, {}, **scores)
     for found in score_layout(ranks, home, 2, keys, 2, **scores):
         torch.testing.assert_close(found["expert_ffn"], one["expert_ffn"], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        {"num_moe_experts": 2, "moe_ffn_hidden_size": 24},
+        {
+            "hidden_size": 36,
+            "num_attention_heads": 2,
+            "num_layers": 1,
+            "num_moe_experts": 2,
+            "moe_ffn_hidden_size": 16,
+        },
+    ],
+    ids=["experts", "everything"],
+)
+def test_scored_pruned_and_exported(
+    ranks: WorkerPool, home: Path, tmp_path: Path, target: dict
+) -> None:
+    """The stages from end to end; Megatron at every layout runs what transformers loads."""
+    layout = ParallelConfig(expert_model_parallel_size=2)
+    np.save(tmp_path / "ids.npy", token_batch(8, LENGTH - 1, 101).numpy())
+    scoring = ImportanceConfig(
+        checkpoint=str(home / "model"),
+        data=DataConfig(path=str(tmp_path / "ids.npy"), seq_length=LENGTH, num_samples=8),
+        parallel=layout,
+        output_dir=str(tmp_path / "scores"),
+    )
+    ranks.run(2, run_stage, scoring)
+    pruning = PruneConfig(
+        checkpoint=str(home / "model"),
+        importance=str(tmp_path / "scores"),
+        output_dir=str(tmp_path / "pruned"),
+        pruning=PruningConfig(target=TargetConfig(**target)),
+    )
+    prune.check(pruning)
+    prune.run(pruning)
+    sizes = ModelConfig.load(tmp_path / "pruned" / "checkpoint")
+    assert {name: getattr(sizes, name) for name in target} == target
+    out = tmp_path / "out"
+    export.run(ExportConfig(checkpoint=str(tmp_path / "pruned"), output_dir=str(out)))
+    ids, _ = torch.load(home / "logits.pt")
+    with torch.no_grad():
+        want = AutoModelForCausalLM.from_pretrained(out)(ids).logits
+    for size, keys in LAYOUTS.values():
+        parallel = ParallelConfig(**keys)
+        for got in ranks.run(size, megatron_logits, str(tmp_path / "pruned"), parallel, ids):
+            assert (got - want).abs().max() < 1e-4
