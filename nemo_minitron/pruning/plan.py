@@ -85,16 +85,15 @@ def full_plan(config: ModelConfig) -> Plan:
     def everything(size: int) -> list[list[int]]:
         return [list(range(size)) for _ in range(config.num_layers)]
 
-    experts, width = config.num_moe_experts, config.moe_ffn_hidden_size
-    dense = experts is None or width is None
+    experts, width = config.num_moe_experts or 0, config.moe_ffn_hidden_size or 0
     return Plan(
         layers=list(range(config.num_layers)),
         hidden=list(range(config.hidden_size)),
-        ffn=everything(config.ffn_hidden_size if dense else 0),
+        ffn=everything(0 if experts else config.ffn_hidden_size),
         head=everything(config.num_attention_heads),
         query_group=everything(config.num_query_groups),
-        expert=[] if dense else everything(experts),
-        expert_ffn=[] if dense else [_all_channels(experts, width)] * config.num_layers,
+        expert=everything(experts) if experts else [],
+        expert_ffn=[_all_channels(experts, width)] * config.num_layers if experts else [],
     )
 
 
