@@ -11,7 +11,7 @@ from nemo_minitron.config.layout import check_layout
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 
-_TP_SIZES = ("num_query_groups", "num_attention_heads", "ffn_hidden_size")
+
 
 
 def balanced_layout(
@@ -29,10 +29,10 @@ def balanced_layout(
         else with stages that differ by at most one layer.
 
     Raises:
-        ValueError: a size does not split over the tensor-parallel ranks, or Megatron cannot make
+        ValueError: a size does not split over the ranks that share it, or Megatron cannot make
             such stages; names the keys and the nearest sizes that do.
     """
-    _check_tensor_parallel(pruned, parallel)
+    _check_shares(pruned, parallel)
     layout = parallel
     if pruned.num_layers != config.num_layers:
         layout = balanced_pipeline(pruned.num_layers, parallel)
@@ -40,15 +40,20 @@ def balanced_layout(
     return layout
 
 
-def _check_tensor_parallel(pruned: ModelConfig, parallel: ParallelConfig) -> None:
-    tp = parallel.tensor_model_parallel_size
-    for name in _TP_SIZES:
-        size = getattr(pruned, name)
-        if size % tp:
-            below, above = size // tp * tp, -(-size // tp) * tp
+def _check_shares(pruned: ModelConfig, parallel: ParallelConfig) -> None:
+    """Every rank gets an equal share of what the ranks share out."""
+    tp, ep = "tensor_model_parallel_size", "expert_model_parallel_size"
+    split = {"num_query_groups": tp, "num_attention_heads": tp, "ffn_hidden_size": tp}
+    if pruned.num_moe_experts is not None:
+        del split["ffn_hidden_size"]
+        split.update(moe_ffn_hidden_size=tp, num_moe_experts=ep)
+    for name, degree in split.items():
+        size, ranks = getattr(pruned, name), getattr(parallel, degree)
+        if size % ranks:
+            below, above = size // ranks * ranks, -(-size // ranks) * ranks
             raise ValueError(
-                f"{name}={size} after pruning cannot be shared equally by parallel."
-                f"tensor_model_parallel_size={tp} ranks; set pruning.target.{name} to "
+                f"{name}={size} after pruning cannot be shared equally by parallel.{degree}="
+                f"{ranks} ranks; set pruning.target.{name} to "
                 f"{f'{below} or ' if below else ''}{above}, or prune the checkpoint instead of the "
                 "model in memory (minitron prune needs no ranks)"
             )

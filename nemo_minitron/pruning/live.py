@@ -3,14 +3,15 @@
 Gives the same weights as the streaming executor (``slicing.prune_store``), bit for bit. Dims that
 every rank holds whole (hidden) are sliced where they are. Of dims that tensor parallelism splits,
 the global winners are shared out equally; of the layers, equal contiguous runs go to the pipeline
-stages: a row travels only if its rank changes, once, straight from its old rank to its new one.
+stages, of the experts to the expert-parallel ranks: a row travels only if its rank changes, once,
+straight from its old rank to its new one.
 
 Layer after layer: a layer is sliced, its old weights are freed, then its rows travel; the pruned
 model is built without memory for its layers. So a rank never holds much more than the model before
 pruning and one pruned layer.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,24 +22,16 @@ from torch import Tensor, nn
 from nemo_minitron.config.balance import balanced_layout
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.families.table import DIM_SIZES, Family, Row
+from nemo_minitron.families.table import Family, Row
 from nemo_minitron.models.build import HiddenGPTModel
 from nemo_minitron.models.empty import Shapes, build_empty_gpt
-from nemo_minitron.pruning.exchange import (
-    Move,
-    Traffic,
-    Transfer,
-    equal_shares,
-    plan_transfers,
-    redistribute,
-    travel_order,
-)
+from nemo_minitron.pruning.exchange import Traffic, redistribute, travel_order
+from nemo_minitron.pruning.merge import merge_qkv
+from nemo_minitron.pruning.moves import Grid, layer_rows, plan_move, row_before
 from nemo_minitron.pruning.plan import Plan, pruned_config
 from nemo_minitron.pruning.slicing import dim_indices, slice_tensor
 from nemo_minitron.runtime.groups import ParallelGroups
 
-# Blocks of a dim that tensor parallelism splits one by one; all other dims are one block.
-_BLOCKS = {"gate_up": 2}
 _EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
@@ -51,8 +44,10 @@ class _Job:
         config: the model before pruning.
         pruned: the model after pruning.
         plan: what to keep.
-        groups: this rank's process groups; rows travel inside ``groups.model``.
-        stages: per pipeline stage its ranks of ``groups.model`` in tensor-parallel order.
+        groups: this rank's process groups; rows travel inside ``groups.expt_model``.
+        grid: the ranks of that group.
+        rows: parameters of a layer of the pruned model.
+        shapes: local shapes of the parameters of the pruned model that are still empty.
         traffic: this rank's counter.
     """
 
@@ -61,13 +56,10 @@ class _Job:
     pruned: ModelConfig
     plan: Plan
     groups: ParallelGroups
-    stages: list[list[int]]
+    grid: Grid
+    rows: list[Row]
+    shapes: Shapes
     traffic: Traffic
-
-    @property
-    def rows(self) -> list[Row]:
-        """The parameters of a layer."""
-        return [row for row in self.family.rows if row.per_layer and row.when(self.config)]
 
 
 @torch.no_grad()
@@ -110,15 +102,16 @@ def prune_live(
     new_chunks, shapes = build_empty_gpt(pruned, layout, groups, like=chunks[0])
     _fill_outer(new_chunks, family, pruned, outer, shapes)
     new = _layers(new_chunks)
-    stages, before, after = _placement(groups, chunks, new_chunks)
-    job = _Job(family, config, pruned, plan, groups, stages, traffic or Traffic())
+    grid, before, after = _placement(groups, chunks, new_chunks)
+    rows = layer_rows(family, pruned)
+    job = _Job(family, config, pruned, plan, groups, grid, rows, shapes, traffic or Traffic())
     sources = [before[index] for index in plan.layers]
     targets = [after[position] for position in range(len(plan.layers))]
     for position in travel_order(sources, targets):
         layer, target = old.get(plan.layers[position]), new.get(position)
         if layer is not None or target is not None:
-            path = sources[position] % len(stages), targets[position] % len(stages)
-            _prune_layer(job, position, path, layer, target, shapes)
+            path = sources[position] % groups.pp.size(), targets[position] % groups.pp.size()
+            _prune_layer(job, position, path, layer, target)
     return new_chunks, pruned
 
 
@@ -127,7 +120,7 @@ def _layers(chunks: Sequence[HiddenGPTModel]) -> dict[int, Any]:
     return {layer.layer_number - 1: layer for chunk in chunks for layer in chunk.decoder.layers}
 
 
-def _free(modules: Iterator[nn.Module]) -> None:
+def _free(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         for parameter in module.parameters():
             parameter.data = parameter.data.new_empty(0)
@@ -193,25 +186,26 @@ def _take_parameter(parameter: nn.Parameter, kept: tuple[Tensor | None, ...]) ->
 
 def _placement(
     groups: ParallelGroups, old: Sequence[HiddenGPTModel], new: Sequence[HiddenGPTModel]
-) -> tuple[list[list[int]], dict[int, int], dict[int, int]]:
-    """Ranks of every stage, and the virtual stage of every layer before and after.
+) -> tuple[Grid, dict[int, int], dict[int, int]]:
+    """The ranks, and the virtual stage of every layer before and after.
 
     Asked of the ranks, so that it holds for any split Megatron made. Virtual stages are counted
     along the pipeline: chunk ``c`` of stage ``p`` of ``n`` is number ``c * n + p``.
     """
-    mine = (groups.pp.rank(), groups.tp.rank(), _layer_numbers(old), _layer_numbers(new))
-    answers = [mine] * groups.model.size()
-    dist.all_gather_object(answers, mine, group=groups.model)
+    place = (groups.ep.rank(), groups.pp.rank(), groups.tp.rank())
+    mine = (place, _layer_numbers(old), _layer_numbers(new))
+    answers = [mine] * groups.expt_model.size()
+    dist.all_gather_object(answers, mine, group=groups.expt_model)
     count = groups.pp.size()
-    stages = [[-1] * groups.tp.size() for _ in range(count)]
+    ranks = [[[-1] * groups.tp.size() for _ in range(count)] for _ in range(groups.ep.size())]
     before: dict[int, int] = {}
     after: dict[int, int] = {}
-    for rank, (stage, shard, was, will_be) in enumerate(answers):
-        stages[stage][shard] = rank
-        for place, chunks in ((before, was), (after, will_be)):
+    for rank, ((expert_rank, stage, shard), was, will_be) in enumerate(answers):
+        ranks[expert_rank][stage][shard] = rank
+        for places, chunks in ((before, was), (after, will_be)):
             for chunk, layers in enumerate(chunks):
-                place.update(dict.fromkeys(layers, chunk * count + stage))
-    return stages, before, after
+                places.update(dict.fromkeys(layers, chunk * count + stage))
+    return Grid(ranks, groups.ep.rank()), before, after
 
 
 def _layer_numbers(chunks: Sequence[HiddenGPTModel]) -> list[list[int]]:
@@ -219,14 +213,7 @@ def _layer_numbers(chunks: Sequence[HiddenGPTModel]) -> list[list[int]]:
     return [[layer.layer_number - 1 for layer in chunk.decoder.layers] for chunk in chunks]
 
 
-def _prune_layer(
-    job: _Job,
-    position: int,
-    path: tuple[int, int],
-    layer: Any,
-    target: Any,
-    shapes: Shapes,
-) -> None:
+def _prune_layer(job: _Job, position: int, path: tuple[int, int], layer: Any, target: Any) -> None:
     """Slice, free and hand over one layer.
 
     Args:
@@ -235,65 +222,79 @@ def _prune_layer(
         path: pipeline stage it is on, and stage it goes to.
         layer: the layer before pruning; None on ranks of other stages.
         target: the empty layer to fill; None on ranks of other stages.
-        shapes: of the empty parameters.
     """
-    moves = {row.name: _move(job, row, position, *path) for row in job.rows}
-    local, filled = {}, {}
-    if layer is not None:
-        for row, parameter in _by_row(job, job.config, layer).values():
-            # A dim that is split is not sliced here: its winners are chosen among all ranks' rows.
-            kept = tuple(
-                None if dim == row.tp_dim else dim_indices(axis, job.config, job.plan, position)
-                for dim, axis in enumerate(row.dims)
-            )
-            local[row.name] = _take_parameter(parameter, kept)
-    if target is not None:
-        for row, parameter in _by_row(job, job.pruned, target).values():
-            if moves[row.name] is None:
-                filled[row.name] = local[row.name]
-            else:
-                filled[row.name] = parameter.new_empty(shapes[parameter])
+    moves = {
+        row.name: plan_move(row, job.config, job.pruned, job.plan, position, path, job.grid)
+        for row in job.rows
+    }
+    local = {} if layer is None else _slice_layer(job, position, layer)
+    parameters = {} if target is None else _by_row(job, job.pruned, target)
+    # Without a move, what this rank has is what it keeps.
+    filled = {
+        name: local[name] if moves[name] is None else parameter.new_empty(job.shapes[parameter])
+        for name, parameter in parameters.items()
+    }
     travelling = {name: move for name, move in moves.items() if move is not None}
-    redistribute(local, filled, travelling, job.groups.model, job.traffic)
-    if target is not None:
-        for row, parameter in _by_row(job, job.pruned, target).values():
-            assert filled[row.name].shape == shapes[parameter], row.name
-            parameter.data = filled[row.name]
+    redistribute(local, filled, travelling, job.groups.expt_model, job.traffic)
+    for name, parameter in parameters.items():
+        assert filled[name].shape == job.shapes[parameter], name
+        parameter.data = filled[name]
 
 
-def _by_row(job: _Job, config: ModelConfig, layer: Any) -> dict[str, tuple[Row, nn.Parameter]]:
-    """Name of the row -> row and parameter of a layer, whichever spec built it."""
+def _slice_layer(job: _Job, position: int, layer: Any) -> dict[str, Tensor]:
+    """Name of the row after pruning -> local tensor; the layer is empty afterwards.
+
+    Only dims that are not split are sliced: the winners of a dim that is split are chosen among the
+    rows of all ranks.
+    """
+    parameters = _by_row(job, job.config, layer)
+    local = {}
+    for row in job.rows:
+        parameter = parameters.pop(row_before(row, job.plan, position).name, None)
+        if parameter is None:  # another rank's expert
+            continue
+        kept = tuple(
+            None
+            if dim == row.tp_dim
+            else dim_indices(axis, job.config, job.plan, position, row.expert)
+            for dim, axis in enumerate(row.dims)
+        )
+        local[row.name] = _take_parameter(parameter, kept)
+        if job.plan.merge and row.dims[0] == "qkv":
+            local[row.name] = _merge(job, position, local[row.name])
+    _free([layer])  # dropped experts
+    return local
+
+
+def _merge(job: _Job, position: int, tensor: Tensor) -> Tensor:
+    """Merge query heads in this rank's rows of ``linear_qkv``, before any is cut.
+
+    Heads with a key of their own are merged across groups, so across ranks: only then every rank
+    needs the rows of all.
+    """
+    terms, group = job.plan.merge[position], job.groups.tp
+    if job.config.heads_per_group > 1 or group.size() == 1:
+        groups_here = job.config.num_query_groups // group.size()
+        return merge_qkv(tensor, job.config, terms, first_group=group.rank() * groups_here)
+    parts = [torch.empty_like(tensor) for _ in range(group.size())]
+    dist.all_gather(parts, tensor.contiguous(), group=group)
+    job.traffic.bytes_sent += tensor.nbytes * (group.size() - 1)
+    job.traffic.messages += group.size() - 1
+    merged = merge_qkv(torch.cat(parts), job.config, terms)
+    return merged.chunk(group.size())[group.rank()].clone()
+
+
+def _by_row(job: _Job, config: ModelConfig, layer: Any) -> dict[str, nn.Parameter]:
+    """Name of the row -> parameter of a layer, whichever spec built it.
+
+    Experts are numbered within their rank in a module, and over the whole layer in the table.
+    """
     prefix = f"decoder.layers.{layer.layer_number - 1}."
+    first = job.groups.ep.rank() * (config.num_moe_experts or 0) // job.groups.ep.size()
     found = {}
     for name, parameter in layer.named_parameters():
         row, _ = job.family.find(prefix + name, config)
-        found[row.name] = row, parameter
-    missing = [row.name for row in job.rows if row.name not in found]
-    assert not missing, f"{prefix} lacks {missing}"
+        if row.expert is not None and row.template is not None:
+            row = row.template.of_expert(first + row.expert)
+        found[row.name] = parameter
     return found
-
-
-def _move(job: _Job, row: Row, position: int, source: int, target: int) -> Move | None:
-    """How a parameter of one layer gets from stage ``source`` to stage ``target``.
-
-    Returns:
-        None when every rank keeps exactly what it has.
-    """
-    senders, receivers = job.stages[source], job.stages[target]
-    kept = None
-    if row.tp_dim is not None:
-        kept = dim_indices(row.dims[row.tp_dim], job.config, job.plan, position)
-    if kept is None:
-        if source == target:
-            return None
-        pairs = zip(senders, receivers, strict=True)
-        return Move(0, [Transfer(sender, receiver) for sender, receiver in pairs])
-    axis = row.dims[row.tp_dim]  # type: ignore[index]
-    parts = _BLOCKS.get(axis, 1)
-    size = DIM_SIZES[axis](job.config)
-    owned = equal_shares(torch.arange(size), len(senders), parts)
-    wanted = equal_shares(kept, len(receivers), parts)
-    transfers = plan_transfers(
-        dict(zip(senders, owned, strict=True)), dict(zip(receivers, wanted, strict=True))
-    )
-    return Move(row.tp_dim, transfers)  # type: ignore[arg-type]

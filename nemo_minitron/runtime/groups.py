@@ -16,7 +16,8 @@ class ParallelGroups:
     ``dp`` counts batch replicas (without context parallelism); ``dp_cp`` are all ranks that hold
     the same shard of the weights; ``embd`` are the first and the last stage. Experts are spread
     over ``ep``, each split over ``expt_tp``; ``expt_dp`` are the ranks that hold the same shard of
-    the same experts.
+    the same experts. ``model`` are the ranks of one replica of all but the experts, ``expt_model``
+    of everything (tensor x expert x pipeline).
     """
 
     tp: Group
@@ -29,6 +30,7 @@ class ParallelGroups:
     expt_dp: Group
     embd: Group | None
     model: Group
+    expt_model: Group
     collection: ProcessGroupCollection
 
     @classmethod
@@ -45,6 +47,7 @@ class ParallelGroups:
             expt_dp=parallel_state.get_expert_data_parallel_group(),
             embd=parallel_state.get_embedding_group(check_initialized=False),
             model=parallel_state.get_model_parallel_group(),
+            expt_model=parallel_state.get_expert_tensor_model_pipeline_parallel_group(),
             collection=ProcessGroupCollection.use_mpu_process_groups(),
         )
 

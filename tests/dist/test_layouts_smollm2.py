@@ -10,10 +10,8 @@ import torch
 from nemo_minitron.checkpoint.tokenizer import load_tokenizer
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import ImportConfig, PruningConfig, TargetConfig
-from nemo_minitron.importance.scores import Scores, model_meta
 from nemo_minitron.stages import import_
-from tests.dist.live_cases import score_and_prune
-from tests.dist.test_prune_live import Truth, check_memory, equal_weights, layout, score_error
+from tests.dist.live_truth import Truth, layout, one_answer, score_alone
 from tests.layout_table import LayoutTable
 from tests.pool import WorkerPool
 
@@ -38,35 +36,13 @@ def truth(ranks: WorkerPool, tmp_path_factory) -> Truth:
     config = ModelConfig.load(folder)
     text = min(SPEECHES.glob("*.txt")).read_text()
     ids = load_tokenizer(folder / "tokenizer")(text)["input_ids"][: SAMPLES * LENGTH]
-    tokens = torch.tensor(ids).view(SAMPLES, LENGTH)
-    (found,) = ranks.run(1, score_and_prune, config, str(folder), tokens, layout(), {}, "")
-    scores = Scores(**found["scores"], meta={"model": model_meta(config)})
-    return Truth(config, folder, tokens, scores)
+    return score_alone(ranks, folder, config, torch.tensor(ids).view(SAMPLES, LENGTH))
 
 
 @pytest.mark.parametrize(
     ("name", "parallel"), [("TP3", layout(tp=3)), ("PP2", layout(pp=2))], ids=["TP3", "PP2"]
 )
-def test_one_answer(
-    ranks: WorkerPool, truth: Truth, layout_table: LayoutTable, tmp_path, name, parallel
-) -> None:
-    ways, world = {"both": PruningConfig(target=BOTH)}, parallel.world_size()
-    arguments = (truth.config, str(truth.folder), truth.ids, parallel, ways, str(tmp_path))
-    results = ranks.run(world, score_and_prune, *arguments)
-    plan = truth.plan(ways["both"])
-    error = score_error(results[0]["scores"], truth.scores.axes())
-    same_indices = all(result["both"]["plan"] == plan for result in results)
-    same_weights = equal_weights(truth, plan, tmp_path / "both")
-    layout_table.record(
-        f"test_layouts_smollm2.py::test_one_answer[{name}]",
-        ranks=world,
-        layout=f"{name}, SmolLM2-135M",
-        score_error=error,
-        same_indices=same_indices,
-        same_weights=same_weights,
-    )
-    assert error < 1e-5
-    assert same_indices
-    assert same_weights
-    for result in results:
-        check_memory(result["both"])
+def test_one_answer(truth: Truth, layout_table: LayoutTable, tmp_path, name, parallel) -> None:
+    ways = {"both": PruningConfig(target=BOTH)}
+    test, shown = f"test_layouts_smollm2.py::test_one_answer[{name}]", f"{name}, SmolLM2-135M"
+    one_answer(truth, parallel, ways, tmp_path, layout_table, test, shown)

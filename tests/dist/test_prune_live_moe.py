@@ -1,0 +1,55 @@
+"""The same for experts: spread over expert-parallel ranks, pruned in number and in width."""
+
+from dataclasses import replace
+
+import pytest
+
+from nemo_minitron.config.stages import PruningConfig, TargetConfig
+from nemo_minitron.pruning.plan import full_plan
+from tests.dist.live_cases import refused
+from tests.dist.live_truth import Truth, layout, make_truth, one_answer
+from tests.layout_table import LayoutTable
+from tests.pool import WorkerPool
+from tests.tiny import MIXTRAL
+
+WIDTH = TargetConfig(
+    hidden_size=40, num_attention_heads=4, num_moe_experts=2, moe_ffn_hidden_size=24
+)
+WAYS = {
+    "width": PruningConfig(target=WIDTH),
+    "depth": PruningConfig(target=TargetConfig(num_layers=3)),
+    "both": PruningConfig(target=replace(WIDTH, num_layers=3)),
+}
+LAYOUTS = {
+    "EP2": layout(dp=2, ep=2),
+    "TP2 SP": layout(tp=2, sp=True),
+    "EP2 PP2": layout(dp=2, ep=2, pp=2),
+    "EP2 CP2": layout(cp=2, ep=2),
+    "EP2 TP2 SP": layout(dp=2, ep=2, tp=2, sp=True),
+    "EP2 TP2 SP PP2": layout(dp=2, ep=2, tp=2, sp=True, pp=2),
+}
+pytestmark = pytest.mark.timeout(300)  # eight ranks start on two cores
+
+
+@pytest.fixture(scope="module")
+def truth(ranks: WorkerPool, tmp_path_factory) -> Truth:
+    return make_truth(ranks, tmp_path_factory.mktemp("live-moe"), MIXTRAL)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_one_answer(truth: Truth, layout_table: LayoutTable, tmp_path, name: str) -> None:
+    test, shown = f"test_prune_live_moe.py::test_one_answer[{name}]", f"{name}, 4 experts"
+    one_answer(truth, LAYOUTS[name], WAYS, tmp_path, layout_table, test, shown)
+
+
+def test_experts_that_cannot_be_shared_out_are_refused(ranks: WorkerPool, truth: Truth) -> None:
+    plan = full_plan(MIXTRAL)
+    three = replace(
+        plan,
+        expert=[[0, 1, 3]] * MIXTRAL.num_layers,
+        expert_ffn=[layer[:3] for layer in plan.expert_ffn],
+    )
+    arguments = (MIXTRAL, str(truth.folder), LAYOUTS["EP2"], three)
+    for said, untouched in ranks.run(2, refused, *arguments):
+        assert "pruning.target.num_moe_experts to 2 or 4" in said
+        assert untouched
