@@ -12,8 +12,6 @@ from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 
 
-
-
 def balanced_layout(
     config: ModelConfig, pruned: ModelConfig, parallel: ParallelConfig
 ) -> ParallelConfig:
