@@ -49,14 +49,15 @@ def _section(key: Key) -> str:
 
 
 def _sections(stages: Iterable[list[Key]]) -> dict[str, list[Key]]:
-    """Sections that several stages have, with the defaults most of them give."""
+    """Sections that several stages have alike, with the defaults most of them give."""
     stages = list(stages)
     names = [_section(k) for keys in stages for k in keys if "." in k.name]
     found: dict[str, list[Key]] = {}
     for name in dict.fromkeys(names):
         having = [[k for k in keys if _section(k) == name] for keys in stages]
         having = [keys for keys in having if keys]
-        if len(having) > 1:
+        same_keys = len({tuple(k.name for k in keys) for keys in having}) == 1
+        if len(having) > 1 and same_keys:
             found[name] = [max(same, key=same.count) for same in zip(*having, strict=True)]
     return found
 

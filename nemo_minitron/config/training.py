@@ -48,7 +48,7 @@ class OptionalDataConfig(DataConfig):
     """Data of a stage that can do without."""
 
     path: str | None = None  # type: ignore[assignment]
-    """As in the stages that need data; null when this one does not."""
+    """As in ``importance``, to score the model here; null when nothing is to be scored."""
 
 
 @dataclass(kw_only=True)

@@ -1,6 +1,7 @@
 """The calibration loop: a dataset through the model on any layout, global scores out."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -70,11 +71,17 @@ class _Calibrator:
         self.runs = self.done = 0
         samples = len(dataset)  # type: ignore[arg-type]
         interleaved = len(chunks) > 1
+        # A micro-batch is many passes there, enough to keep a pipeline busy.
+        least = data.micro_batch_size * groups.dp.size() * (groups.pp.size() if interleaved else 1)
+        self.removal_data = replace(data, global_batch_size=least)
         self.plan = Calibration.of(
             samples if _records(scores) else 0, data, groups, interleaved=interleaved
         )
         self.removal_plan = Calibration.of(
-            min(samples, scores.lm_loss_samples), data, groups, interleaved=interleaved
+            min(samples, scores.lm_loss_samples),
+            self.removal_data,
+            groups,
+            interleaved=interleaved,
         )
         blocks = removed_blocks(config.num_layers, scores)
         self.removal = Removal(chunks, groups, blocks) if blocks else None
@@ -89,7 +96,7 @@ class _Calibrator:
                     self._load(state)
                 self._record()
             if self.removal is not None:
-                plan, data = self.removal_plan, self.data
+                plan, data = self.removal_plan, self.removal_data
                 self.removal.run(self.dataset, data, plan, vocab_size, self._advance)
 
     def _record(self) -> None:
