@@ -22,6 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+_TOKENS = 1024  # whose unit vectors exist at one time, in fp32
+
+
 class BlockAngles:
     """Sums over tokens of the angle at every block, for several lengths of block.
 
@@ -87,8 +90,12 @@ class BlockAngles:
 
     def _add(self, states: Tensor) -> None:
         """Add the angles of ``[num_layers + 1, t, h]``."""
+        for some in states.split(_TOKENS, dim=1):
+            self._add_some(some)
+
+    def _add_some(self, states: Tensor) -> None:
         self.tokens += states.size(1)
-        unit = [F.normalize(state.float(), dim=-1) for state in states]
+        unit = F.normalize(states.float(), dim=-1)
         for row, size in enumerate(self.sizes):
             for first in range(self.num_layers - size + 1):
                 chord = torch.linalg.vector_norm(unit[first + size] - unit[first], dim=-1)
