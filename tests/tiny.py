@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.families.table import Family
 
 LLAMA = ModelConfig(
     family="llama",
@@ -30,13 +31,15 @@ MIXTRAL = replace(
 )
 
 
-def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
+def random_weights(
+    config: ModelConfig, seed: int = 0, family: Family | None = None
+) -> dict[str, torch.Tensor]:
     """Global tensors of a random model, keyed by Megatron name (local spec)."""
     from nemo_minitron.families.registry import family_of
 
     generator = torch.Generator().manual_seed(seed)
     out = {}
-    for name, row, _ in family_of(config).parameters(config):
+    for name, row, _ in (family or family_of(config)).parameters(config):
         tensor = torch.randn(row.shape(config), generator=generator) * 0.2
         if "layernorm" in name and name.endswith("weight"):
             tensor = tensor + 1.0
