@@ -1,0 +1,31 @@
+"""Puts a benchmark's table into docs/benchmarks.md, between marks that name the benchmark."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table with its first column left-aligned and the figures right-aligned."""
+    lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write_block(name: str, text: str, page: Path = PAGE) -> None:
+    """Replace the block of one benchmark, or append it.
+
+    Args:
+        name: of the benchmark, as its module is called.
+        text: Markdown.
+        page: the page; made when it is missing.
+    """
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    block = f"{begin}\n{text.strip()}\n{end}"
+    old = page.read_text() if page.exists() else "# Benchmarks\n"
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    if pattern.search(old):
+        page.write_text(pattern.sub(lambda _: block, old))
+    else:
+        page.write_text(f"{old.rstrip()}\n\n{block}\n")
