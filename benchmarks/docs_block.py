@@ -21,7 +21,8 @@ def write_block(name: str, text: str, page: Path = PAGE) -> None:
         text: Markdown.
         page: the page; made when it is missing.
     """
-    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    begin = f"<!-- {name}: begin (written by python -m benchmarks.{name} --write) -->"
+    end = f"<!-- {name}: end -->"
     block = f"{begin}\n{text.strip()}\n{end}"
     old = page.read_text() if page.exists() else "# Benchmarks\n"
     pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)

@@ -210,7 +210,6 @@ def describe(args: argparse.Namespace, seconds: float) -> str:
         f"measured both. fp32, "
         f"{torch.get_num_threads()} CPU threads ({platform.machine()}), torch "
         f"{torch.__version__.split('+')[0]}, {seconds / 60:.0f} minutes in all.\n\n"
-        "Made by `python -m benchmarks.prune_quality --write`.\n\n"
     )
 
 
