@@ -21,7 +21,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-
 _TOKENS = 1024  # whose unit vectors exist at one time, in fp32
 
 

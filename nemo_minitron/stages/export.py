@@ -4,18 +4,18 @@ import json
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.checkpoint.artifact import check_output, open_result, output_folder
-from nemo_minitron.checkpoint.hf import copy_generation_config, split_shards, to_hf, write_hf
-from nemo_minitron.checkpoint.lazy import Store, on_read, refuse_nonfinite, store_nbytes
 from nemo_minitron.checkpoint.tokenizer import save_tokenizer
-from nemo_minitron.checkpoint.torch_dist import read_torch_dist
 from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.config.stages import ExportConfig
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import parameter_count
 from nemo_minitron.reporting.console import progress, show_table
+
+if TYPE_CHECKING:
+    from nemo_minitron.checkpoint.lazy import Store
 
 _CARD = """\
 ---
@@ -56,8 +56,12 @@ _SIZES = (
 )
 
 
-def _open(cfg: ExportConfig) -> tuple[ModelConfig, Store]:
+def _open(cfg: ExportConfig) -> "tuple[ModelConfig, Store]":
     """Sizes and store under Hugging Face names; only metadata is read."""
+    from nemo_minitron.checkpoint.hf import to_hf
+    from nemo_minitron.checkpoint.lazy import on_read, refuse_nonfinite
+    from nemo_minitron.checkpoint.torch_dist import read_torch_dist
+
     folder = Path(cfg.checkpoint) / "checkpoint"
     config = ModelConfig.load(folder)
     family = family_of(config)
@@ -81,12 +85,17 @@ def check(cfg: ExportConfig) -> None:
         needs=f"checkpoint/{MODEL_YAML}",
         workers=cfg.workers,
     )
+    from nemo_minitron.checkpoint.hf import split_shards  # torch: what is above needs none
+
     _, store = _open(cfg)
     split_shards(store, cfg.max_shard_size)
 
 
 def run(cfg: ExportConfig) -> None:
     """Write config.json, safetensors, tokenizer, README.md and ``metrics.json``."""
+    from nemo_minitron.checkpoint.hf import copy_generation_config, write_hf
+    from nemo_minitron.checkpoint.lazy import on_read
+
     start = time.perf_counter()
     config, store = _open(cfg)
     family = family_of(config)
@@ -126,7 +135,11 @@ def _sizes(config: ModelConfig) -> list[tuple[str, str]]:
     return [(name, str(getattr(config, name))) for name in names]
 
 
-def _metrics(config: ModelConfig, store: Store, files: list[str], seconds: float) -> dict[str, Any]:
+def _metrics(
+    config: ModelConfig, store: "Store", files: list[str], seconds: float
+) -> dict[str, Any]:
+    from nemo_minitron.checkpoint.lazy import store_nbytes
+
     return {
         "parameters": parameter_count(family_of(config), config)["total"],
         "bytes": store_nbytes(store),

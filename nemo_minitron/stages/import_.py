@@ -17,14 +17,13 @@ from nemo_minitron.checkpoint.lazy import (
     store_nbytes,
 )
 from nemo_minitron.checkpoint.tokenizer import check_gguf_tokenizer, save_tokenizer
-from nemo_minitron.checkpoint.torch_dist import write_torch_dist
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import ImportConfig
 from nemo_minitron.families.table import Family, parameter_count
 from nemo_minitron.reporting.console import progress, show_table
 
 # Bytes of weights that ``check`` reads, in search of NaN: about a second on one core.
-_READ_UP_TO = 512 << 20
+_READ_UP_TO = 1 << 30
 
 
 def open_source(source: str) -> tuple[Family, ModelConfig, Store]:
@@ -86,6 +85,8 @@ def _read_and_drop(tensor: LazyTensor) -> None:
 
 def run(cfg: ImportConfig) -> None:
     """Write ``checkpoint/`` (weights, model.yaml, tokenizer/) and ``metrics.json``."""
+    from nemo_minitron.checkpoint.torch_dist import write_torch_dist  # a second to import
+
     start, source = time.perf_counter(), Path(cfg.source)
     family, config, store = open_source(cfg.source)
     with output_folder(cfg, "import") as work:

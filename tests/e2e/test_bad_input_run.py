@@ -72,6 +72,11 @@ def test_twice_into_the_same_folder(home, stage):
     assert contents(home) == before
 
 
+def test_student_larger_than_teacher_is_fine(home, tmp_path, start):
+    keys = {"student": home / "model", "teacher": home / "student"}
+    done(start(line("distill", home, tmp_path / "out", **keys)))
+
+
 # ------------------------------------------------------------------------------------------ NaN
 
 
