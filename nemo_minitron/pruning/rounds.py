@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeVar
 
 from nemo_minitron.config.layout import check_pipeline
 from nemo_minitron.config.model import ModelConfig
@@ -19,6 +19,7 @@ from nemo_minitron.pruning.merge import compose_terms
 from nemo_minitron.pruning.plan import Plan
 from nemo_minitron.pruning.targets import check_pruning, merged_heads, target_sizes
 
+_T = TypeVar("_T")
 _HEADS = "heads_per_group"
 
 
@@ -157,5 +158,5 @@ def compose(first: Plan, second: Plan) -> Plan:
     )
 
 
-def _pick(values: list[int], indices: Iterable[int]) -> list[int]:
+def _pick(values: list[_T], indices: Iterable[int]) -> list[_T]:
     return [values[index] for index in indices]
