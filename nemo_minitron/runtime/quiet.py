@@ -19,6 +19,7 @@ def before_imports() -> None:
     """Call before NeMo or Megatron is imported: both warn and log while they are imported."""
     warnings.filterwarnings("ignore", module=r"(megatron|nemo|lightning|torch|nv_one_logger)\b")
     warnings.filterwarnings("ignore", message=r".*\.grad attribute of a Tensor that is not a leaf")
+    warnings.filterwarnings("ignore", message=r"Please use DTensor instead")
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
 
