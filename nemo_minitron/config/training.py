@@ -73,8 +73,6 @@ class TrainerConfig:
     """``32`` or ``bf16-mixed`` (bf16 weights, fp32 main weights and gradients)."""
     seed: int = 1234
     """Seed of everything that draws numbers during training."""
-    num_nodes: int = 1
-    """Nodes; checked against the launcher."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
