@@ -7,6 +7,8 @@ PYTHON ?= python3
 TORCH ?= torch
 CONSTRAINTS ?= requirements/tested.txt
 
+WORKERS ?= 2
+
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 # Compiling 20,000 modules ahead would double the time; Python compiles what it imports.
@@ -37,8 +39,10 @@ quickstart: setup
 	$(BIN)/python scripts/quickstart_assets.py .quickstart
 	$(BIN)/minitron pipeline experiment=quickstart
 
+# Tests that measure seconds come last and alone.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not alone"
+	$(BIN)/python -m pytest -m alone
 
 lint: setup
 	$(BIN)/ruff check .

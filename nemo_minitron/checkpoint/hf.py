@@ -77,6 +77,14 @@ def _read_tensor(path: Path, name: str) -> Tensor:
         raise ValueError(f"{path} is damaged at {name}: {error}") from error
 
 
+def _read_rows(path: Path, name: str, start: int, stop: int) -> Tensor:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_slice(name)[start:stop]
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged at {name}: {error}") from error
+
+
 def _open_shard(path: Path, expected: set[str] | None) -> Store:
     """Store of one safetensors file, from its header."""
     if not path.is_file():
@@ -95,6 +103,7 @@ def _open_shard(path: Path, expected: set[str] | None) -> Store:
                     tuple(view.get_shape()),
                     DTYPES[view.get_dtype()],
                     partial(_read_tensor, path, name),
+                    partial(_read_rows, path, name),
                 )
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is truncated or damaged: {error}") from error

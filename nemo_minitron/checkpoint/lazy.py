@@ -21,11 +21,14 @@ class LazyTensor:
         shape: global shape.
         dtype: dtype that ``read`` returns.
         read: reads (or computes) the tensor: CPU, contiguous, owned by the caller. Thread safe.
+        read_rows: ``(start, stop)`` -> these rows of dim 0, at the cost of little more than them;
+            None where the whole tensor would have to be read.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
+    read_rows: Callable[[int, int], Tensor] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -38,7 +41,16 @@ Store = dict[str, LazyTensor]
 
 def from_tensor(tensor: Tensor) -> LazyTensor:
     """Wrap a tensor that is already in memory."""
-    return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+    return LazyTensor(
+        tuple(tensor.shape), tensor.dtype, lambda: tensor, lambda start, stop: tensor[start:stop]
+    )
+
+
+def row_blocks(tensor: LazyTensor, block_bytes: int) -> list[tuple[int, int]]:
+    """``[start, stop)`` of runs of rows of at most ``block_bytes`` (one row at least)."""
+    rows = tensor.shape[0]
+    step = max(1, block_bytes * rows // max(tensor.nbytes, 1))
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def store_nbytes(store: Store) -> int:
@@ -55,17 +67,49 @@ def main_dtype(store: Store) -> torch.dtype:
 
 
 def on_read(store: Store, visit: Callable[[str, Tensor], None]) -> Store:
-    """The same store, calling ``visit(name, tensor)`` after every read, in the reading thread."""
+    """The same store, calling ``visit(name, part)`` after every read, in the reading thread.
 
-    def visited(name: str, tensor: LazyTensor) -> Callable[[], Tensor]:
-        def read() -> Tensor:
-            value = tensor.read()
+    ``part`` is the whole tensor or the rows that were read of it.
+    """
+
+    def visited(name: str, read: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def read_and_visit(*rows: int) -> Tensor:
+            value = read(*rows)
             visit(name, value)
             return value
 
-        return read
+        return read_and_visit
 
-    return {name: replace(tensor, read=visited(name, tensor)) for name, tensor in store.items()}
+    return {
+        name: replace(
+            tensor,
+            read=visited(name, tensor.read),
+            read_rows=None if tensor.read_rows is None else visited(name, tensor.read_rows),
+        )
+        for name, tensor in store.items()
+    }
+
+
+def on_done(store: Store, done: Callable[[], None]) -> Store:
+    """The same store, calling ``done()`` when a tensor, or the last row of it, has been read."""
+
+    def counted(tensor: LazyTensor) -> LazyTensor:
+        def read() -> Tensor:
+            value = tensor.read()
+            done()
+            return value
+
+        def read_rows(start: int, stop: int) -> Tensor:
+            assert tensor.read_rows is not None
+            value = tensor.read_rows(start, stop)
+            if stop == tensor.shape[0]:
+                done()
+            return value
+
+        rows = None if tensor.read_rows is None else read_rows
+        return replace(tensor, read=read, read_rows=rows)
+
+    return {name: counted(tensor) for name, tensor in store.items()}
 
 
 def refuse_nonfinite(name: str, tensor: Tensor, key: str = "source") -> None:

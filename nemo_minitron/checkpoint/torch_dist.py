@@ -15,10 +15,10 @@ Megatron's ``dist_checkpointing.load`` wants them left out of the sharded state 
 
 import json
 import logging
-import pickle
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.default_planner import (
-    DefaultLoadPlanner,
     DefaultSavePlanner,
     create_default_global_save_plan,
 )
@@ -39,16 +38,14 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    ReadItem,
     SavePlan,
     TensorWriteData,
     WriteItem,
     WriteItemType,
 )
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from nemo_minitron.checkpoint.lazy import LazyTensor, Store
+from nemo_minitron.checkpoint.lazy import LazyTensor, Store, row_blocks
+from nemo_minitron.checkpoint.torch_dist_rows import READ_ERRORS, RowReader, read_region
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.table import Family, Row
 
@@ -65,7 +62,8 @@ CONTENT_METADATA = {"singleton_local_shards": False, "non_homogeneous_layers": F
 FORMAT_JSON = "metadata.json"
 COMMON_PT = "common.pt"
 _MAX_FILE_BYTES = 2 << 30
-_READ_ERRORS = (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError)
+# Larger tensors are written in blocks of rows where their source can give rows.
+_BLOCK_BYTES = 128 << 20
 
 
 def disk_key(row: Row) -> str:
@@ -106,32 +104,12 @@ class _LazySavePlanner(DefaultSavePlanner):
         return self.reads[write_item.index]().reshape(data.chunk.sizes)
 
 
-class _IntoTensor(DefaultLoadPlanner):
-    """Puts what is read into the regions of one tensor."""
-
-    def __init__(self, target: Tensor) -> None:
-        super().__init__()
-        self.target = target
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        view = self.target
-        for dim, (start, length) in enumerate(
-            zip(read_item.dest_offsets, read_item.lengths, strict=True)
-        ):
-            view = view.narrow(dim, start, length)
-        return view
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        pass
-
-
 def _write_item(
-    key: str, row: Row, layer: int | None, config: ModelConfig, dtype: torch.dtype
+    key: str, shape: tuple[int, ...], axes: list[tuple[int, int]], rows: slice, dtype: torch.dtype
 ) -> WriteItem:
-    shape, axes = row.shape(config), _stack(row, layer, config)
     size = (*(count for _, count in axes), *shape)
-    sizes = (*(1 for _ in axes), *shape)
-    offsets = torch.Size([*(index for index, _ in axes), *(0 for _ in shape)])
+    sizes = (*(1 for _ in axes), rows.stop - rows.start, *shape[1:])
+    offsets = torch.Size([*(index for index, _ in axes), rows.start, *(0 for _ in shape[1:])])
     return WriteItem(
         index=MetadataIndex(key, offsets),
         type=WriteItemType.SHARD,
@@ -153,37 +131,64 @@ def _check_store(store: Store, family: Family, config: ModelConfig) -> None:
             raise ValueError(f"{name} has shape {store[name].shape}; model.yaml asks for {shape}")
 
 
-def _write_items(
-    store: Store, family: Family, config: ModelConfig
-) -> dict[str, list[tuple[WriteItem, LazyTensor]]]:
+@dataclass(frozen=True)
+class _Piece:
+    """What is written as one: a tensor or a block of its rows."""
+
+    item: WriteItem
+    read: Callable[[], Tensor]
+    nbytes: int
+    dtype: torch.dtype
+
+
+def _pieces(
+    key: str, row: Row, layer: int | None, config: ModelConfig, lazy: LazyTensor
+) -> list[_Piece]:
+    """One piece, or several where the tensor is large and its rows can be read alone."""
+    axes = _stack(row, layer, config)
+    if lazy.read_rows is None or lazy.nbytes <= _BLOCK_BYTES:
+        item = _write_item(key, lazy.shape, axes, slice(0, lazy.shape[0]), lazy.dtype)
+        return [_Piece(item, lazy.read, lazy.nbytes, lazy.dtype)]
+    return [
+        _Piece(
+            _write_item(key, lazy.shape, axes, slice(start, stop), lazy.dtype),
+            partial(lazy.read_rows, start, stop),
+            lazy.nbytes // lazy.shape[0] * (stop - start),
+            lazy.dtype,
+        )
+        for start, stop in row_blocks(lazy, _BLOCK_BYTES)
+    ]
+
+
+def _write_pieces(store: Store, family: Family, config: ModelConfig) -> dict[str, list[_Piece]]:
     """What to write under each key, layers in order."""
-    items: dict[str, list[tuple[WriteItem, LazyTensor]]] = {}
+    pieces: dict[str, list[_Piece]] = {}
     for name, row, layer in family.parameters(config):
         key, lazy = disk_key(row), store[name]
-        group = items.setdefault(key, [])
-        if group and group[0][1].dtype != lazy.dtype:
+        group = pieces.setdefault(key, [])
+        if group and group[0].dtype != lazy.dtype:
             raise ValueError(
-                f"{name} is {lazy.dtype} but its first layer is {group[0][1].dtype}; convert the "
+                f"{name} is {lazy.dtype} but its first layer is {group[0].dtype}; convert the "
                 "source to one dtype"
             )
-        group.append((_write_item(key, row, layer, config, lazy.dtype), lazy))
-    return items
+        group.extend(_pieces(key, row, layer, config, lazy))
+    return pieces
 
 
-def _files(items: dict[str, list[tuple[WriteItem, LazyTensor]]]) -> list[SavePlan]:
+def _files(pieces: dict[str, list[_Piece]]) -> list[SavePlan]:
     """One plan per file, largest first.
 
     One key per file, as the writer keeps alive the newest tensor of every key of an open file.
     """
     files: list[tuple[int, list[WriteItem]]] = []
-    for group in items.values():
+    for group in pieces.values():
         size, batch = 0, list[WriteItem]()
-        for item, lazy in group:
-            if batch and size + lazy.nbytes > _MAX_FILE_BYTES:
+        for piece in group:
+            if batch and size + piece.nbytes > _MAX_FILE_BYTES:
                 files.append((size, batch))
                 size, batch = 0, []
-            batch.append(item)
-            size += lazy.nbytes
+            batch.append(piece.item)
+            size += piece.nbytes
         files.append((size, batch))
     files.sort(key=lambda file: -file[0])
     return [SavePlan(batch) for _, batch in files]
@@ -205,7 +210,8 @@ def write_torch_dist(
 ) -> None:
     """Write the weights of a model as a Megatron ``torch_dist`` checkpoint.
 
-    Tensors are read one by one as the files are written; at most two per worker are alive.
+    Tensors are read one by one as the files are written; at most two per worker are alive, of large
+    ones only a block of rows where ``LazyTensor.read_rows`` allows it.
 
     Args:
         folder: existing folder; gets ``*.distcp``, ``.metadata``, ``metadata.json``, ``common.pt``.
@@ -219,12 +225,12 @@ def write_torch_dist(
         OSError: the folder cannot be written (disk full).
     """
     _check_store(store, family, config)
-    items = _write_items(store, family, config)
+    pieces = _write_pieces(store, family, config)
     planner = _LazySavePlanner(
-        {item.index: lazy.read for group in items.values() for item, lazy in group}
+        {piece.item.index: piece.read for group in pieces.values() for piece in group}
     )
     writer = _Writer(folder)
-    plans, metadata = create_default_global_save_plan(_files(items))
+    plans, metadata = create_default_global_save_plan(_files(pieces))
     plans = writer.prepare_global_plan(plans)
     with ThreadPoolExecutor(workers) as pool:
         results = list(pool.map(partial(_write_file, writer, planner), plans))
@@ -253,7 +259,7 @@ def _open_metadata(folder: Path) -> tuple[FileSystemReader, Metadata]:
         for info in metadata.storage_data.values():
             end = info.offset + info.length
             ends[info.relative_path] = max(end, ends.get(info.relative_path, 0))
-    except (*_READ_ERRORS, AttributeError, ImportError, IndexError, TypeError) as error:
+    except (*READ_ERRORS, AttributeError, ImportError, IndexError, TypeError) as error:
         raise ValueError(f"{folder / '.metadata'} is missing or damaged: {error}") from error
     for name, end in sorted(ends.items()):
         file = folder / name
@@ -263,32 +269,6 @@ def _open_metadata(folder: Path) -> tuple[FileSystemReader, Metadata]:
             raise ValueError(f"{file} is truncated: {file.stat().st_size} of {end} bytes")
     reader.set_up_storage_reader(metadata, is_coordinator=True)
     return reader, metadata
-
-
-def _read_chunk(
-    reader: FileSystemReader,
-    key: str,
-    saved: TensorStorageMetadata,
-    wanted: ChunkStorageMetadata,
-    shape: tuple[int, ...],
-) -> Tensor:
-    """Read one region of a key, out of however many chunks it was saved in."""
-    items = create_read_items_for_chunk_list(key, saved, [wanted])
-    target = torch.empty(wanted.sizes, dtype=saved.properties.dtype)
-    covered = sum(item.lengths.numel() for item in items)
-    if covered != target.numel():
-        raise ValueError(
-            f"{reader.path}: {key} at {tuple(wanted.offsets)} has {covered} of {target.numel()} "
-            "elements; the checkpoint is incomplete"
-        )
-    planner = _IntoTensor(target)
-    for item in items:  # one by one, so that an error can name the file
-        try:
-            reader.read_data(LoadPlan([item]), planner)
-        except (*_READ_ERRORS, AssertionError) as error:
-            file = reader.storage_data[item.storage_index].relative_path
-            raise ValueError(f"{Path(reader.path) / file} is damaged at {key}: {error}") from error
-    return target.view(shape)
 
 
 def _locate(
@@ -356,6 +336,7 @@ def read_torch_dist(folder: Path, family: Family, config: ModelConfig) -> Store:
     reader, metadata = _open_metadata(folder)
     store: Store = {}
     used: set[str] = set()
+    starts: dict[tuple[Path, int], int | None] = {}
     for name, row, layer in family.parameters(config):
         found = _locate(row, layer, metadata)
         if found is None:
@@ -369,7 +350,8 @@ def read_torch_dist(folder: Path, family: Family, config: ModelConfig) -> Store:
             )
         used.add(key)
         shape = row.shape(config)
-        read = partial(_read_chunk, reader, key, saved, wanted, shape)
-        store[name] = LazyTensor(shape, saved.properties.dtype, read)
+        read = partial(read_region, reader, key, saved, wanted, shape)
+        rows = RowReader(reader, key, saved, wanted, shape, read, starts)
+        store[name] = LazyTensor(shape, saved.properties.dtype, read, rows)
     _refuse_unknown(used, metadata, folder)
     return store

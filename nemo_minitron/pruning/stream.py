@@ -4,7 +4,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-from nemo_minitron.checkpoint.lazy import on_read, refuse_nonfinite
+from nemo_minitron.checkpoint.lazy import on_done, on_read, refuse_nonfinite
 from nemo_minitron.checkpoint.torch_dist import read_torch_dist, write_torch_dist
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.registry import family_of
@@ -32,7 +32,7 @@ def prune_checkpoint(
     store = prune_store(family, config, plan, whole)
     folder.mkdir()
     with progress("pruning tensors", len(store)) as advance:
-        counted = on_read(store, lambda name, tensor: advance())
+        counted = on_done(store, advance)
         write_torch_dist(folder, counted, family, small, workers=workers)
     small.save(folder)
     if (source / "tokenizer").is_dir():

@@ -94,7 +94,7 @@ def check(cfg: ExportConfig) -> None:
 def run(cfg: ExportConfig) -> None:
     """Write config.json, safetensors, tokenizer, README.md and ``metrics.json``."""
     from nemo_minitron.checkpoint.hf import copy_generation_config, write_hf
-    from nemo_minitron.checkpoint.lazy import on_read
+    from nemo_minitron.checkpoint.lazy import on_done
 
     start = time.perf_counter()
     config, store = _open(cfg)
@@ -102,7 +102,7 @@ def run(cfg: ExportConfig) -> None:
     tokenizer = Path(cfg.checkpoint) / "checkpoint" / "tokenizer"
     with output_folder(cfg, "export") as work:
         with progress("exporting tensors", len(store)) as advance:
-            counted = on_read(store, lambda name, tensor: advance())
+            counted = on_done(store, advance)
             files = write_hf(work, counted, family.to_hf(config), cfg.max_shard_size)
         if tokenizer.is_dir():
             save_tokenizer(tokenizer, work)

@@ -12,6 +12,7 @@ from nemo_minitron.checkpoint.hf import copy_generation_config, model_config, op
 from nemo_minitron.checkpoint.lazy import (
     LazyTensor,
     Store,
+    on_done,
     on_read,
     refuse_nonfinite,
     store_nbytes,
@@ -93,7 +94,7 @@ def run(cfg: ImportConfig) -> None:
         folder = work / "checkpoint"
         (folder / "tokenizer").mkdir(parents=True)
         with progress("importing tensors", len(store)) as advance:
-            counted = on_read(store, lambda name, tensor: advance())
+            counted = on_done(store, advance)
             write_torch_dist(folder, counted, family, config, workers=cfg.workers)
         config.save(folder)
         save_tokenizer(source, folder / "tokenizer")

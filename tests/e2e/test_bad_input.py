@@ -412,6 +412,7 @@ def _process(arguments: list[str]) -> tuple[int, str, str, float]:
     return child.returncode, out, err, min(time.monotonic() - start, cpu)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("stage", "key", "says"),
     [

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from nemo_minitron.checkpoint import torch_dist
+from nemo_minitron.checkpoint import torch_dist, torch_dist_rows
 from nemo_minitron.checkpoint.lazy import LazyTensor, from_tensor
 from nemo_minitron.checkpoint.torch_dist import (
     _LazySavePlanner,
@@ -51,6 +51,8 @@ def assert_same(store, weights):
         assert store[name].shape == tuple(tensor.shape)
         assert store[name].dtype == tensor.dtype
         assert torch.equal(store[name].read(), tensor), name
+        first, last = len(tensor) // 3, len(tensor) - len(tensor) // 4
+        assert torch.equal(store[name].read_rows(first, last), tensor[first:last]), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -114,6 +116,31 @@ def test_files_are_cut_at_a_size(tmp_path, monkeypatch):
     folder = write(tmp_path / "checkpoint", weights)
     assert max(p.stat().st_size for p in folder.glob("*.distcp")) < 110_000
     assert_same(read_torch_dist(folder, FAMILY, LLAMA), weights)
+
+
+def test_large_tensors_are_written_in_blocks_of_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch_dist, "_BLOCK_BYTES", 5_000)
+    weights = random_weights(LLAMA)
+    folder = write(tmp_path / "checkpoint", weights)
+    metadata = pickle.loads((folder / ".metadata").read_bytes()).state_dict_metadata
+    chunks = metadata["embedding.word_embeddings.weight"].chunks
+    assert [tuple(chunk.offsets) for chunk in chunks] == [(i, 0) for i in range(0, 101, 19)]
+    assert [chunk.sizes[0] for chunk in chunks] == [19] * 5 + [6]
+    assert_same(read_torch_dist(folder, FAMILY, LLAMA), weights)
+
+
+def test_rows_are_read_without_the_rest(tmp_path, monkeypatch):
+    folder = write(tmp_path / "checkpoint", random_weights(LLAMA))
+    store, read = read_torch_dist(folder, FAMILY, LLAMA), []
+    original = torch_dist_rows._read_into
+
+    def counting(path, offset, target):
+        read.append(target.nbytes)
+        original(path, offset, target)
+
+    monkeypatch.setattr(torch_dist_rows, "_read_into", counting)
+    store["decoder.layers.2.mlp.linear_fc1.weight"].read_rows(5, 9)
+    assert read == [4 * 64 * 4]
 
 
 def save_in_chunks(folder: Path, tensors: dict, cuts: dict, extra: dict | None = None) -> None:
@@ -190,6 +217,8 @@ def test_a_gap_between_chunks_is_found(tmp_path):
         ValueError, match=r"linear_fc1.weight at \(2, 0, 0\) has 0 of 12288 elements"
     ):
         store["decoder.layers.2.mlp.linear_fc1.weight"].read()
+    with pytest.raises(ValueError, match=r"has 0 of 12288 elements"):
+        store["decoder.layers.2.mlp.linear_fc1.weight"].read_rows(0, 2)
 
 
 def test_store_that_does_not_fit_is_refused(tmp_path):

@@ -57,17 +57,22 @@ def minitron(tmp_path: Path, *arguments: str, **env: str) -> "subprocess.Complet
     )
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("arguments", [["--help"], ["prune", "--help"], ["prune", "--cfg", "job"]])
 def test_help_is_fast_and_light(arguments):
+    """Under a second of work: a machine that is busy or slow to read files does not count."""
     code = (
         "import sys; from nemo_minitron.cli import main; assert main(sys.argv[1:]) == 0; "
         f"assert not set({HEAVY}) & set(sys.modules)"
     )
     seconds = []
     for _ in range(3):  # the machine may be busy: the best of three counts
-        start = time.monotonic()
+        start, before = time.monotonic(), os.times()
         subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
-        seconds.append(time.monotonic() - start)
+        after = os.times()
+        work = after.children_user + after.children_system
+        work -= before.children_user + before.children_system
+        seconds.append(min(work, time.monotonic() - start))
     assert min(seconds) < 1.0
 
 

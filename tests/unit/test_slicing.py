@@ -10,9 +10,10 @@ from nemo_minitron.checkpoint.hf import to_hf, to_megatron
 from nemo_minitron.checkpoint.lazy import from_tensor
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.llama import LLAMA as FAMILY
+from nemo_minitron.pruning import slicing
 from nemo_minitron.pruning.plan import Plan, full_plan, pruned_config
 from nemo_minitron.pruning.slicing import dim_indices, prune_store
-from tests.tiny import LLAMA
+from tests.tiny import LLAMA, random_weights
 
 SHAPES = {
     "gqa": LLAMA,
@@ -162,3 +163,14 @@ def test_unknown_and_missing_parameters_are_refused() -> None:
 def test_per_layer_dims_need_a_layer() -> None:
     with pytest.raises(ValueError, match="'ffn' dim needs a layer"):
         dim_indices("ffn", LLAMA, full_plan(LLAMA), None)
+
+
+def test_block_by_block_is_the_same(monkeypatch):
+    """Large tensors are pruned some rows at a time."""
+    store = {name: from_tensor(t) for name, t in random_weights(LLAMA).items()}
+    plan = random_plan(LLAMA, [0, 2, 3], 2, 1)
+    whole = {n: t.read() for n, t in prune_store(FAMILY, LLAMA, plan, store).items()}
+    monkeypatch.setattr(slicing, "_BLOCK_BYTES", 700)
+    for name, lazy in prune_store(FAMILY, LLAMA, plan, store).items():
+        assert torch.equal(lazy.read(), whole[name]), name
+        assert torch.equal(lazy.read_rows(1, len(whole[name]) - 3), whole[name][1:-3]), name

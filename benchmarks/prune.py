@@ -1,0 +1,198 @@
+"""Streaming pruning of a big checkpoint: peak memory, and time beside copying what is kept.
+
+``python -m benchmarks.prune`` from the repository root. A synthetic Llama-3.1-8B-shaped bf16
+checkpoint is pruned to the width of Llama-3.1-Minitron-4B; then the pruned checkpoint is copied by
+the same reader and writer. Every run is a process of its own that finds its input out of the page
+cache and ends with its output on the disk; runs alternate. Exit status 1 when a limit is passed.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.docs_block import markdown_table, write_block
+from nemo_minitron.checkpoint.lazy import LazyTensor
+from nemo_minitron.checkpoint.torch_dist import read_torch_dist, write_torch_dist
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.families.registry import family_of
+from nemo_minitron.families.table import parameter_count
+from nemo_minitron.pruning.plan import Plan, pruned_config
+from nemo_minitron.pruning.stream import prune_checkpoint
+from nemo_minitron.reporting.console import show_table
+
+MODEL = ModelConfig(
+    family="llama",
+    num_layers=32,
+    hidden_size=4096,
+    ffn_hidden_size=14336,
+    num_attention_heads=32,
+    num_query_groups=8,
+    kv_channels=128,
+    vocab_size=128256,
+    max_position_embeddings=8192,
+    dtype="bfloat16",
+)
+HIDDEN, FFN = 3072, 9216
+"""Llama-3.1-Minitron-4B-Width (2408.11796, section 4)."""
+MAX_GB, MAX_RATIO = 2.0, 1.5
+HEADER = ("run", "read GB", "written GB", "seconds", "peak memory GB")
+
+
+def random_plan(config: ModelConfig) -> Plan:
+    """A plan of the target's sizes with indices spread over the whole range."""
+    generator = torch.Generator().manual_seed(0)
+
+    def some(size: int, keep: int) -> list[int]:
+        return torch.randperm(size, generator=generator)[:keep].sort().values.tolist()
+
+    layers = range(config.num_layers)
+    return Plan(
+        layers=list(layers),
+        hidden=some(config.hidden_size, HIDDEN),
+        ffn=[some(config.ffn_hidden_size, FFN) for _ in layers],
+        head=[list(range(config.num_attention_heads)) for _ in layers],
+        query_group=[list(range(config.num_query_groups)) for _ in layers],
+    )
+
+
+def write_synthetic(folder: Path, config: ModelConfig) -> None:
+    """Random weights; rows repeat, which no step here notices."""
+    noise = torch.randn(1 << 24, dtype=torch.float32).mul_(0.02).bfloat16()
+
+    def read(shape: tuple[int, ...]) -> Tensor:
+        return (
+            noise.expand(-(-torch.Size(shape).numel() // noise.numel()), -1)
+            .flatten()[: torch.Size(shape).numel()]
+            .view(shape)
+        )
+
+    family = family_of(config)
+    store = {
+        name: LazyTensor(
+            row.shape(config), torch.bfloat16, lambda shape=row.shape(config): read(shape)
+        )
+        for name, row, _ in family.parameters(config)
+    }
+    folder.mkdir(parents=True)
+    write_torch_dist(folder, store, family, config, workers=1)
+    config.save(folder)
+
+
+def forget_pages(folder: Path) -> None:
+    """Write a folder back and drop it from the page cache."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def peak_bytes() -> int:
+    """Largest resident set of this process so far."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def job(name: str, source: Path, target: Path, workers: int) -> None:
+    """One run in this process: prints seconds and peak memory."""
+    config = ModelConfig.load(source)
+    family = family_of(config)
+    start = time.perf_counter()
+    if name == "prune":
+        prune_checkpoint(source, config, random_plan(config), target, workers)
+    else:
+        target.mkdir()
+        store = read_torch_dist(source, family, config)
+        write_torch_dist(target, store, family, config, workers=workers)
+        config.save(target)
+    for path in target.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    print(json.dumps({"seconds": time.perf_counter() - start, "peak": peak_bytes()}))
+
+
+def measured(name: str, source: Path, target: Path, workers: int) -> dict[str, Any]:
+    """One run in a fresh process."""
+    forget_pages(source)
+    command = [sys.executable, "-m", "benchmarks.prune", "--job", name, str(source), str(target)]
+    command += ["--workers", str(workers)]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def compare(work: Path, args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """Prune and copy, alternately."""
+    runs: dict[str, list[dict[str, Any]]] = {"prune": [], "copy": []}
+    for _ in range(args.repeats):
+        for name, source in (("prune", "model"), ("copy", "pruned")):
+            target = work / ("pruned" if name == "prune" else "copied")
+            shutil.rmtree(target, ignore_errors=True)
+            runs[name].append(measured(name, work / source, target, args.workers))
+    return runs
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=32, help="32 makes the 8B model")
+    parser.add_argument("--folder", help="where 35 GB are free for 32 layers")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="as the stage's key")
+    parser.add_argument("--job", nargs=3, metavar=("NAME", "SOURCE", "TARGET"))
+    parser.add_argument("--write", action="store_true", help="update docs/benchmarks.md")
+    return parser.parse_args(arguments)
+
+
+def describe(args: argparse.Namespace, config: ModelConfig, ratio: float) -> str:
+    """What was run, for the page."""
+    count = parameter_count(family_of(config), config)["total"]
+    return (
+        "## Streaming pruning\n\n"
+        f"Llama-3.1-8B shapes with {args.layers} layers ({count / 1e9:.2f}B "
+        f"parameters, bf16) pruned to hidden {HIDDEN}, ffn {FFN} by the streaming executor with "
+        f"{args.workers} workers, and the pruned checkpoint copied by the same reader and writer; "
+        f"page cache dropped before every run, output synced, medians of {args.repeats} alternated "
+        f"runs ({platform.machine()}, {os.cpu_count()} CPUs). Pruning takes {ratio:.2f}x the time "
+        "of the copy.\n\n"
+    )
+
+
+def main() -> int:
+    """Run, show the table, and say whether the limits hold."""
+    args = parse()
+    if args.job:
+        job(args.job[0], Path(args.job[1]), Path(args.job[2]), args.workers)
+        return 0
+    config = replace(MODEL, num_layers=args.layers)
+    small = pruned_config(config, random_plan(config))
+    sizes = [parameter_count(family_of(c), c)["total"] * 2 / 1e9 for c in (config, small)]
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        write_synthetic(Path(folder) / "model", config)
+        runs = compare(Path(folder), args)
+    seconds = {name: median(run["seconds"] for run in runs[name]) for name in runs}
+    peaks = {name: max(run["peak"] for run in runs[name]) / 1e9 for name in runs}
+    rows = [
+        [name, f"{read:.1f}", f"{sizes[1]:.1f}", f"{seconds[name]:.1f}", f"{peaks[name]:.2f}"]
+        for name, read in (("prune", sizes[0]), ("copy", sizes[1]))
+    ]
+    ratio = seconds["prune"] / seconds["copy"]
+    show_table(f"streaming pruning: {ratio:.2f}x the copy", HEADER, rows)
+    if args.write:
+        write_block("prune", describe(args, config, ratio) + markdown_table(HEADER, rows))
+    return int(peaks["prune"] > MAX_GB or ratio > MAX_RATIO)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
