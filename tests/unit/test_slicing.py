@@ -136,7 +136,7 @@ def test_only_what_is_read_is_read() -> None:
             reads.append(name)
             return tensor
 
-        return replace(from_tensor(tensor), read=read)
+        return replace(from_tensor(tensor), read=read, read_rows=None)
 
     store = to_megatron(
         FAMILY, LLAMA, {name: from_tensor(t) for name, t in hf_tensors(LLAMA).items()}

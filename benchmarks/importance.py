@@ -1,0 +1,128 @@
+"""What scoring costs beside the same forward passes without it.
+
+``python -m benchmarks.importance`` from the repository root. SmolLM2-135M shapes (with 8 heads in 4
+query groups, so that two ranks can share them) and random weights; in one process per rank, batches
+alternate between plain passes and passes with every hook of the default scores. Exit status 1 when
+the hooks cost more than 1.03x.
+"""
+
+import argparse
+import platform
+import sys
+import time
+from contextlib import ExitStack
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.docs_block import markdown_table, write_block
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.config.stages import ScoreConfig
+from nemo_minitron.reporting.console import show_table
+from tests.pool import WorkerPool
+
+MODEL = ModelConfig(
+    family="llama",
+    num_layers=30,
+    hidden_size=576,
+    ffn_hidden_size=1536,
+    num_attention_heads=8,
+    num_query_groups=4,
+    kv_channels=64,
+    vocab_size=49152,
+    max_position_embeddings=2048,
+    share_embeddings_and_output_weights=True,
+)
+MAX_RATIO = 1.03
+HEADER = ("layout", "plain s", "with hooks s", "median ratio", "CPU time ratio")
+
+
+def time_passes(tp: int, batches: int, seq_length: int) -> dict[str, list[tuple[float, float]]]:
+    """Run on every rank: (wall, CPU) seconds of each pass, plain and hooked by turns."""
+    from nemo_minitron.importance.hooks import ChunkRecorder
+    from nemo_minitron.models.build import build_gpt
+    from nemo_minitron.models.schedule import run_schedule
+    from nemo_minitron.runtime.groups import ParallelGroups
+    from nemo_minitron.runtime.launch import init_model_parallel
+
+    parallel = ParallelConfig(tensor_model_parallel_size=tp)
+    init_model_parallel(parallel)
+    groups = ParallelGroups.current()
+    (chunk,) = build_gpt(MODEL, parallel, groups)
+    torch.manual_seed(0)
+    for parameter in chunk.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    chunk.return_hidden = True
+    chunk.eval()
+    recorder = ChunkRecorder(chunk, groups, ScoreConfig(), lambda index: 1)
+    batch = _batch(seq_length)
+    seconds: dict[str, list[tuple[float, float]]] = {"plain": [], "hooked": []}
+    with torch.no_grad():
+        for number in range(2 * (batches + 1)):
+            with ExitStack() as handles:
+                if number % 2:
+                    recorder.register(lambda handle, keep=handles: keep.callback(handle.remove))
+                torch.distributed.barrier(group=groups.tp)
+                start = time.perf_counter(), time.process_time()
+                run_schedule([chunk], [batch], _nothing, forward_only=True, collect_outputs=True)
+                spent = time.perf_counter() - start[0], time.process_time() - start[1]
+            if number > 1:  # the first of each kind warms up
+                seconds["hooked" if number % 2 else "plain"].append(spent)
+    return seconds
+
+
+def _nothing(index: int, batch: Any, hidden: torch.Tensor) -> None:
+    """The hooks have seen all there is to see."""
+
+
+def _batch(seq_length: int) -> dict[str, torch.Tensor]:
+    tokens = torch.randint(0, MODEL.vocab_size, (1, seq_length))
+    positions = torch.arange(seq_length)[None]
+    return {"tokens": tokens, "position_ids": positions}
+
+
+def row(tp: int, ranks: list[dict[str, list[tuple[float, float]]]]) -> tuple[list[str], float]:
+    """Line of the table and the ratio that counts: the median over pairs of neighbours."""
+    plain, hooked = (ranks[0][kind] for kind in ("plain", "hooked"))
+    ratio = median(after[0] / before[0] for before, after in zip(plain, hooked, strict=True))
+    cpu = [sum(cpu for rank in ranks for _, cpu in rank[kind]) for kind in ("hooked", "plain")]
+    walls = [sum(wall for wall, _ in kind) for kind in (plain, hooked)]
+    cells = [f"TP={tp}", *(f"{wall:.2f}" for wall in walls), f"{ratio:.3f}"]
+    return [*cells, f"{cpu[0] / cpu[1]:.3f}"], min(ratio, cpu[0] / cpu[1])
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batches", type=int, default=24)
+    parser.add_argument("--seq-length", type=int, default=256)
+    parser.add_argument("--write", action="store_true", help="update docs/benchmarks.md")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    """Run, show the table, and say whether the limit holds."""
+    args, pool = parse(), WorkerPool()
+    try:
+        found = [
+            row(tp, pool.run(tp, time_passes, tp, args.batches, args.seq_length)) for tp in (1, 2)
+        ]
+    finally:
+        pool.close()
+    show_table("scoring beside plain forward passes", HEADER, [cells for cells, _ in found])
+    if args.write:
+        text = (
+            "## Importance\n\nForward passes of a SmolLM2-135M-shaped model up to its final hidden "
+            "state, without and with every hook of the default scores (hidden, ffn, head, layer), "
+            f"by turns: {args.batches} batches of 1 x {args.seq_length} tokens each, fp32, one thread "
+            f"per rank ({platform.machine()}). The ratio is the median over neighbouring batches; "
+            "CPU time is that of all ranks.\n\n"
+        )
+        write_block("importance", text + markdown_table(HEADER, [cells for cells, _ in found]))
+    return int(any(ratio > MAX_RATIO for _, ratio in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
