@@ -115,8 +115,8 @@ def main() -> int:
     if args.write:
         text = (
             "## Importance\n\nForward passes of a SmolLM2-135M-shaped model up to its final hidden "
-            "state, without and with every hook of the default scores (hidden, ffn, head, layer), "
-            f"by turns: {args.batches} batches of 1 x {args.seq_length} tokens each, fp32, one thread "
+            "state, by turns without and with the hooks of the default scores (all four axes), "
+            f"{args.batches} batches of 1 x {args.seq_length} tokens each, fp32, one thread "
             f"per rank ({platform.machine()}). The ratio is the median over neighbouring batches; "
             "CPU time is that of all ranks.\n\n"
         )
