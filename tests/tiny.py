@@ -30,6 +30,15 @@ MIXTRAL = replace(
     moe_router_topk=2,
 )
 
+QWEN2_MOE = replace(
+    MIXTRAL,
+    family="qwen2_moe",
+    add_qkv_bias=True,
+    moe_router_pre_softmax=True,
+    moe_shared_expert_intermediate_size=56,
+    moe_shared_expert_gate=True,
+)
+
 
 def random_weights(
     config: ModelConfig, seed: int = 0, family: Family | None = None

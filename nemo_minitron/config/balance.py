@@ -7,7 +7,7 @@ stages differ by at most one layer.
 
 from dataclasses import replace
 
-from nemo_minitron.config.layout import check_layout
+from nemo_minitron.config.layout import check_layout, ffn_sizes
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 
@@ -41,10 +41,9 @@ def balanced_layout(
 def _check_shares(pruned: ModelConfig, parallel: ParallelConfig) -> None:
     """Every rank gets an equal share of what the ranks share out."""
     tp, ep = "tensor_model_parallel_size", "expert_model_parallel_size"
-    split = {"num_query_groups": tp, "num_attention_heads": tp, "ffn_hidden_size": tp}
+    split = dict.fromkeys(("num_query_groups", "num_attention_heads", *ffn_sizes(pruned)), tp)
     if pruned.num_moe_experts is not None:
-        del split["ffn_hidden_size"]
-        split.update(moe_ffn_hidden_size=tp, num_moe_experts=ep)
+        split["num_moe_experts"] = ep
     for name, degree in split.items():
         size, ranks = getattr(pruned, name), getattr(parallel, degree)
         if size % ranks:

@@ -18,8 +18,7 @@ def check_layout(config: ModelConfig, parallel: ParallelConfig) -> None:
     """
     check_experts(config, parallel)
     tp = parallel.tensor_model_parallel_size
-    ffn = "ffn_hidden_size" if config.num_moe_experts is None else "moe_ffn_hidden_size"
-    for name in ("num_query_groups", "num_attention_heads", ffn):
+    for name in ("num_query_groups", "num_attention_heads", *ffn_sizes(config)):
         if getattr(config, name) % tp:
             raise ValueError(
                 f"parallel.tensor_model_parallel_size={tp} must divide {name}="
@@ -31,6 +30,15 @@ def check_layout(config: ModelConfig, parallel: ParallelConfig) -> None:
             f"{config.vocab_size} of the model; make it smaller"
         )
     check_pipeline(config, parallel)
+
+
+def ffn_sizes(config: ModelConfig) -> list[str]:
+    """Names of the FFN widths that the model has; tensor parallelism splits each of them."""
+    if config.num_moe_experts is None:
+        return ["ffn_hidden_size"]
+    if config.moe_shared_expert_intermediate_size is None:
+        return ["moe_ffn_hidden_size"]
+    return ["moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"]
 
 
 def check_experts(config: ModelConfig, parallel: ParallelConfig) -> None:

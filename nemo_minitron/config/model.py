@@ -49,6 +49,12 @@ class ModelConfig:
     """FFN width of each expert."""
     moe_router_topk: int = 2
     """Experts that each token is routed to."""
+    moe_router_pre_softmax: bool = False
+    """Softmax over all experts before some are picked, else over the picked ones."""
+    moe_shared_expert_intermediate_size: int | None = None
+    """FFN width of the expert that every token goes through; None: there is none."""
+    moe_shared_expert_gate: bool = False
+    """Multiplies the shared expert's output by the sigmoid of a learned gate."""
     dtype: str = "float32"
     """Storage dtype of the weights: ``float32``, ``bfloat16`` or ``float16``."""
     kept_layers: list[int] = field(default_factory=list)
@@ -68,6 +74,11 @@ class ModelConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.num_moe_experts is not None:
             self._check_experts(self.num_moe_experts)
+        elif self.moe_shared_expert_intermediate_size is not None:
+            raise ValueError(
+                f"moe_shared_expert_intermediate_size={self.moe_shared_expert_intermediate_size} "
+                "needs experts that are not shared; set num_moe_experts"
+            )
 
     def _check_experts(self, experts: int) -> None:
         if not 1 <= self.moe_router_topk <= experts:
@@ -80,6 +91,9 @@ class ModelConfig:
                 f"moe_ffn_hidden_size={self.moe_ffn_hidden_size} must be at least 1 where there "
                 "are experts"
             )
+        shared = self.moe_shared_expert_intermediate_size
+        if shared is not None and shared < 1:
+            raise ValueError(f"moe_shared_expert_intermediate_size={shared} must be at least 1")
 
     @property
     def heads_per_group(self) -> int:

@@ -13,7 +13,7 @@ from nemo_minitron.config.training import (
     TrainerConfig,
 )
 
-SCORE_AXES = ("hidden", "ffn", "head", "layer", "expert", "expert_ffn")
+SCORE_AXES = ("hidden", "ffn", "head", "layer", "expert", "expert_ffn", "shared_expert_ffn")
 
 
 @dataclass(kw_only=True)
@@ -163,6 +163,8 @@ class TargetConfig:
     """Experts of every layer, at least moe_router_topk."""
     moe_ffn_hidden_size: int | None = None
     """FFN width of each expert."""
+    moe_shared_expert_intermediate_size: int | None = None
+    """FFN width of the shared expert."""
 
 
 @dataclass(kw_only=True)

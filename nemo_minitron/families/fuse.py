@@ -76,6 +76,9 @@ FUSIONS: dict[str, Fusion] = {
     "expert_gate_up": Fusion(
         partial(_halves, DIM_SIZES["expert_ffn"]), _fuse_gate_up, _split_gate_up
     ),
+    "shared_expert_gate_up": Fusion(
+        partial(_halves, DIM_SIZES["shared_expert_ffn"]), _fuse_gate_up, _split_gate_up
+    ),
 }
 
 

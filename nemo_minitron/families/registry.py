@@ -5,9 +5,10 @@ from typing import Any
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.llama import LLAMA
 from nemo_minitron.families.mixtral import MIXTRAL
+from nemo_minitron.families.qwen2_moe import QWEN2_MOE
 from nemo_minitron.families.table import Family
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, MIXTRAL)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, MIXTRAL, QWEN2_MOE)}
 
 
 def family_of(config: ModelConfig) -> Family:

@@ -13,7 +13,7 @@ from nemo_minitron.config.model import ModelConfig
 # What a tensor dim can hold. "qkv" is Megatron's interleaving of linear_qkv rows: per query group
 # [q_1 .. q_{n/g}, k, v], each `kv_channels` rows. "gate_up" is [gate; up], each `ffn` rows.
 # "expert" are the router's rows; "expert_ffn" and "expert_gate_up" are "ffn" and "gate_up" of one
-# expert.
+# expert; "shared_expert_ffn" and "shared_expert_gate_up" of the one that every token goes through.
 DIM_SIZES: dict[str, Callable[[ModelConfig], int]] = {
     "vocab": lambda c: c.vocab_size,
     "position": lambda c: c.max_position_embeddings,
@@ -26,6 +26,9 @@ DIM_SIZES: dict[str, Callable[[ModelConfig], int]] = {
     "expert": lambda c: c.num_moe_experts or 0,
     "expert_ffn": lambda c: c.moe_ffn_hidden_size or 0,
     "expert_gate_up": lambda c: 2 * (c.moe_ffn_hidden_size or 0),
+    "shared_expert_ffn": lambda c: c.moe_shared_expert_intermediate_size or 0,
+    "shared_expert_gate_up": lambda c: 2 * (c.moe_shared_expert_intermediate_size or 0),
+    "one": lambda c: 1,
 }
 
 _INDEX = re.compile(r"\\\{(layer|expert)\\\}")

@@ -226,6 +226,9 @@ def gather_scores(
         head = _gather_channels(head, groups.tp).unflatten(1, (-1, config.kv_channels))
         head = torch.linalg.vector_norm(head, dim=-1)
     blocks = {} if not angles else angles[0].scores()
+    shared = tables.get("shared_expert_ffn")
+    if shared is not None:
+        shared = _gather_channels(shared, groups.tp)
     return Scores(
         hidden=_final_or_none(None if hidden is None else hidden.sum(dim=(0, 1)), groups.tp),
         ffn=_final_or_none(None if ffn is None else _gather_channels(ffn, groups.tp), groups.tp),
@@ -233,6 +236,7 @@ def gather_scores(
         layer=_final_or_none(tables.get("layer"), groups.tp),
         expert=_final_or_none(tables.get("expert"), groups.tp),
         expert_ffn=_final_or_none(tables.get("expert_ffn"), groups.tp),
+        shared_expert_ffn=_final_or_none(shared, groups.tp),
         blocks={
             layer_scores("block_angular", size): _final(values, groups.tp)
             for size, values in blocks.items()

@@ -6,6 +6,7 @@ What is scored where (2407.14679, section 2.2):
 - ``ffn``: input of ``mlp.linear_fc2``,
 - ``head``: input of ``self_attention.linear_proj``,
 - ``layer``: input and output of the transformer layer,
+- ``shared_expert_ffn``: input of ``mlp.shared_experts.linear_fc2``,
 - ``expert`` and ``expert_ffn``: see ``importance/experts.py``; with experts there is no ``ffn``.
 
 Activations are ``[s, b, w]`` and local: ffn and head channels are split over the tensor-parallel
@@ -39,7 +40,6 @@ from nemo_minitron.importance.experts import ExpertRecorder
 from nemo_minitron.runtime.groups import ParallelGroups
 
 NORMS_PER_LAYER = 2
-CHANNEL_AXES = ("hidden", "ffn", "head")
 
 
 class ChunkRecorder:
@@ -48,7 +48,7 @@ class ChunkRecorder:
     Attributes:
         layers: global 0-based indices of the chunk's layers.
         channels: axis -> accumulator; ``hidden`` has two modules per layer, ``ffn`` and ``head``
-            one, in layer order.
+            (as ``shared_expert_ffn``) one, in layer order.
         influence: accumulator of block influence, None when layers are not scored by it.
         angles: accumulator of block angles, one for all chunks of a rank; None when not scored.
         experts: sums over the experts' tokens, None in a dense model.
@@ -84,6 +84,11 @@ class ChunkRecorder:
             "ffn": (count, config.ffn_hidden_size // tp),
             "head": (count, config.num_attention_heads * config.kv_channels // tp),
         }
+        if config.num_moe_experts is not None:
+            del widths["ffn"]
+            shared = config.moe_shared_expert_intermediate_size
+            if shared is not None:
+                widths["shared_expert_ffn"] = (count, shared // tp)
         self.channels = {
             axis: Accumulator(
                 modules,
@@ -101,7 +106,6 @@ class ChunkRecorder:
         self._blocks = blocks
         self.experts: ExpertRecorder | None = None
         if config.num_moe_experts is not None:
-            self.channels.pop("ffn", None)
             self.experts = ExpertRecorder(
                 chunk, groups, scores, lambda: self.valid(self.micro_batches)
             )
@@ -125,6 +129,7 @@ class ChunkRecorder:
             for axis, owner, name in (
                 ("ffn", mlp, "linear_fc2"),
                 ("head", attention, "linear_proj"),
+                ("shared_expert_ffn", getattr(mlp, "shared_experts", None), "linear_fc2"),
             ):
                 if axis in self.channels:
                     module = _submodule(owner, name, axis, self.layers[local])
@@ -206,7 +211,7 @@ class ChunkRecorder:
         return [acc for acc in (self.influence, self.angles) if acc is not None]
 
 
-def _submodule(owner: nn.Module, name: str, axis: str, layer: int) -> nn.Module:
+def _submodule(owner: nn.Module | None, name: str, axis: str, layer: int) -> nn.Module:
     module = getattr(owner, name, None)
     if module is None:
         raise ValueError(

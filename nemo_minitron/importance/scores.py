@@ -16,7 +16,16 @@ if TYPE_CHECKING:
 
 SCORES_FILE = "scores.safetensors"
 META_FILE = "scores.json"
-AXES = ("hidden", "ffn", "head", "expert", "expert_ffn", "layer", "layer_lm_loss")
+AXES = (
+    "hidden",
+    "ffn",
+    "head",
+    "expert",
+    "expert_ffn",
+    "shared_expert_ffn",
+    "layer",
+    "layer_lm_loss",
+)
 _FORMAT = 1
 # What must agree between the model that was scored and the model that is pruned.
 _MODEL_KEYS = (
@@ -31,6 +40,7 @@ _MODEL_KEYS = (
     "kept_layers",
     "num_moe_experts",
     "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
 )
 
 
@@ -51,6 +61,8 @@ class Scores:
     """``[layers, num_moe_experts]``."""
     expert_ffn: Tensor | None = None
     """``[layers, num_moe_experts, f]``."""
+    shared_expert_ffn: Tensor | None = None
+    """``[layers, f]`` of the shared expert."""
     layer: Tensor | None = None
     """``[layers]`` block influence."""
     layer_lm_loss: Tensor | None = None
@@ -156,9 +168,14 @@ def check_axes(config: ModelConfig, axes: list[str]) -> None:
     Raises:
         ValueError: none of the axes exists in this model.
     """
-    lacking = ["expert", "expert_ffn"] if config.num_moe_experts is None else ["ffn"]
+    dense, shared = config.num_moe_experts is None, config.moe_shared_expert_intermediate_size
+    lacking = ["expert", "expert_ffn"] if dense else ["ffn"]
+    if shared is None:
+        lacking.append("shared_expert_ffn")
     if set(axes) <= set(lacking):
-        what = "no experts" if config.num_moe_experts is None else "experts in every layer"
+        what = "no experts" if dense else "experts in every layer"
+        if not dense and shared is None:
+            what += ", none of them shared"
         raise ValueError(
             f"scores.axes={axes} holds no axis of this model, which has {what}; set scores.axes to "
             f"some of {[axis for axis in SCORE_AXES if axis not in lacking]}"

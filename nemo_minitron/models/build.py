@@ -66,6 +66,9 @@ def transformer_config(
         num_moe_experts=config.num_moe_experts,
         moe_ffn_hidden_size=config.moe_ffn_hidden_size,
         moe_router_topk=config.moe_router_topk,
+        moe_router_pre_softmax=config.moe_router_pre_softmax,
+        moe_shared_expert_intermediate_size=config.moe_shared_expert_intermediate_size,
+        moe_shared_expert_gate=config.moe_shared_expert_gate,
         # Distillation follows the teacher's logits, the router included: no balancing loss.
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,

@@ -16,7 +16,7 @@ from nemo_minitron.pruning.plan import Plan
 from nemo_minitron.pruning.slicing import dim_indices
 
 # Blocks of a dim that tensor parallelism splits one by one; all other dims are one block.
-_BLOCKS = {"gate_up": 2, "expert_gate_up": 2}
+_BLOCKS = {"gate_up": 2, "expert_gate_up": 2, "shared_expert_gate_up": 2}
 
 
 @dataclass(frozen=True)

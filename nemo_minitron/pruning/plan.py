@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 PLAN_FILE = "plan.json"
 _FORMAT = 1
-_OPTIONAL = {"merge", "expert", "expert_ffn"}
+_OPTIONAL = {"merge", "expert", "expert_ffn", "shared_expert_ffn"}
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class Plan:
     experts the lists of ``ffn`` are empty."""
     expert_ffn: list[list[list[int]]] = field(default_factory=list)
     """One list per kept layer and kept expert."""
+    shared_expert_ffn: list[list[int]] = field(default_factory=list)
+    """Empty (and absent from the file) in a model without a shared expert."""
     merge: list[Terms] = field(default_factory=list)
     """What kept query heads take over from others (``pruning/merge.py``), before anything is cut;
     empty (and absent from the file) when heads stay what they are."""
@@ -86,6 +88,7 @@ def full_plan(config: ModelConfig) -> Plan:
         return [list(range(size)) for _ in range(config.num_layers)]
 
     experts, width = config.num_moe_experts or 0, config.moe_ffn_hidden_size or 0
+    shared = config.moe_shared_expert_intermediate_size
     return Plan(
         layers=list(range(config.num_layers)),
         hidden=list(range(config.hidden_size)),
@@ -94,6 +97,7 @@ def full_plan(config: ModelConfig) -> Plan:
         query_group=everything(config.num_query_groups),
         expert=everything(experts) if experts else [],
         expert_ffn=[_all_channels(experts, width)] * config.num_layers if experts else [],
+        shared_expert_ffn=everything(shared) if shared else [],
     )
 
 
@@ -146,7 +150,7 @@ def _keep_heads(scores: Tensor, config: ModelConfig, sizes: dict[str, int]) -> d
 def _keep_experts(
     plan: Plan, scores: Scores, sizes: dict[str, int], needed: dict[str, str]
 ) -> Plan:
-    """Experts of every kept layer, then channels inside each kept expert."""
+    """Experts of every kept layer, channels inside each of them and inside the shared one."""
     if "expert" in needed and scores.expert is not None:
         kept = _top(scores.expert[plan.layers], sizes["num_moe_experts"]).tolist()
         channels = [layer[: len(kept[0])] for layer in plan.expert_ffn]
@@ -156,6 +160,10 @@ def _keep_experts(
         width = sizes["moe_ffn_hidden_size"]
         channels = [_top(layer[kept], width).tolist() for layer, kept in rows]
         plan = replace(plan, expert_ffn=channels)
+    if "shared_expert_ffn" in needed and scores.shared_expert_ffn is not None:
+        width = sizes["moe_shared_expert_intermediate_size"]
+        shared = _top(scores.shared_expert_ffn[plan.layers], width).tolist()
+        plan = replace(plan, shared_expert_ffn=shared)
     return plan
 
 
@@ -186,6 +194,7 @@ def make_plan(config: ModelConfig, pruning: PruningConfig, scores: Scores | None
         query_group=plan.query_group[:count],
         expert=plan.expert[:count],
         expert_ffn=plan.expert_ffn[:count],
+        shared_expert_ffn=plan.shared_expert_ffn[:count],
     )
     if scores is None:
         return plan
@@ -211,6 +220,7 @@ def pruned_config(config: ModelConfig, plan: Plan) -> ModelConfig:
     dropped = len(plan.layers) < config.num_layers
     # Where every layer has experts, the width of dense layers is that of the experts.
     ffn = len(plan.expert_ffn[0][0]) if plan.expert_ffn else len(plan.ffn[0])
+    shared = len(plan.shared_expert_ffn[0]) if plan.shared_expert_ffn else None
     return replace(
         config,
         num_layers=len(plan.layers),
@@ -218,6 +228,7 @@ def pruned_config(config: ModelConfig, plan: Plan) -> ModelConfig:
         ffn_hidden_size=ffn,
         num_moe_experts=len(plan.expert[0]) if plan.expert else None,
         moe_ffn_hidden_size=ffn if plan.expert_ffn else None,
+        moe_shared_expert_intermediate_size=shared,
         num_attention_heads=len(plan.head[0]),
         num_query_groups=len(plan.query_group[0]),
         kept_layers=[original[i] for i in plan.layers] if dropped else list(config.kept_layers),

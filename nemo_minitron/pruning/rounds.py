@@ -111,6 +111,7 @@ def _sizes_between(
         "ffn_hidden_size": divides,
         "num_query_groups": divides,
         "moe_ffn_hidden_size": divides,
+        "moe_shared_expert_intermediate_size": divides,
         "num_moe_experts": lambda size: size % parallel.expert_model_parallel_size == 0,
     }
     goal = {**final, _HEADS: final["num_attention_heads"] // final["num_query_groups"]}
@@ -132,7 +133,7 @@ def compose(first: Plan, second: Plan) -> Plan:
         first: of the original model.
         second: of the model that ``first`` gives.
     """
-    layers = second.layers
+    layers, shared = second.layers, second.shared_expert_ffn
 
     def picked(rows: list[list[int]], kept: list[list[int]]) -> list[list[int]]:
         return [_pick(rows[layer], k) for layer, k in zip(layers, kept, strict=True)]
@@ -154,6 +155,7 @@ def compose(first: Plan, second: Plan) -> Plan:
         query_group=picked(first.query_group, second.query_group),
         expert=picked(first.expert, second.expert) if second.expert else [],
         expert_ffn=inner,
+        shared_expert_ffn=picked(first.shared_expert_ffn, shared) if shared else [],
         merge=merge if any(merge) else [],
     )
 

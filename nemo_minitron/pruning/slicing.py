@@ -70,14 +70,25 @@ def _in_expert(
     return torch.cat([kept, kept + (config.moe_ffn_hidden_size or 0)])
 
 
+def _shared_expert_ffn(config: ModelConfig, plan: Plan, position: int) -> Tensor:
+    return torch.tensor(plan.shared_expert_ffn[position])
+
+
+def _shared_expert_gate_up(config: ModelConfig, plan: Plan, position: int) -> Tensor:
+    kept = _shared_expert_ffn(config, plan, position)
+    return torch.cat([kept, kept + (config.moe_shared_expert_intermediate_size or 0)])
+
+
 _PER_LAYER: dict[str, Callable[[ModelConfig, Plan, int], Tensor]] = {
     "ffn": _ffn,
     "gate_up": _gate_up,
     "head": _head,
     "qkv": _qkv,
     "expert": _expert,
+    "shared_expert_ffn": _shared_expert_ffn,
+    "shared_expert_gate_up": _shared_expert_gate_up,
 }
-_NEVER_PRUNED = ("vocab", "position", "head_dim")
+_NEVER_PRUNED = ("vocab", "position", "head_dim", "one")
 
 
 def dim_indices(

@@ -16,7 +16,7 @@ def target_sizes(config: ModelConfig, pruning: PruningConfig) -> dict[str, int]:
     """Sizes after pruning by their Megatron name, with null targets filled in.
 
     Sizes that the model does not have are left out: those of experts in a dense model, that of the
-    dense MLP where every layer has experts.
+    dense MLP where every layer has experts, that of a shared expert where there is none.
 
     Raises:
         ValueError: a target is larger than the current size, below 1, or of a size that the model
@@ -29,7 +29,7 @@ def target_sizes(config: ModelConfig, pruning: PruningConfig) -> dict[str, int]:
             if target is not None:
                 raise ValueError(
                     f"pruning.target.{name}={target} is a size that this model does not have: "
-                    f"{_missing(config)}; leave it out"
+                    f"{_missing(config, name)}; leave it out"
                 )
             continue
         if target is not None and not 1 <= target <= current:
@@ -43,14 +43,19 @@ def target_sizes(config: ModelConfig, pruning: PruningConfig) -> dict[str, int]:
 
 def missing_sizes(config: ModelConfig) -> tuple[str, ...]:
     """Names of the prunable sizes that a model does not have."""
+    shared = "moe_shared_expert_intermediate_size"
     if config.num_moe_experts is None:
-        return "num_moe_experts", "moe_ffn_hidden_size"
+        return "num_moe_experts", "moe_ffn_hidden_size", shared
+    if config.moe_shared_expert_intermediate_size is None:
+        return "ffn_hidden_size", shared
     return ("ffn_hidden_size",)
 
 
-def _missing(config: ModelConfig) -> str:
+def _missing(config: ModelConfig, name: str) -> str:
     if config.num_moe_experts is None:
         return "it has no experts"
+    if name == "moe_shared_expert_intermediate_size":
+        return "it has no shared expert (pruning.target.moe_ffn_hidden_size is the others' width)"
     return "its layers have experts (pruning.target.moe_ffn_hidden_size is their width)"
 
 
@@ -190,6 +195,7 @@ def needed_scores(config: ModelConfig, pruning: PruningConfig) -> dict[str, str]
         "num_query_groups": "head",
         "num_moe_experts": "expert",
         "moe_ffn_hidden_size": "expert_ffn",
+        "moe_shared_expert_intermediate_size": "shared_expert_ffn",
     }
     sizes = target_sizes(config, pruning)
     dropped = config.num_layers - sizes["num_layers"]

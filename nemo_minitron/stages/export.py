@@ -48,6 +48,7 @@ _SIZES = (
     "num_query_groups",
     "num_moe_experts",
     "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
     "moe_router_topk",
     "kv_channels",
     "vocab_size",
@@ -132,7 +133,8 @@ def _card(cfg: ExportConfig, config: ModelConfig) -> str:
 def _sizes(config: ModelConfig) -> list[tuple[str, str]]:
     """The sizes that the model has; nothing about experts for a dense one."""
     names = [name for name in _SIZES if config.num_moe_experts or "moe" not in name]
-    return [(name, str(getattr(config, name))) for name in names]
+    sizes = {name: getattr(config, name) for name in names}
+    return [(name, str(size)) for name, size in sizes.items() if size is not None]
 
 
 def _metrics(

@@ -120,6 +120,8 @@ def _report(cfg: ImportConfig, config: ModelConfig, metrics: dict[str, Any]) -> 
     names = [*sizes, "num_query_groups", "kv_channels", "vocab_size"]
     if config.num_moe_experts is not None:
         names += ["num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk"]
+    if config.moe_shared_expert_intermediate_size is not None:
+        names.append("moe_shared_expert_intermediate_size")
     rows = [
         ["family", config.family],
         ["parameters", f"{metrics['parameters']:,}"],

@@ -33,6 +33,7 @@ _SIZES = (
     "num_query_groups",
     "num_moe_experts",
     "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
     "kv_channels",
     "vocab_size",
 )

@@ -1,0 +1,157 @@
+"""Qwen2-MoE (Qwen1.5-MoE, Qwen2-57B-A14B): Mixtral's layout with a shared expert in every layer.
+
+Beside the routed experts every token goes through the shared one, whose output is multiplied by
+the sigmoid of a learned gate. The router takes a softmax over all experts and keeps the weights of
+those it picked as they are (``norm_topk_prob=false``), or makes them sum to 1, which is Mixtral's
+softmax over the scores of the picked ones. Query, key and value have biases.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.families import llama, mixtral
+from nemo_minitron.families.table import Family, Row
+
+_QKV = "decoder.layers.{layer}.self_attention.linear_qkv.bias"
+_HF_QKV = "model.layers.{layer}.self_attn."
+_MLP = "decoder.layers.{layer}.mlp."
+_HF_MLP = "model.layers.{layer}.mlp."
+_EXPERT = _MLP + "experts.local_experts.{expert}."
+_HF_EXPERT = _HF_MLP + "experts.{expert}."
+_SHARED = _MLP + "shared_experts."
+_HF_SHARED = _HF_MLP + "shared_expert."
+
+
+def _has_qkv_bias(config: ModelConfig) -> bool:
+    return config.add_qkv_bias
+
+
+ROWS = (
+    *(row for row in mixtral.ROWS if ".mlp." not in row.name),
+    Row(_QKV, ("qkv",), 0, tuple(_HF_QKV + f"{x}_proj.bias" for x in "qkv"), when=_has_qkv_bias),
+    Row(_MLP + "router.weight", ("expert", "hidden"), None, (_HF_MLP + "gate.weight",)),
+    Row(
+        _EXPERT + "linear_fc1.weight",
+        ("expert_gate_up", "hidden"),
+        0,
+        (_HF_EXPERT + "gate_proj.weight", _HF_EXPERT + "up_proj.weight"),
+    ),
+    Row(
+        _EXPERT + "linear_fc2.weight",
+        ("hidden", "expert_ffn"),
+        1,
+        (_HF_EXPERT + "down_proj.weight",),
+    ),
+    Row(
+        _SHARED + "linear_fc1.weight",
+        ("shared_expert_gate_up", "hidden"),
+        0,
+        (_HF_SHARED + "gate_proj.weight", _HF_SHARED + "up_proj.weight"),
+    ),
+    Row(
+        _SHARED + "linear_fc2.weight",
+        ("hidden", "shared_expert_ffn"),
+        1,
+        (_HF_SHARED + "down_proj.weight",),
+    ),
+    Row(_SHARED + "gate_weight", ("one", "hidden"), None, (_HF_MLP + "shared_expert_gate.weight",)),
+)
+
+# What transformers' Qwen2MoeConfig takes where config.json says nothing.
+_DEFAULTS = {"num_key_value_heads": 16, "max_position_embeddings": 32768}
+# config.json fields that follow from ModelConfig, or that only models that are refused set.
+_OWN_KEYS = {
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "norm_topk_prob",
+    "qkv_bias",
+    "decoder_sparse_step",
+    "mlp_only_layers",
+    "use_sliding_window",
+    "max_window_layers",
+    "layer_types",
+}
+
+
+def _refuse(hf: dict[str, Any]) -> None:
+    """Refuse layers that are not all alike, and attention that does not see everything."""
+    if hf.get("mlp_only_layers"):
+        raise ValueError(
+            f"config.json mlp_only_layers={hf['mlp_only_layers']} is not supported: every layer "
+            "must have experts (mlp_only_layers=[])"
+        )
+    if hf.get("decoder_sparse_step", 1) != 1:
+        raise ValueError(
+            f"config.json decoder_sparse_step={hf['decoder_sparse_step']} is not supported: every "
+            "layer must have experts (decoder_sparse_step=1)"
+        )
+    kinds = sorted(set(hf.get("layer_types") or []) - {"full_attention"})
+    if hf.get("use_sliding_window"):
+        raise ValueError(
+            "config.json use_sliding_window=true is not supported; only full attention "
+            "(use_sliding_window=false)"
+        )
+    if kinds:
+        raise ValueError(
+            f"config.json layer_types holds {kinds}, not supported; only full_attention"
+        )
+    if hf.get("norm_topk_prob") and hf["num_experts_per_tok"] < 2:
+        raise ValueError(
+            f"config.json num_experts_per_tok={hf['num_experts_per_tok']} with norm_topk_prob=true "
+            "is not supported: Megatron-Core's router needs at least 2, or norm_topk_prob=false"
+        )
+
+
+def from_hf(hf: dict[str, Any]) -> ModelConfig:
+    """Megatron sizes of a Hugging Face Qwen2-MoE config.
+
+    ``ffn_hidden_size``, the width of dense layers, is that of the experts: there is no dense layer.
+    The ``intermediate_size`` that config.json gives for them is carried over untouched.
+
+    Raises:
+        ValueError: the config asks for something this table does not hold.
+    """
+    _refuse(hf)
+    width = hf["moe_intermediate_size"]
+    dense = llama.from_hf({**_DEFAULTS, **hf, "intermediate_size": width})
+    carried = {key: value for key, value in dense.hf.items() if key not in _OWN_KEYS}
+    if "intermediate_size" in hf:
+        carried["intermediate_size"] = hf["intermediate_size"]
+    return replace(
+        dense,
+        family="qwen2_moe",
+        add_qkv_bias=hf.get("qkv_bias", True),
+        num_moe_experts=hf["num_experts"],
+        moe_router_topk=hf["num_experts_per_tok"],
+        moe_router_pre_softmax=not hf.get("norm_topk_prob", False),
+        moe_ffn_hidden_size=width,
+        moe_shared_expert_intermediate_size=hf["shared_expert_intermediate_size"],
+        moe_shared_expert_gate=True,
+        hf=carried,
+    )
+
+
+def to_hf(config: ModelConfig) -> dict[str, Any]:
+    """config.json of a (pruned) model."""
+    return {
+        **llama.to_hf(config),
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "model_type": "qwen2_moe",
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "mlp_only_layers": [],
+        "decoder_sparse_step": 1,
+        "intermediate_size": config.hf.get("intermediate_size", config.ffn_hidden_size),
+        "qkv_bias": config.add_qkv_bias,
+        "num_experts": config.num_moe_experts,
+        "num_experts_per_tok": config.moe_router_topk,
+        "norm_topk_prob": not config.moe_router_pre_softmax,
+        "moe_intermediate_size": config.moe_ffn_hidden_size,
+        "shared_expert_intermediate_size": config.moe_shared_expert_intermediate_size,
+    }
+
+
+QWEN2_MOE = Family("qwen2_moe", ("Qwen2MoeForCausalLM",), ROWS, from_hf, to_hf)
