@@ -101,7 +101,7 @@ def score_alone(ranks: WorkerPool, folder: Path, config: ModelConfig, ids: torch
 
 def replicated(name: str) -> bool:
     """Whether all tensor-parallel ranks hold the whole tensor."""
-    return "layernorm" in name or "router" in name
+    return "layernorm" in name or "router" in name or "gate_weight" in name
 
 
 def owners(name: str, shape: torch.Size, config: ModelConfig, parallel: ParallelConfig):

@@ -11,43 +11,60 @@ from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.families.registry import family_of
 from tests.dist.kd_cases import kd_gradients
 from tests.pool import WorkerPool
-from tests.tiny import MIXTRAL, write_weights
+from tests.tiny import MIXTRAL, QWEN2_MOE, write_weights
 
-TEACHER = replace(MIXTRAL, num_layers=2)
-STUDENT = replace(TEACHER, num_moe_experts=2, ffn_hidden_size=24, moe_ffn_hidden_size=24)
+SMALL = {"num_moe_experts": 2, "ffn_hidden_size": 24, "moe_ffn_hidden_size": 24}
+TEACHERS = {
+    "mixtral": replace(MIXTRAL, num_layers=2),
+    "qwen2_moe": replace(QWEN2_MOE, num_layers=2),
+}
+STUDENTS = {
+    "mixtral": replace(TEACHERS["mixtral"], **SMALL),
+    "qwen2_moe": replace(
+        TEACHERS["qwen2_moe"], **SMALL, moe_shared_expert_intermediate_size=32
+    ),
+}
 LAYOUTS = {
     "ep2": (2, {"expert_model_parallel_size": 2}),
     "tp2_sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
 }
 
 
-def _gradients(ranks: WorkerPool, home: Path, name: str, size: int, keys: dict):
-    pair = [(STUDENT, str(home / "student")), (TEACHER, str(home / "teacher"))]
-    out = home / name
+def _gradients(ranks: WorkerPool, home: Path, family: str, name: str, size: int, keys: dict):
+    student = STUDENTS[family]
+    pair = [
+        (student, str(home / family / "student")),
+        (TEACHERS[family], str(home / family / "teacher")),
+    ]
+    out = home / family / name
     sums = ranks.run(size, kd_gradients, *pair, ParallelConfig(**keys), str(out), {})
     assert all(s == sums[0] for s in sums), "ranks disagree about the loss"
-    store = read_torch_dist(out, family_of(STUDENT), STUDENT)
+    store = read_torch_dist(out, family_of(student), student)
     return torch.tensor(sums[0]), {key: lazy.read() for key, lazy in store.items()}
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("moe_kd")
-    write_weights(home / "student", STUDENT, seed=1)
-    write_weights(home / "teacher", TEACHER, seed=2)
+    for family, student in STUDENTS.items():
+        write_weights(home / family / "student", student, seed=1)
+        write_weights(home / family / "teacher", TEACHERS[family], seed=2)
     return home
 
 
 @pytest.fixture(scope="module")
 def alone(ranks: WorkerPool, home: Path):
-    return _gradients(ranks, home, "alone", 1, {})
+    return {family: _gradients(ranks, home, family, "alone", 1, {}) for family in STUDENTS}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_gradients_do_not_depend_on_the_layout(ranks: WorkerPool, home: Path, alone, name: str):
+@pytest.mark.parametrize("family", STUDENTS)
+def test_gradients_do_not_depend_on_the_layout(
+    ranks: WorkerPool, home: Path, alone, family: str, name: str
+):
     size, keys = LAYOUTS[name]
-    want_sums, want = alone
-    sums, got = _gradients(ranks, home, name, size, keys)
+    want_sums, want = alone[family]
+    sums, got = _gradients(ranks, home, family, name, size, keys)
     torch.testing.assert_close(sums, want_sums, rtol=1e-5, atol=1e-6)
     for key, tensor in want.items():
         error = (got[key] - tensor).abs().max()

@@ -10,7 +10,7 @@ from tests.dist.live_cases import refused
 from tests.dist.live_truth import Truth, layout, make_truth, one_answer
 from tests.layout_table import LayoutTable
 from tests.pool import WorkerPool
-from tests.tiny import MIXTRAL
+from tests.tiny import MIXTRAL, QWEN2_MOE
 
 WIDTH = TargetConfig(
     hidden_size=40, num_attention_heads=4, num_moe_experts=2, moe_ffn_hidden_size=24
@@ -28,6 +28,24 @@ LAYOUTS = {
     "EP2 TP2 SP": layout(dp=2, ep=2, tp=2, sp=True),
     "EP2 TP2 SP PP2": layout(dp=2, ep=2, tp=2, sp=True, pp=2),
 }
+SHARED_WIDTH = replace(WIDTH, moe_shared_expert_intermediate_size=32)
+SHARED_LAYOUTS = {
+    "EP2": LAYOUTS["EP2"],
+    "TP2 SP": LAYOUTS["TP2 SP"],
+    "PP2": layout(pp=2),
+    "EP2 TP2 SP": LAYOUTS["EP2 TP2 SP"],
+}
+INTERLEAVED = {"PP2 VPP2": layout(pp=2, vpp=2), "EP2 PP2 VPP2": layout(dp=2, ep=2, pp=2, vpp=2)}
+
+
+def shared_ways(num_layers: int) -> dict[str, PruningConfig]:
+    return {
+        "width": PruningConfig(target=SHARED_WIDTH),
+        "depth": PruningConfig(target=TargetConfig(num_layers=num_layers)),
+        "both": PruningConfig(target=replace(SHARED_WIDTH, num_layers=num_layers)),
+    }
+
+
 pytestmark = pytest.mark.timeout(300)  # eight ranks start on two cores
 
 
@@ -40,6 +58,34 @@ def truth(ranks: WorkerPool, tmp_path_factory) -> Truth:
 def test_one_answer(truth: Truth, layout_table: LayoutTable, tmp_path, name: str) -> None:
     test, shown = f"test_prune_live_moe.py::test_one_answer[{name}]", f"{name}, 4 experts"
     one_answer(truth, LAYOUTS[name], WAYS, tmp_path, layout_table, test, shown)
+
+
+@pytest.fixture(scope="module")
+def shared_truth(ranks: WorkerPool, tmp_path_factory) -> Truth:
+    return make_truth(ranks, tmp_path_factory.mktemp("live-shared"), QWEN2_MOE)
+
+
+@pytest.mark.parametrize("name", SHARED_LAYOUTS)
+def test_shared_expert(shared_truth: Truth, layout_table: LayoutTable, tmp_path, name: str) -> None:
+    test = f"test_prune_live_moe.py::test_shared_expert[{name}]"
+    shown = f"{name}, 4 experts and a shared one"
+    arguments = (SHARED_LAYOUTS[name], shared_ways(3), tmp_path, layout_table, test, shown)
+    one_answer(shared_truth, *arguments)
+
+
+@pytest.fixture(scope="module")
+def deep_truth(ranks: WorkerPool, tmp_path_factory) -> Truth:
+    """Layers enough to interleave and to drop some."""
+    config = replace(QWEN2_MOE, num_layers=8)
+    return make_truth(ranks, tmp_path_factory.mktemp("live-deep"), config)
+
+
+@pytest.mark.parametrize("name", INTERLEAVED)
+def test_interleaved(deep_truth: Truth, layout_table: LayoutTable, tmp_path, name: str) -> None:
+    test = f"test_prune_live_moe.py::test_interleaved[{name}]"
+    shown = f"{name}, 4 experts and a shared one"
+    arguments = (INTERLEAVED[name], shared_ways(4), tmp_path, layout_table, test, shown)
+    one_answer(deep_truth, *arguments)
 
 
 def test_experts_that_cannot_be_shared_out_are_refused(ranks: WorkerPool, truth: Truth) -> None:
