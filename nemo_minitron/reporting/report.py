@@ -148,6 +148,10 @@ def _kept_picture(pruning: Pruning) -> plots.Picture:
     axes = {
         "FFN neurons": ("ffn", before.ffn_hidden_size),
         "experts": ("expert", before.num_moe_experts or 0),
+        "shared expert neurons": (
+            "shared_expert_ffn",
+            before.moe_shared_expert_intermediate_size or 0,
+        ),
         "query heads": ("head", before.num_attention_heads),
         "query groups": ("query_group", before.num_query_groups),
     }

@@ -42,7 +42,10 @@ def shared_ways(num_layers: int) -> dict[str, PruningConfig]:
     return {
         "width": PruningConfig(target=SHARED_WIDTH),
         "depth": PruningConfig(target=TargetConfig(num_layers=num_layers)),
-        "both": PruningConfig(target=replace(SHARED_WIDTH, num_layers=num_layers)),
+        # Query, key and value have biases, which are merged as well.
+        "both": PruningConfig(
+            target=replace(SHARED_WIDTH, num_layers=num_layers), merge_heads=True
+        ),
     }
 
 

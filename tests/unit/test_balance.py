@@ -8,7 +8,7 @@ import pytest
 from nemo_minitron.config.balance import balanced_layout, balanced_pipeline
 from nemo_minitron.config.layout import check_pipeline
 from nemo_minitron.config.parallel import ParallelConfig
-from tests.tiny import LLAMA
+from tests.tiny import LLAMA, QWEN2_MOE
 
 
 def layout(pp: int = 1, vpp: int | None = None, tp: int = 1, **more: int) -> ParallelConfig:
@@ -86,6 +86,13 @@ def test_sizes_that_do_not_split_are_refused(name: str, size: int, ways: str) ->
     small = replace(LLAMA, **{name: size})
     with pytest.raises(ValueError, match=f"{name}={size} after .*pruning.target.{name} to {ways}"):
         balanced_layout(LLAMA, small, layout(tp=4))
+
+
+def test_a_shared_expert_that_does_not_split_is_refused() -> None:
+    small = replace(QWEN2_MOE, moe_shared_expert_intermediate_size=31)
+    message = r"pruning\.target\.moe_shared_expert_intermediate_size to 30 or 32"
+    with pytest.raises(ValueError, match=message):
+        balanced_layout(QWEN2_MOE, small, layout(tp=2, sequence_parallel=True))
 
 
 def test_interleaving_needs_a_pipeline() -> None:

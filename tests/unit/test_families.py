@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig
 
 from nemo_minitron.families.fuse import FUSIONS, hf_shapes
 from nemo_minitron.families.llama import from_hf, to_hf
-from nemo_minitron.families.registry import family_of, family_of_hf
+from nemo_minitron.families.registry import FAMILIES, family_of, family_of_hf
 from nemo_minitron.families.table import DIM_SIZES, parameter_count
-from tests.tiny import LLAMA, MIXTRAL
+from tests.tiny import LLAMA, MIXTRAL, QWEN2_MOE
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -52,7 +52,7 @@ def test_rows_are_exactly_the_parameters_of_transformers(tied):
 
 
 def test_dims_of_every_row_are_known():
-    for row in family_of(MIXTRAL).rows + family_of(LLAMA).rows:
+    for row in (row for family in FAMILIES.values() for row in family.rows):
         assert set(row.dims) <= set(DIM_SIZES)
         assert row.tp_dim is None or row.tp_dim < len(row.dims)
         assert len(row.hf) == 1 or row.dims[0] in FUSIONS
@@ -98,6 +98,59 @@ def test_mixtral_config_survives():
     assert family.from_hf(written) == replace(MIXTRAL, hf={"hidden_act": "silu"})
 
 
+def test_qwen2_moe_config_survives():
+    family = family_of(QWEN2_MOE)
+    for config in (
+        QWEN2_MOE,
+        replace(QWEN2_MOE, add_qkv_bias=False, moe_router_pre_softmax=False),
+        replace(QWEN2_MOE, moe_router_topk=1),
+    ):
+        written = family.to_hf(config)
+        assert family_of_hf(written) is family
+        carried = {"hidden_act": "silu", "intermediate_size": 40}
+        assert family.from_hf(written) == replace(config, hf=carried)
+        # and transformers reads the same, adding fields of its own
+        again = family.from_hf(Qwen2MoeConfig(**written).to_dict())
+        assert replace(again, hf={}, dtype="float32") == config
+
+
+def test_qwen2_moe_of_long_ago_says_less():
+    """Qwen1.5-MoE-A2.7B's config.json has no qkv_bias and no mlp_only_layers."""
+    hf = family_of(QWEN2_MOE).to_hf(QWEN2_MOE)
+    for key in ("qkv_bias", "mlp_only_layers", "decoder_sparse_step", "norm_topk_prob"):
+        del hf[key]
+    assert replace(family_of_hf(hf).from_hf(hf), hf={}) == QWEN2_MOE
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\] is not supported"),
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step=2 is not supported"),
+        ({"use_sliding_window": True}, "use_sliding_window=true is not supported"),
+        (
+            {"layer_types": ["sliding_attention", "full_attention"]},
+            r"layer_types holds \['sliding_attention'\], not supported",
+        ),
+        ({"norm_topk_prob": True, "num_experts_per_tok": 1}, "num_experts_per_tok=1 with norm_top"),
+        ({"hidden_act": "gelu"}, "hidden_act=gelu is not supported"),
+        (
+            {"shared_expert_intermediate_size": 0},
+            "moe_shared_expert_intermediate_size=0 must be at least 1",
+        ),
+    ],
+)
+def test_qwen2_moe_configs_refused(change, message):
+    hf = {**family_of(QWEN2_MOE).to_hf(QWEN2_MOE), **change}
+    with pytest.raises(ValueError, match=message):
+        family_of_hf(hf).from_hf(hf)
+
+
+def test_a_shared_expert_needs_others():
+    with pytest.raises(ValueError, match="moe_shared_expert_intermediate_size=8 needs experts"):
+        replace(LLAMA, moe_shared_expert_intermediate_size=8)
+
+
 def test_unknown_parameter_is_named_with_the_known_rows():
     with pytest.raises(ValueError, match=r"decoder\.layers\.0\.x\.weight has no row") as error:
         family_of(LLAMA).find("decoder.layers.0.x.weight", LLAMA)
@@ -108,7 +161,9 @@ def test_unknown_parameter_is_named_with_the_known_rows():
 
 
 def test_unknown_family_and_architecture():
-    with pytest.raises(ValueError, match=r"family 'bert' is unknown; known: .'llama', 'mixtral'"):
+    with pytest.raises(
+        ValueError, match=r"family 'bert' is unknown; known: .'llama', 'mixtral', 'qwen2_moe'"
+    ):
         family_of(replace(LLAMA, family="bert"))
     with pytest.raises(ValueError, match=r"BertModel.*supported: .*LlamaForCausalLM"):
         family_of_hf({"architectures": ["BertModel"]})

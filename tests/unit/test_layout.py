@@ -6,7 +6,7 @@ import pytest
 
 from nemo_minitron.config.layout import check_layout, padded_vocab_size
 from nemo_minitron.config.parallel import ParallelConfig
-from tests.tiny import LLAMA, MIXTRAL
+from tests.tiny import LLAMA, MIXTRAL, QWEN2_MOE
 
 PIPELINE = {"pipeline_model_parallel_size": 2}
 
@@ -53,6 +53,13 @@ def test_ffn_and_vocabulary():
 def test_experts_refused(keys, words):
     with pytest.raises(ValueError, match=words):
         check_layout(replace(MIXTRAL, moe_ffn_hidden_size=42), ParallelConfig(**keys))
+
+
+def test_shared_expert_refused():
+    keys = {"tensor_model_parallel_size": 4, "sequence_parallel": True}
+    config = replace(QWEN2_MOE, moe_shared_expert_intermediate_size=54)
+    with pytest.raises(ValueError, match="must divide moe_shared_expert_intermediate_size=54"):
+        check_layout(config, ParallelConfig(**keys))
 
 
 def test_experts_need_replicas_of_the_rest():

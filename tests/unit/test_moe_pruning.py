@@ -4,19 +4,26 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 
 from nemo_minitron.checkpoint.hf import to_hf, to_megatron
 from nemo_minitron.checkpoint.lazy import from_tensor
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.stages import PruningConfig, TargetConfig
 from nemo_minitron.families.mixtral import MIXTRAL as FAMILY
+from nemo_minitron.families.qwen2_moe import QWEN2_MOE as SHARED_FAMILY
+from nemo_minitron.families.registry import family_of
 from nemo_minitron.importance.scores import Scores, check_axes, model_meta
 from nemo_minitron.pruning.plan import Plan, full_plan, make_plan, pruned_config
 from nemo_minitron.pruning.rounds import compose, pruning_rounds
 from nemo_minitron.pruning.slicing import dim_indices, prune_store
 from nemo_minitron.pruning.targets import check_pruning
-from tests.tiny import LLAMA, MIXTRAL, random_weights
+from tests.tiny import LLAMA, MIXTRAL, QWEN2_MOE, random_weights
 
 TARGET = {
     "num_layers": 3,
@@ -25,6 +32,7 @@ TARGET = {
     "num_moe_experts": 3,
     "moe_ffn_hidden_size": 24,
 }
+SHARED_TARGET = {**TARGET, "moe_shared_expert_intermediate_size": 30}
 
 
 def random_scores(config, seed: int = 0) -> Scores:
@@ -34,11 +42,13 @@ def random_scores(config, seed: int = 0) -> Scores:
         return torch.rand(shape, generator=generator)
 
     layers, experts = config.num_layers, config.num_moe_experts
+    shared = config.moe_shared_expert_intermediate_size
     return Scores(
         hidden=rand(config.hidden_size),
         head=rand(layers, config.num_attention_heads),
         expert=rand(layers, experts),
         expert_ffn=rand(layers, experts, config.moe_ffn_hidden_size),
+        shared_expert_ffn=None if shared is None else rand(layers, shared),
         layer=rand(layers),
         meta={"model": model_meta(config)},
     )
@@ -94,23 +104,76 @@ def test_equals_an_independent_slice():
     assert shapes["model.layers.0.mlp.experts.gate_up_proj"] == (3, 48, 40)
 
 
-def test_a_plan_that_keeps_everything_is_the_identity():
-    store = {name: from_tensor(t) for name, t in random_weights(MIXTRAL).items()}
-    kept = prune_store(FAMILY, MIXTRAL, full_plan(MIXTRAL), store)
+def test_shared_expert_equals_an_independent_slice(tmp_path):
+    scores = random_scores(QWEN2_MOE)
+    plan = make_plan(QWEN2_MOE, targets(**SHARED_TARGET), scores)
+    small = pruned_config(QWEN2_MOE, plan)
+    assert {name: getattr(small, name) for name in SHARED_TARGET} == SHARED_TARGET
+    plan.save(tmp_path)
+    assert Plan.load(tmp_path) == plan
+    store = {name: from_tensor(t) for name, t in random_weights(QWEN2_MOE).items()}
+    before = {name: t.read() for name, t in to_hf(SHARED_FAMILY, QWEN2_MOE, store).items()}
+    pruned = to_hf(SHARED_FAMILY, small, prune_store(SHARED_FAMILY, QWEN2_MOE, plan, store))
+    after = {name: t.read() for name, t in pruned.items()}
+    h, d = plan.hidden, QWEN2_MOE.kv_channels
+    for new, old in enumerate(plan.layers):
+        best = sorted(range(56), key=lambda f: -scores.shared_expert_ffn[old, f])[:30]
+        f = plan.shared_expert_ffn[new]
+        assert f == sorted(best)
+        a, b = f"model.layers.{old}.", f"model.layers.{new}."
+        for name in ("gate", "up"):
+            name = f"mlp.shared_expert.{name}_proj.weight"
+            assert torch.equal(after[b + name], before[a + name][f][:, h])
+        name = "mlp.shared_expert.down_proj.weight"
+        assert torch.equal(after[b + name], before[a + name][h][:, f])
+        name = "mlp.shared_expert_gate.weight"
+        assert torch.equal(after[b + name], before[a + name][:, h])
+        rows = [head * d + i for head in plan.head[new] for i in range(d)]
+        name = "self_attn.q_proj.bias"
+        assert torch.equal(after[b + name], before[a + name][rows])
+    model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**SHARED_FAMILY.to_hf(small)))
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    fused = {name: shape for name, shape in shapes.items() if ".experts." in name}
+    assert fused["model.layers.0.mlp.experts.gate_up_proj"] == (3, 48, 40)
+    found = {name: tuple(t.shape) for name, t in after.items() if ".experts." not in name}
+    assert found == {name: shape for name, shape in shapes.items() if name not in fused}
+
+
+def test_only_the_shared_expert():
+    """Its scores are all that is needed, and all that changes."""
+    sizes = {"moe_shared_expert_intermediate_size": 8}
+    scores = random_scores(QWEN2_MOE)
+    only = Scores(shared_expert_ffn=scores.shared_expert_ffn, meta=scores.meta)
+    plan = make_plan(QWEN2_MOE, targets(**sizes), only)
+    assert pruned_config(QWEN2_MOE, plan) == replace(QWEN2_MOE, **sizes)
+    with pytest.raises(ValueError, match="needs 'shared_expert_ffn' scores"):
+        make_plan(QWEN2_MOE, targets(**sizes), replace(scores, shared_expert_ffn=None))
+
+
+@pytest.mark.parametrize("config", [MIXTRAL, QWEN2_MOE], ids=lambda c: c.family)
+def test_a_plan_that_keeps_everything_is_the_identity(config):
+    store = {name: from_tensor(t) for name, t in random_weights(config).items()}
+    kept = prune_store(family_of(config), config, full_plan(config), store)
     assert kept.keys() == store.keys()
     assert all(kept[name] is store[name] for name in store)
-    assert pruned_config(MIXTRAL, full_plan(MIXTRAL)) == MIXTRAL
+    assert pruned_config(config, full_plan(config)) == config
 
 
-def test_rounds_are_one_plan():
-    pruning = replace(targets(**TARGET), iterations=2)
-    one, two = pruning_rounds(MIXTRAL, pruning, ParallelConfig())
-    first = make_plan(MIXTRAL, one, random_scores(MIXTRAL, 1))
-    middle = pruned_config(MIXTRAL, first)
+@pytest.mark.parametrize(
+    ("config", "target"),
+    [(MIXTRAL, TARGET), (QWEN2_MOE, SHARED_TARGET)],
+    ids=["mixtral", "qwen2_moe"],
+)
+def test_rounds_are_one_plan(config, target):
+    pruning, family = replace(targets(**target), iterations=2), family_of(config)
+    one, two = pruning_rounds(config, pruning, ParallelConfig())
+    first = make_plan(config, one, random_scores(config, 1))
+    middle = pruned_config(config, first)
+    assert all(getattr(middle, name) > size for name, size in target.items() if "num" not in name)
     second = make_plan(middle, two, random_scores(middle, 2))
-    store = {name: from_tensor(t) for name, t in random_weights(MIXTRAL).items()}
-    stepwise = prune_store(FAMILY, middle, second, prune_store(FAMILY, MIXTRAL, first, store))
-    at_once = prune_store(FAMILY, MIXTRAL, compose(first, second), store)
+    store = {name: from_tensor(t) for name, t in random_weights(config).items()}
+    stepwise = prune_store(family, middle, second, prune_store(family, config, first, store))
+    at_once = prune_store(family, config, compose(first, second), store)
     assert stepwise.keys() == at_once.keys()
     assert all(torch.equal(stepwise[name].read(), at_once[name].read()) for name in at_once)
 
@@ -123,6 +186,15 @@ def test_rounds_are_one_plan():
         (MIXTRAL, {"ffn_hidden_size": 8}, "pruning.target.moe_ffn_hidden_size is their width"),
         (LLAMA, {"num_moe_experts": 2}, "num_moe_experts=2 is a size .* it has no experts"),
         (LLAMA, {"moe_ffn_hidden_size": 2}, "it has no experts"),
+        (LLAMA, {"moe_shared_expert_intermediate_size": 2}, "it has no experts"),
+        (MIXTRAL, {"moe_shared_expert_intermediate_size": 2}, "it has no shared expert"),
+        (
+            QWEN2_MOE,
+            {"moe_shared_expert_intermediate_size": 57},
+            "moe_shared_expert_intermediate_size=57 must be between 1 and 56",
+        ),
+        (QWEN2_MOE, {"moe_shared_expert_intermediate_size": 0}, "must be between 1 and 56"),
+        (QWEN2_MOE, {"ffn_hidden_size": 8}, "pruning.target.moe_ffn_hidden_size is their width"),
     ],
 )
 def test_targets_refused(config, sizes, words):
@@ -133,9 +205,14 @@ def test_targets_refused(config, sizes, words):
 def test_axes_that_a_model_lacks():
     check_axes(LLAMA, ["expert", "ffn"])
     with pytest.raises(ValueError, match=r"which has no experts; set scores\.axes to some of"):
-        check_axes(LLAMA, ["expert", "expert_ffn"])
+        check_axes(LLAMA, ["expert", "expert_ffn", "shared_expert_ffn"])
     with pytest.raises(ValueError, match="which has experts in every layer"):
         check_axes(MIXTRAL, ["ffn"])
+    with pytest.raises(ValueError, match="in every layer, none of them shared; set"):
+        check_axes(MIXTRAL, ["shared_expert_ffn"])
+    check_axes(QWEN2_MOE, ["shared_expert_ffn"])
+    with pytest.raises(ValueError, match="which has experts in every layer; set"):
+        check_axes(QWEN2_MOE, ["ffn"])
 
 
 def test_channels_need_an_expert():
