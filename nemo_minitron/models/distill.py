@@ -7,8 +7,8 @@ from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from nemo_minitron.config.distillation import DistillationConfig
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.config.stages import DistillationConfig
 from nemo_minitron.distillation.logit_loss import LogitLossConfig
 from nemo_minitron.distillation.teacher import Teacher
 from nemo_minitron.models.build import build_gpt

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from nemo_minitron.config.distillation import DistillationConfig
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.config.stages import DistillationConfig
 from nemo_minitron.config.training import DataConfig, OptimConfig, TrainerConfig
 from tests.tiny import token_batch
 
