@@ -1,8 +1,9 @@
-"""Vocabulary shards: which rows a rank holds, and softmax denominators across them.
+"""Vocabulary shards: which rows a rank holds, and softmaxes across them.
 
-Torch only.
+Torch only. Letters: c tokens of a chunk, v local vocabulary rows without padding.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,11 +38,19 @@ class VocabShard:
         """Local rows that are real vocabulary; may be 0 on the last ranks."""
         return max(0, min(self.rows, self.vocab_size - self.start))
 
+    @property
+    def first(self) -> bool:
+        """Whether this rank adds the terms that are the same on every rank."""
+        return self.group.rank() == 0
+
     def local(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Local column of every global id (0 where another rank holds it) and whether it is here.
+        """Where global ids lie on this rank.
 
         Args:
-            ids: int64 global ids of any shape.
+            ids: int64 of any shape.
+
+        Returns:
+            Local column of every id (0 where another rank holds it), and whether it is here.
         """
         column = ids - self.start
         mine = (column >= 0) & (column < self.valid)
@@ -55,27 +64,39 @@ def all_reduce(tensor: Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -> Ten
     return tensor
 
 
-def row_max(logits: Tensor) -> Tensor:
-    """``[c]`` largest of ``[c, v]`` local logits; the lowest finite number where ``v`` is 0."""
+def _row_max(logits: Tensor) -> Tensor:
+    """``[c]`` largest of ``[c, v]``; the lowest finite number where ``v`` is 0."""
     if logits.size(-1):
         return logits.amax(-1)
     return logits.new_full(logits.shape[:1], torch.finfo(logits.dtype).min)
 
 
-def log_normalizers(logits: list[Tensor], shard: VocabShard) -> list[Tensor]:
-    """Log of the softmax denominators over the whole vocabulary.
+def softmax_(logits: Sequence[Tensor], shard: VocabShard) -> list[Tensor]:
+    """Turn local logits of several models into probabilities, in place.
 
     Args:
-        logits: ``[c, v]`` fp32 local logits of several models; ``v`` may be 0.
+        logits: ``[c, v]`` each, fp32 or fp64; ``v`` may be 0.
         shard: the vocabulary shard.
 
     Returns:
-        ``[c, 1]`` for each model. Two collectives in all, whatever the number of models.
+        ``[c, 1]`` log of the denominator over the whole vocabulary, for each model. Two
+        collectives in all, whatever the number of models; none in a group of one.
     """
-    peak = torch.stack([row_max(x) for x in logits])
-    all_reduce(peak, shard.group, dist.ReduceOp.MAX)
+    local_peak = torch.stack([_row_max(x) for x in logits])
     total = torch.stack(
-        [(x - m[:, None]).exp_().sum(-1) for x, m in zip(logits, peak, strict=True)]
+        [x.sub_(m[:, None]).exp_().sum(-1) for x, m in zip(logits, local_peak, strict=True)]
     )
-    all_reduce(total, shard.group)
+    peak = all_reduce(local_peak.clone(), shard.group, dist.ReduceOp.MAX)
+    # Exponentials are relative to the local maximum: the factor brings them to the global one.
+    factor = (local_peak - peak).exp_()
+    total = all_reduce(total.mul_(factor), shard.group)
+    for x, f in zip(logits, factor / total, strict=True):
+        x.mul_(f[:, None])
     return list((peak + total.log()).unsqueeze(-1))
+
+
+def log_normalizer(logits: Tensor, shard: VocabShard) -> Tensor:
+    """``[c, 1]`` log of the softmax denominator of ``[c, v]`` local logits, which stay."""
+    peak = all_reduce(_row_max(logits), shard.group, dist.ReduceOp.MAX)[:, None]
+    total = all_reduce((logits - peak).exp_().sum(-1, keepdim=True), shard.group)
+    return peak + total.log()

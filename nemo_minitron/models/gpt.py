@@ -15,7 +15,9 @@ from torch import Tensor
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.training import DataConfig, OptimConfig, TrainerConfig
-from nemo_minitron.distillation.logit_loss import LogitLossConfig, VocabShard, logit_loss
+from nemo_minitron.distillation.logit_loss import logit_loss
+from nemo_minitron.distillation.loss_config import LogitLossConfig
+from nemo_minitron.distillation.vocab import VocabShard
 from nemo_minitron.models.build import DTYPES, HiddenGPTModel, build_gpt, unwrap
 from nemo_minitron.models.lightning import MegatronOptimizerAdapter
 from nemo_minitron.models.optim import (
@@ -188,7 +190,7 @@ class MinitronGPTModel(ModelPT):
         )
 
     def loss(
-        self, batch: Batch, hidden: Tensor, config: LogitLossConfig, **teacher: Tensor | None
+        self, batch: Batch, hidden: Tensor, config: LogitLossConfig, **teacher: Any
     ) -> tuple[Tensor, Tensor]:
         """Summed loss of a micro-batch and ``[KD, CE, tokens]`` sums (last stage)."""
         labels, mask = tokens_first(batch)
