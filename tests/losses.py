@@ -45,7 +45,7 @@ def kd_per_token(config: LogitLossConfig, student: Tensor, teacher: Tensor) -> T
     if config.loss == "cosine":
         return 1 - torch.nn.functional.cosine_similarity(student, teacher, dim=-1)
     assert config.top_k is not None
-    ids = teacher.topk(config.top_k, dim=-1).indices
+    ids = teacher.argsort(dim=-1, descending=True, stable=True)[:, : config.top_k]
     if config.loss == "top_k":
         p, q = t.gather(-1, ids).softmax(-1), s.gather(-1, ids).softmax(-1)
         return (p * (p.log() - q.log())).sum(-1)
