@@ -69,21 +69,20 @@ def problem(vocab: int, tokens: int = 23, rows: int | None = None) -> dict[str, 
     """Random fp64 inputs; both weights have ``rows`` rows, those above ``vocab`` full of junk."""
     generator = torch.Generator().manual_seed(vocab)
 
-    def randn(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, dtype=torch.float64)
+    def randn(rows: int, width: int, total: int = 0) -> Tensor:
+        values = torch.randn(rows, width, generator=generator, dtype=torch.float64)
+        junk = values.new_full((max(0, total - rows), width), 1e3)
+        return torch.cat([values, junk])
 
     rows = rows or vocab
-    out = {
+    return {
         "hidden": randn(tokens, 12),
-        "weight": randn(rows, 12) * 0.4,
+        "weight": randn(vocab, 12, rows) * 0.4,
         "teacher_hidden": randn(tokens, 20),
-        "teacher_weight": randn(rows, 20) * 0.4,
+        "teacher_weight": randn(vocab, 20, rows) * 0.4,
         "labels": torch.randint(0, vocab, (tokens,), generator=generator),
         "mask": (torch.rand(tokens, generator=generator) < 0.7).double(),
     }
-    out["weight"][vocab:] = 1e3
-    out["teacher_weight"][vocab:] = 1e3
-    return out
 
 
 def stored_targets(

@@ -31,7 +31,7 @@ def model_cfg(
     }
     if teacher is not None:
         cfg["teacher"] = asdict(teacher)
-        cfg["distillation"] = asdict(DistillationConfig(chunk_size=7, **over))
+        cfg["distillation"] = asdict(DistillationConfig(**{"chunk_size": 7, **over}))
     return OmegaConf.create(cfg)
 
 
@@ -64,30 +64,56 @@ def kd_gradients(
 
     Returns the ``[KD, CE, tokens]`` sums.
     """
+    return kd_gradients_of_kinds(student, teacher, parallel, {out: over})[0]
+
+
+def kd_gradients_of_kinds(
+    student: tuple[ModelConfig, str],
+    teacher: tuple[ModelConfig, str],
+    parallel: ParallelConfig,
+    kinds: dict[str, dict[str, Any]],
+) -> list[list[float]]:
+    """``kd_gradients`` of one model for several losses: folder -> keys of the loss.
+
+    Other keys (``precision``) are those of the first entry.
+    """
     from nemo_minitron.models.distill import DistillationGPTModel
     from nemo_minitron.models.optim import build_optimizer, wrap_ddp
     from nemo_minitron.models.schedule import on_this_cp_rank
-    from nemo_minitron.models.weights import save_weights
     from nemo_minitron.runtime.launch import init_model_parallel
 
     init_model_parallel(parallel)
-    model = DistillationGPTModel(model_cfg(student[0], teacher[0], parallel, **over))
+    first = next(iter(kinds.values()))
+    model = DistillationGPTModel(model_cfg(student[0], teacher[0], parallel, **first))
     model.load(Path(student[1]))
     model.load_teacher(Path(teacher[1]))
     optim = replace(model.optim_cfg, use_distributed_optimizer=False)
     model.model = torch.nn.ModuleList(wrap_ddp(model.chunks, optim))
     build_optimizer(list(model.model), optim, model.trainer_cfg)
-    for chunk in model.model:
-        chunk.zero_grad_buffer()
     dp = model.groups.dp
     mine = batches(4, 16, student[0].vocab_size)[dp.rank() :: dp.size()]
-    sums = model.forward_backward([on_this_cp_rank(batch, model.groups) for batch in mine])
-    for chunk in model.chunks:
-        for parameter in chunk.parameters():
-            parameter.data = parameter.main_grad.clone()
-    folder = Path(out)
+    mine = [on_this_cp_rank(batch, model.groups) for batch in mine]
+    found = []
+    for out, over in kinds.items():
+        if over is not first:
+            model.distillation = DistillationConfig(**{"chunk_size": 7, **over})
+        for chunk in model.model:
+            chunk.zero_grad_buffer()
+        found.append(model.forward_backward(mine).tolist())
+        _save_gradients(model, Path(out), student[0])
+    return found
+
+
+def _save_gradients(model: Any, folder: Path, config: ModelConfig) -> None:
+    from nemo_minitron.models.weights import save_weights
+
     if torch.distributed.get_rank() == 0:
         folder.mkdir(parents=True)
     torch.distributed.barrier()
-    save_weights(model.chunks, model.groups, student[0], folder)
-    return sums.tolist()
+    weights = [parameter.data for chunk in model.chunks for parameter in chunk.parameters()]
+    parameters = [parameter for chunk in model.chunks for parameter in chunk.parameters()]
+    for parameter in parameters:
+        parameter.data = parameter.main_grad.clone()
+    save_weights(model.chunks, model.groups, config, folder)
+    for parameter, weight in zip(parameters, weights, strict=True):
+        parameter.data = weight
