@@ -117,3 +117,64 @@ def _save_gradients(model: Any, folder: Path, config: ModelConfig) -> None:
     save_weights(model.chunks, model.groups, config, folder)
     for parameter, weight in zip(parameters, weights, strict=True):
         parameter.data = weight
+
+
+class _MaskedSamples(torch.utils.data.Dataset):
+    """Two samples a step; those of step ``masked`` (from 0) have no target token."""
+
+    def __init__(self, steps: int, masked: int, vocab: int) -> None:
+        self.samples = [
+            {key: value[0] for key, value in batch.items()}
+            for batch in batches(2 * steps, 16, vocab)
+        ]
+        for sample in self.samples[2 * masked : 2 * masked + 2]:
+            sample["loss_mask"].zero_()
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.samples[index]
+
+
+def train_with_masked_step(
+    student: tuple[ModelConfig, str], teacher: tuple[ModelConfig, str], parallel: ParallelConfig
+) -> tuple[list[float], list[float]]:
+    """Three steps with weight decay, the second one without target tokens.
+
+    Returns how far the weights and Adam's moments moved in each step (this rank), and the losses.
+    """
+    from nemo_minitron.models.distill import DistillationGPTModel
+    from nemo_minitron.models.training import _loaders, _trainer
+    from nemo_minitron.runtime.launch import init_model_parallel
+
+    init_model_parallel(parallel)
+    cfg = model_cfg(student[0], teacher[0], parallel)
+    cfg.data.global_batch_size = 2
+    cfg.trainer.update(max_steps=3, log_every_n_steps=1, limit_val_batches=0)
+    cfg.optim.update(lr=1e-2, lr_warmup_steps=0, weight_decay=0.1)
+    moved, losses = [], []
+
+    def state(model: Any) -> torch.Tensor:
+        adam = model._megatron.chained_optimizers[0].optimizer.state.values()
+        moments = [value for one in adam for value in one.values() if torch.is_tensor(value)]
+        weights = [p for chunk in model.chunks for p in chunk.parameters()]
+        return torch.cat([t.detach().flatten().double() for t in (*weights, *moments)])
+
+    class Watched(DistillationGPTModel):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            before = state(self)
+            super().training_step(batch, batch_idx)
+            after = state(self)
+            moved.append(float((after[: len(before)] - before).abs().max()))
+            losses.append(self.last_metrics["loss"])
+
+    model = Watched(cfg)
+    model.load(Path(student[1]))
+    model.load_teacher(Path(teacher[1]))
+    samples = _MaskedSamples(3, 1, student[0].vocab_size)
+    model.set_loaders(*_loaders(model, model.data_cfg, (samples, None), 0))
+    trainer = _trainer(model.trainer_cfg, [], validate=False)
+    trainer.fit(model)
+    assert trainer.global_step == 3, "a skipped step counts too"
+    return moved, losses

@@ -11,7 +11,12 @@ from nemo_minitron.config.distillation import LOSS_KINDS
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.families.registry import family_of
-from tests.dist.kd_cases import batches, kd_gradients, kd_gradients_of_kinds
+from tests.dist.kd_cases import (
+    batches,
+    kd_gradients,
+    kd_gradients_of_kinds,
+    train_with_masked_step,
+)
 from tests.losses import loss_keys
 from tests.tiny import LLAMA, write_weights
 
@@ -170,3 +175,15 @@ def test_every_loss_at_every_layout(kinds_by_layout, layout):
         torch.testing.assert_close(sums, want_sums, rtol=1e-5, atol=1e-6)
         for name, tensor in want.items():
             _close(got[name], tensor, f"{kind}: {name}")
+
+
+def test_a_step_without_target_tokens_changes_nothing(ranks, pair):
+    """Must-show 7 of issue 7: weights and Adam's moments stay; the steps around it are ordinary."""
+    size, parallel = LAYOUTS["pp2"]
+    for moved, losses in ranks.run(size, train_with_masked_step, *pair[:2], parallel):
+        assert moved[0] > 0
+        assert moved[1] == 0
+        assert moved[2] > 0
+        assert losses[0] > 0
+        assert losses[1] == 0
+        assert losses[2] > 0
