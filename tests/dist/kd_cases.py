@@ -138,20 +138,23 @@ class _MaskedSamples(torch.utils.data.Dataset):
 
 
 def train_with_masked_step(
-    student: tuple[ModelConfig, str], teacher: tuple[ModelConfig, str], parallel: ParallelConfig
+    student: tuple[ModelConfig, str],
+    teacher: tuple[ModelConfig, str],
+    parallel: ParallelConfig,
+    work: str,
 ) -> tuple[list[float], list[float]]:
     """Three steps with weight decay, the second one without target tokens.
 
     Returns how far the weights and Adam's moments moved in each step (this rank), and the losses.
     """
     from nemo_minitron.models.distill import DistillationGPTModel
-    from nemo_minitron.models.training import _loaders, _trainer
+    from nemo_minitron.models.training import _checkpoint_callback, _loaders, _trainer
     from nemo_minitron.runtime.launch import init_model_parallel
 
     init_model_parallel(parallel)
     cfg = model_cfg(student[0], teacher[0], parallel)
     cfg.data.global_batch_size = 2
-    cfg.trainer.update(max_steps=3, log_every_n_steps=1, limit_val_batches=0)
+    cfg.trainer.update(max_steps=3, log_every_n_steps=1, save_every_n_steps=0)
     cfg.optim.update(lr=1e-2, lr_warmup_steps=0, weight_decay=0.1)
     moved, losses = [], []
 
@@ -174,7 +177,8 @@ def train_with_masked_step(
     model.load_teacher(Path(teacher[1]))
     samples = _MaskedSamples(3, 1, student[0].vocab_size)
     model.set_loaders(*_loaders(model, model.data_cfg, (samples, None), 0))
-    trainer = _trainer(model.trainer_cfg, [], validate=False)
+    callbacks = [_checkpoint_callback(model.trainer_cfg, Path(work))]  # writes none
+    trainer = _trainer(model.trainer_cfg, callbacks, validate=False)
     trainer.fit(model)
     assert trainer.global_step == 3, "a skipped step counts too"
     return moved, losses

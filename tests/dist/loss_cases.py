@@ -9,6 +9,7 @@ from torch import Tensor
 from nemo_minitron.config.distillation import DistillationConfig
 from nemo_minitron.distillation.logit_loss import logit_loss
 from nemo_minitron.distillation.loss_config import LogitLossConfig
+from nemo_minitron.distillation.top_k import TopKTargets
 from nemo_minitron.distillation.vocab import VocabShard
 from tests.losses import KINDS, loss_keys, problem, stored_targets
 
@@ -36,19 +37,37 @@ def sharded_losses(vocabularies: list[int]) -> dict[tuple[int, str], list[Tensor
 
 
 def _run(vocab: int, kind: str, *, stored: bool) -> list[Tensor]:
-    group, config = dist.group.WORLD, config_of(kind)
-    rows = -(-vocab // group.size())
-    inputs = problem(vocab, rows=rows * group.size())
-    shard = VocabShard(group, vocab, rows)
-    mine = slice(shard.start, shard.start + rows)
+    size, config = dist.group.WORLD.size(), config_of(kind)
+    inputs = problem(vocab, rows=-(-vocab // size) * size)
+    targets = stored_targets(inputs, vocab, config.top_k, config.temperature) if stored else None
+    return run_loss(inputs, vocab, config, targets)
+
+
+def run_loss(
+    inputs: dict[str, Tensor],
+    vocab: int,
+    config: LogitLossConfig,
+    stored: TopKTargets | None = None,
+) -> list[Tensor]:
+    """``[KD, CE]`` and the gradients of half the loss by hidden state and local rows of the weight.
+
+    Args:
+        inputs: of ``tests.losses.problem``, weights with a multiple of TP rows.
+        vocab: true vocabulary.
+        config: the loss.
+        stored: instead of the teacher's hidden state and weight.
+    """
+    group = dist.group.WORLD
+    shard = VocabShard(group, vocab, inputs["weight"].size(0) // group.size())
+    mine = slice(shard.start, shard.start + shard.rows)
     hidden = inputs["hidden"].clone().requires_grad_()
     weight = inputs["weight"][mine].clone().requires_grad_()
     teacher: dict[str, Any] = {
         "teacher_hidden": inputs["teacher_hidden"],
         "teacher_weight": inputs["teacher_weight"][mine],
     }
-    if stored:
-        teacher = {"teacher_topk": stored_targets(inputs, vocab, config.top_k, config.temperature)}
+    if stored is not None:
+        teacher = {"teacher_topk": stored}
     labels, mask = inputs["labels"], inputs["mask"]
     total, parts = logit_loss(hidden, weight, labels, mask, config, shard, **teacher)
     (total / 2).backward()

@@ -177,10 +177,13 @@ def test_every_loss_at_every_layout(kinds_by_layout, layout):
             _close(got[name], tensor, f"{kind}: {name}")
 
 
-def test_a_step_without_target_tokens_changes_nothing(ranks, pair):
+def test_a_step_without_target_tokens_changes_nothing(ranks, tmp_path):
     """Must-show 7 of issue 7: weights and Adam's moments stay; the steps around it are ordinary."""
+    write_weights(tmp_path / "student", STUDENT, 1)
+    write_weights(tmp_path / "teacher", TEACHER, 2)
+    models = (STUDENT, str(tmp_path / "student")), (TEACHER, str(tmp_path / "teacher"))
     size, parallel = LAYOUTS["pp2"]
-    for moved, losses in ranks.run(size, train_with_masked_step, *pair[:2], parallel):
+    for moved, losses in ranks.run(size, train_with_masked_step, *models, parallel, str(tmp_path)):
         assert moved[0] > 0
         assert moved[1] == 0
         assert moved[2] > 0
