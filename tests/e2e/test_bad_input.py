@@ -354,6 +354,14 @@ def test_student_and_teacher_of_different_vocabularies(refuses, home, tmp_path):
     refuses("distill", says, "set student and teacher to models of one", student=other)
 
 
+def test_distillation_keys_that_do_not_fit(refuses):
+    top_k = {"distillation.loss": "top_k", "distillation.top_k": 9999}
+    says = "distillation.top_k=9999 is larger than the vocabulary of "
+    refuses("distill", says, "set distillation.top_k to ", **top_k)
+    keys = {"distillation.temperature": 0}
+    refuses("distill", "distillation.temperature=0.0 must be above 0", **keys)
+
+
 # ------------------------------------------------------------------------------- Hugging Face in
 
 
