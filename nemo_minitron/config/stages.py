@@ -242,13 +242,12 @@ class DistillConfig(StageConfig):
                 f"trainer.max_steps={self.trainer.max_steps}"
             )
 
-
     def _check_teacher(self) -> None:
         if (self.teacher is None) == (self.teacher_logits is None):
             given = "neither" if self.teacher is None else "both"
             raise ValueError(
-                f"distill needs one of teacher= (a model) and teacher_logits= (its stored outputs), "
-                f"and {given} is set; set one of them"
+                "distill needs one of teacher= (a model) and teacher_logits= (its stored outputs); "
+                f"{given} is set"
             )
         if self.teacher is not None:
             return

@@ -71,7 +71,7 @@ class StoredTeacher(Dataset[Sample]):
     """
 
     def __init__(
-        self, dataset: Any, folder: Path, part: str, *, top_k: int, data_path: str
+        self, dataset: Any, folder: Path, part: str, *, top_k: int | None, data_path: str
     ) -> None:
         """Join samples and shards.
 
@@ -79,7 +79,7 @@ class StoredTeacher(Dataset[Sample]):
             dataset: samples of the split, as ``distill`` reads them.
             folder: ``logits/`` of a result.
             part: ``train`` or ``validation``.
-            top_k: logits to read of each token, the largest ones.
+            top_k: logits to read of each token, the largest ones; None takes all.
             data_path: where the samples come from, for messages.
 
         Raises:

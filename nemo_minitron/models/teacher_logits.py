@@ -174,7 +174,9 @@ class LogitWriter:
         cp, length = self.groups.cp, local.size(1)
         if cp.size() == 1:
             return local
-        parts = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(cp.size())]
+        parts = [
+            torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(cp.size())
+        ]
         dist.all_gather(parts, local.contiguous(), group=cp)
         positions = [zigzag_positions(length, rank, cp.size()) for rank in range(cp.size())]
         order = torch.cat(positions).argsort().to(local.device)

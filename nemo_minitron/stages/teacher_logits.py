@@ -41,9 +41,7 @@ def check(cfg: TeacherLogitsConfig) -> None:
     cfg.parallel.world_size(launched_world_size())
     check_sequence(cfg.data, cfg.parallel)
     tokenizer = folder / "tokenizer"
-    check_data(
-        cfg.data, splits=_splits(cfg), vocab_size=model.vocab_size, tokenizer_dir=tokenizer
-    )
+    check_data(cfg.data, splits=_splits(cfg), vocab_size=model.vocab_size, tokenizer_dir=tokenizer)
     # Whole-file hashes last: a typing mistake should not cost a pass over the weights.
     if cfg.verify_inputs != "size":
         _open_checkpoint(cfg, cfg.verify_inputs)
@@ -62,8 +60,9 @@ def run(cfg: TeacherLogitsConfig) -> None:
 
     with distributed(cfg.parallel, cfg.data.seed):
         ranks = Ranks(rank(), barrier)
-        keep = {"resumable": True, "may_change": _MAY_CHANGE}
-        with output_folder(cfg, "teacher_logits", ranks=ranks, **keep) as work:
+        with output_folder(
+            cfg, "teacher_logits", resumable=True, may_change=_MAY_CHANGE, ranks=ranks
+        ) as work:
             metrics = _store(cfg, work / FOLDER)
             if ranks.rank == 0:
                 source = Path(cfg.checkpoint) / "checkpoint" / "tokenizer"
@@ -81,9 +80,7 @@ def _store(cfg: TeacherLogitsConfig, folder: Path) -> dict[str, Any]:
 
     source = Path(cfg.checkpoint) / "checkpoint"
     model = ModelConfig.load(source)
-    datasets = training_datasets(
-        cfg.data, cfg.trainer, model, source, cfg.output_dir, _splits(cfg)
-    )
+    datasets = training_datasets(cfg.data, cfg.trainer, model, source, cfg.output_dir, _splits(cfg))
     parts = {name: d for name, d in zip(PARTS, datasets, strict=True) if d is not None}
     samples = sum(map(len, parts.values()))
     writer = _writer(cfg, model, source, folder)
