@@ -36,7 +36,10 @@ def shard_hash(hashes: Tensor) -> str:
 def write_shard(path: Path, tensors: Sample) -> None:
     """Write a shard; it appears under its name complete and on disk, or not at all."""
     draft = path.with_name(path.name + ".draft")
+    draft.touch()
+    mode = draft.stat().st_mode
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, draft)
+    draft.chmod(mode)  # safetensors makes files that only their owner can read
     with open(draft, "rb") as file:
         os.fsync(file.fileno())
     draft.replace(path)
