@@ -75,13 +75,20 @@ class LogitWriter:
             self.shard = VocabShard(groups.tp, vocab_size, rows)
 
     @torch.no_grad()
-    def write(self, part: str, dataset: Any, advance: Callable[[int], None]) -> None:
+    def write(
+        self,
+        part: str,
+        dataset: Any,
+        advance: Callable[[int], None],
+        between: Callable[[], None] = lambda: None,
+    ) -> None:
         """Write the missing shards of a part (collective; every rank sees ``folder``).
 
         Args:
             part: ``train`` or ``validation``.
             dataset: all its samples, of all ranks, in global order.
             advance: told how many samples are done, those of an earlier run included.
+            between: called on every rank after each shard.
         """
         samples = len(dataset)
         missing = self._missing(part, samples)
@@ -95,6 +102,7 @@ class LogitWriter:
             if found is not None and mine:
                 write_shard(self.folder / shard_name(part, numbers[dp.rank()]), found)
             advance(sum(map(len, ranges)))
+            between()
         barrier()
 
     def _range(self, number: int, samples: int) -> range:

@@ -158,16 +158,16 @@ def _with_stored_teacher(
 
     from nemo_minitron.distillation.logit_shards import StoredTeacher
     from nemo_minitron.models.offline import OfflineDistillationGPTModel
+    from nemo_minitron.runtime.groups import ParallelGroups
 
     folder = Path(str(cfg.teacher_logits)) / FOLDER
+    keys: dict[str, Any] = {"top_k": cfg.distillation.top_k, "data_path": cfg.data.path}
     joined = tuple(
-        None
-        if dataset is None
-        else StoredTeacher(
-            dataset, folder, part, top_k=cfg.distillation.top_k, data_path=cfg.data.path
-        )
+        None if dataset is None else StoredTeacher(dataset, folder, part, **keys)
         for part, dataset in zip(PARTS, datasets, strict=True)
     )
+    if not ParallelGroups.current().is_last_stage:
+        joined = datasets  # every rank has compared the tokens; the last stage has the loss
     stored = {"stored_temperature": LogitIndex.load(folder).temperature}
     return OfflineDistillationGPTModel(OmegaConf.create({**config, **stored})), joined
 

@@ -77,6 +77,7 @@ def _store(cfg: TeacherLogitsConfig, folder: Path) -> dict[str, Any]:
     from nemo_minitron.models.teacher_logits import read_part
     from nemo_minitron.reporting.console import progress
     from nemo_minitron.runtime.ranks import rank
+    from nemo_minitron.runtime.stop import StopOnRequest
 
     source = Path(cfg.checkpoint) / "checkpoint"
     model = ModelConfig.load(source)
@@ -85,9 +86,9 @@ def _store(cfg: TeacherLogitsConfig, folder: Path) -> dict[str, Any]:
     samples = sum(map(len, parts.values()))
     writer = _writer(cfg, model, source, folder)
     start = time.monotonic()
-    with progress("storing samples", samples) as advance:
+    with progress("storing samples", samples) as advance, StopOnRequest() as stop:
         for name, dataset in parts.items():
-            writer.write(name, dataset, advance)
+            writer.write(name, dataset, advance, stop.check)
     seconds = time.monotonic() - start
     if rank() == 0:
         for draft in folder.glob("*.draft"):
