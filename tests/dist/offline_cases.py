@@ -67,7 +67,7 @@ def _dataset(samples: int, vocab_size: int) -> Any:
 
 
 def store(
-    teacher: tuple[ModelConfig, str], parallel: ParallelConfig, folder: str, *, samples: int
+    teacher: tuple[ModelConfig, str], parallel: ParallelConfig, folder: str, samples: int
 ) -> None:
     """Shards of ``samples`` samples, two in each, in ``folder``."""
     from nemo_minitron.distillation.logit_index import LogitIndex
@@ -75,7 +75,9 @@ def store(
     from nemo_minitron.models.teacher_logits import LogitWriter, Storing, read_part
     from nemo_minitron.models.weights import load_weights
     from nemo_minitron.runtime.groups import ParallelGroups
+    from nemo_minitron.runtime.launch import init_model_parallel
 
+    init_model_parallel(parallel)
     config, groups, path = teacher[0], ParallelGroups.current(), Path(folder)
     chunks = build_gpt(config, parallel, groups)
     load_weights(chunks, groups, Path(teacher[1]))
@@ -121,10 +123,8 @@ def offline(
     from nemo_minitron.distillation.logit_shards import StoredTeacher
     from nemo_minitron.models.distill import DistillationGPTModel
     from nemo_minitron.models.offline import OfflineDistillationGPTModel
-    from nemo_minitron.runtime.launch import init_model_parallel
 
-    init_model_parallel(parallel)
-    store(teacher, parallel, folder, samples=5)
+    store(teacher, parallel, folder, 5)
     dataset = _dataset(4, student[0].vocab_size)
     joined = StoredTeacher(dataset, Path(stored), "train", top_k=TOP_K, data_path="-")
     out: dict[str, Any] = {}

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from nemo_minitron.config.parallel import ParallelConfig
-from tests.dist.offline_cases import offline, offload
-from tests.tiny import LLAMA, write_weights
+from tests.dist.offline_cases import offline, offload, store
+from tests.tiny import LLAMA, MIXTRAL, write_weights
 
 TEACHER = replace(LLAMA, num_layers=4, hidden_size=48, share_embeddings_and_output_weights=True)
 STUDENT = replace(LLAMA, num_layers=4, hidden_size=32, ffn_hidden_size=48)
@@ -86,6 +86,16 @@ def test_layouts_store_the_same_and_learn_the_same(ranks, pair, single, tmp_path
             for got, want in zip(stored_grads, grads, strict=True):
                 assert (got - want).norm() <= 1e-6 * want.norm()
     _same_files(tmp_path, single[0], exactly=layout in ("dp2", "pp2_vpp2"))
+
+
+def test_experts_spread_over_ranks(ranks, tmp_path):
+    """Their ranks have to run together: three files on two of them, so one runs on fillers."""
+    write_weights(tmp_path / "teacher", MIXTRAL, 3)
+    teacher = (MIXTRAL, str(tmp_path / "teacher"))
+    layouts = {"single": ParallelConfig(), "ep2": ParallelConfig(expert_model_parallel_size=2)}
+    for size, (name, parallel) in enumerate(layouts.items(), start=1):
+        ranks.run(size, store, teacher, parallel, str(tmp_path / name), 5)
+    _same_files(tmp_path / "ep2", tmp_path / "single", exactly=False)
 
 
 def _same_files(got: Path, want: Path, *, exactly: bool) -> None:
