@@ -3,7 +3,7 @@
 from typing import Any
 
 from lightning.pytorch import Trainer
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from nemo_minitron.config.distillation import DistillationConfig
@@ -22,7 +22,8 @@ class OfflineDistillationGPTModel(MinitronGPTModel):
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
         super().__init__(cfg=cfg, trainer=trainer)
-        self.distillation = DistillationConfig(**cfg.distillation)
+        merged = OmegaConf.merge(OmegaConf.structured(DistillationConfig), cfg.distillation)
+        self.distillation: DistillationConfig = OmegaConf.to_object(merged)  # type: ignore[assignment]
 
     def loss_config(self) -> LogitLossConfig:
         """Weights of the distillation and the language-model loss."""
