@@ -37,6 +37,8 @@ class DistillationConfig:
     """Weight of the distillation loss on the logits."""
     ce_weight: float = 0.0
     """Weight of the language-model loss added to the distillation loss."""
+    offload_teacher: bool = False
+    """Keep the teacher's weights, all but its output layer, in host memory between its passes."""
 
     def __post_init__(self) -> None:
         """Check names, ranges and what belongs together."""

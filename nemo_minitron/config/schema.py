@@ -17,7 +17,7 @@ import nemo_minitron
 from nemo_minitron.config.stages import STAGE_CONFIGS
 
 # Stages that run a model and so may need more than one rank.
-RANKED_STAGES = frozenset({"importance", "prune", "distill", "evaluate"})
+RANKED_STAGES = frozenset({"importance", "prune", "teacher_logits", "distill", "evaluate"})
 
 # Keys that do not change what a stage computes: they are left out of the config hash.
 NEUTRAL_KEYS = frozenset(
@@ -28,11 +28,20 @@ NEUTRAL_KEYS = frozenset(
         "workers",
         "data.cache_dir",
         "save_every_n_samples",
+        "distillation.offload_teacher",
     }
 )
 
 # Keys that hold a path to an input. Hashes record the content of the input, not its path.
-INPUT_KEYS = ("source", "checkpoint", "importance", "student", "teacher", "data.path")
+INPUT_KEYS = (
+    "source",
+    "checkpoint",
+    "importance",
+    "student",
+    "teacher",
+    "teacher_logits",
+    "data.path",
+)
 
 
 @dataclass(frozen=True)

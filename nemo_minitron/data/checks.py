@@ -85,15 +85,7 @@ def check_batches(data: DataConfig, parallel: ParallelConfig, world_size: int) -
     """
     dp = world_size // parallel.model_parallel_size
     check_batch_sizes(data, dp)
-    cp, sp = parallel.context_parallel_size, parallel.sequence_parallel
-    # Context parallelism cuts a sequence into two chunks per rank (zigzag).
-    parts = (2 * cp if cp > 1 else 1) * (parallel.tensor_model_parallel_size if sp else 1)
-    if data.seq_length % parts:
-        raise ValueError(
-            f"data.seq_length={data.seq_length} must be a multiple of {parts} at parallel."
-            f"context_parallel_size={cp} and parallel.sequence_parallel={str(sp).lower()}; set "
-            "data.seq_length to one"
-        )
+    check_sequence(data, parallel)
     pp, step = parallel.pipeline_model_parallel_size, data.micro_batch_size * dp
     count = data.global_batch_size // step
     if parallel.virtual_pipeline_model_parallel_size and count % pp:
@@ -102,6 +94,23 @@ def check_batches(data: DataConfig, parallel: ParallelConfig, world_size: int) -
             f"model replica; virtual pipeline stages need a multiple of parallel."
             f"pipeline_model_parallel_size={pp}: set data.global_batch_size to a multiple of "
             f"{step * pp}"
+        )
+
+
+def check_sequence(data: DataConfig, parallel: ParallelConfig) -> None:
+    """Refuse sequences that the layout cannot cut.
+
+    Raises:
+        ValueError: names the length, the degrees and the key to change.
+    """
+    cp, sp = parallel.context_parallel_size, parallel.sequence_parallel
+    # Context parallelism cuts a sequence into two chunks per rank (zigzag).
+    parts = (2 * cp if cp > 1 else 1) * (parallel.tensor_model_parallel_size if sp else 1)
+    if data.seq_length % parts:
+        raise ValueError(
+            f"data.seq_length={data.seq_length} must be a multiple of {parts} at parallel."
+            f"context_parallel_size={cp} and parallel.sequence_parallel={str(sp).lower()}; set "
+            "data.seq_length to one"
         )
 
 

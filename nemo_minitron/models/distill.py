@@ -30,7 +30,8 @@ class DistillationGPTModel(MinitronGPTModel):
         self.teacher_gpt = ModelConfig(**OmegaConf.to_container(cfg.teacher))  # type: ignore[arg-type]
         chunks = build_gpt(self.teacher_gpt, self.parallel, self.groups, dtype=self.dtype_)
         # Not a registered submodule: the teacher has no place in checkpoints or optimizers.
-        self._teacher = [Teacher([chunk.to(device()) for chunk in chunks])]
+        offload = self.distillation.offload_teacher
+        self._teacher = [Teacher([chunk.to(device()) for chunk in chunks], offload=offload)]
 
     @property
     def teacher(self) -> Teacher:
@@ -40,6 +41,7 @@ class DistillationGPTModel(MinitronGPTModel):
     def load_teacher(self, folder: Path) -> None:
         """Fill the teacher from a ``torch_dist`` checkpoint of any layout."""
         load_weights(self.teacher.chunks, self.groups, folder, key="teacher")
+        self.teacher.release()
 
     def loss_config(self) -> LogitLossConfig:
         """Weights of the distillation and the language-model loss."""

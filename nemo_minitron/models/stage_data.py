@@ -6,6 +6,7 @@ from typing import Any
 import torch.distributed as dist
 
 from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.stages import TeacherPassConfig
 from nemo_minitron.config.training import DataConfig, TrainerConfig
 from nemo_minitron.data.cache import cache_folder
 from nemo_minitron.data.datasets import TokenData, build_datasets, build_split, prepare_tokens
@@ -33,7 +34,7 @@ def _tokens(
 
 def training_datasets(
     data: DataConfig,
-    trainer: TrainerConfig,
+    trainer: TrainerConfig | TeacherPassConfig,
     model: ModelConfig,
     checkpoint: Path,
     output_dir: str,

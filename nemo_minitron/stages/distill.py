@@ -12,13 +12,12 @@ from nemo_minitron.config.layout import check_layout
 from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.config.stages import DistillConfig
 from nemo_minitron.data.checks import check_batches, check_data
+from nemo_minitron.distillation.logit_index import FOLDER, INDEX, PARTS, LogitIndex, check_stored
 from nemo_minitron.runtime.ranks import launched_world_size
-
-_SPLITS = ("train", "validation")
 
 
 def _splits(cfg: DistillConfig) -> tuple[str, ...]:
-    return _SPLITS if cfg.trainer.limit_val_batches else _SPLITS[:1]
+    return PARTS if cfg.trainer.limit_val_batches else PARTS[:1]
 
 
 def check(cfg: DistillConfig) -> None:
@@ -28,21 +27,18 @@ def check(cfg: DistillConfig) -> None:
         ValueError: names the value, the relation and the key to set.
     """
     check_output(cfg, "distill")
-    _open_models(cfg, "size")
-    student_dir, teacher_dir = (Path(path) / "checkpoint" for path in (cfg.student, cfg.teacher))
-    student, teacher = ModelConfig.load(student_dir), ModelConfig.load(teacher_dir)
-    if student.vocab_size != teacher.vocab_size:
-        raise ValueError(
-            f"student has vocab_size={student.vocab_size} but teacher has "
-            f"{teacher.vocab_size}; set student= and teacher= to models of one tokenizer"
-        )
+    _open_inputs(cfg, "size")
+    student_dir = Path(cfg.student) / "checkpoint"
+    student = ModelConfig.load(student_dir)
     cfg.distillation.check_vocabulary(student.vocab_size)
-    check_same_tokens(student_dir / "tokenizer", teacher_dir / "tokenizer")
-    for key, model in (("student", student), ("teacher", teacher)):
-        try:
-            check_layout(model, cfg.parallel)
-        except ValueError as error:
-            raise ValueError(f"{key}={getattr(cfg, key)}: {error}") from error
+    _check_layout(cfg, "student", student)
+    if cfg.teacher is None:
+        check_stored(cfg, student.vocab_size)
+        teacher_tokenizer = Path(str(cfg.teacher_logits)) / "tokenizer"
+    else:
+        teacher_tokenizer = Path(cfg.teacher) / "checkpoint" / "tokenizer"
+        _check_teacher(cfg, student, ModelConfig.load(teacher_tokenizer.parent))
+    check_same_tokens(student_dir / "tokenizer", teacher_tokenizer)
     check_batches(cfg.data, cfg.parallel, cfg.parallel.world_size(launched_world_size()))
     check_data(
         cfg.data,
@@ -52,20 +48,37 @@ def check(cfg: DistillConfig) -> None:
     )
     # Whole-file hashes last: a typing mistake should not cost a pass over the weights.
     if cfg.verify_inputs != "size":
-        _open_models(cfg, cfg.verify_inputs)
+        _open_inputs(cfg, cfg.verify_inputs)
 
 
-def _open_models(cfg: DistillConfig, verify: str) -> None:
-    needs = f"checkpoint/{MODEL_YAML}"
-    for key in ("student", "teacher"):
-        open_result(getattr(cfg, key), verify, key=key, needs=needs, workers=cfg.workers)
+def _open_inputs(cfg: DistillConfig, verify: str) -> None:
+    model, stored = f"checkpoint/{MODEL_YAML}", f"{FOLDER}/{INDEX}"
+    for key, needs in {"student": model, "teacher": model, "teacher_logits": stored}.items():
+        folder = getattr(cfg, key)
+        if folder is not None:
+            open_result(folder, verify, key=key, needs=needs, workers=cfg.workers)
 
 
-def model_config(cfg: DistillConfig, student: ModelConfig, teacher: ModelConfig) -> dict[str, Any]:
-    """Config of ``DistillationGPTModel``."""
+def _check_teacher(cfg: DistillConfig, student: ModelConfig, teacher: ModelConfig) -> None:
+    if student.vocab_size != teacher.vocab_size:
+        raise ValueError(
+            f"student has vocab_size={student.vocab_size} but teacher has "
+            f"{teacher.vocab_size}; set student= and teacher= to models of one tokenizer"
+        )
+    _check_layout(cfg, "teacher", teacher)
+
+
+def _check_layout(cfg: DistillConfig, key: str, model: ModelConfig) -> None:
+    try:
+        check_layout(model, cfg.parallel)
+    except ValueError as error:
+        raise ValueError(f"{key}={getattr(cfg, key)}: {error}") from error
+
+
+def model_config(cfg: DistillConfig, student: ModelConfig) -> dict[str, Any]:
+    """What the configs of both distillation models have in common."""
     return {
         "gpt": asdict(student),
-        "teacher": asdict(teacher),
         "parallel": asdict(cfg.parallel),
         "data": asdict(cfg.data),
         "trainer": asdict(cfg.trainer),
@@ -96,23 +109,22 @@ def run(cfg: DistillConfig) -> None:
 
 
 def _train(cfg: DistillConfig, work: Path) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-
     from nemo_minitron.families.registry import family_of
     from nemo_minitron.families.table import parameter_count
-    from nemo_minitron.models.distill import DistillationGPTModel
     from nemo_minitron.models.stage_data import training_datasets
     from nemo_minitron.models.training import fit
 
-    student_dir, teacher_dir = (Path(path) / "checkpoint" for path in (cfg.student, cfg.teacher))
-    student, teacher = ModelConfig.load(student_dir), ModelConfig.load(teacher_dir)
+    student_dir = Path(cfg.student) / "checkpoint"
+    student = ModelConfig.load(student_dir)
     datasets = training_datasets(
         cfg.data, cfg.trainer, student, student_dir, cfg.output_dir, _splits(cfg)
     )
-    config = OmegaConf.create(model_config(cfg, replace(student), teacher))
-    model = DistillationGPTModel(config)
+    config = model_config(cfg, replace(student))
+    if cfg.teacher is None:
+        model, datasets = _with_stored_teacher(cfg, config, datasets)
+    else:
+        model = _with_teacher(Path(cfg.teacher) / "checkpoint", config)
     model.load(student_dir, key="student")
-    model.load_teacher(teacher_dir)
     history = fit(model, datasets, work)
     model.save(work / "checkpoint")
     last = history[-1]
@@ -124,6 +136,40 @@ def _train(cfg: DistillConfig, work: Path) -> dict[str, Any]:
         "val_loss": last.get("val_loss"),
         "history": history,
     }
+
+
+def _with_teacher(teacher_dir: Path, config: dict[str, Any]) -> Any:
+    """The model with a teacher on the same ranks."""
+    from omegaconf import OmegaConf
+
+    from nemo_minitron.models.distill import DistillationGPTModel
+
+    teacher = asdict(ModelConfig.load(teacher_dir))
+    model = DistillationGPTModel(OmegaConf.create({**config, "teacher": teacher}))
+    model.load_teacher(teacher_dir)
+    return model
+
+
+def _with_stored_teacher(
+    cfg: DistillConfig, config: dict[str, Any], datasets: tuple[Any, Any]
+) -> tuple[Any, tuple[Any, ...]]:
+    """The model without a teacher, and samples that bring the teacher's outputs."""
+    from omegaconf import OmegaConf
+
+    from nemo_minitron.distillation.logit_shards import StoredTeacher
+    from nemo_minitron.models.offline import OfflineDistillationGPTModel
+    from nemo_minitron.runtime.groups import ParallelGroups
+
+    folder = Path(str(cfg.teacher_logits)) / FOLDER
+    keys: dict[str, Any] = {"top_k": cfg.distillation.top_k, "data_path": cfg.data.path}
+    joined = tuple(
+        None if dataset is None else StoredTeacher(dataset, folder, part, **keys)
+        for part, dataset in zip(PARTS, datasets, strict=True)
+    )
+    if not ParallelGroups.current().is_last_stage:
+        joined = datasets  # every rank has compared the tokens; the last stage has the loss
+    stored = {"stored_temperature": LogitIndex.load(folder).temperature}
+    return OfflineDistillationGPTModel(OmegaConf.create({**config, **stored})), joined
 
 
 def _show(metrics: dict[str, Any]) -> None:

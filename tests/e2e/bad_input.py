@@ -21,7 +21,7 @@ from nemo_minitron.importance.scores import Scores, model_meta
 from tests.tiny import LLAMA, write_npy
 from tests.unit.data_fixtures import make_texts, save_tokenizer
 
-STAGES = ("import", "importance", "prune", "distill", "evaluate", "export")
+STAGES = ("import", "importance", "prune", "teacher_logits", "distill", "evaluate", "export")
 SECONDS = 5.0
 DATA = {
     "data.path": "{home}/ids.npy",
@@ -36,6 +36,12 @@ KEYS: dict[str, dict[str, object]] = {
         "checkpoint": "{home}/model",
         "importance": "{home}/scores",
         "pruning.target.ffn_hidden_size": 48,
+    },
+    "teacher_logits": {
+        "checkpoint": "{home}/model",
+        **DATA,
+        "trainer.max_steps": 1,
+        "trainer.limit_val_batches": 0,
     },
     "distill": {
         "student": "{home}/student",

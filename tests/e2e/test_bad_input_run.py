@@ -28,7 +28,7 @@ from tests.e2e.bad_input import (
 )
 from tests.pool import WorkerPool
 
-MODEL_STAGES = ("importance", "evaluate", "distill")
+MODEL_STAGES = ("importance", "teacher_logits", "evaluate", "distill")
 BAD = "decoder.layers.2.mlp.linear_fc2.weight"
 Run = Callable[..., Ending]
 
@@ -87,6 +87,7 @@ def test_student_larger_than_teacher_is_fine(home, tmp_path, start):
         ("export", "checkpoint", None),
         ("importance", "checkpoint", None),
         ("evaluate", "checkpoint", "tensor"),
+        ("teacher_logits", "checkpoint", None),
         ("distill", "student", None),
         ("distill", "teacher", "pipeline"),
     ],

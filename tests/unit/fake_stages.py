@@ -29,8 +29,8 @@ def environment(tmp_path: Path, **extra: str) -> dict[str, str]:
 
 def modules() -> dict[str, types.ModuleType]:
     """Module name -> stand-in."""
-    stages = ("import_", "importance", "prune", "distill", "evaluate", "export")
-    fakes = {f"nemo_minitron.stages.{stage}": fake(stage.rstrip("_")) for stage in stages}
+    names = ("import_", "importance", "prune", "teacher_logits", "distill", "evaluate", "export")
+    fakes = {f"nemo_minitron.stages.{stage}": fake(stage.rstrip("_")) for stage in names}
     report = types.ModuleType("report")
     report.write_report = lambda folder, cfg: (folder / "report.html").write_text("report")
     return {**fakes, "nemo_minitron.reporting.report": report}

@@ -1,0 +1,44 @@
+"""Stopping between two steps of work when a scheduler asks for it."""
+
+import signal
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nemo_minitron.errors import Preempted
+from nemo_minitron.runtime.launch import device
+
+
+class StopOnRequest:
+    """Inside, SIGTERM and SIGUSR1 only leave a note; ranks get them at different moments."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopOnRequest":
+        """Take the signals over."""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Give them back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+
+    def check(self) -> None:
+        """Stop if any rank was asked to (collective).
+
+        Raises:
+            Preempted: on every rank.
+        """
+        flag = torch.tensor(float(self._asked), device=device())
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=dist.group.WORLD)
+        if flag.item():
+            raise Preempted("a signal asked to stop; what is complete is kept")

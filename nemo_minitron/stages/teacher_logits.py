@@ -1,0 +1,159 @@
+"""``minitron teacher_logits``: the teacher's outputs on the samples that ``distill`` will read."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.checkpoint.artifact import check_output, open_result
+from nemo_minitron.config.layout import check_layout
+from nemo_minitron.config.model import MODEL_YAML, ModelConfig
+from nemo_minitron.config.stages import TeacherLogitsConfig
+from nemo_minitron.data.checks import check_data, check_sequence
+from nemo_minitron.distillation.logit_index import FOLDER, PARTS, LogitIndex, data_keys
+from nemo_minitron.runtime.ranks import launched_world_size
+
+# What may differ when a killed run is started again: who computes what, and how many at a time.
+_MAY_CHANGE = ("parallel.", "data.micro_batch_size", "chunk_size")
+
+
+def _splits(cfg: TeacherLogitsConfig) -> tuple[str, ...]:
+    return PARTS if cfg.trainer.limit_val_batches else PARTS[:1]
+
+
+def check(cfg: TeacherLogitsConfig) -> None:
+    """Refuse bad input before any rank or weight exists.
+
+    Raises:
+        ValueError: names the value, the relation and the key to set.
+    """
+    check_output(cfg, "teacher_logits")
+    _open_checkpoint(cfg, "size")
+    folder = Path(cfg.checkpoint) / "checkpoint"
+    model = ModelConfig.load(folder)
+    if cfg.top_k > model.vocab_size:
+        raise ValueError(
+            f"top_k={cfg.top_k} is larger than the vocabulary of {model.vocab_size}; set top_k to "
+            f"{model.vocab_size} or less"
+        )
+    check_layout(model, cfg.parallel)
+    cfg.parallel.world_size(launched_world_size())
+    check_sequence(cfg.data, cfg.parallel)
+    tokenizer = folder / "tokenizer"
+    check_data(cfg.data, splits=_splits(cfg), vocab_size=model.vocab_size, tokenizer_dir=tokenizer)
+    # Whole-file hashes last: a typing mistake should not cost a pass over the weights.
+    if cfg.verify_inputs != "size":
+        _open_checkpoint(cfg, cfg.verify_inputs)
+
+
+def _open_checkpoint(cfg: TeacherLogitsConfig, verify: str) -> None:
+    needs = f"checkpoint/{MODEL_YAML}"
+    open_result(cfg.checkpoint, verify, key="checkpoint", needs=needs, workers=cfg.workers)
+
+
+def run(cfg: TeacherLogitsConfig) -> None:
+    """Write the result; a killed run goes on after the shards that are complete."""
+    from nemo_minitron.checkpoint.artifact import Ranks, output_folder
+    from nemo_minitron.runtime.launch import barrier, distributed
+    from nemo_minitron.runtime.ranks import rank
+
+    with distributed(cfg.parallel, cfg.data.seed):
+        ranks = Ranks(rank(), barrier)
+        with output_folder(
+            cfg, "teacher_logits", resumable=True, may_change=_MAY_CHANGE, ranks=ranks
+        ) as work:
+            metrics = _store(cfg, work / FOLDER)
+            if ranks.rank == 0:
+                source = Path(cfg.checkpoint) / "checkpoint" / "tokenizer"
+                if source.is_dir():
+                    shutil.copytree(source, work / "tokenizer", dirs_exist_ok=True)
+                (work / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    _show(cfg, metrics)
+
+
+def _store(cfg: TeacherLogitsConfig, folder: Path) -> dict[str, Any]:
+    from nemo_minitron.models.stage_data import training_datasets
+    from nemo_minitron.models.teacher_logits import read_part
+    from nemo_minitron.reporting.console import progress
+    from nemo_minitron.runtime.ranks import rank
+    from nemo_minitron.runtime.stop import StopOnRequest
+
+    source = Path(cfg.checkpoint) / "checkpoint"
+    model = ModelConfig.load(source)
+    datasets = training_datasets(cfg.data, cfg.trainer, model, source, cfg.output_dir, _splits(cfg))
+    parts = {name: d for name, d in zip(PARTS, datasets, strict=True) if d is not None}
+    samples = sum(map(len, parts.values()))
+    writer = _writer(cfg, model, source, folder)
+    start = time.monotonic()
+    with progress("storing samples", samples) as advance, StopOnRequest() as stop:
+        for name, dataset in parts.items():
+            writer.write(name, dataset, advance, stop.check)
+    seconds = time.monotonic() - start
+    if rank() == 0:
+        for draft in folder.glob("*.draft"):
+            draft.unlink()
+        read = {n: read_part(folder, n, cfg.shard_samples, len(d)) for n, d in parts.items()}
+        _index(cfg, model, read).save(folder)
+    return _metrics(cfg, {name: len(d) for name, d in parts.items()}, seconds)
+
+
+def _writer(cfg: TeacherLogitsConfig, model: ModelConfig, source: Path, folder: Path) -> Any:
+    import torch
+
+    from nemo_minitron.models.build import DTYPES, build_gpt
+    from nemo_minitron.models.teacher_logits import LogitWriter, Storing
+    from nemo_minitron.models.weights import load_weights
+    from nemo_minitron.runtime.groups import ParallelGroups
+    from nemo_minitron.runtime.launch import device
+
+    groups = ParallelGroups.current()
+    precision = torch.bfloat16 if cfg.trainer.precision == "bf16-mixed" else torch.float32
+    built = build_gpt(model, cfg.parallel, groups, dtype=precision)
+    chunks = [chunk.to(device()) for chunk in built]
+    load_weights(chunks, groups, source)
+    for chunk in chunks:
+        chunk.eval()
+        chunk.return_hidden = True
+    storing = Storing(
+        top_k=cfg.top_k,
+        temperature=cfg.temperature,
+        dtype=DTYPES[cfg.dtype],
+        shard_samples=cfg.shard_samples,
+        chunk_size=cfg.chunk_size,
+        micro_batch_size=cfg.data.micro_batch_size,
+    )
+    folder.mkdir(exist_ok=True)
+    return LogitWriter(chunks, groups, model.vocab_size, storing, folder)
+
+
+def _index(cfg: TeacherLogitsConfig, model: ModelConfig, parts: dict[str, Any]) -> LogitIndex:
+    return LogitIndex(
+        top_k=cfg.top_k,
+        vocab_size=model.vocab_size,
+        seq_length=cfg.data.seq_length,
+        temperature=cfg.temperature,
+        dtype=cfg.dtype,
+        shard_samples=cfg.shard_samples,
+        data=data_keys(cfg.data),
+        parts=parts,
+    )
+
+
+def _metrics(cfg: TeacherLogitsConfig, samples: dict[str, int], seconds: float) -> dict[str, Any]:
+    tokens = sum(samples.values()) * cfg.data.seq_length
+    value = {"float32": 4, "bfloat16": 2}[cfg.dtype]
+    return {
+        "samples": samples,
+        "tokens": tokens,
+        "bytes": tokens * (cfg.top_k * (value + 4) + 4),
+        "seconds": round(seconds, 3),
+    }
+
+
+def _show(cfg: TeacherLogitsConfig, metrics: dict[str, Any]) -> None:
+    from nemo_minitron.reporting.console import show_table
+
+    rows = [(f"{name} samples", f"{count:,}") for name, count in metrics["samples"].items()]
+    rows += [("tokens", f"{metrics['tokens']:,}"), ("bytes", f"{metrics['bytes']:,}")]
+    show_table("teacher logits", ("", f"k = {cfg.top_k}"), rows)
