@@ -73,13 +73,71 @@ class TrainerConfig:
     """``32`` or ``bf16-mixed`` (bf16 weights, fp32 main weights and gradients)."""
     seed: int = 1234
     """Seed of everything that draws numbers during training."""
+    recompute_granularity: str | None = None
+    """Activations of the trained model that the backward pass computes again to save memory, under
+    Megatron's names: ``full`` (whole layers), ``selective`` (parts of each layer) or null (none)."""
+    recompute_method: str | None = None
+    """Layers to recompute under ``full``: ``uniform`` (all, in groups of recompute_num_layers) or
+    ``block`` (the first recompute_num_layers of each pipeline stage, one by one)."""
+    recompute_num_layers: int | None = None
+    """See recompute_method; Megatron wants it with ``full`` alone."""
+    recompute_modules: list[str] | None = None
+    """Parts to recompute under ``selective``, any of ``core_attn``, ``mlp``, ``moe``; null means
+    ``core_attn``."""
 
     def __post_init__(self) -> None:
-        """Check ranges."""
+        """Check ranges and relations."""
         if self.max_steps < 1:
             raise ValueError(f"trainer.max_steps={self.max_steps} must be at least 1")
         if self.precision not in ("32", "bf16-mixed"):
             raise ValueError(f"trainer.precision={self.precision} must be 32 or bf16-mixed")
+        for name, least in (("val_check_interval", 1), ("log_every_n_steps", 1), ("save_top_k", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"trainer.{name}={getattr(self, name)} must be at least {least}")
+        for name in ("limit_val_batches", "save_every_n_steps", "gradient_clip_val"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"trainer.{name}={getattr(self, name)} must not be negative")
+        self._check_recompute()
+
+    def _check_recompute(self) -> None:
+        """Megatron's rules, with the keys to set."""
+        key, value = "trainer.recompute_granularity", self.recompute_granularity
+        if value not in (None, "full", "selective"):
+            raise ValueError(f"{key}={value} must be full, selective or null")
+        if self.recompute_method not in (None, "uniform", "block"):
+            raise ValueError(
+                f"trainer.recompute_method={self.recompute_method} must be uniform, block or null"
+            )
+        if value == "full":
+            if self.recompute_method is None or (self.recompute_num_layers or 0) < 1:
+                raise ValueError(
+                    f"{key}=full needs trainer.recompute_method (uniform or block; here "
+                    f"{self.recompute_method}) and trainer.recompute_num_layers of at least 1 "
+                    f"(here {self.recompute_num_layers}); uniform and 1 recompute every layer"
+                )
+        for name in ("recompute_method", "recompute_num_layers"):
+            if value != "full" and getattr(self, name) is not None:
+                raise ValueError(
+                    f"trainer.{name}={getattr(self, name)} needs {key}=full (here {value}); set "
+                    "one of the two to null"
+                )
+        if self.recompute_modules is not None:
+            self._check_recompute_modules(self.recompute_modules)
+
+    def _check_recompute_modules(self, modules: list[str]) -> None:
+        if self.recompute_granularity != "selective":
+            raise ValueError(
+                f"trainer.recompute_modules={modules} needs trainer.recompute_granularity="
+                f"selective (here {self.recompute_granularity})"
+            )
+        # Megatron's others (moe_act, layernorm, mla_up_proj, shared_experts) belong to modules
+        # that these models do not have, or that Transformer Engine fuses.
+        unknown = [name for name in modules if name not in ("core_attn", "mlp", "moe")]
+        if unknown or not modules:
+            raise ValueError(
+                f"trainer.recompute_modules={modules} must name some of core_attn, mlp, moe"
+                + (f", not {', '.join(unknown)}" if unknown else "")
+            )
 
 
 @dataclass(kw_only=True)

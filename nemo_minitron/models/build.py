@@ -1,6 +1,7 @@
 """ModelConfig + layout -> Megatron-Core model on this rank."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -48,9 +49,12 @@ class HiddenGPTModel(GPTModel):
 
 
 def transformer_config(
-    config: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    recompute: Mapping[str, Any] | None = None,
 ) -> TransformerConfig:
-    """Megatron's configuration of this model at this layout."""
+    """Megatron's configuration of this model at this layout; ``recompute`` as in ``build_gpt``."""
     on_gpu = torch.cuda.is_available()
     return TransformerConfig(
         num_layers=config.num_layers,
@@ -102,6 +106,7 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         persist_layer_norm=HAVE_TE,
         batch_p2p_comm=on_gpu,
+        **(recompute or {}),
     )
 
 
@@ -140,6 +145,7 @@ def build_gpt(
     *,
     dtype: torch.dtype = torch.float32,
     max_sequence_length: int | None = None,
+    recompute: Mapping[str, Any] | None = None,
 ) -> list[HiddenGPTModel]:
     """Build this rank's part of the model, weights uninitialised.
 
@@ -149,12 +155,14 @@ def build_gpt(
         groups: this rank's process groups.
         dtype: parameter dtype.
         max_sequence_length: longest sequence; None takes the model's.
+        recompute: Megatron's settings of activation recomputation
+            (``config.recompute.recompute_settings``); None for a model that is not trained.
 
     Returns:
         One model chunk per virtual pipeline stage (one without interleaving).
     """
     check_layout(config, parallel)
-    mcore = transformer_config(config, parallel, dtype)
+    mcore = transformer_config(config, parallel, dtype, recompute)
     length = max_sequence_length or config.max_position_embeddings
     stages: list[int | None] = [None]
     if parallel.virtual_pipeline_model_parallel_size:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.config.recompute import recompute_settings
 from nemo_minitron.config.training import DataConfig, OptimConfig, TrainerConfig
 from nemo_minitron.distillation.logit_loss import LogitLossConfig, VocabShard, logit_loss
 from nemo_minitron.models.build import DTYPES, HiddenGPTModel, build_gpt, unwrap
@@ -69,12 +70,15 @@ class MinitronGPTModel(ModelPT):
         self.gpt = ModelConfig(**OmegaConf.to_container(cfg.gpt))  # type: ignore[arg-type]
         self.parallel = ParallelConfig(**cfg.parallel)
         self.data_cfg = DataConfig(**cfg.data)
-        self.trainer_cfg = TrainerConfig(**cfg.trainer)
+        self.trainer_cfg = TrainerConfig(**OmegaConf.to_container(cfg.trainer))  # type: ignore[arg-type]
         self.optim_cfg = OptimConfig(**cfg.optim)
         self.groups = ParallelGroups.current()
         bf16 = self.trainer_cfg.precision == "bf16-mixed"
         self.dtype_ = torch.bfloat16 if bf16 else torch.float32
-        chunks = build_gpt(self.gpt, self.parallel, self.groups, dtype=self.dtype_)
+        recompute = recompute_settings(self.trainer_cfg)
+        chunks = build_gpt(
+            self.gpt, self.parallel, self.groups, dtype=self.dtype_, recompute=recompute
+        )
         self.model = torch.nn.ModuleList(chunk.to(device()) for chunk in chunks)
         for chunk in self.chunks:
             chunk.return_hidden = True

@@ -10,6 +10,7 @@ from nemo_minitron.checkpoint.artifact import check_output, open_result
 from nemo_minitron.checkpoint.tokenizer import check_same_tokens
 from nemo_minitron.config.layout import check_layout
 from nemo_minitron.config.model import MODEL_YAML, ModelConfig
+from nemo_minitron.config.recompute import check_recompute
 from nemo_minitron.config.stages import DistillConfig
 from nemo_minitron.data.checks import check_batches, check_data
 from nemo_minitron.runtime.ranks import launched_world_size
@@ -42,6 +43,7 @@ def check(cfg: DistillConfig) -> None:
             check_layout(model, cfg.parallel)
         except ValueError as error:
             raise ValueError(f"{key}={getattr(cfg, key)}: {error}") from error
+    check_recompute(cfg.trainer, student, cfg.parallel)
     check_batches(cfg.data, cfg.parallel, cfg.parallel.world_size(launched_world_size()))
     check_data(
         cfg.data,
