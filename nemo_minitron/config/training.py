@@ -74,8 +74,8 @@ class TrainerConfig:
     seed: int = 1234
     """Seed of everything that draws numbers during training."""
     recompute_granularity: str | None = None
-    """Activations of the trained model that the backward pass computes again to save memory, under
-    Megatron's names: ``full`` (whole layers), ``selective`` (parts of each layer) or null (none)."""
+    """Activations of the trained model that the backward pass computes again to save memory:
+    ``full`` (whole layers), ``selective`` (parts of each layer) or null (none), as in Megatron."""
     recompute_method: str | None = None
     """Layers to recompute under ``full``: ``uniform`` (all, in groups of recompute_num_layers) or
     ``block`` (the first recompute_num_layers of each pipeline stage, one by one)."""
@@ -108,13 +108,13 @@ class TrainerConfig:
             raise ValueError(
                 f"trainer.recompute_method={self.recompute_method} must be uniform, block or null"
             )
-        if value == "full":
-            if self.recompute_method is None or (self.recompute_num_layers or 0) < 1:
-                raise ValueError(
-                    f"{key}=full needs trainer.recompute_method (uniform or block; here "
-                    f"{self.recompute_method}) and trainer.recompute_num_layers of at least 1 "
-                    f"(here {self.recompute_num_layers}); uniform and 1 recompute every layer"
-                )
+        missing = self.recompute_method is None or (self.recompute_num_layers or 0) < 1
+        if value == "full" and missing:
+            raise ValueError(
+                f"{key}=full needs trainer.recompute_method (uniform or block; here "
+                f"{self.recompute_method}) and trainer.recompute_num_layers of at least 1 "
+                f"(here {self.recompute_num_layers}); uniform and 1 recompute every layer"
+            )
         for name in ("recompute_method", "recompute_num_layers"):
             if value != "full" and getattr(self, name) is not None:
                 raise ValueError(

@@ -19,12 +19,8 @@ from nemo_minitron.config.training import DataConfig, OptimConfig, TrainerConfig
 from nemo_minitron.distillation.logit_loss import LogitLossConfig, VocabShard, logit_loss
 from nemo_minitron.models.build import DTYPES, HiddenGPTModel, build_gpt, unwrap
 from nemo_minitron.models.lightning import MegatronOptimizerAdapter
-from nemo_minitron.models.optim import (
-    allocate_state,
-    build_optimizer,
-    load_optimizer,
-    wrap_ddp,
-)
+from nemo_minitron.models.optim import build_optimizer, wrap_ddp
+from nemo_minitron.models.optim_state import load_optimizer, optimizer_state
 from nemo_minitron.models.schedule import (
     Batch,
     StepLoader,
@@ -44,8 +40,6 @@ from nemo_minitron.runtime.groups import ParallelGroups
 from nemo_minitron.runtime.launch import device
 
 quiet.after_imports()
-
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def diverged(what: str, step: int) -> ValueError:
@@ -158,14 +152,9 @@ class MinitronGPTModel(ModelPT):
 
     def training_state(self, *, is_loading: bool) -> dict[str, Any]:
         """Sharded weights, optimizer and scheduler state for ``dist_checkpointing``."""
-        if is_loading:
-            allocate_state(self._megatron)
         model = model_sharded_state_dict(self.chunks, self.groups)
-        metadata = {**_METADATA, "dp_cp_group": self.groups.dp_cp}
         flat = model["model0"] if len(model) == 1 else model
-        optimizer = self._megatron.sharded_state_dict(
-            flat, is_loading=is_loading, metadata=metadata
-        )
+        optimizer = optimizer_state(self._megatron, flat, self.groups, is_loading=is_loading)
         state = {**model, "optimizer": optimizer}
         if not is_loading:
             state["lr_scheduler"] = self._lr_scheduler.state_dict()

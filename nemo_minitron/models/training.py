@@ -89,6 +89,27 @@ class History(Callback):
         self._bar.__exit__(None, None, None)
 
 
+class MissedValidation(Callback):
+    """Validates first when training goes on after a step that was saved but not yet validated.
+
+    Checkpoints are written before validations; Lightning then goes on with the next step.
+    """
+
+    def __init__(self, history: History, every: int) -> None:
+        self.history = history
+        self.every = every
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Run the validation of the last step unless the history has it."""
+        step = trainer.global_step
+        done = any(r["step"] == step and "val_loss" in r for r in self.history.records)
+        if step == 0 or step % self.every or done:
+            return
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.run()
+        trainer.training = True
+
+
 class StopOnSignal(Callback):
     """SIGTERM or SIGUSR1: finish the step, save a checkpoint on every rank, raise ``Preempted``."""
 
@@ -232,7 +253,10 @@ def fit(model: MinitronGPTModel, datasets: tuple[Any, Any], work: Path) -> list[
     loaders = _loaders(model, model.data_cfg, datasets, consumed)
     model.set_loaders(*loaders)
     validate = loaders[1] is not None and config.limit_val_batches > 0
-    trainer = _trainer(config, [history, checkpoint, stop], validate)
+    callbacks: list[Callback] = [history, checkpoint, stop]
+    if validate:
+        callbacks.append(MissedValidation(history, config.val_check_interval))
+    trainer = _trainer(config, callbacks, validate)
     _log_with_nemo(trainer, work / "logs")
     try:
         trainer.fit(model, ckpt_path=None if resume is None else str(resume))
