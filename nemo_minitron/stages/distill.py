@@ -16,6 +16,14 @@ from nemo_minitron.data.checks import check_batches, check_data
 from nemo_minitron.runtime.ranks import launched_world_size
 
 _SPLITS = ("train", "validation")
+# What may differ when an unfinished training is started again: none of it changes what is learnt.
+MAY_CHANGE = (
+    "parallel.",
+    "data.micro_batch_size",
+    "trainer.log_every_n_steps",
+    "trainer.recompute_",
+    "trainer.save_",
+)
 
 
 def _splits(cfg: DistillConfig) -> tuple[str, ...]:
@@ -85,7 +93,8 @@ def run(cfg: DistillConfig) -> None:
 
     with distributed(cfg.parallel, cfg.trainer.seed):
         ranks = Ranks(rank(), barrier)
-        with output_folder(cfg, "distill", resumable=True, ranks=ranks) as work:
+        folder = output_folder(cfg, "distill", resumable=True, may_change=MAY_CHANGE, ranks=ranks)
+        with folder as work:
             metrics = _train(cfg, work)
             if ranks.rank == 0:
                 source = Path(cfg.student) / "checkpoint" / "tokenizer"
