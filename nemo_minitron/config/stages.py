@@ -8,6 +8,7 @@ from omegaconf import MISSING
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.training import (
     DataConfig,
+    ExpManagerConfig,
     OptimConfig,
     OptionalDataConfig,
     TrainerConfig,
@@ -254,6 +255,7 @@ class DistillConfig(StageConfig):
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
 
     def __post_init__(self) -> None:

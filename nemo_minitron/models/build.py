@@ -8,6 +8,12 @@ import torch
 import torch.nn.functional as F
 from megatron.core.activations import squared_relu
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -120,7 +126,7 @@ def _build_chunk(
     chunks = mcore.virtual_pipeline_model_parallel_size or 1
     stage = vp_stage or 0
     scaling = config.rope_scaling or {}
-    return HiddenGPTModel(
+    model = HiddenGPTModel(
         config=mcore,
         transformer_layer_spec=block_spec(mcore, vp_stage, groups.pp.rank()),
         vocab_size=padded_vocab_size(config.vocab_size, mcore.tensor_model_parallel_size),
@@ -136,6 +142,24 @@ def _build_chunk(
         pg_collection=groups.collection,
         vp_stage=vp_stage,
     )
+    _mark_tensor_parallel(model)
+    return model
+
+
+def _mark_tensor_parallel(model: torch.nn.Module) -> None:
+    """Say which weights are split over the tensor-parallel ranks.
+
+    Megatron does so only where it initialises weights. Without the mark the gradient norm, and so
+    clipping, would count the shards of the first rank alone.
+    """
+    for module in model.modules():
+        split = isinstance(
+            module, VocabParallelEmbedding | ColumnParallelLinear | RowParallelLinear
+        )
+        weight = module.weight if split else None
+        if weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            dim = 1 if isinstance(module, RowParallelLinear) else 0
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
 
 
 def build_gpt(

@@ -15,7 +15,12 @@ from torch import Tensor
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.recompute import recompute_settings
-from nemo_minitron.config.training import DataConfig, OptimConfig, TrainerConfig
+from nemo_minitron.config.training import (
+    DataConfig,
+    ExpManagerConfig,
+    OptimConfig,
+    TrainerConfig,
+)
 from nemo_minitron.distillation.logit_loss import LogitLossConfig, VocabShard, logit_loss
 from nemo_minitron.models.build import DTYPES, HiddenGPTModel, build_gpt, unwrap
 from nemo_minitron.models.lightning import MegatronOptimizerAdapter
@@ -54,8 +59,8 @@ class MinitronGPTModel(ModelPT):
     """Megatron-Core GPT trained through Megatron's schedule by Lightning's Trainer.
 
     The config has one entry per dataclass: ``gpt`` (ModelConfig), ``parallel``, ``data``,
-    ``trainer``, ``optim`` and ``chunk_size`` (tokens whose logits exist at one time). Megatron's
-    groups must be initialised (``runtime.launch.distributed``).
+    ``trainer``, ``optim``, ``exp_manager`` (optional), and ``chunk_size`` (tokens whose logits
+    exist at one time). Megatron's groups must be initialised (``runtime.launch.distributed``).
     """
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
@@ -66,6 +71,9 @@ class MinitronGPTModel(ModelPT):
         self.data_cfg = DataConfig(**cfg.data)
         self.trainer_cfg = TrainerConfig(**OmegaConf.to_container(cfg.trainer))  # type: ignore[arg-type]
         self.optim_cfg = OptimConfig(**cfg.optim)
+        loggers = OmegaConf.structured(ExpManagerConfig)
+        loggers.merge_with(cfg.get("exp_manager", {}))
+        self.exp_manager_cfg: Any = OmegaConf.to_object(loggers)
         self.groups = ParallelGroups.current()
         bf16 = self.trainer_cfg.precision == "bf16-mixed"
         self.dtype_ = torch.bfloat16 if bf16 else torch.float32
@@ -78,6 +86,8 @@ class MinitronGPTModel(ModelPT):
             chunk.return_hidden = True
         self.consumed_samples = 0
         self.last_metrics: dict[str, float] = {}
+        # fp64 counts beyond 2**24 exactly.
+        self._tokens = torch.zeros((), dtype=torch.float64, device=device())
         self._validation_sums: list[Tensor] = []
         self._megatron: Any = None
         self._lr_scheduler: Any = None
@@ -159,6 +169,7 @@ class MinitronGPTModel(ModelPT):
         if not is_loading:
             state["lr_scheduler"] = self._lr_scheduler.state_dict()
             state["consumed_samples"] = self.consumed_samples
+            state["unlogged_tokens"] = self._tokens.item()
         return state
 
     def load_training_state(self, state: dict[str, Any]) -> None:
@@ -168,6 +179,7 @@ class MinitronGPTModel(ModelPT):
         load_optimizer(self._megatron, state["optimizer"])
         self._lr_scheduler.load_state_dict(state["lr_scheduler"])
         self.consumed_samples = state["consumed_samples"]
+        self._tokens.fill_(state["unlogged_tokens"])
 
     # ---- steps
 
@@ -228,26 +240,40 @@ class MinitronGPTModel(ModelPT):
         optimizer.zero_grad()
         micro_batches = [on_this_cp_rank(micro_batch, self.groups) for micro_batch in batch]
         sums = self.forward_backward(micro_batches)
+        self._tokens += sums[2]
         lr = next(g["lr"] for g in self._megatron.param_groups if g["params"] is not None)
-        if not torch.isfinite(sums).all():  # the same sums on every rank
-            raise diverged(f"the loss sums are {sums.tolist()}", self.trainer.global_step + 1)
+        step = self.trainer.global_step + 1
+        logged = step % self.trainer_cfg.log_every_n_steps == 0
+        logged = logged or step == self.trainer_cfg.max_steps
+        # The host waits for the device once per global batch: for the gradient norm (in Megatron's
+        # optimizer) or, where nothing is clipped, here. A loss of NaN makes the norm NaN.
+        if logged or not self.trainer_cfg.gradient_clip_val:
+            values = sums.tolist()  # the same on every rank
+            if not all(map(math.isfinite, values)):
+                raise diverged(f"the loss sums are {values}", step)
         optimizer.step()
         self._lr_scheduler.step(increment=1)
         self.consumed_samples += self.data_cfg.global_batch_size
-        step = self.trainer.global_step
         grad_norm = optimizer.optimizer.grad_norm
         if grad_norm is not None and not math.isfinite(grad_norm):
             raise diverged(f"the gradient norm is {grad_norm}", step)
-        if step % self.trainer_cfg.log_every_n_steps == 0 or step == self.trainer_cfg.max_steps:
-            self._log_step(sums, lr, grad_norm)
+        if logged:
+            self._log_step(values, lr, grad_norm)
 
-    def _log_step(self, sums: Tensor, lr: float, grad_norm: float | None) -> None:
-        kd, ce, tokens = sums.tolist()
-        config = self.loss_config()
-        loss = (config.kd_weight * kd + config.ce_weight * ce) / max(tokens, 1.0)
-        self.last_metrics = {"loss": loss, "lr": lr, "grad_norm": float(grad_norm or 0.0)}
-        self.last_metrics["tokens"] = tokens
-        for name, value in self.last_metrics.items():
+    def _log_step(self, sums: list[float], lr: float, grad_norm: float | None) -> None:
+        """Log a step; ``tokens`` are those since the last logged one."""
+        kd, ce, tokens = sums[:3]
+        config, count = self.loss_config(), max(tokens, 1.0)
+        loss = (config.kd_weight * kd + config.ce_weight * ce) / count
+        metrics = {"loss": loss, "lr": lr, "grad_norm": float(grad_norm or 0.0)}
+        if config.kd_weight:
+            metrics["kd_loss"] = kd / count
+        if config.ce_weight:
+            metrics["lm_loss"] = ce / count
+        metrics["tokens"] = self._tokens.item()
+        self._tokens.zero_()
+        self.last_metrics = metrics
+        for name, value in metrics.items():
             self.log(f"train/{name}", value, prog_bar=name == "loss", batch_size=1)
 
     @torch.no_grad()

@@ -79,6 +79,7 @@ def model_config(cfg: DistillConfig, student: ModelConfig, teacher: ModelConfig)
         "data": asdict(cfg.data),
         "trainer": asdict(cfg.trainer),
         "optim": asdict(cfg.optim),
+        "exp_manager": asdict(cfg.exp_manager),
         "distillation": asdict(cfg.distillation),
         "chunk_size": cfg.distillation.chunk_size,
     }

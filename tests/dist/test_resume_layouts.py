@@ -94,10 +94,12 @@ PAIRS = [
 def test_goes_on_at_another_layout(runs, model, source, layout):
     """Must-show 6: the loss curve is that of the undisturbed run within 1e-5, validation included.
 
-    The vocabulary of 101 is padded at TP 2 and not elsewhere; the optimizer is distributed.
+    So are the gradient norms, which clipping depends on. The vocabulary of 101 is padded at TP 2 and not elsewhere; the optimizer is distributed.
     """
     (want, _), got = runs.undisturbed(model, source), runs.resumed(model, source, layout)
     assert got[0][0][-1]["step"] == STEPS
     curve = _curve(want)
     assert len(curve) == STEPS + 4
     torch.testing.assert_close(_curve(got), curve, rtol=0, atol=1e-5)
+    norms = [[record["grad_norm"] for record in result[0][0]] for result in (got, want)]
+    torch.testing.assert_close(*map(torch.tensor, norms), rtol=1e-4, atol=0)
