@@ -103,3 +103,34 @@ def test_goes_on_at_another_layout(runs, model, source, layout):
     torch.testing.assert_close(_curve(got), curve, rtol=0, atol=1e-5)
     norms = [[record["grad_norm"] for record in result[0][0]] for result in (got, want)]
     torch.testing.assert_close(*map(torch.tensor, norms), rtol=1e-4, atol=0)
+
+
+def test_optimizer_that_is_not_distributed(runs):
+    """Its state has another shape in Megatron; it too goes on at another layout."""
+    over = {"optim": {"use_distributed_optimizer": False}}
+    (want, _), got = runs.undisturbed("dense", "tp2", **over), runs.resumed("dense", "tp2", "pp2", **over)
+    torch.testing.assert_close(_curve(got), _curve(want), rtol=0, atol=1e-5)
+
+
+SAME = [
+    *(("single", at, {}) for at in range(1, STEPS)),
+    ("tp2", 3, {}),
+    ("pp2_vpp2", 2, {}),
+    ("dp2", 3, {"precision": "bf16-mixed"}),
+    ("dp2", 4, {"precision": "bf16-mixed", "optim": {"use_distributed_optimizer": False}}),
+]
+
+
+@pytest.mark.parametrize(("layout", "at", "over"), SAME)
+def test_goes_on_bit_for_bit(runs, layout, at, over):
+    """Must-show 6: whichever step was the last one saved, history and weights are the same."""
+    want, _ = runs.undisturbed("dense", layout, **over)
+    got = runs.resumed("dense", layout, layout, at, **over)
+    for (history, weights), (want_history, want_weights) in zip(got, want, strict=True):
+        assert _without_speed(history) == _without_speed(want_history)
+        assert weights.keys() == want_weights.keys()
+        assert all(torch.equal(weights[name], want_weights[name]) for name in weights)
+
+
+def _without_speed(history):
+    return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in history]

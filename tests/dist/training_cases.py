@@ -59,9 +59,29 @@ def training_cfg(
         "save_top_k": STEPS,
         **over.pop("trainer", {}),
     }
-    optim = over.pop("optim", {})
-    data = over.pop("data", {})
+    optim, data = over.pop("optim", {}), over.pop("data", {})
+    loggers = over.pop("exp_manager", {})
     cfg = model_cfg(student, teacher, parallel, trainer=trainer, **over)
+    cfg.exp_manager = loggers
     cfg.optim.update({"lr": 1e-2, "min_lr": 1e-3, "lr_warmup_steps": 2, **optim})
     cfg.data.update(data)
     return cfg
+
+
+def decayed(config: ModelConfig, parallel: ParallelConfig) -> tuple[list[str], list[str]]:
+    """Names of the parameters that are decayed, and of those that are not."""
+    from nemo_minitron.models.gpt import MinitronGPTModel
+    from nemo_minitron.runtime.launch import init_model_parallel
+
+    init_model_parallel(parallel)
+    cfg = model_cfg(config, None, parallel)
+    cfg.optim.use_distributed_optimizer = False  # its groups hold flat shards, not parameters
+    model = MinitronGPTModel(cfg)
+    (adapter,) = model.configure_optimizers()
+    found: tuple[list[str], list[str]] = ([], [])
+    for group in adapter.param_groups:
+        ids = {id(parameter) for parameter in group["params"]}
+        decay = group["wd_mult"] * cfg.optim.weight_decay
+        names = [name for chunk in model.chunks for name, p in chunk.named_parameters() if id(p) in ids]
+        found[decay == 0].extend(names)
+    return found
