@@ -1,6 +1,7 @@
 """Lightning's Trainer around a Minitron model: logs, validation, checkpoints, resume, signals."""
 
 import logging
+import shutil
 import signal
 import time
 from dataclasses import asdict
@@ -18,7 +19,7 @@ from nemo_minitron.config.training import DataConfig, ExpManagerConfig, TrainerC
 from nemo_minitron.data.sampler import build_dataloader
 from nemo_minitron.errors import Preempted
 from nemo_minitron.models.gpt import MinitronGPTModel
-from nemo_minitron.models.lightning import MegatronStrategy
+from nemo_minitron.models.lightning import UNFINISHED, MegatronStrategy
 from nemo_minitron.reporting.console import progress
 from nemo_minitron.runtime.launch import device
 from nemo_minitron.runtime.writer import start_writer_helper
@@ -99,27 +100,6 @@ class History(Callback):
         self._bar.__exit__(None, None, None)
 
 
-class MissedValidation(Callback):
-    """Validates first when training goes on after a step that was saved but not yet validated.
-
-    Checkpoints are written before validations; Lightning then goes on with the next step.
-    """
-
-    def __init__(self, history: History, every: int) -> None:
-        self.history = history
-        self.every = every
-
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Run the validation of the last step unless the history has it."""
-        step = trainer.global_step
-        done = any(r["step"] == step and "val_loss" in r for r in self.history.records)
-        if step == 0 or step % self.every or done:
-            return
-        trainer.validating = True
-        trainer.fit_loop.epoch_loop.val_loop.run()
-        trainer.training = True
-
-
 class StopOnSignal(Callback):
     """SIGTERM or SIGUSR1: finish the step, save a checkpoint on every rank, raise ``Preempted``."""
 
@@ -170,9 +150,17 @@ def newest_checkpoint(folder: Path) -> Path | None:
     found = [
         path
         for path in folder.glob("step=*")
-        if path.suffix != ".tmp" and dist_checkpointing.check_is_distributed_checkpoint(path)
+        if path.suffix != UNFINISHED and dist_checkpointing.check_is_distributed_checkpoint(path)
     ]
     return max(found, key=lambda path: int(path.name.split("=")[1]), default=None)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what a killed job left of a checkpoint it was writing or deleting (any rank calls)."""
+    if dist.get_rank() == 0:
+        for path in folder.glob(f"step=*{UNFINISHED}"):
+            shutil.rmtree(path, ignore_errors=True)
+    dist.barrier(group=dist.group.WORLD)
 
 
 def _checkpoint_callback(config: TrainerConfig, folder: Path) -> ModelCheckpoint:
@@ -220,6 +208,9 @@ def _log_with_nemo(trainer: Trainer, folder: Path, config: ExpManagerConfig) -> 
             "explicit_log_dir": str(folder),
             "create_checkpoint_callback": False,
             "create_preemption_callback": False,
+            # Checkpoints are written before the validation of their step: Lightning makes up for
+            # it, and NeMo's default is to leave out the first validation after a resume.
+            "disable_validation_on_resume": False,
             "create_tensorboard_logger": config.create_tensorboard_logger,
             "create_wandb_logger": config.create_wandb_logger,
             "wandb_logger_kwargs": {k: v for k, v in wandb.items() if v is not None},
@@ -256,6 +247,7 @@ def fit(model: MinitronGPTModel, datasets: tuple[Any, Any], work: Path) -> list[
         Preempted: a signal asked to stop; the state is saved.
     """
     config = model.trainer_cfg
+    remove_unfinished(work / CHECKPOINTS)
     resume = newest_checkpoint(work / CHECKPOINTS)
     consumed = 0 if resume is None else int(resume.name.split("=")[1])
     consumed *= model.data_cfg.global_batch_size
@@ -266,10 +258,7 @@ def fit(model: MinitronGPTModel, datasets: tuple[Any, Any], work: Path) -> list[
     loaders = _loaders(model, model.data_cfg, datasets, consumed)
     model.set_loaders(*loaders)
     validate = loaders[1] is not None and config.limit_val_batches > 0
-    callbacks: list[Callback] = [history, checkpoint, stop]
-    if validate:
-        callbacks.append(MissedValidation(history, config.val_check_interval))
-    trainer = _trainer(config, callbacks, validate)
+    trainer = _trainer(config, [history, checkpoint, stop], validate)
     _log_with_nemo(trainer, work / "logs", model.exp_manager_cfg)
     try:
         trainer.fit(model, ckpt_path=None if resume is None else str(resume))
