@@ -187,9 +187,9 @@ class _LogitLoss(torch.autograd.Function):
         if need_grad:
             ctx.save_for_backward(grad_hidden, grad_weight)
             ctx.group = shard.group if config.reduce_grad else None
-        weights = parts.new_tensor([config.kd_weight, config.ce_weight])
         ctx.mark_non_differentiable(parts)
-        return (parts * weights).sum(), parts
+        # No tensor of the weights: making one would have the host wait for the device.
+        return parts[0] * config.kd_weight + parts[1] * config.ce_weight, parts
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
