@@ -165,7 +165,7 @@ class MinitronGPTModel(ModelPT):
         model = model_sharded_state_dict(self.chunks, self.groups)
         flat = model["model0"] if len(model) == 1 else model
         optimizer = optimizer_state(self._megatron, flat, self.groups, is_loading=is_loading)
-        state = {**model, "optimizer": optimizer}
+        state: dict[str, Any] = {**model, "optimizer": optimizer}
         if not is_loading:
             state["lr_scheduler"] = self._lr_scheduler.state_dict()
             state["consumed_samples"] = self.consumed_samples

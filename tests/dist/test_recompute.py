@@ -6,7 +6,7 @@ import pytest
 
 from nemo_minitron.config.parallel import ParallelConfig
 from tests.dist.recompute_cases import with_and_without
-from tests.tiny import LLAMA, MIXTRAL, write_weights
+from tests.tiny import LLAMA, MIXTRAL, QWEN2_MOE, write_weights
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 SETTINGS = {
@@ -56,13 +56,18 @@ def test_same_gradients(ranks, tmp_path, layout):
             assert passes == {**plain[1], **want}, name
 
 
-def test_experts(ranks, tmp_path):
-    """``moe`` recomputes the expert layers; the teacher's run once."""
-    student, teacher = _pair(tmp_path, replace(MIXTRAL, num_layers=2))
-    setting = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+@pytest.mark.parametrize(
+    ("config", "module", "part"),
+    [(MIXTRAL, "moe", "experts"), (QWEN2_MOE, "shared_experts", "shared_experts")],
+    ids=["moe", "shared_experts"],
+)
+def test_experts(ranks, tmp_path, config, module, part):
+    """The student's are computed twice, the teacher's once."""
+    student, teacher = _pair(tmp_path, replace(config, num_layers=2))
+    setting = {"recompute_granularity": "selective", "recompute_modules": [module]}
     ((_, (different, passes)),) = ranks.run(
         1, with_and_without, student, teacher, ParallelConfig(), [setting]
     )
     assert not different
-    assert passes["student.experts"] == 2
-    assert passes["teacher.experts"] == passes["student.core_attn"] == 1
+    assert passes[f"student.{part}"] == 2
+    assert passes[f"teacher.{part}"] == passes["student.core_attn"] == 1
