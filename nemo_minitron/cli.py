@@ -3,6 +3,7 @@
 Light imports only: what needs torch is imported when a stage runs.
 """
 
+import contextlib
 import importlib
 import logging
 import os
@@ -10,7 +11,7 @@ import signal
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,20 @@ from typing import TYPE_CHECKING, Any
 import nemo_minitron
 from nemo_minitron import usage
 from nemo_minitron.config import load, schema
-from nemo_minitron.config.stages import STAGE_CONFIGS, StageConfig
-from nemo_minitron.errors import BAD_INPUT, StageFailed, verdict
+from nemo_minitron.config.stages import (
+    STAGE_CONFIGS,
+    ImportanceConfig,
+    PruneConfig,
+    StageConfig,
+)
+from nemo_minitron.errors import (
+    BAD_INPUT,
+    TERMINATED,
+    Preempted,
+    StageFailed,
+    Terminated,
+    verdict,
+)
 from nemo_minitron.runtime import ranks
 
 if TYPE_CHECKING:
@@ -103,8 +116,9 @@ def run_job(stage: str, composed: "DictConfig") -> tuple[int, str]:
     try:
         config = load.stage_config(stage, composed)
         config.output_dir = _job_folder(config.output_dir)
-        _run(stage, config)
-    except (Exception, KeyboardInterrupt) as error:
+        with _stoppable(stage, config):
+            _run(stage, config)
+    except (Exception, KeyboardInterrupt, Preempted, Terminated) as error:
         log_path = _log_path(config) if config and _log_path(config).exists() else None
         code, message = verdict(stage, error, log_path)
         if code == 1 and not isinstance(error, StageFailed):
@@ -117,6 +131,8 @@ def run_job(stage: str, composed: "DictConfig") -> tuple[int, str]:
 
 def _run(stage: str, config: StageConfig) -> None:
     """Check, then run here or in ranks of our own."""
+    if ranks.started_by_us():
+        ranks.die_with_parent()
     ranks.adopt_slurm()
     launched = ranks.launched_world_size()
     parallel = getattr(config, "parallel", None)
@@ -126,10 +142,9 @@ def _run(stage: str, config: StageConfig) -> None:
         _check(module, config)
     if world > 1 and launched is None:
         ranks.check_fits(world)
-        return ranks.start_ranks(world, _same_job(stage, config))
+        return _start_ranks(stage, config, world)
     if ranks.rank() and stage not in schema.RANKED_STAGES:
         return log.debug("rank 0 alone runs %s", stage)
-    _end_with_parent()
     from nemo_minitron.reporting.console import log_file
 
     with log_file(_log_path(config)):
@@ -156,15 +171,43 @@ def _check(module: ModuleType, config: StageConfig) -> None:
     config.verify_inputs = verify
 
 
-def _end_with_parent() -> None:
-    """Let SIGTERM unwind the stack, so that working folders are removed."""
-    if ranks.started_by_us():
-        ranks.die_with_parent()
+def _start_ranks(stage: str, config: StageConfig, world: int) -> None:
+    """Run the stage in ranks of our own; a signal may end them before they know what it means."""
+    try:
+        ranks.start_ranks(world, _same_job(stage, config))
+    except StageFailed as failure:
+        if failure.code == TERMINATED:
+            raise _stopped(stage, config) from None
+        raise
+
+
+@contextlib.contextmanager
+def _stoppable(stage: str, config: StageConfig) -> Iterator[None]:
+    """Let stop signals unwind the stack, so that working folders are removed or kept to resume.
+
+    Training takes the signals over once there is something to save.
+    """
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
 
     def leave(number: int, _: FrameType | None) -> None:
-        raise SystemExit(128 + number)
+        for again in numbers:  # SLURM and torchrun both send it: clean up in peace
+            signal.signal(again, signal.SIG_IGN)
+        raise _stopped(stage, config)
 
-    signal.signal(signal.SIGTERM, leave)
+    before = {number: signal.signal(number, leave) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stopped(stage: str, config: StageConfig) -> Preempted | Terminated:
+    """What a stop signal means: the same command goes on, or it starts over."""
+    saves = stage in ("distill", "teacher_logits", "pipeline")
+    if isinstance(config, ImportanceConfig | PruneConfig):  # what they have to save are scores
+        saves = config.data.path is not None and config.save_every_n_samples > 0
+    return (Preempted if saves else Terminated)("a signal asked to stop")
 
 
 def _is_sweep_job() -> bool:

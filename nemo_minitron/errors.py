@@ -8,10 +8,20 @@ BAD_INPUT = 2
 PREEMPTED = 75
 """``EX_TEMPFAIL`` of sysexits.h: run the same command again."""
 INTERRUPTED = 130
+TERMINATED = 143
+"""128 + SIGTERM: the same command starts over."""
 
 
-class Preempted(Exception):  # noqa: N818 - a notice, not an error
-    """A stage was told to stop, saved its work and can go on from there."""
+class Preempted(BaseException):
+    """A stage was told to stop; the same command goes on from the work it saved.
+
+    Like ``KeyboardInterrupt`` no ``Exception``: signal handlers raise it, and no library on the
+    way may take it for an error of its own.
+    """
+
+
+class Terminated(BaseException):
+    """A stage was told to stop, and has no work that could be saved half done."""
 
 
 class StageFailed(Exception):  # noqa: N818
@@ -36,6 +46,8 @@ def verdict(stage: str, error: BaseException, log_path: Path | None) -> tuple[in
         return error.code, text
     if isinstance(error, Preempted):
         return PREEMPTED, f"stopped early ({text}); run the same command again to go on"
+    if isinstance(error, Terminated):
+        return TERMINATED, "ended by a signal; run the same command again"
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "interrupted; run the same command again"
     if isinstance(error, ValueError):

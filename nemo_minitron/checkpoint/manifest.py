@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import nemo_minitron
-from nemo_minitron.config.schema import INPUT_KEYS, NEUTRAL_KEYS, flatten
+from nemo_minitron.config.schema import INPUT_KEYS, NEUTRAL_KEYS, NEUTRAL_SECTIONS, flatten
 from nemo_minitron.config.stages import StageConfig
 
 MANIFEST = "manifest.json"
@@ -82,7 +82,11 @@ def digest(value: Any) -> str:
 def config_values(cfg: StageConfig) -> dict[str, Any]:
     """The keys of a stage config that decide its result, dotted; see ``input_paths`` for inputs."""
     skipped = {*NEUTRAL_KEYS, *INPUT_KEYS}
-    return {key: value for key, value in flatten(asdict(cfg)).items() if key not in skipped}
+    return {
+        key: value
+        for key, value in flatten(asdict(cfg)).items()
+        if key not in skipped and not key.startswith(NEUTRAL_SECTIONS)
+    }
 
 
 def config_hash(cfg: StageConfig) -> str:

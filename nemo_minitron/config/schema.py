@@ -32,6 +32,9 @@ NEUTRAL_KEYS = frozenset(
     }
 )
 
+# Sections of such keys.
+NEUTRAL_SECTIONS = ("exp_manager.",)
+
 # Keys that hold a path to an input. Hashes record the content of the input, not its path.
 INPUT_KEYS = (
     "source",

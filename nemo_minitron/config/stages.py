@@ -9,6 +9,7 @@ from nemo_minitron.config.distillation import TOP_K_LOSSES, DistillationConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.training import (
     DataConfig,
+    ExpManagerConfig,
     OptimConfig,
     OptionalDataConfig,
     TrainerConfig,
@@ -232,6 +233,7 @@ class DistillConfig(StageConfig):
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
 
     def __post_init__(self) -> None:
@@ -300,7 +302,7 @@ class TeacherLogitsConfig(StageConfig):
     temperature: float = 1.0
     """At which the normaliser is taken: ``distillation.temperature`` if loss is ``top_k_tail``."""
     dtype: str = "float32"
-    """Of the stored logits: ``float32``, or ``bfloat16`` with 6 instead of 8 bytes each, which loses
+    """Of the stored logits: ``float32``, or ``bfloat16`` with 6 bytes each instead of 8, which loses
     nothing if ``trainer.precision`` is ``bf16-mixed``."""
     shard_samples: int = 64
     """Samples of a file. A rank holds one file's in memory; a killed run loses at most one."""

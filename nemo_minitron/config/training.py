@@ -1,6 +1,7 @@
 """Data, trainer and optimizer settings shared by the stages that run a model."""
 
-from dataclasses import dataclass
+import importlib.util
+from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
@@ -73,13 +74,72 @@ class TrainerConfig:
     """``32`` or ``bf16-mixed`` (bf16 weights, fp32 main weights and gradients)."""
     seed: int = 1234
     """Seed of everything that draws numbers during training."""
+    recompute_granularity: str | None = None
+    """Activations of the trained model that the backward pass computes again to save memory:
+    ``full`` (whole layers), ``selective`` (parts of each layer) or null (none), as in Megatron."""
+    recompute_method: str | None = None
+    """Layers to recompute under ``full``: ``uniform`` (all, in groups of recompute_num_layers) or
+    ``block`` (the first recompute_num_layers of each pipeline stage, one by one)."""
+    recompute_num_layers: int | None = None
+    """See recompute_method; Megatron wants it with ``full`` alone."""
+    recompute_modules: list[str] | None = None
+    """Parts to recompute under ``selective``, any of ``core_attn``, ``mlp``, ``moe``,
+    ``shared_experts``; null means ``core_attn``."""
 
     def __post_init__(self) -> None:
-        """Check ranges."""
+        """Check ranges and relations."""
         if self.max_steps < 1:
             raise ValueError(f"trainer.max_steps={self.max_steps} must be at least 1")
         if self.precision not in ("32", "bf16-mixed"):
             raise ValueError(f"trainer.precision={self.precision} must be 32 or bf16-mixed")
+        for name, least in (("val_check_interval", 1), ("log_every_n_steps", 1), ("save_top_k", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"trainer.{name}={getattr(self, name)} must be at least {least}")
+        for name in ("limit_val_batches", "save_every_n_steps", "gradient_clip_val"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"trainer.{name}={getattr(self, name)} must not be negative")
+        self._check_recompute()
+
+    def _check_recompute(self) -> None:
+        """Megatron's rules, with the keys to set."""
+        key, value = "trainer.recompute_granularity", self.recompute_granularity
+        if value not in (None, "full", "selective"):
+            raise ValueError(f"{key}={value} must be full, selective or null")
+        if self.recompute_method not in (None, "uniform", "block"):
+            raise ValueError(
+                f"trainer.recompute_method={self.recompute_method} must be uniform, block or null"
+            )
+        missing = self.recompute_method is None or (self.recompute_num_layers or 0) < 1
+        if value == "full" and missing:
+            raise ValueError(
+                f"{key}=full needs trainer.recompute_method (uniform or block; here "
+                f"{self.recompute_method}) and trainer.recompute_num_layers of at least 1 "
+                f"(here {self.recompute_num_layers}); uniform and 1 recompute every layer"
+            )
+        for name in ("recompute_method", "recompute_num_layers"):
+            if value != "full" and getattr(self, name) is not None:
+                raise ValueError(
+                    f"trainer.{name}={getattr(self, name)} needs {key}=full (here {value}); set "
+                    "one of the two to null"
+                )
+        if self.recompute_modules is not None:
+            self._check_recompute_modules(self.recompute_modules)
+
+    def _check_recompute_modules(self, modules: list[str]) -> None:
+        if self.recompute_granularity != "selective":
+            raise ValueError(
+                f"trainer.recompute_modules={modules} needs trainer.recompute_granularity="
+                f"selective (here {self.recompute_granularity})"
+            )
+        # Megatron's others (moe_act, layernorm, mla_up_proj) belong to modules that these models
+        # do not have, or that Transformer Engine fuses.
+        allowed = ("core_attn", "mlp", "moe", "shared_experts")
+        unknown = [name for name in modules if name not in allowed]
+        if unknown or not modules:
+            raise ValueError(
+                f"trainer.recompute_modules={modules} must name some of {', '.join(allowed)}"
+                + (f", not {', '.join(unknown)}" if unknown else "")
+            )
 
 
 @dataclass(kw_only=True)
@@ -111,4 +171,47 @@ class OptimConfig:
         if self.lr_decay_style not in ("cosine", "linear", "constant"):
             raise ValueError(
                 f"optim.lr_decay_style={self.lr_decay_style} must be cosine, linear or constant"
+            )
+
+
+@dataclass(kw_only=True)
+class WandbConfig:
+    """Arguments of Lightning's ``WandbLogger``."""
+
+    project: str | None = None
+    """Project of the run; must be given."""
+    name: str | None = None
+    """Name of the run; must be given."""
+    entity: str | None = None
+    """User or team; null means that of the login."""
+    group: str | None = None
+    """Runs to show together."""
+    offline: bool = False
+    """Write to ``logs/wandb`` only, for ``wandb sync`` later: on nodes without a network."""
+
+
+@dataclass(kw_only=True)
+class ExpManagerConfig:
+    """Loggers of a training run; the names are those of NeMo's ``exp_manager``."""
+
+    create_tensorboard_logger: bool = True
+    """Write TensorBoard events into ``logs/`` of the result."""
+    create_wandb_logger: bool = False
+    """Log to Weights & Biases too (``pip install wandb``)."""
+    wandb_logger_kwargs: WandbConfig = field(default_factory=WandbConfig)
+
+    def __post_init__(self) -> None:
+        """Check that the loggers can be had."""
+        if not self.create_wandb_logger:
+            return
+        for name in ("project", "name"):
+            if not getattr(self.wandb_logger_kwargs, name):
+                raise ValueError(
+                    f"exp_manager.create_wandb_logger=true needs exp_manager.wandb_logger_kwargs."
+                    f"{name}; set it"
+                )
+        if importlib.util.find_spec("wandb") is None:
+            raise ValueError(
+                "exp_manager.create_wandb_logger=true needs the package wandb, which is not "
+                "installed: pip install wandb, or set it to false"
             )

@@ -190,6 +190,7 @@ class _LogitLoss(torch.autograd.Function):
             ctx.save_for_backward(grad_hidden, grad_weight)
             ctx.group = shard.group if config.reduce_grad else None
         ctx.mark_non_differentiable(parts)
+        # No tensor of the weights: making one would have the host wait for the device.
         return config.kd_weight * parts[0] + config.ce_weight * parts[1], parts
 
     @staticmethod

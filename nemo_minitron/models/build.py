@@ -1,12 +1,19 @@
 """ModelConfig + layout -> Megatron-Core model on this rank."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.activations import squared_relu
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -48,9 +55,12 @@ class HiddenGPTModel(GPTModel):
 
 
 def transformer_config(
-    config: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    recompute: Mapping[str, Any] | None = None,
 ) -> TransformerConfig:
-    """Megatron's configuration of this model at this layout."""
+    """Megatron's configuration of this model at this layout; ``recompute`` as in ``build_gpt``."""
     on_gpu = torch.cuda.is_available()
     return TransformerConfig(
         num_layers=config.num_layers,
@@ -102,6 +112,7 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         persist_layer_norm=HAVE_TE,
         batch_p2p_comm=on_gpu,
+        **(recompute or {}),
     )
 
 
@@ -115,7 +126,7 @@ def _build_chunk(
     chunks = mcore.virtual_pipeline_model_parallel_size or 1
     stage = vp_stage or 0
     scaling = config.rope_scaling or {}
-    return HiddenGPTModel(
+    model = HiddenGPTModel(
         config=mcore,
         transformer_layer_spec=block_spec(mcore, vp_stage, groups.pp.rank()),
         vocab_size=padded_vocab_size(config.vocab_size, mcore.tensor_model_parallel_size),
@@ -131,6 +142,24 @@ def _build_chunk(
         pg_collection=groups.collection,
         vp_stage=vp_stage,
     )
+    _mark_tensor_parallel(model)
+    return model
+
+
+def _mark_tensor_parallel(model: torch.nn.Module) -> None:
+    """Say which weights are split over the tensor-parallel ranks.
+
+    Megatron does so only where it initialises weights. Without the mark the gradient norm, and so
+    clipping, would count the shards of the first rank alone.
+    """
+    for module in model.modules():
+        split = isinstance(
+            module, VocabParallelEmbedding | ColumnParallelLinear | RowParallelLinear
+        )
+        weight = module.weight if split else None
+        if weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            dim = 1 if isinstance(module, RowParallelLinear) else 0
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
 
 
 def build_gpt(
@@ -140,6 +169,7 @@ def build_gpt(
     *,
     dtype: torch.dtype = torch.float32,
     max_sequence_length: int | None = None,
+    recompute: Mapping[str, Any] | None = None,
 ) -> list[HiddenGPTModel]:
     """Build this rank's part of the model, weights uninitialised.
 
@@ -149,12 +179,14 @@ def build_gpt(
         groups: this rank's process groups.
         dtype: parameter dtype.
         max_sequence_length: longest sequence; None takes the model's.
+        recompute: Megatron's settings of activation recomputation
+            (``config.recompute.recompute_settings``); None for a model that is not trained.
 
     Returns:
         One model chunk per virtual pipeline stage (one without interleaving).
     """
     check_layout(config, parallel)
-    mcore = transformer_config(config, parallel, dtype)
+    mcore = transformer_config(config, parallel, dtype, recompute)
     length = max_sequence_length or config.max_position_embeddings
     stages: list[int | None] = [None]
     if parallel.virtual_pipeline_model_parallel_size:

@@ -14,18 +14,20 @@ from torch import Tensor
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.config.training import DataConfig, OptimConfig, TrainerConfig
+from nemo_minitron.config.recompute import recompute_settings
+from nemo_minitron.config.training import (
+    DataConfig,
+    ExpManagerConfig,
+    OptimConfig,
+    TrainerConfig,
+)
 from nemo_minitron.distillation.logit_loss import logit_loss
 from nemo_minitron.distillation.loss_config import LogitLossConfig
 from nemo_minitron.distillation.vocab import VocabShard
 from nemo_minitron.models.build import DTYPES, HiddenGPTModel, build_gpt, unwrap
 from nemo_minitron.models.lightning import MegatronOptimizerAdapter
-from nemo_minitron.models.optim import (
-    allocate_state,
-    build_optimizer,
-    load_optimizer,
-    wrap_ddp,
-)
+from nemo_minitron.models.optim import build_optimizer, wrap_ddp
+from nemo_minitron.models.optim_state import load_optimizer, optimizer_state
 from nemo_minitron.models.schedule import (
     Batch,
     StepLoader,
@@ -46,8 +48,6 @@ from nemo_minitron.runtime.launch import device
 
 quiet.after_imports()
 
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
-
 
 def diverged(what: str, step: int) -> ValueError:
     """The error for training that cannot go on."""
@@ -61,8 +61,8 @@ class MinitronGPTModel(ModelPT):
     """Megatron-Core GPT trained through Megatron's schedule by Lightning's Trainer.
 
     The config has one entry per dataclass: ``gpt`` (ModelConfig), ``parallel``, ``data``,
-    ``trainer``, ``optim`` and ``chunk_size`` (tokens whose logits exist at one time). Megatron's
-    groups must be initialised (``runtime.launch.distributed``).
+    ``trainer``, ``optim``, ``exp_manager`` (optional), and ``chunk_size`` (tokens whose logits
+    exist at one time). Megatron's groups must be initialised (``runtime.launch.distributed``).
     """
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
@@ -71,17 +71,25 @@ class MinitronGPTModel(ModelPT):
         self.gpt = ModelConfig(**OmegaConf.to_container(cfg.gpt))  # type: ignore[arg-type]
         self.parallel = ParallelConfig(**cfg.parallel)
         self.data_cfg = DataConfig(**cfg.data)
-        self.trainer_cfg = TrainerConfig(**cfg.trainer)
+        self.trainer_cfg = TrainerConfig(**OmegaConf.to_container(cfg.trainer))  # type: ignore[arg-type]
         self.optim_cfg = OptimConfig(**cfg.optim)
+        loggers = OmegaConf.structured(ExpManagerConfig)
+        loggers.merge_with(cfg.get("exp_manager", {}))
+        self.exp_manager_cfg: Any = OmegaConf.to_object(loggers)
         self.groups = ParallelGroups.current()
         bf16 = self.trainer_cfg.precision == "bf16-mixed"
         self.dtype_ = torch.bfloat16 if bf16 else torch.float32
-        chunks = build_gpt(self.gpt, self.parallel, self.groups, dtype=self.dtype_)
+        recompute = recompute_settings(self.trainer_cfg)
+        chunks = build_gpt(
+            self.gpt, self.parallel, self.groups, dtype=self.dtype_, recompute=recompute
+        )
         self.model = torch.nn.ModuleList(chunk.to(device()) for chunk in chunks)
         for chunk in self.chunks:
             chunk.return_hidden = True
         self.consumed_samples = 0
         self.last_metrics: dict[str, float] = {}
+        # fp64 counts beyond 2**24 exactly.
+        self._tokens = torch.zeros((), dtype=torch.float64, device=device())
         self._validation_sums: list[Tensor] = []
         self._megatron: Any = None
         self._lr_scheduler: Any = None
@@ -156,18 +164,14 @@ class MinitronGPTModel(ModelPT):
 
     def training_state(self, *, is_loading: bool) -> dict[str, Any]:
         """Sharded weights, optimizer and scheduler state for ``dist_checkpointing``."""
-        if is_loading:
-            allocate_state(self._megatron)
         model = model_sharded_state_dict(self.chunks, self.groups)
-        metadata = {**_METADATA, "dp_cp_group": self.groups.dp_cp}
         flat = model["model0"] if len(model) == 1 else model
-        optimizer = self._megatron.sharded_state_dict(
-            flat, is_loading=is_loading, metadata=metadata
-        )
-        state = {**model, "optimizer": optimizer}
+        optimizer = optimizer_state(self._megatron, flat, self.groups, is_loading=is_loading)
+        state: dict[str, Any] = {**model, "optimizer": optimizer}
         if not is_loading:
             state["lr_scheduler"] = self._lr_scheduler.state_dict()
             state["consumed_samples"] = self.consumed_samples
+            state["unlogged_tokens"] = self._tokens.item()
         return state
 
     def load_training_state(self, state: dict[str, Any]) -> None:
@@ -177,6 +181,7 @@ class MinitronGPTModel(ModelPT):
         load_optimizer(self._megatron, state["optimizer"])
         self._lr_scheduler.load_state_dict(state["lr_scheduler"])
         self.consumed_samples = state["consumed_samples"]
+        self._tokens.fill_(state["unlogged_tokens"])
 
     # ---- steps
 
@@ -241,28 +246,41 @@ class MinitronGPTModel(ModelPT):
         optimizer.zero_grad()
         micro_batches = [on_this_cp_rank(micro_batch, self.groups) for micro_batch in batch]
         sums = self.forward_backward(micro_batches)
+        self._tokens += sums[2]
         lr = next(g["lr"] for g in self._megatron.param_groups if g["params"] is not None)
-        if not torch.isfinite(sums).all():  # the same sums on every rank
-            raise diverged(f"the loss sums are {sums.tolist()}", self.trainer.global_step + 1)
+        step = self.trainer.global_step + 1
+        logged = step % self.trainer_cfg.log_every_n_steps == 0
+        logged = logged or step == self.trainer_cfg.max_steps
+        # Here the host waits for the device, once per global batch; Megatron's optimizer does so
+        # once more for the gradient norm.
+        values = sums.tolist()  # the same on every rank
+        if not all(map(math.isfinite, values)):
+            raise diverged(f"the loss sums are {values}", step)
         # No target token: Adam's moments and the weight decay would still move the weights.
-        optimizer.optimizer.skip = sums[2].item() == 0
+        optimizer.optimizer.skip = values[2] == 0
         optimizer.step()
         self._lr_scheduler.step(increment=1)
         self.consumed_samples += self.data_cfg.global_batch_size
-        step = self.trainer.global_step
         grad_norm = optimizer.optimizer.grad_norm
         if grad_norm is not None and not math.isfinite(grad_norm):
             raise diverged(f"the gradient norm is {grad_norm}", step)
-        if step % self.trainer_cfg.log_every_n_steps == 0 or step == self.trainer_cfg.max_steps:
-            self._log_step(sums, lr, grad_norm)
+        if logged:
+            self._log_step(values, lr, grad_norm)
 
-    def _log_step(self, sums: Tensor, lr: float, grad_norm: float | None) -> None:
-        kd, ce, tokens = sums.tolist()
-        config = self.loss_config()
-        loss = (config.kd_weight * kd + config.ce_weight * ce) / max(tokens, 1.0)
-        self.last_metrics = {"loss": loss, "lr": lr, "grad_norm": float(grad_norm or 0.0)}
-        self.last_metrics["tokens"] = tokens
-        for name, value in self.last_metrics.items():
+    def _log_step(self, sums: list[float], lr: float, grad_norm: float | None) -> None:
+        """Log a step; ``tokens`` are those since the last logged one."""
+        kd, ce, tokens = sums[:3]
+        config, count = self.loss_config(), max(tokens, 1.0)
+        loss = (config.kd_weight * kd + config.ce_weight * ce) / count
+        metrics = {"loss": loss, "lr": lr, "grad_norm": float(grad_norm or 0.0)}
+        if config.kd_weight:
+            metrics["kd_loss"] = kd / count
+        if config.ce_weight:
+            metrics["lm_loss"] = ce / count
+        metrics["tokens"] = self._tokens.item()
+        self._tokens.zero_()
+        self.last_metrics = metrics
+        for name, value in metrics.items():
             self.log(f"train/{name}", value, prog_bar=name == "loss", batch_size=1)
 
     @torch.no_grad()

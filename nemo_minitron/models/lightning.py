@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 STATE = "state"
 """Key of Lightning's own state in a training checkpoint."""
+UNFINISHED = ".tmp"
+"""Suffix of a checkpoint that is being written or deleted."""
 # Plain values only: Megatron reads them back with ``weights_only=True``. The config is not among
 # them, it is in the result's ``.hydra``.
 _KEPT = (
@@ -131,7 +133,7 @@ class MegatronStrategy(SingleDeviceStrategy):
     ) -> None:
         """Write weights, optimizer, scheduler and Lightning's state to a folder (collective)."""
         target = Path(filepath)
-        work = target.with_name(target.name + ".tmp")
+        work = target.with_name(target.name + UNFINISHED)
         if self.is_global_zero:
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)
@@ -160,6 +162,7 @@ class MegatronStrategy(SingleDeviceStrategy):
         """Nothing left to do after ``load_checkpoint``."""
 
     def remove_checkpoint(self, filepath: Any) -> None:
-        """Delete a training checkpoint."""
-        if self.is_global_zero:
-            shutil.rmtree(filepath, ignore_errors=True)
+        """Delete a training checkpoint; from the first moment it is none."""
+        path = Path(filepath)
+        if self.is_global_zero and path.exists():
+            shutil.rmtree(path.rename(path.with_name(path.name + UNFINISHED)), ignore_errors=True)

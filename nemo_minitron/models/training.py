@@ -1,8 +1,10 @@
 """Lightning's Trainer around a Minitron model: logs, validation, checkpoints, resume, signals."""
 
 import logging
+import shutil
 import signal
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from megatron.core import dist_checkpointing
 from nemo.utils.exp_manager import exp_manager
 
-from nemo_minitron.config.training import DataConfig, TrainerConfig
+from nemo_minitron.config.training import DataConfig, ExpManagerConfig, TrainerConfig
 from nemo_minitron.data.sampler import build_dataloader
 from nemo_minitron.errors import Preempted
 from nemo_minitron.models.gpt import MinitronGPTModel
-from nemo_minitron.models.lightning import MegatronStrategy
+from nemo_minitron.models.lightning import UNFINISHED, MegatronStrategy
 from nemo_minitron.reporting.console import progress
 from nemo_minitron.runtime.launch import device
 from nemo_minitron.runtime.writer import start_writer_helper
@@ -39,6 +41,7 @@ class History(Callback):
         self.total_steps = total_steps
         self._tokens = 0.0
         self._since = 0.0
+        self._paused = 0.0
         self._bar: Any = None
         self._advance: Any = None
 
@@ -53,10 +56,8 @@ class History(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Start the clock and the bar."""
         self._since = time.monotonic()
-        self._bar = progress("training", self.total_steps)
+        self._bar = progress("training", self.total_steps, trainer.global_step)
         self._advance = self._bar.__enter__()
-        if trainer.global_step:
-            self._advance(trainer.global_step)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
         """Keep what the step logged."""
@@ -68,11 +69,18 @@ class History(Callback):
             self.records.append(record)
             self._since = now
             pl_module.last_metrics = {}
-            self._advance(0, loss=metrics["loss"])
-        self._advance(1)
+            pl_module.log("train/tokens_per_second", record["tokens_per_second"], batch_size=1)
+            figures = {"loss": metrics["loss"], "tokens/s": record["tokens_per_second"]}
+            self._advance(1, **figures)
+        else:
+            self._advance(1)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Stop the clock: validation is not training time."""
+        self._paused = time.monotonic()
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Add the validation losses to the record of this step; validation is not training time."""
+        """Add the validation losses to the record of this step."""
         values = {
             name: float(trainer.callback_metrics[name])
             for name in ("val_loss", "val_kd_loss")
@@ -82,7 +90,10 @@ class History(Callback):
             self.records[-1].update(values)
         elif not trainer.sanity_checking:
             self.records.append({"step": trainer.global_step, **values})
-        self._since = time.monotonic()
+        self._since += time.monotonic() - self._paused
+        if values:
+            figures = " ".join(f"{name}={value:.4f}" for name, value in values.items())
+            log.info("validation at step %d: %s", trainer.global_step, figures)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Close the bar."""
@@ -139,9 +150,17 @@ def newest_checkpoint(folder: Path) -> Path | None:
     found = [
         path
         for path in folder.glob("step=*")
-        if path.suffix != ".tmp" and dist_checkpointing.check_is_distributed_checkpoint(path)
+        if path.suffix != UNFINISHED and dist_checkpointing.check_is_distributed_checkpoint(path)
     ]
     return max(found, key=lambda path: int(path.name.split("=")[1]), default=None)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what a killed job left of a checkpoint it was writing or deleting (any rank calls)."""
+    if dist.get_rank() == 0:
+        for path in folder.glob(f"step=*{UNFINISHED}"):
+            shutil.rmtree(path, ignore_errors=True)
+    dist.barrier(group=dist.group.WORLD)
 
 
 def _checkpoint_callback(config: TrainerConfig, folder: Path) -> ModelCheckpoint:
@@ -180,15 +199,21 @@ def _trainer(config: TrainerConfig, callbacks: list[Callback], validate: bool) -
     )
 
 
-def _log_with_nemo(trainer: Trainer, folder: Path) -> None:
-    """TensorBoard and log files through NeMo's exp_manager; our own callbacks do the rest."""
+def _log_with_nemo(trainer: Trainer, folder: Path, config: ExpManagerConfig) -> None:
+    """Loggers and log files through NeMo's exp_manager; our own callbacks do the rest."""
+    wandb = asdict(config.wandb_logger_kwargs)
     exp_manager(
         trainer,
         {
             "explicit_log_dir": str(folder),
             "create_checkpoint_callback": False,
             "create_preemption_callback": False,
-            "create_tensorboard_logger": True,
+            # Checkpoints are written before the validation of their step: Lightning makes up for
+            # it, and NeMo's default is to leave out the first validation after a resume.
+            "disable_validation_on_resume": False,
+            "create_tensorboard_logger": config.create_tensorboard_logger,
+            "create_wandb_logger": config.create_wandb_logger,
+            "wandb_logger_kwargs": {k: v for k, v in wandb.items() if v is not None},
             "log_step_timing": False,
             "log_tflops_per_sec_per_gpu": False,
             "seconds_to_sleep": 0,
@@ -222,6 +247,7 @@ def fit(model: MinitronGPTModel, datasets: tuple[Any, Any], work: Path) -> list[
         Preempted: a signal asked to stop; the state is saved.
     """
     config = model.trainer_cfg
+    remove_unfinished(work / CHECKPOINTS)
     resume = newest_checkpoint(work / CHECKPOINTS)
     consumed = 0 if resume is None else int(resume.name.split("=")[1])
     consumed *= model.data_cfg.global_batch_size
@@ -233,7 +259,7 @@ def fit(model: MinitronGPTModel, datasets: tuple[Any, Any], work: Path) -> list[
     model.set_loaders(*loaders)
     validate = loaders[1] is not None and config.limit_val_batches > 0
     trainer = _trainer(config, [history, checkpoint, stop], validate)
-    _log_with_nemo(trainer, work / "logs")
+    _log_with_nemo(trainer, work / "logs", model.exp_manager_cfg)
     try:
         trainer.fit(model, ckpt_path=None if resume is None else str(resume))
     finally:

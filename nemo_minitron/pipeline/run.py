@@ -15,7 +15,7 @@ from nemo_minitron.checkpoint.manifest import (
 )
 from nemo_minitron.config import load
 from nemo_minitron.config.stages import PipelineConfig
-from nemo_minitron.errors import StageFailed
+from nemo_minitron.errors import PREEMPTED, TERMINATED, StageFailed
 from nemo_minitron.pipeline.plan import Item
 from nemo_minitron.runtime import ranks
 
@@ -68,8 +68,10 @@ def _run_item(item: Item) -> None:
     try:
         ranks.run_minitron([sys.executable], arguments, ranks.alone(os.environ))
     except StageFailed as failure:
+        # Its finished stages are the pipeline's saved work, also when this stage saves none.
+        code = PREEMPTED if failure.code == TERMINATED else failure.code
         raise StageFailed(
             f"{item.name} ({item.stage}): {failure} [log: {item.config.output_dir}.log; finished "
             "stages are skipped when the pipeline runs again]",
-            failure.code,
+            code,
         ) from None

@@ -69,12 +69,13 @@ def log_file(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def progress(description: str, total: int) -> Iterator[Advance]:
-    """Show how far a loop is: a bar on a terminal, else a log line now and then.
+def progress(description: str, total: int, done: int = 0) -> Iterator[Advance]:
+    """Show how far a loop is and how long it will take: a bar on a terminal, else log lines.
 
     Args:
         description: what is being done.
         total: how many there are to do.
+        done: how many of them an earlier job did.
 
     Yields:
         ``advance``; a function that does nothing on ranks other than 0.
@@ -82,36 +83,49 @@ def progress(description: str, total: int) -> Iterator[Advance]:
     if rank() > 0:
         yield lambda n=1, **figures: None
     elif console().is_terminal:
-        yield from _bar(description, total)
+        yield from _bar(description, total, done)
     else:
-        yield from _lines(description, total)
+        yield from _lines(description, total, done)
 
 
-def _bar(description: str, total: int) -> Iterator[Advance]:
+def _bar(description: str, total: int, done: int) -> Iterator[Advance]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as Remaining
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Remaining())
     with Progress(*columns, TextColumn("{task.fields[figures]}"), console=console()) as bar:
-        task = bar.add_task(description, total=total, figures="")
+        task = bar.add_task(description, total=total, completed=done, figures="")
 
         def advance(n: int = 1, **figures: float) -> None:
-            bar.update(task, advance=n, figures=_shown(figures))
+            bar.update(task, advance=n)
+            if figures:
+                bar.update(task, figures=_shown(figures))
 
         yield advance
 
 
-def _lines(description: str, total: int) -> Iterator[Advance]:
-    done, last = 0, time.monotonic()
+def _lines(description: str, total: int, done: int) -> Iterator[Advance]:
+    began = last = time.monotonic()
+    here, latest = 0, ""
 
     def advance(n: int = 1, **figures: float) -> None:
-        nonlocal done, last
-        done += n
-        if done == total or time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
-            last = time.monotonic()
-            log.info("%s", f"{description} {done}/{total} {_shown(figures)}".rstrip())
+        nonlocal here, last, latest
+        here += n
+        latest = _shown(figures) or latest
+        now = time.monotonic()
+        if done + here == total or now - last >= _SECONDS_BETWEEN_LINES:
+            last = now
+            left = (total - done - here) * (now - began) / max(here, 1)
+            text = [f"{description} {done + here}/{total}", latest, f"left={_duration(left)}"]
+            log.info("%s", " ".join(filter(None, text if done + here < total else text[:2])))
 
     yield advance
+
+
+def _duration(seconds: float) -> str:
+    """Hours, minutes and seconds, as progress bars write them."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def _shown(figures: dict[str, float]) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from nemo_minitron.errors import StageFailed
+from nemo_minitron.errors import TERMINATED, StageFailed
 
 log = logging.getLogger(__name__)
 
@@ -139,6 +139,8 @@ def run_minitron(launcher: Sequence[str], arguments: Sequence[str], env: Mapping
         if code and verdict.exists():
             said = json.loads(verdict.read_text())
             raise StageFailed(said["message"], said["code"])
+        if code == TERMINATED:  # before it could say so
+            raise StageFailed("ended by a signal; run the same command again", code)
         if code:
             raise StageFailed(f"it was killed (exit code {code}); run the same command again", 1)
 
@@ -154,28 +156,38 @@ def supervise(command: Sequence[str], env: Mapping[str, str]) -> int:
     """Run a command to its end; what would end this process ends the command first.
 
     Returns:
-        Its exit code, 128 + n when signal n killed it.
+        Its exit code, 128 + n when signal n killed it; 143 when it failed after SIGTERM was passed
+        on to it (torchrun answers that with 1).
     """
     # Its own session: Ctrl-C then reaches it once, from here, and not also from the terminal.
     child = subprocess.Popen(
         command, env=dict(env), start_new_session=True, preexec_fn=die_with_parent
     )
-    with _forwarded_signals(child):
+    with _forwarded_signals(child) as passed_on:
         code = child.wait()
+    if code and signal.SIGTERM in passed_on:
+        return TERMINATED
     return code if code >= 0 else 128 - code
 
 
 @contextlib.contextmanager
-def _forwarded_signals(child: "subprocess.Popen[bytes]") -> Iterator[None]:
-    """Pass signals on. All but Ctrl-C become SIGTERM: the one that torchrun passes on in turn."""
+def _forwarded_signals(child: "subprocess.Popen[bytes]") -> Iterator[set[int]]:
+    """Pass signals on. All but Ctrl-C become SIGTERM: the one that torchrun passes on in turn.
+
+    Yields:
+        Those that were passed on.
+    """
+    passed_on: set[int] = set()
 
     def forward(number: int, _: FrameType | None) -> None:
-        child.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+        sent = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
+        passed_on.add(sent)
+        child.send_signal(sent)
 
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
     before = {number: signal.signal(number, forward) for number in numbers}
     try:
-        yield
+        yield passed_on
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -10,10 +10,20 @@ from nemo_minitron.checkpoint.artifact import check_output, open_result
 from nemo_minitron.checkpoint.tokenizer import check_same_tokens
 from nemo_minitron.config.layout import check_layout
 from nemo_minitron.config.model import MODEL_YAML, ModelConfig
+from nemo_minitron.config.recompute import check_recompute
 from nemo_minitron.config.stages import DistillConfig
 from nemo_minitron.data.checks import check_batches, check_data
 from nemo_minitron.distillation.logit_index import FOLDER, INDEX, PARTS, LogitIndex, check_stored
 from nemo_minitron.runtime.ranks import launched_world_size
+
+# What may differ when an unfinished training is started again: none of it changes what is learnt.
+MAY_CHANGE = (
+    "parallel.",
+    "data.micro_batch_size",
+    "trainer.log_every_n_steps",
+    "trainer.recompute_",
+    "trainer.save_",
+)
 
 
 def _splits(cfg: DistillConfig) -> tuple[str, ...]:
@@ -38,6 +48,7 @@ def check(cfg: DistillConfig) -> None:
     else:
         teacher_tokenizer = Path(cfg.teacher) / "checkpoint" / "tokenizer"
         _check_teacher(cfg, student, ModelConfig.load(teacher_tokenizer.parent))
+    check_recompute(cfg.trainer, student, cfg.parallel)
     check_same_tokens(student_dir / "tokenizer", teacher_tokenizer)
     check_batches(cfg.data, cfg.parallel, cfg.parallel.world_size(launched_world_size()))
     check_data(
@@ -83,6 +94,7 @@ def model_config(cfg: DistillConfig, student: ModelConfig) -> dict[str, Any]:
         "data": asdict(cfg.data),
         "trainer": asdict(cfg.trainer),
         "optim": asdict(cfg.optim),
+        "exp_manager": asdict(cfg.exp_manager),
         "distillation": asdict(cfg.distillation),
         "chunk_size": cfg.distillation.chunk_size,
     }
@@ -97,7 +109,8 @@ def run(cfg: DistillConfig) -> None:
 
     with distributed(cfg.parallel, cfg.trainer.seed):
         ranks = Ranks(rank(), barrier)
-        with output_folder(cfg, "distill", resumable=True, ranks=ranks) as work:
+        folder = output_folder(cfg, "distill", resumable=True, may_change=MAY_CHANGE, ranks=ranks)
+        with folder as work:
             metrics = _train(cfg, work)
             if ranks.rank == 0:
                 source = Path(cfg.student) / "checkpoint" / "tokenizer"

@@ -18,7 +18,8 @@ def model_cfg(
     student: ModelConfig, teacher: ModelConfig | None, parallel: ParallelConfig, **over: Any
 ) -> Any:
     """Config of a (distillation) model."""
-    trainer = TrainerConfig(max_steps=2, precision=over.pop("precision", "32"))
+    keys = {"max_steps": 2, "precision": over.pop("precision", "32"), **over.pop("trainer", {})}
+    trainer = TrainerConfig(**keys)
     cfg = {
         "gpt": asdict(student),
         "parallel": asdict(parallel),

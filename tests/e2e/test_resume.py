@@ -1,7 +1,6 @@
 """A distillation that is killed and started again ends with the weights of one that was not."""
 
 import contextlib
-import os
 import signal
 import subprocess
 import sys
@@ -51,16 +50,26 @@ def _run(command: list[str]) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
-def _stop_at(command: list[str], checkpoint: Path, number: int) -> int:
-    """Start, send a signal once ``checkpoint`` exists, return the exit code."""
+def _stop_at(command: list[str], place: Path, number: int) -> int:
+    """Start, send a signal while ``place`` exists, return the exit code.
+
+    The process is halted first: the signal arrives while it still exists, however short that is.
+    """
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not checkpoint.exists():
-        assert process.poll() is None, "ended before it could be stopped"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    deadline = time.monotonic() + 150
+    while True:
+        while not place.exists():
+            assert process.poll() is None, "ended before it could be stopped"
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(0.05)
+        if place.exists():
+            break
+        process.send_signal(signal.SIGCONT)
     helpers = psutil.Process(process.pid).children(recursive=True)
-    os.kill(process.pid, number)
+    process.send_signal(number)
+    process.send_signal(signal.SIGCONT)
     code = process.wait(timeout=60)
     for helper in helpers:  # Megatron's checkpoint writer has a process that outlives a SIGKILL
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -82,14 +91,27 @@ def _same(folder: Path, name: str, want: dict[str, torch.Tensor]) -> None:
         assert torch.equal(got[key], tensor), key
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75)])
-def test_stopped_and_started_again(folder, undisturbed, number, code):
-    """Must-show 6: bit for bit; SIGTERM saves and exits with 75, SIGKILL loses at most one step."""
-    name = f"stopped{number}"
-    command = _command(folder, name)
-    first = folder / f"{name}.partial" / "checkpoints" / "step=2"
-    assert _stop_at(command, first, number) == code
+# What exists in the working folder then: one checkpoint, a half-written second one, nothing yet.
+STOPS = {
+    "checkpoints/step=2": (signal.SIGTERM, 75),
+    "checkpoints/step=4.tmp": (signal.SIGKILL, -9),
+    "": (signal.SIGTERM, 75),
+}
+
+
+@pytest.mark.parametrize("place", STOPS)
+def test_stopped_and_started_again(folder, undisturbed, place):
+    """Must-show 6: bit for bit; SIGTERM exits with 75, SIGKILL loses what was not yet saved."""
+    number, code = STOPS[place]
+    name = f"stopped{len(list(folder.iterdir()))}"
+    command, work = _command(folder, name), folder / f"{name}.partial"
+    assert _stop_at(command, work / place, number) == code
     assert not (folder / name).exists()
+    if not place:
+        assert not work.exists()  # there was nothing to go on from
+        return
+    left = {path.name for path in (work / "checkpoints").iterdir()}
+    assert {"step=2", Path(place).name} <= left
     _run(command)
     _same(folder, name, undisturbed)
     assert any(

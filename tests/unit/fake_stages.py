@@ -93,7 +93,7 @@ def _do(what: str, stage: str) -> None:
     actions[action]()
 
 
-def _raise(error: Exception) -> None:
+def _raise(error: BaseException) -> None:
     raise error
 
 

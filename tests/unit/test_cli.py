@@ -284,16 +284,31 @@ def _mentioning(text: str) -> list[str]:
     return found
 
 
-def test_sigterm_removes_the_working_folder(tmp_path):
+_DATA = ("data.path=model.gguf", "output_dir=out")
+STOPPED = {
+    "import": (143, "import", "source=model.gguf", "output_dir=out"),
+    "importance": (75, "importance", "checkpoint=model.gguf", *_DATA),
+    "no_state": (143, "importance", "checkpoint=model.gguf", "save_every_n_samples=0", *_DATA),
+    "distill": (75, "distill", "student=model.gguf", "teacher=model.gguf", *_DATA),
+    "ranks": (143, "evaluate", "checkpoint=model.gguf", "parallel=tp2", *_DATA),
+}
+
+
+@pytest.mark.parametrize("case", STOPPED)
+def test_sigterm(tmp_path, case):
+    """75 where the same command goes on, 143 where it starts over; no empty folder is left."""
+    code, stage, *keys = STOPPED[case]
     notes = tmp_path / "notes"
     (tmp_path / "model.gguf").write_text("x")
-    env = fake_stages.environment(tmp_path, FAKE_RUN="import:sleep", FAKE_NOTES=str(notes))
-    line = ["import", "source=model.gguf", "output_dir=out"]
-    child = subprocess.Popen([sys.executable, "-m", "nemo_minitron", *line], env=env, cwd=tmp_path)
+    env = fake_stages.environment(tmp_path, FAKE_RUN=f"{stage}:sleep", FAKE_NOTES=str(notes))
+    line = [sys.executable, "-m", "nemo_minitron", stage, *keys]
+    child = subprocess.Popen(line, env=env, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     while not notes.exists():
         time.sleep(0.05)
     child.terminate()
-    assert child.wait(timeout=20) == 143
+    said = child.communicate(timeout=30)[1]
+    assert child.returncode == code, said
+    assert "run the same command again" in said.splitlines()[-1]
     assert not (tmp_path / "out.partial").exists()
 
 

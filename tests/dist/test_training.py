@@ -1,0 +1,98 @@
+"""What a training run logs, keeps and decays."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_minitron.config.parallel import ParallelConfig
+from tests.dist.training_cases import GLOBAL_BATCH, SEQ, STEPS, decayed, train
+from tests.tiny import LLAMA, write_weights
+
+STUDENT = replace(LLAMA, num_layers=2, hidden_size=48, ffn_hidden_size=64)
+TEACHER = replace(LLAMA, num_layers=2)
+TOKENS = GLOBAL_BATCH * (SEQ - 1)
+
+
+@pytest.fixture(scope="module")
+def run(ranks, tmp_path_factory):
+    """``run(**over)`` -> history and working folder of a single-rank training run."""
+    folder = tmp_path_factory.mktemp("training")
+    write_weights(folder / "student", STUDENT, 1)
+    write_weights(folder / "teacher", TEACHER, 2)
+    pair = [(STUDENT, str(folder / "student")), (TEACHER, str(folder / "teacher"))]
+
+    def run(**over):
+        work = folder / f"run{len(list(folder.iterdir()))}"
+        ((history, _),) = ranks.run(1, train, *pair, ParallelConfig(), str(work), over)
+        return history, work
+
+    return run
+
+
+def _losses(history):
+    return torch.tensor([record["loss"] for record in history if "loss" in record])
+
+
+@pytest.fixture(scope="module")
+def every_step(run):
+    """A run that logs every step, with a language-model loss and Weights & Biases."""
+    kwargs = {"project": "minitron", "name": "test", "offline": True}
+    loggers = {"create_wandb_logger": True, "wandb_logger_kwargs": kwargs}
+    return run(ce_weight=0.5, exp_manager=loggers)
+
+
+def test_history_and_loggers(every_step):
+    """KD and LM loss of training and validation; TensorBoard and W&B get what the history has."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    history, work = every_step
+    assert [record["step"] for record in history] == list(range(1, STEPS + 1))
+    for record in history:
+        assert record["loss"] == pytest.approx(record["kd_loss"] + 0.5 * record["lm_loss"])
+        assert record["tokens"] == TOKENS
+        assert record["tokens_per_second"] > 0
+    assert [r["step"] for r in history if {"val_loss", "val_kd_loss"} <= set(r)] == [3, 6]
+    events = EventAccumulator(str(work / "logs"))
+    events.Reload()
+    names = set(events.Tags()["scalars"])
+    shown = ("loss", "kd_loss", "lm_loss", "lr", "grad_norm", "tokens_per_second")
+    assert {f"train/{name}" for name in shown} | {"val_loss", "val_kd_loss"} <= names
+    logged = [event.value for event in events.Scalars("train/kd_loss")]
+    assert logged == pytest.approx([record["kd_loss"] for record in history])
+    assert list(Path(work / "logs/wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_steps_between_logs(run, every_step):
+    """Tokens add up over the steps that are not logged, and the logged losses are the same."""
+    history, _ = run(ce_weight=0.5, trainer={"log_every_n_steps": 4, "limit_val_batches": 0})
+    assert [record["step"] for record in history] == [4, 6]
+    assert [record["tokens"] for record in history] == [4 * TOKENS, 2 * TOKENS]
+    assert torch.equal(_losses(history), _losses(every_step[0])[[3, 5]])
+
+
+def test_batch_sizes(run, every_step):
+    """The micro-batch size does not change what is learnt; the global batch is the step."""
+    for micro in (2, 4):
+        history, _ = run(ce_weight=0.5, data={"micro_batch_size": micro})
+        torch.testing.assert_close(_losses(history), _losses(every_step[0]), rtol=0, atol=1e-5)
+    data = {"global_batch_size": 8, "micro_batch_size": 4}
+    history, _ = run(trainer={"max_steps": 3, "limit_val_batches": 0}, data=data)
+    assert [record["tokens"] for record in history] == [2 * TOKENS] * 3
+
+
+def test_newest_checkpoints_are_kept(run):
+    _, work = run(trainer={"save_top_k": 2, "save_every_n_steps": 1, "limit_val_batches": 0})
+    assert sorted(path.name for path in (work / "checkpoints").iterdir()) == ["step=5", "step=6"]
+
+
+def test_what_weight_decay_leaves_out(ranks):
+    """Norms and biases; the embedding and the output layer are decayed, as in Megatron."""
+    config = replace(STUDENT, add_qkv_bias=True, qk_layernorm=False)
+    ((with_decay, without),) = ranks.run(1, decayed, config, ParallelConfig())
+    assert without
+    for name in without:
+        assert "norm" in name or name.endswith("bias"), name
+    assert {"embedding.word_embeddings.weight", "output_layer.weight"} <= set(with_decay)
+    assert not [name for name in with_decay if "norm" in name or name.endswith("bias")]
