@@ -302,8 +302,8 @@ class TeacherLogitsConfig(StageConfig):
     temperature: float = 1.0
     """At which the normaliser is taken: ``distillation.temperature`` if loss is ``top_k_tail``."""
     dtype: str = "float32"
-    """Of the stored logits: ``float32``, or ``bfloat16`` with 6 bytes each instead of 8, which loses
-    nothing if ``trainer.precision`` is ``bf16-mixed``."""
+    """Of the stored logits: ``float32``, or ``bfloat16``, which takes 6 bytes each instead of 8 and
+    loses nothing if ``trainer.precision`` is ``bf16-mixed``."""
     shard_samples: int = 64
     """Samples of a file. A rank holds one file's in memory; a killed run loses at most one."""
     chunk_size: int = 256
