@@ -5,6 +5,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from nemo_minitron.config.distillation import DistillationConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.training import (
     DataConfig,
@@ -215,31 +216,6 @@ class PruneConfig(StageConfig):
         """Check ranges."""
         super().__post_init__()
         check_save_every(self.save_every_n_samples)
-
-
-@dataclass(kw_only=True)
-class DistillationConfig:
-    """The losses between teacher and student."""
-
-    loss: str = "forward_kl"
-    """``forward_kl``: KL(teacher || student) (2407.14679, section 3)."""
-    temperature: float = 1.0
-    """Divides both logits; the loss is not multiplied by its square."""
-    chunk_size: int = 256
-    """Tokens whose logits exist at one time."""
-    ce_weight: float = 0.0
-    """Weight of the language-model loss added to the distillation loss."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        if self.loss != "forward_kl":
-            raise ValueError(f"distillation.loss={self.loss} must be forward_kl")
-        if self.temperature <= 0:
-            raise ValueError(f"distillation.temperature={self.temperature} must be above 0")
-        if self.chunk_size < 1:
-            raise ValueError(f"distillation.chunk_size={self.chunk_size} must be at least 1")
-        if self.ce_weight < 0:
-            raise ValueError(f"distillation.ce_weight={self.ce_weight} must not be negative")
 
 
 @dataclass(kw_only=True)

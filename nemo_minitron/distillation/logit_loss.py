@@ -8,133 +8,101 @@ Shape letters: N tokens (sequence x micro-batch, full sequence), c tokens of a c
 student and teacher width, v local vocabulary rows without padding. Torch only.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-Group = dist.ProcessGroup
+from nemo_minitron.distillation.divergences import LOSSES
+from nemo_minitron.distillation.loss_config import LogitLossConfig
+from nemo_minitron.distillation.top_k import TopKTargets, top_k_targets
+from nemo_minitron.distillation.vocab import VocabShard, all_reduce, log_normalizer
+
+# Elements of logits that a CPU works on at a time, so that a loss's passes over them hit the cache.
+_CACHED = 1 << 17
 
 
 @dataclass(frozen=True)
-class VocabShard:
-    """The vocabulary rows of this tensor-parallel rank.
+class _Job:
+    """What a call works on besides the student's hidden state and weight."""
 
-    Attributes:
-        group: tensor-parallel group.
-        vocab_size: true (unpadded) global vocabulary.
-        rows: rows of the local weight, padding included (the same on every rank).
-    """
-
-    group: Group
-    vocab_size: int
-    rows: int
-
-    @property
-    def start(self) -> int:
-        """Global id of the first local row."""
-        return self.group.rank() * self.rows
+    labels: Tensor
+    """``[N]``."""
+    mask: Tensor
+    """``[N]``."""
+    config: LogitLossConfig
+    shard: VocabShard
+    teacher_hidden: Tensor | None
+    """``[N, H]``, with ``teacher_weight`` ``[v, H]``."""
+    teacher_weight: Tensor | None
+    stored: TopKTargets | None
+    """Instead of a resident teacher; None as well leaves the language-model loss alone."""
+    need_grad: bool
 
     @property
-    def valid(self) -> int:
-        """Local rows that are real vocabulary; may be 0 on the last ranks."""
-        return max(0, min(self.rows, self.vocab_size - self.start))
+    def with_teacher(self) -> bool:
+        return self.teacher_hidden is not None or self.stored is not None
+
+    @property
+    def with_ce(self) -> bool:
+        return bool(self.config.ce_weight) or not self.with_teacher or not self.need_grad
+
+    def teacher(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Hidden states of some tokens and the output layer of the resident teacher."""
+        assert self.teacher_hidden is not None
+        assert self.teacher_weight is not None
+        return self.teacher_hidden[rows], self.teacher_weight
+
+    def targets(self, tokens: slice, logits: Tensor | None) -> Any:
+        """What the loss reads of the teacher: ``[c, v]`` logits or ``TopKTargets``."""
+        if self.config.top_k is None:
+            return logits
+        if self.stored is not None:
+            return self.stored.rows(tokens, self.config.top_k)
+        assert logits is not None
+        return top_k_targets(logits, self.config.top_k, self.config.temperature, self.shard)
 
 
-@dataclass(frozen=True)
-class LogitLossConfig:
-    """What is summed: ``kd_weight * KL(teacher || student) + ce_weight * CE(labels)``."""
-
-    temperature: float = 1.0
-    kd_weight: float = 1.0
-    ce_weight: float = 0.0
-    chunk_size: int = 256
-    reduce_grad: bool = True
-    """Sum the gradient of the hidden state over the group; False where the caller does (the
-    backward of Megatron's sequence-parallel gather is a reduce-scatter)."""
-
-
-def all_reduce(tensor: Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -> Tensor:
-    """In-place all-reduce; nothing happens in a group of one."""
-    if group.size() > 1:
-        dist.all_reduce(tensor, op=op, group=group)
-    return tensor
-
-
-def log_normalizers(logits: list[Tensor], shard: VocabShard) -> list[Tensor]:
-    """Log of the softmax denominators over the whole vocabulary.
-
-    Args:
-        logits: ``[c, v]`` fp32 local logits of several models; ``v`` may be 0.
-        shard: the vocabulary shard.
-
-    Returns:
-        ``[c, 1]`` for each model. Two collectives in all, whatever the number of models.
-    """
-    floor = torch.finfo(torch.float32).min
-    peak = torch.stack(
-        [x.amax(-1) if x.size(-1) else x.new_full(x.shape[:1], floor) for x in logits]
-    )
-    all_reduce(peak, shard.group, dist.ReduceOp.MAX)
-    total = torch.stack(
-        [(x - m[:, None]).exp_().sum(-1) for x, m in zip(logits, peak, strict=True)]
-    )
-    all_reduce(total, shard.group)
-    return list((peak + total.log()).unsqueeze(-1))
-
-
-def _label_columns(labels: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    """Local column of every label and whether this rank holds it."""
-    column = labels - shard.start
-    mine = (column >= 0) & (column < shard.valid)
-    return torch.where(mine, column, 0), mine
-
-
-def _kd_chunk(
-    student: Tensor, teacher: Tensor, mask: Tensor, config: LogitLossConfig, shard: VocabShard
+def _ce(
+    student: Tensor, labels: Tensor, weight: Tensor, shard: VocabShard
 ) -> tuple[Tensor, Tensor]:
-    """Local part of the masked KL sum and its gradient by the student logits.
+    """Local part of the weighted cross-entropy sum and its gradient by the student logits.
 
-    KL(t || s) = sum_v p_t (log p_t - log p_s); d/dlogits_s = (p_s - p_t) / T (2407.14679, sec. 3).
-    Both inputs are overwritten: the gradient takes the place of ``student``.
+    The logits ``[c, v]`` stay.
     """
-    if config.temperature != 1.0:
-        student.div_(config.temperature)
-        teacher.div_(config.temperature)
-    log_zs, log_zt = log_normalizers([student, teacher], shard)
-    log_ps, log_pt = student.sub_(log_zs), teacher.sub_(log_zt)
-    difference = log_pt - log_ps
-    pt = log_pt.exp_()
-    loss = torch.linalg.vecdot(pt, difference) @ mask
-    return loss, log_ps.exp_().sub_(pt).mul_((mask / config.temperature)[:, None])
-
-
-def _ce_chunk(
-    student: Tensor, labels: Tensor, mask: Tensor, shard: VocabShard
-) -> tuple[Tensor, Tensor]:
-    """Local part of the masked cross-entropy sum and its gradient by the student logits."""
-    (log_z,) = log_normalizers([student], shard)
-    column, mine = _label_columns(labels, shard)
+    log_z = log_normalizer(student, shard)
+    column, mine = shard.local(labels)
     grad = (student - log_z).exp_()
     if student.size(-1) == 0:
         return log_z.new_zeros(()), grad
     picked = student.gather(-1, column[:, None]).squeeze(-1)
     # log_z is the same on every rank of the group: the rank that owns the label adds it.
-    loss = torch.where(mine, log_z.squeeze(-1) - picked, 0.0) @ mask
+    loss = torch.where(mine, log_z.squeeze(-1) - picked, 0.0) @ weight
     grad.scatter_add_(-1, column[:, None], -mine.to(grad.dtype)[:, None])
-    return loss, grad * mask[:, None]
+    return loss, grad.mul_(weight[:, None])
 
 
-def _weighted_sum(grads: list[tuple[float, Tensor]]) -> Tensor:
-    """Sum of ``weight * grad``, in place of the first one."""
-    weight, total = grads[0]
-    if weight != 1.0:
-        total.mul_(weight)
-    for weight, grad in grads[1:]:
-        total.add_(grad, alpha=weight)
-    return total
+def _blocks(rows: slice, logits: Tensor, shard: VocabShard) -> Iterator[tuple[slice, slice]]:
+    """Cut a chunk into blocks: slices of all tokens and of the chunk.
+
+    One block where each would cost collectives, or kernel launches.
+    """
+    count, size = logits.size(0), logits.size(0)
+    if logits.device.type == "cpu" and shard.group.size() == 1:
+        size = max(1, _CACHED // max(1, logits.size(1)))
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        yield slice(rows.start + start, rows.start + stop), slice(start, stop)
+
+
+def _output_layer(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
+    """``[c, v]`` logits in the precision of ``buffer``, whose first c rows they fill."""
+    out = buffer[: hidden.size(0)]
+    if out.dtype == weight.dtype:
+        return torch.mm(hidden, weight.t(), out=out)
+    return out.copy_(hidden @ weight.t())
 
 
 def _add_outer(out: Tensor, grad: Tensor, hidden: Tensor) -> None:
@@ -145,62 +113,96 @@ def _add_outer(out: Tensor, grad: Tensor, hidden: Tensor) -> None:
         out.add_(grad.t() @ hidden)
 
 
+def _kd(job: _Job, tokens: slice, student: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Local part of the distillation sum and ``kd_weight`` times its gradient.
+
+    Args:
+        job: the call.
+        tokens: which of all tokens these are.
+        student: ``[c, v]`` logits, overwritten.
+        teacher: the same, None where they are stored.
+    """
+    config, weight = job.config, job.mask[tokens]
+    if config.kd_scale != 1.0:
+        weight = weight * config.kd_scale
+    targets = job.targets(tokens, teacher)
+    loss, grad = LOSSES[config.loss](student, targets, weight, config, job.shard)
+    return loss, grad if config.kd_weight == 1.0 else grad.mul_(config.kd_weight)
+
+
+def _chunk_losses(
+    job: _Job, rows: slice, student_logits: Tensor, teacher_logits: Tensor | None, parts: Tensor
+) -> None:
+    """Add ``[KD, CE]`` of a chunk to ``parts``; the gradient takes the place of its logits.
+
+    Args:
+        job: the call.
+        rows: of the chunk among all tokens.
+        student_logits: ``[c, v]``, overwritten with the gradient of the loss.
+        teacher_logits: the same, overwritten; None without a resident teacher.
+        parts: ``[2]``.
+    """
+    config = job.config
+    for tokens, block in _blocks(rows, student_logits, job.shard):
+        student = student_logits[block]
+        grads = []
+        if job.with_ce:
+            loss, grad = _ce(student, job.labels[tokens], job.mask[tokens], job.shard)
+            parts[1] += loss
+            grads.append(grad.mul_(config.ce_weight))
+        if job.with_teacher:
+            teacher = None if teacher_logits is None else teacher_logits[block]
+            loss, grad = _kd(job, tokens, student, teacher)
+            parts[0] += loss
+            grads.append(grad)
+        total = grads[-1] if len(grads) == 1 else grads[-1].add_(grads[0])
+        if total.data_ptr() != student.data_ptr():
+            student.copy_(total)
+
+
 class _LogitLoss(torch.autograd.Function):
     """See ``logit_loss``."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        teacher_hidden: Tensor | None,
-        teacher_weight: Tensor | None,
-        labels: Tensor,
-        mask: Tensor,
-        config: LogitLossConfig,
-        shard: VocabShard,
-        need_grad: bool,
-    ) -> tuple[Tensor, Tensor]:
-        grad_hidden = torch.empty_like(hidden) if need_grad else None
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, job: _Job) -> tuple[Tensor, Tensor]:
+        config, shard = job.config, job.shard
         accumulate = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        grad_weight = torch.zeros_like(weight, dtype=accumulate) if need_grad else None
-        local_weight = weight[: shard.valid]
+        grad_hidden = torch.empty_like(hidden) if job.need_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=accumulate) if job.need_grad else None
+        weight = weight[: shard.valid]
         parts = hidden.new_zeros(2, dtype=accumulate)
+        size = (min(config.chunk_size, hidden.size(0)), shard.valid)
+        buffer = hidden.new_empty(size, dtype=accumulate)
+        teacher_buffer = None if job.teacher_hidden is None else torch.empty_like(buffer)
         for start in range(0, hidden.size(0), config.chunk_size):
-            rows = slice(start, start + config.chunk_size)
-            logits = (hidden[rows] @ local_weight.t()).to(accumulate)
-            grads = []
-            if config.ce_weight or teacher_hidden is None or not need_grad:
-                loss, grad = _ce_chunk(logits, labels[rows], mask[rows], shard)
-                parts[1] += loss
-                grads.append((config.ce_weight, grad))
-            if teacher_hidden is not None and teacher_weight is not None:
-                teacher = (teacher_hidden[rows] @ teacher_weight[: shard.valid].t()).to(accumulate)
-                loss, grad = _kd_chunk(logits, teacher, mask[rows], config, shard)
-                parts[0] += loss
-                grads.append((config.kd_weight, grad))
+            rows = slice(start, min(start + config.chunk_size, hidden.size(0)))
+            student = _output_layer(hidden[rows], weight, buffer)
+            teacher = None
+            if teacher_buffer is not None:
+                teacher = _output_layer(*job.teacher(rows), teacher_buffer)
+            _chunk_losses(job, rows, student, teacher, parts)
             if grad_hidden is not None and grad_weight is not None:
-                total = _weighted_sum(grads).to(weight.dtype)
-                torch.matmul(total, local_weight, out=grad_hidden[rows])
-                _add_outer(grad_weight[: shard.valid], total, hidden[rows])
+                grad = student.to(weight.dtype)
+                torch.mm(grad, weight, out=grad_hidden[rows])
+                _add_outer(grad_weight[: shard.valid], grad, hidden[rows])
         all_reduce(parts, shard.group)
-        if need_grad:
+        if job.need_grad:
             ctx.save_for_backward(grad_hidden, grad_weight)
             ctx.group = shard.group if config.reduce_grad else None
-        weights = parts.new_tensor([config.kd_weight, config.ce_weight])
         ctx.mark_non_differentiable(parts)
-        return (parts * weights).sum(), parts
+        return config.kd_weight * parts[0] + config.ce_weight * parts[1], parts
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # In place: a second copy of the weight's gradient can be as large as the weight. A second
+        # backward through the same graph is refused by autograd, which sees the change.
         grad_hidden, grad_weight = ctx.saved_tensors
-        scale = grads[0]
-        grad_hidden = grad_hidden * scale.to(grad_hidden.dtype)
+        grad_hidden.mul_(grads[0].to(grad_hidden.dtype))
         # Each rank holds the part of the gradient that flows through its vocabulary rows.
         if ctx.group is not None:
             all_reduce(grad_hidden, ctx.group)
-        grad_weight = (grad_weight * scale).to(grad_hidden.dtype)
-        return grad_hidden, grad_weight, *[None] * 7
+        grad_weight.mul_(grads[0])
+        return grad_hidden, grad_weight.to(grad_hidden.dtype), None
 
 
 def logit_loss(
@@ -213,6 +215,7 @@ def logit_loss(
     *,
     teacher_hidden: Tensor | None = None,
     teacher_weight: Tensor | None = None,
+    teacher_topk: TopKTargets | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Masked sum of the distillation and language-model losses, differentiable by the student.
 
@@ -221,17 +224,25 @@ def logit_loss(
         weight: ``[rows, h]`` local rows of the student's output layer.
         labels: ``[N]`` int64 target ids.
         mask: ``[N]`` 1.0 where a token counts, 0.0 elsewhere.
-        config: weights, temperature and chunk size.
+        config: loss, weights, temperature and chunk size.
         shard: the local vocabulary rows.
-        teacher_hidden: ``[N, H]``; None leaves only the language-model loss.
+        teacher_hidden: ``[N, H]``; without any teacher only the language-model loss is left.
         teacher_weight: ``[rows', H]`` local rows of the teacher's output layer, same vocabulary.
+        teacher_topk: instead of the two, for ``top_k`` and ``top_k_tail``: N tokens.
 
     Returns:
         Scalar ``kd_weight * KD + ce_weight * CE`` summed over this rank's tokens (the same on
         every rank of the group) and ``[KD, CE]`` (CE only when it is weighted or no gradient is
         asked for).
+
+    Raises:
+        ValueError: ``teacher_topk`` cannot give the loss of ``config``.
     """
+    if teacher_topk is not None:
+        teacher_topk.check(config)
     need_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _LogitLoss.apply(
-        hidden, weight, teacher_hidden, teacher_weight, labels, mask, config, shard, need_grad
-    )
+    if teacher_weight is not None:
+        teacher_weight = teacher_weight[: shard.valid]
+    job = _Job(labels, mask, config, shard, teacher_hidden, teacher_weight, teacher_topk, need_grad)
+    total, parts = _LogitLoss.apply(hidden, weight, job)
+    return total, parts

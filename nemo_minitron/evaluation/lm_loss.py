@@ -10,7 +10,9 @@ from torch.utils.data import Dataset
 
 from nemo_minitron.config.training import DataConfig
 from nemo_minitron.data.sampler import build_dataloader
-from nemo_minitron.distillation.logit_loss import LogitLossConfig, VocabShard, logit_loss
+from nemo_minitron.distillation.logit_loss import logit_loss
+from nemo_minitron.distillation.loss_config import LogitLossConfig
+from nemo_minitron.distillation.vocab import VocabShard
 from nemo_minitron.models.build import HiddenGPTModel
 from nemo_minitron.models.schedule import (
     Batch,

@@ -7,9 +7,9 @@ from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from nemo_minitron.config.distillation import DistillationConfig
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.config.stages import DistillationConfig
-from nemo_minitron.distillation.logit_loss import LogitLossConfig
+from nemo_minitron.distillation.loss_config import LogitLossConfig
 from nemo_minitron.distillation.teacher import Teacher
 from nemo_minitron.models.build import build_gpt
 from nemo_minitron.models.gpt import MinitronGPTModel
@@ -43,13 +43,8 @@ class DistillationGPTModel(MinitronGPTModel):
 
     def loss_config(self) -> LogitLossConfig:
         """Weights of the distillation and the language-model loss."""
-        return LogitLossConfig(
-            temperature=self.distillation.temperature,
-            kd_weight=1.0,
-            ce_weight=self.distillation.ce_weight,
-            chunk_size=self.distillation.chunk_size,
-            reduce_grad=not self.parallel.sequence_parallel,
-        )
+        reduce_grad = not self.parallel.sequence_parallel
+        return LogitLossConfig.of(self.distillation, reduce_grad=reduce_grad)
 
     def _teacher_inputs(self, states: list[Tensor], index: int) -> dict[str, Tensor]:
         hidden = gathered_hidden(states[index], self.teacher.chunks[-1])

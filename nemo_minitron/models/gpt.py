@@ -15,7 +15,9 @@ from torch import Tensor
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.training import DataConfig, OptimConfig, TrainerConfig
-from nemo_minitron.distillation.logit_loss import LogitLossConfig, VocabShard, logit_loss
+from nemo_minitron.distillation.logit_loss import logit_loss
+from nemo_minitron.distillation.loss_config import LogitLossConfig
+from nemo_minitron.distillation.vocab import VocabShard
 from nemo_minitron.models.build import DTYPES, HiddenGPTModel, build_gpt, unwrap
 from nemo_minitron.models.lightning import MegatronOptimizerAdapter
 from nemo_minitron.models.optim import (
@@ -188,7 +190,7 @@ class MinitronGPTModel(ModelPT):
         )
 
     def loss(
-        self, batch: Batch, hidden: Tensor, config: LogitLossConfig, **teacher: Tensor | None
+        self, batch: Batch, hidden: Tensor, config: LogitLossConfig, **teacher: Any
     ) -> tuple[Tensor, Tensor]:
         """Summed loss of a micro-batch and ``[KD, CE, tokens]`` sums (last stage)."""
         labels, mask = tokens_first(batch)
@@ -227,7 +229,11 @@ class MinitronGPTModel(ModelPT):
         )
 
     def training_step(self, batch: list[Batch], batch_idx: int) -> None:
-        """One optimizer step over a global batch (this rank's micro-batches)."""
+        """One optimizer step over a global batch (this rank's micro-batches).
+
+        A batch without a target token counts as a step with loss 0 that changes neither weights
+        nor optimizer state; the learning-rate schedule goes on.
+        """
         optimizer: Any = self.optimizers()
         chunks: Any = self.model
         for chunk in chunks:
@@ -238,6 +244,8 @@ class MinitronGPTModel(ModelPT):
         lr = next(g["lr"] for g in self._megatron.param_groups if g["params"] is not None)
         if not torch.isfinite(sums).all():  # the same sums on every rank
             raise diverged(f"the loss sums are {sums.tolist()}", self.trainer.global_step + 1)
+        # No target token: Adam's moments and the weight decay would still move the weights.
+        optimizer.optimizer.skip = sums[2].item() == 0
         optimizer.step()
         self._lr_scheduler.step(increment=1)
         self.consumed_samples += self.data_cfg.global_batch_size
@@ -282,6 +290,7 @@ class MinitronGPTModel(ModelPT):
             return
         kd, ce, tokens = torch.stack(self._validation_sums).sum(0).tolist()
         self._validation_sums.clear()
+        tokens = max(tokens, 1.0)
         self.log("val_loss", ce / tokens, prog_bar=True, batch_size=1)
         self.log("val_kd_loss", kd / tokens, batch_size=1)
 

@@ -40,6 +40,8 @@ class MegatronOptimizerAdapter(torch.optim.Optimizer):
         self.megatron = optimizer
         self.defaults: dict[str, Any] = {}
         self.grad_norm: float | None = None
+        self.skip = False
+        """Whether the next step changes nothing (the global batch has no target token)."""
         self._optimizer_step_pre_hooks = {}
         self._optimizer_step_post_hooks = {}
 
@@ -58,8 +60,11 @@ class MegatronOptimizerAdapter(torch.optim.Optimizer):
         self.megatron.zero_grad(set_to_none)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Clip and update; keeps the gradient norm."""
+        """Clip and update; keeps the gradient norm. Lightning counts a skipped step too."""
         result = closure() if closure is not None else None
+        if self.skip:
+            self.grad_norm = 0.0
+            return result
         success, self.grad_norm, _ = self.megatron.step()
         if not success:
             raise RuntimeError("the optimizer step failed: gradients hold inf or NaN")

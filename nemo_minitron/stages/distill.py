@@ -36,6 +36,7 @@ def check(cfg: DistillConfig) -> None:
             f"student has vocab_size={student.vocab_size} but teacher has "
             f"{teacher.vocab_size}; set student= and teacher= to models of one tokenizer"
         )
+    cfg.distillation.check_vocabulary(student.vocab_size)
     check_same_tokens(student_dir / "tokenizer", teacher_dir / "tokenizer")
     for key, model in (("student", student), ("teacher", teacher)):
         try:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from nemo_minitron.config.distillation import DistillationConfig
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.config.stages import DistillationConfig
 from nemo_minitron.config.training import DataConfig, OptimConfig, TrainerConfig
 from tests.tiny import token_batch
 
@@ -31,7 +31,7 @@ def model_cfg(
     }
     if teacher is not None:
         cfg["teacher"] = asdict(teacher)
-        cfg["distillation"] = asdict(DistillationConfig(chunk_size=7, **over))
+        cfg["distillation"] = asdict(DistillationConfig(**{"chunk_size": 7, **over}))
     return OmegaConf.create(cfg)
 
 
@@ -64,30 +64,121 @@ def kd_gradients(
 
     Returns the ``[KD, CE, tokens]`` sums.
     """
+    return kd_gradients_of_kinds(student, teacher, parallel, {out: over})[0]
+
+
+def kd_gradients_of_kinds(
+    student: tuple[ModelConfig, str],
+    teacher: tuple[ModelConfig, str],
+    parallel: ParallelConfig,
+    kinds: dict[str, dict[str, Any]],
+) -> list[list[float]]:
+    """``kd_gradients`` of one model for several losses: folder -> keys of the loss.
+
+    Other keys (``precision``) are those of the first entry.
+    """
     from nemo_minitron.models.distill import DistillationGPTModel
     from nemo_minitron.models.optim import build_optimizer, wrap_ddp
     from nemo_minitron.models.schedule import on_this_cp_rank
-    from nemo_minitron.models.weights import save_weights
     from nemo_minitron.runtime.launch import init_model_parallel
 
     init_model_parallel(parallel)
-    model = DistillationGPTModel(model_cfg(student[0], teacher[0], parallel, **over))
+    first = next(iter(kinds.values()))
+    model = DistillationGPTModel(model_cfg(student[0], teacher[0], parallel, **first))
     model.load(Path(student[1]))
     model.load_teacher(Path(teacher[1]))
     optim = replace(model.optim_cfg, use_distributed_optimizer=False)
     model.model = torch.nn.ModuleList(wrap_ddp(model.chunks, optim))
     build_optimizer(list(model.model), optim, model.trainer_cfg)
-    for chunk in model.model:
-        chunk.zero_grad_buffer()
     dp = model.groups.dp
     mine = batches(4, 16, student[0].vocab_size)[dp.rank() :: dp.size()]
-    sums = model.forward_backward([on_this_cp_rank(batch, model.groups) for batch in mine])
-    for chunk in model.chunks:
-        for parameter in chunk.parameters():
-            parameter.data = parameter.main_grad.clone()
-    folder = Path(out)
+    mine = [on_this_cp_rank(batch, model.groups) for batch in mine]
+    found = []
+    for out, over in kinds.items():
+        if over is not first:
+            model.distillation = DistillationConfig(**{"chunk_size": 7, **over})
+        for chunk in model.model:
+            chunk.zero_grad_buffer()
+        found.append(model.forward_backward(mine).tolist())
+        _save_gradients(model, Path(out), student[0])
+    return found
+
+
+def _save_gradients(model: Any, folder: Path, config: ModelConfig) -> None:
+    from nemo_minitron.models.weights import save_weights
+
     if torch.distributed.get_rank() == 0:
         folder.mkdir(parents=True)
     torch.distributed.barrier()
-    save_weights(model.chunks, model.groups, student[0], folder)
-    return sums.tolist()
+    weights = [parameter.data for chunk in model.chunks for parameter in chunk.parameters()]
+    parameters = [parameter for chunk in model.chunks for parameter in chunk.parameters()]
+    for parameter in parameters:
+        parameter.data = parameter.main_grad.clone()
+    save_weights(model.chunks, model.groups, config, folder)
+    for parameter, weight in zip(parameters, weights, strict=True):
+        parameter.data = weight
+
+
+class _MaskedSamples(torch.utils.data.Dataset):
+    """Two samples a step; those of step ``masked`` (from 0) have no target token."""
+
+    def __init__(self, steps: int, masked: int, vocab: int) -> None:
+        self.samples = [
+            {key: value[0] for key, value in batch.items()}
+            for batch in batches(2 * steps, 16, vocab)
+        ]
+        for sample in self.samples[2 * masked : 2 * masked + 2]:
+            sample["loss_mask"].zero_()
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.samples[index]
+
+
+def train_with_masked_step(
+    student: tuple[ModelConfig, str],
+    teacher: tuple[ModelConfig, str],
+    parallel: ParallelConfig,
+    work: str,
+) -> tuple[list[float], list[float]]:
+    """Three steps with weight decay, the second one without target tokens.
+
+    Returns how far the weights and Adam's moments moved in each step (this rank), and the losses.
+    """
+    from nemo_minitron.models.distill import DistillationGPTModel
+    from nemo_minitron.models.training import _checkpoint_callback, _loaders, _trainer
+    from nemo_minitron.runtime.launch import init_model_parallel
+
+    init_model_parallel(parallel)
+    cfg = model_cfg(student[0], teacher[0], parallel)
+    cfg.data.global_batch_size = 2
+    cfg.trainer.update(max_steps=3, log_every_n_steps=1, save_every_n_steps=0)
+    cfg.optim.update(lr=1e-2, lr_warmup_steps=0, weight_decay=0.1)
+    moved, losses = [], []
+
+    def state(model: Any) -> torch.Tensor:
+        adam = model._megatron.chained_optimizers[0].optimizer.state.values()
+        moments = [value for one in adam for value in one.values() if torch.is_tensor(value)]
+        weights = [p for chunk in model.chunks for p in chunk.parameters()]
+        return torch.cat([t.detach().flatten().double() for t in (*weights, *moments)])
+
+    class Watched(DistillationGPTModel):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            before = state(self)
+            super().training_step(batch, batch_idx)
+            after = state(self)
+            moved.append(float((after[: len(before)] - before).abs().max()))
+            losses.append(self.last_metrics["loss"])
+
+    model = Watched(cfg)
+    model.load(Path(student[1]))
+    model.load_teacher(Path(teacher[1]))
+    samples = _MaskedSamples(3, 1, student[0].vocab_size)
+    model.set_loaders(*_loaders(model, model.data_cfg, (samples, None), 0))
+    callbacks = [_checkpoint_callback(model.trainer_cfg, Path(work))]  # writes none
+    trainer = _trainer(model.trainer_cfg, callbacks, validate=False)
+    trainer.fit(model)
+    assert trainer.global_step == 3, "a skipped step counts too"
+    return moved, losses

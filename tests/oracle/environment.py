@@ -64,14 +64,22 @@ def _pip_install(python: Path) -> None:
         raise OracleUnavailableError(f"pip install {MODELOPT} failed: {' '.join(lines[-2:])}")
 
 
-def run_oracle(job: dict[str, Any], folder: Path, *, timeout: float, threads: int = 1) -> None:
-    """Run ``modelopt_prune.py`` on a job; its files appear in ``folder``.
+def run_oracle(
+    job: dict[str, Any],
+    folder: Path,
+    *,
+    timeout: float,
+    threads: int = 1,
+    script: Path = SCRIPT,
+) -> None:
+    """Run ``modelopt_prune.py`` (or another script) on a job; its files appear in ``folder``.
 
     Args:
-        job: see ``modelopt_prune.py``.
+        job: see the script.
         folder: existing folder for the job and the results.
         timeout: seconds.
         threads: per process.
+        script: run by the oracle's interpreter, with ``folder`` as its argument.
 
     Raises:
         OracleUnavailableError: see ``oracle_python``.
@@ -87,7 +95,7 @@ def run_oracle(job: dict[str, Any], folder: Path, *, timeout: float, threads: in
     }
     with log.open("w") as output:
         done = subprocess.run(
-            [python, SCRIPT, folder],
+            [python, script, folder],
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,

@@ -1,0 +1,105 @@
+"""The losses between teacher and student: section ``distillation`` of ``minitron distill``."""
+
+from dataclasses import dataclass
+
+DENSE_LOSSES = ("forward_kl", "reverse_kl", "js", "mse", "cosine")
+# Those that read only the teacher's k largest logits of each token.
+TOP_K_LOSSES = ("top_k", "top_k_tail")
+LOSS_KINDS = (*DENSE_LOSSES, *TOP_K_LOSSES)
+# Those that compare logits, not distributions: a temperature has no place in them.
+RAW_LOSSES = ("mse", "cosine")
+_JS_BETA = 0.5
+
+
+@dataclass(kw_only=True)
+class DistillationConfig:
+    """The losses between teacher and student."""
+
+    loss: str = "forward_kl"
+    """``forward_kl``: KL(teacher || student) (2407.14679, section 3); ``reverse_kl``:
+    KL(student || teacher); ``js``: Jensen-Shannon; ``mse``: squared difference of the logits, mean
+    over the vocabulary; ``cosine``: 1 - cosine of the logits; ``top_k``: forward KL over the
+    teacher's ``top_k`` largest logits, renormalised; ``top_k_tail``: the same with one entry more
+    for the rest of both distributions."""
+    temperature: float = 1.0
+    """Divides both logits; ``mse`` and ``cosine`` take 1 only."""
+    temperature_scaling: str = "none"
+    """``none``, as in the papers: the loss stays as it is, and its gradient shrinks with
+    1 / temperature^2; ``square``: the distillation loss is multiplied by temperature^2."""
+    js_beta: float = _JS_BETA
+    """Weight of the teacher in the mixture m of ``js``: b KL(t || m) + (1 - b) KL(s || m) with
+    m = b t + (1 - b) s (2306.13649, eq. 1)."""
+    top_k: int | None = None
+    """Logits of each token that ``top_k`` and ``top_k_tail`` read."""
+    chunk_size: int = 256
+    """Tokens whose logits exist at one time."""
+    kd_weight: float = 1.0
+    """Weight of the distillation loss on the logits."""
+    ce_weight: float = 0.0
+    """Weight of the language-model loss added to the distillation loss."""
+
+    def __post_init__(self) -> None:
+        """Check names, ranges and what belongs together."""
+        if self.loss not in LOSS_KINDS:
+            raise ValueError(
+                f"distillation.loss={self.loss} must be one of {', '.join(LOSS_KINDS)}"
+            )
+        self._check_temperature()
+        self._check_kind_keys()
+        if self.chunk_size < 1:
+            raise ValueError(f"distillation.chunk_size={self.chunk_size} must be at least 1")
+        for name in ("kd_weight", "ce_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"distillation.{name}={getattr(self, name)} must not be negative")
+        if self.kd_weight == self.ce_weight == 0:
+            raise ValueError(
+                "distillation.kd_weight=0 and distillation.ce_weight=0 leave no loss; set one of "
+                "them above 0"
+            )
+
+    def _check_temperature(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"distillation.temperature={self.temperature} must be above 0")
+        if self.temperature_scaling not in ("none", "square"):
+            raise ValueError(
+                f"distillation.temperature_scaling={self.temperature_scaling} must be none or "
+                "square"
+            )
+        if self.loss in RAW_LOSSES and self.temperature != 1.0:
+            raise ValueError(
+                f"distillation.temperature={self.temperature} has no meaning for "
+                f"distillation.loss={self.loss}, which compares logits; leave it at 1, or choose "
+                "forward_kl, reverse_kl, js, top_k or top_k_tail"
+            )
+
+    def _check_kind_keys(self) -> None:
+        if not 0 < self.js_beta < 1:
+            raise ValueError(f"distillation.js_beta={self.js_beta} must be between 0 and 1")
+        if self.js_beta != _JS_BETA and self.loss != "js":
+            raise ValueError(
+                f"distillation.js_beta={self.js_beta} is for distillation.loss=js, not "
+                f"{self.loss}; leave it out or set distillation.loss=js"
+            )
+        if self.loss in TOP_K_LOSSES and self.top_k is None:
+            raise ValueError(f"distillation.loss={self.loss} needs distillation.top_k=<number>")
+        if self.top_k is None:
+            return
+        if self.loss not in TOP_K_LOSSES:
+            raise ValueError(
+                f"distillation.top_k={self.top_k} is for distillation.loss=top_k or top_k_tail, "
+                f"not {self.loss}; leave it out or change distillation.loss"
+            )
+        if self.top_k < 1:
+            raise ValueError(f"distillation.top_k={self.top_k} must be at least 1")
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Refuse a ``top_k`` above the vocabulary.
+
+        Args:
+            vocab_size: true (unpadded) vocabulary of both models.
+        """
+        if self.top_k is not None and self.top_k > vocab_size:
+            raise ValueError(
+                f"distillation.top_k={self.top_k} is larger than the vocabulary of {vocab_size}; "
+                f"set distillation.top_k to {vocab_size} or less"
+            )

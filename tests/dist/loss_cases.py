@@ -1,0 +1,74 @@
+"""Tasks for the rank pool: distillation losses on vocabulary shards."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nemo_minitron.config.distillation import DistillationConfig
+from nemo_minitron.distillation.logit_loss import logit_loss
+from nemo_minitron.distillation.loss_config import LogitLossConfig
+from nemo_minitron.distillation.top_k import TopKTargets
+from nemo_minitron.distillation.vocab import VocabShard
+from tests.losses import KINDS, loss_keys, problem, stored_targets
+
+
+def config_of(kind: str) -> LogitLossConfig:
+    """Both losses, in chunks that do not divide the tokens."""
+    keys = {"chunk_size": 13, "ce_weight": 0.5, "kd_weight": 0.7, **loss_keys(kind)}
+    return LogitLossConfig.of(DistillationConfig(**keys), reduce_grad=True)
+
+
+def sharded_losses(vocabularies: list[int]) -> dict[tuple[int, str], list[Tensor]]:
+    """Every kind on every vocabulary, all ranks in one tensor-parallel group.
+
+    Returns:
+        ``(vocabulary, kind)`` -> ``[KD, CE]``, gradient of the hidden state and of the local rows
+        of the weight. Kind ``stored_<kind>`` reads stored targets.
+    """
+    found = {}
+    for vocab in vocabularies:
+        for kind in KINDS:
+            found[vocab, kind] = _run(vocab, kind, stored=False)
+            if KINDS[kind].get("top_k"):
+                found[vocab, f"stored_{kind}"] = _run(vocab, kind, stored=True)
+    return found
+
+
+def _run(vocab: int, kind: str, *, stored: bool) -> list[Tensor]:
+    size, config = dist.group.WORLD.size(), config_of(kind)
+    inputs = problem(vocab, rows=-(-vocab // size) * size)
+    targets = stored_targets(inputs, vocab, config.top_k, config.temperature) if stored else None
+    return run_loss(inputs, vocab, config, targets)
+
+
+def run_loss(
+    inputs: dict[str, Tensor],
+    vocab: int,
+    config: LogitLossConfig,
+    stored: TopKTargets | None = None,
+) -> list[Tensor]:
+    """``[KD, CE]`` and the gradients of half the loss by hidden state and local rows of the weight.
+
+    Args:
+        inputs: of ``tests.losses.problem``, weights with a multiple of TP rows.
+        vocab: true vocabulary.
+        config: the loss.
+        stored: instead of the teacher's hidden state and weight.
+    """
+    group = dist.group.WORLD
+    shard = VocabShard(group, vocab, inputs["weight"].size(0) // group.size())
+    mine = slice(shard.start, shard.start + shard.rows)
+    hidden = inputs["hidden"].clone().requires_grad_()
+    weight = inputs["weight"][mine].clone().requires_grad_()
+    teacher: dict[str, Any] = {
+        "teacher_hidden": inputs["teacher_hidden"],
+        "teacher_weight": inputs["teacher_weight"][mine],
+    }
+    if stored is not None:
+        teacher = {"teacher_topk": stored}
+    labels, mask = inputs["labels"], inputs["mask"]
+    total, parts = logit_loss(hidden, weight, labels, mask, config, shard, **teacher)
+    (total / 2).backward()
+    return [parts, hidden.grad, weight.grad]
