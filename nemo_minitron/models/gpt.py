@@ -170,6 +170,9 @@ class MinitronGPTModel(ModelPT):
             state["consumed_samples"] = self.consumed_samples
         return state
 
+    def check_training_checkpoint(self, folder: Path) -> None:
+        """Refuse a training checkpoint that lacks what this model trains; none does here."""
+
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Restore what ``training_state`` saved."""
         for index, chunk in enumerate(self.chunks):
@@ -256,12 +259,15 @@ class MinitronGPTModel(ModelPT):
         if step % self.trainer_cfg.log_every_n_steps == 0 or step == self.trainer_cfg.max_steps:
             self._log_step(sums, lr, grad_norm)
 
+    def step_losses(self, kd: float, ce: float, tokens: float) -> dict[str, float]:
+        """What a step logs per token: ``loss`` is the one that was trained on, parts follow."""
+        config = self.loss_config()
+        return {"loss": (config.kd_weight * kd + config.ce_weight * ce) / max(tokens, 1.0)}
+
     def _log_step(self, sums: Tensor, lr: float, grad_norm: float | None) -> None:
         kd, ce, tokens = sums.tolist()
-        config = self.loss_config()
-        loss = (config.kd_weight * kd + config.ce_weight * ce) / max(tokens, 1.0)
-        self.last_metrics = {"loss": loss, "lr": lr, "grad_norm": float(grad_norm or 0.0)}
-        self.last_metrics["tokens"] = tokens
+        self.last_metrics = self.step_losses(kd, ce, tokens)
+        self.last_metrics |= {"lr": lr, "grad_norm": float(grad_norm or 0.0), "tokens": tokens}
         for name, value in self.last_metrics.items():
             self.log(f"train/{name}", value, prog_bar=name == "loss", batch_size=1)
 

@@ -1,0 +1,132 @@
+"""Intermediate losses over training steps: their weight, their numbers, their checkpoint."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from nemo_minitron.models.build import HiddenGPTModel
+from nemo_minitron.models.intermediate import IntermediateLosses, loss_name
+from nemo_minitron.models.projection import PROJECTION, sum_gradients
+from nemo_minitron.models.schedule import Batch
+
+
+class IntermediateStep:
+    """Alpha and what becomes of it.
+
+    ``dynamic`` makes alpha L_logits / L_is (2407.14679, section 3). A stage in front of the last
+    needs it before the loss on the logits of its own batch exists, so it is the ratio of the sums
+    over the global batch before; the first batch is measured by a forward-only pass. All ranks
+    divide the same reduced sums, so alpha is the same everywhere.
+
+    Attributes:
+        losses: the losses.
+        alpha: weight of the next step; None until a batch with both losses above 0 was seen.
+    """
+
+    def __init__(self, losses: IntermediateLosses, kd_weight: float) -> None:
+        self.losses = losses
+        self.kd_weight = kd_weight
+        config = losses.config
+        self.alpha: float | None = None if config.dynamic else float(config.alpha)
+        self._used, self._sums = self.alpha or 0.0, [0.0] * len(losses.pairs)
+        self._scale: Callable[[Tensor], Any] | None = None
+
+    # ---- one global batch
+
+    @contextmanager
+    def captured(self, micro_batches: Sequence[Batch]) -> Iterator[None]:
+        """Around the teacher's pass: its mapped states reach the stages that need them."""
+        with self.losses.capture():
+            yield
+        self.losses.deliver(micro_batches)
+
+    @property
+    def measures_first(self) -> bool:
+        """Whether alpha has to be measured before this step."""
+        return self.alpha is None
+
+    def measured(
+        self, chunks: Sequence[HiddenGPTModel], micro_batches: Sequence[Batch]
+    ) -> AbstractContextManager[None]:
+        """Around a forward-only pass of the student: counts the losses."""
+        return self.losses.attached(chunks, micro_batches, None)
+
+    def trained(
+        self, chunks: Sequence[HiddenGPTModel], micro_batches: Sequence[Batch]
+    ) -> AbstractContextManager[None]:
+        """Around the student's schedule: the losses join the backward, weighted by alpha."""
+        self._used = self.alpha or 0.0
+        weight = torch.tensor(self._used, device=self.losses.sums.device)
+        if self._scale is not None:
+            weight = self._scale(weight)
+        return self.losses.attached(chunks, micro_batches, weight)
+
+    def follow(self, sums: Tensor) -> None:
+        """Take the sums of a pass: ``[KD, CE, tokens]`` over the global batch (collective)."""
+        self._sums = self.losses.reduced().tolist()
+        logits, total = self.kd_weight * float(sums[0]), sum(self._sums)
+        # Nothing to compare in a batch without target tokens: the ratio before stays.
+        if self.losses.config.dynamic and logits > 0 and total > 0:
+            self.alpha = logits / total
+
+    def add_to(self, losses: dict[str, float], kd: float, tokens: float) -> dict[str, float]:
+        """Per-token losses of the step, in the order in which they are logged."""
+        tokens = max(tokens, 1.0)
+        parts = {
+            f"intermediate/{loss_name(pair)}": value / tokens
+            for pair, value in zip(self.losses.pairs, self._sums, strict=True)
+        }
+        loss = losses["loss"] + self._used * sum(parts.values())
+        return {**losses, "loss": loss, "kd_loss": kd / tokens, "alpha": self._used, **parts}
+
+    # ---- training
+
+    def finalize_with(self, config: TransformerConfig) -> None:
+        """Extend what Megatron does when all gradients of a batch are there.
+
+        Args:
+            config: the one config that all student chunks share.
+        """
+        self._scale = config.grad_scale_func
+        if self.losses.projected:
+            before = config.finalize_model_grads_func
+            config.finalize_model_grads_func = partial(self._finalize, before)
+
+    def _finalize(self, before: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        before(*args, **kwargs)
+        shape = (self.losses.teacher.hidden_size, self.losses.student.hidden_size)
+        sum_gradients(self.losses.projections, shape, self.losses.groups.pp)
+
+    # ---- checkpoint
+
+    def state_dict(self) -> dict[str, float | None]:
+        """What the next step needs."""
+        return {"alpha": self.alpha}
+
+    def load_state_dict(self, state: dict[str, float | None]) -> None:
+        """From the checkpoint."""
+        self.alpha = state["alpha"]
+
+    def check_checkpoint(self, folder: Path) -> None:
+        """Refuse a training checkpoint without the projection.
+
+        Raises:
+            ValueError: it was written by a run that had none.
+        """
+        key = f"{PROJECTION}.weight"
+        if self.losses.projected and key not in dist_checkpointing.load_tensors_metadata(
+            str(folder)
+        ):
+            names = ",".join(self.losses.config.losses)
+            raise ValueError(
+                f"{folder} has no {key}, which distillation.intermediate.losses=[{names}] train "
+                "because student and teacher differ in hidden_size: it was written without them; "
+                "set overwrite=true to start again, or distillation.intermediate.losses=[]"
+            )
