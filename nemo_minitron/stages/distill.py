@@ -12,6 +12,7 @@ from nemo_minitron.config.layout import check_layout
 from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.config.stages import DistillConfig
 from nemo_minitron.data.checks import check_batches, check_data
+from nemo_minitron.distillation.layer_map import check_intermediate
 from nemo_minitron.runtime.ranks import launched_world_size
 
 _SPLITS = ("train", "validation")
@@ -43,6 +44,7 @@ def check(cfg: DistillConfig) -> None:
             check_layout(model, cfg.parallel)
         except ValueError as error:
             raise ValueError(f"{key}={getattr(cfg, key)}: {error}") from error
+    check_intermediate(cfg.distillation.intermediate, teacher, student, cfg.parallel)
     check_batches(cfg.data, cfg.parallel, cfg.parallel.world_size(launched_world_size()))
     check_data(
         cfg.data,
