@@ -136,4 +136,4 @@ class DistillationGPTModel(MinitronGPTModel):
         """Also what the weight of the intermediate losses follows."""
         super().load_training_state(state)
         if self.intermediate:
-            self.intermediate.load_state_dict(state["intermediate"])
+            self.intermediate.load_state_dict(state.get("intermediate"))

@@ -16,6 +16,8 @@ from nemo_minitron.models.intermediate import IntermediateLosses, loss_name
 from nemo_minitron.models.projection import PROJECTION, sum_gradients
 from nemo_minitron.models.schedule import Batch
 
+_START_AGAIN = "set overwrite=true to start again, or distillation.intermediate.losses=[]"
+
 
 class IntermediateStep:
     """Alpha and what becomes of it.
@@ -65,7 +67,7 @@ class IntermediateStep:
         self._used = self.alpha or 0.0
         weight = torch.tensor(self._used, device=self.losses.sums.device)
         if self._scale is not None:
-            weight = self._scale(weight)
+            weight = self._scale(weight).reshape(())
         return self.losses.attached(chunks, micro_batches, weight)
 
     def follow(self, sums: Tensor) -> None:
@@ -110,9 +112,21 @@ class IntermediateStep:
         """What the next step needs."""
         return {"alpha": self.alpha}
 
-    def load_state_dict(self, state: dict[str, float | None]) -> None:
-        """From the checkpoint."""
+    def load_state_dict(self, state: dict[str, float | None] | None) -> None:
+        """From the checkpoint.
+
+        Raises:
+            ValueError: it was written without intermediate losses.
+        """
+        if state is None:
+            raise ValueError(
+                f"the training checkpoint was written without {self._losses}; {_START_AGAIN}"
+            )
         self.alpha = state["alpha"]
+
+    @property
+    def _losses(self) -> str:
+        return f"distillation.intermediate.losses=[{','.join(self.losses.config.losses)}]"
 
     def check_checkpoint(self, folder: Path) -> None:
         """Refuse a training checkpoint without the projection.
@@ -124,9 +138,7 @@ class IntermediateStep:
         if self.losses.projected and key not in dist_checkpointing.load_tensors_metadata(
             str(folder)
         ):
-            names = ",".join(self.losses.config.losses)
             raise ValueError(
-                f"{folder} has no {key}, which distillation.intermediate.losses=[{names}] train "
-                "because student and teacher differ in hidden_size: it was written without them; "
-                "set overwrite=true to start again, or distillation.intermediate.losses=[]"
+                f"{folder} has no {key}, which {self._losses} trains because student and teacher "
+                f"differ in hidden_size; {_START_AGAIN}"
             )

@@ -36,8 +36,8 @@ def built(student: Member, teacher: Member, parallel: ParallelConfig, over: dict
     return model
 
 
-def step(model: Any, seed: int = 0) -> list[float]:
-    """Gradients of one global batch; ``[KD, CE, tokens]``."""
+def step(model: Any, seed: int = 0, targets: float = 1.0) -> list[float]:
+    """Gradients of one global batch; ``[KD, CE, tokens]``. ``targets=0`` masks every token."""
     from nemo_minitron.models.schedule import on_this_cp_rank
 
     for chunk in model.model:
@@ -45,6 +45,8 @@ def step(model: Any, seed: int = 0) -> list[float]:
         chunk.zero_grad_buffer()
     dp = model.groups.dp
     mine = batches(4, 16, model.gpt.vocab_size, seed)[dp.rank() :: dp.size()]
+    for batch in mine:
+        batch["loss_mask"] *= targets
     sums = model.forward_backward([on_this_cp_rank(batch, model.groups) for batch in mine])
     return sums.tolist()
 
@@ -72,6 +74,19 @@ def inter_gradients(
     torch.distributed.barrier()
     save_weights(model.chunks, model.groups, student[0], folder)
     return {"sums": sums, "losses": model.step_losses(*sums), "copies": copies}
+
+
+def without_targets(
+    student: Member, teacher: Member, parallel: ParallelConfig, over: dict[str, Any]
+) -> tuple[tuple[dict[str, float], float], tuple[float, float]]:
+    """What a batch without targets logs, its gradient norm; alpha after and before a later one."""
+    model = built(student, teacher, parallel, over)
+    logged = model.step_losses(*step(model, targets=0.0))
+    norm = sum(float(p.main_grad.norm()) for chunk in model.chunks for p in chunk.parameters())
+    step(model)
+    before = model.intermediate.alpha
+    step(model, targets=0.0)
+    return (logged, norm), (model.intermediate.alpha, before)
 
 
 def train(

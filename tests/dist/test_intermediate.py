@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.distributed.checkpoint import FileSystemReader
 
 from nemo_minitron.checkpoint.torch_dist import read_torch_dist
 from nemo_minitron.config.intermediate import IntermediateConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.families.registry import family_of
-from tests.dist.inter_cases import inter_gradients, train
+from tests.dist.inter_cases import inter_gradients, train, without_targets
 from tests.dist.kd_cases import batches
 from tests.tiny import LLAMA, MIXTRAL, write_weights
 
@@ -80,9 +81,10 @@ class Pair:
         assert all(r["losses"] == results[0]["losses"] for r in results), "ranks disagree"
         copies = [grad for r in results for _, grad in r["copies"]]
         assert all(torch.equal(grad, copies[0]) for grad in copies), "copies drift apart"
+        keys = FileSystemReader(str(out)).read_metadata().state_dict_metadata
+        assert not any("projection" in key for key in keys), "no part of the result"
         store = read_torch_dist(out, family_of(self.student[0]), self.student[0])
         grads = {name: tensor.read() for name, tensor in store.items()}
-        assert not any("projection" in name for name in grads)
         return results[0]["losses"], {**grads, "projection": copies[0]}
 
     def alone(self, intermediate):
@@ -170,6 +172,25 @@ def test_activation_recompute_changes_nothing(pair, recompute):
     assert losses == pytest.approx(want[0], rel=1e-5)
     for name, tensor in want[1].items():
         assert _error(grads[name], tensor) < 1e-4, name
+
+
+def test_bf16_is_close_to_fp32(pair):
+    """Half-precision states cross the pipeline as they are; the losses are made in fp32."""
+    size, parallel = LAYOUTS["PP2"]
+    losses, grads = pair.gradients(size, parallel, MSE, precision="bf16-mixed")
+    want = pair.alone(MSE)
+    assert losses == pytest.approx(want[0], rel=2e-2)
+    assert grads["projection"].dtype == torch.float32
+    assert _error(grads["projection"], want[1]["projection"]) < 8e-2
+
+
+def test_no_target_tokens_change_nothing(pair):
+    """Also as the very first batch, when there is no alpha yet."""
+    args = (pair.student, pair.teacher, ParallelConfig(), {"intermediate": ALL})
+    (logged, norm), (alpha, before) = pair.ranks.run(1, without_targets, *args)[0]
+    assert set(logged.values()) == {0.0}
+    assert norm == 0.0
+    assert alpha == before > 0
 
 
 def _hf_model(member, folder: Path):
