@@ -9,6 +9,7 @@ See docs/design/intermediate.md.
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -69,7 +70,9 @@ class IntermediateLosses:
         self._relation_heads = 0
         if "attention_relation" in config.losses:
             self._relation_heads = relation_heads(config, self.teacher, self.student, parallel)
-        self._like = next(self._teacher_chunks[0].parameters())
+        # Not any parameter's dtype: torch norms keep fp32 weights under bf16 and give bf16.
+        self._dtype = self._teacher_chunks[0].config.params_dtype
+        self._device = next(self._teacher_chunks[0].parameters()).device
         self._places = owners(student_chunks, groups.pp)
         self._teacher_places = owners(self._teacher_chunks, groups.pp)
         self.routes = [
@@ -77,7 +80,7 @@ class IntermediateLosses:
             for pair in self.pairs
         ]
         self.projections = self._add_projections(student_chunks)
-        self.sums = torch.zeros(len(self.pairs), device=self._like.device)
+        self.sums = torch.zeros(len(self.pairs), device=self._device)
         self._kept: Kept = {}
 
     @property
@@ -99,7 +102,8 @@ class IntermediateLosses:
                     self.teacher.hidden_size,
                     copy=copy,
                     sequence_parallel=self.parallel.sequence_parallel,
-                    like=next(chunks[stage].parameters()),
+                    dtype=self._dtype,
+                    device=self._device,
                 )
                 chunks[stage].add_module(PROJECTION, module)
                 mine.append(module)
@@ -114,7 +118,8 @@ class IntermediateLosses:
         with ExitStack() as handles:
             for pair, chunk in self._here(self._teacher_places, self._teacher_chunks, teacher=True):
                 kept: list[States | None] = captured.setdefault(pair, [])
-                handle = watch(chunk, pair.kind, pair.teacher, _keep_in(kept))
+                use = _keep_in(kept, self._dtype)
+                handle = watch(chunk, pair.kind, pair.teacher, use)
                 handles.callback(handle.remove)
             yield
         self._kept = captured
@@ -126,7 +131,8 @@ class IntermediateLosses:
             return self._shapes(pair, micro_batches[index])
 
         count, pp = len(micro_batches), self.groups.pp
-        self._kept = deliver(self.routes, self._kept, shapes, count, pp, self._like)
+        empty = partial(torch.empty, dtype=self._dtype, device=self._device)
+        self._kept = deliver(self.routes, self._kept, shapes, count, pp, empty)
 
     def _shapes(self, pair: Pair, batch: Batch) -> list[tuple[int, ...]]:
         b, s = batch["tokens"].shape
@@ -245,9 +251,9 @@ class IntermediateLosses:
         return self.sums
 
 
-def _keep_in(kept: list[States | None]) -> Use:
+def _keep_in(kept: list[States | None], dtype: torch.dtype) -> Use:
     def use(states: States, carrier: Tensor) -> Tensor:
-        kept.append(tuple(state.contiguous() for state in states))
+        kept.append(tuple(state.to(dtype).contiguous() for state in states))
         return carrier
 
     return use

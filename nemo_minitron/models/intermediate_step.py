@@ -104,7 +104,8 @@ class IntermediateStep:
     def _finalize(self, before: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         before(*args, **kwargs)
         shape = (self.losses.teacher.hidden_size, self.losses.student.hidden_size)
-        sum_gradients(self.losses.projections, shape, self.losses.groups.pp)
+        losses = self.losses
+        sum_gradients(losses.projections, shape, losses.groups.pp, losses.sums.device)
 
     # ---- checkpoint
 

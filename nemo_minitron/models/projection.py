@@ -28,7 +28,14 @@ class Projection(torch.nn.Module):
     """
 
     def __init__(
-        self, student: int, teacher: int, *, copy: int, sequence_parallel: bool, like: Tensor
+        self,
+        student: int,
+        teacher: int,
+        *,
+        copy: int,
+        sequence_parallel: bool,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
     ) -> None:
         """Draw the initial matrix: normal, variance 1 / h, the same whatever the layout.
 
@@ -37,12 +44,13 @@ class Projection(torch.nn.Module):
             teacher: teacher width H.
             copy: number of this copy in the whole pipeline; 0 is the one that is saved and counted.
             sequence_parallel: whether a rank sees a part of the sequence.
-            like: a tensor of the student's dtype on its device.
+            dtype: of the student.
+            device: of the student; None is the CPU.
         """
         super().__init__()
         generator = torch.Generator().manual_seed(_SEED)
         weight = torch.randn(teacher, student, generator=generator) / student**0.5
-        self.weight = torch.nn.Parameter(weight.to(like))
+        self.weight = torch.nn.Parameter(weight.to(dtype).to(device))
         self.copy = copy
         parameter: Any = self.weight
         # Megatron's marks: gradients of sequence parts are summed over the tensor-parallel ranks;
@@ -67,23 +75,25 @@ class Projection(torch.nn.Module):
         return {key: tensor}
 
 
-def sum_gradients(copies: Sequence[Projection], shape: tuple[int, int], group: Any) -> None:
+def sum_gradients(
+    copies: Sequence[Projection], shape: tuple[int, int], group: Any, device: torch.device
+) -> None:
     """Give every copy the sum of the gradients of all copies (collective over the pipeline).
 
     Args:
         copies: those of this rank's chunks.
         shape: of the matrix, for ranks without a copy.
         group: pipeline-parallel group.
+        device: of this rank.
     """
     if group.size() == 1 and len(copies) == 1:
         return
     grads: list[Tensor] = [copy.weight.main_grad for copy in copies]  # type: ignore[attr-defined]
-    total = torch.stack(grads).sum(0) if grads else None
+    # Gradient buffers are fp32 (models/optim.py, grad_reduce_in_fp32).
+    total = torch.zeros(shape, dtype=torch.float32, device=device)
+    for grad in grads:
+        total += grad
     if group.size() > 1:
-        if total is None:
-            # Gradient buffers are fp32 (models/optim.py, grad_reduce_in_fp32).
-            device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
-            total = torch.zeros(shape, dtype=torch.float32, device=device)
         dist.all_reduce(total, group=group)
     for grad in grads:
         grad.copy_(total)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -45,7 +44,7 @@ def deliver(
     shapes: Callable[[Pair, int], list[tuple[int, ...]]],
     micro_batches: int,
     group: Group,
-    like: Tensor,
+    empty: Callable[[tuple[int, ...]], Tensor],
 ) -> Kept:
     """Move captured states to where the student's loss is; nothing else crosses the wire.
 
@@ -58,7 +57,7 @@ def deliver(
         shapes: pair and micro-batch -> local shapes of its states.
         micro_batches: number of them.
         group: pipeline-parallel group.
-        like: a tensor of the teacher's dtype on this rank's device.
+        empty: makes a tensor of the captured states' dtype on this rank's device.
 
     Returns:
         States for the student's places on this rank.
@@ -73,7 +72,7 @@ def deliver(
         arriving: list[States | None] = []
         sending = captured.pop(route.pair) if me == route.source else []
         for index in range(micro_batches):
-            states = sending[index] if sending else _empty(shapes(route.pair, index), like)
+            states = sending[index] if sending else tuple(map(empty, shapes(route.pair, index)))
             assert states is not None
             operation, peer = (dist.isend, route.target) if sending else (dist.irecv, route.source)
             operations += [
@@ -85,7 +84,3 @@ def deliver(
     for request in dist.batch_isend_irecv(operations) if operations else []:
         request.wait()
     return kept
-
-
-def _empty(shapes: list[tuple[int, ...]], like: Tensor) -> States:
-    return tuple(torch.empty(shape, dtype=like.dtype, device=like.device) for shape in shapes)

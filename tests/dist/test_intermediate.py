@@ -223,7 +223,7 @@ def test_one_rank_equals_transformers(pair, losses):
 
     logged, got = pair.alone(losses)
     student, teacher = _hf_model(pair.student, pair.folder), _hf_model(pair.teacher, pair.folder)
-    projection = Projection(32, 48, copy=0, sequence_parallel=False, like=torch.zeros(()))
+    projection = Projection(32, 48, copy=0, sequence_parallel=False)
     places = [(0, 0), *((t + 1, s + 1) for t, s in sorted(MAP))]
     kd, inner, tokens = 0.0, [0.0] * len(places), 0.0
     for batch in batches(4, 16, STUDENT.vocab_size):
