@@ -82,6 +82,7 @@ class IntermediateLosses:
         self.projections = self._add_projections(student_chunks)
         self.sums = torch.zeros(len(self.pairs), device=self._device)
         self._kept: Kept = {}
+        self._masks: dict[int, Tensor] = {}
 
     @property
     def projected(self) -> bool:
@@ -222,12 +223,11 @@ class IntermediateLosses:
     ) -> Tensor:
         """Sum over this rank's tokens; ``mask`` is ``[s, b]`` of the full local sequence."""
         if pair.kind == "attention_relation":
-            allowed = causal_mask(mask.size(0), self.groups.cp).to(mask.device)
             return relation_loss(
                 states,
                 teacher,
                 mask,
-                allowed,
+                self._allowed(mask.size(0)),
                 local_heads=self._relation_heads // self.groups.tp.size(),
                 total_heads=self._relation_heads,
                 gather=self._gather,
@@ -238,6 +238,12 @@ class IntermediateLosses:
         if self.projected:
             hidden = getattr(chunk, PROJECTION)(hidden)
         return state_loss(hidden, target, mask, self.config.metric)
+
+    def _allowed(self, length: int) -> Tensor:
+        """Which positions see which; made once per length: copying it would wait for the device."""
+        if length not in self._masks:
+            self._masks[length] = causal_mask(length, self.groups.cp).to(self._device)
+        return self._masks[length]
 
     def _gather(self, local: Tensor) -> Tensor:
         return gather_sequence(local, self.groups.cp)
