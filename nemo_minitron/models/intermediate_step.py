@@ -25,19 +25,22 @@ class IntermediateStep:
     ``dynamic`` makes alpha L_logits / L_is (2407.14679, section 3). A stage in front of the last
     needs it before the loss on the logits of its own batch exists, so it is the ratio of the sums
     over the global batch before; the first batch is measured by a forward-only pass. All ranks
-    divide the same reduced sums, so alpha is the same everywhere.
+    divide the same reduced sums, so alpha is the same everywhere. It stays on the device: the host
+    does not wait for it, but to log or save it.
 
     Attributes:
         losses: the losses.
-        alpha: weight of the next step; None until a batch with both losses above 0 was seen.
+        alpha: weight of the next step, fp64 scalar; None until a batch with both losses above 0
+            was seen.
     """
 
     def __init__(self, losses: IntermediateLosses, kd_weight: float) -> None:
         self.losses = losses
         self.kd_weight = kd_weight
-        config = losses.config
-        self.alpha: float | None = None if config.dynamic else float(config.alpha)
-        self._used, self._sums = self.alpha or 0.0, [0.0] * len(losses.pairs)
+        self._zero = torch.zeros((), dtype=torch.float64, device=losses.sums.device)
+        dynamic = losses.config.dynamic
+        self.alpha: Tensor | None = None if dynamic else self._zero + float(losses.config.alpha)
+        self._used = self._zero
         self._scale: Callable[[Tensor], Any] | None = None
 
     # ---- one global batch
@@ -64,18 +67,22 @@ class IntermediateStep:
         self, chunks: Sequence[HiddenGPTModel], micro_batches: Sequence[Batch]
     ) -> AbstractContextManager[None]:
         """Around the student's schedule: the losses join the backward, weighted by alpha."""
-        self._used = self.alpha or 0.0
-        weight = torch.tensor(self._used, device=self.losses.sums.device)
+        self._used = weight = self._zero if self.alpha is None else self.alpha
         if self._scale is not None:
             weight = self._scale(weight).reshape(())
         return self.losses.attached(chunks, micro_batches, weight)
 
     def follow(self, sums: Tensor) -> None:
         """Take the sums of a pass: ``[KD, CE, tokens]`` over the global batch (collective)."""
-        self._sums = self.losses.reduced().tolist()
-        logits, total = self.kd_weight * float(sums[0]), sum(self._sums)
+        total = self.losses.reduced().double().sum()
+        if not self.losses.config.dynamic:
+            return
+        logits = self.kd_weight * sums[0].double()
         # Nothing to compare in a batch without target tokens: the ratio before stays.
-        if self.losses.config.dynamic and logits > 0 and total > 0:
+        valid = (logits > 0) & (total > 0)
+        if self.alpha is not None:
+            self.alpha = torch.where(valid, logits / total, self.alpha)
+        elif valid.item():  # the host waits here before the first step alone
             self.alpha = logits / total
 
     def add_to(self, losses: dict[str, float], kd: float, tokens: float) -> dict[str, float]:
@@ -83,10 +90,11 @@ class IntermediateStep:
         tokens = max(tokens, 1.0)
         parts = {
             f"intermediate/{loss_name(pair)}": value / tokens
-            for pair, value in zip(self.losses.pairs, self._sums, strict=True)
+            for pair, value in zip(self.losses.pairs, self.losses.sums.tolist(), strict=True)
         }
-        loss = losses["loss"] + self._used * sum(parts.values())
-        return {**losses, "loss": loss, "kd_loss": kd / tokens, "alpha": self._used, **parts}
+        alpha = self._used.item()
+        loss = losses["loss"] + alpha * sum(parts.values())
+        return {**losses, "loss": loss, "kd_loss": kd / tokens, "alpha": alpha, **parts}
 
     # ---- training
 
@@ -111,7 +119,7 @@ class IntermediateStep:
 
     def state_dict(self) -> dict[str, float | None]:
         """What the next step needs."""
-        return {"alpha": self.alpha}
+        return {"alpha": None if self.alpha is None else self.alpha.item()}
 
     def load_state_dict(self, state: dict[str, float | None] | None) -> None:
         """From the checkpoint.
@@ -123,7 +131,8 @@ class IntermediateStep:
             raise ValueError(
                 f"the training checkpoint was written without {self._losses}; {_START_AGAIN}"
             )
-        self.alpha = state["alpha"]
+        alpha = state["alpha"]
+        self.alpha = None if alpha is None else self._zero + alpha
 
     @property
     def _losses(self) -> str:

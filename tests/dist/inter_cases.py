@@ -84,9 +84,9 @@ def without_targets(
     logged = model.step_losses(*step(model, targets=0.0))
     norm = sum(float(p.main_grad.norm()) for chunk in model.chunks for p in chunk.parameters())
     step(model)
-    before = model.intermediate.alpha
+    before = model.intermediate.alpha.item()
     step(model, targets=0.0)
-    return (logged, norm), (model.intermediate.alpha, before)
+    return (logged, norm), (model.intermediate.alpha.item(), before)
 
 
 def train(
