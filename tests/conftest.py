@@ -9,7 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from tests.layout_table import LayoutTable
+from tests.layout_table import GradientTable, LayoutTable
 from tests.pool import WorkerPool
 
 
@@ -25,6 +25,15 @@ def ranks() -> Iterator[WorkerPool]:
 def layout_table() -> Iterator[LayoutTable]:
     """Collects the rows of the table in docs/layouts.md; MINITRON_WRITE_DOCS=1 writes them."""
     table = LayoutTable()
+    yield table
+    if os.environ.get("MINITRON_WRITE_DOCS") == "1" and table.rows:
+        table.write()
+
+
+@pytest.fixture(scope="session")
+def gradient_table() -> Iterator[GradientTable]:
+    """As ``layout_table``, the table of gradients."""
+    table = GradientTable()
     yield table
     if os.environ.get("MINITRON_WRITE_DOCS") == "1" and table.rows:
         table.write()

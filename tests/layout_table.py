@@ -1,7 +1,7 @@
-"""The table in ``docs/layouts.md``, made by the tests that ran.
+"""The tables in ``docs/layouts.md``, made by the tests that ran.
 
 ``MINITRON_WRITE_DOCS=1 pytest tests/dist`` rewrites the rows of those tests inside the marked
-block; rows of tests that did not run stay as they are.
+blocks; rows of tests that did not run stay as they are.
 """
 
 from collections.abc import Mapping
@@ -12,6 +12,11 @@ BEGIN, END = "<!-- layouts: begin (written by the tests) -->", "<!-- layouts: en
 HEADER = (
     "| ranks | layout | largest relative score error | kept indices identical "
     "| weights equal | test |\n|---|---|---|---|---|---|"
+)
+GRADIENT_BEGIN = "<!-- gradients: begin (written by the tests) -->"
+GRADIENT_END = "<!-- gradients: end -->"
+GRADIENT_HEADER = (
+    "| ranks | layout | losses | largest relative gradient error | test |\n|---|---|---|---|---|"
 )
 
 
@@ -45,18 +50,37 @@ class LayoutTable:
 
     def write(self, path: Path = DOCS) -> None:
         """Rewrite the marked block, fewest ranks first."""
-        before, rest = path.read_text().split(BEGIN)
-        _, after = rest.split(END)
-        rows = sorted({**read_rows(path), **self.rows}.values(), key=_ranks)
-        path.write_text("\n".join([before + BEGIN, HEADER, *rows, END + after]))
+        _write(path, HEADER, self.rows, BEGIN, END)
+
+
+class GradientTable:
+    """Gradients of a layout against those of one rank; rows by test name."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, str] = {}
+
+    def record(self, test: str, *, ranks: int, layout: str, losses: str, error: float) -> None:
+        """One layout's verdict; call it before the asserts so that a failure shows too."""
+        self.rows[test] = f"| {ranks} | {layout} | {losses} | {error:.0e} | `{test}` |"
+
+    def write(self, path: Path = DOCS) -> None:
+        """Rewrite the marked block, fewest ranks first."""
+        _write(path, GRADIENT_HEADER, self.rows, GRADIENT_BEGIN, GRADIENT_END)
+
+
+def _write(path: Path, header: str, rows: Mapping[str, str], begin: str, end: str) -> None:
+    before, rest = path.read_text().split(begin)
+    _, after = rest.split(end)
+    lines = sorted({**read_rows(path, begin, end), **rows}.values(), key=_ranks)
+    path.write_text("\n".join([before + begin, header, *lines, end + after]))
 
 
 def _ranks(row: str) -> int:
     return int(row.split("|")[1])
 
 
-def read_rows(path: Path = DOCS) -> Mapping[str, str]:
+def read_rows(path: Path = DOCS, begin: str = BEGIN, end: str = END) -> Mapping[str, str]:
     """Test name -> row of the marked block."""
-    block = path.read_text().split(BEGIN)[1].split(END)[0]
+    block = path.read_text().split(begin)[1].split(end)[0]
     rows = [line for line in block.splitlines() if line.endswith("` |")]
     return {row.split("`")[-2]: row for row in rows}

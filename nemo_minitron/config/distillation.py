@@ -1,6 +1,8 @@
 """The losses between teacher and student: section ``distillation`` of ``minitron distill``."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from nemo_minitron.config.intermediate import IntermediateConfig
 
 DENSE_LOSSES = ("forward_kl", "reverse_kl", "js", "mse", "cosine")
 # Those that read only the teacher's k largest logits of each token.
@@ -39,6 +41,7 @@ class DistillationConfig:
     """Weight of the language-model loss added to the distillation loss."""
     offload_teacher: bool = False
     """Keep the teacher's weights, all but its output layer, in host memory between its passes."""
+    intermediate: IntermediateConfig = field(default_factory=IntermediateConfig)
 
     def __post_init__(self) -> None:
         """Check names, ranges and what belongs together."""
@@ -57,6 +60,12 @@ class DistillationConfig:
             raise ValueError(
                 "distillation.kd_weight=0 and distillation.ce_weight=0 leave no loss; set one of "
                 "them above 0"
+            )
+        if self.kd_weight == 0 and self.intermediate.losses and self.intermediate.dynamic:
+            raise ValueError(
+                "distillation.intermediate.alpha=dynamic follows the loss on the logits, which "
+                "distillation.kd_weight=0 switches off; set distillation.intermediate.alpha to a "
+                "number or distillation.kd_weight above 0"
             )
 
     def _check_temperature(self) -> None:

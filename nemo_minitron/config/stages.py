@@ -261,6 +261,11 @@ class DistillConfig(StageConfig):
                 "of which teacher_logits holds the largest logits; set distillation.loss to "
                 f"{' or '.join(TOP_K_LOSSES)}, or give teacher="
             )
+        if self.distillation.intermediate.losses:
+            raise ValueError(
+                f"distillation.intermediate.losses={self.distillation.intermediate.losses} compare "
+                "inner states, which teacher_logits does not hold; set it to [], or give teacher="
+            )
         if self.distillation.offload_teacher:
             raise ValueError(
                 "distillation.offload_teacher=true is for a teacher that is built; leave it out "

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -37,6 +36,7 @@ from nemo_minitron.importance.aggregate import (
 )
 from nemo_minitron.importance.angles import BlockAngles
 from nemo_minitron.importance.experts import ExpertRecorder
+from nemo_minitron.models.norms import normed_input
 from nemo_minitron.runtime.groups import ParallelGroups
 
 NORMS_PER_LAYER = 2
@@ -219,26 +219,6 @@ def _submodule(owner: nn.Module | None, name: str, axis: str, layer: int) -> nn.
             f"cannot be scored; leave {axis} out of scores.axes"
         )
     return module
-
-
-def normed_input(linear: Any, x: Tensor) -> Tensor:
-    """What Transformer Engine's fused norm + linear layer feeds its matrix.
-
-    Args:
-        linear: a module with ``layer_norm_weight`` (and ``layer_norm_bias``) and Megatron's config.
-        x: ``[s, b, h]`` input of the module.
-
-    Returns:
-        ``[s, b, h]``, dtype of ``x``.
-    """
-    config = linear.config
-    weight, bias = linear.layer_norm_weight, getattr(linear, "layer_norm_bias", None)
-    if config.layernorm_zero_centered_gamma:
-        weight = weight + 1
-    shape, eps = (x.size(-1),), config.layernorm_epsilon
-    if config.normalization == "RMSNorm":
-        return F.rms_norm(x, shape, weight, eps)
-    return F.layer_norm(x, shape, weight, bias, eps)
 
 
 def _block_angles(

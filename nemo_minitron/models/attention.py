@@ -52,6 +52,22 @@ class _GatherSequence(torch.autograd.Function):
         return grad.chunk(ctx.group.size())[ctx.group.rank()].contiguous(), None
 
 
+def gather_sequence(local: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    """Tokens of all context-parallel ranks, ``[s, ...]`` to ``[s * cp, ...]``, differentiable."""
+    if group.size() == 1:
+        return local
+    out: Tensor = _GatherSequence.apply(local, group)
+    return out
+
+
+def causal_mask(local_length: int, group: torch.distributed.ProcessGroup) -> Tensor:
+    """``[s, s * cp]`` boolean mask of this rank's queries over all keys in gathered order."""
+    size = group.size()
+    queries = zigzag_positions(local_length, group.rank(), size)
+    keys = torch.cat([zigzag_positions(local_length, rank, size) for rank in range(size)])
+    return queries[:, None] >= keys[None, :]
+
+
 class LocalAttention(torch.nn.Module):
     """Scaled dot-product attention with a causal mask, grouped queries and context parallelism."""
 
@@ -73,13 +89,6 @@ class LocalAttention(torch.nn.Module):
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale
 
-    def _mask(self, local_length: int) -> Tensor:
-        """``[s, s * cp]`` boolean mask of this rank's queries over all keys in gathered order."""
-        size = self.cp_group.size()
-        queries = zigzag_positions(local_length, self.cp_group.rank(), size)
-        keys = torch.cat([zigzag_positions(local_length, rank, size) for rank in range(size)])
-        return queries[:, None] >= keys[None, :]
-
     def forward(
         self,
         query: Tensor,
@@ -95,9 +104,9 @@ class LocalAttention(torch.nn.Module):
         assert packed_seq_params is None
         mask = None
         if self.cp_group.size() > 1:
-            mask = self._mask(query.size(0)).to(query.device)
-            key = _GatherSequence.apply(key, self.cp_group)
-            value = _GatherSequence.apply(value, self.cp_group)
+            mask = causal_mask(query.size(0), self.cp_group).to(query.device)
+            key = gather_sequence(key, self.cp_group)
+            value = gather_sequence(value, self.cp_group)
         # [s, b, n, d] -> [b, n, s, d]
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = F.scaled_dot_product_attention(

@@ -174,6 +174,9 @@ class MinitronGPTModel(ModelPT):
             state["unlogged_tokens"] = self._tokens.item()
         return state
 
+    def check_training_checkpoint(self, folder: Path) -> None:
+        """Refuse a training checkpoint that lacks what this model trains; none does here."""
+
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Restore what ``training_state`` saved."""
         for index, chunk in enumerate(self.chunks):
@@ -267,17 +270,20 @@ class MinitronGPTModel(ModelPT):
         if logged:
             self._log_step(values, lr, grad_norm)
 
+    def step_losses(self, kd: float, ce: float, tokens: float) -> dict[str, float]:
+        """What a step logs per token: ``loss`` is the one that was trained on, parts follow."""
+        config, count = self.loss_config(), max(tokens, 1.0)
+        losses = {"loss": (config.kd_weight * kd + config.ce_weight * ce) / count}
+        if config.kd_weight:
+            losses["kd_loss"] = kd / count
+        if config.ce_weight:
+            losses["lm_loss"] = ce / count
+        return losses
+
     def _log_step(self, sums: list[float], lr: float, grad_norm: float | None) -> None:
         """Log a step; ``tokens`` are those since the last logged one."""
-        kd, ce, tokens = sums[:3]
-        config, count = self.loss_config(), max(tokens, 1.0)
-        loss = (config.kd_weight * kd + config.ce_weight * ce) / count
-        metrics = {"loss": loss, "lr": lr, "grad_norm": float(grad_norm or 0.0)}
-        if config.kd_weight:
-            metrics["kd_loss"] = kd / count
-        if config.ce_weight:
-            metrics["lm_loss"] = ce / count
-        metrics["tokens"] = self._tokens.item()
+        metrics = self.step_losses(*sums[:3])
+        metrics |= {"lr": lr, "grad_norm": float(grad_norm or 0.0), "tokens": self._tokens.item()}
         self._tokens.zero_()
         self.last_metrics = metrics
         for name, value in metrics.items():

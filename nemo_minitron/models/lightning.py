@@ -149,6 +149,7 @@ class MegatronStrategy(SingleDeviceStrategy):
 
     def load_checkpoint(self, checkpoint_path: Any) -> dict[str, Any]:
         """Load weights, optimizer and scheduler in place; returns Lightning's state."""
+        self._module.check_training_checkpoint(Path(checkpoint_path))
         state = self._module.training_state(is_loading=True)
         with plain_errors(Path(checkpoint_path)):
             loaded = dist_checkpointing.load(state, str(checkpoint_path))

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.models.build import HiddenGPTModel
+from nemo_minitron.models.projection import is_projection, without_projection
 from nemo_minitron.runtime.groups import ParallelGroups
 
 _ALMOST_FULL = 1 << 20
@@ -118,11 +119,19 @@ def load_weights(
     Raises:
         ValueError: the weights do not fit the model, or hold NaN or infinity.
     """
+    wanted = {
+        name: without_projection(state)
+        for name, state in model_sharded_state_dict(chunks, groups).items()
+    }
     with plain_errors(folder):
-        state = dist_checkpointing.load(model_sharded_state_dict(chunks, groups), str(folder))
+        state = dist_checkpointing.load(wanted, str(folder))
     for index, chunk in enumerate(chunks):
         result = chunk.load_state_dict(state[f"model{index}"], strict=False)
-        missing = [key for key in result.missing_keys if not key.endswith("_extra_state")]
+        missing = [
+            key
+            for key in result.missing_keys
+            if not key.endswith("_extra_state") and not is_projection(key)
+        ]
         if missing or result.unexpected_keys:
             raise ValueError(
                 f"{folder} does not fit the model: missing {missing}, "
@@ -156,9 +165,13 @@ def save_weights(
 ) -> None:
     """Write the model to ``folder`` (collective; the folder exists and is empty).
 
-    The vocabulary is stored without padding, so the checkpoint does not depend on the layout.
+    The vocabulary is stored without padding, so the checkpoint does not depend on the layout. What
+    only training needs (the projection of intermediate losses) is left out.
     """
-    state = model_sharded_state_dict(chunks, groups)
+    state = {
+        name: without_projection(chunk)
+        for name, chunk in model_sharded_state_dict(chunks, groups).items()
+    }
     for chunk in state.values():
         for name, tensor in list(chunk.items()):
             if isinstance(tensor, ShardedTensor) and tensor.key in _VOCAB_KEYS:

@@ -13,6 +13,7 @@ from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.config.recompute import check_recompute
 from nemo_minitron.config.stages import DistillConfig
 from nemo_minitron.data.checks import check_batches, check_data
+from nemo_minitron.distillation.layer_map import check_intermediate
 from nemo_minitron.distillation.logit_index import FOLDER, INDEX, PARTS, LogitIndex, check_stored
 from nemo_minitron.runtime.ranks import launched_world_size
 
@@ -77,6 +78,7 @@ def _check_teacher(cfg: DistillConfig, student: ModelConfig, teacher: ModelConfi
             f"{teacher.vocab_size}; set student= and teacher= to models of one tokenizer"
         )
     _check_layout(cfg, "teacher", teacher)
+    check_intermediate(cfg.distillation.intermediate, teacher, student, cfg.parallel)
 
 
 def _check_layout(cfg: DistillConfig, key: str, model: ModelConfig) -> None:

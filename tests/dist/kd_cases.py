@@ -36,9 +36,9 @@ def model_cfg(
     return OmegaConf.create(cfg)
 
 
-def batches(samples: int, seq: int, vocab: int) -> list[dict[str, torch.Tensor]]:
+def batches(samples: int, seq: int, vocab: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:
     """Micro-batches of one sample each; a few tokens are masked."""
-    ids = token_batch(samples, seq, vocab)
+    ids = token_batch(samples, seq, vocab, seed)
     out = []
     for row in ids:
         mask = torch.ones(1, seq)

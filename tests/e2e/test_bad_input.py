@@ -337,6 +337,28 @@ def test_result_of_the_wrong_stage(refuses, home, stage, key, given, needs):
     refuses(stage, f"{key}={home / given} is a result of", needs, **{key: home / given})
 
 
+def test_layer_maps_out_of_range(refuses):
+    losses = {"distillation.intermediate.losses": "[block_output]"}
+    key = "distillation.intermediate.layer_map"
+    refuses(
+        "distill",
+        f"{key}=[[99, 0]]: teacher layer 99",
+        "layers 0 to ",
+        **losses,
+        **{key: "[[99,0]]"},
+    )
+    refuses(
+        "distill",
+        f"{key}=[[0, 99]]: student layer 99",
+        "layers 0 to ",
+        **losses,
+        **{key: "[[0,99]]"},
+    )
+    refuses(
+        "distill", "student layer 0 more than", "one teacher", **losses, **{key: "[[0,0],[1,0]]"}
+    )
+
+
 def test_student_and_teacher_of_different_vocabularies(refuses, home, tmp_path):
     larger = edited(home / "model", tmp_path / "larger", resized(vocab_size=999))
     says = "set student= and teacher= to models of one tokenizer"

@@ -42,6 +42,9 @@ def _command(folder: Path, name: str) -> list[str]:
         "trainer.save_every_n_steps=2",
         "optim.lr=1e-2",
         "optim.lr_warmup_steps=2",
+        # Also what the intermediate losses train and follow comes back.
+        "distillation=logit_emb_block",
+        "distillation.intermediate.layer_map=[[2,0]]",
     ]
 
 
