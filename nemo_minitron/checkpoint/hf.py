@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nemo_minitron.checkpoint.lazy import LazyTensor, Store, main_dtype, shared_parts
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.families.fuse import FUSIONS, hf_shapes
+from nemo_minitron.families.fuse import FUSIONS, HF_FORMS, hf_shapes
 from nemo_minitron.families.registry import family_of_hf
 from nemo_minitron.families.table import Family, Row
 
@@ -33,7 +33,7 @@ GENERATION_JSON = "generation_config.json"
 INDEX_JSON = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # Buffers that old checkpoints hold and that follow from the config.
-_DERIVED = (".rotary_emb.inv_freq",)
+_DERIVED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -94,6 +94,8 @@ def _open_shard(path: Path, expected: set[str] | None) -> Store:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
             for name in names:
+                if name.endswith(_DERIVED):
+                    continue
                 view = file.get_slice(name)
                 if view.get_dtype() not in DTYPES:
                     raise ValueError(
@@ -200,6 +202,11 @@ def _check_hf(family: Family, config: ModelConfig, store: Store) -> None:
 
 
 def _fused(row: Row, config: ModelConfig, parts: list[LazyTensor]) -> LazyTensor:
+    if row.hf_form is not None:
+        (part,), form = parts, HF_FORMS[row.hf_form]
+        return LazyTensor(
+            row.shape(config), part.dtype, lambda: form.to_megatron(config, part.read())
+        )
     if len(parts) == 1:
         return parts[0]
     dtypes = {part.dtype for part in parts}
@@ -211,6 +218,15 @@ def _fused(row: Row, config: ModelConfig, parts: list[LazyTensor]) -> LazyTensor
         return fuse(config, [part.read() for part in parts])
 
     return LazyTensor(row.shape(config), dtypes.pop(), read)
+
+
+def _prefixed(family: Family, store: Store) -> Store:
+    """The same store with the prefix that checkpoints of the bare model leave out."""
+    prefix = family.hf_prefix
+    if not prefix or any(name.startswith(prefix) for name in store):
+        return store
+    known = {name for row in family.rows for name in row.hf if not name.startswith(prefix)}
+    return {name if name in known else prefix + name: tensor for name, tensor in store.items()}
 
 
 def to_megatron(family: Family, config: ModelConfig, hf_store: Store) -> Store:
@@ -227,11 +243,20 @@ def to_megatron(family: Family, config: ModelConfig, hf_store: Store) -> Store:
     Raises:
         ValueError: a tensor is missing, unexpected, or not of the shape the config asks for.
     """
+    hf_store = _prefixed(family, hf_store)
     _check_hf(family, config, hf_store)
     return {
         name: _fused(row, config, [hf_store[part] for part in _hf_names(row, layer)])
         for name, row, layer in family.parameters(config)
     }
+
+
+def _reformed(row: Row, config: ModelConfig, whole: LazyTensor) -> LazyTensor:
+    """The one Hugging Face tensor of a row."""
+    if row.hf_form is None:
+        return whole
+    (shape,), form = hf_shapes(row, config), HF_FORMS[row.hf_form]
+    return LazyTensor(shape, whole.dtype, lambda: form.to_hf(config, whole.read()))
 
 
 def to_hf(family: Family, config: ModelConfig, store: Store) -> Store:
@@ -240,7 +265,7 @@ def to_hf(family: Family, config: ModelConfig, store: Store) -> Store:
     for name, row, layer in family.parameters(config):
         whole, names, shapes = store[name], _hf_names(row, layer), hf_shapes(row, config)
         if len(names) == 1:
-            result[names[0]] = whole
+            result[names[0]] = _reformed(row, config, whole)
             continue
         split = FUSIONS[row.dims[0]].split
         reads = shared_parts(

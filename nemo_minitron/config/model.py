@@ -30,6 +30,8 @@ class ModelConfig:
     max_position_embeddings: int
     normalization: str = "RMSNorm"
     layernorm_epsilon: float = 1e-5
+    layernorm_zero_centered_gamma: bool = False
+    """Norms multiply by 1 + weight (LayerNorm1P)."""
     gated_linear_unit: bool = True
     activation: str = "silu"
     """``silu``, ``gelu``, ``gelu_tanh`` or ``squared_relu``."""
@@ -37,6 +39,7 @@ class ModelConfig:
     add_qkv_bias: bool = False
     qk_layernorm: bool = False
     position_embedding_type: str = "rope"
+    """``rope``, or ``learned_absolute``: a table of ``max_position_embeddings`` rows."""
     rotary_base: float = 10000.0
     rotary_percent: float = 1.0
     rope_scaling: dict[str, Any] | None = None
@@ -72,6 +75,11 @@ class ModelConfig:
         for name in ("num_layers", "hidden_size", "ffn_hidden_size", "kv_channels", "vocab_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.layernorm_zero_centered_gamma and self.normalization != "LayerNorm":
+            raise ValueError(
+                f"layernorm_zero_centered_gamma=true with normalization={self.normalization} is "
+                "not supported; only with LayerNorm"
+            )
         if self.num_moe_experts is not None:
             self._check_experts(self.num_moe_experts)
         elif self.moe_shared_expert_intermediate_size is not None:
@@ -99,6 +107,12 @@ class ModelConfig:
     def heads_per_group(self) -> int:
         """Query heads that share one key/value head."""
         return self.num_attention_heads // self.num_query_groups
+
+    @property
+    def max_seq_length(self) -> int | None:
+        """Longest sequence that there are positions for; None: any."""
+        learned = self.position_embedding_type == "learned_absolute"
+        return self.max_position_embeddings if learned else None
 
     def save(self, folder: Path) -> None:
         """Write ``model.yaml`` into ``folder``."""

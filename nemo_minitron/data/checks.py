@@ -30,6 +30,7 @@ def check_data(
     splits: Sequence[str] | None = None,
     vocab_size: int | None = None,
     tokenizer_dir: Path | None = None,
+    max_seq_length: int | None = None,
 ) -> None:
     """Refuse bad data fast; what takes longer is refused by ``datasets.prepare_tokens``.
 
@@ -42,10 +43,16 @@ def check_data(
         splits: splits a training stage reads; None for a stage that reads ``data.split_name``.
         vocab_size: true vocabulary of the model, to check the ids of a ``.npy``.
         tokenizer_dir: the checkpoint's tokenizer, to count the tokens of text.
+        max_seq_length: longest sequence that the model has positions for; None: any.
 
     Raises:
         ValueError: the message names the key to change and how.
     """
+    if max_seq_length is not None and data.seq_length > max_seq_length:
+        raise ValueError(
+            f"data.seq_length={data.seq_length} is longer than max_position_embeddings="
+            f"{max_seq_length} of the model, whose positions are learned; lower data.seq_length"
+        )
     parse_split(data.split)
     wanted_splits(data, splits)
     source = find_source(data.path)

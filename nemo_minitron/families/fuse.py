@@ -1,7 +1,8 @@
 """How several Hugging Face tensors become one Megatron tensor, and back.
 
 Keyed by what dim 0 of the Megatron tensor holds (``families.table.DIM_SIZES``), so a table row
-needs no code. Only rows are moved: every function is exact in every dtype.
+needs no code. One Hugging Face tensor whose values lie in another order has a *form*
+(``Row.hf_form``). Values are only moved: every function is exact in every dtype.
 Letters: g query groups, n heads, d head dim, f ffn, `...` the other dims.
 """
 
@@ -82,8 +83,58 @@ FUSIONS: dict[str, Fusion] = {
 }
 
 
+@dataclass(frozen=True)
+class HfForm:
+    """How one Hugging Face tensor becomes one Megatron tensor of other order.
+
+    Attributes:
+        to_megatron: Hugging Face tensor -> Megatron tensor, contiguous.
+        to_hf: inverse.
+        transposed: whether the two dims are swapped.
+    """
+
+    to_megatron: Callable[[ModelConfig, Tensor], Tensor]
+    to_hf: Callable[[ModelConfig, Tensor], Tensor]
+    transposed: bool = False
+
+
+def _interleave_qkv(config: ModelConfig, packed: Tensor) -> Tensor:
+    """All queries, all keys, all values [(n + 2g) * d, ...] -> per query group."""
+    return _fuse_qkv(config, packed.split(_qkv_sizes(config)))
+
+
+def _pack_qkv(config: ModelConfig, tensor: Tensor) -> Tensor:
+    """Inverse of ``_interleave_qkv``."""
+    return torch.cat(_split_qkv(config, tensor))
+
+
+def _transpose(_: ModelConfig, tensor: Tensor) -> Tensor:
+    return tensor.t().contiguous()
+
+
+def _interleave_transposed_qkv(config: ModelConfig, packed: Tensor) -> Tensor:
+    """[h, (n + 2g) * d] -> [g * (n/g + 2) * d, h]."""
+    return _interleave_qkv(config, _transpose(config, packed))
+
+
+def _pack_transposed_qkv(config: ModelConfig, tensor: Tensor) -> Tensor:
+    """Inverse of ``_interleave_transposed_qkv``."""
+    return _transpose(config, _pack_qkv(config, tensor))
+
+
+HF_FORMS: dict[str, HfForm] = {
+    "packed_qkv": HfForm(_interleave_qkv, _pack_qkv),
+    "transposed": HfForm(_transpose, _transpose, transposed=True),
+    "packed_qkv_transposed": HfForm(
+        _interleave_transposed_qkv, _pack_transposed_qkv, transposed=True
+    ),
+}
+
+
 def hf_shapes(row: Row, config: ModelConfig) -> list[tuple[int, ...]]:
     """Shapes of the Hugging Face tensors of a row, in the order of ``row.hf``."""
+    if row.hf_form is not None and HF_FORMS[row.hf_form].transposed:
+        return [row.shape(config)[::-1]]
     rest = tuple(DIM_SIZES[dim](config) for dim in row.dims[1:])
     if len(row.hf) == 1:
         return [row.shape(config)]

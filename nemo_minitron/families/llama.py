@@ -123,7 +123,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     """
     for key in ("attention_bias", "mlp_bias"):
         if hf.get(key):
-            raise ValueError(f"config.json {key}=true is not supported by family 'llama'")
+            raise ValueError(f"config.json {key}=true is not supported")
     if hf.get("model_type") == "mistral" and hf.get("sliding_window") is not None:
         raise ValueError(
             f"config.json sliding_window={hf['sliding_window']} is not supported; only null"
@@ -189,4 +189,16 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-LLAMA = Family("llama", ("LlamaForCausalLM", "MistralForCausalLM"), ROWS, from_hf, to_hf)
+LLAMA = Family(
+    "llama",
+    ("LlamaForCausalLM", "MistralForCausalLM"),
+    ROWS,
+    from_hf,
+    to_hf,
+    models="Llama 2 and 3.x, Mistral, Mistral-NeMo, SmolLM2",
+    refuses=(
+        "sliding windows (`sliding_window` other than null): attention sees the whole sequence",
+        "`rope_scaling` other than `llama3`: Megatron-Core's GPT model has no other",
+        "`attention_bias=true` or `mlp_bias=true`: the table has no biases",
+    ),
+)

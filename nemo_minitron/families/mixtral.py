@@ -85,4 +85,15 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-MIXTRAL = Family("mixtral", ("MixtralForCausalLM",), ROWS, from_hf, to_hf)
+MIXTRAL = Family(
+    "mixtral",
+    ("MixtralForCausalLM",),
+    ROWS,
+    from_hf,
+    to_hf,
+    models="Mixtral",
+    refuses=(
+        "sliding windows (`sliding_window` other than null): attention sees the whole sequence",
+        "one expert per token (`num_experts_per_tok=1`): Megatron-Core's router needs two",
+    ),
+)

@@ -10,11 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.families import llama, mixtral
+from nemo_minitron.families import llama, mixtral, qwen
 from nemo_minitron.families.table import Family, Row
 
-_QKV = "decoder.layers.{layer}.self_attention.linear_qkv.bias"
-_HF_QKV = "model.layers.{layer}.self_attn."
 _MLP = "decoder.layers.{layer}.mlp."
 _HF_MLP = "model.layers.{layer}.mlp."
 _EXPERT = _MLP + "experts.local_experts.{expert}."
@@ -23,13 +21,9 @@ _SHARED = _MLP + "shared_experts."
 _HF_SHARED = _HF_MLP + "shared_expert."
 
 
-def _has_qkv_bias(config: ModelConfig) -> bool:
-    return config.add_qkv_bias
-
-
 ROWS = (
     *(row for row in mixtral.ROWS if ".mlp." not in row.name),
-    Row(_QKV, ("qkv",), 0, tuple(_HF_QKV + f"{x}_proj.bias" for x in "qkv"), when=_has_qkv_bias),
+    qwen.QKV_BIAS,
     Row(_MLP + "router.weight", ("expert", "hidden"), None, (_HF_MLP + "gate.weight",)),
     Row(
         _EXPERT + "linear_fc1.weight",
@@ -73,11 +67,20 @@ _OWN_KEYS = {
     "use_sliding_window",
     "max_window_layers",
     "layer_types",
+    "attention_bias",
 }
+REFUSES = (
+    "dense layers among those with experts (`mlp_only_layers`, `decoder_sparse_step`)",
+    "`norm_topk_prob=true` with one expert per token: Megatron-Core's router needs two",
+)
 
 
-def _refuse(hf: dict[str, Any]) -> None:
-    """Refuse layers that are not all alike, and attention that does not see everything."""
+def refuse(hf: dict[str, Any]) -> None:
+    """Refuse layers that are not all alike, and attention that does not see everything.
+
+    Raises:
+        ValueError: names the field of config.json.
+    """
     if hf.get("mlp_only_layers"):
         raise ValueError(
             f"config.json mlp_only_layers={hf['mlp_only_layers']} is not supported: every layer "
@@ -88,16 +91,7 @@ def _refuse(hf: dict[str, Any]) -> None:
             f"config.json decoder_sparse_step={hf['decoder_sparse_step']} is not supported: every "
             "layer must have experts (decoder_sparse_step=1)"
         )
-    kinds = sorted(set(hf.get("layer_types") or []) - {"full_attention"})
-    if hf.get("use_sliding_window"):
-        raise ValueError(
-            "config.json use_sliding_window=true is not supported; only full attention "
-            "(use_sliding_window=false)"
-        )
-    if kinds:
-        raise ValueError(
-            f"config.json layer_types holds {kinds}, not supported; only full_attention"
-        )
+    qwen.refuse_windows(hf)
     if hf.get("norm_topk_prob") and hf["num_experts_per_tok"] < 2:
         raise ValueError(
             f"config.json num_experts_per_tok={hf['num_experts_per_tok']} with norm_topk_prob=true "
@@ -105,53 +99,82 @@ def _refuse(hf: dict[str, Any]) -> None:
         )
 
 
+def carried(hf: dict[str, Any], dense: ModelConfig) -> dict[str, Any]:
+    """Fields of config.json that are carried over untouched.
+
+    The ``intermediate_size`` that it gives for dense layers is one of them: there are none.
+    """
+    fields = {key: value for key, value in dense.hf.items() if key not in _OWN_KEYS}
+    if "intermediate_size" in hf:
+        fields["intermediate_size"] = hf["intermediate_size"]
+    return fields
+
+
+def router(hf: dict[str, Any]) -> dict[str, Any]:
+    """Fields of ModelConfig that describe the router."""
+    return {
+        "num_moe_experts": hf["num_experts"],
+        "moe_router_topk": hf["num_experts_per_tok"],
+        "moe_router_pre_softmax": not hf.get("norm_topk_prob", False),
+    }
+
+
 def from_hf(hf: dict[str, Any]) -> ModelConfig:
     """Megatron sizes of a Hugging Face Qwen2-MoE config.
 
     ``ffn_hidden_size``, the width of dense layers, is that of the experts: there is no dense layer.
-    The ``intermediate_size`` that config.json gives for them is carried over untouched.
 
     Raises:
         ValueError: the config asks for something this table does not hold.
     """
-    _refuse(hf)
+    refuse(hf)
     width = hf["moe_intermediate_size"]
     dense = llama.from_hf({**_DEFAULTS, **hf, "intermediate_size": width})
-    carried = {key: value for key, value in dense.hf.items() if key not in _OWN_KEYS}
-    if "intermediate_size" in hf:
-        carried["intermediate_size"] = hf["intermediate_size"]
     return replace(
         dense,
         family="qwen2_moe",
         add_qkv_bias=hf.get("qkv_bias", True),
-        num_moe_experts=hf["num_experts"],
-        moe_router_topk=hf["num_experts_per_tok"],
-        moe_router_pre_softmax=not hf.get("norm_topk_prob", False),
         moe_ffn_hidden_size=width,
         moe_shared_expert_intermediate_size=hf["shared_expert_intermediate_size"],
         moe_shared_expert_gate=True,
-        hf=carried,
+        hf=carried(hf, dense),
+        **router(hf),
     )
 
 
-def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a (pruned) model."""
+def to_hf_routed(config: ModelConfig) -> dict[str, Any]:
+    """What the config.json of every Qwen with routed experts says."""
     return {
         **llama.to_hf(config),
-        "architectures": ["Qwen2MoeForCausalLM"],
-        "model_type": "qwen2_moe",
         "use_sliding_window": False,
         "sliding_window": None,
         "mlp_only_layers": [],
         "decoder_sparse_step": 1,
         "intermediate_size": config.hf.get("intermediate_size", config.ffn_hidden_size),
-        "qkv_bias": config.add_qkv_bias,
         "num_experts": config.num_moe_experts,
         "num_experts_per_tok": config.moe_router_topk,
         "norm_topk_prob": not config.moe_router_pre_softmax,
         "moe_intermediate_size": config.moe_ffn_hidden_size,
+    }
+
+
+def to_hf(config: ModelConfig) -> dict[str, Any]:
+    """config.json of a (pruned) model."""
+    return {
+        **to_hf_routed(config),
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "model_type": "qwen2_moe",
+        "qkv_bias": config.add_qkv_bias,
         "shared_expert_intermediate_size": config.moe_shared_expert_intermediate_size,
     }
 
 
-QWEN2_MOE = Family("qwen2_moe", ("Qwen2MoeForCausalLM",), ROWS, from_hf, to_hf)
+QWEN2_MOE = Family(
+    "qwen2_moe",
+    ("Qwen2MoeForCausalLM",),
+    ROWS,
+    from_hf,
+    to_hf,
+    models="Qwen1.5-MoE, Qwen2-57B-A14B",
+    refuses=(*qwen.REFUSES, *REFUSES),
+)

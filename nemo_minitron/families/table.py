@@ -48,6 +48,8 @@ class Row:
         dims: what each tensor dim holds, keys of ``DIM_SIZES``.
         tp_dim: dim that tensor parallelism splits, None when replicated.
         hf: Hugging Face names; several are fused into one Megatron tensor along dim 0.
+        hf_form: how the one Hugging Face tensor differs from Megatron's, a key of
+            ``families.fuse.HF_FORMS``; None: not at all.
         te_name: name under the Transformer Engine spec where it differs.
         when: whether a model with this config has the parameter.
         expert: the expert this row belongs to, once ``of_expert`` has filled in ``{expert}``.
@@ -59,6 +61,7 @@ class Row:
     tp_dim: int | None
     hf: tuple[str, ...]
     te_name: str | None = None
+    hf_form: str | None = None
     when: Callable[[ModelConfig], bool] = _always
     expert: int | None = None
     template: "Row | None" = None
@@ -103,6 +106,11 @@ class Family:
         rows: the table.
         from_hf: config.json dictionary -> ModelConfig.
         to_hf: ModelConfig -> config.json dictionary.
+        models: what people call them, for the documentation.
+        refuses: what ``from_hf`` does not take and why, for the documentation.
+        prunable: sizes that can be pruned, where not all that the model has.
+        why_not_prunable: why not the others.
+        hf_prefix: what Hugging Face names start with although old checkpoints leave it out.
     """
 
     name: str
@@ -110,6 +118,11 @@ class Family:
     rows: tuple[Row, ...]
     from_hf: Callable[[dict[str, Any]], ModelConfig]
     to_hf: Callable[[ModelConfig], dict[str, Any]]
+    models: str = ""
+    refuses: tuple[str, ...] = ()
+    prunable: tuple[str, ...] | None = None
+    why_not_prunable: str = ""
+    hf_prefix: str = ""
 
     def parameters(self, config: ModelConfig) -> Iterator[tuple[str, Row, int | None]]:
         """Yield (Megatron name, row, layer index or None) of every parameter, layers in order.

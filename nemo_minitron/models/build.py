@@ -71,6 +71,7 @@ def transformer_config(
         kv_channels=config.kv_channels,
         normalization=config.normalization,
         layernorm_epsilon=config.layernorm_epsilon,
+        layernorm_zero_centered_gamma=config.layernorm_zero_centered_gamma,
         gated_linear_unit=config.gated_linear_unit,
         activation_func=_ACTIVATIONS[config.activation],
         num_moe_experts=config.num_moe_experts,
@@ -107,7 +108,8 @@ def transformer_config(
         calculate_per_token_loss=True,
         apply_rope_fusion=HAVE_TE,
         masked_softmax_fusion=False,
-        bias_activation_fusion=on_gpu,
+        # Megatron has no such kernel for the other activations, and a tanh one for "gelu".
+        bias_activation_fusion=on_gpu and config.gated_linear_unit and config.activation == "silu",
         bias_dropout_fusion=on_gpu,
         gradient_accumulation_fusion=False,
         persist_layer_norm=HAVE_TE,

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -14,6 +15,7 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from nemo_minitron.models.attention import LocalAttention
 
@@ -23,6 +25,14 @@ try:
     HAVE_TE = torch.cuda.is_available()
 except ImportError:
     HAVE_TE = False
+
+
+class LayerNorm1P(torch.nn.LayerNorm):
+    """LayerNorm whose weight is stored as its distance from 1, as Transformer Engine has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., h]`` -> ``[..., h]``."""
+        return F.layer_norm(x, self.normalized_shape, self.weight + 1, self.bias, self.eps)
 
 
 class LocalNorm:
@@ -37,6 +47,8 @@ class LocalNorm:
     ) -> torch.nn.Module:
         """Build the norm the way Megatron's spec system asks for one."""
         norm = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
+        if config.layernorm_zero_centered_gamma:
+            norm = LayerNorm1P
         module = norm(hidden_size, eps=eps)
         for parameter in module.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

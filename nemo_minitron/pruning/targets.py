@@ -6,6 +6,7 @@ from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.config.stages import BLOCK_CRITERIA, PruningConfig
+from nemo_minitron.families.registry import family_of
 from nemo_minitron.importance.scores import check_model, how_to_score, layer_scores
 
 if TYPE_CHECKING:
@@ -57,6 +58,22 @@ def _missing(config: ModelConfig, name: str) -> str:
     if name == "moe_shared_expert_intermediate_size":
         return "it has no shared expert (pruning.target.moe_ffn_hidden_size is the others' width)"
     return "its layers have experts (pruning.target.moe_ffn_hidden_size is their width)"
+
+
+def _check_prunable(config: ModelConfig, sizes: dict[str, int]) -> None:
+    """Sizes that what the family is exported to cannot express."""
+    family = family_of(config)
+    for name, size in sizes.items():
+        free = family.prunable is None or name in family.prunable
+        if not free and size < getattr(config, name):
+            raise ValueError(
+                f"pruning.target.{name}={size} is not supported for family '{family.name}': "
+                f"{family.why_not_prunable}; set only {_keys(family.prunable or ())}"
+            )
+
+
+def _keys(names: tuple[str, ...]) -> str:
+    return " and ".join(f"pruning.target.{name}" for name in names)
 
 
 def _check_experts(config: ModelConfig, sizes: dict[str, int]) -> None:
@@ -179,6 +196,7 @@ def check_pruning(config: ModelConfig, pruning: PruningConfig) -> None:
             f"nothing to prune: set pruning.target.<size> (one of {names}) or pruning.drop_layers"
         )
     sizes = target_sizes(config, pruning)
+    _check_prunable(config, sizes)
     _check_heads(config, sizes)
     _check_experts(config, sizes)
     _check_drop_layers(config, pruning)

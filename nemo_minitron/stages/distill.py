@@ -52,11 +52,13 @@ def check(cfg: DistillConfig) -> None:
     check_recompute(cfg.trainer, student, cfg.parallel)
     check_same_tokens(student_dir / "tokenizer", teacher_tokenizer)
     check_batches(cfg.data, cfg.parallel, cfg.parallel.world_size(launched_world_size()))
+    lengths = [model.max_seq_length for model in (student, teacher) if model.max_seq_length]
     check_data(
         cfg.data,
         splits=_splits(cfg),
         vocab_size=student.vocab_size,
         tokenizer_dir=student_dir / "tokenizer",
+        max_seq_length=min(lengths, default=None),
     )
     # Whole-file hashes last: a typing mistake should not cost a pass over the weights.
     if cfg.verify_inputs != "size":

@@ -24,7 +24,12 @@ def check(cfg: EvaluateConfig) -> None:
     model = ModelConfig.load(folder)
     check_layout(model, cfg.parallel)
     check_batches(cfg.data, cfg.parallel, cfg.parallel.world_size(launched_world_size()))
-    check_data(cfg.data, vocab_size=model.vocab_size, tokenizer_dir=folder / "tokenizer")
+    check_data(
+        cfg.data,
+        vocab_size=model.vocab_size,
+        tokenizer_dir=folder / "tokenizer",
+        max_seq_length=model.max_seq_length,
+    )
     # Whole-file hashes last: a typing mistake should not cost a pass over the weights.
     if cfg.verify_inputs != "size":
         _open_checkpoint(cfg, cfg.verify_inputs)

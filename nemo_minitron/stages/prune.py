@@ -58,7 +58,12 @@ def check(cfg: PruneConfig) -> None:
     if _calibrates(cfg, config, rounds):
         check_layout(config, cfg.parallel)
         check_batches(cfg.data, cfg.parallel, cfg.parallel.world_size(launched_world_size()))
-        check_data(cfg.data, vocab_size=config.vocab_size, tokenizer_dir=folder / "tokenizer")
+        check_data(
+            cfg.data,
+            vocab_size=config.vocab_size,
+            tokenizer_dir=folder / "tokenizer",
+            max_seq_length=config.max_seq_length,
+        )
     if cfg.verify_inputs != "size":
         _open_inputs(cfg, cfg.verify_inputs)
 

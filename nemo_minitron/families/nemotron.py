@@ -1,0 +1,107 @@
+"""Nemotron-4 and Minitron: LayerNorm1P, an ungated squared-ReLU MLP, partly rotated heads.
+
+Norm weights are stored as their distance from 1 by both sides
+(``layernorm_zero_centered_gamma``). Linear layers have no biases, norms do.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.families import llama
+from nemo_minitron.families.table import Family, Row
+
+_LAYER = "decoder.layers.{layer}."
+_HF_LAYER = "model.layers.{layer}."
+
+
+def norm_bias(row: Row) -> Row:
+    """The row of the bias that belongs to the row of a norm's weight."""
+    return replace(
+        row,
+        name=row.name.removesuffix("weight") + "bias",
+        hf=tuple(name.removesuffix("weight") + "bias" for name in row.hf),
+        te_name=None if row.te_name is None else row.te_name.removesuffix("weight") + "bias",
+    )
+
+
+ROWS = (
+    *(row for row in llama.ROWS if "linear_fc1" not in row.name),
+    *(norm_bias(row) for row in llama.ROWS if "layernorm" in row.name),
+    Row(
+        _LAYER + "mlp.linear_fc1.weight", ("ffn", "hidden"), 0, (_HF_LAYER + "mlp.up_proj.weight",)
+    ),
+)
+
+# What transformers' NemotronConfig takes where config.json says nothing.
+_DEFAULTS = {"max_position_embeddings": 4096}
+_DEFAULT_ROTARY = 0.5
+# config.json fields that follow from ModelConfig.
+_OWN_KEYS = {
+    "norm_eps",
+    "hidden_act",
+    "partial_rotary_factor",
+    "rope_percent",
+    "attention_bias",
+    "mlp_bias",
+}
+
+
+def rotary_percent(hf: dict[str, Any], default: float) -> float:
+    """Part of the head dim that is rotated; transformers 5 keeps it in ``rope_parameters``."""
+    known = {**hf, **(hf.get("rope_parameters") or {})}
+    return float(known.get("partial_rotary_factor") or known.get("rope_percent") or default)
+
+
+def from_hf(hf: dict[str, Any]) -> ModelConfig:
+    """Megatron sizes of a Hugging Face Nemotron config.
+
+    Raises:
+        ValueError: the config asks for something this table does not hold.
+    """
+    if hf.get("hidden_act", "relu2") != "relu2":
+        raise ValueError(f"config.json hidden_act={hf['hidden_act']} is not supported; only relu2")
+    dense = llama.from_hf({**_DEFAULTS, **hf, "hidden_act": "silu"})
+    return replace(
+        dense,
+        family="nemotron",
+        normalization="LayerNorm",
+        layernorm_zero_centered_gamma=True,
+        layernorm_epsilon=hf.get("norm_eps", 1e-5),
+        gated_linear_unit=False,
+        activation="squared_relu",
+        rotary_percent=rotary_percent(hf, _DEFAULT_ROTARY),
+        hf={key: value for key, value in dense.hf.items() if key not in _OWN_KEYS},
+    )
+
+
+def to_hf(config: ModelConfig) -> dict[str, Any]:
+    """config.json of a (pruned) model."""
+    written = {
+        **llama.to_hf(config),
+        "architectures": ["NemotronForCausalLM"],
+        "model_type": "nemotron",
+        "hidden_act": "relu2",
+        "norm_eps": config.layernorm_epsilon,
+        "partial_rotary_factor": config.rotary_percent,
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
+    for key in ("rms_norm_eps", "sliding_window"):
+        written.pop(key, None)
+    return written
+
+
+NEMOTRON = Family(
+    "nemotron",
+    ("NemotronForCausalLM",),
+    ROWS,
+    from_hf,
+    to_hf,
+    models="Nemotron-4, Minitron",
+    refuses=(
+        "`attention_bias=true` or `mlp_bias=true`: the table has biases for norms only",
+        "`hidden_act` other than `relu2`",
+        "`rope_scaling` other than `llama3`: Megatron-Core's GPT model has no other",
+    ),
+)

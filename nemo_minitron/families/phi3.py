@@ -1,0 +1,93 @@
+"""Phi-3, Phi-3.5 and Phi-4: Llama's network with fused weights, maybe partly rotated heads.
+
+Hugging Face keeps query, key and value in one matrix, all queries first; Megatron interleaves them
+per query group (form ``packed_qkv``). Gate and up are fused as Megatron fuses them.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.families import llama
+from nemo_minitron.families.nemotron import rotary_percent
+from nemo_minitron.families.table import Family, Row
+
+_HF_LAYER = "model.layers.{layer}."
+
+
+def _fused(row: Row) -> Row:
+    if row.name.endswith("linear_qkv.weight"):
+        return replace(row, hf=(_HF_LAYER + "self_attn.qkv_proj.weight",), hf_form="packed_qkv")
+    if row.name.endswith("linear_fc1.weight"):
+        return replace(row, hf=(_HF_LAYER + "mlp.gate_up_proj.weight",))
+    return row
+
+
+ROWS = tuple(map(_fused, llama.ROWS))
+
+# What transformers' Phi3Config takes where config.json says nothing.
+_DEFAULTS = {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
+# config.json fields that follow from ModelConfig.
+_OWN_KEYS = {
+    "partial_rotary_factor",
+    "original_max_position_embeddings",
+    "attention_bias",
+    "mlp_bias",
+    "layer_types",
+}
+
+
+def _refuse_window(hf: dict[str, Any]) -> None:
+    """Refuse a window that some sequence is longer than."""
+    window, longest = hf.get("sliding_window"), hf.get("max_position_embeddings", 4096)
+    if window is not None and window < longest:
+        raise ValueError(
+            f"config.json sliding_window={window} is not supported: attention sees all of "
+            f"max_position_embeddings={longest}. Up to {window} tokens the two are the same: set "
+            "sliding_window to null in a copy of config.json and keep data.seq_length below that"
+        )
+
+
+def from_hf(hf: dict[str, Any]) -> ModelConfig:
+    """Megatron sizes of a Hugging Face Phi-3 config.
+
+    Raises:
+        ValueError: the config asks for something this table does not hold.
+    """
+    _refuse_window(hf)
+    known = {**_DEFAULTS, **hf}
+    dense = llama.from_hf(known)
+    return replace(
+        dense,
+        family="phi3",
+        rotary_percent=rotary_percent(hf, 1.0),
+        hf={key: value for key, value in dense.hf.items() if key not in _OWN_KEYS},
+    )
+
+
+def to_hf(config: ModelConfig) -> dict[str, Any]:
+    """config.json of a (pruned) model."""
+    return {
+        **llama.to_hf(config),
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        "sliding_window": None,
+        "partial_rotary_factor": config.rotary_percent,
+        "original_max_position_embeddings": config.max_position_embeddings,
+    }
+
+
+PHI3 = Family(
+    "phi3",
+    ("Phi3ForCausalLM",),
+    ROWS,
+    from_hf,
+    to_hf,
+    models="Phi-3, Phi-3.5, Phi-4 (short context)",
+    refuses=(
+        "a `sliding_window` shorter than `max_position_embeddings`: attention sees the whole "
+        "sequence",
+        "`rope_scaling` of type `longrope` (the 128k variants): Megatron-Core's GPT model does not "
+        "have it",
+    ),
+)

@@ -1,0 +1,133 @@
+"""Qwen2, Qwen2.5 and Qwen3: Llama's network with biases or norms inside the attention.
+
+Qwen2 adds biases to query, key and value; Qwen3 has none, and normalises every query and key head
+(over the head dim, one weight for all heads) before the rotation.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.families import llama
+from nemo_minitron.families.table import Family, Row
+
+_ATTENTION = "decoder.layers.{layer}.self_attention."
+_HF_ATTENTION = "model.layers.{layer}.self_attn."
+
+
+def _has_qkv_bias(config: ModelConfig) -> bool:
+    return config.add_qkv_bias
+
+
+QKV_BIAS = Row(
+    _ATTENTION + "linear_qkv.bias",
+    ("qkv",),
+    0,
+    tuple(_HF_ATTENTION + f"{x}_proj.bias" for x in "qkv"),
+    when=_has_qkv_bias,
+)
+QK_NORMS = tuple(
+    Row(
+        _ATTENTION + f"{x}_layernorm.weight",
+        ("head_dim",),
+        None,
+        (_HF_ATTENTION + f"{x}_norm.weight",),
+    )
+    for x in "qk"
+)
+
+# config.json fields that follow from ModelConfig, or that only models that are refused set.
+_OWN_KEYS = {
+    "attention_bias",
+    "use_sliding_window",
+    "max_window_layers",
+    "layer_types",
+}
+REFUSES = (
+    "sliding windows (`use_sliding_window=true`): attention sees the whole sequence",
+    "`rope_scaling` other than `llama3`: Megatron-Core's GPT model has no other",
+)
+
+
+def refuse_windows(hf: dict[str, Any]) -> None:
+    """Refuse attention that does not see everything.
+
+    Raises:
+        ValueError: names the field of config.json.
+    """
+    if hf.get("use_sliding_window"):
+        raise ValueError(
+            "config.json use_sliding_window=true is not supported; only full attention "
+            "(use_sliding_window=false)"
+        )
+    kinds = sorted(set(hf.get("layer_types") or []) - {"full_attention"})
+    if kinds:
+        raise ValueError(
+            f"config.json layer_types holds {kinds}, not supported; only full_attention"
+        )
+
+
+def _from_hf(hf: dict[str, Any], family: str, **fields: Any) -> ModelConfig:
+    refuse_windows(hf)
+    dense = llama.from_hf(hf)
+    carried = {key: value for key, value in dense.hf.items() if key not in _OWN_KEYS}
+    return replace(dense, family=family, hf=carried, **fields)
+
+
+def from_hf_qwen2(hf: dict[str, Any]) -> ModelConfig:
+    """Megatron sizes of a Hugging Face Qwen2 config.
+
+    Raises:
+        ValueError: the config asks for something this table does not hold.
+    """
+    return _from_hf({"max_position_embeddings": 32768, **hf}, "qwen2", add_qkv_bias=True)
+
+
+def from_hf_qwen3(hf: dict[str, Any]) -> ModelConfig:
+    """Megatron sizes of a Hugging Face Qwen3 config; its head dim is 128 where it says nothing.
+
+    Raises:
+        ValueError: the config asks for something this table does not hold.
+    """
+    known = {"max_position_embeddings": 32768, "head_dim": 128, **hf}
+    return _from_hf(known, "qwen3", qk_layernorm=True)
+
+
+def _to_hf(config: ModelConfig, architecture: str, model_type: str) -> dict[str, Any]:
+    return {
+        **llama.to_hf(config),
+        "architectures": [architecture],
+        "model_type": model_type,
+        "use_sliding_window": False,
+        "sliding_window": None,
+    }
+
+
+def to_hf_qwen2(config: ModelConfig) -> dict[str, Any]:
+    """config.json of a (pruned) model."""
+    return _to_hf(config, "Qwen2ForCausalLM", "qwen2")
+
+
+def to_hf_qwen3(config: ModelConfig) -> dict[str, Any]:
+    """config.json of a (pruned) model."""
+    return {**_to_hf(config, "Qwen3ForCausalLM", "qwen3"), "attention_bias": False}
+
+
+QWEN2 = Family(
+    "qwen2",
+    ("Qwen2ForCausalLM",),
+    (*llama.ROWS, QKV_BIAS),
+    from_hf_qwen2,
+    to_hf_qwen2,
+    models="Qwen2, Qwen2.5",
+    refuses=REFUSES,
+)
+QWEN3 = Family(
+    "qwen3",
+    ("Qwen3ForCausalLM",),
+    (*llama.ROWS, *QK_NORMS),
+    from_hf_qwen3,
+    to_hf_qwen3,
+    models="Qwen3",
+    refuses=(*REFUSES, "`attention_bias=true`: the table has no biases"),
+)

@@ -1,0 +1,45 @@
+"""Tasks for the rank pool: everything a model family must show at one layout."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.families.registry import family_of
+from nemo_minitron.pruning.plan import Plan
+from tests.dist.live_cases import _load, _logits, _score, _start
+
+
+def family_at(
+    folders: dict[str, str], plan: Plan, ids: torch.Tensor, parallel: ParallelConfig
+) -> dict[str, Any]:
+    """Logits of several checkpoints; scores of "whole", and how it differs from "several" pruned.
+
+    Args:
+        folders: name -> result folder.
+        plan: what makes "several" of "whole".
+        ids: ``[samples, s]`` tokens.
+        parallel: the layout.
+    """
+    from nemo_minitron.pruning.live import prune_live
+
+    groups = _start(parallel)
+    result: dict[str, Any] = {"logits": {}}
+    models = {}
+    for name, folder in folders.items():
+        checkpoint = Path(folder) / "checkpoint"
+        config = ModelConfig.load(checkpoint)
+        models[name] = config, _load(config, str(checkpoint), parallel, groups)
+        result["logits"][name] = _logits(models[name][1], groups, ids)
+    config, chunks = models["whole"]
+    result["names"] = [name for chunk in chunks for name, _ in chunk.named_parameters()]
+    result["scores"] = _score(chunks, config, groups, ids, len(ids)).axes()
+    small, pruned = prune_live(chunks, family_of(config), config, plan, parallel, groups)
+    assert pruned == models["several"][0]
+    streamed = dict(torch.nn.ModuleList(models["several"][1]).named_parameters())
+    live = dict(torch.nn.ModuleList(small).named_parameters())
+    assert live.keys() == streamed.keys()
+    result["differ"] = [name for name in live if not torch.equal(live[name], streamed[name])]
+    return result

@@ -1,0 +1,335 @@
+"""Every family in and out, pruned along every axis, alone and at TP 2 and PP 2.
+
+Issue 8, must-show 1. What a pruned export must hold is written here in Hugging Face terms, by hand,
+without the parameter tables. Llama, Mixtral and shared experts: ``test_logits.py``,
+``test_moe.py``, ``test_moe_shared.py``.
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.stages import (
+    ExportConfig,
+    ImportanceConfig,
+    ImportConfig,
+    PruneConfig,
+    PruningConfig,
+    TargetConfig,
+)
+from nemo_minitron.families.registry import FAMILIES, family_of
+from nemo_minitron.pruning.plan import Plan
+from nemo_minitron.stages import export, import_, prune
+from tests.dist.families_cases import family_at
+from tests.dist.live_truth import layout
+from tests.pool import WorkerPool
+from tests.tiny import token_batch
+
+SAMPLES, LENGTH = 3, 16
+HEAD_DIM = 8
+SIZES = {
+    "vocab_size": 101,
+    "hidden_size": 48,
+    "intermediate_size": 56,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": HEAD_DIM,
+    "max_position_embeddings": 64,
+}
+ATTENTION_AND_HIDDEN = {
+    "hidden": {"hidden_size": 42},  # no multiple of the heads
+    "head": {"num_attention_heads": 4},
+    "query_group": {"num_attention_heads": 4, "num_query_groups": 2},
+    "layer": {"num_layers": 2},
+}
+SEVERAL = {
+    "hidden_size": 42,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "num_layers": 2,
+}
+DENSE = {
+    **ATTENTION_AND_HIDDEN,
+    "ffn": {"ffn_hidden_size": 24},
+    "several": {**SEVERAL, "ffn_hidden_size": 24},
+}
+# End of a Hugging Face name -> what each dim holds.
+LLAMA_DIMS = {
+    r"embed_tokens\.weight|lm_head\.weight": (None, "hidden"),
+    r"(model\.norm|layernorm)\.(weight|bias)": ("hidden",),
+    r"q_proj\.weight": ("q", "hidden"),
+    r"[kv]_proj\.weight": ("kv", "hidden"),
+    r"o_proj\.weight": ("hidden", "q"),
+    r"(gate|up)_proj\.weight": ("ffn", "hidden"),
+    r"down_proj\.weight": ("hidden", "ffn"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny model of a family."""
+
+    model: str
+    fields: dict[str, Any]
+    dims: dict[str, tuple[str | None, ...]]
+    targets: dict[str, dict[str, int]] = field(default_factory=lambda: DENSE)
+    sequence_parallel: bool = False
+    """In the tensor-parallel layout."""
+
+
+CASES = {
+    "qwen2": Case(
+        "Qwen2",
+        {**SIZES, "tie_word_embeddings": True},
+        {**LLAMA_DIMS, r"q_proj\.bias": ("q",), r"[kv]_proj\.bias": ("kv",)},
+    ),
+    "qwen3": Case("Qwen3", SIZES, {**LLAMA_DIMS, r"[qk]_norm\.weight": (None,)}),
+    "nemotron": Case("Nemotron", SIZES, LLAMA_DIMS, sequence_parallel=True),
+    "phi3": Case(
+        "Phi3",
+        {**SIZES, "pad_token_id": None, "partial_rotary_factor": 0.5},
+        {
+            **LLAMA_DIMS,
+            r"qkv_proj\.weight": ("packed_qkv", "hidden"),
+            r"gate_up_proj\.weight": ("packed_gate_up", "hidden"),
+        },
+    ),
+    "gpt2": Case(
+        "GPT2LMHead",
+        {"vocab_size": 101, "n_embd": 48, "n_layer": 4, "n_head": 4, "n_inner": 56,
+         "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0},
+        {
+            r"c_fc\.weight": (None, "ffn"),
+            r"c_fc\.bias": ("ffn",),
+            r"mlp\.c_proj\.weight": ("ffn", None),
+            r"(wte|wpe|ln_\w|c_attn|c_proj)\.(weight|bias)": (None, None),
+        },
+        {
+            "ffn": {"ffn_hidden_size": 24},
+            "layer": {"num_layers": 2},
+            "several": {"ffn_hidden_size": 24, "num_layers": 2},
+        },
+        sequence_parallel=True,
+    ),
+    "qwen3_moe": Case(
+        "Qwen3Moe",
+        {**SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40,
+         "norm_topk_prob": True},
+        {
+            **LLAMA_DIMS,
+            r"[qk]_norm\.weight": (None,),
+            r"mlp\.gate\.weight": ("expert", "hidden"),
+        },
+        {
+            **ATTENTION_AND_HIDDEN,
+            "expert": {"num_moe_experts": 2},
+            "expert_ffn": {"moe_ffn_hidden_size": 16},
+            "several": {**SEVERAL, "num_moe_experts": 2, "moe_ffn_hidden_size": 16},
+        },
+        sequence_parallel=True,
+    ),
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------- a family's models
+
+
+@dataclass
+class Models:
+    """A random model, imported, pruned in every way and exported again; logits of transformers."""
+
+    case: Case
+    home: Path
+    ids: torch.Tensor
+    want: dict[str, torch.Tensor]
+
+    def folders(self) -> dict[str, str]:
+        return {name: str(self.home / name) for name in self.want}
+
+
+def write_random(case: Case, folder: Path) -> None:
+    torch.manual_seed(0)
+    name = case.model.removesuffix("LMHead")
+    config = getattr(transformers, f"{name}Config")(**case.fields)
+    kind = case.model + ("Model" if case.model.endswith("LMHead") else "ForCausalLM")
+    model = getattr(transformers, kind)(config).eval()
+    for name, parameter in model.named_parameters():
+        # Norm weights around 1, or around 0 where that is what they are the distance from.
+        norm = re.search(r"norm\w*\.weight|ln_\w\.weight", name) and case.model != "Nemotron"
+        torch.nn.init.normal_(parameter, mean=1.0 if norm else 0.0, std=0.15)
+    model.save_pretrained(folder)
+
+
+def transformers_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def write_scores(folder: Path, config: ModelConfig) -> None:
+    """Random scores of every axis as a result folder."""
+    from nemo_minitron.checkpoint.artifact import output_folder
+    from nemo_minitron.importance.scores import Scores, model_meta
+
+    torch.manual_seed(1)
+    layers, experts = config.num_layers, config.num_moe_experts
+    scores = Scores(
+        hidden=torch.rand(config.hidden_size),
+        ffn=None if experts else torch.rand(layers, config.ffn_hidden_size),
+        head=torch.rand(layers, config.num_attention_heads),
+        expert=torch.rand(layers, experts) if experts else None,
+        expert_ffn=torch.rand(layers, experts, config.ffn_hidden_size) if experts else None,
+        layer=torch.rand(layers),
+    )
+    scores.meta = {"model": model_meta(config), "layers": list(range(layers))}
+    cfg = ImportanceConfig(checkpoint="-", output_dir=str(folder))
+    cfg.data.path = "-"
+    with output_folder(cfg, "importance", {}) as work:
+        scores.save(work)
+
+
+def make_models(case: Case, home: Path) -> Models:
+    ids = token_batch(SAMPLES, LENGTH, 101)[:, :LENGTH].contiguous()
+    write_random(case, home / "hf")
+    importing = ImportConfig(source=str(home / "hf"), output_dir=str(home / "whole"))
+    import_.check(importing)
+    import_.run(importing)
+    write_scores(home / "scores", ModelConfig.load(home / "whole" / "checkpoint"))
+    want = {"whole": transformers_logits(home / "hf", ids)}
+    for name, target in case.targets.items():
+        cfg = PruneConfig(
+            checkpoint=str(home / "whole"),
+            importance=str(home / "scores"),
+            output_dir=str(home / name),
+            pruning=PruningConfig(target=TargetConfig(**target)),
+        )
+        prune.check(cfg)
+        prune.run(cfg)
+        out = home / f"{name}_hf"
+        export.run(ExportConfig(checkpoint=str(home / name), output_dir=str(out)))
+        want[name] = transformers_logits(out, ids)
+    return Models(case, home, ids, want)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return make_models(CASES[request.param], tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def alone(ranks: WorkerPool, models: Models) -> dict[str, Any]:
+    """Everything at one rank."""
+    plan = Plan.load(models.home / "several")
+    return ranks.run(1, family_at, models.folders(), plan, models.ids, layout())[0]
+
+
+def check_logits(found: dict[str, Any], models: Models) -> None:
+    for name, got in found["logits"].items():
+        if got is not None:  # not the last stage
+            error = (got[..., :101] - models.want[name]).abs().max()
+            assert error < 2e-4, f"{name}: {error:.2e}"
+    assert found["differ"] == []
+
+
+# ---------------------------------------------------------------- what must hold
+
+
+def test_export_gives_the_very_tensors_back(models: Models) -> None:
+    out = models.home / "out"
+    export.run(ExportConfig(checkpoint=str(models.home / "whole"), output_dir=str(out)))
+    before, after = (load_file(f / "model.safetensors") for f in (models.home / "hf", out))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(transformers_logits(out, models.ids), models.want["whole"])
+
+
+def test_alone(alone: dict[str, Any], models: Models) -> None:
+    check_logits(alone, models)
+
+
+@pytest.mark.parametrize("kind", ["tp2", "pp2"])
+def test_at_layout(ranks: WorkerPool, models: Models, alone: dict[str, Any], kind: str) -> None:
+    """Logits, scores and what live pruning leaves."""
+    sp = models.case.sequence_parallel
+    parallel = layout(tp=2, sp=sp) if kind == "tp2" else layout(pp=2)
+    plan = Plan.load(models.home / "several")
+    for found in ranks.run(2, family_at, models.folders(), plan, models.ids, parallel):
+        check_logits(found, models)
+        for axis, want in alone["scores"].items():
+            torch.testing.assert_close(found["scores"][axis], want, rtol=1e-5, atol=1e-9)
+
+
+def missing_rows(names: list[str], config: ModelConfig, family: Any) -> str:
+    """Parameters of Megatron's model and of the table that the other does not have."""
+    table = {name for name, _, _ in family.parameters(config)}
+    lacks, extra = sorted(set(names) - table), sorted(table - set(names))
+    return f"the table lacks {lacks}, the model {extra}" if lacks or extra else ""
+
+
+def test_every_parameter_has_a_row(alone: dict[str, Any], models: Models) -> None:
+    config = ModelConfig.load(models.home / "whole" / "checkpoint")
+    assert missing_rows(alone["names"], config, family_of(config)) == ""
+
+
+def kept_indices(kind: str, plan: Plan, layer: int, expert: int | None, case: Case) -> list[int]:
+    """Rows (or columns) of a Hugging Face tensor that a plan keeps."""
+
+    def rows(blocks: list[int], first: int = 0) -> list[int]:
+        return [first + b * HEAD_DIM + i for b in blocks for i in range(HEAD_DIM)]
+
+    heads, groups = plan.head[layer], plan.query_group[layer]
+    if kind == "hidden":
+        return plan.hidden
+    if kind == "q":
+        return rows(heads)
+    if kind == "kv":
+        return rows(groups)
+    if kind == "packed_qkv":
+        queries, keys = (case.fields[f"num_{x}_heads"] for x in ("attention", "key_value"))
+        k, v = queries * HEAD_DIM, (queries + keys) * HEAD_DIM
+        return rows(heads) + rows(groups, k) + rows(groups, v)
+    if kind == "expert":
+        return plan.expert[layer]
+    ffn = plan.ffn[layer] if expert is None else plan.expert_ffn[layer][expert]
+    if kind == "packed_gate_up":
+        return ffn + [case.fields["intermediate_size"] + i for i in ffn]
+    assert kind == "ffn"
+    return ffn
+
+
+def test_pruned_exports_are_slices(models: Models) -> None:
+    """Of the Hugging Face tensors, along every axis and several together."""
+    whole = load_file(models.home / "hf" / "model.safetensors")
+    for target in models.case.targets:
+        plan = Plan.load(models.home / target)
+        exported = load_file(models.home / f"{target}_hf" / "model.safetensors")
+        assert exported
+        for name, got in exported.items():
+            old, layer, expert = name, 0, None
+            if found := re.search(r"(layers|h)\.(\d+)\.", name):
+                layer = int(found[2])
+                old = name.replace(found[0], f"{found[1]}.{plan.layers[layer]}.", 1)
+            if found := re.search(r"experts\.(\d+)\.", name):
+                expert = int(found[1])
+                old = old.replace(found[0], f"experts.{plan.expert[layer][expert]}.")
+            want = whole[old]
+            dims = next(d for end, d in models.case.dims.items() if re.search(f"({end})$", name))
+            for dim, kind in enumerate(dims):
+                if kind is not None:
+                    kept = kept_indices(kind, plan, layer, expert, models.case)
+                    want = want.index_select(dim, torch.tensor(kept))
+            assert torch.equal(got, want), f"{target}: {name}"
+
+
+def test_all_families_are_tested() -> None:
+    elsewhere = {"llama", "mixtral", "qwen2_moe"}
+    assert FAMILIES.keys() == CASES.keys() | elsewhere
