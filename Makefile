@@ -22,7 +22,7 @@ help:
 	@echo "make test        all tests"
 	@echo "make lint        ruff, mypy, shellcheck"
 	@echo "make format      let ruff rewrite files"
-	@echo "make docs        write docs/keys.md from the config dataclasses"
+	@echo "make docs        write docs/keys.md and docs/families.md from the code"
 	@echo "make pins        write requirements/tested.txt from .venv"
 	@echo "make clean       remove results and caches; distclean: .venv and downloads too"
 
@@ -56,6 +56,7 @@ format: setup
 
 docs: setup
 	$(BIN)/python scripts/config_docs.py docs/keys.md
+	$(BIN)/python scripts/families_docs.py docs/families.md
 
 pins: setup
 	@sed '/^[^#]/d' requirements/tested.txt > requirements/tested.txt.new

@@ -39,6 +39,33 @@ QWEN2_MOE = replace(
     moe_shared_expert_gate=True,
 )
 
+QWEN3 = replace(LLAMA, family="qwen3", qk_layernorm=True)
+
+NEMOTRON = replace(
+    LLAMA,
+    family="nemotron",
+    normalization="LayerNorm",
+    layernorm_zero_centered_gamma=True,
+    gated_linear_unit=False,
+    activation="squared_relu",
+    rotary_percent=0.5,
+)
+
+GPT2 = replace(
+    LLAMA,
+    family="gpt2",
+    num_attention_heads=4,
+    num_query_groups=4,
+    kv_channels=16,
+    normalization="LayerNorm",
+    gated_linear_unit=False,
+    activation="gelu_tanh",
+    add_bias_linear=True,
+    add_qkv_bias=True,
+    position_embedding_type="learned_absolute",
+    share_embeddings_and_output_weights=True,
+)
+
 
 def random_weights(
     config: ModelConfig, seed: int = 0, family: Family | None = None

@@ -198,7 +198,7 @@ LLAMA = Family(
     models="Llama 2 and 3.x, Mistral, Mistral-NeMo, SmolLM2",
     refuses=(
         "sliding windows (`sliding_window` other than null): attention sees the whole sequence",
-        "`rope_scaling` other than `llama3`: Megatron-Core's GPT model has no other",
+        "`rope_scaling` other than `llama3` (`yarn`, `linear`, ...): the mapping has no other",
         "`attention_bias=true` or `mlp_bias=true`: the table has no biases",
     ),
 )

@@ -102,6 +102,6 @@ NEMOTRON = Family(
     refuses=(
         "`attention_bias=true` or `mlp_bias=true`: the table has biases for norms only",
         "`hidden_act` other than `relu2`",
-        "`rope_scaling` other than `llama3`: Megatron-Core's GPT model has no other",
+        "`rope_scaling` other than `llama3` (`yarn`, `linear`, ...): the mapping has no other",
     ),
 )

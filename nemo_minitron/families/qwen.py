@@ -45,7 +45,7 @@ _OWN_KEYS = {
 }
 REFUSES = (
     "sliding windows (`use_sliding_window=true`): attention sees the whole sequence",
-    "`rope_scaling` other than `llama3`: Megatron-Core's GPT model has no other",
+    "`rope_scaling` other than `llama3` (`yarn`, `linear`, ...): the mapping has no other",
 )
 
 

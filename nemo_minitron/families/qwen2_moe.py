@@ -57,6 +57,7 @@ _DEFAULTS = {"num_key_value_heads": 16, "max_position_embeddings": 32768}
 # config.json fields that follow from ModelConfig, or that only models that are refused set.
 _OWN_KEYS = {
     "num_experts",
+    "num_local_experts",
     "num_experts_per_tok",
     "moe_intermediate_size",
     "shared_expert_intermediate_size",
@@ -111,9 +112,10 @@ def carried(hf: dict[str, Any], dense: ModelConfig) -> dict[str, Any]:
 
 
 def router(hf: dict[str, Any]) -> dict[str, Any]:
-    """Fields of ModelConfig that describe the router."""
+    """Fields of ModelConfig that describe the router; transformers 5 may rename the first."""
+    renamed = hf.get("num_local_experts")
     return {
-        "num_moe_experts": hf["num_experts"],
+        "num_moe_experts": hf["num_experts"] if renamed is None else renamed,
         "moe_router_topk": hf["num_experts_per_tok"],
         "moe_router_pre_softmax": not hf.get("norm_topk_prob", False),
     }

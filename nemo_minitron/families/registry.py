@@ -21,8 +21,8 @@ _GEMMA = (
     "switch for"
 )
 _GEMMA2 = (
-    f"{_GEMMA}; nor has it norms after attention and MLP, windows in every other layer, and caps "
-    "on the logits (Gemma 2) or two rotary bases (Gemma 3)"
+    f"{_GEMMA}; nor has it norms after attention and MLP, caps on the logits (Gemma 2), or a "
+    "rotary base for each kind of layer (Gemma 3)"
 )
 UNSUPPORTED: dict[str, str] = {
     "GemmaForCausalLM": _GEMMA,

@@ -6,7 +6,7 @@ without the parameter tables. Llama, Mixtral and shared experts: ``test_logits.p
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,13 @@ SIZES = {
     "max_position_embeddings": 64,
 }
 ATTENTION_AND_HIDDEN = {
-    "hidden": {"hidden_size": 42},  # no multiple of the heads
+    "hidden": {"hidden_size": 44},  # no multiple of the heads
     "head": {"num_attention_heads": 4},
     "query_group": {"num_attention_heads": 4, "num_query_groups": 2},
     "layer": {"num_layers": 2},
 }
 SEVERAL = {
-    "hidden_size": 42,
+    "hidden_size": 44,
     "num_attention_heads": 4,
     "num_query_groups": 2,
     "num_layers": 2,
@@ -65,7 +65,7 @@ DENSE = {
 # End of a Hugging Face name -> what each dim holds.
 LLAMA_DIMS = {
     r"embed_tokens\.weight|lm_head\.weight": (None, "hidden"),
-    r"(model\.norm|layernorm)\.(weight|bias)": ("hidden",),
+    r"(model\.norm|\w*layernorm)\.(weight|bias)": ("hidden",),
     r"q_proj\.weight": ("q", "hidden"),
     r"[kv]_proj\.weight": ("kv", "hidden"),
     r"o_proj\.weight": ("hidden", "q"),
@@ -111,7 +111,7 @@ CASES = {
             r"c_fc\.weight": (None, "ffn"),
             r"c_fc\.bias": ("ffn",),
             r"mlp\.c_proj\.weight": ("ffn", None),
-            r"(wte|wpe|ln_\w|c_attn|c_proj)\.(weight|bias)": (None, None),
+            r"(wte|wpe|ln_\w+|c_attn|c_proj)\.(weight|bias)": (None, None),
         },
         {
             "ffn": {"ffn_hidden_size": 24},
@@ -280,6 +280,17 @@ def test_every_parameter_has_a_row(alone: dict[str, Any], models: Models) -> Non
     assert missing_rows(alone["names"], config, family_of(config)) == ""
 
 
+def test_a_forgotten_row_is_named(alone: dict[str, Any], models: Models) -> None:
+    config = ModelConfig.load(models.home / "whole" / "checkpoint")
+    family = family_of(config)
+    for row in (row for row in family.rows if row.when(config)):
+        shorter = replace(family, rows=tuple(other for other in family.rows if other != row))
+        name = row.name.format(layer=0, expert=0)
+        assert f"'{name}'" in missing_rows(alone["names"], config, shorter)
+        with pytest.raises(ValueError, match=f"{re.escape(name)} has no row"):
+            shorter.find(name, config)
+
+
 def kept_indices(kind: str, plan: Plan, layer: int, expert: int | None, case: Case) -> list[int]:
     """Rows (or columns) of a Hugging Face tensor that a plan keeps."""
 
@@ -322,7 +333,7 @@ def test_pruned_exports_are_slices(models: Models) -> None:
                 expert = int(found[1])
                 old = old.replace(found[0], f"experts.{plan.expert[layer][expert]}.")
             want = whole[old]
-            dims = next(d for end, d in models.case.dims.items() if re.search(f"({end})$", name))
+            dims = next(d for end, d in models.case.dims.items() if re.search(rf"\b({end})$", name))
             for dim, kind in enumerate(dims):
                 if kind is not None:
                     kept = kept_indices(kind, plan, layer, expert, models.case)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ import yaml
 from packaging.requirements import Requirement
 
 from nemo_minitron.config import load
-from nemo_minitron.config.stages import STAGE_CONFIGS
-from scripts import config_docs, quickstart_assets
+from nemo_minitron.config.stages import STAGE_CONFIGS, TargetConfig
+from nemo_minitron.families.registry import FAMILIES
+from scripts import config_docs, families_docs, quickstart_assets
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -39,6 +41,16 @@ def name(path: Path) -> str:
 def test_the_page_of_keys_is_up_to_date():
     message = "the config dataclasses changed; run `make docs`"
     assert (REPO / "docs" / "keys.md").read_text() == config_docs.page(), message
+
+
+def test_the_page_of_families_is_up_to_date():
+    message = "the family tables changed; run `make docs`"
+    assert (REPO / "docs" / "families.md").read_text() == families_docs.page(), message
+
+
+def test_the_page_of_families_knows_every_size():
+    listed = {size for family in FAMILIES.values() for size in families_docs.prunable(family)}
+    assert listed == {field.name for field in fields(TargetConfig)}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

@@ -1,0 +1,61 @@
+"""What other families have that Llama has not gets the same gradients at every layout.
+
+Weights of query and key norms see only a rank's own heads; biases and norm biases only a rank's
+part of the sequence under sequence parallelism; learned positions are added before it is split.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_minitron.checkpoint.torch_dist import read_torch_dist
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.families.registry import family_of
+from tests.dist.kd_cases import kd_gradients
+from tests.dist.live_truth import layout
+from tests.pool import WorkerPool
+from tests.tiny import GPT2, LLAMA, NEMOTRON, QWEN3, write_weights
+
+TEACHER = replace(LLAMA, num_layers=2, hidden_size=48)
+STUDENTS = {
+    "qwen3": replace(QWEN3, num_layers=2),
+    "nemotron": replace(NEMOTRON, num_layers=2),
+    "gpt2": replace(GPT2, num_layers=2),
+}
+TP2, TP2_SP = layout(tp=2), layout(tp=2, sp=True)
+RUNS = {
+    "qwen3": {"tp2": TP2, "tp2_sp": TP2_SP},
+    "nemotron": {"tp2_sp": TP2_SP},
+    "gpt2": {"tp2_sp": TP2_SP, "pp2": layout(pp=2), "cp2": layout(cp=2)},
+}
+
+
+def gradients(
+    ranks: WorkerPool, home: Path, student: ModelConfig, parallel: ParallelConfig, name: str
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    pair = (student, str(home / "student")), (TEACHER, str(home / "teacher"))
+    out = home / name
+    sums = ranks.run(parallel.world_size(), kd_gradients, *pair, parallel, str(out), {})
+    assert all(s == sums[0] for s in sums), "ranks disagree about the loss"
+    store = read_torch_dist(out, family_of(student), student)
+    return torch.tensor(sums[0]), {key: lazy.read() for key, lazy in store.items()}
+
+
+@pytest.mark.parametrize("family", STUDENTS)
+def test_gradients_do_not_depend_on_the_layout(
+    ranks: WorkerPool, tmp_path: Path, family: str
+) -> None:
+    student = STUDENTS[family]
+    write_weights(tmp_path / "student", student, seed=1)
+    write_weights(tmp_path / "teacher", TEACHER, seed=2)
+    want_sums, want = gradients(ranks, tmp_path, student, layout(), "alone")
+    for name, parallel in RUNS[family].items():
+        sums, got = gradients(ranks, tmp_path, student, parallel, name)
+        torch.testing.assert_close(sums, want_sums, rtol=1e-5, atol=1e-6)
+        for key, tensor in want.items():
+            assert tensor.any(), key
+            error = (got[key] - tensor).norm() / tensor.norm()
+            assert error < 1e-4, f"{name}: {key}: relative error {error:.2e}"
