@@ -140,7 +140,7 @@ def test_damaged_config(folder):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("architectures", ["BertModel"], r"architectures=\['BertModel'\].*supported: \['Llama"),
+        ("architectures", ["BertModel"], r"architectures=\['BertModel'\].*supported: .*'LlamaFor"),
         ("num_hidden_layers", None, "config.json lacks 'num_hidden_layers'"),
         ("quantization_config", {"quant_method": "gptq"}, "quantised weights"),
         ("num_hidden_layers", 2, r"9 tensors have no row .*model.layers.2"),

@@ -1,0 +1,179 @@
+"""Every family's config.json: there and back, as transformers reads it, and what is refused."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+
+from nemo_minitron.checkpoint.hf import model_config, open_hf, to_hf, to_megatron, write_hf
+from nemo_minitron.checkpoint.lazy import from_tensor
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.stages import PruningConfig, TargetConfig
+from nemo_minitron.config.training import DataConfig
+from nemo_minitron.data.checks import check_data
+from nemo_minitron.families.fuse import HF_FORMS
+from nemo_minitron.families.registry import FAMILIES, UNSUPPORTED, family_of, family_of_hf
+from nemo_minitron.pruning.plan import make_plan
+from nemo_minitron.pruning.slicing import prune_store
+from nemo_minitron.pruning.targets import check_pruning
+from tests.tiny import GPT2, LLAMA, MIXTRAL, NEMOTRON, QWEN3, random_weights
+
+QWEN2 = replace(LLAMA, family="qwen2", add_qkv_bias=True)
+PHI3 = replace(LLAMA, family="phi3", rotary_percent=0.5)
+QWEN3_MOE = replace(MIXTRAL, family="qwen3_moe", qk_layernorm=True, moe_router_pre_softmax=True)
+CONFIGS = [QWEN2, QWEN3, QWEN3_MOE, NEMOTRON, PHI3, GPT2]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.family)
+def test_config_survives(config: ModelConfig) -> None:
+    family = family_of(config)
+    written = json.loads(json.dumps(family.to_hf(config)))
+    assert family_of_hf(written) is family
+    assert replace(family.from_hf(written), hf={}) == config
+    # and transformers reads the same, adding fields of its own
+    name = written["architectures"][0].replace("ForCausalLM", "").replace("LMHeadModel", "")
+    theirs = getattr(transformers, f"{name}Config")(**written)
+    again = family.from_hf(theirs.to_dict())
+    assert replace(again, hf={}, dtype="float32") == config
+    # what was carried over says nothing about the sizes
+    sizes = {"num_layers": 1, "ffn_hidden_size": 40}
+    smaller = family.to_hf(replace(again, **sizes))
+    assert replace(family.from_hf(smaller), hf={}, dtype="float32") == replace(config, **sizes)
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "message"),
+    [
+        (QWEN2, {"use_sliding_window": True}, "use_sliding_window=true is not supported"),
+        (
+            QWEN3,
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            r"layer_types holds \['sliding_attention'\], not supported",
+        ),
+        (QWEN3, {"attention_bias": True}, "attention_bias=true is not supported"),
+        (QWEN2, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling type 'yarn'"),
+        (QWEN3_MOE, {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\] is not supported"),
+        (QWEN3_MOE, {"attention_bias": True}, "attention_bias=true is not supported"),
+        (NEMOTRON, {"hidden_act": "silu"}, "hidden_act=silu is not supported; only relu2"),
+        (NEMOTRON, {"mlp_bias": True}, "mlp_bias=true is not supported"),
+        (
+            PHI3,
+            {"sliding_window": 100},
+            r"sliding_window=100 .*max_position_embeddings=128\. Up to",
+        ),
+        (PHI3, {"rope_scaling": {"type": "longrope"}}, "rope_scaling type 'longrope'"),
+        (GPT2, {"activation_function": "relu"}, "activation_function=relu is not supported"),
+        (
+            GPT2,
+            {"scale_attn_by_inverse_layer_idx": True},
+            "scale_attn_by_inverse_layer_idx=true is not supported; only false",
+        ),
+        (GPT2, {"scale_attn_weights": False}, "scale_attn_weights=false is not supported"),
+        (GPT2, {"n_head": 5}, "n_embd=64 must be a multiple of n_head=5"),
+    ],
+)
+def test_what_a_table_cannot_hold_is_refused(config, change, message):
+    family = family_of(config)
+    with pytest.raises(ValueError, match=message):
+        family.from_hf({**family.to_hf(config), **change})
+
+
+def test_a_window_that_no_sequence_reaches_is_none() -> None:
+    hf = {**FAMILIES["phi3"].to_hf(PHI3), "sliding_window": 128}
+    assert replace(FAMILIES["phi3"].from_hf(hf), hf={}) == PHI3
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_gemma_is_refused_with_the_reason(name: str) -> None:
+    with pytest.raises(ValueError, match=r"embeddings are multiplied by sqrt.*supported: \["):
+        family_of_hf({"architectures": [name]})
+
+
+def test_only_layernorm_is_zero_centered() -> None:
+    with pytest.raises(ValueError, match=r"layernorm_zero_centered_gamma=true with .*RMSNorm"):
+        replace(LLAMA, layernorm_zero_centered_gamma=True)
+
+
+# ---------------------------------------------------------------- GPT-2
+
+
+@pytest.mark.parametrize("size", ["hidden_size", "num_attention_heads", "num_query_groups"])
+def test_gpt2_refuses_sizes_its_config_cannot_express(size: str) -> None:
+    half = getattr(GPT2, size) // 2
+    pruning = PruningConfig(target=TargetConfig(**{size: half}))
+    message = rf"pruning.target.{size}={half} is not supported for family 'gpt2': .*n_embd / n_head"
+    with pytest.raises(ValueError, match=message) as error:
+        check_pruning(GPT2, pruning)
+    assert "set only pruning.target.num_layers and pruning.target.ffn_hidden_size" in str(
+        error.value
+    )
+
+
+def test_gpt2_takes_the_others() -> None:
+    target = TargetConfig(ffn_hidden_size=40, num_layers=2, hidden_size=GPT2.hidden_size)
+    check_pruning(GPT2, PruningConfig(target=target))
+
+
+def test_sequences_longer_than_learned_positions_are_refused() -> None:
+    data = DataConfig(path="-", seq_length=129)
+    with pytest.raises(ValueError, match=r"data.seq_length=129 .*max_position_embeddings=128"):
+        check_data(data, max_seq_length=GPT2.max_seq_length)
+    assert LLAMA.max_seq_length is None
+
+
+def test_gpt2_as_it_was_published(tmp_path) -> None:
+    """Without the prefix of the names, with the causal masks of every layer."""
+    family, weights = family_of(GPT2), random_weights(GPT2)
+    store = {name: from_tensor(tensor) for name, tensor in weights.items()}
+    old = {
+        name.removeprefix("transformer."): tensor
+        for name, tensor in to_hf(family, GPT2, store).items()
+    }
+    for layer in range(GPT2.num_layers):
+        old[f"h.{layer}.attn.bias"] = from_tensor(torch.ones(1, 1, 8, 8, dtype=torch.uint8))
+        old[f"h.{layer}.attn.masked_bias"] = from_tensor(torch.tensor(-1e4))
+    write_hf(tmp_path, old, family.to_hf(GPT2), "5GB")
+    hf_config, hf_store = open_hf(tmp_path)
+    back = to_megatron(*model_config(hf_config, hf_store), hf_store)
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(back[name].read(), weights[name]) for name in weights)
+
+
+# ---------------------------------------------------------------- forms, merging
+
+
+@pytest.mark.parametrize("form", HF_FORMS)
+def test_forms_are_exact_inverses(form: str) -> None:
+    rows = (LLAMA.num_attention_heads + 2 * LLAMA.num_query_groups) * LLAMA.kv_channels
+    tensor = torch.randn(rows, 5).half()
+    written = HF_FORMS[form].to_hf(LLAMA, tensor)
+    assert written.shape == ((5, rows) if HF_FORMS[form].transposed else (rows, 5))
+    assert written.is_contiguous()
+    back = HF_FORMS[form].to_megatron(LLAMA, written)
+    assert torch.equal(back, tensor)
+    assert back.is_contiguous()
+
+
+def test_biases_are_merged_with_their_heads() -> None:
+    """A bias is one more input of the matrix, whose value is always 1."""
+    from nemo_minitron.importance.scores import Scores, model_meta
+
+    torch.manual_seed(0)
+    layers, heads = QWEN2.num_layers, QWEN2.num_attention_heads
+    scores = Scores(head=torch.rand(layers, heads), meta={"model": model_meta(QWEN2)})
+    target = TargetConfig(num_attention_heads=heads // 2)
+    plan = make_plan(QWEN2, PruningConfig(target=target, merge_heads=True), scores)
+    weights = random_weights(QWEN2)
+    name = "decoder.layers.1.self_attention.linear_qkv."
+    column = weights[name + "weight"][:, :1]
+    weights[name + "bias"] = column[:, 0].clone()
+    store = {key: from_tensor(tensor) for key, tensor in weights.items()}
+    pruned = prune_store(family_of(QWEN2), QWEN2, plan, store)
+    bias, weight = (pruned[name + kind].read() for kind in ("bias", "weight"))
+    assert torch.equal(bias, weight[:, 0])
+    assert plan.merge[1]
+    plain = replace(plan, merge=[])
+    kept = prune_store(family_of(QWEN2), QWEN2, plain, store)[name + "bias"].read()
+    assert not torch.equal(bias, kept)
