@@ -43,16 +43,18 @@ def check(cfg: DistillConfig) -> None:
     student = ModelConfig.load(student_dir)
     cfg.distillation.check_vocabulary(student.vocab_size)
     _check_layout(cfg, "student", student)
+    models = [student]
     if cfg.teacher is None:
         check_stored(cfg, student.vocab_size)
         teacher_tokenizer = Path(str(cfg.teacher_logits)) / "tokenizer"
     else:
         teacher_tokenizer = Path(cfg.teacher) / "checkpoint" / "tokenizer"
-        _check_teacher(cfg, student, ModelConfig.load(teacher_tokenizer.parent))
+        models.append(ModelConfig.load(teacher_tokenizer.parent))
+        _check_teacher(cfg, *models)
     check_recompute(cfg.trainer, student, cfg.parallel)
     check_same_tokens(student_dir / "tokenizer", teacher_tokenizer)
     check_batches(cfg.data, cfg.parallel, cfg.parallel.world_size(launched_world_size()))
-    lengths = [model.max_seq_length for model in (student, teacher) if model.max_seq_length]
+    lengths = [model.max_seq_length for model in models if model.max_seq_length]
     check_data(
         cfg.data,
         splits=_splits(cfg),

@@ -41,7 +41,13 @@ def check(cfg: TeacherLogitsConfig) -> None:
     cfg.parallel.world_size(launched_world_size())
     check_sequence(cfg.data, cfg.parallel)
     tokenizer = folder / "tokenizer"
-    check_data(cfg.data, splits=_splits(cfg), vocab_size=model.vocab_size, tokenizer_dir=tokenizer)
+    check_data(
+        cfg.data,
+        splits=_splits(cfg),
+        vocab_size=model.vocab_size,
+        tokenizer_dir=tokenizer,
+        max_seq_length=model.max_seq_length,
+    )
     # Whole-file hashes last: a typing mistake should not cost a pass over the weights.
     if cfg.verify_inputs != "size":
         _open_checkpoint(cfg, cfg.verify_inputs)
