@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 
 from benchmarks.docs_block import markdown_table, write_block
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.config.parallel import ParallelConfig, TeacherParallelConfig
 from nemo_minitron.config.stages import DistillationConfig
 from nemo_minitron.config.training import DataConfig, OptimConfig, TrainerConfig
 from nemo_minitron.families.registry import family_of
@@ -73,6 +73,7 @@ def _config(
         "trainer": TrainerConfig(),
         "optim": OptimConfig(),
         "distillation": DistillationConfig(),
+        "teacher_parallel": TeacherParallelConfig(),
     }
     sections |= {} if teacher is None else {"teacher": teacher}
     config = {name: asdict(section) for name, section in sections.items()}

@@ -64,7 +64,7 @@ def balanced_pipeline(num_layers: int, parallel: ParallelConfig) -> ParallelConf
 
     Args:
         num_layers: of the whole model.
-        parallel: the degrees; its first and last stage sizes are replaced.
+        parallel: the degrees; its first and last stage sizes and its layout are replaced.
 
     Raises:
         ValueError: Megatron cannot make such a split; names the nearest numbers of layers it can.
@@ -87,6 +87,7 @@ def balanced_pipeline(num_layers: int, parallel: ParallelConfig) -> ParallelConf
         parallel,
         num_layers_in_first_pipeline_stage=uneven[0],
         num_layers_in_last_pipeline_stage=uneven[1],
+        pipeline_model_parallel_layout=None,
     )
 
 

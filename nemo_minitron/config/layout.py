@@ -2,6 +2,7 @@
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.config.pipeline_layout import layers_per_chunk
 
 
 def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
@@ -65,6 +66,15 @@ def check_experts(config: ModelConfig, parallel: ParallelConfig) -> None:
 
 def check_pipeline(config: ModelConfig, parallel: ParallelConfig) -> None:
     """Refuse layer splits Megatron cannot make."""
+    layout = parallel.pipeline_model_parallel_layout
+    if layout is not None:
+        total = sum(layers_per_chunk(layout))
+        if total != config.num_layers:
+            raise ValueError(
+                f"parallel.pipeline_model_parallel_layout={layout} holds {total} layers (t) but "
+                f"num_layers={config.num_layers} of the model; make them equal"
+            )
+        return
     pp = parallel.pipeline_model_parallel_size
     first = parallel.num_layers_in_first_pipeline_stage
     last = parallel.num_layers_in_last_pipeline_stage

@@ -1,7 +1,9 @@
 """The layout: how one model is spread over ranks."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+
+from nemo_minitron.config.pipeline_layout import layers_per_chunk
 
 
 @dataclass(kw_only=True)
@@ -27,6 +29,8 @@ class ParallelConfig:
     """Layers of the first stage when stages are uneven."""
     num_layers_in_last_pipeline_stage: int | None = None
     """Layers of the last stage when stages are uneven."""
+    pipeline_model_parallel_layout: str | None = None
+    """Megatron's string for any other split: ``Et*3|t*4|t*4|t*2L``, one part per model chunk."""
 
     def __post_init__(self) -> None:
         """Check what can be checked without knowing the model."""
@@ -48,6 +52,30 @@ class ParallelConfig:
             raise ValueError(
                 "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size of at "
                 "least 2; set parallel.sequence_parallel=false"
+            )
+
+        self._check_pipeline_layout()
+
+    def _check_pipeline_layout(self) -> None:
+        layout = self.pipeline_model_parallel_layout
+        if layout is None:
+            return
+        if self.num_layers_in_first_pipeline_stage or self.num_layers_in_last_pipeline_stage:
+            raise ValueError(
+                f"parallel.pipeline_model_parallel_layout={layout} says where every layer goes; "
+                "leave parallel.num_layers_in_first/last_pipeline_stage out"
+            )
+        try:
+            parts = len(layers_per_chunk(layout))
+        except ValueError as error:
+            raise ValueError(f"parallel.{error}") from error
+        chunks = self.virtual_pipeline_model_parallel_size or 1
+        if parts != self.pipeline_model_parallel_size * chunks:
+            raise ValueError(
+                f"parallel.pipeline_model_parallel_layout={layout} has {parts} parts; parallel."
+                f"pipeline_model_parallel_size={self.pipeline_model_parallel_size} x "
+                f"virtual_pipeline_model_parallel_size={chunks} needs "
+                f"{self.pipeline_model_parallel_size * chunks}"
             )
 
     @property
@@ -101,3 +129,26 @@ class ParallelConfig:
                 "launcher or the parallel.* keys"
             )
         return launched
+
+
+@dataclass(kw_only=True)
+class TeacherParallelConfig:
+    """How a teacher's layers are split over the pipeline; its degrees are those of the student."""
+
+    num_layers_in_first_pipeline_stage: int | None = None
+    """As in ``parallel``."""
+    num_layers_in_last_pipeline_stage: int | None = None
+    """As in ``parallel``."""
+    pipeline_model_parallel_layout: str | None = None
+    """As in ``parallel``."""
+
+    def of(self, student: ParallelConfig) -> ParallelConfig:
+        """Layout of the teacher on the ranks of the student.
+
+        Raises:
+            ValueError: the split does not fit the degrees.
+        """
+        try:
+            return replace(student, **asdict(self))
+        except ValueError as error:
+            raise ValueError(f"teacher_parallel: {error}") from error

@@ -2,6 +2,7 @@
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.config.pipeline_layout import layers_per_chunk
 from nemo_minitron.config.training import TrainerConfig
 
 RECOMPUTE_KEYS = (
@@ -57,6 +58,8 @@ def check_recompute(trainer: TrainerConfig, model: ModelConfig, parallel: Parall
 
 def _layers_per_chunk(model: ModelConfig, parallel: ParallelConfig) -> set[int]:
     """The different numbers of layers of the model chunks (of a layout that fits the model)."""
+    if parallel.pipeline_model_parallel_layout is not None:
+        return set(layers_per_chunk(parallel.pipeline_model_parallel_layout))
     chunks = parallel.virtual_pipeline_model_parallel_size or 1
     ends = (
         parallel.num_layers_in_first_pipeline_stage,

@@ -6,7 +6,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from nemo_minitron.config.distillation import TOP_K_LOSSES, DistillationConfig
-from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.config.parallel import ParallelConfig, TeacherParallelConfig
 from nemo_minitron.config.training import (
     DataConfig,
     ExpManagerConfig,
@@ -231,6 +231,7 @@ class DistillConfig(StageConfig):
     """Result folder of ``teacher_logits`` instead of ``teacher``: no teacher is built."""
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    teacher_parallel: TeacherParallelConfig = field(default_factory=TeacherParallelConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
@@ -255,6 +256,10 @@ class DistillConfig(StageConfig):
             )
         if self.teacher is not None:
             return
+        if self.teacher_parallel != TeacherParallelConfig():
+            raise ValueError(
+                "teacher_parallel.* is for a teacher that is built; leave it out here"
+            )
         if self.distillation.loss not in TOP_K_LOSSES:
             raise ValueError(
                 f"distillation.loss={self.distillation.loss} reads the teacher's whole vocabulary, "

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nemo_minitron.config.distillation import DistillationConfig
 from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.parallel import TeacherParallelConfig
 from nemo_minitron.distillation.loss_config import LogitLossConfig
 from nemo_minitron.distillation.teacher import Teacher
 from nemo_minitron.models.build import build_gpt
@@ -25,7 +26,8 @@ from nemo_minitron.runtime.launch import device
 class DistillationGPTModel(MinitronGPTModel):
     """Student (trained) and teacher (frozen) on the same ranks, each with its own layer split.
 
-    Two more config entries: ``teacher`` (ModelConfig of the teacher) and ``distillation``.
+    More config entries: ``teacher`` (ModelConfig of the teacher), ``teacher_parallel`` (its split
+    over the pipeline) and ``distillation``.
     """
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
@@ -35,7 +37,8 @@ class DistillationGPTModel(MinitronGPTModel):
             OmegaConf.merge(schema, cfg.distillation)
         )
         self.teacher_gpt = ModelConfig(**OmegaConf.to_container(cfg.teacher))  # type: ignore[arg-type]
-        chunks = build_gpt(self.teacher_gpt, self.parallel, self.groups, dtype=self.dtype_)
+        parallel = TeacherParallelConfig(**cfg.teacher_parallel).of(self.parallel)
+        chunks = build_gpt(self.teacher_gpt, parallel, self.groups, dtype=self.dtype_)
         # Not a registered submodule: the teacher has no place in checkpoints or optimizers.
         offload = self.distillation.offload_teacher
         self._teacher = [Teacher([chunk.to(device()) for chunk in chunks], offload=offload)]

@@ -20,6 +20,7 @@ from nemo_minitron.runtime.ranks import launched_world_size
 # What may differ when an unfinished training is started again: none of it changes what is learnt.
 MAY_CHANGE = (
     "parallel.",
+    "teacher_parallel.",
     "data.micro_batch_size",
     "trainer.log_every_n_steps",
     "trainer.recompute_",
@@ -42,7 +43,10 @@ def check(cfg: DistillConfig) -> None:
     student_dir = Path(cfg.student) / "checkpoint"
     student = ModelConfig.load(student_dir)
     cfg.distillation.check_vocabulary(student.vocab_size)
-    _check_layout(cfg, "student", student)
+    try:
+        check_layout(student, cfg.parallel)
+    except ValueError as error:
+        raise ValueError(f"student={cfg.student}: {error}") from error
     models = [student]
     if cfg.teacher is None:
         check_stored(cfg, student.vocab_size)
@@ -81,15 +85,13 @@ def _check_teacher(cfg: DistillConfig, student: ModelConfig, teacher: ModelConfi
             f"student has vocab_size={student.vocab_size} but teacher has "
             f"{teacher.vocab_size}; set student= and teacher= to models of one tokenizer"
         )
-    _check_layout(cfg, "teacher", teacher)
-    check_intermediate(cfg.distillation.intermediate, teacher, student, cfg.parallel)
-
-
-def _check_layout(cfg: DistillConfig, key: str, model: ModelConfig) -> None:
     try:
-        check_layout(model, cfg.parallel)
+        check_layout(teacher, cfg.teacher_parallel.of(cfg.parallel))
     except ValueError as error:
-        raise ValueError(f"{key}={getattr(cfg, key)}: {error}") from error
+        raise ValueError(
+            f"teacher={cfg.teacher}: {error} (its layers are split by teacher_parallel.*)"
+        ) from error
+    check_intermediate(cfg.distillation.intermediate, teacher, student, cfg.parallel)
 
 
 def model_config(cfg: DistillConfig, student: ModelConfig) -> dict[str, Any]:
@@ -97,6 +99,7 @@ def model_config(cfg: DistillConfig, student: ModelConfig) -> dict[str, Any]:
     return {
         "gpt": asdict(student),
         "parallel": asdict(cfg.parallel),
+        "teacher_parallel": asdict(cfg.teacher_parallel),
         "data": asdict(cfg.data),
         "trainer": asdict(cfg.trainer),
         "optim": asdict(cfg.optim),

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from nemo_minitron.config.distillation import DistillationConfig
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.config.parallel import ParallelConfig, TeacherParallelConfig
 from nemo_minitron.config.training import DataConfig, OptimConfig, TrainerConfig
 from tests.tiny import token_batch
 
@@ -18,6 +18,7 @@ def model_cfg(
     student: ModelConfig, teacher: ModelConfig | None, parallel: ParallelConfig, **over: Any
 ) -> Any:
     """Config of a (distillation) model."""
+    split = TeacherParallelConfig(**over.pop("teacher_parallel", {}))
     keys = {"max_steps": 2, "precision": over.pop("precision", "32"), **over.pop("trainer", {})}
     trainer = TrainerConfig(**keys)
     cfg = {
@@ -32,6 +33,7 @@ def model_cfg(
     }
     if teacher is not None:
         cfg["teacher"] = asdict(teacher)
+        cfg["teacher_parallel"] = asdict(split)
         cfg["distillation"] = asdict(DistillationConfig(**{"chunk_size": 7, **over}))
     return OmegaConf.create(cfg)
 

@@ -32,6 +32,7 @@ def layout(
     ep: int = 1,
     sp: bool = False,
     first: int | None = None,
+    custom: str | None = None,
 ) -> ParallelConfig:
     return ParallelConfig(
         tensor_model_parallel_size=tp,
@@ -42,6 +43,7 @@ def layout(
         expert_model_parallel_size=ep,
         sequence_parallel=sp,
         num_layers_in_first_pipeline_stage=first,
+        pipeline_model_parallel_layout=custom,
     )
 
 
@@ -126,6 +128,9 @@ def owners(name: str, shape: torch.Size, config: ModelConfig, parallel: Parallel
 def stage_of_layers(num_layers: int, parallel: ParallelConfig) -> list[int]:
     """Pipeline stage of every layer."""
     pp, vpp = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    if parallel.pipeline_model_parallel_layout:  # nothing is repeated in it
+        parts = parallel.pipeline_model_parallel_layout.split("|")
+        return [i % pp for i, part in enumerate(parts) for _ in range(part.count("t"))]
     if vpp:
         return [layer * pp * vpp // num_layers % pp for layer in range(num_layers)]
     first, last = (

@@ -47,6 +47,14 @@ LAYOUTS = {
         2,
         {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
     ),
+    "PP2 custom": (
+        2,
+        {
+            "pipeline_model_parallel_size": 2,
+            "pipeline_model_parallel_layout": "Et*3|tL",
+            "teacher": {"pipeline_model_parallel_layout": "Et*2|t*6L"},
+        },
+    ),
     "CP2": (2, {"context_parallel_size": 2}),
     "DP2": (2, {}),
     "TP2 SP PP2": (4, {**SP, "pipeline_model_parallel_size": 2}),
@@ -73,8 +81,9 @@ class Pair:
     def gradients(self, size: int, parallel: dict, intermediate, **over):
         """What a step logs and every gradient; all ranks and copies agree."""
         out = self.folder / f"{len(list(self.folder.iterdir()))}"
-        over = {"intermediate": intermediate, **over}
-        config = ParallelConfig(**parallel)
+        split = {"teacher_parallel": parallel.get("teacher", {})}
+        over = {"intermediate": intermediate, **split, **over}
+        config = ParallelConfig(**{k: v for k, v in parallel.items() if k != "teacher"})
         results = self.ranks.run(
             size, inter_gradients, self.student, self.teacher, config, str(out), over
         )

@@ -47,6 +47,7 @@ LAYOUTS = {
     "PP2 uneven": layout(pp=2, first=3),
     "PP4": layout(pp=4),
     "PP2 VPP2": layout(pp=2, vpp=2),
+    "PP2 VPP2 custom": layout(pp=2, vpp=2, custom="Ettt|t|tt|ttL"),
     "CP2": layout(cp=2),
     "DP2": layout(dp=2),
     "TP2 PP2": layout(tp=2, pp=2),

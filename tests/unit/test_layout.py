@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from nemo_minitron.config.layout import check_layout, padded_vocab_size
+from nemo_minitron.config.layout import check_layout, check_pipeline, padded_vocab_size
 from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.config.pipeline_layout import layers_per_chunk
 from tests.tiny import LLAMA, MIXTRAL, QWEN2_MOE
 
 PIPELINE = {"pipeline_model_parallel_size": 2}
@@ -88,3 +89,46 @@ def test_accepted(keys):
 
 def test_vocabulary_is_padded_to_the_tensor_parallel_size():
     assert [padded_vocab_size(101, tp) for tp in (1, 2, 4)] == [101, 102, 104]
+
+
+@pytest.mark.parametrize(
+    ("layout", "sizes"),
+    [
+        ("Ettt|t*4|tL", [3, 4, 1]),
+        ("Et|(tt|)*3,tL", [1, 2, 2, 2, 1]),
+        ("E(t|)*3tL", [1, 1, 1, 1]),
+    ],
+)
+def test_custom_pipeline_layouts_are_read_as_megatron_does(layout, sizes):
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+    assert layers_per_chunk(layout) == sizes
+    rows = PipelineParallelLayerLayout.parse_str_to_list(layout)
+    assert [sum(kind.name == "decoder" for kind in row) for row in rows] == sizes
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"layout": "tt|ttL"}, "must start with E, end with L"),
+        ({"layout": "Ett|mL"}, "must start with E, end with L .*m, is not supported"),
+        ({"layout": "E|ttttL"}, "leaves part 1 of 2 without a layer"),
+        ({"layout": "Et|tt|tL"}, r"has 3 parts; .*=2 x virtual.*=1 needs 2"),
+        ({"layout": "Ett|ttL", "first": 1}, "leave parallel.num_layers_in_first/last"),
+    ],
+)
+def test_custom_pipeline_layouts_that_are_refused(keys, says):
+    with pytest.raises(ValueError, match=rf"^parallel\.pipeline_model_parallel_layout=.*{says}"):
+        ParallelConfig(
+            pipeline_model_parallel_size=2,
+            pipeline_model_parallel_layout=keys["layout"],
+            num_layers_in_first_pipeline_stage=keys.get("first"),
+        )
+
+
+def test_a_custom_pipeline_layout_has_the_layers_of_the_model():
+    parallel = ParallelConfig(
+        pipeline_model_parallel_size=2, pipeline_model_parallel_layout="Ett|tttL"
+    )
+    with pytest.raises(ValueError, match=r"holds 5 layers \(t\) but num_layers=4"):
+        check_pipeline(LLAMA, parallel)
