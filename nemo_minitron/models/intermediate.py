@@ -27,6 +27,7 @@ from nemo_minitron.models.projection import PROJECTION, Projection
 from nemo_minitron.models.schedule import Batch
 from nemo_minitron.models.transport import Kept, Route, deliver, owners
 from nemo_minitron.runtime.groups import ParallelGroups
+from nemo_minitron.runtime.launch import device
 
 
 def loss_name(pair: Pair) -> str:
@@ -72,7 +73,7 @@ class IntermediateLosses:
             self._relation_heads = relation_heads(config, self.teacher, self.student, parallel)
         # Not any parameter's dtype: torch norms keep fp32 weights under bf16 and give bf16.
         self._dtype = self._teacher_chunks[0].config.params_dtype
-        self._device = next(self._teacher_chunks[0].parameters()).device
+        self._device = device()  # the teacher's weights may wait in host memory
         self._places = owners(student_chunks, groups.pp)
         self._teacher_places = owners(self._teacher_chunks, groups.pp)
         self.routes = [
