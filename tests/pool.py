@@ -5,6 +5,7 @@ with ``torch.distributed`` initialised (gloo); results come back in rank order, 
 rank raises one error with every traceback.
 """
 
+import gc
 import os
 import tempfile
 import traceback
@@ -61,9 +62,13 @@ def _worker(connection: Connection) -> None:
             _kill_children(os.getpid())
             os._exit(0)
         try:
-            connection.send((True, _run_task(*task)))
+            answer = (True, _run_task(*task))
         except BaseException:
-            connection.send((False, traceback.format_exc()))
+            answer = (False, traceback.format_exc())
+        # Models hold their groups in cycles. A gloo group that is kept after the others left has
+        # a thread that spins: hundreds of them after some hundred tests.
+        gc.collect()
+        connection.send(answer)
 
 
 class WorkerPool:
