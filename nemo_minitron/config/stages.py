@@ -257,9 +257,7 @@ class DistillConfig(StageConfig):
         if self.teacher is not None:
             return
         if self.teacher_parallel != TeacherParallelConfig():
-            raise ValueError(
-                "teacher_parallel.* is for a teacher that is built; leave it out here"
-            )
+            raise ValueError("teacher_parallel.* is for a teacher that is built; leave it out here")
         if self.distillation.loss not in TOP_K_LOSSES:
             raise ValueError(
                 f"distillation.loss={self.distillation.loss} reads the teacher's whole vocabulary, "
