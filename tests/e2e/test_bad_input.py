@@ -394,8 +394,8 @@ def _with_config(home: Path, tmp_path: Path, **values: object) -> None:
 
 
 def test_unknown_architecture(refuses, home, tmp_path):
-    _with_config(home, tmp_path, architectures=["GPT2LMHeadModel"])
-    says = "source: architectures=['GPT2LMHeadModel'] in config.json is not supported; supported: "
+    _with_config(home, tmp_path, architectures=["BloomForCausalLM"])
+    says = "source: architectures=['BloomForCausalLM'] in config.json is not supported; supported: "
     refuses("import", says, "set source to such a model", source=tmp_path / "hf")
 
 
