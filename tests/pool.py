@@ -18,6 +18,8 @@ import psutil
 import torch.multiprocessing as mp
 
 TIMEOUT_SECONDS = 180
+# Some groups are never freed (three threads each); workers with so many start anew.
+MAX_THREADS = 120
 
 
 def _run_task(rank: int, size: int, store: str, fn: Callable[..., Any], args: tuple) -> Any:
@@ -62,13 +64,13 @@ def _worker(connection: Connection) -> None:
             _kill_children(os.getpid())
             os._exit(0)
         try:
-            answer = (True, _run_task(*task))
+            answer: tuple[bool, Any] = (True, _run_task(*task))
         except BaseException:
             answer = (False, traceback.format_exc())
         # Models hold their groups in cycles. A gloo group that is kept after the others left has
         # a thread that spins: hundreds of them after some hundred tests.
         gc.collect()
-        connection.send(answer)
+        connection.send((*answer, psutil.Process().num_threads()))
 
 
 class WorkerPool:
@@ -76,6 +78,7 @@ class WorkerPool:
 
     def __init__(self) -> None:
         self._workers: list[tuple[Any, Connection]] = []
+        self._threads = 0
 
     def _grow(self, size: int) -> None:
         # Not daemons: Megatron's checkpoint writer starts processes of its own.
@@ -88,6 +91,8 @@ class WorkerPool:
 
     def run(self, size: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
         """Run ``fn(*args)`` on ``size`` ranks; returns their results in rank order."""
+        if self._threads > MAX_THREADS:
+            self.close()
         self._grow(size)
         with tempfile.NamedTemporaryFile(suffix=".store", delete=False) as file:
             store = file.name
@@ -109,7 +114,8 @@ class WorkerPool:
                 raise TimeoutError(
                     f"{name}: rank {rank} of {size} gave no answer\n" + "".join(errors)
                 )
-            ok, value = connection.recv()
+            ok, value, threads = connection.recv()
+            self._threads = max(self._threads, threads)
             if ok:
                 results.append(value)
             else:
@@ -125,4 +131,4 @@ class WorkerPool:
             _kill_children(process.pid)
             process.kill()
             process.join()
-        self._workers = []
+        self._workers, self._threads = [], 0
