@@ -34,12 +34,6 @@ def check_recompute(trainer: TrainerConfig, model: ModelConfig, parallel: Parall
             f"trainer.recompute_modules names {absent}, but the layers of family '{model.family}' "
             f"{'are all experts: use moe' if moe else 'have no experts: use mlp'}"
         )
-    shared = model.moe_shared_expert_intermediate_size is not None
-    if "shared_experts" in (trainer.recompute_modules or ()) and not shared:
-        raise ValueError(
-            f"trainer.recompute_modules names shared_experts, which family '{model.family}' does "
-            "not have; leave it out"
-        )
     layers, chunk = trainer.recompute_num_layers, _layers_per_chunk(model, parallel)
     if layers is None:
         return

@@ -83,8 +83,8 @@ class TrainerConfig:
     recompute_num_layers: int | None = None
     """See recompute_method; Megatron wants it with ``full`` alone."""
     recompute_modules: list[str] | None = None
-    """Parts to recompute under ``selective``, any of ``core_attn``, ``mlp``, ``moe``,
-    ``shared_experts``; null means ``core_attn``."""
+    """Parts to recompute under ``selective``, any of ``core_attn``, ``mlp`` and ``moe``; null means
+    ``core_attn``."""
 
     def __post_init__(self) -> None:
         """Check ranges and relations."""
@@ -133,7 +133,7 @@ class TrainerConfig:
             )
         # Megatron's others (moe_act, layernorm, mla_up_proj) belong to modules that these models
         # do not have, or that Transformer Engine fuses.
-        allowed = ("core_attn", "mlp", "moe", "shared_experts")
+        allowed = ("core_attn", "mlp", "moe")
         unknown = [name for name in modules if name not in allowed]
         if unknown or not modules:
             raise ValueError(

@@ -40,7 +40,6 @@ def test_keys(keys, says):
     [
         ({**SELECTIVE, "recompute_modules": ["moe"]}, LLAMA, {}, "have no experts: use mlp"),
         ({**SELECTIVE, "recompute_modules": ["mlp"]}, MIXTRAL, {}, "all experts: use moe"),
-        ({**SELECTIVE, "recompute_modules": ["shared_experts"]}, MIXTRAL, {}, "does not have"),
         (FULL, replace(LLAMA, num_layers=5), {}, "here 5"),
         (FULL, SIX, {"pipeline_model_parallel_size": 2}, "here 3"),
         (
