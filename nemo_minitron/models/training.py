@@ -2,7 +2,6 @@
 
 import logging
 import shutil
-import signal
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +21,7 @@ from nemo_minitron.models.gpt import MinitronGPTModel
 from nemo_minitron.models.lightning import UNFINISHED, MegatronStrategy
 from nemo_minitron.reporting.console import progress
 from nemo_minitron.runtime.launch import device
+from nemo_minitron.runtime.stop import StopOnRequest
 from nemo_minitron.runtime.writer import start_writer_helper
 
 log = logging.getLogger(__name__)
@@ -105,32 +105,24 @@ class StopOnSignal(Callback):
 
     def __init__(self, checkpoint: ModelCheckpoint) -> None:
         self.checkpoint = checkpoint
-        self._asked = False
-        self._before: dict[int, Any] = {}
+        self._request = StopOnRequest()
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Take the signals over from Lightning, and keep them from what writes checkpoints."""
         start_writer_helper()
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            self._before[number] = signal.signal(number, self._ask)
-
-    def _ask(self, number: int, frame: Any) -> None:
-        self._asked = True
+        self._request.__enter__()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
         """Agree on stopping: ranks get the signal at different moments."""
-        flag = torch.tensor(float(self._asked), device=device())
-        if dist.get_world_size() > 1:
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=dist.group.WORLD)
-        if flag.item() == 0 or trainer.global_step >= pl_module.trainer_cfg.max_steps:
+        asked = self._request.asked()
+        if not asked or trainer.global_step >= pl_module.trainer_cfg.max_steps:
             return
         save_now(trainer, self.checkpoint)
         raise Preempted(f"a signal asked to stop; saved at step {trainer.global_step}")
 
     def restore(self) -> None:
         """Give the signals back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._request.__exit__()
 
 
 def checkpoint_name(step: int) -> str:

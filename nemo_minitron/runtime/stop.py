@@ -32,13 +32,18 @@ class StopOnRequest:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
 
+    def asked(self) -> bool:
+        """Whether any rank was asked to stop, the same answer on all (collective)."""
+        flag = torch.tensor(float(self._asked), device=device())
+        if dist.get_world_size() > 1:
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=dist.group.WORLD)
+        return bool(flag.item())
+
     def check(self) -> None:
         """Stop if any rank was asked to (collective).
 
         Raises:
             Preempted: on every rank.
         """
-        flag = torch.tensor(float(self._asked), device=device())
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=dist.group.WORLD)
-        if flag.item():
+        if self.asked():
             raise Preempted("a signal asked to stop; what is complete is kept")
