@@ -99,6 +99,14 @@ def _nonfinite_in(chunk: HiddenGPTModel) -> str | None:
     return None
 
 
+def _result_state(chunks: list[HiddenGPTModel], groups: ParallelGroups) -> dict[str, Any]:
+    """Sharded tensors of the model alone: a result holds nothing that only training needs."""
+    return {
+        name: without_projection(state)
+        for name, state in model_sharded_state_dict(chunks, groups).items()
+    }
+
+
 def load_weights(
     chunks: list[HiddenGPTModel],
     groups: ParallelGroups,
@@ -119,10 +127,7 @@ def load_weights(
     Raises:
         ValueError: the weights do not fit the model, or hold NaN or infinity.
     """
-    wanted = {
-        name: without_projection(state)
-        for name, state in model_sharded_state_dict(chunks, groups).items()
-    }
+    wanted = _result_state(chunks, groups)
     with plain_errors(folder):
         state = dist_checkpointing.load(wanted, str(folder))
     for index, chunk in enumerate(chunks):
@@ -165,13 +170,10 @@ def save_weights(
 ) -> None:
     """Write the model to ``folder`` (collective; the folder exists and is empty).
 
-    The vocabulary is stored without padding, so the checkpoint does not depend on the layout. What
-    only training needs (the projection of intermediate losses) is left out.
+    The vocabulary is stored without padding, so the checkpoint does not depend on the layout. The
+    projection of intermediate losses is left out.
     """
-    state = {
-        name: without_projection(chunk)
-        for name, chunk in model_sharded_state_dict(chunks, groups).items()
-    }
+    state = _result_state(chunks, groups)
     for chunk in state.values():
         for name, tensor in list(chunk.items()):
             if isinstance(tensor, ShardedTensor) and tensor.key in _VOCAB_KEYS:
