@@ -140,7 +140,7 @@ class RowReader:
         try:
             if place not in self.starts:
                 self.starts[place] = _values_start(*place, info.length, sizes, dtype)
-        except (OSError, RuntimeError, EOFError, struct.error, zipfile.BadZipFile) as error:
+        except (*READ_ERRORS, struct.error, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is damaged at {self.key}: {error}") from error
         start = self.starts[place]
         if start is None:
