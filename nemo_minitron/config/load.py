@@ -5,7 +5,7 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_minitron.config import schema
 from nemo_minitron.config.stages import STAGE_CONFIGS, StageConfig
 
+T = TypeVar("T")
 _PLAIN = re.compile(r"[A-Za-z_./][A-Za-z0-9_./-]*")
 
 
@@ -45,6 +46,11 @@ def stage_config(stage: str, composed: DictConfig) -> StageConfig:
         return cast(StageConfig, OmegaConf.to_object(typed))
     except OmegaConfBaseException as error:
         raise ValueError(explain(stage, error)) from error
+
+
+def read_section(cls: type[T], values: Any) -> T:
+    """One section of a NeMo model's config as its dataclass, nested ones included."""
+    return cast(T, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values)))
 
 
 def compose(stage: str, overrides: Sequence[str]) -> StageConfig:

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from nemo_minitron.config.distillation import DistillationConfig
+from nemo_minitron.config.load import read_section
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import TeacherParallelConfig
 from nemo_minitron.distillation.loss_config import LogitLossConfig
@@ -32,10 +33,7 @@ class DistillationGPTModel(MinitronGPTModel):
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
         super().__init__(cfg=cfg, trainer=trainer)
-        schema = OmegaConf.structured(DistillationConfig)
-        self.distillation: DistillationConfig = OmegaConf.to_object(  # type: ignore[assignment]
-            OmegaConf.merge(schema, cfg.distillation)
-        )
+        self.distillation = read_section(DistillationConfig, cfg.distillation)
         self.teacher_gpt = ModelConfig(**OmegaConf.to_container(cfg.teacher))  # type: ignore[arg-type]
         parallel = TeacherParallelConfig(**cfg.teacher_parallel).of(self.parallel)
         chunks = build_gpt(self.teacher_gpt, parallel, self.groups, dtype=self.dtype_)

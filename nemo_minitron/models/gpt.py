@@ -12,6 +12,7 @@ from nemo.core.classes.common import PretrainedModelInfo
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from nemo_minitron.config.load import read_section
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.recompute import recompute_settings
@@ -71,11 +72,9 @@ class MinitronGPTModel(ModelPT):
         self.gpt = ModelConfig(**OmegaConf.to_container(cfg.gpt))  # type: ignore[arg-type]
         self.parallel = ParallelConfig(**cfg.parallel)
         self.data_cfg = DataConfig(**cfg.data)
-        self.trainer_cfg = TrainerConfig(**OmegaConf.to_container(cfg.trainer))  # type: ignore[arg-type]
+        self.trainer_cfg = read_section(TrainerConfig, cfg.trainer)
         self.optim_cfg = OptimConfig(**cfg.optim)
-        loggers = OmegaConf.structured(ExpManagerConfig)
-        loggers.merge_with(cfg.get("exp_manager", {}))
-        self.exp_manager_cfg: Any = OmegaConf.to_object(loggers)
+        self.exp_manager_cfg = read_section(ExpManagerConfig, cfg.get("exp_manager", {}))
         self.groups = ParallelGroups.current()
         bf16 = self.trainer_cfg.precision == "bf16-mixed"
         self.dtype_ = torch.bfloat16 if bf16 else torch.float32

@@ -3,10 +3,11 @@
 from typing import Any
 
 from lightning.pytorch import Trainer
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
 from nemo_minitron.config.distillation import DistillationConfig
+from nemo_minitron.config.load import read_section
 from nemo_minitron.distillation.logit_shards import stored_targets
 from nemo_minitron.distillation.loss_config import LogitLossConfig
 from nemo_minitron.models.gpt import MinitronGPTModel
@@ -22,8 +23,7 @@ class OfflineDistillationGPTModel(MinitronGPTModel):
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
         super().__init__(cfg=cfg, trainer=trainer)
-        merged = OmegaConf.merge(OmegaConf.structured(DistillationConfig), cfg.distillation)
-        self.distillation: DistillationConfig = OmegaConf.to_object(merged)  # type: ignore[assignment]
+        self.distillation = read_section(DistillationConfig, cfg.distillation)
 
     def loss_config(self) -> LogitLossConfig:
         """Weights of the distillation and the language-model loss."""

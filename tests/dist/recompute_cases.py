@@ -14,7 +14,6 @@ _COUNTED = {
     "core_attention": "core_attn",
     "mlp": "mlp",
     "experts": "experts",
-    "shared_experts": "shared_experts",
     "linear_qkv": "layer",
 }
 MICRO_BATCHES = 2
