@@ -148,16 +148,18 @@ def output_folder(
     ranks = ranks or Ranks()
     output = Path(cfg.output_dir).resolve()
     work = partial_of(output)
-    if ranks.rank == 0:
-        _open_work(cfg, stage, inputs, output, resumable, may_change)
-    ranks.barrier()
-    try:
+    mine = False  # a folder that is refused is somebody else's
+    try:  # a stop signal may come as soon as the folder exists
+        if ranks.rank == 0:
+            _open_work(cfg, stage, inputs, output, resumable, may_change)
+            mine = True
+        ranks.barrier()
         yield work
         ranks.barrier()
         if ranks.rank == 0:
             _complete(cfg, stage, work, output)
     except BaseException as error:
-        if ranks.rank == 0:
+        if mine:
             _abandon(work, output, error, keep=resumable and files_in(work) != [OWNER])
         raise
     ranks.barrier()
@@ -195,12 +197,12 @@ def _open_work(
 def _sign(work: Path, owner: dict[str, Any]) -> None:
     """Create the working folder if need be and say whose it is; all or nothing."""
     made = not work.exists()
-    work.mkdir(parents=True, exist_ok=True)
     draft = work / f"{OWNER}.draft"
     try:
+        work.mkdir(parents=True, exist_ok=True)
         draft.write_text(json.dumps(owner, indent=1))
         draft.replace(work / OWNER)
-    except OSError:  # disk full; what an earlier run left to resume stays resumable
+    except BaseException:  # disk full, a signal; what an earlier run left to resume stays resumable
         shutil.rmtree(work, ignore_errors=True) if made else draft.unlink(missing_ok=True)
         raise
 
