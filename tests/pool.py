@@ -18,8 +18,6 @@ import psutil
 import torch.multiprocessing as mp
 
 TIMEOUT_SECONDS = 180
-# Some groups are never freed (three threads each); workers with so many start anew.
-MAX_THREADS = 120
 
 
 def _run_task(rank: int, size: int, store: str, fn: Callable[..., Any], args: tuple) -> Any:
@@ -50,6 +48,19 @@ def _kill_children(pid: int) -> None:
         child.kill()
 
 
+def _free_groups() -> None:
+    """Let go of the groups of a task.
+
+    A gloo group that is kept after the other ranks left has a thread that spins, and there were
+    hundreds after some hundred tests. Models hold their groups in cycles, and Megatron caches the
+    rotary embeddings of the last models with theirs.
+    """
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    RotaryEmbedding.forward.cache_clear()
+    gc.collect()
+
+
 def _worker(connection: Connection) -> None:
     import torch
 
@@ -64,13 +75,11 @@ def _worker(connection: Connection) -> None:
             _kill_children(os.getpid())
             os._exit(0)
         try:
-            answer: tuple[bool, Any] = (True, _run_task(*task))
+            answer = (True, _run_task(*task))
         except BaseException:
             answer = (False, traceback.format_exc())
-        # Models hold their groups in cycles. A gloo group that is kept after the others left has
-        # a thread that spins: hundreds of them after some hundred tests.
-        gc.collect()
-        connection.send((*answer, psutil.Process().num_threads()))
+        _free_groups()
+        connection.send(answer)
 
 
 class WorkerPool:
@@ -78,11 +87,12 @@ class WorkerPool:
 
     def __init__(self) -> None:
         self._workers: list[tuple[Any, Connection]] = []
-        self._threads = 0
 
     def _grow(self, size: int) -> None:
         # Not daemons: Megatron's checkpoint writer starts processes of its own.
-        context = mp.get_context("spawn")
+        # Forked from a server that has imported, and done, nothing else.
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["nemo_minitron.models.distill"])
         while len(self._workers) < size:
             parent, child = context.Pipe()
             process = context.Process(target=_worker, args=(child,))
@@ -91,8 +101,6 @@ class WorkerPool:
 
     def run(self, size: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
         """Run ``fn(*args)`` on ``size`` ranks; returns their results in rank order."""
-        if self._threads > MAX_THREADS:
-            self.close()
         self._grow(size)
         with tempfile.NamedTemporaryFile(suffix=".store", delete=False) as file:
             store = file.name
@@ -114,8 +122,7 @@ class WorkerPool:
                 raise TimeoutError(
                     f"{name}: rank {rank} of {size} gave no answer\n" + "".join(errors)
                 )
-            ok, value, threads = connection.recv()
-            self._threads = max(self._threads, threads)
+            ok, value = connection.recv()
             if ok:
                 results.append(value)
             else:
@@ -131,4 +138,4 @@ class WorkerPool:
             _kill_children(process.pid)
             process.kill()
             process.join()
-        self._workers, self._threads = [], 0
+        self._workers = []
