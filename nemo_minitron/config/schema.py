@@ -17,7 +17,9 @@ import nemo_minitron
 from nemo_minitron.config.stages import STAGE_CONFIGS
 
 # Stages that run a model and so may need more than one rank.
-RANKED_STAGES = frozenset({"importance", "prune", "teacher_logits", "distill", "evaluate"})
+RANKED_STAGES = frozenset(
+    {"importance", "prune", "teacher_logits", "distill", "finetune", "evaluate"}
+)
 
 # Keys that do not change what a stage computes: they are left out of the config hash.
 NEUTRAL_KEYS = frozenset(

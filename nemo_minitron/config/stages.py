@@ -220,7 +220,43 @@ class PruneConfig(StageConfig):
 
 
 @dataclass(kw_only=True)
-class DistillConfig(StageConfig):
+class TrainingStageConfig(StageConfig):
+    """What the stages that train have in common."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
+
+    def __post_init__(self) -> None:
+        """Check relations between sections."""
+        super().__post_init__()
+        if self.optim.lr_warmup_steps >= self.trainer.max_steps:
+            raise ValueError(
+                f"optim.lr_warmup_steps={self.optim.lr_warmup_steps} must be below "
+                f"trainer.max_steps={self.trainer.max_steps}"
+            )
+
+
+@dataclass(kw_only=True)
+class FinetuneConfig(TrainingStageConfig):
+    """Train a model on text: teacher correction, or fine-tuning on generated text."""
+
+    checkpoint: str = MISSING
+    """Result folder that holds the model to train."""
+    chunk_size: int = 256
+    """Tokens whose logits exist at one time."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        super().__post_init__()
+        if self.chunk_size < 1:
+            raise ValueError(f"chunk_size={self.chunk_size} must be at least 1")
+
+
+@dataclass(kw_only=True)
+class DistillConfig(TrainingStageConfig):
     """Train the pruned model to match the original one."""
 
     student: str = MISSING
@@ -229,22 +265,18 @@ class DistillConfig(StageConfig):
     """Result folder that holds the model to imitate."""
     teacher_logits: str | None = None
     """Result folder of ``teacher_logits`` instead of ``teacher``: no teacher is built."""
-    data: DataConfig = field(default_factory=DataConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     teacher_parallel: TeacherParallelConfig = field(default_factory=TeacherParallelConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
 
     def __post_init__(self) -> None:
         """Check relations between sections."""
         super().__post_init__()
         self._check_teacher()
-        if self.optim.lr_warmup_steps >= self.trainer.max_steps:
+        if self.distillation.kd_weight == 0 and not self.distillation.intermediate.losses:
             raise ValueError(
-                f"optim.lr_warmup_steps={self.optim.lr_warmup_steps} must be below "
-                f"trainer.max_steps={self.trainer.max_steps}"
+                "distillation.kd_weight=0 and distillation.intermediate.losses=[] leave the "
+                "teacher nothing to say; set distillation.kd_weight above 0, or train without a "
+                "teacher: minitron finetune"
             )
 
     def _check_teacher(self) -> None:
@@ -376,6 +408,7 @@ STAGE_CONFIGS: dict[str, type[StageConfig]] = {
     "prune": PruneConfig,
     "teacher_logits": TeacherLogitsConfig,
     "distill": DistillConfig,
+    "finetune": FinetuneConfig,
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
     "pipeline": PipelineConfig,

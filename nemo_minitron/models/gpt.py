@@ -315,7 +315,8 @@ class MinitronGPTModel(ModelPT):
         self._validation_sums.clear()
         tokens = max(tokens, 1.0)
         self.log("val_loss", ce / tokens, prog_bar=True, batch_size=1)
-        self.log("val_kd_loss", kd / tokens, batch_size=1)
+        if self.loss_config().kd_weight:
+            self.log("val_kd_loss", kd / tokens, batch_size=1)
 
     @classmethod
     def list_available_models(cls) -> list[PretrainedModelInfo]:

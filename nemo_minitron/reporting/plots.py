@@ -269,7 +269,7 @@ def training_curve(history: Sequence[dict[str, Any]]) -> Picture:
     panels = [
         (title, lines)
         for title, lines in (
-            ("distillation loss: training, validation (dots)", ("loss", "val_kd_loss")),
+            ("training loss (dots: distillation loss, validation)", ("loss", "val_kd_loss")),
             ("language-model loss, validation", ("val_loss",)),
             ("learning rate", ("lr",)),
         )

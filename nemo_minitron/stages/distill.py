@@ -1,8 +1,6 @@
 """``minitron distill``: the pruned model learns from the original one."""
 
-import json
-import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,26 +8,10 @@ from nemo_minitron.checkpoint.artifact import check_output, open_result
 from nemo_minitron.checkpoint.tokenizer import check_same_tokens
 from nemo_minitron.config.layout import check_layout
 from nemo_minitron.config.model import MODEL_YAML, ModelConfig
-from nemo_minitron.config.recompute import check_recompute
 from nemo_minitron.config.stages import DistillConfig
-from nemo_minitron.data.checks import check_batches, check_data
 from nemo_minitron.distillation.layer_map import check_intermediate
 from nemo_minitron.distillation.logit_index import FOLDER, INDEX, PARTS, LogitIndex, check_stored
-from nemo_minitron.runtime.ranks import launched_world_size
-
-# What may differ when an unfinished training is started again: none of it changes what is learnt.
-MAY_CHANGE = (
-    "parallel.",
-    "teacher_parallel.",
-    "data.micro_batch_size",
-    "trainer.log_every_n_steps",
-    "trainer.recompute_",
-    "trainer.save_",
-)
-
-
-def _splits(cfg: DistillConfig) -> tuple[str, ...]:
-    return PARTS if cfg.trainer.limit_val_batches else PARTS[:1]
+from nemo_minitron.stages.train import check_training, datasets, sections, train
 
 
 def check(cfg: DistillConfig) -> None:
@@ -43,29 +25,16 @@ def check(cfg: DistillConfig) -> None:
     student_dir = Path(cfg.student) / "checkpoint"
     student = ModelConfig.load(student_dir)
     cfg.distillation.check_vocabulary(student.vocab_size)
-    try:
-        check_layout(student, cfg.parallel)
-    except ValueError as error:
-        raise ValueError(f"student={cfg.student}: {error}") from error
-    models = [student]
+    teachers = []
     if cfg.teacher is None:
         check_stored(cfg, student.vocab_size)
         teacher_tokenizer = Path(str(cfg.teacher_logits)) / "tokenizer"
     else:
         teacher_tokenizer = Path(cfg.teacher) / "checkpoint" / "tokenizer"
-        models.append(ModelConfig.load(teacher_tokenizer.parent))
-        _check_teacher(cfg, *models)
-    check_recompute(cfg.trainer, student, cfg.parallel)
+        teachers.append(ModelConfig.load(teacher_tokenizer.parent))
+        _check_teacher(cfg, student, *teachers)
     check_same_tokens(student_dir / "tokenizer", teacher_tokenizer)
-    check_batches(cfg.data, cfg.parallel, cfg.parallel.world_size(launched_world_size()))
-    lengths = [model.max_seq_length for model in models if model.max_seq_length]
-    check_data(
-        cfg.data,
-        splits=_splits(cfg),
-        vocab_size=student.vocab_size,
-        tokenizer_dir=student_dir / "tokenizer",
-        max_seq_length=min(lengths, default=None),
-    )
+    check_training(cfg, student_dir, "student", *teachers)
     # Whole-file hashes last: a typing mistake should not cost a pass over the weights.
     if cfg.verify_inputs != "size":
         _open_inputs(cfg, cfg.verify_inputs)
@@ -97,13 +66,8 @@ def _check_teacher(cfg: DistillConfig, student: ModelConfig, teacher: ModelConfi
 def model_config(cfg: DistillConfig, student: ModelConfig) -> dict[str, Any]:
     """What the configs of both distillation models have in common."""
     return {
-        "gpt": asdict(student),
-        "parallel": asdict(cfg.parallel),
+        **sections(cfg, student),
         "teacher_parallel": asdict(cfg.teacher_parallel),
-        "data": asdict(cfg.data),
-        "trainer": asdict(cfg.trainer),
-        "optim": asdict(cfg.optim),
-        "exp_manager": asdict(cfg.exp_manager),
         "distillation": asdict(cfg.distillation),
         "chunk_size": cfg.distillation.chunk_size,
     }
@@ -111,53 +75,14 @@ def model_config(cfg: DistillConfig, student: ModelConfig) -> dict[str, Any]:
 
 def run(cfg: DistillConfig) -> None:
     """Train and write the result; a killed run goes on from its last checkpoint."""
-    from nemo_minitron.checkpoint.artifact import Ranks, output_folder
-    from nemo_minitron.models.training import CHECKPOINTS
-    from nemo_minitron.runtime.launch import barrier, distributed
-    from nemo_minitron.runtime.ranks import rank
 
-    with distributed(cfg.parallel, cfg.trainer.seed):
-        ranks = Ranks(rank(), barrier)
-        folder = output_folder(cfg, "distill", resumable=True, may_change=MAY_CHANGE, ranks=ranks)
-        with folder as work:
-            metrics = _train(cfg, work)
-            if ranks.rank == 0:
-                source = Path(cfg.student) / "checkpoint" / "tokenizer"
-                if source.is_dir():
-                    shutil.copytree(source, work / "checkpoint" / "tokenizer", dirs_exist_ok=True)
-                (work / "metrics.json").write_text(json.dumps(metrics, indent=1))
-                shutil.rmtree(work / CHECKPOINTS, ignore_errors=True)
-    _show(metrics)
+    def build(student: ModelConfig, folder: Path) -> tuple[Any, tuple[Any, ...]]:
+        config, samples = model_config(cfg, student), datasets(cfg, student, folder)
+        if cfg.teacher is None:
+            return _with_stored_teacher(cfg, config, samples)
+        return _with_teacher(Path(cfg.teacher) / "checkpoint", config), samples
 
-
-def _train(cfg: DistillConfig, work: Path) -> dict[str, Any]:
-    from nemo_minitron.families.registry import family_of
-    from nemo_minitron.families.table import parameter_count
-    from nemo_minitron.models.stage_data import training_datasets
-    from nemo_minitron.models.training import fit
-
-    student_dir = Path(cfg.student) / "checkpoint"
-    student = ModelConfig.load(student_dir)
-    datasets = training_datasets(
-        cfg.data, cfg.trainer, student, student_dir, cfg.output_dir, _splits(cfg)
-    )
-    config = model_config(cfg, replace(student))
-    if cfg.teacher is None:
-        model, datasets = _with_stored_teacher(cfg, config, datasets)
-    else:
-        model = _with_teacher(Path(cfg.teacher) / "checkpoint", config)
-    model.load(student_dir, key="student")
-    history = fit(model, datasets, work)
-    model.save(work / "checkpoint")
-    last = history[-1]
-    return {
-        "parameters": parameter_count(family_of(student), student),
-        "steps": cfg.trainer.max_steps,
-        "train_tokens": sum(record.get("tokens", 0.0) for record in history),
-        "loss": last.get("loss"),
-        "val_loss": last.get("val_loss"),
-        "history": history,
-    }
+    train(cfg, "distill", "student", build)
 
 
 def _with_teacher(teacher_dir: Path, config: dict[str, Any]) -> Any:
@@ -173,7 +98,7 @@ def _with_teacher(teacher_dir: Path, config: dict[str, Any]) -> Any:
 
 
 def _with_stored_teacher(
-    cfg: DistillConfig, config: dict[str, Any], datasets: tuple[Any, Any]
+    cfg: DistillConfig, config: dict[str, Any], samples: tuple[Any, ...]
 ) -> tuple[Any, tuple[Any, ...]]:
     """The model without a teacher, and samples that bring the teacher's outputs."""
     from omegaconf import OmegaConf
@@ -186,26 +111,9 @@ def _with_stored_teacher(
     keys: dict[str, Any] = {"top_k": cfg.distillation.top_k, "data_path": cfg.data.path}
     joined = tuple(
         None if dataset is None else StoredTeacher(dataset, folder, part, **keys)
-        for part, dataset in zip(PARTS, datasets, strict=True)
+        for part, dataset in zip(PARTS, samples, strict=True)
     )
     if not ParallelGroups.current().is_last_stage:
-        joined = datasets  # every rank has compared the tokens; the last stage has the loss
+        joined = samples  # every rank has compared the tokens; the last stage has the loss
     stored = {"stored_temperature": LogitIndex.load(folder).temperature}
     return OfflineDistillationGPTModel(OmegaConf.create({**config, **stored})), joined
-
-
-def _show(metrics: dict[str, Any]) -> None:
-    from nemo_minitron.reporting.console import show_table
-
-    trained = [record for record in metrics["history"] if "loss" in record]
-    validated = [record for record in metrics["history"] if "val_loss" in record]
-    rows = [("training loss", f"{trained[0]['loss']:.4f}", f"{trained[-1]['loss']:.4f}")]
-    if validated:
-        rows.append(
-            (
-                "validation LM loss",
-                f"{validated[0]['val_loss']:.4f}",
-                f"{validated[-1]['val_loss']:.4f}",
-            )
-        )
-    show_table(f"distilled {metrics['steps']} steps", ("", "first", "last"), rows)

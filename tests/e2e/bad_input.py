@@ -21,7 +21,16 @@ from nemo_minitron.importance.scores import Scores, model_meta
 from tests.tiny import LLAMA, write_npy
 from tests.unit.data_fixtures import make_texts, save_tokenizer
 
-STAGES = ("import", "importance", "prune", "teacher_logits", "distill", "evaluate", "export")
+STAGES = (
+    "import",
+    "importance",
+    "prune",
+    "teacher_logits",
+    "distill",
+    "finetune",
+    "evaluate",
+    "export",
+)
 SECONDS = 5.0
 DATA = {
     "data.path": "{home}/ids.npy",
@@ -46,6 +55,13 @@ KEYS: dict[str, dict[str, object]] = {
     "distill": {
         "student": "{home}/student",
         "teacher": "{home}/model",
+        **DATA,
+        "trainer.max_steps": 1,
+        "trainer.limit_val_batches": 0,
+        "trainer.save_every_n_steps": 0,
+    },
+    "finetune": {
+        "checkpoint": "{home}/model",
         **DATA,
         "trainer.max_steps": 1,
         "trainer.limit_val_batches": 0,

@@ -28,7 +28,7 @@ from tests.e2e.bad_input import (
 )
 from tests.pool import WorkerPool
 
-MODEL_STAGES = ("importance", "teacher_logits", "evaluate", "distill")
+MODEL_STAGES = ("importance", "teacher_logits", "evaluate", "distill", "finetune")
 BAD = "decoder.layers.2.mlp.linear_fc2.weight"
 Run = Callable[..., Ending]
 
@@ -90,6 +90,7 @@ def test_student_larger_than_teacher_is_fine(home, tmp_path, start):
         ("teacher_logits", "checkpoint", None),
         ("distill", "student", None),
         ("distill", "teacher", "pipeline"),
+        ("finetune", "checkpoint", None),
     ],
 )
 def test_nan_in_a_checkpoint(home, tmp_path, start, stage, key, layout):

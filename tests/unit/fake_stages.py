@@ -29,7 +29,10 @@ def environment(tmp_path: Path, **extra: str) -> dict[str, str]:
 
 def modules() -> dict[str, types.ModuleType]:
     """Module name -> stand-in."""
-    names = ("import_", "importance", "prune", "teacher_logits", "distill", "evaluate", "export")
+    from nemo_minitron.config.stages import STAGE_CONFIGS
+
+    stages = (stage for stage in STAGE_CONFIGS if stage != "pipeline")
+    names = ["import_" if stage == "import" else stage for stage in stages]
     fakes = {f"nemo_minitron.stages.{stage}": fake(stage.rstrip("_")) for stage in names}
     report = types.ModuleType("report")
     report.write_report = lambda folder, cfg: (folder / "report.html").write_text("report")

