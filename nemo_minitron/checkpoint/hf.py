@@ -3,13 +3,11 @@
 Everything a user can get wrong in a folder is found from the headers, before any weight is read.
 """
 
-import errno
 import json
 import logging
-import os
-import re
 import shutil
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,10 @@ from typing import Any
 import torch
 from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_minitron.checkpoint.lazy import LazyTensor, Store, main_dtype, shared_parts
+from nemo_minitron.checkpoint.safetensors_file import write_safetensors
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.fuse import FUSIONS, HF_FORMS, hf_shapes
 from nemo_minitron.families.registry import family_of_hf
@@ -296,30 +294,17 @@ def split_shards(store: Store, max_shard_size: str) -> StateDictSplit:
         ) from error
 
 
-def _os_error(error: SafetensorError, path: Path) -> OSError:
-    """What the operating system said; safetensors keeps only its words."""
-    number = re.search(r"os error (\d+)", str(error))
-    code = int(number.group(1)) if number else errno.EIO
-    return OSError(code, os.strerror(code), str(path))
-
-
-def _write_shard(path: Path, store: Store) -> None:
-    # A function of its own, so that a shard is gone before the next is read.
-    tensors = {name: tensor.read() for name, tensor in store.items()}
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise _os_error(error, path) from error
-
-
-def write_hf(folder: Path, store: Store, config: dict[str, Any], max_shard_size: str) -> list[str]:
-    """Write config.json and safetensors; one shard is in memory at a time.
+def write_hf(
+    folder: Path, store: Store, config: dict[str, Any], max_shard_size: str, workers: int = 1
+) -> list[str]:
+    """Write config.json and safetensors; a tensor per worker is in memory at a time.
 
     Args:
         folder: existing folder.
         store: store under Hugging Face names.
         config: config.json, from ``Family.to_hf``.
         max_shard_size: largest file, like ``5GB``.
+        workers: files written at a time.
 
     Returns:
         Names of the safetensors files.
@@ -330,9 +315,14 @@ def write_hf(folder: Path, store: Store, config: dict[str, Any], max_shard_size:
     """
     split = split_shards(store, max_shard_size)
     (folder / CONFIG_JSON).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    for file, names in split.filename_to_tensors.items():
-        _write_shard(folder / file, {name: store[name] for name in names})
-        shutil.copymode(folder / CONFIG_JSON, folder / file)  # safetensors makes it private
+
+    def write(file: str) -> None:
+        names = set(split.filename_to_tensors[file])
+        # In the order of the store: parts of one fused tensor are neighbours there.
+        write_safetensors(folder / file, {name: store[name] for name in store if name in names})
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(write, split.filename_to_tensors))
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX_JSON).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

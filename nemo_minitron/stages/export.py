@@ -104,7 +104,7 @@ def run(cfg: ExportConfig) -> None:
     with output_folder(cfg, "export") as work:
         with progress("exporting tensors", len(store)) as advance:
             counted = on_done(store, advance)
-            files = write_hf(work, counted, family.to_hf(config), cfg.max_shard_size)
+            files = write_hf(work, counted, family.to_hf(config), cfg.max_shard_size, cfg.workers)
         if tokenizer.is_dir():
             save_tokenizer(tokenizer, work)
             copy_generation_config(tokenizer, work)
