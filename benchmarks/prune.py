@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.docs_block import markdown_table, write_block
-from nemo_minitron.checkpoint.lazy import LazyTensor
+from nemo_minitron.checkpoint.lazy import LazyTensor, Store
 from nemo_minitron.checkpoint.torch_dist import read_torch_dist, write_torch_dist
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.registry import family_of
@@ -68,26 +69,25 @@ def random_plan(config: ModelConfig) -> Plan:
     )
 
 
-def write_synthetic(folder: Path, config: ModelConfig) -> None:
-    """Random weights; rows repeat, which no step here notices."""
+def synthetic_store(config: ModelConfig) -> Store:
+    """Random bf16 weights under Megatron names; rows repeat, which no step here notices."""
     noise = torch.randn(1 << 24, dtype=torch.float32).mul_(0.02).bfloat16()
 
     def read(shape: tuple[int, ...]) -> Tensor:
-        return (
-            noise.expand(-(-torch.Size(shape).numel() // noise.numel()), -1)
-            .flatten()[: torch.Size(shape).numel()]
-            .view(shape)
-        )
+        count = torch.Size(shape).numel()
+        return noise.expand(-(-count // noise.numel()), -1).flatten()[:count].view(shape)
 
-    family = family_of(config)
-    store = {
-        name: LazyTensor(
-            row.shape(config), torch.bfloat16, lambda shape=row.shape(config): read(shape)
-        )
-        for name, row, _ in family.parameters(config)
+    return {
+        name: LazyTensor(shape, torch.bfloat16, partial(read, shape))
+        for name, row, _ in family_of(config).parameters(config)
+        for shape in [row.shape(config)]
     }
+
+
+def write_synthetic(folder: Path, config: ModelConfig) -> None:
+    """A Megatron checkpoint of random weights."""
     folder.mkdir(parents=True)
-    write_torch_dist(folder, store, family, config, workers=1)
+    write_torch_dist(folder, synthetic_store(config), family_of(config), config, workers=1)
     config.save(folder)
 
 
