@@ -52,12 +52,18 @@ def _free_groups() -> None:
     """Let go of the groups of a task.
 
     A gloo group that is kept after the other ranks left has a thread that spins, and there were
-    hundreds after some hundred tests. Models hold their groups in cycles, and Megatron caches the
-    rotary embeddings of the last models with theirs.
+    hundreds after some hundred tests. Models hold their groups in cycles; Megatron caches the
+    rotary embeddings of the last models with theirs; and autograd's nodes hold the hooks of its
+    DDP, where Python's garbage collector cannot see them.
     """
+    from megatron.core.distributed import DistributedDataParallel
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
     RotaryEmbedding.forward.cache_clear()
+    gc.collect()
+    for found in gc.get_objects():
+        if type(found) is DistributedDataParallel:
+            found.__dict__.clear()
     gc.collect()
 
 

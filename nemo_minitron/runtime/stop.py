@@ -2,7 +2,6 @@
 
 import signal
 from types import FrameType
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,22 +9,29 @@ import torch.distributed as dist
 from nemo_minitron.errors import Preempted
 from nemo_minitron.runtime.launch import device
 
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
 
 class StopOnRequest:
     """Inside, SIGTERM and SIGUSR1 only leave a note; ranks get them at different moments."""
 
     def __init__(self) -> None:
+        """Note the handlers to give back.
+
+        They may change before ``__enter__``: Lightning's are there while it trains, and they would
+        keep its trainer, the model and the groups alive.
+        """
         self._asked = False
-        self._before: dict[int, Any] = {}
+        self._before = {number: signal.getsignal(number) or signal.SIG_DFL for number in SIGNALS}
 
     def __enter__(self) -> "StopOnRequest":
         """Take the signals over."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            self._before[number] = signal.signal(number, self._ask)
+        for number in SIGNALS:
+            signal.signal(number, self._ask)
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Give them back."""
+        """Give them back to whoever had them at construction."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
