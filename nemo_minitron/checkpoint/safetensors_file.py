@@ -14,7 +14,16 @@ from torch import Tensor
 
 from nemo_minitron.checkpoint.lazy import LazyTensor, Store, row_blocks
 
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+DTYPES = {
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 # Larger tensors are written in blocks of rows where their source can give rows.
 _BLOCK_BYTES = 128 << 20
 # Readers map the file; tensors of wider dtypes start on a multiple of this.
@@ -54,7 +63,7 @@ def write_safetensors(path: Path, store: Store) -> None:
 
     Args:
         path: the new file.
-        store: tensors of float32, bfloat16 or float16, in the order in which they are read.
+        store: tensors of ``DTYPES``, in the order in which they are read.
 
     Raises:
         OSError: the file cannot be written (disk full).

@@ -18,6 +18,8 @@ TENSORS = {
     "brain": torch.randn(5, 7).bfloat16(),
     "full": torch.randn(11, 3, 2),
     "part": torch.arange(24.0).view(4, 6)[:, 1:5].contiguous(),
+    "bytes": torch.arange(5, dtype=torch.uint8),
+    "flags": torch.tensor([True, False]),
     "none": torch.zeros(0, 4),
     "one": torch.tensor(3.5),
 }
