@@ -31,6 +31,7 @@ LAYOUTS = {
         "parallel.pipeline_model_parallel_size": 2,
     },
     8: {
+        "data.micro_batch_size": 1,  # an interleaved schedule wants as many as there are stages
         "parallel.context_parallel_size": 2,
         "parallel.data_parallel_size": 2,
         "parallel.pipeline_model_parallel_size": 2,
@@ -71,7 +72,7 @@ def by_torch(home) -> tuple[list[float], dict[str, torch.Tensor]]:
 def test_losses_and_weights_are_those_of_torch(ranks, home, tmp_path, by_torch, world):
     losses, weights = by_torch
     out = tmp_path / "out"
-    for ending in ranks.run(world, run_line, line("finetune", home, out, **KEYS, **LAYOUTS[world])):
+    for ending in ranks.run(world, run_line, line("finetune", home, out, **{**KEYS, **LAYOUTS[world]})):
         done(ending)
     history = json.loads((out / "metrics.json").read_text())["history"]
     assert [record["loss"] for record in history] == pytest.approx(losses, rel=1e-5)
