@@ -74,6 +74,8 @@ def _worker(connection: Connection) -> None:
 
     torch.set_num_threads(1)
     cpu.install()
+    # Megatron collects garbage at every save; a million objects of imported modules are none.
+    gc.freeze()
     while True:
         try:
             task = connection.recv()
