@@ -15,7 +15,6 @@ Megatron's ``dist_checkpointing.load`` wants them left out of the sharded state 
 
 import json
 import logging
-import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,18 +23,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.default_planner import (
     DefaultSavePlanner,
     create_default_global_save_plan,
 )
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
-    Metadata,
     MetadataIndex,
     StorageMeta,
     TensorProperties,
-    TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import (
     SavePlan,
@@ -45,7 +42,13 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from nemo_minitron.checkpoint.lazy import LazyTensor, Store, row_blocks
-from nemo_minitron.checkpoint.torch_dist_rows import READ_ERRORS, RowReader, read_region
+from nemo_minitron.checkpoint.torch_dist_read import (
+    FORMAT_JSON,
+    open_torch_dist,
+    stack_axes,
+    stacked_name,
+    stored_weights,
+)
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.table import Family, Row
 
@@ -59,7 +62,6 @@ FORMAT = {
 }
 # What Megatron-Core should pass as ``metadata`` to ``sharded_state_dict`` to get these keys.
 CONTENT_METADATA = {"singleton_local_shards": False, "non_homogeneous_layers": False}
-FORMAT_JSON = "metadata.json"
 COMMON_PT = "common.pt"
 _MAX_FILE_BYTES = 2 << 30
 # Larger tensors are written in blocks of rows where their source can give rows.
@@ -68,20 +70,7 @@ _BLOCK_BYTES = 128 << 20
 
 def disk_key(row: Row) -> str:
     """Key of a row on disk: TE name where there is one, layer and expert number left out."""
-    return _stacked_name(row.te_name or row.name).replace("{layer}.", "")
-
-
-def _stacked_name(name: str) -> str:
-    """Megatron stores all experts of a layer under one key, as ``experts.experts``."""
-    return re.sub(r"\blocal_experts\.\d+\.", "experts.", name)
-
-
-def _stack(row: Row, layer: int | None, config: ModelConfig) -> list[tuple[int, int]]:
-    """(index, size) of each axis that Megatron puts before a parameter's own: layer, expert."""
-    axes = [] if layer is None else [(layer, config.num_layers)]
-    if row.expert is not None:
-        axes.append((row.expert, config.num_moe_experts or 0))
-    return axes
+    return stacked_name(row.te_name or row.name).replace("{layer}.", "")
 
 
 class _Writer(FileSystemWriter):
@@ -145,7 +134,7 @@ def _pieces(
     key: str, row: Row, layer: int | None, config: ModelConfig, lazy: LazyTensor
 ) -> list[_Piece]:
     """One piece, or several where the tensor is large and its rows can be read alone."""
-    axes = _stack(row, layer, config)
+    axes = stack_axes(row, layer, config)
     if lazy.read_rows is None or lazy.nbytes <= _BLOCK_BYTES:
         item = _write_item(key, lazy.shape, axes, slice(0, lazy.shape[0]), lazy.dtype)
         return [_Piece(item, lazy.read, lazy.nbytes, lazy.dtype)]
@@ -239,82 +228,6 @@ def write_torch_dist(
     writer.finish(metadata, results)
 
 
-def _open_metadata(folder: Path) -> tuple[FileSystemReader, Metadata]:
-    """Metadata of a checkpoint, after checking that every file it names is there in full length."""
-    path = folder / FORMAT_JSON
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{folder} is not a Megatron checkpoint: {FORMAT_JSON} is missing"
-        ) from error
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if found.get("sharded_backend") != "torch_dist":
-        raise ValueError(f"{path}: sharded_backend={found.get('sharded_backend')}, not torch_dist")
-    reader = FileSystemReader(folder)
-    try:
-        metadata = reader.read_metadata()
-        ends: dict[str, int] = {}
-        for info in metadata.storage_data.values():
-            end = info.offset + info.length
-            ends[info.relative_path] = max(end, ends.get(info.relative_path, 0))
-    except (*READ_ERRORS, AttributeError, ImportError, IndexError, TypeError) as error:
-        raise ValueError(f"{folder / '.metadata'} is missing or damaged: {error}") from error
-    for name, end in sorted(ends.items()):
-        file = folder / name
-        if not file.is_file():
-            raise ValueError(f"{file} is missing: the checkpoint is incomplete")
-        if file.stat().st_size < end:
-            raise ValueError(f"{file} is truncated: {file.stat().st_size} of {end} bytes")
-    reader.set_up_storage_reader(metadata, is_coordinator=True)
-    return reader, metadata
-
-
-def _locate(
-    row: Row, layer: int | None, metadata: Metadata
-) -> tuple[str, TensorStorageMetadata, bool] | None:
-    """Key, metadata and whether the key holds all layers; None when the checkpoint lacks it."""
-    for name in map(_stacked_name, filter(None, (row.te_name, row.name))):
-        for key, stacked in ((name.replace("{layer}.", ""), True), (name, False)):
-            if not stacked and layer is not None:
-                key = key.format(layer=layer)
-            saved = metadata.state_dict_metadata.get(key)
-            if isinstance(saved, TensorStorageMetadata):
-                return key, saved, stacked and layer is not None
-    return None
-
-
-def _wanted(
-    row: Row, layer: int | None, stacked: bool, config: ModelConfig, saved: TensorStorageMetadata
-) -> ChunkStorageMetadata | None:
-    """Region that holds one parameter; None when the saved shape does not fit the config."""
-    sizes = row.shape(config)
-    axes = _stack(row, layer if stacked else None, config)
-    rows = list(saved.size)
-    if rows[: len(axes)] != [count for _, count in axes]:
-        return None
-    rows = rows[len(axes) :]
-    if len(rows) != len(sizes):
-        return None
-    for dim, have, want in zip(row.dims, rows, sizes, strict=True):
-        # Megatron pads the vocabulary to a multiple of the tensor-parallel size; the pad is cut.
-        if have != want and not (dim == "vocab" and have > want):
-            return None
-    return ChunkStorageMetadata(
-        offsets=torch.Size([*(index for index, _ in axes), *(0 for _ in sizes)]),
-        sizes=torch.Size([*(1 for _ in axes), *sizes]),
-    )
-
-
-def _refuse_unknown(used: set[str], metadata: Metadata, folder: Path) -> None:
-    """Optimizer state and other bookkeeping may lie beside the weights; unknown weights may not."""
-    for key, saved in metadata.state_dict_metadata.items():
-        weight = key.startswith(("embedding.", "decoder.", "output_layer.")) and key not in used
-        if weight and isinstance(saved, TensorStorageMetadata):
-            raise ValueError(f"{folder} holds {key}, which this model does not have")
-
-
 def read_torch_dist(folder: Path, family: Family, config: ModelConfig) -> Store:
     """Open the weights of a Megatron ``torch_dist`` checkpoint; nothing is read but the metadata.
 
@@ -333,25 +246,4 @@ def read_torch_dist(folder: Path, family: Family, config: ModelConfig) -> Store:
         ValueError: files missing or truncated, parameters missing, unknown or of another shape. A
             damaged file is found when its tensor is read.
     """
-    reader, metadata = _open_metadata(folder)
-    store: Store = {}
-    used: set[str] = set()
-    starts: dict[tuple[Path, int], int | None] = {}
-    for name, row, layer in family.parameters(config):
-        found = _locate(row, layer, metadata)
-        if found is None:
-            raise ValueError(f"{folder} lacks {name}, which a model of this configuration has")
-        key, saved, stacked = found
-        wanted = _wanted(row, layer, stacked, config, saved)
-        if wanted is None:
-            raise ValueError(
-                f"{folder} holds {key} of shape {tuple(saved.size)}; model.yaml asks for "
-                f"{row.shape(config)}{f' in {config.num_layers} layers' if stacked else ''}"
-            )
-        used.add(key)
-        shape = row.shape(config)
-        read = partial(read_region, reader, key, saved, wanted, shape)
-        rows = RowReader(reader, key, saved, wanted, shape, read, starts)
-        store[name] = LazyTensor(shape, saved.properties.dtype, read, rows)
-    _refuse_unknown(used, metadata, folder)
-    return store
+    return stored_weights(open_torch_dist(folder), family, config)

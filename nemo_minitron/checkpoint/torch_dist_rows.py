@@ -5,7 +5,6 @@ are ``torch.save`` archives, zip files with the values uncompressed inside, so r
 where they lie. Where that does not hold, the piece is loaded whole.
 """
 
-import io
 import math
 import pickle
 import struct
@@ -13,7 +12,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +21,8 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from nemo_minitron.checkpoint.parts import FileView
 
 READ_ERRORS = (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError)
 """What torch raises on damaged files."""
@@ -148,7 +149,7 @@ class RowReader:
         row = math.prod(sizes[lead + 1 :])
         first, count = item.storage_offsets[lead], item.lengths[lead]
         flat = torch.empty(count * row, dtype=dtype)
-        _read_into(path, start + first * row * dtype.itemsize, flat)
+        read_into(path, start + first * row * dtype.itemsize, flat)
         out = flat.view(count, *sizes[lead + 1 :])
         for dim in range(1, out.dim()):
             out = out.narrow(dim, item.storage_offsets[lead + dim], item.lengths[lead + dim])
@@ -159,7 +160,12 @@ class RowReader:
         return next(chunk.sizes for chunk in self.saved.chunks if chunk.offsets == offset)
 
 
-def _read_into(path: Path, offset: int, target: Tensor) -> None:
+def read_into(path: Path, offset: int, target: Tensor) -> None:
+    """Fill a flat tensor with the bytes of a file from ``offset`` on.
+
+    Raises:
+        ValueError: the file ends before that.
+    """
     buffer = memoryview(target.view(torch.uint8).numpy())  # type: ignore[arg-type]
     with path.open("rb", buffering=0) as file:
         file.seek(offset)
@@ -175,7 +181,7 @@ def _values_start(
 ) -> int | None:
     """Where in a file the values of one saved piece start; None unless they lie there plainly."""
     with path.open("rb") as file:
-        view = _PieceFile(file, offset, length)
+        view = FileView(file, offset, length)
         piece = torch.load(cast("IO[bytes]", view), map_location="meta", weights_only=True)
         plain = piece.is_contiguous() and piece.storage_offset() == 0
         if not plain or piece.shape != sizes or piece.dtype != dtype:
@@ -185,35 +191,11 @@ def _values_start(
             (member,) = [m for m in archive.infolist() if "/data/" in m.filename]
         if member.compress_type != zipfile.ZIP_STORED or member.file_size != piece.nbytes:
             return None
-        view.seek(member.header_offset + _LOCAL_HEADER - 4)
-        name, extra = struct.unpack("<HH", view.read(4))
-    return offset + member.header_offset + _LOCAL_HEADER + name + extra
+        return offset + member_start(view, member)
 
 
-class _PieceFile(io.RawIOBase):
-    """A part of an open file as a file of its own."""
-
-    def __init__(self, file: io.BufferedReader, offset: int, length: int) -> None:
-        super().__init__()
-        self._file, self._offset, self._length, self._at = file, offset, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
-        self._at = start + offset
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer)[: max(0, self._length - self._at)]
-        self._file.seek(self._offset + self._at)
-        count = self._file.readinto(view)
-        self._at += count
-        return count
+def member_start(view: FileView, member: zipfile.ZipInfo) -> int:
+    """Where in an open zip file the bytes of an uncompressed member start."""
+    view.seek(member.header_offset + _LOCAL_HEADER - 4)
+    name, extra = struct.unpack("<HH", view.read(4))
+    return member.header_offset + _LOCAL_HEADER + name + extra

@@ -132,13 +132,13 @@ def test_large_tensors_are_written_in_blocks_of_rows(tmp_path, monkeypatch):
 def test_rows_are_read_without_the_rest(tmp_path, monkeypatch):
     folder = write(tmp_path / "checkpoint", random_weights(LLAMA))
     store, read = read_torch_dist(folder, FAMILY, LLAMA), []
-    original = torch_dist_rows._read_into
+    original = torch_dist_rows.read_into
 
     def counting(path, offset, target):
         read.append(target.nbytes)
         original(path, offset, target)
 
-    monkeypatch.setattr(torch_dist_rows, "_read_into", counting)
+    monkeypatch.setattr(torch_dist_rows, "read_into", counting)
     store["decoder.layers.2.mlp.linear_fc1.weight"].read_rows(5, 9)
     assert read == [4 * 64 * 4]
 

@@ -1,0 +1,122 @@
+"""Files that lie in a folder or inside an uncompressed tar archive, as ranges of bytes.
+
+A ``.nemo`` archive is a tar of plain files, so whatever reads a range of a file reads it as well
+without unpacking anything.
+"""
+
+import io
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Part:
+    """A range of bytes of a file.
+
+    Attributes:
+        path: the file.
+        offset: of the first byte.
+        size: number of bytes.
+    """
+
+    path: Path
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        """All bytes.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+Find = Callable[[str], Part | None]
+"""Name relative to some folder, with slashes -> the file, None when there is none."""
+
+
+def in_folder(folder: Path) -> Find:
+    """Look files up in a folder."""
+
+    def find(name: str) -> Part | None:
+        path = folder / name
+        return Part(path, 0, path.stat().st_size) if path.is_file() else None
+
+    return find
+
+
+def below(parts: dict[str, Part], folder: str) -> Find:
+    """Look files of an archive up, relative to one of its folders."""
+    return lambda name: parts.get(f"{folder}/{name}")
+
+
+def archive_parts(path: Path) -> dict[str, Part]:
+    """Files of a tar archive by name, without a leading ``./``; only headers are read.
+
+    Raises:
+        ValueError: not a tar archive, compressed, or truncated.
+    """
+    try:
+        with tarfile.open(path, "r:") as tar:
+            members = [member for member in tar.getmembers() if member.isreg()]
+    except tarfile.ReadError as error:
+        raise ValueError(f"{path} {_why_unreadable(path)}") from error
+    size = path.stat().st_size
+    for member in members:
+        if member.offset_data + member.size > size:
+            raise ValueError(f"{path} is truncated at {member.name}: {size} bytes")
+    return {
+        str(PurePosixPath(member.name)): Part(path, member.offset_data, member.size)
+        for member in members
+    }
+
+
+def _why_unreadable(path: Path) -> str:
+    with path.open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    if packed:
+        return (
+            "is compressed; unpack it (mkdir model && tar -xzf FILE -C model) and set source to "
+            "that folder"
+        )
+    return "is not a tar archive, or is damaged"
+
+
+class FileView(io.RawIOBase):
+    """A part of an open file as a file of its own."""
+
+    def __init__(self, file: io.BufferedReader, offset: int, length: int) -> None:
+        super().__init__()
+        self._file, self._offset, self._length, self._at = file, offset, length, 0
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Offsets count from the start of the part."""
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        self._at = start + offset
+        return self._at
+
+    def tell(self) -> int:
+        """Where the next read starts."""
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        """Read no further than the end of the part."""
+        view = memoryview(buffer)[: max(0, self._length - self._at)]
+        self._file.seek(self._offset + self._at)
+        count = self._file.readinto(view)
+        self._at += count
+        return count

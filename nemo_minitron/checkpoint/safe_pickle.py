@@ -1,0 +1,232 @@
+"""Reads pickles that others wrote without running anything that is in them.
+
+A pickle names functions and calls them, so reading one can run any code. Here only the names of a
+short list are looked up. Every other one becomes a stand-in that does nothing but say its name, so
+a checkpoint's settings can be read whatever classes lie among them.
+"""
+
+import pickle
+import struct
+import zipfile
+from argparse import Namespace
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import IO, Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import filesystem, metadata
+
+from nemo_minitron.checkpoint.lazy import LazyTensor
+from nemo_minitron.checkpoint.parts import FileView, Part
+from nemo_minitron.checkpoint.torch_dist_rows import READ_ERRORS, member_start, read_into
+
+PICKLE_ERRORS = (
+    *READ_ERRORS,
+    AttributeError,
+    ImportError,
+    IndexError,
+    TypeError,
+    struct.error,
+    zipfile.BadZipFile,
+)
+"""What a damaged pickle, or torch.save file, raises."""
+
+_DTYPES = {
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "DoubleStorage": torch.float64,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+
+
+class Inert:
+    """Stands for an object, class or function that is not looked up; takes whatever it is given."""
+
+    dotted: ClassVar[str] = ""
+    """Module and name that the pickle asked for."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Inert":
+        """Any arguments; they are dropped."""
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None:
+        """Dropped."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """As a dictionary takes it."""
+
+    def append(self, value: Any) -> None:
+        """As a list takes it."""
+
+    def extend(self, values: Any) -> None:
+        """As a list takes them."""
+
+    def add(self, value: Any) -> None:
+        """As a set takes it."""
+
+
+def _inert(module: str, name: str) -> type[Inert]:
+    return type(name.rpartition(".")[2], (Inert,), {"dotted": f"{module}.{name}"})
+
+
+_PLAIN: dict[str, Any] = {
+    "argparse.Namespace": Namespace,
+    "types.SimpleNamespace": Namespace,
+    "collections.OrderedDict": OrderedDict,
+    "builtins.set": set,
+    "torch.Size": torch.Size,
+}
+# Old versions of torch kept the last two elsewhere.
+_OLD = "torch.distributed._shard.sharded_tensor.metadata"
+_METADATA: dict[str, Any] = {
+    **{
+        f"{metadata.__name__}.{name}": getattr(metadata, name)
+        for name in (
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorStorageMetadata",
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "TensorProperties",
+            "_MEM_FORMAT_ENCODING",
+        )
+    },
+    f"{_OLD}.TensorProperties": metadata.TensorProperties,
+    f"{_OLD}.MEM_FORMAT_ENCODING": metadata._MEM_FORMAT_ENCODING,
+    f"{filesystem.__name__}._StorageInfo": filesystem._StorageInfo,
+    "torch.serialization._get_layout": lambda name: torch.strided,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Looks up the names of ``known`` and of torch's dtypes; all others are inert."""
+
+    def __init__(self, file: IO[bytes], known: dict[str, Any]) -> None:
+        super().__init__(file)
+        self._known = {**_PLAIN, **known}
+
+    def find_class(self, module: str, name: str) -> Any:
+        dotted = f"{module}.{name}"
+        if dotted in self._known:
+            return self._known[dotted]
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        return _inert(module, name)
+
+
+def read_metadata(part: Part) -> metadata.Metadata:
+    """The ``.metadata`` file of a torch.distributed.checkpoint folder.
+
+    Raises:
+        OSError, ValueError, ...: one of ``PICKLE_ERRORS``, where the file is damaged.
+    """
+    with part.path.open("rb") as file:
+        view = cast("IO[bytes]", FileView(file, part.offset, part.size))
+        found = _Unpickler(view, _METADATA).load()
+    if not isinstance(found, metadata.Metadata):
+        raise ValueError(f"it holds a {type(found).__name__}, not checkpoint metadata")
+    if found.storage_meta is None or isinstance(found.storage_meta, Inert):
+        found.storage_meta = metadata.StorageMeta()
+    return found
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor of a torch.save file: its values are where the storage starts, plus an offset."""
+
+    storage: str
+    dtype: torch.dtype
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+def _stored(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> _Stored:
+    key, dtype = storage
+    return _Stored(key, dtype, offset, tuple(size), tuple(stride))
+
+
+_TENSORS: dict[str, Any] = {
+    "torch._utils._rebuild_tensor_v2": _stored,
+    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+    **{f"torch.{name}": dtype for name, dtype in _DTYPES.items()},
+}
+
+
+class _TorchUnpickler(_Unpickler):
+    """Records where tensors lie instead of reading them."""
+
+    def persistent_load(self, pid: Any) -> Any:
+        kind, dtype, key, _, _ = pid
+        if kind != "storage" or not isinstance(dtype, torch.dtype):
+            raise ValueError(f"it holds a {dtype}, which no weight is stored in")
+        return key, dtype
+
+
+def read_torch_file(part: Part) -> Any:
+    """What ``torch.save`` wrote; tensors become ``LazyTensor``, unknown objects ``Inert``.
+
+    Only dictionaries are searched for tensors.
+
+    Raises:
+        OSError, ValueError, ...: one of ``PICKLE_ERRORS``, where the file is damaged.
+    """
+    with part.path.open("rb") as file:
+        view = FileView(file, part.offset, part.size)
+        with zipfile.ZipFile(cast("IO[bytes]", view)) as archive:
+            members = {m.filename.partition("/")[2]: m for m in archive.infolist()}
+            if "data.pkl" not in members:
+                raise ValueError("it is not a file of torch.save, or of a version before 1.6")
+            with archive.open(members["data.pkl"]) as pickled:
+                found = _TorchUnpickler(pickled, _TENSORS).load()
+
+        def place(key: str) -> int:
+            member = members[f"data/{key}"]
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"its member {member.filename} is compressed")
+            return part.offset + member_start(view, member)
+
+        return _with_tensors(found, partial(_lazy, part, place))
+
+
+def _with_tensors(value: Any, lazy: Callable[[_Stored], LazyTensor]) -> Any:
+    if isinstance(value, _Stored):
+        return lazy(value)
+    if isinstance(value, dict):
+        return {key: _with_tensors(item, lazy) for key, item in value.items()}
+    return value
+
+
+def _lazy(part: Part, place: Callable[[str], int], stored: _Stored) -> LazyTensor:
+    itemsize = stored.dtype.itemsize
+    start = place(stored.storage) + stored.offset * itemsize
+    steps = zip(stored.shape, stored.stride, strict=True)
+    span = 1 + sum((size - 1) * step for size, step in steps)
+    if 0 in stored.shape:
+        span = 0
+
+    def read() -> Tensor:
+        flat = torch.empty(span, dtype=stored.dtype)
+        read_into(part.path, start, flat)
+        return flat.as_strided(stored.shape, stored.stride).contiguous()
+
+    def read_rows(first: int, stop: int) -> Tensor:
+        flat = torch.empty((stop - first) * stored.stride[0], dtype=stored.dtype)
+        read_into(part.path, start + first * stored.stride[0] * itemsize, flat)
+        return flat.view(stop - first, *stored.shape[1:])
+
+    plain = torch.empty(stored.shape, dtype=stored.dtype, device="meta")
+    contiguous = plain.dim() > 0 and plain.stride() == stored.stride
+    return LazyTensor(stored.shape, stored.dtype, read, read_rows if contiguous else None)

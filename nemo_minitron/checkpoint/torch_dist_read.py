@@ -1,0 +1,212 @@
+"""Opens ``torch_dist`` checkpoints that anybody wrote, and finds the weights of a model in them.
+
+Keys may have a prefix, layers may be stacked or not, the vocabulary padded, and optimizer state may
+lie beside the weights. Nothing is read but the metadata; weights are read when asked for.
+"""
+
+import json
+import re
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorStorageMetadata,
+)
+
+from nemo_minitron.checkpoint.lazy import LazyTensor, Store
+from nemo_minitron.checkpoint.parts import Find, in_folder
+from nemo_minitron.checkpoint.safe_pickle import PICKLE_ERRORS, read_metadata
+from nemo_minitron.checkpoint.torch_dist_rows import RowReader, read_region
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.families.table import Family, Row
+
+FORMAT_JSON = "metadata.json"
+METADATA = ".metadata"
+
+
+def stacked_name(name: str) -> str:
+    """Megatron stores all experts of a layer under one key, as ``experts.experts``."""
+    return re.sub(r"\blocal_experts\.\d+\.", "experts.", name)
+
+
+def stack_axes(row: Row, layer: int | None, config: ModelConfig) -> list[tuple[int, int]]:
+    """(index, size) of each axis that Megatron puts before a parameter's own: layer, expert."""
+    axes = [] if layer is None else [(layer, config.num_layers)]
+    if row.expert is not None:
+        axes.append((row.expert, config.num_moe_experts or 0))
+    return axes
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened ``torch_dist`` checkpoint, of which nothing is read but the metadata.
+
+    Attributes:
+        where: folder, for messages; inside a ``.nemo`` archive its path continues there.
+        reader: reads what the metadata names.
+        metadata: keys, shapes, and where every piece lies.
+    """
+
+    where: Path
+    reader: FileSystemReader
+    metadata: Metadata
+
+    def tensor(self, key: str) -> TensorStorageMetadata | None:
+        """What lies under a key, None when that is not a tensor."""
+        saved = self.metadata.state_dict_metadata.get(key)
+        return saved if isinstance(saved, TensorStorageMetadata) else None
+
+
+def _read_format(where: Path, find: Find) -> None:
+    path, part = where / FORMAT_JSON, find(FORMAT_JSON)
+    if part is None:
+        raise ValueError(f"{where} is not a Megatron checkpoint: {FORMAT_JSON} is missing")
+    try:
+        found = json.loads(part.read())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if found.get("sharded_backend") != "torch_dist":
+        raise ValueError(f"{path}: sharded_backend={found.get('sharded_backend')}, not torch_dist")
+
+
+def _read_metadata(where: Path, find: Find) -> tuple[Metadata, dict[str, int]]:
+    """Metadata, and the length that every file it names must have at least."""
+    try:
+        part = find(METADATA)
+        if part is None:
+            raise FileNotFoundError(METADATA)
+        metadata = read_metadata(part)
+        ends: dict[str, int] = {}
+        for info in metadata.storage_data.values():
+            end = info.offset + info.length
+            ends[info.relative_path] = max(end, ends.get(info.relative_path, 0))
+    except PICKLE_ERRORS as error:
+        raise ValueError(f"{where / METADATA} is missing or damaged: {error}") from error
+    return metadata, ends
+
+
+def open_torch_dist(where: Path, find: Find | None = None) -> Checkpoint:
+    """Open a checkpoint, after checking that every file it names is there in full length.
+
+    Args:
+        where: the checkpoint's folder.
+        find: looks its files up, where they do not simply lie in that folder.
+
+    Raises:
+        ValueError: a file is missing, damaged or truncated, or of another format.
+    """
+    find = find or in_folder(where)
+    _read_format(where, find)
+    metadata, ends = _read_metadata(where, find)
+    places: dict[str, tuple[str, int]] = {}
+    root = where
+    for name, end in sorted(ends.items()):
+        file, part = where / name, find(name)
+        if part is None:
+            raise ValueError(f"{file} is missing: the checkpoint is incomplete")
+        if part.size < end:
+            raise ValueError(f"{file} is truncated: {part.size} of {end} bytes")
+        places[name], root = (part.path.name, part.offset), part.path.parent
+    metadata.storage_data = {
+        index: replace(
+            info,
+            relative_path=places[info.relative_path][0],
+            offset=info.offset + places[info.relative_path][1],
+        )
+        for index, info in metadata.storage_data.items()
+    }
+    reader = FileSystemReader(root)
+    reader.set_up_storage_reader(metadata, is_coordinator=True)
+    return Checkpoint(where, reader, metadata)
+
+
+def _locate(
+    row: Row, layer: int | None, checkpoint: Checkpoint, prefix: str
+) -> tuple[str, TensorStorageMetadata, bool] | None:
+    """Key, metadata and whether the key holds all layers; None when the checkpoint lacks it."""
+    for name in map(stacked_name, filter(None, (row.te_name, row.name))):
+        for key, stacked in ((name.replace("{layer}.", ""), True), (name, False)):
+            if not stacked and layer is not None:
+                key = key.format(layer=layer)
+            saved = checkpoint.tensor(prefix + key)
+            if saved is not None:
+                return prefix + key, saved, stacked and layer is not None
+    return None
+
+
+def _wanted(
+    row: Row, layer: int | None, stacked: bool, config: ModelConfig, saved: TensorStorageMetadata
+) -> ChunkStorageMetadata | None:
+    """Region that holds one parameter; None when the saved shape does not fit the config."""
+    sizes = row.shape(config)
+    axes = stack_axes(row, layer if stacked else None, config)
+    rows = list(saved.size)
+    if rows[: len(axes)] != [count for _, count in axes]:
+        return None
+    rows = rows[len(axes) :]
+    if len(rows) != len(sizes):
+        return None
+    for dim, have, want in zip(row.dims, rows, sizes, strict=True):
+        # Megatron pads the vocabulary to a multiple of the tensor-parallel size; the pad is cut.
+        if have != want and not (dim == "vocab" and have > want):
+            return None
+    return ChunkStorageMetadata(
+        offsets=torch.Size([*(index for index, _ in axes), *(0 for _ in sizes)]),
+        sizes=torch.Size([*(1 for _ in axes), *sizes]),
+    )
+
+
+def _refuse_unknown(used: set[str], checkpoint: Checkpoint, prefix: str) -> None:
+    """Optimizer state and other bookkeeping may lie beside the weights; unknown weights may not."""
+    weights = tuple(prefix + name for name in ("embedding.", "decoder.", "output_layer."))
+    for key in checkpoint.metadata.state_dict_metadata:
+        if key.startswith(weights) and key not in used and checkpoint.tensor(key):
+            raise ValueError(f"{checkpoint.where} holds {key}, which this model does not have")
+
+
+def stored_weights(
+    checkpoint: Checkpoint, family: Family, config: ModelConfig, *, prefix: str = ""
+) -> Store:
+    """Weights of an opened checkpoint; nothing is read yet.
+
+    Args:
+        checkpoint: from ``open_torch_dist``.
+        family: the table that says which parameters there are.
+        config: sizes of the model.
+        prefix: what the names of its weights start with on disk.
+
+    Returns:
+        Store of Megatron names (local spec, with layer numbers), global shapes.
+
+    Raises:
+        ValueError: parameters missing, unknown or of another shape. A damaged file is found when
+            its tensor is read.
+    """
+    store: Store = {}
+    used: set[str] = set()
+    starts: dict[tuple[Path, int], int | None] = {}
+    for name, row, layer in family.parameters(config):
+        found = _locate(row, layer, checkpoint, prefix)
+        if found is None:
+            raise ValueError(
+                f"{checkpoint.where} lacks {name}, which a model of this configuration has"
+            )
+        key, saved, stacked = found
+        wanted = _wanted(row, layer, stacked, config, saved)
+        if wanted is None:
+            raise ValueError(
+                f"{checkpoint.where} holds {key} of shape {tuple(saved.size)}; model.yaml asks for "
+                f"{row.shape(config)}{f' in {config.num_layers} layers' if stacked else ''}"
+            )
+        used.add(key)
+        shape = row.shape(config)
+        read = partial(read_region, checkpoint.reader, key, saved, wanted, shape)
+        rows = RowReader(checkpoint.reader, key, saved, wanted, shape, read, starts)
+        store[name] = LazyTensor(shape, saved.properties.dtype, read, rows)
+    _refuse_unknown(used, checkpoint, prefix)
+    return store
