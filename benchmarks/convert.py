@@ -44,8 +44,9 @@ def job(name: str, source: Path, target: Path, workers: int) -> None:
     base, start = peak_bytes(), time.perf_counter()
     target.mkdir()
     if name == "import":
-        family, config, store = open_source(str(source))
-        write_torch_dist(target, store, family, config, workers=workers)
+        opened = open_source(str(source))
+        config = opened.config
+        write_torch_dist(target, opened.store, opened.family, config, workers=workers)
         config.save(target)
     else:
         config = ModelConfig.load(source)

@@ -15,10 +15,11 @@ logger = logging.getLogger(__name__)
 
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+SENTENCEPIECE = "tokenizer.model"
 FILES = (
     TOKENIZER_JSON,
     TOKENIZER_CONFIG,
-    "tokenizer.model",
+    SENTENCEPIECE,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -63,7 +64,7 @@ def check_same_tokens(one: Path, other: Path) -> None:
     texts = [file.read_bytes() for file in files]
     if texts[0] == texts[1]:
         return
-    ours, theirs = map(_tokens_by_id, texts)
+    ours, theirs = map(tokens_by_id, texts)
     different = sorted(index for index in ours if ours[index] != theirs.get(index, ours[index]))
     if different:
         index = different[0]
@@ -74,7 +75,7 @@ def check_same_tokens(one: Path, other: Path) -> None:
         )
 
 
-def _tokens_by_id(text: bytes) -> dict[int, str]:
+def tokens_by_id(text: bytes) -> dict[int, str]:
     """Id -> token of a tokenizer.json."""
     values = json.loads(text)
     vocab = values["model"].get("vocab", {})

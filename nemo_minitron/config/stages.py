@@ -41,10 +41,22 @@ class StageConfig:
 
 @dataclass(kw_only=True)
 class ImportConfig(StageConfig):
-    """Hugging Face folder or GGUF file -> Megatron checkpoint."""
+    """Hugging Face folder, GGUF file, or checkpoint of Megatron or NeMo -> Megatron checkpoint."""
 
     source: str = MISSING
-    """Hugging Face model folder (config.json + safetensors) or a .gguf file."""
+    """Hugging Face model folder (config.json + safetensors), a .gguf file, a ``torch_dist``
+    checkpoint of Megatron-LM, Megatron-Bridge or NeMo 2, or a .nemo archive of a GPT."""
+    tokenizer: str | None = None
+    """Folder of the tokenizer, where ``source`` has none (or to take another)."""
+    vocab_size: int | None = None
+    """Number of tokens, where ``source`` pads its embeddings and neither its config nor a
+    tokenizer says how many there are."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        super().__post_init__()
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ValueError(f"vocab_size={self.vocab_size} must be at least 1")
 
 
 LAYER_CRITERIA = ("block_influence", "lm_loss", "block_angular", "block_lm_loss")

@@ -89,7 +89,7 @@ _SIZE_KEYS = {
     "_name_or_path",
 }
 # What Megatron-Core's RotaryEmbedding hard-codes of Llama 3's scaling; only the factor is free.
-_LLAMA3_SCALING = {
+LLAMA3_SCALING = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
@@ -106,7 +106,7 @@ def _rope(hf: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
         return float(base), None
     if kind != "llama3":
         raise ValueError(f"rope_scaling type '{kind}' is not supported; supported: default, llama3")
-    for key, value in _LLAMA3_SCALING.items():
+    for key, value in LLAMA3_SCALING.items():
         if scaling.get(key, value) != value:
             raise ValueError(
                 f"rope_scaling {key}={scaling[key]} is not supported: Megatron-Core fixes it to "

@@ -55,6 +55,17 @@ class DistillationGPTModel(MinitronGPTModel):
         """The frozen model."""
         return self._teacher[0]
 
+    @classmethod
+    def restore_from(cls, restore_path: str, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: what ``save_to`` writes is the student, which is a MinitronGPTModel.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"{restore_path} holds a student without its teacher; use MinitronGPTModel.restore_from"
+        )
+
     def load_teacher(self, folder: Path) -> None:
         """Fill the teacher from a ``torch_dist`` checkpoint of any layout."""
         load_weights(self.teacher.chunks, self.groups, folder, key="teacher")

@@ -27,6 +27,7 @@ from nemo_minitron.distillation.loss_config import LogitLossConfig
 from nemo_minitron.distillation.vocab import VocabShard
 from nemo_minitron.models.build import DTYPES, HiddenGPTModel, build_gpt, unwrap
 from nemo_minitron.models.lightning import MegatronOptimizerAdapter
+from nemo_minitron.models.nemo_file import NemoFileConnector
 from nemo_minitron.models.optim import build_optimizer, wrap_ddp
 from nemo_minitron.models.optim_state import load_optimizer, optimizer_state
 from nemo_minitron.models.schedule import (
@@ -62,8 +63,9 @@ class MinitronGPTModel(ModelPT):
     """Megatron-Core GPT trained through Megatron's schedule by Lightning's Trainer.
 
     The config has one entry per dataclass: ``gpt`` (ModelConfig), ``parallel``, ``data``,
-    ``trainer``, ``optim``, ``exp_manager`` (optional), and ``chunk_size`` (tokens whose logits
-    exist at one time). Megatron's groups must be initialised (``runtime.launch.distributed``).
+    ``trainer``, ``optim``, ``exp_manager`` (optional), ``chunk_size`` (tokens whose logits exist at
+    one time) and ``tokenizer`` (optional; paths of its files, which go into ``.nemo`` archives).
+    Megatron's groups must be initialised (``runtime.launch.distributed``).
     """
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
@@ -92,6 +94,8 @@ class MinitronGPTModel(ModelPT):
         self._validation_sums: list[Tensor] = []
         self._megatron: Any = None
         self._lr_scheduler: Any = None
+        for key, path in dict(cfg.get("tokenizer") or {}).items():
+            self.register_artifact(f"tokenizer.{key}", path)
 
     # ---- weights
 
@@ -130,6 +134,26 @@ class MinitronGPTModel(ModelPT):
         save_weights(self.chunks, self.groups, self.gpt, folder)
         if dist.get_rank() == 0:
             self.gpt.save(folder)
+
+    def save_to(self, save_path: str) -> None:
+        """Write a ``.nemo`` archive: weights, config and tokenizer files (a call of every rank).
+
+        Raises:
+            ValueError: the weights are not finite.
+            OSError: the folder cannot be written (disk full).
+        """
+        NemoFileConnector().save_to(self, str(Path(save_path).expanduser().resolve()))
+
+    @classmethod
+    def restore_from(
+        cls, restore_path: str, *args: Any, save_restore_connector: Any = None, **kwargs: Any
+    ) -> Any:
+        """Rebuild a model from a ``.nemo`` archive of any layout (a call of every rank).
+
+        Arguments are those of ``ModelPT.restore_from``; see ``NemoFileConnector.restore_from``.
+        """
+        connector = save_restore_connector or NemoFileConnector()
+        return super().restore_from(restore_path, *args, save_restore_connector=connector, **kwargs)
 
     # ---- data
 

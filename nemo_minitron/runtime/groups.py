@@ -9,6 +9,27 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 Group = dist.ProcessGroup
 
 
+def initialised_degrees() -> dict[str, int | None]:
+    """Degrees of the initialised layout, by the names of ``ParallelConfig``.
+
+    Raises:
+        ValueError: Megatron's groups are not initialised.
+    """
+    if not parallel_state.model_parallel_is_initialized():
+        raise ValueError(
+            "Megatron's process groups are not initialised; do this inside "
+            "`with nemo_minitron.runtime.launch.distributed(ParallelConfig(...)):`"
+        )
+    virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    return {
+        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        "virtual_pipeline_model_parallel_size": virtual,
+        "context_parallel_size": parallel_state.get_context_parallel_world_size(),
+        "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
+    }
+
+
 @dataclass(frozen=True)
 class ParallelGroups:
     """Named process groups of this rank; every collective of this package takes one of them.

@@ -1,14 +1,23 @@
-"""``minitron import``: a Hugging Face folder or a GGUF file becomes a Megatron checkpoint."""
+"""``minitron import``: a model as others store it becomes a Megatron checkpoint of ours."""
 
 import json
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.checkpoint.artifact import check_output, output_folder
 from nemo_minitron.checkpoint.gguf import open_gguf
-from nemo_minitron.checkpoint.hf import copy_generation_config, model_config, open_hf, to_megatron
+from nemo_minitron.checkpoint.hf import (
+    CONFIG_JSON,
+    GENERATION_JSON,
+    copy_generation_config,
+    model_config,
+    open_hf,
+    to_megatron,
+)
 from nemo_minitron.checkpoint.lazy import (
     LazyTensor,
     Store,
@@ -17,8 +26,10 @@ from nemo_minitron.checkpoint.lazy import (
     refuse_nonfinite,
     store_nbytes,
 )
+from nemo_minitron.checkpoint.megatron_sources import is_megatron
 from nemo_minitron.checkpoint.tokenizer import check_gguf_tokenizer, save_tokenizer
-from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.checkpoint.tokenizer_files import tokenizer_files, write_tokenizer
+from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.config.stages import ImportConfig
 from nemo_minitron.families.table import Family, parameter_count
 from nemo_minitron.reporting.console import progress, show_table
@@ -27,15 +38,31 @@ from nemo_minitron.reporting.console import progress, show_table
 _READ_UP_TO = 1 << 30
 
 
-def open_source(source: str) -> tuple[Family, ModelConfig, Store]:
+@dataclass(frozen=True)
+class Opened:
+    """What ``source`` names, of which only headers have been read.
+
+    Attributes:
+        family: its table.
+        config: its sizes.
+        store: Megatron names. Reading a tensor with NaN or infinity raises a ValueError that names
+            it as the source does.
+        save_extras: puts tokenizer and generation config into a folder.
+    """
+
+    family: Family
+    config: ModelConfig
+    store: Store
+    save_extras: Callable[[Path], None]
+
+
+def open_source(source: str, tokenizer: str | None = None, vocab_size: int | None = None) -> Opened:
     """Open what ``source`` names; only headers are read.
 
     Args:
-        source: Hugging Face folder or .gguf file.
-
-    Returns:
-        Family, sizes, and the store under Megatron names. Reading a tensor with NaN or infinity
-        raises a ValueError that names it as the source does.
+        source: Hugging Face folder, .gguf file, Megatron or NeMo checkpoint.
+        tokenizer: folder of the tokenizer, instead of what the source has.
+        vocab_size: true vocabulary, for sources that pad it.
 
     Raises:
         ValueError: the source is missing, damaged, incomplete or of an unknown architecture.
@@ -44,15 +71,58 @@ def open_source(source: str) -> tuple[Family, ModelConfig, Store]:
     if not path.exists():
         raise ValueError(
             f"source={source} does not exist; give a Hugging Face model folder (config.json and "
-            ".safetensors files) or a .gguf file on this machine"
+            ".safetensors files), a .gguf file, a Megatron or NeMo checkpoint, or a .nemo archive "
+            "on this machine"
+        )
+    if tokenizer is not None and not tokenizer_files(Path(tokenizer)):
+        raise ValueError(
+            f"tokenizer={tokenizer} is no folder with tokenizer.json, tokenizer.model or vocab.json"
         )
     try:
-        hf_config, hf_store = open_hf(path) if path.is_dir() else open_gguf(path)
-        family, config = model_config(hf_config, hf_store)
-        store = to_megatron(family, config, on_read(hf_store, refuse_nonfinite))
+        _refuse_results(path)
+        if not (path / CONFIG_JSON).is_file() and is_megatron(path):
+            return _open_megatron(path, tokenizer, vocab_size)
+        if vocab_size is not None:
+            raise ValueError(f"{path} pads no embeddings; leave vocab_size out")
+        return _open_hf(path, tokenizer)
     except ValueError as error:
         raise ValueError(f"source: {error}") from error
-    return family, config, store
+
+
+def _refuse_results(path: Path) -> None:
+    ours = (path / "checkpoint" / MODEL_YAML).is_file()
+    if ours or ((path / MODEL_YAML).is_file() and (path / "metadata.json").is_file()):
+        raise ValueError(
+            f"{path} is a result of minitron; give it to the next stage (checkpoint=, student=, "
+            "teacher=) as it is"
+        )
+
+
+def _open_hf(path: Path, tokenizer: str | None) -> Opened:
+    hf_config, hf_store = open_hf(path) if path.is_dir() else open_gguf(path)
+    family, config = model_config(hf_config, hf_store)
+    store = to_megatron(family, config, on_read(hf_store, refuse_nonfinite))
+
+    def save_extras(folder: Path) -> None:
+        save_tokenizer(Path(tokenizer or path), folder)
+        copy_generation_config(path, folder)
+
+    return Opened(family, config, store, save_extras)
+
+
+def _open_megatron(path: Path, tokenizer: str | None, vocab_size: int | None) -> Opened:
+    from nemo_minitron.checkpoint.megatron_open import open_megatron  # a second to import
+
+    found = open_megatron(path, Path(tokenizer) if tokenizer else None, vocab_size)
+
+    def save_extras(folder: Path) -> None:
+        write_tokenizer(found.tokenizer, folder)
+        if found.generation:
+            text = json.dumps(found.generation, indent=2, sort_keys=True) + "\n"
+            (folder / GENERATION_JSON).write_text(text)
+
+    store = on_read(found.store, refuse_nonfinite)
+    return Opened(found.family, found.config, store, save_extras)
 
 
 def check(cfg: ImportConfig) -> None:
@@ -62,10 +132,10 @@ def check(cfg: ImportConfig) -> None:
         ValueError: see ``open_source``; or the output folder cannot take the result.
     """
     check_output(cfg, "import")
-    _, _, store = open_source(cfg.source)
-    if Path(cfg.source).is_file():
+    opened = open_source(cfg.source, cfg.tokenizer, cfg.vocab_size)
+    if Path(cfg.source).suffix == ".gguf" and cfg.tokenizer is None:
         check_gguf_tokenizer(Path(cfg.source))
-    _check_first_weights(store, cfg.workers)
+    _check_first_weights(opened.store, cfg.workers)
 
 
 def _check_first_weights(store: Store, workers: int) -> None:
@@ -88,8 +158,9 @@ def run(cfg: ImportConfig) -> None:
     """Write ``checkpoint/`` (weights, model.yaml, tokenizer/) and ``metrics.json``."""
     from nemo_minitron.checkpoint.torch_dist import write_torch_dist  # a second to import
 
-    start, source = time.perf_counter(), Path(cfg.source)
-    family, config, store = open_source(cfg.source)
+    start = time.perf_counter()
+    opened = open_source(cfg.source, cfg.tokenizer, cfg.vocab_size)
+    family, config, store = opened.family, opened.config, opened.store
     with output_folder(cfg, "import") as work:
         folder = work / "checkpoint"
         (folder / "tokenizer").mkdir(parents=True)
@@ -97,8 +168,7 @@ def run(cfg: ImportConfig) -> None:
             counted = on_done(store, advance)
             write_torch_dist(folder, counted, family, config, workers=cfg.workers)
         config.save(folder)
-        save_tokenizer(source, folder / "tokenizer")
-        copy_generation_config(source, folder / "tokenizer")
+        opened.save_extras(folder / "tokenizer")
         metrics = _metrics(family, config, store, time.perf_counter() - start)
         (work / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     _report(cfg, config, metrics)

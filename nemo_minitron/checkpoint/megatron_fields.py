@@ -1,0 +1,222 @@
+"""What the config of a Megatron or NeMo checkpoint says -> ModelConfig and family.
+
+Values that change the network in a way that Minitron's models do not have are refused. The family
+is the first one whose config can say the same, so a new family needs nothing here.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from nemo_minitron.checkpoint.megatron_stated import Stated
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.families.llama import LLAMA3_SCALING
+from nemo_minitron.families.registry import FAMILIES
+from nemo_minitron.families.table import Family
+
+_Allowed = Callable[[Any], bool]
+
+
+def _one_of(*values: Any) -> _Allowed:
+    return lambda value: any(value is other or value == other for other in values)
+
+
+def _all_ones(value: Any) -> bool:
+    return value == 1 or (isinstance(value, list | tuple) and set(value) == {1})
+
+
+def _no_window(value: Any) -> bool:
+    return value is None or (len(value) == 2 and value[0] in (-1, None))
+
+
+# Fields that change the network, and the values that leave it as it is here.
+_ONLY: dict[str, tuple[_Allowed, str]] = {
+    "multi_latent_attention": (_one_of(None, False), "false"),
+    "apply_residual_connection_post_layernorm": (_one_of(None, False), "false"),
+    "rotary_interleaved": (_one_of(None, False), "false"),
+    "seq_len_interpolation_factor": (_one_of(None, 1), "null"),
+    "window_size": (_no_window, "null"),
+    "qk_l2_norm": (_one_of(None, False), "false"),
+    "no_rope_freq": (_one_of(None), "null"),
+    "attention_output_gate": (_one_of(None, False), "false"),
+    "experimental_attention_variant": (_one_of(None), "null"),
+    "softmax_type": (_one_of(None, "vanilla"), "vanilla"),
+    "activation_func_clamp_value": (_one_of(None), "null"),
+    "glu_linear_offset": (_one_of(None, 0), "0"),
+    "mtp_num_layers": (_one_of(None, 0), "null"),
+    "heterogeneous_block_specs": (_one_of(None, False), "false"),
+    "is_hybrid_model": (_one_of(None, False), "false"),
+    "apply_embedding_scaling": (_one_of(None, False), "false"),
+    "moe_layer_freq": (lambda value: value is None or _all_ones(value), "1"),
+    "moe_router_score_function": (_one_of(None, "softmax"), "softmax"),
+    "moe_router_load_balancing_type": (
+        lambda value: value != "sinkhorn" and "sinkhorn" not in (value or ()),
+        "all but sinkhorn",
+    ),
+    "moe_router_topk_scaling_factor": (_one_of(None, 1), "null"),
+    "moe_router_num_groups": (_one_of(None), "null"),
+    "moe_router_topk_limited_devices": (_one_of(None), "null"),
+    "moe_router_enable_expert_bias": (_one_of(None, False), "false"),
+    "moe_apply_probs_on_input": (_one_of(None, False), "false"),
+    "moe_latent_size": (_one_of(None), "null"),
+}
+_POSITIONS = ("rope", "learned_absolute")
+# Last part of a function's name -> ModelConfig.activation.
+_ACTIVATIONS = {
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_tanh",
+    "openai_gelu": "gelu_tanh",
+    "gelu_impl": "gelu_tanh",
+    "fast_gelu": "gelu_tanh",
+    "squared_relu": "squared_relu",
+}
+
+
+def _activation(stated: Stated) -> str:
+    value = stated.need("activation_func")
+    tanh = isinstance(value, Mapping) and value.get("approximate") == "tanh"
+    named = value.get("_target_") if isinstance(value, Mapping) else value
+    dotted = getattr(named, "dotted", None) or str(named)
+    known = _ACTIVATIONS.get(dotted.rpartition(".")[2])
+    if known is None:
+        only = ", ".join(sorted(set(_ACTIVATIONS) - {"gelu_tanh", "gelu_impl"}))
+        label = stated.name("activation_func")
+        raise ValueError(f"{stated.where}: {label}={dotted} is not supported; only {only}")
+    # Megatron's fused kernel of bias and GELU computes the tanh approximation.
+    fused = stated.get("bias_activation_fusion", False) and stated.get("add_bias_linear", True)
+    gated = stated.get("gated_linear_unit", False)
+    return "gelu_tanh" if known == "gelu" and (tanh or (fused and not gated)) else known
+
+
+def _scaling(stated: Stated) -> dict[str, Any] | None:
+    """Llama 3's scaling of the rotary frequencies, in Hugging Face's words."""
+    factor = stated.get("rope_scaling_factor", 8.0) if stated.get("rope_scaling", False) else None
+    if stated.values.get("old_context_len"):  # of NeMo's and Bridge's configs of Llama 3.1
+        factor = stated.get("scale_factor", 8.0)
+        theirs = {"original_max_position_embeddings": "old_context_len"}
+        for key, value in LLAMA3_SCALING.items():
+            own = theirs.get(key, key)
+            if stated.get(own, value) != value:
+                raise stated.refuse(own, f"{value}, which Megatron-Core fixes")
+    if factor is None:
+        return None
+    return {"rope_type": "llama3", "factor": float(factor), **LLAMA3_SCALING}
+
+
+def _positions(stated: Stated) -> dict[str, Any]:
+    kind = stated.need("position_embedding_type")
+    if kind not in _POSITIONS:
+        raise stated.refuse("position_embedding_type", " or ".join(_POSITIONS))
+    found: dict[str, Any] = {
+        "position_embedding_type": kind,
+        "max_position_embeddings": stated.need("seq_length"),
+    }
+    if kind == "rope":
+        found["rotary_base"] = float(stated.get("rotary_base", 10000))
+        found["rotary_percent"] = float(stated.get("rotary_percent", 1.0))
+        found["rope_scaling"] = _scaling(stated)
+    return found
+
+
+def _experts(stated: Stated, ffn: int) -> dict[str, Any]:
+    experts = stated.get("num_moe_experts", None)
+    if experts is None:
+        return {"ffn_hidden_size": ffn}
+    width = stated.get("moe_ffn_hidden_size", ffn)
+    return {
+        # The width of dense layers, of which there are none.
+        "ffn_hidden_size": width,
+        "num_moe_experts": experts,
+        "moe_ffn_hidden_size": width,
+        "moe_router_topk": stated.get("moe_router_topk", 2),
+        "moe_router_pre_softmax": bool(stated.get("moe_router_pre_softmax", False)),
+        "moe_shared_expert_intermediate_size": stated.get(
+            "moe_shared_expert_intermediate_size", None
+        ),
+        "moe_shared_expert_gate": bool(stated.get("moe_shared_expert_gate", False)),
+    }
+
+
+def _refuse_others(stated: Stated, head_dim: int) -> None:
+    for key, (allowed, only) in _ONLY.items():
+        if not allowed(stated.values.get(key)):
+            raise stated.refuse(key, only)
+    scale = stated.get("softmax_scale", None)
+    if scale is not None and not math.isclose(scale, head_dim**-0.5):
+        raise stated.refuse("softmax_scale", "null")
+
+
+def model_fields(stated: Stated, vocab_size: int) -> dict[str, Any]:
+    """Fields of ModelConfig; those of the family, the dtype and what is carried over are not there.
+
+    Args:
+        stated: from ``of_args``, ``of_nemo1`` or ``of_core``.
+        vocab_size: true vocabulary.
+
+    Raises:
+        ValueError: names the field that is missing or whose value is not supported.
+    """
+    hidden, heads = stated.need("hidden_size"), stated.need("num_attention_heads")
+    head_dim = stated.get("kv_channels", hidden // heads)
+    _refuse_others(stated, head_dim)
+    bias = bool(stated.get("add_bias_linear", True))
+    return {
+        "num_layers": stated.need("num_layers"),
+        "hidden_size": hidden,
+        **_experts(stated, stated.get("ffn_hidden_size", 4 * hidden)),
+        "num_attention_heads": heads,
+        "num_query_groups": stated.get("num_query_groups", heads),
+        "kv_channels": head_dim,
+        "vocab_size": vocab_size,
+        **_positions(stated),
+        "normalization": stated.need("normalization"),
+        "layernorm_epsilon": float(stated.get("layernorm_epsilon", 1e-5)),
+        "layernorm_zero_centered_gamma": bool(stated.get("layernorm_zero_centered_gamma", False)),
+        "gated_linear_unit": bool(stated.need("gated_linear_unit")),
+        "activation": _activation(stated),
+        "add_bias_linear": bias,
+        # Megatron-Core gives linear_qkv a bias for either.
+        "add_qkv_bias": bias or bool(stated.get("add_qkv_bias", False)),
+        "qk_layernorm": bool(stated.get("qk_layernorm", False)),
+        "share_embeddings_and_output_weights": bool(
+            stated.need("share_embeddings_and_output_weights")
+        ),
+    }
+
+
+def _differences(family: Family, fields: dict[str, Any]) -> dict[str, Any]:
+    """Field -> the value a family's config would have instead; empty when the family fits."""
+    try:
+        config = ModelConfig(family=family.name, **fields)
+        again = family.from_hf(family.to_hf(config))
+    except (KeyError, ValueError) as error:
+        return dict.fromkeys(fields, str(error))
+    return {name: getattr(again, name) for name in fields if getattr(again, name) != fields[name]}
+
+
+def match_family(stated: Stated, fields: dict[str, Any]) -> tuple[Family, ModelConfig]:
+    """The first family that can express these fields, and the config.
+
+    Raises:
+        ValueError: none can; names what keeps the nearest one from it.
+    """
+    try:
+        ModelConfig(family="any", **fields)
+    except ValueError as error:
+        raise ValueError(f"{stated.where}: {error}") from error
+    nearest: tuple[Family, dict[str, Any]] | None = None
+    for family in FAMILIES.values():
+        differ = _differences(family, fields)
+        if not differ:
+            return family, ModelConfig(family=family.name, **fields)
+        if nearest is None or len(differ) < len(nearest[1]):
+            nearest = family, differ
+    assert nearest is not None
+    family, differ = nearest
+    said = ", ".join(f"{stated.name(name)} ({name}={fields[name]})" for name in differ)
+    would = ", ".join(f"{name}={value}" for name, value in differ.items())
+    raise ValueError(
+        f"{stated.where}: no supported family has this {said}; the nearest, {family.name}, has "
+        f"{would}. Families: docs/families.md"
+    )

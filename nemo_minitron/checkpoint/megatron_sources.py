@@ -1,0 +1,326 @@
+"""Where checkpoints of Megatron-LM, Megatron-Bridge, NeMo 2 and NeMo 1 keep what.
+
+``LAYOUTS`` says of each kind how it is recognised; a function per kind says where its config,
+weights and tokenizer lie. No code of a checkpoint runs. What these programs write is in
+Megatron-LM's megatron/training/checkpointing.py, Megatron-Bridge's training/checkpointing.py, and
+NeMo's lightning/io/pl.py and collections/nlp/parts/nlp_overrides.py.
+"""
+
+import json
+import re
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nemo_minitron.checkpoint.megatron_stated import Stated, of_args, of_core, of_nemo1
+from nemo_minitron.checkpoint.parts import Find, Part, archive_parts, below, in_folder
+from nemo_minitron.checkpoint.tokenizer_files import TokenizerFiles, tokenizer_files
+from nemo_minitron.config.model import ModelConfig
+
+TRACKER = "latest_checkpointed_iteration.txt"
+RUN_CONFIG = "run_config.yaml"
+NEMO1_CONFIG = "model_config.yaml"
+COMMON = "common.pt"
+_LEGACY = re.compile(r"(mp_rank|tp_rank)_\d\d")
+_TO_TORCH_DIST = (
+    "load it with Megatron-LM once more and save it with --ckpt-convert-format torch_dist "
+    "--ckpt-convert-save FOLDER"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the parts of a checkpoint are.
+
+    Attributes:
+        where: what the user gave, resolved to one iteration.
+        stated: what its config says.
+        weights: folder of the ``torch_dist`` checkpoint, for messages.
+        find: looks files in ``weights`` up.
+        single: the one ``model_weights.ckpt`` that there is instead.
+        tokenizer: its files.
+        vocab_size: true vocabulary if the config says so.
+        config: the whole of it, where ``MinitronGPTModel.save_to`` wrote the archive.
+        generation: generation_config.json.
+    """
+
+    where: Path
+    stated: Stated
+    weights: Path
+    find: Find
+    single: Part | None = None
+    tokenizer: TokenizerFiles = field(default_factory=dict)
+    vocab_size: int | None = None
+    config: ModelConfig | None = None
+    generation: dict[str, Any] = field(default_factory=dict)
+
+
+def _yaml(part: Part | None, where: Path) -> dict[str, Any]:
+    if part is None:
+        raise ValueError(f"{where} is missing")
+    try:
+        value = yaml.safe_load(part.read())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must hold a mapping")
+    return value
+
+
+# ---------------------------------------------------------------- Megatron-LM and Megatron-Bridge
+
+
+def iteration_folder(path: Path) -> Path:
+    """The folder of one iteration, of which a checkpoint folder may hold several.
+
+    Raises:
+        ValueError: the tracker names one that is not there, or nothing says which one to take.
+    """
+    folders = sorted(p.name for p in path.glob("iter_*") if p.is_dir())
+    tracker = path / TRACKER
+    if not tracker.is_file():
+        if len(folders) <= 1:
+            return path / folders[0] if folders else path
+        raise ValueError(
+            f"{path} holds {', '.join(folders)} but no {TRACKER}; set source to one of them"
+        )
+    text = tracker.read_text().strip()
+    if text != "release" and not text.isdecimal():
+        raise ValueError(f"{tracker} holds {text!r}, not an iteration or 'release'")
+    folder = path / (text if text == "release" else f"iter_{int(text):07d}")
+    if not folder.is_dir():
+        there = ", ".join(folders) or "no iteration"
+        raise ValueError(
+            f"{tracker} names {folder.name}, which is missing ({path} holds {there}); set source "
+            "to the folder of one iteration"
+        )
+    return folder
+
+
+def _refuse_other_formats(folder: Path) -> None:
+    legacy = sorted(p.name for p in folder.iterdir() if _LEGACY.fullmatch(p.name))
+    if legacy:
+        raise ValueError(
+            f"{folder} holds {legacy[0]}: Megatron's legacy format 'torch', cut for one layout; "
+            f"{_TO_TORCH_DIST}"
+        )
+    if (folder / ".metadata").is_file() and not (folder / "metadata.json").is_file():
+        raise ValueError(
+            f"{folder} has no metadata.json: --ckpt-format torch_dcp or fsdp_dtensor, not "
+            f"torch_dist; {_TO_TORCH_DIST}"
+        )
+
+
+def _megatron_lm(path: Path) -> Source:
+    from nemo_minitron.checkpoint.safe_pickle import PICKLE_ERRORS, read_torch_file  # a second
+
+    folder = iteration_folder(path)
+    _refuse_other_formats(folder)
+    file = folder / COMMON
+    part = in_folder(folder)(COMMON)
+    if part is None:
+        raise ValueError(f"{file} is missing, which says what model this is")
+    try:
+        common = read_torch_file(part)
+    except PICKLE_ERRORS as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    args = common.get("args") if isinstance(common, dict) else None
+    if not isinstance(args, Namespace):
+        raise ValueError(
+            f"{file} lacks args, the settings that Megatron-LM saves with a model; set source to a "
+            "checkpoint of its training (or of Megatron-Bridge or NeMo, which have config files)"
+        )
+    said = vars(args)
+    tokenizer = said.get("tokenizer_model")
+    vocab = said.get("vocab_size")
+    null = str(said.get("tokenizer_type", "")).startswith("Null") and vocab is not None
+    return Source(
+        folder,
+        of_args(said, f"args in {file}"),
+        folder,
+        in_folder(folder),
+        tokenizer=tokenizer_files(Path(tokenizer)) if isinstance(tokenizer, str) else {},
+        # The tokenizer that has no words adds one for the end of a document.
+        vocab_size=int(vocab) + 1 if null and vocab is not None else None,
+    )
+
+
+def _generation(model: dict[str, Any]) -> dict[str, Any]:
+    stated = model.get("generation_config")
+    found = stated.get("config_dict") if isinstance(stated, dict) else None
+    return {k: v for k, v in found.items() if v is not None} if isinstance(found, dict) else {}
+
+
+def _bridge(path: Path) -> Source:
+    folder = iteration_folder(path)
+    _refuse_other_formats(folder)
+    file = folder / RUN_CONFIG
+    model = _yaml(in_folder(folder)(RUN_CONFIG), file).get("model")
+    if not isinstance(model, dict):
+        raise ValueError(f"{file} lacks model")
+    return Source(
+        folder,
+        of_core(model, f"model in {file}"),
+        folder,
+        in_folder(folder),
+        tokenizer=tokenizer_files(folder / "tokenizer"),
+        vocab_size=model.get("vocab_size"),
+        generation=_generation(model),
+    )
+
+
+# ---------------------------------------------------------------- NeMo
+
+
+def _nemo2_tokenizer(context: Path, stated: Any) -> TokenizerFiles:
+    """The folder or file that model.yaml names, relative to itself; else any that is there."""
+    named = stated if isinstance(stated, dict) else {}
+    for key in ("pretrained_model_name", "model_path", "tokenizer_model"):
+        if isinstance(named.get(key), str) and (files := tokenizer_files(context / named[key])):
+            return files
+    for folder in (context / "nemo_tokenizer", *sorted(context.iterdir()), context):
+        if folder.is_dir() and (files := tokenizer_files(folder)):
+            return files
+    return {}
+
+
+def _nemo2(path: Path) -> Source:
+    root = path.parent if path.name == "weights" and path.is_dir() else path
+    context, weights = root / "context", root / "weights"
+    file = context / "model.yaml"
+    if not weights.is_dir():
+        raise ValueError(f"{weights} is missing: {root} is half of a NeMo 2 checkpoint")
+    model = _yaml(in_folder(context)("model.yaml"), file)
+    config = model.get("config")
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} lacks config")
+    generation = context / "artifacts" / "generation_config.json"
+    return Source(
+        root,
+        of_core(config, f"config in {file}"),
+        weights,
+        in_folder(weights),
+        tokenizer=_nemo2_tokenizer(context, model.get("tokenizer")),
+        vocab_size=config.get("vocab_size"),
+        generation=json.loads(generation.read_text()) if generation.is_file() else {},
+    )
+
+
+# Key in the tokenizer section of model_config.yaml -> what its file is called elsewhere.
+_NEMO1_TOKENIZER = {
+    "model": "tokenizer.model",
+    "vocab_file": "vocab.json",
+    "merge_file": "merges.txt",
+}
+
+
+def _nemo1_tokenizer(find: Find, stated: Any) -> TokenizerFiles:
+    if not isinstance(stated, dict) or stated.get("additional_special_tokens"):
+        return {}
+    if stated.get("sentencepiece_legacy") and stated.get("special_tokens"):
+        return {}  # more tokens than its file has
+    files: TokenizerFiles = {}
+    for key, name in _NEMO1_TOKENIZER.items():
+        value = stated.get(key)
+        part = find(value.removeprefix("nemo:")) if isinstance(value, str) else None
+        if part is not None:
+            files["tokenizer.json" if str(value).endswith(".json") and key == "model" else name] = (
+                part
+            )
+    return files
+
+
+def _own_archive(path: Path, find: Find, within: Find, config: dict[str, Any]) -> Source:
+    """What ``MinitronGPTModel.save_to`` writes."""
+    files: TokenizerFiles = {}
+    for name in (config.get("tokenizer") or {}).values():
+        unique = str(name).removeprefix("nemo:")
+        part = find(unique)
+        if part is not None:  # NeMo puts 32 hexadecimal digits before the name
+            files[unique.partition("_")[2]] = part
+    own = ModelConfig(**config["gpt"])
+    where = str(path / NEMO1_CONFIG)
+    return Source(
+        path,
+        Stated(where, {}),
+        path / "model_weights",
+        within,
+        tokenizer=files,
+        config=own,
+        vocab_size=own.vocab_size,
+    )
+
+
+def _nemo1(path: Path) -> Source:
+    parts = archive_parts(path) if path.is_file() else None
+    find = in_folder(path) if parts is None else parts.get
+    config = _yaml(find(NEMO1_CONFIG), path / NEMO1_CONFIG)
+    names = sorted({name.partition("/")[0] for name in parts or ()})
+    names = names or sorted(p.name for p in path.iterdir())
+    legacy = [name for name in names if _LEGACY.fullmatch(name)]
+    if legacy:
+        raise ValueError(
+            f"{path} holds {legacy[0]}, weights cut for one layout; open it in NeMo and save it "
+            "with distributed checkpoints, or with TP=1 and PP=1"
+        )
+    within = in_folder(path / "model_weights") if parts is None else below(parts, "model_weights")
+    if "gpt" in config:
+        return _own_archive(path, find, within, config)
+    return Source(
+        path,
+        of_nemo1(config, str(path / NEMO1_CONFIG)),
+        path / "model_weights",
+        within,
+        single=None if within("metadata.json") else find("model_weights.ckpt"),
+        tokenizer=_nemo1_tokenizer(find, config.get("tokenizer")),
+        vocab_size=config.get("override_vocab_size"),
+    )
+
+
+# ---------------------------------------------------------------- which one it is
+
+
+def _has(*names: str) -> Callable[[Path], bool]:
+    return lambda path: all((path / name).exists() for name in names)
+
+
+def _is_megatron_lm(path: Path) -> bool:
+    inside = [path, *path.glob("iter_*"), path / "release"]
+    known = any((folder / name).exists() for folder in inside for name in (COMMON, ".metadata"))
+    legacy = any(_LEGACY.fullmatch(p.name) for d in inside if d.is_dir() for p in d.iterdir())
+    return known or legacy or bool(inside[1:-1]) or (path / TRACKER).is_file()
+
+
+def _is_bridge(path: Path) -> bool:
+    return any((folder / RUN_CONFIG).is_file() for folder in (path, *path.glob("iter_*")))
+
+
+# In this order: name, what a folder of this kind looks like, how it is opened.
+LAYOUTS: tuple[tuple[str, Callable[[Path], bool], Callable[[Path], Source]], ...] = (
+    ("NeMo 2", lambda p: _has("context")(p) or _has("../context", "metadata.json")(p), _nemo2),
+    ("NeMo 1", _has(NEMO1_CONFIG), _nemo1),
+    ("Megatron-Bridge", _is_bridge, _bridge),
+    ("Megatron-LM", _is_megatron_lm, _megatron_lm),
+)
+
+
+def is_megatron(path: Path) -> bool:
+    """Whether this is a checkpoint of any of ``LAYOUTS``, or a ``.nemo`` archive."""
+    if path.is_file():
+        return path.suffix == ".nemo"
+    return any(matches(path) for _, matches, _ in LAYOUTS)
+
+
+def find_source(path: Path) -> Source:
+    """Where the parts of a checkpoint are, and what its config says.
+
+    Raises:
+        ValueError: a file is missing, damaged or of another format.
+    """
+    if path.is_file():
+        return _nemo1(path)
+    return next(find(path) for _, matches, find in LAYOUTS if matches(path))

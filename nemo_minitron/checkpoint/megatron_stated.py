@@ -1,0 +1,163 @@
+"""What the config file of a Megatron or NeMo checkpoint says, whichever program wrote it.
+
+All kinds of files are brought to the names of Megatron-Core's TransformerConfig and GPTModel;
+messages name a field as its own file does.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What a config file says.
+
+    Attributes:
+        where: the file, for messages.
+        values: by the names of TransformerConfig and GPTModel.
+        names: what the file itself calls those that it calls otherwise.
+    """
+
+    where: str
+    values: Mapping[str, Any]
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    def name(self, key: str) -> str:
+        """What the file calls a field."""
+        return self.names.get(key, key)
+
+    def need(self, key: str) -> Any:
+        """A value.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.values.get(key) is None:
+            raise ValueError(f"{self.where} does not say {self.name(key)}")
+        return self.values[key]
+
+    def get(self, key: str, default: Any) -> Any:
+        """A value, or Megatron-Core's default where the file says none, or null."""
+        value = self.values.get(key)
+        return default if value is None else value
+
+    def refuse(self, key: str, only: str) -> ValueError:
+        """The error for a value that is not supported."""
+        value = self.values.get(key)
+        return ValueError(f"{self.where}: {self.name(key)}={value} is not supported; only {only}")
+
+
+# TransformerConfig's or GPTModel's name -> that of the argument of Megatron-LM.
+_ARGS = {
+    "layernorm_epsilon": "norm_epsilon",
+    "layernorm_zero_centered_gamma": "apply_layernorm_1p",
+    "num_moe_experts": "num_experts",
+    "gated_linear_unit": "swiglu",
+    "activation_func": "swiglu, squared_relu, quick_geglu",
+    "bias_activation_fusion": "bias_gelu_fusion",
+    "share_embeddings_and_output_weights": "untie_embeddings_and_output_weights",
+    "seq_length": "max_position_embeddings",
+    "rope_scaling": "use_rope_scaling",
+    "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
+    "heterogeneous_block_specs": "heterogeneous_layers_config_path",
+}
+
+
+def of_args(args: Mapping[str, Any], where: str) -> Stated:
+    """Arguments of Megatron-LM, ``args`` in ``common.pt`` (megatron/training/arguments.py)."""
+    stated = Stated(where, args, _ARGS)
+    for name in ("untie_embeddings_and_output_weights", "swiglu", "position_embedding_type"):
+        if args.get(name) is None:
+            raise ValueError(f"{where} does not say {name}")
+    gated = bool(args["swiglu"] or args.get("quick_geglu"))
+    activation = "silu" if args["swiglu"] else "gelu"
+    if args.get("squared_relu"):
+        activation = "squared_relu"
+    elif args.get("quick_geglu"):
+        activation = "quick_gelu"
+    renamed = {core: args.get(own) for core, own in _ARGS.items() if core != "activation_func"}
+    if not args.get("group_query_attention"):
+        renamed["num_query_groups"] = stated.need("num_attention_heads")
+    return Stated(
+        where,
+        {
+            **args,
+            **renamed,
+            "gated_linear_unit": gated,
+            "activation_func": activation,
+            "share_embeddings_and_output_weights": not args["untie_embeddings_and_output_weights"],
+            "heterogeneous_block_specs": bool(args.get("heterogeneous_layers_config_path")),
+        },
+        _ARGS,
+    )
+
+
+# TransformerConfig's or GPTModel's name -> that in the model_config.yaml of NeMo 1.
+_NEMO1 = {
+    "seq_length": "encoder_seq_length",
+    "add_bias_linear": "bias",
+    "add_qkv_bias": "qkv_bias",
+    "activation_func": "activation",
+    "gated_linear_unit": "activation",
+    "rotary_percent": "rotary_percentage",
+    "rope_scaling": "scale_positional_embedding",
+    "layernorm_zero_centered_gamma": "normalization",
+}
+_NEMO1_ACTIVATIONS = {
+    "gelu": "gelu",
+    "approx-gelu": "gelu_tanh",
+    "squared-relu": "squared_relu",
+    "swiglu": "silu",
+    "fast-swiglu": "silu",
+}
+_NEMO1_NORMS = {
+    "layernorm": ("LayerNorm", False),
+    "layernorm1p": ("LayerNorm", True),
+    "rmsnorm": ("RMSNorm", False),
+}
+
+
+def of_nemo1(config: Mapping[str, Any], where: str) -> Stated:
+    """``model_config.yaml`` of NeMo 1's MegatronGPTModel; absent keys have its defaults."""
+    stated = Stated(where, config, _NEMO1)
+    if not config.get("mcore_gpt"):
+        raise stated.refuse("mcore_gpt", "true (models of Megatron-Core)")
+    activation = config.get("activation", "gelu")
+    if activation not in _NEMO1_ACTIVATIONS:
+        raise stated.refuse("activation_func", str(sorted(_NEMO1_ACTIVATIONS)))
+    norm = str(config.get("normalization", "layernorm")).lower()
+    if norm not in _NEMO1_NORMS:
+        raise stated.refuse("normalization", str(sorted(_NEMO1_NORMS)))
+    if config.get("transformer_block_type", "pre_ln") != "pre_ln":
+        raise stated.refuse("transformer_block_type", "pre_ln")
+    renamed = {core: config.get(own) for core, own in _NEMO1.items()}
+    name, zero_centered = _NEMO1_NORMS[norm]
+    openai = activation == "gelu" and config.get("openai_gelu")
+    values = {
+        **config,
+        **renamed,
+        "normalization": name,
+        "layernorm_zero_centered_gamma": zero_centered,
+        "activation_func": "gelu_tanh" if openai else _NEMO1_ACTIVATIONS[activation],
+        "gated_linear_unit": activation.endswith("glu"),
+        "add_bias_linear": config.get("bias", True),
+        "bias_activation_fusion": config.get("bias_activation_fusion", True),
+        "share_embeddings_and_output_weights": config.get(
+            "share_embeddings_and_output_weights", True
+        ),
+        "position_embedding_type": config.get("position_embedding_type", "learned_absolute"),
+        # Not an option there.
+        "apply_residual_connection_post_layernorm": False,
+    }
+    return Stated(where, values, _NEMO1)
+
+
+def of_core(config: Mapping[str, Any], where: str) -> Stated:
+    """Fields of TransformerConfig and GPTModel, as NeMo 2 and Megatron-Bridge write them in YAML.
+
+    Newer Bridge versions keep TransformerConfig's in a section of its own, ``transformer``.
+    """
+    inner = config.get("transformer")
+    flat = {**inner, **config} if isinstance(inner, Mapping) else dict(config)
+    return Stated(where, flat)

@@ -1,0 +1,84 @@
+"""Files of a tokenizer wherever they lie, and what can be learnt from them without loading it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.checkpoint.parts import Part
+from nemo_minitron.checkpoint.tokenizer import (
+    FILES,
+    SENTENCEPIECE,
+    TOKENIZER_CONFIG,
+    TOKENIZER_JSON,
+    tokens_by_id,
+)
+
+TokenizerFiles = dict[str, Part]
+"""Name as in a Hugging Face folder -> where its bytes are."""
+_VOCAB_JSON = "vocab.json"
+# One of them makes a tokenizer; the others go with it.
+_CORE = (TOKENIZER_JSON, SENTENCEPIECE, _VOCAB_JSON)
+_BY_SUFFIX = {".json": TOKENIZER_JSON, ".model": SENTENCEPIECE}
+
+
+def tokenizer_files(place: Path) -> TokenizerFiles:
+    """Files of the tokenizer in a folder, or that a file is; empty when there is none."""
+    if place.is_file():
+        name = _BY_SUFFIX.get(place.suffix)
+        return {name: Part(place, 0, place.stat().st_size)} if name else {}
+    found = {
+        name: Part(place / name, 0, (place / name).stat().st_size)
+        for name in FILES
+        if (place / name).is_file()
+    }
+    return found if any(name in found for name in _CORE) else {}
+
+
+def write_tokenizer(files: TokenizerFiles, folder: Path) -> None:
+    """Put the files into an existing folder."""
+    for name, part in files.items():
+        (folder / name).write_bytes(part.read())
+
+
+def _sentencepiece(files: TokenizerFiles) -> Any:
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ImportError as error:
+        raise ValueError(
+            f"{files[SENTENCEPIECE].path} is a SentencePiece model, and the package sentencepiece "
+            "is not installed; install it, or set vocab_size"
+        ) from error
+    return SentencePieceProcessor(model_proto=files[SENTENCEPIECE].read())
+
+
+def vocabulary_size(files: TokenizerFiles) -> int | None:
+    """Highest token id + 1; None when there is no tokenizer."""
+    if TOKENIZER_JSON in files:
+        return max(tokens_by_id(files[TOKENIZER_JSON].read())) + 1
+    if SENTENCEPIECE in files:
+        return int(_sentencepiece(files).get_piece_size())
+    if _VOCAB_JSON in files:
+        return int(max(json.loads(files[_VOCAB_JSON].read()).values())) + 1
+    return None
+
+
+def special_ids(files: TokenizerFiles) -> dict[str, int]:
+    """``bos_token_id`` and ``eos_token_id``, as far as the tokenizer has them."""
+    if TOKENIZER_JSON in files and TOKENIZER_CONFIG in files:
+        config = json.loads(files[TOKENIZER_CONFIG].read())
+        ids = {token: index for index, token in tokens_by_id(files[TOKENIZER_JSON].read()).items()}
+        return {
+            f"{name}_token_id": ids[token]
+            for name in ("bos", "eos")
+            if (token := _content(config.get(f"{name}_token"))) in ids
+        }
+    if SENTENCEPIECE in files:
+        model = _sentencepiece(files)
+        found = {"bos_token_id": model.bos_id(), "eos_token_id": model.eos_id()}
+        return {name: index for name, index in found.items() if index >= 0}
+    return {}
+
+
+def _content(token: Any) -> Any:
+    """A special token of tokenizer_config.json, which may be a dictionary that describes it."""
+    return token.get("content") if isinstance(token, dict) else token
