@@ -11,7 +11,7 @@ import socket
 import tarfile
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -58,22 +58,21 @@ def result_config(result: Path, parallel: ParallelConfig) -> DictConfig:
     )
 
 
-def _together(error: str | None) -> None:
+def _together(problem: Exception | None) -> None:
     """Raise on every rank what went wrong on any."""
-    errors: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error, group=dist.group.WORLD)
-    for found in filter(None, errors):
-        raise ValueError(found)
+    problems: list[Exception | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem, group=dist.group.WORLD)
+    for found in filter(None, problems):
+        raise found
 
 
-def _check_space(folder: Path, needed: int, path: Path) -> str | None:
+def _check_space(folder: Path, needed: int, path: Path) -> None:
     free = shutil.disk_usage(folder).free
-    if free >= needed:
-        return None
-    return (
-        f"{path} needs {needed / 1e9:.1f} GB in {folder}, which has {free / 1e9:.1f} GB free; set "
-        "TMPDIR to a folder with more"
-    )
+    if free < needed:
+        raise ValueError(
+            f"{path} needs {needed / 1e9:.1f} GB in {folder}, which has {free / 1e9:.1f} GB free; "
+            "set TMPDIR to a folder with more"
+        )
 
 
 @contextmanager
@@ -85,10 +84,7 @@ def _unpacked(path: Path) -> Iterator[Path]:
     folder = root / f"nemo_minitron-{shared[0]}-{socket.gethostname()}"
     first = int(os.environ.get("LOCAL_RANK", "0")) == 0
     try:
-        error = None
-        if first:
-            error = _unpack(path, folder)
-        _together(error)
+        _together(_problem(_unpack, path, folder) if first else None)
         yield folder
         barrier()
     finally:
@@ -96,18 +92,21 @@ def _unpacked(path: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _unpack(path: Path, folder: Path) -> str | None:
-    """Unpack; returns what went wrong."""
+def _problem(step: Callable[..., None], *args: Any) -> Exception | None:
+    """What a step of one rank raises."""
     try:
-        parts = archive_parts(path)
-        error = _check_space(folder.parent, sum(part.size for part in parts.values()), path)
-        if error is None:
-            folder.mkdir()
-            with tarfile.open(path, "r:") as tar:
-                tar.extractall(folder, filter="data")
+        step(*args)
+    except (OSError, ValueError, tarfile.TarError) as error:
         return error
-    except (OSError, ValueError, tarfile.TarError) as problem:
-        return f"{path} cannot be unpacked: {problem}"
+    return None
+
+
+def _unpack(path: Path, folder: Path) -> None:
+    parts = archive_parts(path)
+    _check_space(folder.parent, sum(part.size for part in parts.values()), path)
+    folder.mkdir()
+    with tarfile.open(path, "r:") as tar:
+        tar.extractall(folder, filter="data")
 
 
 def _layout(stored: ParallelConfig, config: ModelConfig) -> ParallelConfig:
@@ -139,13 +138,10 @@ class NemoFileConnector(SaveRestoreConnector):
         barrier()
         try:
             model.save(work / WEIGHTS)
-            barrier()
-            if first:
-                self._pack(model, work, target)
+            _together(_problem(self._pack, model, work, target) if first else None)
         finally:
             if first:
                 shutil.rmtree(work, ignore_errors=True)
-        barrier()
 
     def _pack(self, model: Any, work: Path, target: Path) -> None:
         config = work / self.model_config_yaml

@@ -1,0 +1,291 @@
+"""What is wrong with a Megatron or NeMo checkpoint is named; nothing in it is run."""
+
+import json
+import pickle
+import shutil
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from nemo_minitron.checkpoint.megatron_fields import match_family, model_fields
+from nemo_minitron.checkpoint.megatron_stated import of_args, of_core, of_nemo1
+from nemo_minitron.checkpoint.parts import Part, archive_parts
+from nemo_minitron.checkpoint.safe_pickle import Inert, read_metadata, read_torch_file
+from nemo_minitron.checkpoint.tokenizer_files import special_ids, tokenizer_files, vocabulary_size
+from nemo_minitron.stages.import_ import open_source
+from tests import sources, tiny
+from tests.tiny import LLAMA, write_weights
+
+PADDED = replace(LLAMA, vocab_size=128)
+
+
+def whole(path: Path) -> Part:
+    return Part(path, 0, path.stat().st_size)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a padded vocabulary, as Megatron-Core lays it out."""
+    folder = tmp_path_factory.mktemp("weights") / "iter_0000010"
+    write_weights(folder, PADDED, 0)
+    return folder
+
+
+@pytest.fixture
+def lm(weights: Path, tmp_path: Path) -> Path:
+    """The same as a folder of Megatron-LM."""
+    folder = tmp_path / "lm" / "iter_0000010"
+    shutil.copytree(weights, folder)
+    set_args(folder)
+    (tmp_path / "lm" / "latest_checkpointed_iteration.txt").write_text("10")
+    return folder
+
+
+def set_args(folder: Path, **over: Any) -> None:
+    torch.save({"args": sources.megatron_args(LLAMA, **over)}, folder / "common.pt")
+
+
+def refuses(path: Path, *says: str, **keys: Any) -> None:
+    with pytest.raises(ValueError, match=r"^(source: |tokenizer=|vocab_size=)") as error:
+        open_source(str(path), **keys)
+    for words in says:
+        assert words in str(error.value), str(error.value)
+
+
+# ---------------------------------------------------------------- which checkpoint
+
+
+def test_iterations(lm: Path) -> None:
+    assert open_source(str(lm.parent)).config.vocab_size == LLAMA.vocab_size
+    tracker = lm.parent / "latest_checkpointed_iteration.txt"
+    tracker.write_text("20")
+    refuses(lm.parent, "names iter_0000020, which is missing", "holds iter_0000010")
+    tracker.write_text("nonsense")
+    refuses(lm.parent, "'nonsense', not an iteration or 'release'")
+    tracker.unlink()
+    assert open_source(str(lm.parent)).config.num_layers == LLAMA.num_layers
+    (lm.parent / "iter_0000020").mkdir()
+    refuses(lm.parent, "iter_0000010, iter_0000020 but no latest_checkpointed_iteration.txt")
+
+
+def test_other_formats(lm: Path, tmp_path: Path) -> None:
+    (lm / "metadata.json").rename(tmp_path / "metadata.json")
+    refuses(lm, "no metadata.json", "torch_dcp or fsdp_dtensor", "--ckpt-convert-format torch_dist")
+    (lm / "metadata.json").write_text('{"sharded_backend": "zarr"}')
+    refuses(lm, "sharded_backend=zarr, not torch_dist")
+    legacy = tmp_path / "legacy" / "iter_0000010" / "mp_rank_00"
+    legacy.mkdir(parents=True)
+    (legacy / "model_optim_rng.pt").touch()
+    (tmp_path / "legacy" / "latest_checkpointed_iteration.txt").write_text("10")
+    refuses(tmp_path / "legacy", "holds mp_rank_00: Megatron's legacy format", "--ckpt-convert")
+
+
+def test_settings_of_megatron_lm(lm: Path) -> None:
+    torch.save({"iteration": 10}, lm / "common.pt")
+    refuses(lm, "common.pt lacks args", "Megatron-LM saves")
+    (lm / "common.pt").write_bytes(b"PK")
+    refuses(lm, "common.pt is damaged")
+    (lm / "common.pt").unlink()
+    refuses(lm, "common.pt is missing")
+
+
+def test_results_are_no_sources(tmp_path: Path) -> None:
+    write_weights(tmp_path / "out" / "checkpoint", LLAMA, 0)
+    LLAMA.save(tmp_path / "out" / "checkpoint")
+    for path in (tmp_path / "out", tmp_path / "out" / "checkpoint"):
+        refuses(path, "is a result of minitron; give it to the next stage (checkpoint=")
+
+
+def test_nemo2_halves(weights: Path, tmp_path: Path) -> None:
+    root = tmp_path / "nemo2"
+    sources.write_nemo2(root, LLAMA)
+    refuses(root, "weights is missing: ", "half of a NeMo 2 checkpoint")
+    shutil.copytree(weights, root / "weights")
+    assert open_source(str(root)).config.vocab_size == LLAMA.vocab_size
+    (root / "context" / "model.yaml").write_text("a: [")
+    refuses(root, "model.yaml cannot be read")
+    (root / "context" / "model.yaml").unlink()
+    refuses(root, "context/model.yaml is missing")
+
+
+def test_archives(tmp_path: Path) -> None:
+    path = tmp_path / "model.nemo"
+    path.write_bytes(b"nothing of the kind" * 100)
+    refuses(path, "model.nemo is not a tar archive")
+    (tmp_path / "model_config.yaml").write_text(yaml.safe_dump(sources.nemo1_config(LLAMA)))
+    with tarfile.open(path, "w:gz") as tar:
+        tar.add(tmp_path / "model_config.yaml", arcname="./model_config.yaml")
+    refuses(path, "is compressed; unpack it")
+    (tmp_path / "mp_rank_00").mkdir()
+    with tarfile.open(path, "w:") as tar:
+        tar.add(tmp_path / "model_config.yaml", arcname="./model_config.yaml")
+        tar.add(tmp_path / "model_config.yaml", arcname="./mp_rank_00/model_weights.ckpt")
+    refuses(path, "holds mp_rank_00, weights cut for one layout")
+    whole_file = path.read_bytes()
+    path.write_bytes(whole_file[: archive_parts(path)["model_config.yaml"].offset + 10])
+    refuses(path, "model.nemo is")
+
+
+# ---------------------------------------------------------------- what model
+
+
+@pytest.mark.parametrize(
+    ("over", "says"),
+    [
+        ({"hidden_size": None}, "args in * does not say hidden_size"),
+        ({"position_embedding_type": "yarn"}, "position_embedding_type=yarn is not supported"),
+        ({"quick_geglu": True, "swiglu": False}, "quick_geglu=quick_gelu is not supported"),
+        ({"multi_latent_attention": True}, "multi_latent_attention=True is not supported"),
+        ({"moe_layer_freq": [1, 0]}, "moe_layer_freq=[1, 0] is not supported; only 1"),
+        ({"rotary_seq_len_interpolation_factor": 2}, "rotary_seq_len_interpolation_factor=2"),
+        ({"norm_epsilon": 1e-5, "normalization": "LayerNorm"}, "normalization=LayerNorm"),
+        ({"add_bias_linear": True}, "no supported family has this add_bias_linear"),
+        ({"num_query_groups": 3}, "must be a multiple of num_query_groups=3"),
+        ({"num_layers": 5}, "in 5 layers"),
+        ({"vocab_size": 200}, "embeddings of 128 tokens, but args in"),
+        ({"tokenizer_type": "Llama2Tokenizer"}, "set tokenizer to the folder that has it, or "),
+    ],
+)
+def test_settings_are_named(lm: Path, over: dict[str, Any], says: str) -> None:
+    set_args(lm, **over)
+    refuses(lm, *says.split("*")[-1:])
+
+
+def test_vocabulary(lm: Path, tmp_path: Path) -> None:
+    set_args(lm, tokenizer_type="HuggingFaceTokenizer", tokenizer_model="some/where")
+    assert open_source(str(lm), vocab_size=101).config.vocab_size == 101
+    sources.write_tokenizer(tmp_path / "tokenizer", 120)
+    opened = open_source(str(lm), tokenizer=str(tmp_path / "tokenizer"))
+    assert opened.config.vocab_size == 120
+    assert opened.config.hf == {"bos_token_id": 118, "eos_token_id": 119}
+    opened.save_extras(tmp_path)
+    assert (tmp_path / "tokenizer_config.json").is_file()
+    set_args(lm, tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(tmp_path / "tokenizer"))
+    assert open_source(str(lm)).config.vocab_size == 120
+    refuses(lm, "embeddings of 128 tokens, but vocab_size says 129", vocab_size=129)
+    refuses(lm, "is no folder with tokenizer.json", tokenizer=str(lm))
+
+
+def test_sentencepiece(tmp_path: Path) -> None:
+    spm = pytest.importorskip("sentencepiece")
+    (tmp_path / "text").write_text("\n".join(f"word {i} and some more" for i in range(50)))
+    spm.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=40,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    files = tokenizer_files(tmp_path)
+    size = vocabulary_size(files)
+    assert size is not None
+    assert 20 < size <= 40
+    assert special_ids(files) == {"bos_token_id": 1, "eos_token_id": 2}
+
+
+@pytest.mark.parametrize(
+    "config", [LLAMA, tiny.MIXTRAL, tiny.QWEN2_MOE, tiny.QWEN3, tiny.NEMOTRON, tiny.GPT2]
+)
+def test_same_fields_from_every_file(config: Any) -> None:
+    said = [of_core(sources.core_fields(config), "yaml")]
+    nested = {"transformer": sources.core_fields(config), "seq_length": 128}
+    said.append(of_core(nested, "yaml"))
+    if config.moe_shared_expert_gate is False:
+        said.append(of_args(vars(sources.megatron_args(config)), "args"))
+    if config in (LLAMA, tiny.NEMOTRON):
+        said.append(of_nemo1(sources.nemo1_config(config), "nemo"))
+    for stated in said:
+        family, found = match_family(stated, model_fields(stated, config.vocab_size))
+        assert found == config
+        assert family.name == config.family
+
+
+def test_fused_gelu_is_the_tanh_one() -> None:
+    def activation(**over: Any) -> str:
+        stated = of_core(sources.core_fields(tiny.GPT2, **over), "yaml")
+        return str(model_fields(stated, 101)["activation"])
+
+    gelu = {"_target_": "torch._C._nn.gelu", "_call_": False}
+    assert activation(activation_func=gelu) == "gelu"
+    assert activation(activation_func=gelu, bias_activation_fusion=True) == "gelu_tanh"
+    assert activation(activation_func={**gelu, "approximate": "tanh"}) == "gelu_tanh"
+
+
+def test_windows_and_nemo1() -> None:
+    for window in ([-1, 0], None):
+        model_fields(of_core(sources.core_fields(LLAMA, window_size=window), "yaml"), 101)
+    with pytest.raises(ValueError, match=r"yaml: window_size=\[4096, 0\] is not supported"):
+        model_fields(of_core(sources.core_fields(LLAMA, window_size=[4096, 0]), "yaml"), 101)
+    for over, says in (
+        ({"mcore_gpt": False}, "mcore_gpt=False is not supported; only true"),
+        ({"activation": "reglu"}, "activation=reglu is not supported; only"),
+        ({"normalization": "none"}, "normalization=none is not supported"),
+        ({"transformer_block_type": "post_ln"}, "transformer_block_type=post_ln"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            of_nemo1(sources.nemo1_config(LLAMA, **over), "nemo")
+
+
+# ---------------------------------------------------------------- nothing runs
+
+
+class Evil:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (Path.write_text, (self.path, "was here"))
+
+
+def test_no_code_of_a_pickle_runs(lm: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    args = sources.megatron_args(LLAMA, extra=[Evil(trace)], function=torch.nn.functional.silu)
+    torch.save({"args": args, "optimizer": {"step": torch.ones(3)}}, lm / "common.pt")
+    found = read_torch_file(whole(lm / "common.pt"))
+    assert isinstance(found["args"].extra[0], Inert)
+    assert found["args"].params_dtype == torch.bfloat16
+    assert torch.equal(found["optimizer"]["step"].read(), torch.ones(3))
+    assert open_source(str(lm)).config.hidden_size == LLAMA.hidden_size
+    (lm / ".metadata").write_bytes(pickle.dumps(Evil(trace)))
+    refuses(lm, ".metadata is missing or damaged", "not checkpoint metadata")
+    assert not trace.exists()
+
+
+def test_metadata_is_what_torch_reads(weights: Path) -> None:
+    with (weights / ".metadata").open("rb") as file:
+        theirs = pickle.load(file)
+    ours = read_metadata(whole(weights / ".metadata"))
+    assert ours.state_dict_metadata == theirs.state_dict_metadata
+    assert ours.storage_data == theirs.storage_data
+
+
+def test_tensors_of_a_torch_file(tmp_path: Path) -> None:
+    """Views and transposed tensors too, and from the middle of another file."""
+    base = torch.arange(24, dtype=torch.bfloat16).view(4, 6)
+    tensors = {"whole": base, "view": base[1:3, 2:], "turned": base.t(), "none": base[:0]}
+    torch.save({"nested": tensors}, tmp_path / "file.pt")
+    data = (tmp_path / "file.pt").read_bytes()
+    (tmp_path / "big").write_bytes(b"x" * 7 + data + b"y" * 5)
+    found = read_torch_file(Part(tmp_path / "big", 7, len(data)))["nested"]
+    for name, tensor in tensors.items():
+        assert found[name].shape == tensor.shape
+        assert torch.equal(found[name].read(), tensor), name
+    assert torch.equal(found["whole"].read_rows(1, 3), base[1:3])
+    assert found["view"].read_rows is None
+    (tmp_path / "old.pt").write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(Exception, match="not a zip file"):
+        read_torch_file(whole(tmp_path / "old.pt"))
+
+
+def test_json_is_read_as_bytes(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text(json.dumps({"a": 0, "b": 7}))
+    assert vocabulary_size(tokenizer_files(tmp_path)) == 8
+    assert vocabulary_size(tokenizer_files(tmp_path / "none")) is None
+    assert special_ids(tokenizer_files(tmp_path)) == {}
