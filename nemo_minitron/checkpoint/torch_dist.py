@@ -42,6 +42,7 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from nemo_minitron.checkpoint.lazy import LazyTensor, Store, row_blocks
+from nemo_minitron.checkpoint.megatron_args import common_state
 from nemo_minitron.checkpoint.torch_dist_read import (
     FORMAT_JSON,
     open_torch_dist,
@@ -223,7 +224,7 @@ def write_torch_dist(
     plans = writer.prepare_global_plan(plans)
     with ThreadPoolExecutor(workers) as pool:
         results = list(pool.map(partial(_write_file, writer, planner), plans))
-    torch.save({"content_metadata": CONTENT_METADATA}, folder / COMMON_PT)
+    torch.save({**common_state(config), "content_metadata": CONTENT_METADATA}, folder / COMMON_PT)
     (folder / FORMAT_JSON).write_text(json.dumps(FORMAT))
     writer.finish(metadata, results)
 

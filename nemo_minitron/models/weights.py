@@ -16,6 +16,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
+from nemo_minitron.checkpoint.megatron_args import common_state
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.models.build import HiddenGPTModel
 from nemo_minitron.models.projection import is_projection, without_projection
@@ -183,4 +184,4 @@ def save_weights(
                 else:
                     chunk[name] = trimmed
     with plain_errors(folder):
-        dist_checkpointing.save(state, str(folder))
+        dist_checkpointing.save({**state, **common_state(config)}, str(folder))

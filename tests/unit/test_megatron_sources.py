@@ -12,11 +12,13 @@ import pytest
 import torch
 import yaml
 
+from nemo_minitron.checkpoint.megatron_args import megatron_lm_args
 from nemo_minitron.checkpoint.megatron_fields import match_family, model_fields
 from nemo_minitron.checkpoint.megatron_stated import of_args, of_core, of_nemo1
 from nemo_minitron.checkpoint.parts import Part, archive_parts
 from nemo_minitron.checkpoint.safe_pickle import Inert, read_metadata, read_torch_file
 from nemo_minitron.checkpoint.tokenizer_files import special_ids, tokenizer_files, vocabulary_size
+from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.stages.import_ import open_source
 from tests import sources, tiny
 from tests.tiny import LLAMA, write_weights
@@ -203,6 +205,17 @@ def test_same_fields_from_every_file(config: Any) -> None:
         family, found = match_family(stated, model_fields(stated, config.vocab_size))
         assert found == config
         assert family.name == config.family
+
+
+@pytest.mark.parametrize(
+    "config", [LLAMA, tiny.MIXTRAL, tiny.QWEN2_MOE, tiny.QWEN3, tiny.NEMOTRON, tiny.GPT2]
+)
+def test_what_we_write_says_what_it_is(config: ModelConfig) -> None:
+    """``args`` in our own checkpoints, which Megatron-LM and Bridge read, are the whole model."""
+    stated = of_args(vars(megatron_lm_args(config)), "args")
+    _, found = match_family(stated, model_fields(stated, config.vocab_size))
+    assert found == config
+    assert megatron_lm_args(config).padded_vocab_size == 128
 
 
 def test_fused_gelu_is_the_tanh_one() -> None:

@@ -1,0 +1,104 @@
+"""What Megatron-LM and Megatron-Bridge look for in ``common.pt`` beside the weights.
+
+Megatron-LM's ``--use-checkpoint-args`` and Bridge's ``load_megatron_model`` build the model from
+the arguments that a checkpoint holds. Names are those of megatron/training/arguments.py; values
+that say nothing of the model are what a run with default arguments has.
+"""
+
+from argparse import Namespace
+from typing import Any
+
+import torch
+
+from nemo_minitron.config.model import ModelConfig
+
+# Whole multiples of it can be split over any usual number of tensor-parallel ranks.
+_VOCAB_MULTIPLE = 128
+
+_NEUTRAL: dict[str, Any] = {
+    "multi_latent_attention": False,
+    "heterogeneous_layers_config_path": None,
+    "experimental_attention_variant": None,
+    "mtp_num_layers": None,
+    "is_hybrid_model": False,
+    "rotary_interleaved": False,
+    "rotary_seq_len_interpolation_factor": None,
+    "qk_l2_norm": False,
+    "quick_geglu": False,
+    "moe_layer_freq": 1,
+    "moe_router_score_function": "softmax",
+    "moe_router_load_balancing_type": "none",
+    "moe_aux_loss_coeff": 0.0,
+    "moe_grouped_gemm": False,
+    "transformer_impl": "transformer_engine",
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "apply_query_key_layer_scaling": False,
+    "fp16_lm_cross_entropy": False,
+    "no_persist_layer_norm": False,
+    "bias_swiglu_fusion": True,
+    "overlap_p2p_comm": False,
+    "init_method_xavier_uniform": False,
+    "fp8_param_gather": False,
+    "config_logger_dir": "",
+    "cp_comm_type": ["p2p"],
+    "decoder_first_pipeline_num_layers": None,
+    "decoder_last_pipeline_num_layers": None,
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "no_save_optim": True,
+    "no_save_rng": True,
+    "ckpt_format": "torch_dist",
+}
+
+
+def megatron_lm_args(config: ModelConfig) -> Namespace:
+    """Arguments with which Megatron-LM builds this model."""
+    positions = config.max_position_embeddings
+    padded = -(-config.vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+    return Namespace(
+        **_NEUTRAL,
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        group_query_attention=config.num_query_groups != config.num_attention_heads,
+        num_query_groups=config.num_query_groups,
+        kv_channels=config.kv_channels,
+        seq_length=positions,
+        max_position_embeddings=positions,
+        make_vocab_size_divisible_by=_VOCAB_MULTIPLE,
+        padded_vocab_size=padded,
+        position_embedding_type=config.position_embedding_type,
+        add_position_embedding=config.position_embedding_type == "learned_absolute",
+        use_rotary_position_embeddings=config.position_embedding_type == "rope",
+        rotary_base=int(config.rotary_base),
+        rotary_percent=config.rotary_percent,
+        use_rope_scaling=config.rope_scaling is not None,
+        rope_scaling_factor=(config.rope_scaling or {}).get("factor", 8.0),
+        normalization=config.normalization,
+        norm_epsilon=config.layernorm_epsilon,
+        apply_layernorm_1p=config.layernorm_zero_centered_gamma,
+        swiglu=config.activation == "silu",
+        squared_relu=config.activation == "squared_relu",
+        # Its fused kernel is the tanh approximation of GELU.
+        bias_gelu_fusion=config.activation == "gelu_tanh",
+        add_bias_linear=config.add_bias_linear,
+        add_qkv_bias=config.add_qkv_bias,
+        qk_layernorm=config.qk_layernorm,
+        untie_embeddings_and_output_weights=not config.share_embeddings_and_output_weights,
+        num_experts=config.num_moe_experts,
+        moe_ffn_hidden_size=config.moe_ffn_hidden_size,
+        moe_router_topk=config.moe_router_topk,
+        moe_router_pre_softmax=config.moe_router_pre_softmax,
+        moe_shared_expert_intermediate_size=config.moe_shared_expert_intermediate_size,
+        moe_shared_expert_gate=config.moe_shared_expert_gate,
+        fp16=config.dtype == "float16",
+        bf16=config.dtype == "bfloat16",
+        params_dtype=getattr(torch, config.dtype),
+    )
+
+
+def common_state(config: ModelConfig) -> dict[str, Any]:
+    """What is saved beside the weights, the same at any layout."""
+    return {"args": megatron_lm_args(config), "checkpoint_version": 3.0, "iteration": 0}
