@@ -26,7 +26,7 @@ def _all_ones(value: Any) -> bool:
 
 
 def _no_window(value: Any) -> bool:
-    return value is None or (len(value) == 2 and value[0] in (-1, None))
+    return value is None or (isinstance(value, list | tuple) and value[:1] in ([-1], (-1,)))
 
 
 # Fields that change the network, and the values that leave it as it is here.

@@ -137,7 +137,7 @@ def _megatron_lm(path: Path) -> Source:
     said = vars(args)
     tokenizer = said.get("tokenizer_model")
     vocab = said.get("vocab_size")
-    null = str(said.get("tokenizer_type", "")).startswith("Null") and vocab is not None
+    null = str(said.get("tokenizer_type", "")).startswith("Null")
     return Source(
         folder,
         of_args(said, f"args in {file}"),
@@ -159,15 +159,17 @@ def _bridge(path: Path) -> Source:
     folder = iteration_folder(path)
     _refuse_other_formats(folder)
     file = folder / RUN_CONFIG
-    model = _yaml(in_folder(folder)(RUN_CONFIG), file).get("model")
+    said = _yaml(in_folder(folder)(RUN_CONFIG), file)
+    model, tokenizer = said.get("model"), (said.get("tokenizer") or {}).get("tokenizer_model")
     if not isinstance(model, dict):
         raise ValueError(f"{file} lacks model")
+    files = tokenizer_files(folder / "tokenizer")
     return Source(
         folder,
         of_core(model, f"model in {file}"),
         folder,
         in_folder(folder),
-        tokenizer=tokenizer_files(folder / "tokenizer"),
+        tokenizer=files or (tokenizer_files(Path(tokenizer)) if tokenizer else {}),
         vocab_size=model.get("vocab_size"),
         generation=_generation(model),
     )
@@ -226,11 +228,11 @@ def _nemo1_tokenizer(find: Find, stated: Any) -> TokenizerFiles:
     files: TokenizerFiles = {}
     for key, name in _NEMO1_TOKENIZER.items():
         value = stated.get(key)
-        part = find(value.removeprefix("nemo:")) if isinstance(value, str) else None
+        # "nemo:NAME", or the path it was copied from
+        own = Path(value.removeprefix("nemo:")).name if isinstance(value, str) else ""
+        part = find(own) if own else None
         if part is not None:
-            files["tokenizer.json" if str(value).endswith(".json") and key == "model" else name] = (
-                part
-            )
+            files["tokenizer.json" if key == "model" and own.endswith(".json") else name] = part
     return files
 
 
@@ -238,12 +240,15 @@ def _own_archive(path: Path, find: Find, within: Find, config: dict[str, Any]) -
     """What ``MinitronGPTModel.save_to`` writes."""
     files: TokenizerFiles = {}
     for name in (config.get("tokenizer") or {}).values():
-        unique = str(name).removeprefix("nemo:")
+        unique = Path(str(name).removeprefix("nemo:")).name
         part = find(unique)
         if part is not None:  # NeMo puts 32 hexadecimal digits before the name
             files[unique.partition("_")[2]] = part
-    own = ModelConfig(**config["gpt"])
     where = str(path / NEMO1_CONFIG)
+    try:
+        own = ModelConfig(**config["gpt"])
+    except TypeError as error:
+        raise ValueError(f"{where}: gpt is no config of a model: {error}") from error
     return Source(
         path,
         Stated(where, {}),
