@@ -139,7 +139,10 @@ def _experts(stated: Stated, ffn: int) -> dict[str, Any]:
 
 
 def _refuse_others(stated: Stated, head_dim: int) -> None:
+    experts = stated.get("num_moe_experts", None) is not None
     for key, (allowed, only) in _ONLY.items():
+        if key.startswith("moe_") and not experts:
+            continue
         if not allowed(stated.values.get(key)):
             raise stated.refuse(key, only)
     scale = stated.get("softmax_scale", None)

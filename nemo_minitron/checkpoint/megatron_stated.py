@@ -120,7 +120,8 @@ _NEMO1_NORMS = {
 
 def of_nemo1(config: Mapping[str, Any], where: str) -> Stated:
     """``model_config.yaml`` of NeMo 1's MegatronGPTModel; absent keys have its defaults."""
-    stated = Stated(where, config, _NEMO1)
+    renamed = {core: config.get(own) for core, own in _NEMO1.items()}
+    stated = Stated(where, {**config, **renamed}, _NEMO1)
     if not config.get("mcore_gpt"):
         raise stated.refuse("mcore_gpt", "true (models of Megatron-Core)")
     activation = config.get("activation", "gelu")
@@ -131,12 +132,10 @@ def of_nemo1(config: Mapping[str, Any], where: str) -> Stated:
         raise stated.refuse("normalization", str(sorted(_NEMO1_NORMS)))
     if config.get("transformer_block_type", "pre_ln") != "pre_ln":
         raise stated.refuse("transformer_block_type", "pre_ln")
-    renamed = {core: config.get(own) for core, own in _NEMO1.items()}
     name, zero_centered = _NEMO1_NORMS[norm]
     openai = activation == "gelu" and config.get("openai_gelu")
     values = {
-        **config,
-        **renamed,
+        **stated.values,
         "normalization": name,
         "layernorm_zero_centered_gamma": zero_centered,
         "activation_func": "gelu_tanh" if openai else _NEMO1_ACTIVATIONS[activation],

@@ -200,7 +200,7 @@ def stored_weights(
         wanted = _wanted(row, layer, stacked, config, saved)
         if wanted is None:
             raise ValueError(
-                f"{checkpoint.where} holds {key} of shape {tuple(saved.size)}; model.yaml asks for "
+                f"{checkpoint.where} holds {key} of shape {tuple(saved.size)}; its config asks for "
                 f"{row.shape(config)}{f' in {config.num_layers} layers' if stacked else ''}"
             )
         used.add(key)

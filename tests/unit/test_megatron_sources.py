@@ -143,7 +143,10 @@ def test_archives(tmp_path: Path) -> None:
         ({"position_embedding_type": "yarn"}, "position_embedding_type=yarn is not supported"),
         ({"quick_geglu": True, "swiglu": False}, "quick_geglu=quick_gelu is not supported"),
         ({"multi_latent_attention": True}, "multi_latent_attention=True is not supported"),
-        ({"moe_layer_freq": [1, 0]}, "moe_layer_freq=[1, 0] is not supported; only 1"),
+        (
+            {"num_experts": 4, "moe_layer_freq": [1, 0]},
+            "moe_layer_freq=[1, 0] is not supported; only 1",
+        ),
         ({"rotary_seq_len_interpolation_factor": 2}, "rotary_seq_len_interpolation_factor=2"),
         ({"norm_epsilon": 1e-5, "normalization": "LayerNorm"}, "normalization=LayerNorm"),
         ({"add_bias_linear": True}, "no supported family has this add_bias_linear"),
