@@ -193,7 +193,7 @@ def _differences(family: Family, fields: dict[str, Any]) -> dict[str, Any]:
     try:
         config = ModelConfig(family=family.name, **fields)
         again = family.from_hf(family.to_hf(config))
-    except (KeyError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:  # as it has no experts, for instance
         return dict.fromkeys(fields, str(error))
     return {name: getattr(again, name) for name in fields if getattr(again, name) != fields[name]}
 

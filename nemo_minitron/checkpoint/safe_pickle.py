@@ -60,6 +60,10 @@ class Inert:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
+    def __call__(self, *args: Any, **kwargs: Any) -> "Inert":
+        """As a function whose name was put together by another takes them."""
+        return Inert()
+
     def __setstate__(self, state: Any) -> None:
         """Dropped."""
 
