@@ -212,10 +212,11 @@ def _read_config(path: Path, name: str, override: Any) -> DictConfig:
         if part is None:
             raise ValueError(f"{path} holds no {name}: it is not a .nemo archive")
         loaded = OmegaConf.create(part.read().decode())
-    found = loaded.get("model", loaded)
-    if not isinstance(found, DictConfig) or "gpt" not in found:
+    found: Any = OmegaConf.to_container(loaded, resolve=True)
+    found = found.get("model", found) if isinstance(found, dict) else {}
+    if "gpt" not in found:
         raise ValueError(
             f"{path} is an archive of {found.get('target', 'another class')}, not of "
             "MinitronGPTModel; minitron import opens archives of NeMo 1's GPT models"
         )
-    return OmegaConf.create(OmegaConf.to_container(found, resolve=True))
+    return OmegaConf.create(found)
