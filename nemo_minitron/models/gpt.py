@@ -140,20 +140,17 @@ class MinitronGPTModel(ModelPT):
 
         Raises:
             ValueError: the weights are not finite.
-            OSError: the folder cannot be written (disk full).
         """
         NemoFileConnector().save_to(self, str(Path(save_path).expanduser().resolve()))
 
     @classmethod
-    def restore_from(
-        cls, restore_path: str, *args: Any, save_restore_connector: Any = None, **kwargs: Any
-    ) -> Any:
+    def restore_from(cls, restore_path: str, *args: Any, **kwargs: Any) -> Any:
         """Rebuild a model from a ``.nemo`` archive of any layout (a call of every rank).
 
-        Arguments are those of ``ModelPT.restore_from``; see ``NemoFileConnector.restore_from``.
+        Arguments are those of ``NemoFileConnector.restore_from``.
         """
-        connector = save_restore_connector or NemoFileConnector()
-        return super().restore_from(restore_path, *args, save_restore_connector=connector, **kwargs)
+        kwargs.setdefault("save_restore_connector", NemoFileConnector())
+        return super().restore_from(restore_path, *args, **kwargs)
 
     # ---- data
 
