@@ -101,6 +101,11 @@ def _problem(step: Callable[..., None], *args: Any) -> Exception | None:
     return None
 
 
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
 def _unpack(path: Path, folder: Path) -> None:
     parts = archive_parts(path)
     _check_space(folder.parent, sum(part.size for part in parts.values()), path)
@@ -132,10 +137,7 @@ class NemoFileConnector(SaveRestoreConnector):
         target = Path(save_path)
         work = target.with_name(target.name + ".partial")
         first = dist.get_rank() == 0
-        if first:
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir(parents=True)
-        barrier()
+        _together(_problem(_make_empty, work) if first else None)
         try:
             model.save(work / WEIGHTS)
             _together(_problem(self._pack, model, work, target) if first else None)
