@@ -171,6 +171,8 @@ def test_own_archives(ranks: WorkerPool, home: Path, tmp_path: Path) -> None:
     archive = tmp_path / "model.nemo"
     ranks.run(2, save_nemo, str(result), str(archive), layout(tp=2))
     assert not list(tmp_path.glob("*.partial"))
+    with pytest.raises(RuntimeError, match="Not a directory"):
+        ranks.run(2, save_nemo, str(result), str(archive / "no.nemo"), layout(tp=2))
     for size, parallel in ((1, layout()), (2, layout(pp=2))):
         found = ranks.run(size, restore_nemo, str(archive), parallel)
         wanted = ranks.run(size, local_weights, LLAMA, parallel, checkpoint)
