@@ -1,12 +1,19 @@
 import numpy as np
 import pytest
 import torch
+from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize
 
 from nemo_minitron.checkpoint.gguf import open_gguf
 from nemo_minitron.checkpoint.hf import model_config, to_megatron
+from nemo_minitron.stages import import_
 from tests.unit.gguf_fixtures import llama, write_gguf
+
+
+def write_raw(path, name, data, kind, **overrides):
+    """A model one of whose tensors is given as the bytes of its blocks, `[rows, bytes]`."""
+    write_gguf(path, llama(**overrides), drop="layers.0.self_attn.v_proj", raw={name: (data, kind)})
 
 
 @pytest.mark.parametrize("overrides", [{}, {"tie_word_embeddings": True}, {"head_dim": 24}])
@@ -87,6 +94,54 @@ def test_models_that_cannot_be_imported(tmp_path, changes, message):
     write_gguf(tmp_path / "model.gguf", llama(), **changes)
     with pytest.raises(ValueError, match=message):
         open_gguf(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_K, Kind.Q6_K])
+def test_k_quants_are_dequantised_too(tmp_path, kind):
+    """The gguf package cannot quantise to them, so the blocks are random, scales small."""
+    block, size = GGML_QUANT_SIZES[kind]
+    rows = 64 * 64 // block
+    data = np.random.default_rng(0).integers(0, 60, (rows, size), np.uint8).reshape(64, -1)
+    name = "blk.0.attn_v.weight"
+    write_raw(tmp_path / "model.gguf", name, data, kind, num_key_value_heads=4)
+    _, store = open_gguf(tmp_path / "model.gguf")
+    tensor = store["model.layers.0.self_attn.v_proj.weight"]
+    assert (tensor.shape, tensor.dtype) == ((64, 64), torch.float32)
+    assert torch.equal(tensor.read(), torch.from_numpy(dequantize(data, kind).copy()))
+
+
+@pytest.mark.parametrize("kind", [Kind.IQ4_NL, Kind.TQ1_0, Kind.MXFP4, Kind.I8, Kind.F64])
+def test_other_kinds_are_named(tmp_path, kind):
+    block, size = GGML_QUANT_SIZES[kind]
+    data = np.zeros((64 * 64 // block, size), np.uint8).reshape(64, -1)
+    write_raw(tmp_path / "model.gguf", "blk.0.attn_v.weight", data, kind, num_key_value_heads=4)
+    says = rf"model.gguf: blk.0.attn_v.weight is {kind.name}; supported: .*'Q4_0'"
+    with pytest.raises(ValueError, match=says):
+        open_gguf(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("llama.block_count", 2, r"holds tensors without a row .*'blk.2.attn_k.weight'"),
+        ("llama.block_count", 4, r"lacks model.layers.3.input_layernorm.weight \(as blk.3.attn_no"),
+        (
+            "llama.feed_forward_length",
+            64,
+            r"model.gguf: model.layers.0.mlp.gate_proj.weight has shape \(96, 64\); config.json "
+            r"asks for \(64, 64\)",
+        ),
+        (
+            "llama.attention.head_count_kv",
+            4,
+            r"k_proj.weight has shape \(32, 64\); config.json asks",
+        ),
+    ],
+)
+def test_metadata_that_do_not_fit(tmp_path, name, value, message):
+    write_gguf(tmp_path / "model.gguf", llama(), changed={name: value})
+    with pytest.raises(ValueError, match=message):
+        import_.open_source(str(tmp_path / "model.gguf"))
 
 
 def test_damaged_files(tmp_path):
