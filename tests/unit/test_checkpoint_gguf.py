@@ -11,9 +11,11 @@ from nemo_minitron.stages import import_
 from tests.unit.gguf_fixtures import llama, write_gguf
 
 
-def write_raw(path, name, data, kind, **overrides):
-    """A model one of whose tensors is given as the bytes of its blocks, `[rows, bytes]`."""
-    write_gguf(path, llama(**overrides), drop="layers.0.self_attn.v_proj", raw={name: (data, kind)})
+def write_raw(path, data, kind):
+    """A model whose first v_proj, 64 x 256, is given as the bytes of its blocks."""
+    model = llama(hidden_size=256, num_key_value_heads=4, head_dim=16)
+    raw = {"blk.0.attn_v.weight": (data, kind)}
+    write_gguf(path, model, drop="layers.0.self_attn.v_proj", raw=raw)
 
 
 @pytest.mark.parametrize("overrides", [{}, {"tie_word_embeddings": True}, {"head_dim": 24}])
@@ -100,21 +102,18 @@ def test_models_that_cannot_be_imported(tmp_path, changes, message):
 def test_k_quants_are_dequantised_too(tmp_path, kind):
     """The gguf package cannot quantise to them, so the blocks are random, scales small."""
     block, size = GGML_QUANT_SIZES[kind]
-    rows = 64 * 64 // block
-    data = np.random.default_rng(0).integers(0, 60, (rows, size), np.uint8).reshape(64, -1)
-    name = "blk.0.attn_v.weight"
-    write_raw(tmp_path / "model.gguf", name, data, kind, num_key_value_heads=4)
+    data = np.random.default_rng(0).integers(0, 60, (64, 256 // block * size), np.uint8)
+    write_raw(tmp_path / "model.gguf", data, kind)
     _, store = open_gguf(tmp_path / "model.gguf")
     tensor = store["model.layers.0.self_attn.v_proj.weight"]
-    assert (tensor.shape, tensor.dtype) == ((64, 64), torch.float32)
+    assert (tensor.shape, tensor.dtype) == ((64, 256), torch.float32)
     assert torch.equal(tensor.read(), torch.from_numpy(dequantize(data, kind).copy()))
 
 
 @pytest.mark.parametrize("kind", [Kind.IQ4_NL, Kind.TQ1_0, Kind.MXFP4, Kind.I8, Kind.F64])
 def test_other_kinds_are_named(tmp_path, kind):
     block, size = GGML_QUANT_SIZES[kind]
-    data = np.zeros((64 * 64 // block, size), np.uint8).reshape(64, -1)
-    write_raw(tmp_path / "model.gguf", "blk.0.attn_v.weight", data, kind, num_key_value_heads=4)
+    write_raw(tmp_path / "model.gguf", np.zeros((64, 256 // block * size), np.uint8), kind)
     says = rf"model.gguf: blk.0.attn_v.weight is {kind.name}; supported: .*'Q4_0'"
     with pytest.raises(ValueError, match=says):
         open_gguf(tmp_path / "model.gguf")
