@@ -31,7 +31,8 @@ def model_card(title: str, config: ModelConfig, lineage: list[dict[str, Any]]) -
         keep_trailing_newline=True,
     )
     environment.filters |= {"number": _number}
-    source = next((entry["source"] for entry in lineage if "source" in entry), {})
+    sources: list[dict[str, Any]] = [entry["source"] for entry in lineage if "source" in entry]
+    source = sources[0] if sources else {}
     after = model_facts(config)
     before = lineage[0]["model"] if lineage else after
     return environment.get_template("model_card.md.j2").render(
