@@ -225,7 +225,8 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], Store]:
                 heads = config.num_query_groups
             shape = tuple(int(size) for size in reversed(tensor.shape))
             dtype = dtype_of(tensor)
-            store[name] = LazyTensor(shape, dtype, partial(_read, tensor, dtype, heads))
+            read = partial(_read, tensor, dtype, heads)
+            store[name] = LazyTensor(shape, dtype, read, origin=str(path))
     if tensors:
         raise ValueError(
             f"{path} holds tensors without a row in the table of family '{family.name}': "

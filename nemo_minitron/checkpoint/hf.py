@@ -6,7 +6,6 @@ Everything a user can get wrong in a folder is found from the headers, before an
 import json
 import logging
 import shutil
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nemo_minitron.checkpoint.hf_checks import DERIVED, check_hf, hf_names
 from nemo_minitron.checkpoint.lazy import LazyTensor, Store, main_dtype, shared_parts
 from nemo_minitron.checkpoint.safetensors_file import write_safetensors
 from nemo_minitron.config.model import ModelConfig
@@ -28,10 +28,11 @@ logger = logging.getLogger(__name__)
 
 CONFIG_JSON = "config.json"
 GENERATION_JSON = "generation_config.json"
+SAFETENSORS = "model.safetensors"
 INDEX_JSON = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-# Buffers that old checkpoints hold and that follow from the config.
-_DERIVED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+# Where config.json says that weights are quantised (the second: older compressed-tensors).
+_QUANTISED = ("quantization_config", "compression_config")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -44,19 +45,32 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _indexed(folder: Path) -> dict[str, set[str]]:
+    """Files and their tensors, as the index says."""
+    index = folder / INDEX_JSON
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} holds no weight_map (tensor -> file); download it again")
+    shards: dict[str, set[str]] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str):
+            raise ValueError(f"{index}: weight_map gives {name} the file {file!r}, not a name")
+        shards.setdefault(file, set()).add(name)
+    if SAFETENSORS not in shards and (folder / SAFETENSORS).is_file():
+        raise ValueError(
+            f"{folder} holds both {SAFETENSORS} and {INDEX_JSON}, which does not list it; remove "
+            "the one that is not of this model"
+        )
+    return shards
+
+
 def _shard_names(folder: Path) -> dict[str, set[str] | None]:
     """Safetensors files of a folder and the tensors the index puts in each (None: no index)."""
-    index = folder / INDEX_JSON
-    if index.is_file():
-        shards: dict[str, set[str] | None] = {}
-        for name, file in _read_json(index).get("weight_map", {}).items():
-            members = shards.setdefault(file, set())
-            assert members is not None
-            members.add(name)
-        return shards
+    if (folder / INDEX_JSON).is_file():
+        return dict(_indexed(folder))
     files = sorted(path.name for path in folder.glob("*.safetensors"))
-    if "model.safetensors" in files:
-        return {"model.safetensors": None}
+    if SAFETENSORS in files:
+        return {SAFETENSORS: None}
     if len(files) == 1:
         return {files[0]: None}
     if files:
@@ -92,18 +106,20 @@ def _open_shard(path: Path, expected: set[str] | None) -> Store:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
             for name in names:
-                if name.endswith(_DERIVED):
+                if name.endswith(DERIVED):
                     continue
                 view = file.get_slice(name)
                 if view.get_dtype() not in DTYPES:
                     raise ValueError(
-                        f"{path}: {name} is {view.get_dtype()}; supported: {sorted(DTYPES)}"
+                        f"{path}: {name} is {view.get_dtype()}; supported: {sorted(DTYPES)}; set "
+                        "source to a model that is not quantised"
                     )
                 store[name] = LazyTensor(
                     tuple(view.get_shape()),
                     DTYPES[view.get_dtype()],
                     partial(_read_tensor, path, name),
                     partial(_read_rows, path, name),
+                    origin=str(path),
                 )
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is truncated or damaged: {error}") from error
@@ -131,16 +147,25 @@ def open_hf(folder: Path) -> tuple[dict[str, Any], Store]:
     if not (folder / CONFIG_JSON).is_file():
         raise ValueError(f"{folder} is not a Hugging Face model folder: {CONFIG_JSON} is missing")
     config = _read_json(folder / CONFIG_JSON)
-    if config.get("quantization_config"):
-        raise ValueError(
-            f"{folder} holds quantised weights (quantization_config in {CONFIG_JSON}); set source "
-            "to the unquantised model"
-        )
+    _refuse_quantised(folder, config)
     family_of_hf(config)
     store: Store = {}
     for file, names in _shard_names(folder).items():
         store.update(_open_shard(folder / file, names))
+    if not store:
+        raise ValueError(f"{folder}: the .safetensors files hold no tensor; download them again")
     return config, store
+
+
+def _refuse_quantised(folder: Path, config: dict[str, Any]) -> None:
+    for key in _QUANTISED:
+        value = config.get(key)
+        if value:
+            method = value.get("quant_method") if isinstance(value, dict) else value
+            raise ValueError(
+                f"{folder / CONFIG_JSON}: {key} says that these are quantised weights "
+                f"(quant_method={method}); set source to the unquantised model"
+            )
 
 
 def model_config(hf_config: dict[str, Any], hf_store: Store) -> tuple[Family, ModelConfig]:
@@ -156,6 +181,8 @@ def model_config(hf_config: dict[str, Any], hf_store: Store) -> tuple[Family, Mo
         config = family.from_hf(hf_config)
     except KeyError as error:
         raise ValueError(f"{CONFIG_JSON} lacks {error}") from error
+    except (TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"a size in {CONFIG_JSON} is not a number above 0: {error}") from error
     config.dtype = str(main_dtype(hf_store)).removeprefix("torch.")
     declared = hf_config.get("torch_dtype") or hf_config.get("dtype") or config.dtype
     if declared != config.dtype:
@@ -163,43 +190,8 @@ def model_config(hf_config: dict[str, Any], hf_store: Store) -> tuple[Family, Mo
     return family, config
 
 
-def _hf_names(row: Row, layer: int | None) -> list[str]:
-    return [name.format(layer=layer) for name in row.hf]
-
-
-def _known(family: Family, config: ModelConfig) -> Iterable[tuple[str, tuple[int, ...]]]:
-    for _, row, layer in family.parameters(config):
-        yield from zip(_hf_names(row, layer), hf_shapes(row, config), strict=True)
-
-
-def _check_hf(family: Family, config: ModelConfig, store: Store) -> None:
-    """Names and shapes against the table."""
-    expected = dict(_known(family, config))
-    missing = [name for name in expected if name not in store]
-    if missing:
-        tied = " (tied models set tie_word_embeddings=true)" if "lm_head.weight" in missing else ""
-        raise ValueError(
-            f"{len(missing)} tensors that {CONFIG_JSON} asks for are missing: {missing[:5]}{tied}"
-        )
-    # Tied models may hold a copy of the embedding under the name an untied one would use.
-    tied_names = {name for row in family.rows if not row.when(config) for name in row.hf}
-    extra = [
-        name
-        for name in store
-        if name not in expected and name not in tied_names and not name.endswith(_DERIVED)
-    ]
-    if extra:
-        raise ValueError(
-            f"{len(extra)} tensors have no row in the table of family '{family.name}': {extra[:5]}"
-        )
-    for name, shape in expected.items():
-        if store[name].shape != shape:
-            raise ValueError(
-                f"{name} has shape {store[name].shape}; {CONFIG_JSON} asks for {shape}"
-            )
-
-
-def _fused(row: Row, config: ModelConfig, parts: list[LazyTensor]) -> LazyTensor:
+def _fused(row: Row, config: ModelConfig, hf_store: Store, names: list[str]) -> LazyTensor:
+    parts = [hf_store[name] for name in names]
     if row.hf_form is not None:
         (part,), form = parts, HF_FORMS[row.hf_form]
         return LazyTensor(
@@ -207,15 +199,12 @@ def _fused(row: Row, config: ModelConfig, parts: list[LazyTensor]) -> LazyTensor
         )
     if len(parts) == 1:
         return parts[0]
-    dtypes = {part.dtype for part in parts}
-    if len(dtypes) > 1:
-        raise ValueError(f"{row.hf} have dtypes {dtypes}; convert the source to one dtype")
     fuse = FUSIONS[row.dims[0]].fuse
 
     def read() -> Tensor:
         return fuse(config, [part.read() for part in parts])
 
-    return LazyTensor(row.shape(config), dtypes.pop(), read)
+    return LazyTensor(row.shape(config), parts[0].dtype, read)
 
 
 def _prefixed(family: Family, store: Store) -> Store:
@@ -239,12 +228,12 @@ def to_megatron(family: Family, config: ModelConfig, hf_store: Store) -> Store:
         Store under Megatron names (local spec, with layer numbers), global shapes.
 
     Raises:
-        ValueError: a tensor is missing, unexpected, or not of the shape the config asks for.
+        ValueError: see ``check_hf``.
     """
     hf_store = _prefixed(family, hf_store)
-    _check_hf(family, config, hf_store)
+    check_hf(family, config, hf_store)
     return {
-        name: _fused(row, config, [hf_store[part] for part in _hf_names(row, layer)])
+        name: _fused(row, config, hf_store, hf_names(row, layer))
         for name, row, layer in family.parameters(config)
     }
 
@@ -261,7 +250,7 @@ def to_hf(family: Family, config: ModelConfig, store: Store) -> Store:
     """Inverse of ``to_megatron``; tied models get no output embedding."""
     result: Store = {}
     for name, row, layer in family.parameters(config):
-        whole, names, shapes = store[name], _hf_names(row, layer), hf_shapes(row, config)
+        whole, names, shapes = store[name], hf_names(row, layer), hf_shapes(row, config)
         if len(names) == 1:
             result[names[0]] = _reformed(row, config, whole)
             continue

@@ -23,12 +23,14 @@ class LazyTensor:
         read: reads (or computes) the tensor: CPU, contiguous, owned by the caller. Thread safe.
         read_rows: ``(start, stop)`` -> these rows of dim 0, at the cost of little more than them;
             None where the whole tensor would have to be read.
+        origin: file it is read from, for messages.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
     read_rows: Callable[[int, int], Tensor] | None = None
+    origin: str = ""
 
     @property
     def nbytes(self) -> int:

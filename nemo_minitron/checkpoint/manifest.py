@@ -54,8 +54,9 @@ class Manifest:
     def id(self) -> str:
         """Identity: a function of the stage, its config, its inputs and the files it made.
 
-        Times and versions do not enter, nor does ``metrics.json`` (it holds timings) or a log, so a
-        stage run twice on the same inputs keeps its identity and what depends on it stays current.
+        Times and versions do not enter, nor does ``metrics.json`` (it holds timings), a log or
+        ``lineage.json`` (it holds names of inputs), so a stage run twice on the same inputs keeps
+        its identity and what depends on it stays current.
         """
         content = {n: [e.size, e.sha256] for n, e in self.files.items() if _is_content(n)}
         return digest([self.stage, self.config_hash, self.inputs, content])
@@ -71,7 +72,9 @@ class Manifest:
 
 
 def _is_content(name: str) -> bool:
-    return name != "metrics.json" and name.split("/")[0] not in (".hydra", "logs")
+    if name in ("metrics.json", "checkpoint/lineage.json"):
+        return False
+    return name.split("/")[0] not in (".hydra", "logs")
 
 
 def digest(value: Any) -> str:

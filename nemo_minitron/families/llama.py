@@ -96,6 +96,26 @@ LLAMA3_SCALING = {
 }
 
 
+# What transformers' MistralConfig takes where config.json says nothing.
+_MISTRAL_DEFAULTS = {
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+}
+
+
+def _mistral(hf: dict[str, Any]) -> dict[str, Any]:
+    """config.json of a Mistral with its defaults; a window that no position leaves is none."""
+    known = {**_MISTRAL_DEFAULTS, **hf}
+    window, positions = known["sliding_window"], known["max_position_embeddings"]
+    if window is not None and window < positions:
+        raise ValueError(
+            f"config.json sliding_window={window} (4096 where it is left out) is not supported; "
+            f"only null, or at least max_position_embeddings={positions}"
+        )
+    return known
+
+
 def _rope(hf: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
     """Rotary base and scaling from the old (rope_theta) or the new (rope_parameters) fields."""
     parameters = dict(hf.get("rope_parameters") or {})
@@ -124,10 +144,8 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     for key in ("attention_bias", "mlp_bias"):
         if hf.get(key):
             raise ValueError(f"config.json {key}=true is not supported")
-    if hf.get("model_type") == "mistral" and hf.get("sliding_window") is not None:
-        raise ValueError(
-            f"config.json sliding_window={hf['sliding_window']} is not supported; only null"
-        )
+    if hf.get("model_type") == "mistral":
+        hf = _mistral(hf)
     if hf.get("hidden_act", "silu") != "silu":
         raise ValueError(f"config.json hidden_act={hf['hidden_act']} is not supported; only silu")
     heads = hf["num_attention_heads"]
@@ -197,7 +215,8 @@ LLAMA = Family(
     to_hf,
     models="Llama 2 and 3.x, Mistral, Mistral-NeMo, SmolLM2",
     refuses=(
-        "sliding windows (`sliding_window` other than null): attention sees the whole sequence",
+        "a `sliding_window` shorter than `max_position_embeddings` (Mistral 7B v0.1): attention "
+        "sees the whole sequence",
         "`rope_scaling` other than `llama3` (`yarn`, `linear`, ...): the mapping has no other",
         "`attention_bias=true` or `mlp_bias=true`: the table has no biases",
     ),

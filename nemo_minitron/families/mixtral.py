@@ -40,7 +40,7 @@ ROWS = (
 )
 
 # What transformers' MixtralConfig takes where config.json says nothing.
-_DEFAULTS = {"rms_norm_eps": 1e-5, "max_position_embeddings": 131072}
+_DEFAULTS = {"rms_norm_eps": 1e-5, "sliding_window": None}
 _DEFAULT_ROPE_BASE = 1e6
 
 
@@ -93,7 +93,8 @@ MIXTRAL = Family(
     to_hf,
     models="Mixtral",
     refuses=(
-        "sliding windows (`sliding_window` other than null): attention sees the whole sequence",
+        "a `sliding_window` shorter than `max_position_embeddings`: attention sees the whole "
+        "sequence",
         "one expert per token (`num_experts_per_tok=1`): Megatron-Core's router needs two",
     ),
 )

@@ -19,6 +19,8 @@ from nemo_minitron.pruning.merge import compose_terms
 from nemo_minitron.pruning.plan import Plan
 from nemo_minitron.pruning.targets import check_pruning, merged_heads, target_sizes
 
+ROUNDS = "rounds"
+"""Sub-folder of a result that keeps scores and plan of every round."""
 _T = TypeVar("_T")
 _HEADS = "heads_per_group"
 

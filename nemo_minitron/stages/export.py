@@ -7,54 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.checkpoint.artifact import check_output, open_result, output_folder
+from nemo_minitron.checkpoint.lineage import model_sizes, read_lineage
+from nemo_minitron.checkpoint.source_card import README, copy_licence_texts
 from nemo_minitron.checkpoint.tokenizer import save_tokenizer
 from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.config.stages import ExportConfig
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import parameter_count
 from nemo_minitron.reporting.console import progress, show_table
+from nemo_minitron.reporting.model_card import model_card
 
 if TYPE_CHECKING:
     from nemo_minitron.checkpoint.lazy import Store
-
-_CARD = """\
----
-library_name: transformers
-pipeline_tag: text-generation
-tags: [minitron, pruning, distillation]
----
-
-# {title}
-
-A {family} model of {parameters:,} parameters ({non_embedding:,} without embeddings), exported by
-[nemo_minitron](https://arxiv.org/abs/2407.14679).
-
-| size | value |
-|---|---|
-{sizes}
-{layers}
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-```
-"""
-_SIZES = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "num_moe_experts",
-    "moe_ffn_hidden_size",
-    "moe_shared_expert_intermediate_size",
-    "moe_router_topk",
-    "kv_channels",
-    "vocab_size",
-    "max_position_embeddings",
-    "dtype",
-)
 
 
 def _open(cfg: ExportConfig) -> "tuple[ModelConfig, Store]":
@@ -108,33 +72,13 @@ def run(cfg: ExportConfig) -> None:
         if tokenizer.is_dir():
             save_tokenizer(tokenizer, work)
             copy_generation_config(tokenizer, work)
-        (work / "README.md").write_text(_card(cfg, config))
+            copy_licence_texts(tokenizer, work)
+        title = Path(cfg.output_dir).resolve().name
+        card = model_card(title, config, read_lineage(tokenizer.parent))
+        (work / README).write_text(card, encoding="utf-8")
         metrics = _metrics(config, store, files, time.perf_counter() - start)
         (work / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     _report(cfg, config, metrics)
-
-
-def _card(cfg: ExportConfig, config: ModelConfig) -> str:
-    """Model card."""
-    count = parameter_count(family_of(config), config)
-    kept, layers = config.kept_layers, ""
-    if kept:
-        layers = f"\nLayers of the original model that were kept (0-based): {kept}.\n"
-    return _CARD.format(
-        title=Path(cfg.output_dir).resolve().name,
-        family=config.family,
-        parameters=count["total"],
-        non_embedding=count["non_embedding"],
-        sizes="\n".join(f"| `{name}` | {size} |" for name, size in _sizes(config)),
-        layers=layers,
-    )
-
-
-def _sizes(config: ModelConfig) -> list[tuple[str, str]]:
-    """The sizes that the model has; nothing about experts for a dense one."""
-    names = [name for name in _SIZES if config.num_moe_experts or "moe" not in name]
-    sizes = {name: getattr(config, name) for name in names}
-    return [(name, str(size)) for name, size in sizes.items() if size is not None]
 
 
 def _metrics(
@@ -154,7 +98,7 @@ def _metrics(
 def _report(cfg: ExportConfig, config: ModelConfig, metrics: dict[str, Any]) -> None:
     rows = [
         ["parameters", f"{metrics['parameters']:,}"],
-        *[[name, size] for name, size in _sizes(config)],
+        *[[name, str(size)] for name, size in model_sizes(config).items()],
         ["files", str(len(metrics["files"]))],
         ["size on disk", f"{metrics['bytes'] / 1e6:,.0f} MB"],
         ["seconds", f"{metrics['seconds']:.1f}"],

@@ -26,13 +26,16 @@ from nemo_minitron.checkpoint.lazy import (
     refuse_nonfinite,
     store_nbytes,
 )
+from nemo_minitron.checkpoint.lineage import record
 from nemo_minitron.checkpoint.megatron_sources import is_megatron
+from nemo_minitron.checkpoint.source_card import copy_licence_texts
 from nemo_minitron.checkpoint.tokenizer import check_gguf_tokenizer, save_tokenizer
 from nemo_minitron.checkpoint.tokenizer_files import tokenizer_files, write_tokenizer
 from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.config.stages import ImportConfig
 from nemo_minitron.families.table import Family, parameter_count
 from nemo_minitron.reporting.console import progress, show_table
+from nemo_minitron.stages.recipe import import_entry
 
 # Bytes of weights that ``check`` reads, in search of NaN: about a second on one core.
 _READ_UP_TO = 1 << 30
@@ -169,6 +172,8 @@ def run(cfg: ImportConfig) -> None:
             write_torch_dist(folder, counted, family, config, workers=cfg.workers)
         config.save(folder)
         opened.save_extras(folder / "tokenizer")
+        copy_licence_texts(Path(cfg.source), folder / "tokenizer")
+        record(None, folder, import_entry(cfg, config))
         metrics = _metrics(family, config, store, time.perf_counter() - start)
         (work / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     _report(cfg, config, metrics)

@@ -16,7 +16,7 @@ from nemo_minitron.config.stages import (
 )
 from nemo_minitron.importance.scores import Scores
 from nemo_minitron.pruning.plan import Plan, full_plan, make_plan, pruned_config
-from nemo_minitron.pruning.rounds import compose
+from nemo_minitron.pruning.rounds import ROUNDS, compose
 from nemo_minitron.pruning.stream import prune_checkpoint
 from nemo_minitron.pruning.targets import needed_scores, target_sizes
 from nemo_minitron.runtime.launch import barrier
@@ -24,8 +24,6 @@ from nemo_minitron.runtime.ranks import rank
 from nemo_minitron.stages.calibrate import calibrate
 
 log = logging.getLogger(__name__)
-
-ROUNDS = "rounds"
 
 
 def run_rounds(

@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.checkpoint.artifact import Ranks, check_output, open_result, output_folder
+from nemo_minitron.checkpoint.lineage import record
 from nemo_minitron.config.layout import check_layout
 from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.config.stages import PruneConfig, PruningConfig
 from nemo_minitron.data.checks import check_batches, check_data
 from nemo_minitron.importance.scores import META_FILE, read_meta
 from nemo_minitron.pruning.plan import Plan, make_plan, pruned_config
-from nemo_minitron.pruning.rounds import pruning_rounds
+from nemo_minitron.pruning.rounds import ROUNDS, pruning_rounds
 from nemo_minitron.pruning.targets import check_importance, needed_scores
 from nemo_minitron.runtime.ranks import launched_world_size, rank
+from nemo_minitron.stages.recipe import prune_entry
 
 log = logging.getLogger(__name__)
 
@@ -177,7 +179,10 @@ def _write(
     source, target = Path(cfg.checkpoint) / "checkpoint", work / "checkpoint"
     shutil.rmtree(target, ignore_errors=True)  # a part of it, of a run that was killed
     prune_checkpoint(source, config, plan, target, cfg.workers)
-    metrics = _metrics(config, pruned_config(config, plan), plan)
+    small = pruned_config(config, plan)
+    metrics = _metrics(config, small, plan)
+    entry = prune_entry(cfg, small, metrics["dropped_layers"], work / ROUNDS)
+    record(source, target, entry)
     if costs is not None:
         metrics["rounds"] = costs
     metrics["seconds"] = round(time.perf_counter() - start, 3)

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.checkpoint.lineage import record
 from nemo_minitron.config.layout import check_layout
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.recompute import check_recompute
@@ -94,6 +95,7 @@ def train(
     from nemo_minitron.models.training import CHECKPOINTS
     from nemo_minitron.runtime.launch import barrier, distributed
     from nemo_minitron.runtime.ranks import rank
+    from nemo_minitron.stages.recipe import training_entry
 
     source = Path(getattr(cfg, key)) / "checkpoint"
     with distributed(cfg.parallel, cfg.trainer.seed):
@@ -105,6 +107,8 @@ def train(
                 if (source / "tokenizer").is_dir():
                     target = work / "checkpoint" / "tokenizer"
                     shutil.copytree(source / "tokenizer", target, dirs_exist_ok=True)
+                entry = training_entry(cfg, stage, ModelConfig.load(source), metrics)
+                record(source, work / "checkpoint", entry)
                 (work / "metrics.json").write_text(json.dumps(metrics, indent=1))
                 shutil.rmtree(work / CHECKPOINTS, ignore_errors=True)
     _show(stage, metrics)

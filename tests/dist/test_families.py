@@ -1,11 +1,11 @@
 """Every family in and out, pruned along every axis, alone and at TP 2 and PP 2.
 
 Issue 8, must-show 1. What a pruned export must hold is written here in Hugging Face terms, by hand,
-without the parameter tables. Llama, Mixtral and shared experts: ``test_logits.py``,
-``test_moe.py``, ``test_moe_shared.py``.
+without the parameter tables. Expert parallelism: ``test_moe.py``, ``test_moe_shared.py``.
 """
 
 import re
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from nemo_minitron.config.stages import (
     PruningConfig,
     TargetConfig,
 )
-from nemo_minitron.families.registry import FAMILIES, family_of
+from nemo_minitron.families.registry import FAMILIES, family_of, family_of_hf
 from nemo_minitron.pruning.plan import Plan
 from nemo_minitron.stages import export, import_, prune
 from tests.dist.families_cases import family_at
@@ -62,6 +62,21 @@ DENSE = {
     "ffn": {"ffn_hidden_size": 24},
     "several": {**SEVERAL, "ffn_hidden_size": 24},
 }
+EXPERTS = {
+    **ATTENTION_AND_HIDDEN,
+    "expert": {"num_moe_experts": 2},
+    "expert_ffn": {"moe_ffn_hidden_size": 16},
+    "several": {**SEVERAL, "num_moe_experts": 2, "moe_ffn_hidden_size": 16},
+}
+SHARED = {"moe_shared_expert_intermediate_size": 24}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 # End of a Hugging Face name -> what each dim holds.
 LLAMA_DIMS = {
     r"embed_tokens\.weight|lm_head\.weight": (None, "hidden"),
@@ -87,6 +102,52 @@ class Case:
 
 
 CASES = {
+    "llama": Case(
+        "Llama", {**SIZES, "rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": False}, LLAMA_DIMS
+    ),
+    "llama_tied": Case(
+        "Llama",
+        {**SIZES, "tie_word_embeddings": True},
+        LLAMA_DIMS,
+        {"several": DENSE["several"]},
+        sequence_parallel=True,
+    ),
+    # As Mistral-NeMo: heads x head_dim is not the hidden size.
+    "mistral": Case(
+        "Mistral",
+        {**SIZES, "sliding_window": None, "rope_parameters": {"rope_type": "default",
+                                                              "rope_theta": 1e6}},
+        LLAMA_DIMS,
+        {name: DENSE[name] for name in ("hidden", "several")},
+    ),
+    "mixtral": Case(
+        "Mixtral",
+        {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2},
+        {
+            **LLAMA_DIMS,
+            r"block_sparse_moe\.gate\.weight": ("expert", "hidden"),
+            r"w[13]\.weight": ("ffn", "hidden"),
+            r"w2\.weight": ("hidden", "ffn"),
+        },
+        EXPERTS,
+        sequence_parallel=True,
+    ),
+    "qwen2_moe": Case(
+        "Qwen2Moe",
+        {**SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40,
+         "shared_expert_intermediate_size": 56},
+        {
+            r"shared_expert\.(gate|up)_proj\.weight": ("shared_ffn", "hidden"),
+            r"shared_expert\.down_proj\.weight": ("hidden", "shared_ffn"),
+            r"mlp\.shared_expert_gate\.weight": (None, "hidden"),
+            r"mlp\.gate\.weight": ("expert", "hidden"),
+            **LLAMA_DIMS,
+            r"q_proj\.bias": ("q",),
+            r"[kv]_proj\.bias": ("kv",),
+        },
+        {**EXPERTS, "shared_expert_ffn": SHARED, "several": {**EXPERTS["several"], **SHARED}},
+        sequence_parallel=True,
+    ),
     "qwen2": Case(
         "Qwen2",
         {**SIZES, "tie_word_embeddings": True},
@@ -129,12 +190,7 @@ CASES = {
             r"[qk]_norm\.weight": (None,),
             r"mlp\.gate\.weight": ("expert", "hidden"),
         },
-        {
-            **ATTENTION_AND_HIDDEN,
-            "expert": {"num_moe_experts": 2},
-            "expert_ffn": {"moe_ffn_hidden_size": 16},
-            "several": {**SEVERAL, "num_moe_experts": 2, "moe_ffn_hidden_size": 16},
-        },
+        EXPERTS,
         sequence_parallel=True,
     ),
 }  # fmt: skip
@@ -156,12 +212,15 @@ class Models:
         return {name: str(self.home / name) for name in self.want}
 
 
+def architecture(case: Case) -> str:
+    return case.model + ("Model" if case.model.endswith("LMHead") else "ForCausalLM")
+
+
 def write_random(case: Case, folder: Path) -> None:
     torch.manual_seed(0)
     name = case.model.removesuffix("LMHead")
-    config = getattr(transformers, f"{name}Config")(**case.fields)
-    kind = case.model + ("Model" if case.model.endswith("LMHead") else "ForCausalLM")
-    model = getattr(transformers, kind)(config).eval()
+    config = getattr(transformers, f"{name}Config")(**deepcopy(case.fields))
+    model = getattr(transformers, architecture(case))(config).eval()
     for name, parameter in model.named_parameters():
         # Norm weights around 1, or around 0 where that is what they are the distance from.
         norm = re.search(r"norm\w*\.weight|ln_\w\.weight", name) and case.model != "Nemotron"
@@ -182,12 +241,14 @@ def write_scores(folder: Path, config: ModelConfig) -> None:
 
     torch.manual_seed(1)
     layers, experts = config.num_layers, config.num_moe_experts
+    shared = config.moe_shared_expert_intermediate_size
     scores = Scores(
         hidden=torch.rand(config.hidden_size),
         ffn=None if experts else torch.rand(layers, config.ffn_hidden_size),
         head=torch.rand(layers, config.num_attention_heads),
         expert=torch.rand(layers, experts) if experts else None,
         expert_ffn=torch.rand(layers, experts, config.ffn_hidden_size) if experts else None,
+        shared_expert_ffn=torch.rand(layers, shared) if shared else None,
         layer=torch.rand(layers),
     )
     scores.meta = {"model": model_meta(config), "layers": list(range(layers))}
@@ -310,6 +371,8 @@ def kept_indices(kind: str, plan: Plan, layer: int, expert: int | None, case: Ca
         return rows(heads) + rows(groups, k) + rows(groups, v)
     if kind == "expert":
         return plan.expert[layer]
+    if kind == "shared_ffn":
+        return plan.shared_expert_ffn[layer]
     ffn = plan.ffn[layer] if expert is None else plan.expert_ffn[layer][expert]
     if kind == "packed_gate_up":
         return ffn + [case.fields["intermediate_size"] + i for i in ffn]
@@ -342,5 +405,5 @@ def test_pruned_exports_are_slices(models: Models) -> None:
 
 
 def test_all_families_are_tested() -> None:
-    elsewhere = {"llama", "mixtral", "qwen2_moe"}
-    assert FAMILIES.keys() == CASES.keys() | elsewhere
+    classes = [architecture(case) for case in CASES.values()]
+    assert {family_of_hf({"architectures": [name]}).name for name in classes} == FAMILIES.keys()

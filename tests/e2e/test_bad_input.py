@@ -409,6 +409,113 @@ def test_nan_in_the_source(refuses, home, tmp_path, value):
     refuses("import", says, "set source to an intact copy", source=tmp_path / "hf")
 
 
+INDEX = "model.safetensors.index.json"
+NORM = "model.norm.weight"
+
+
+@pytest.fixture(scope="module")
+def sharded(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The good model in several files."""
+    from transformers import LlamaForCausalLM
+
+    folder = shutil.copytree(home / "hf", tmp_path_factory.mktemp("sharded") / "hf")
+    (folder / "model.safetensors").unlink()
+    LlamaForCausalLM.from_pretrained(home / "hf").save_pretrained(folder, max_shard_size="100KB")
+    return folder
+
+
+def _index(folder: Path) -> dict[str, str]:
+    return json.loads((folder / INDEX).read_text())["weight_map"]
+
+
+def _with_index(folder: Path, **entries: str) -> None:
+    (folder / INDEX).write_text(json.dumps({"weight_map": {**_index(folder), **entries}}))
+
+
+def _with_tensors(folder: Path, **changed: torch.Tensor) -> None:
+    """Change tensors, or add them to the file of the last norm."""
+    for name, tensor in changed.items():
+        path = folder / _index(folder).get(name, _index(folder)[NORM])
+        save_file({**load_file(path), name: tensor}, path)
+        _with_index(folder, **{name: path.name})
+
+
+def _configured(folder: Path, **values: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def _truncate(folder: Path) -> None:
+    path = folder / _index(folder)[NORM]
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def _quantised(folder: Path) -> None:
+    """Weights of bitsandbytes without the config that says so."""
+    _with_tensors(folder, **{"model.layers.0.mlp.down_proj.weight": torch.ones(64, 96).char()})
+
+
+def _half(folder: Path) -> None:
+    _with_tensors(folder, **{"model.layers.0.mlp.down_proj.weight": torch.ones(64, 96).half()})
+
+
+_DAMAGES = [
+    (lambda f: (f / _index(f)[NORM]).unlink(), [".safetensors is missing although " + INDEX]),
+    (lambda f: _with_index(f, **{NORM: _index(f)["lm_head.weight"]}), ["disagree", NORM]),
+    (lambda f: (f / INDEX).write_text("{}"), [INDEX + " holds no weight_map"]),
+    (_truncate, [".safetensors is truncated or damaged"]),
+    (
+        lambda f: _with_tensors(f, **{"model.layers.1.mlp.up_proj.bias": torch.ones(96)}),
+        ["1 tensors have no row", "'model.layers.1.mlp.up_proj.bias'", ".safetensors)"],
+    ),
+    (
+        lambda f: _with_tensors(f, **{NORM: torch.ones(64).double()}),
+        [f".safetensors: {NORM} is F64; supported: ['BF16', 'F16', 'F32']"],
+    ),
+    (_half, [".safetensors: model.layers.0.mlp.down_proj.weight is torch.float16 although"]),
+    (_quantised, ["model.layers.0.mlp.down_proj.weight is I8; supported:", "not quantised"]),
+    *(
+        (
+            lambda f, method=method: _configured(f, quantization_config={"quant_method": method}),
+            ["config.json: quantization_config", f"quant_method={method}", "set source to the unq"],
+        )
+        for method in ("gptq", "fp8", "bitsandbytes")
+    ),
+    (
+        lambda f: _configured(f, num_hidden_layers=3),
+        ["model.layers.3.", "num_hidden_layers=3 in config.json, but the weights are of 4 layers"],
+    ),
+    (
+        lambda f: _configured(f, num_hidden_layers=5),
+        ["model.layers.4.", "num_hidden_layers=5 in config.json, but the weights are of 4 layers"],
+    ),
+    (
+        lambda f: _configured(f, vocab_size=7),
+        [".safetensors: model.embed_tokens.weight has shape (", "asks for (7, 64) (vocab, hidden)"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("damage", "says"), _DAMAGES)
+def test_damaged_source(refuses, sharded, tmp_path, damage, says):
+    """Issue 8, must-show 5: named, and nothing half-written."""
+    source = shutil.copytree(sharded, tmp_path / "hf")
+    damage(source)
+    refuses("import", "source: ", *says, source=source)
+
+
+def test_gguf_kind_that_cannot_be_read(refuses, tmp_path):
+    from gguf import GGMLQuantizationType as Kind
+
+    from tests.unit.gguf_fixtures import llama, write_gguf
+
+    name, raw = "blk.1.attn_q.weight", np.zeros((64, 36), np.uint8)
+    keys = {"drop": "layers.1.self_attn.q_proj", "raw": {name: (raw, Kind.IQ4_NL)}}
+    write_gguf(tmp_path / "model.gguf", llama(), **keys)
+    says = f"model.gguf: {name} is IQ4_NL; supported: "
+    refuses("import", says, source=tmp_path / "model.gguf")
+
+
 # --------------------------------------------------------------------------- as real processes
 
 # Says what was imported too: checks must not pay for Megatron, nor a cluster for a typing mistake.

@@ -43,6 +43,7 @@ def inputs(tmp_path_factory) -> Path:
         head_dim=12,
     )
     LlamaForCausalLM(config).save_pretrained(folder / "model")
+    (folder / "model" / "README.md").write_text("---\nlicense: llama3.1\n---\n# A model\n")
     (folder / "text").mkdir()
     for number, text in enumerate(texts):
         (folder / "text" / f"{number:03}.txt").write_text(text)
@@ -63,6 +64,24 @@ def _pipeline(inputs: Path, *more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=560, check=False)
 
 
+def check_card(card: str) -> None:
+    """What every stage of the road leaves in the model card."""
+    for text in (
+        "\nlicense: llama3.1\n",
+        "\n- pruning\n- distillation\n",
+        "from `model` (Hugging Face)",
+        "| `ffn_hidden_size` | 96 | 64 | 66.7% |",
+        "`pruning.target.ffn_hidden_size=64`",
+        "`distill`, teacher `teacher` (",
+        "`distillation.loss=forward_kl`",
+        "`trainer.max_steps=4`",
+        "| distill | `text` | ",
+        "| hidden, ffn, head, layer | mean | l2 | `text` (train) | ",
+        "The source says `license: llama3.1`",
+    ):
+        assert text in card, text
+
+
 @pytest.mark.timeout(600)
 def test_quickstart_then_again(inputs):
     """Every stage leaves a complete result; a second run does nothing."""
@@ -79,6 +98,7 @@ def test_quickstart_then_again(inputs):
     ids = tokenizer("the people", return_tensors="pt").input_ids
     out = model.generate(ids, max_new_tokens=5, min_new_tokens=5, do_sample=False)
     assert out.shape[1] == ids.shape[1] + 5
+    check_card((inputs / "run" / "exported" / "README.md").read_text())
     stamps = {name: (inputs / "run" / name / "manifest.json").stat().st_mtime_ns for name in STAGES}
     again = _pipeline(inputs)
     assert again.returncode == 0, again.stderr[-3000:]

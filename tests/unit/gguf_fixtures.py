@@ -105,6 +105,8 @@ def write_gguf(
     fields: dict | None = None,
     drop: str = "",
     extra: dict | None = None,
+    changed: dict | None = None,
+    raw: dict | None = None,
     arch: str = "llama",
 ) -> dict[str, np.ndarray]:
     """Write ``model``; returns what each tensor, under its Hugging Face name, was quantised to."""
@@ -121,6 +123,8 @@ def write_gguf(
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    for key, value in (changed or {}).items():
+        writer.kv_data[0][key].value = value
     for key, value in (fields or {}).items():
         add = writer.add_string if isinstance(value, str) else writer.add_uint32
         add(key, value)
@@ -140,6 +144,8 @@ def write_gguf(
         writer.add_tensor(gguf_name(name), quantize(array, kind), raw_dtype=kind)
     for name, array in (extra or {}).items():
         writer.add_tensor(name, array)
+    for name, (array, kind) in (raw or {}).items():
+        writer.add_tensor(name, array, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

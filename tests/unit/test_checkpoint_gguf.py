@@ -1,12 +1,21 @@
 import numpy as np
 import pytest
 import torch
+from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize
 
 from nemo_minitron.checkpoint.gguf import open_gguf
 from nemo_minitron.checkpoint.hf import model_config, to_megatron
+from nemo_minitron.stages import import_
 from tests.unit.gguf_fixtures import llama, write_gguf
+
+
+def write_raw(path, data, kind):
+    """A model whose first v_proj, 64 x 256, is given as the bytes of its blocks."""
+    model = llama(hidden_size=256, num_key_value_heads=4, head_dim=16)
+    raw = {"blk.0.attn_v.weight": (data, kind)}
+    write_gguf(path, model, drop="layers.0.self_attn.v_proj", raw=raw)
 
 
 @pytest.mark.parametrize("overrides", [{}, {"tie_word_embeddings": True}, {"head_dim": 24}])
@@ -87,6 +96,51 @@ def test_models_that_cannot_be_imported(tmp_path, changes, message):
     write_gguf(tmp_path / "model.gguf", llama(), **changes)
     with pytest.raises(ValueError, match=message):
         open_gguf(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_K, Kind.Q6_K])
+def test_k_quants_are_dequantised_too(tmp_path, kind):
+    """The gguf package cannot quantise to them, so the blocks are random, scales small."""
+    block, size = GGML_QUANT_SIZES[kind]
+    data = np.random.default_rng(0).integers(0, 60, (64, 256 // block * size), np.uint8)
+    write_raw(tmp_path / "model.gguf", data, kind)
+    _, store = open_gguf(tmp_path / "model.gguf")
+    tensor = store["model.layers.0.self_attn.v_proj.weight"]
+    assert (tensor.shape, tensor.dtype) == ((64, 256), torch.float32)
+    assert torch.equal(tensor.read(), torch.from_numpy(dequantize(data, kind).copy()))
+
+
+@pytest.mark.parametrize("kind", [Kind.IQ4_NL, Kind.TQ1_0, Kind.MXFP4, Kind.I8, Kind.F64])
+def test_other_kinds_are_named(tmp_path, kind):
+    block, size = GGML_QUANT_SIZES[kind]
+    write_raw(tmp_path / "model.gguf", np.zeros((64, 256 // block * size), np.uint8), kind)
+    says = rf"model.gguf: blk.0.attn_v.weight is {kind.name}; supported: .*'Q4_0'"
+    with pytest.raises(ValueError, match=says):
+        open_gguf(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("llama.block_count", 2, r"holds tensors without a row .*'blk.2.attn_k.weight'"),
+        ("llama.block_count", 4, r"lacks model.layers.3.input_layernorm.weight \(as blk.3.attn_no"),
+        (
+            "llama.feed_forward_length",
+            64,
+            r"model.gguf: model.layers.0.mlp.gate_proj.weight has shape \(96, 64\); config.json "
+            r"asks for \(64, 64\)",
+        ),
+        (
+            "llama.attention.head_count_kv",
+            4,
+            r"k_proj.weight has shape \(32, 64\); config.json asks",
+        ),
+    ],
+)
+def test_metadata_that_do_not_fit(tmp_path, name, value, message):
+    write_gguf(tmp_path / "model.gguf", llama(), changed={name: value})
+    with pytest.raises(ValueError, match=message):
+        import_.open_source(str(tmp_path / "model.gguf"))
 
 
 def test_damaged_files(tmp_path):

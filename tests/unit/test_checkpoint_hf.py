@@ -139,11 +139,34 @@ def test_damaged_config(folder):
     [
         ("architectures", ["BertModel"], r"architectures=\['BertModel'\].*supported: .*'LlamaFor"),
         ("num_hidden_layers", None, "config.json lacks 'num_hidden_layers'"),
-        ("quantization_config", {"quant_method": "gptq"}, "quantised weights"),
-        ("num_hidden_layers", 2, r"9 tensors have no row .*model.layers.2"),
-        ("num_hidden_layers", 4, r"9 tensors that config.json asks for are missing.*layers.3"),
+        ("hidden_size", "48", "a size in config.json is not a number above 0: "),
+        ("quantization_config", {"quant_method": "gptq"}, r"quantised .*\(quant_method=gptq\)"),
+        (
+            "quantization_config",
+            {"quant_method": "fp8"},
+            r"config.json: quantization_config .*=fp8",
+        ),
+        ("quantization_config", {"load_in_4bit": True}, r"quantised .*quant_method=None"),
+        ("compression_config", {"format": "int"}, "config.json: compression_config says"),
+        (
+            "num_hidden_layers",
+            2,
+            r"9 tensors have no row .*model.layers.2.* \(in .*\.safetensors.*\); "
+            "num_hidden_layers=2 in config.json, but the weights are of 3 layers",
+        ),
+        (
+            "num_hidden_layers",
+            4,
+            r"9 tensors that config.json asks for are missing.*layers.3.*; num_hidden_layers=4 in "
+            "config.json, but the weights are of 3 layers",
+        ),
         ("intermediate_size", 44, r"gate_proj.weight has shape \(40, 48\).*asks for \(44, 48\)"),
-        ("vocab_size", 100, r"embed_tokens.weight has shape \(101, 48\)"),
+        (
+            "vocab_size",
+            100,
+            r"\.safetensors: model.embed_tokens.weight has shape \(101, 48\); config.json asks for "
+            r"\(100, 48\) \(vocab, hidden\)",
+        ),
     ],
 )
 def test_config_that_does_not_fit(folder, key, value, message):
@@ -192,15 +215,75 @@ def test_index_that_disagrees(folder):
         import_(folder)
 
 
-def test_unsupported_dtype(folder):
-    edit_shard(
-        folder,
-        "model.norm.weight",
-        lambda t: t.update({"model.norm.weight": t["model.norm.weight"].double()}),
-    )
+def test_index_that_puts_a_tensor_elsewhere(folder):
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    other = index["weight_map"]["model.embed_tokens.weight"]
+    assert other != index["weight_map"]["model.norm.weight"]
+    index["weight_map"]["model.norm.weight"] = other
+    path.write_text(json.dumps(index))
+    says = r"\.safetensors and .*index.json disagree: the file .*\['model.norm.weight'\]"
+    with pytest.raises(ValueError, match=says):
+        import_(folder)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({}, "index.json holds no weight_map"),
+        ({"weight_map": {}}, "index.json holds no weight_map"),
+        ({"weight_map": {"x": 1}}, "index.json: weight_map gives x the file 1, not a name"),
+        ([], "index.json must hold a JSON object"),
+    ],
+)
+def test_index_that_is_none(folder, index, message):
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=message):
+        import_(folder)
+
+
+def test_two_models_in_one_folder(folder):
+    save_file({"model.norm.weight": torch.ones(48)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"holds both model.safetensors and .*index.json"):
+        import_(folder)
+
+
+def test_files_without_tensors(folder):
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    save_file({}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"the .safetensors files hold no tensor"):
+        import_(folder)
+
+
+def test_unexpected_tensor(folder):
+    name, path = "model.layers.0.self_attn.q_proj.bias", shard_of(folder, "model.norm.weight")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"][name] = path.name
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    edit_shard(folder, "model.norm.weight", lambda t: t.update({name: torch.zeros(64)}))
     with pytest.raises(
-        ValueError, match=r"model.norm.weight is F64; supported: \['BF16', 'F16', 'F32'\]"
+        ValueError, match=rf"1 tensors have no row .*'{name}'\] \(in .*{path.name}\)"
     ):
+        import_(folder)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        (torch.float64, "F64"),
+        (torch.int8, "I8"),  # bitsandbytes in 8 bits
+        (torch.uint8, "U8"),  # and in 4
+        (torch.int32, "I32"),  # GPTQ, AWQ
+        (torch.float8_e4m3fn, "F8_E4M3"),
+    ],
+)
+def test_unsupported_dtype(folder, dtype, name):
+    norm = "model.norm.weight"
+    edit_shard(folder, norm, lambda t: t.update({norm: t[norm].to(dtype)}))
+    path = shard_of(folder, norm)
+    says = rf"{path.name}: {norm} is {name}; supported: \['BF16', 'F16', 'F32'\]"
+    with pytest.raises(ValueError, match=says):
         import_(folder)
 
 
@@ -242,11 +325,35 @@ def test_dtype_comes_from_the_weights(folder, caplog):
     assert "weights are float32 although config.json says bfloat16" in caplog.text
 
 
-def test_parts_of_different_dtypes_are_refused(folder):
-    name = "model.layers.1.self_attn.k_proj.weight"
+def test_parts_of_different_dtypes_are_refused(tmp_path):
+    source = save_model(tmp_path, torch.bfloat16)
+    name, other = (f"model.layers.1.self_attn.{x}_proj.weight" for x in "kq")
+    tensors = load_file(source / "model.safetensors")
+    save_file({**tensors, name: tensors[name].float()}, source / "model.safetensors")
+    says = (
+        rf"model.safetensors: {name} is torch.float32 but {other}, which it is joined with, is "
+        "torch.bfloat16; convert the source to one dtype"
+    )
+    with pytest.raises(ValueError, match=says):
+        import_(source)
+
+
+def test_one_tensor_of_another_dtype(folder):
+    name = "model.layers.1.mlp.down_proj.weight"
     edit_shard(folder, name, lambda t: t.update({name: t[name].half()}))
-    with pytest.raises(ValueError, match=r"convert the source to one dtype"):
+    says = rf"\.safetensors: {name} is torch.float16 although most weights are torch.float32; conv"
+    with pytest.raises(ValueError, match=says):
         import_(folder)
+
+
+def test_float32_norms_of_a_half_precision_model_stay(tmp_path):
+    source = save_model(tmp_path, torch.bfloat16)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].float()
+    save_file(tensors, source / "model.safetensors")
+    store = import_(source)
+    assert store["decoder.final_layernorm.weight"].dtype == torch.float32
+    assert store["output_layer.weight"].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("size", ["many", "5", "5XB", ""])

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_minitron.checkpoint.artifact import open_result
 from nemo_minitron.checkpoint.tokenizer import load_tokenizer, save_tokenizer
-from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import ExportConfig, ImportConfig
 from nemo_minitron.stages import export, import_
 from tests.unit.gguf_fixtures import TEXT, llama, write_gguf
@@ -97,19 +96,24 @@ def test_model_without_a_tokenizer(source, tmp_path):
     assert not list(exported.glob("tokenizer*"))
 
 
-def test_kept_layers_are_in_the_card(imported, tmp_path):
-    config = ModelConfig.load(imported / "checkpoint")
-    config.kept_layers = [0, 2, 5]
-    cfg = ExportConfig(checkpoint=str(imported), output_dir=str(tmp_path / "x"))
-    assert "kept (0-based): [0, 2, 5]" in export._card(cfg, config)
-
-
 def test_nan_is_refused_and_leaves_nothing(source, tmp_path):
     folder = shutil.copytree(source, tmp_path / "source")
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.weight holds 1 NaN.*set source"):
+        run_import(folder, tmp_path / "imported")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_damage_found_while_writing_leaves_nothing(source, tmp_path, monkeypatch):
+    """In a model too large for the checks to read whole."""
+    monkeypatch.setattr(import_, "_READ_UP_TO", 0)
+    folder = shutil.copytree(source, tmp_path / "source")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("inf")
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model.norm.weight holds 1 NaN or infinite.*set source"):
         run_import(folder, tmp_path / "imported")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 

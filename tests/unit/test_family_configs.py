@@ -43,6 +43,34 @@ def test_config_survives(config: ModelConfig) -> None:
     assert replace(family.from_hf(smaller), hf={}, dtype="float32") == replace(config, **sizes)
 
 
+MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+
+
+@pytest.mark.parametrize("config", [LLAMA, MIXTRAL], ids=lambda config: config.family)
+def test_sliding_windows_are_refused(config: ModelConfig) -> None:
+    """Those that hide something; transformers' Mistral has one where config.json says nothing."""
+    family = family_of(config)
+    hf = {**family.to_hf(config), "max_position_embeddings": 8192}
+    if config is LLAMA:
+        hf |= MISTRAL
+    for window in (None, 8192):
+        assert family.from_hf({**hf, "sliding_window": window}).num_layers == config.num_layers
+    says = r"sliding_window=4096 .*only null, or at least max_position_embeddings=8192"
+    with pytest.raises(ValueError, match=says):
+        family.from_hf({**hf, "sliding_window": 4096})
+
+
+def test_mistral_defaults_are_those_of_transformers() -> None:
+    family, hf = family_of(LLAMA), {**family_of(LLAMA).to_hf(LLAMA), **MISTRAL}
+    for key in ("num_key_value_heads", "max_position_embeddings"):
+        theirs = transformers.MistralConfig(**{k: v for k, v in hf.items() if k != key})
+        mine = {k: v for k, v in hf.items() if k != key} | {"sliding_window": None}
+        assert getattr(theirs, key) == family.to_hf(family.from_hf(mine))[key]
+    with pytest.raises(ValueError, match=r"sliding_window=4096 \(4096 where it is left out\)"):
+        family.from_hf({**hf, "max_position_embeddings": 131072})
+    assert transformers.MistralConfig(**hf).sliding_window == 4096
+
+
 @pytest.mark.parametrize(
     ("config", "change", "message"),
     [

@@ -1,0 +1,82 @@
+"""How a model came to be: ``lineage.json`` beside its weights, an entry per stage it went through.
+
+Every stage that writes a model copies the entries of the one it read and adds its own
+(``stages/recipe.py``); ``export`` writes the model card from them. The file says how, with the
+names of folders and files, and is no part of a result's identity (``manifest.py``).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.families.registry import family_of
+from nemo_minitron.families.table import parameter_count
+
+LINEAGE = "lineage.json"
+_FORMAT = 1
+SIZES = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "num_moe_experts",
+    "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+    "moe_router_topk",
+    "kv_channels",
+    "vocab_size",
+    "max_position_embeddings",
+    "dtype",
+)
+
+
+def model_sizes(config: ModelConfig) -> dict[str, Any]:
+    """The sizes that a model has, in the order of ``SIZES``; nothing about experts for others."""
+    names = [name for name in SIZES if config.num_moe_experts or "moe" not in name]
+    sizes = {name: getattr(config, name) for name in names}
+    return {name: size for name, size in sizes.items() if size is not None}
+
+
+def model_facts(config: ModelConfig) -> dict[str, Any]:
+    """What an entry says about the model that its stage wrote."""
+    count = parameter_count(family_of(config), config)
+    return {
+        "family": config.family,
+        "parameters": count["total"],
+        "non_embedding_parameters": count["non_embedding"],
+        "sizes": model_sizes(config),
+    }
+
+
+def read_lineage(folder: Path) -> list[dict[str, Any]]:
+    """Entries of a ``checkpoint/`` folder, oldest first; none where none were kept.
+
+    Raises:
+        ValueError: the file is damaged or of another version.
+    """
+    path = folder / LINEAGE
+    if not path.is_file():
+        return []
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(values, dict) or values.get("format") != _FORMAT:
+        raise ValueError(f"{path} is not a format-{_FORMAT} lineage; run the stage again")
+    entries: list[dict[str, Any]] = values["stages"]
+    return entries
+
+
+def record(source: Path | None, folder: Path, entry: dict[str, Any]) -> None:
+    """Write the lineage of a new model.
+
+    Args:
+        source: ``checkpoint/`` folder of the model that it was made from; None: there is none.
+        folder: its own.
+        entry: of the stage that made it.
+    """
+    entries = [] if source is None else read_lineage(source)
+    text = json.dumps({"format": _FORMAT, "stages": [*entries, entry]}, indent=1)
+    (folder / LINEAGE).write_text(text + "\n")

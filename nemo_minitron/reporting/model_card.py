@@ -1,0 +1,142 @@
+"""README.md of an exported model: what it is, what it was, and everything that was done to it."""
+
+import json
+from typing import Any
+
+import yaml
+
+from nemo_minitron.checkpoint.lineage import model_facts
+from nemo_minitron.checkpoint.source_card import LICENCE_KEYS
+from nemo_minitron.config.model import ModelConfig
+
+_TAGS = {"prune": "pruning", "distill": "distillation"}
+_COUNTS = {"parameters": "parameters", "non_embedding_parameters": "without embeddings"}
+
+
+def model_card(title: str, config: ModelConfig, lineage: list[dict[str, Any]]) -> str:
+    """Markdown with the YAML that Hugging Face reads.
+
+    Args:
+        title: heading.
+        config: the model.
+        lineage: entries of its checkpoint (``checkpoint.lineage``), oldest first; maybe none.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("nemo_minitron.reporting"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"number": _number}
+    sources: list[dict[str, Any]] = [entry["source"] for entry in lineage if "source" in entry]
+    source = sources[0] if sources else {}
+    after = model_facts(config)
+    before = lineage[0]["model"] if lineage else after
+    return environment.get_template("model_card.md.j2").render(
+        title=title,
+        front=_front(source, lineage),
+        family=config.family,
+        after=after,
+        source=source,
+        rows=_rows(before, after),
+        changed=before != after,
+        layers=_layers(config, before["sizes"]["num_layers"] if lineage else None),
+        stages=[(_summary(entry), _settings(entry)) for entry in lineage],
+        trained=[entry for entry in lineage if "data" in entry],
+        scored=[row for entry in lineage for row in map(_score_row, entry.get("scores", []))],
+        pruned=any(entry["stage"] == "prune" for entry in lineage),
+        licence=", ".join(
+            f"`{key}: {_words(source[key])}`" for key in LICENCE_KEYS if key in source
+        ),
+    )
+
+
+def _front(source: dict[str, Any], lineage: list[dict[str, Any]]) -> str:
+    """The YAML between the ``---`` lines."""
+    stages = [entry["stage"] for entry in lineage]
+    values = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        **{key: source[key] for key in LICENCE_KEYS if key in source},
+        "tags": ["minitron", *(tag for stage, tag in _TAGS.items() if stage in stages)],
+    }
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True).strip()
+
+
+def _number(value: Any) -> str:
+    """With thousands separators; whatever is no integer as it is."""
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _words(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _summary(entry: dict[str, Any]) -> str:
+    """A stage in one line."""
+    text = f"`{entry['stage']}`"
+    if "source" in entry:
+        text += f" of `{entry['source']['name']}` ({entry['source']['format']})"
+    if "teacher" in entry:
+        text += f", teacher {_teacher(entry['teacher'])}"
+    text += f": {_number(entry['model']['parameters'])} parameters"
+    if entry.get("dropped_layers"):
+        text += f", without layers {_words(entry['dropped_layers'])} (counted from 1)"
+    losses = ", ".join(f"{key} {loss}" for key, loss in entry.get("losses", {}).items())
+    return f"{text}; {losses} at the end" if losses else text
+
+
+def _teacher(teacher: dict[str, Any]) -> str:
+    if teacher.get("stored_logits"):
+        return f"`{teacher['name']}` (its stored logits)"
+    stages = "".join(f", {stage}" for stage in teacher["stages"])
+    return f"`{teacher['name']}` ({_number(teacher['parameters'])} parameters{stages})"
+
+
+def _settings(entry: dict[str, Any]) -> str:
+    """Its keys as they are typed."""
+    pairs = entry.get("settings", {}).items()
+    return ", ".join(f"`{key}={_typed(value)}`" for key, value in pairs)
+
+
+def _typed(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _score_row(scores: dict[str, Any]) -> list[str]:
+    """What was scored, how, and on what."""
+    data = f"`{scores['data']}`" if "data" in scores else ""
+    where = f"{data} ({scores['split']})" if "split" in scores else data
+    keys = ("seq_aggregation", "batch_aggregation", "samples", "tokens")
+    over_positions, over_samples, samples, tokens = (_number(scores.get(key, "")) for key in keys)
+    axes, round_ = _words(scores.get("axes", [])), _number(scores.get("round", ""))
+    return [round_, axes, over_positions, over_samples, where, samples, tokens]
+
+
+def _rows(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Size, before, after, share kept."""
+    pairs = [(label, before[key], after[key]) for key, label in _COUNTS.items()]
+    sizes = {**before["sizes"], **after["sizes"]}
+    pairs += [(f"`{name}`", before["sizes"].get(name), after["sizes"].get(name)) for name in sizes]
+    return [(label, _number(old), _number(new), _share(old, new)) for label, old, new in pairs]
+
+
+def _share(old: Any, new: Any) -> str:
+    if old == new or not (isinstance(old, int) and isinstance(new, int)):
+        return ""
+    return f"{new / old:.1%}"
+
+
+def _layers(config: ModelConfig, original: int | None) -> str:
+    """Kept and dropped layers of the original model; nothing when all are there."""
+    if not config.kept_layers:
+        return ""
+    kept = config.kept_layers
+    text = f"Layers of the original model that were kept (0-based): {kept}."
+    if original is not None:
+        dropped = [index for index in range(original) if index not in kept]
+        text += f" Dropped: {dropped}."
+    return text
