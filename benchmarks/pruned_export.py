@@ -73,7 +73,7 @@ def _log_probabilities(home: Path, *, first: bool) -> list[float]:
 
     Args:
         home: with ``exported/``.
-        first: whether the first token is predicted too, from the end-of-text token.
+        first: whether the first token is predicted too, from the beginning-of-text token.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -83,7 +83,7 @@ def _log_probabilities(home: Path, *, first: bool) -> list[float]:
     sums = []
     for text in _texts(home):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        given = torch.tensor([[tokenizer.eos_token_id, *ids]] if first else [ids])
+        given = torch.tensor([[tokenizer.bos_token_id, *ids]] if first else [ids])
         with torch.no_grad():
             rows = model(given).logits[0, :-1].log_softmax(-1)
         sums.append(rows.gather(-1, given[0, 1:, None]).sum().item())
@@ -114,7 +114,7 @@ def lm_eval(home: Path, _: argparse.Namespace) -> dict[str, Any]:
     (tasks / "texts.yaml").write_text(_TASK.format(texts=home / "texts.jsonl"))
     found = simple_evaluate(
         model="hf",
-        model_args={"pretrained": str(home / "exported"), "dtype": "float32", "device": "cpu"},
+        model_args={"pretrained": str(home / "exported"), "dtype": "float32"},
         tasks=["minitron_texts"],
         task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
         device="cpu",
