@@ -23,7 +23,15 @@ from typing import Any
 import torch
 
 from benchmarks.docs_block import markdown_table, write_block
-from benchmarks.prune import MODEL, forget_pages, peak_bytes, synthetic_store
+from benchmarks.prune import (
+    MODEL,
+    forget_pages,
+    parse,
+    peak_bytes,
+    run_job,
+    sync,
+    synthetic_store,
+)
 from nemo_minitron.checkpoint.hf import to_hf, write_hf
 from nemo_minitron.checkpoint.lazy import on_read, refuse_nonfinite
 from nemo_minitron.checkpoint.torch_dist import read_torch_dist, write_torch_dist
@@ -41,7 +49,7 @@ HEADER = ("run", "seconds", "GB/s", "of cp's speed", "peak memory GB")
 
 def job(name: str, source: Path, target: Path, workers: int) -> None:
     """One run in this process: prints seconds and peak memory."""
-    base, start = peak_bytes(), time.perf_counter()
+    start = time.perf_counter()
     target.mkdir()
     if name == "import":
         opened = open_source(str(source))
@@ -54,15 +62,7 @@ def job(name: str, source: Path, target: Path, workers: int) -> None:
         store = on_read(read_torch_dist(source, family, config), refuse_nonfinite)
         write_hf(target, to_hf(family, config, store), family.to_hf(config), "5GB", workers)
     sync(target)
-    seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "peak": peak_bytes(), "base": base}))
-
-
-def sync(folder: Path) -> None:
-    """Wait until the files of a folder are on the disk."""
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    print(json.dumps({"seconds": time.perf_counter() - start, "peak": peak_bytes()}))
 
 
 def measured(name: str, source: Path, target: Path, workers: int) -> dict[str, Any]:
@@ -74,11 +74,7 @@ def measured(name: str, source: Path, target: Path, workers: int) -> dict[str, A
         subprocess.run(["cp", "-r", str(source), str(target)], check=True)
         sync(target)
         return {"seconds": time.perf_counter() - start, "peak": 0}
-    command = [sys.executable, "-m", "benchmarks.convert", "--job", name, str(source), str(target)]
-    run = subprocess.run(
-        [*command, "--workers", str(workers)], stdout=subprocess.PIPE, text=True, check=True
-    )
-    return json.loads(run.stdout.splitlines()[-1])
+    return run_job("convert", name, source, target, workers)
 
 
 def compare(work: Path, args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
@@ -94,18 +90,6 @@ def compare(work: Path, args: argparse.Namespace) -> dict[str, list[dict[str, An
             runs[name].append(measured(name, work / source, work / target, args.workers))
             print(name, runs[name][-1], flush=True)
     return runs
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=32, help="32 makes the 8B model")
-    parser.add_argument("--folder", help="where 50 GB are free for 32 layers")
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--workers", type=int, default=2, help="as the stages' key")
-    parser.add_argument("--job", nargs=3, metavar=("NAME", "SOURCE", "TARGET"))
-    parser.add_argument("--write", action="store_true", help="update docs/benchmarks.md")
-    return parser.parse_args(arguments)
 
 
 def describe(args: argparse.Namespace, config: ModelConfig, limit: float) -> str:
@@ -124,7 +108,7 @@ def describe(args: argparse.Namespace, config: ModelConfig, limit: float) -> str
 
 def main() -> int:
     """Run, show the table, and say whether the limits hold."""
-    args = parse()
+    args = parse(__doc__, free=50)
     if args.job:
         job(args.job[0], Path(args.job[1]), Path(args.job[2]), args.workers)
         return 0

@@ -99,6 +99,13 @@ def forget_pages(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def sync(folder: Path) -> None:
+    """Wait until the files of a folder are on the disk."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
 def peak_bytes() -> int:
     """Largest resident set of this process so far."""
     status = Path("/proc/self/status").read_text()
@@ -117,17 +124,14 @@ def job(name: str, source: Path, target: Path, workers: int) -> None:
         store = read_torch_dist(source, family, config)
         write_torch_dist(target, store, family, config, workers=workers)
         config.save(target)
-    for path in target.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    sync(target)
     print(json.dumps({"seconds": time.perf_counter() - start, "peak": peak_bytes()}))
 
 
-def measured(name: str, source: Path, target: Path, workers: int) -> dict[str, Any]:
-    """One run in a fresh process."""
-    forget_pages(source)
-    command = [sys.executable, "-m", "benchmarks.prune", "--job", name, str(source), str(target)]
-    command += ["--workers", str(workers)]
+def run_job(benchmark: str, name: str, source: Path, target: Path, workers: int) -> dict[str, Any]:
+    """One run of ``job`` of a benchmark in a fresh process."""
+    command = [sys.executable, "-m", f"benchmarks.{benchmark}", "--job", name]
+    command += [str(source), str(target), "--workers", str(workers)]
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(run.stdout.splitlines()[-1])
 
@@ -139,20 +143,26 @@ def compare(work: Path, args: argparse.Namespace) -> dict[str, list[dict[str, An
         for name, source in (("prune", "model"), ("copy", "pruned")):
             target = work / ("pruned" if name == "prune" else "copied")
             shutil.rmtree(target, ignore_errors=True)
-            runs[name].append(measured(name, work / source, target, args.workers))
+            forget_pages(work / source)
+            runs[name].append(run_job("prune", name, work / source, target, args.workers))
     return runs
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse(about: str, free: int) -> argparse.Namespace:
+    """Command line of a benchmark of a big model.
+
+    Args:
+        about: docstring of the benchmark.
+        free: GB that 32 layers need.
+    """
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--layers", type=int, default=32, help="32 makes the 8B model")
-    parser.add_argument("--folder", help="where 35 GB are free for 32 layers")
+    parser.add_argument("--folder", help=f"where {free} GB are free for 32 layers")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2, help="as the stage's key")
     parser.add_argument("--job", nargs=3, metavar=("NAME", "SOURCE", "TARGET"))
     parser.add_argument("--write", action="store_true", help="update docs/benchmarks.md")
-    return parser.parse_args(arguments)
+    return parser.parse_args()
 
 
 def describe(args: argparse.Namespace, config: ModelConfig, ratio: float) -> str:
@@ -171,7 +181,7 @@ def describe(args: argparse.Namespace, config: ModelConfig, ratio: float) -> str
 
 def main() -> int:
     """Run, show the table, and say whether the limits hold."""
-    args = parse()
+    args = parse(__doc__, free=35)
     if args.job:
         job(args.job[0], Path(args.job[1]), Path(args.job[2]), args.workers)
         return 0

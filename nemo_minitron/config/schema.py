@@ -18,7 +18,7 @@ from nemo_minitron.config.stages import STAGE_CONFIGS
 
 # Stages that run a model and so may need more than one rank.
 RANKED_STAGES = frozenset(
-    {"importance", "prune", "teacher_logits", "distill", "finetune", "evaluate"}
+    stage for stage, config in STAGE_CONFIGS.items() if "parallel" in config.__dataclass_fields__
 )
 
 # Keys that do not change what a stage computes: they are left out of the config hash.

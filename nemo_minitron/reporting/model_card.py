@@ -8,6 +8,7 @@ import yaml
 from nemo_minitron.checkpoint.lineage import model_facts
 from nemo_minitron.checkpoint.source_card import LICENCE_KEYS
 from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.reporting.templates import templates
 
 _TAGS = {"prune": "pruning", "distill": "distillation"}
 _COUNTS = {"parameters": "parameters", "non_embedding_parameters": "without embeddings"}
@@ -21,15 +22,7 @@ def model_card(title: str, config: ModelConfig, lineage: list[dict[str, Any]]) -
         config: the model.
         lineage: entries of its checkpoint (``checkpoint.lineage``), oldest first; maybe none.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("nemo_minitron.reporting"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = templates(keep_trailing_newline=True)
     environment.filters |= {"number": _number}
     sources: list[dict[str, Any]] = [entry["source"] for entry in lineage if "source" in entry]
     source = sources[0] if sources else {}

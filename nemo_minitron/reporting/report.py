@@ -13,6 +13,7 @@ from nemo_minitron.families.table import parameter_count
 from nemo_minitron.reporting import plots
 from nemo_minitron.reporting.console import show_table
 from nemo_minitron.reporting.results import Pruning, Results, Row, StageResult, read_results
+from nemo_minitron.reporting.templates import templates
 
 log = logging.getLogger(__name__)
 
@@ -59,15 +60,7 @@ def write_report(output_dir: str | Path, cfg: PipelineConfig) -> Path:
 
 def render(results: Results) -> str:
     """The HTML page: style and pictures inline, no script, no link to anywhere."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("nemo_minitron.reporting"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates(autoescape=True)
     return environment.get_template("report.html.j2").render(
         title=results.title,
         header=_HEADER,

@@ -34,7 +34,7 @@ def check(cfg: DistillConfig) -> None:
         teachers.append(ModelConfig.load(teacher_tokenizer.parent))
         _check_teacher(cfg, student, *teachers)
     check_same_tokens(student_dir / "tokenizer", teacher_tokenizer)
-    check_training(cfg, student_dir, "student", *teachers)
+    check_training(cfg, "student", student, *teachers)
     # Whole-file hashes last: a typing mistake should not cost a pass over the weights.
     if cfg.verify_inputs != "size":
         _open_inputs(cfg, cfg.verify_inputs)

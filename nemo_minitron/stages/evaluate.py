@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.checkpoint.artifact import check_output, open_result
+from nemo_minitron.checkpoint.artifact import check_output
 from nemo_minitron.config.layout import check_layout
-from nemo_minitron.config.model import MODEL_YAML, ModelConfig
+from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import EvaluateConfig
 from nemo_minitron.data.checks import check_batches, check_data
 from nemo_minitron.runtime.ranks import launched_world_size
+from nemo_minitron.stages.inputs import open_checkpoint
 
 
 def check(cfg: EvaluateConfig) -> None:
@@ -19,7 +20,7 @@ def check(cfg: EvaluateConfig) -> None:
         ValueError: names the value, the relation and the key to set.
     """
     check_output(cfg, "evaluate")
-    _open_checkpoint(cfg, "size")
+    open_checkpoint(cfg, "size")
     folder = Path(cfg.checkpoint) / "checkpoint"
     model = ModelConfig.load(folder)
     check_layout(model, cfg.parallel)
@@ -32,17 +33,7 @@ def check(cfg: EvaluateConfig) -> None:
     )
     # Whole-file hashes last: a typing mistake should not cost a pass over the weights.
     if cfg.verify_inputs != "size":
-        _open_checkpoint(cfg, cfg.verify_inputs)
-
-
-def _open_checkpoint(cfg: EvaluateConfig, verify: str) -> None:
-    open_result(
-        cfg.checkpoint,
-        verify,
-        key="checkpoint",
-        needs=f"checkpoint/{MODEL_YAML}",
-        workers=cfg.workers,
-    )
+        open_checkpoint(cfg, cfg.verify_inputs)
 
 
 def run(cfg: EvaluateConfig) -> None:

@@ -7,9 +7,10 @@ teacher wrote.
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.checkpoint.artifact import check_output, open_result
-from nemo_minitron.config.model import MODEL_YAML, ModelConfig
+from nemo_minitron.checkpoint.artifact import check_output
+from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import FinetuneConfig
+from nemo_minitron.stages.inputs import open_checkpoint
 from nemo_minitron.stages.train import check_training, datasets, sections, train
 
 
@@ -20,16 +21,11 @@ def check(cfg: FinetuneConfig) -> None:
         ValueError: names the value, the relation and the key to set.
     """
     check_output(cfg, "finetune")
-    _open_checkpoint(cfg, "size")
-    check_training(cfg, Path(cfg.checkpoint) / "checkpoint", "checkpoint")
+    open_checkpoint(cfg, "size")
+    check_training(cfg, "checkpoint", ModelConfig.load(Path(cfg.checkpoint) / "checkpoint"))
     # Whole-file hashes last: a typing mistake should not cost a pass over the weights.
     if cfg.verify_inputs != "size":
-        _open_checkpoint(cfg, cfg.verify_inputs)
-
-
-def _open_checkpoint(cfg: FinetuneConfig, verify: str) -> None:
-    needs = f"checkpoint/{MODEL_YAML}"
-    open_result(cfg.checkpoint, verify, key="checkpoint", needs=needs, workers=cfg.workers)
+        open_checkpoint(cfg, cfg.verify_inputs)
 
 
 def run(cfg: FinetuneConfig) -> None:

@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.checkpoint.artifact import check_output, open_result
+from nemo_minitron.checkpoint.artifact import check_output
 from nemo_minitron.config.layout import check_layout
-from nemo_minitron.config.model import MODEL_YAML, ModelConfig
+from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import ImportanceConfig
 from nemo_minitron.data.checks import check_batches, check_data
 from nemo_minitron.importance.scores import check_axes, check_block_sizes
 from nemo_minitron.runtime.ranks import launched_world_size
+from nemo_minitron.stages.inputs import open_checkpoint
 
 if TYPE_CHECKING:
     from nemo_minitron.importance.scores import Scores
@@ -26,7 +27,7 @@ def check(cfg: ImportanceConfig) -> None:
             output folder is taken.
     """
     check_output(cfg, "importance")
-    _open_checkpoint(cfg, "size")
+    open_checkpoint(cfg, "size")
     folder = Path(cfg.checkpoint) / "checkpoint"
     config = ModelConfig.load(folder)
     check_axes(config, cfg.scores.axes)
@@ -40,17 +41,7 @@ def check(cfg: ImportanceConfig) -> None:
         max_seq_length=config.max_seq_length,
     )
     if cfg.verify_inputs != "size":
-        _open_checkpoint(cfg, cfg.verify_inputs)
-
-
-def _open_checkpoint(cfg: ImportanceConfig, verify: str) -> None:
-    open_result(
-        cfg.checkpoint,
-        verify,
-        key="checkpoint",
-        needs=f"checkpoint/{MODEL_YAML}",
-        workers=cfg.workers,
-    )
+        open_checkpoint(cfg, cfg.verify_inputs)
 
 
 def run(cfg: ImportanceConfig) -> None:

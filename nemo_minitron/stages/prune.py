@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.checkpoint.artifact import Ranks, check_output, open_result, output_folder
-from nemo_minitron.checkpoint.lineage import record
+from nemo_minitron.checkpoint.lineage import model_sizes, record
 from nemo_minitron.config.layout import check_layout
 from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.config.stages import PruneConfig, PruningConfig
@@ -27,18 +27,8 @@ from nemo_minitron.stages.recipe import prune_entry
 
 log = logging.getLogger(__name__)
 
-_SIZES = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "num_moe_experts",
-    "moe_ffn_hidden_size",
-    "moe_shared_expert_intermediate_size",
-    "kv_channels",
-    "vocab_size",
-)
+# Of ``model_sizes``: what the table leaves out.
+_NO_SIZES = ("moe_router_topk", "max_position_embeddings", "dtype")
 
 
 def check(cfg: PruneConfig) -> None:
@@ -210,7 +200,7 @@ def _metrics(config: ModelConfig, small: ModelConfig, plan: Plan) -> dict[str, A
 
 def _sizes(config: ModelConfig) -> dict[str, int]:
     """The sizes that a model has."""
-    return {name: size for name in _SIZES if (size := getattr(config, name)) is not None}
+    return {name: size for name, size in model_sizes(config).items() if name not in _NO_SIZES}
 
 
 def _report(cfg: PruneConfig, metrics: dict[str, Any]) -> None:

@@ -6,13 +6,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.checkpoint.artifact import check_output, open_result
+from nemo_minitron.checkpoint.artifact import check_output
 from nemo_minitron.config.layout import check_layout
-from nemo_minitron.config.model import MODEL_YAML, ModelConfig
+from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import TeacherLogitsConfig
 from nemo_minitron.data.checks import check_data, check_sequence
 from nemo_minitron.distillation.logit_index import FOLDER, PARTS, LogitIndex, data_keys
 from nemo_minitron.runtime.ranks import launched_world_size
+from nemo_minitron.stages.inputs import open_checkpoint
 
 # What may differ when a killed run is started again: who computes what, and how many at a time.
 _MAY_CHANGE = ("parallel.", "data.micro_batch_size", "chunk_size")
@@ -29,7 +30,7 @@ def check(cfg: TeacherLogitsConfig) -> None:
         ValueError: names the value, the relation and the key to set.
     """
     check_output(cfg, "teacher_logits")
-    _open_checkpoint(cfg, "size")
+    open_checkpoint(cfg, "size")
     folder = Path(cfg.checkpoint) / "checkpoint"
     model = ModelConfig.load(folder)
     if cfg.top_k > model.vocab_size:
@@ -50,12 +51,7 @@ def check(cfg: TeacherLogitsConfig) -> None:
     )
     # Whole-file hashes last: a typing mistake should not cost a pass over the weights.
     if cfg.verify_inputs != "size":
-        _open_checkpoint(cfg, cfg.verify_inputs)
-
-
-def _open_checkpoint(cfg: TeacherLogitsConfig, verify: str) -> None:
-    needs = f"checkpoint/{MODEL_YAML}"
-    open_result(cfg.checkpoint, verify, key="checkpoint", needs=needs, workers=cfg.workers)
+        open_checkpoint(cfg, cfg.verify_inputs)
 
 
 def run(cfg: TeacherLogitsConfig) -> None:

@@ -33,23 +33,19 @@ def splits(cfg: TrainingStageConfig) -> tuple[str, ...]:
 
 
 def check_training(
-    cfg: TrainingStageConfig, folder: Path, key: str, *others: ModelConfig
-) -> ModelConfig:
+    cfg: TrainingStageConfig, key: str, model: ModelConfig, *others: ModelConfig
+) -> None:
     """Refuse a layout or data that the model to train cannot take.
 
     Args:
         cfg: config of the stage.
-        folder: ``checkpoint/`` folder of the model to train.
-        key: config key that names its result folder.
+        key: config key that names the result folder of the model to train.
+        model: its sizes.
         others: models that see the same samples.
-
-    Returns:
-        The sizes of the model to train.
 
     Raises:
         ValueError: names the value, the relation and the key to set.
     """
-    model = ModelConfig.load(folder)
     try:
         check_layout(model, cfg.parallel)
     except ValueError as error:
@@ -61,10 +57,9 @@ def check_training(
         cfg.data,
         splits=splits(cfg),
         vocab_size=model.vocab_size,
-        tokenizer_dir=folder / "tokenizer",
+        tokenizer_dir=Path(getattr(cfg, key)) / "checkpoint" / "tokenizer",
         max_seq_length=min(lengths, default=None),
     )
-    return model
 
 
 def sections(cfg: TrainingStageConfig, model: ModelConfig) -> dict[str, Any]:
@@ -98,16 +93,19 @@ def train(
     from nemo_minitron.stages.recipe import training_entry
 
     source = Path(getattr(cfg, key)) / "checkpoint"
+    config = ModelConfig.load(source)
     with distributed(cfg.parallel, cfg.trainer.seed):
         ranks = Ranks(rank(), barrier)
         folder = output_folder(cfg, stage, resumable=True, may_change=MAY_CHANGE, ranks=ranks)
         with folder as work:
-            metrics = _fit(cfg, key, source, build, work)
+            model, samples = build(config, source)
+            model.load(source, key=key)
+            metrics = _fit(cfg, config, model, samples, work)
             if ranks.rank == 0:
                 if (source / "tokenizer").is_dir():
                     target = work / "checkpoint" / "tokenizer"
                     shutil.copytree(source / "tokenizer", target, dirs_exist_ok=True)
-                entry = training_entry(cfg, stage, ModelConfig.load(source), metrics)
+                entry = training_entry(cfg, stage, config, metrics)
                 record(source, work / "checkpoint", entry)
                 (work / "metrics.json").write_text(json.dumps(metrics, indent=1))
                 shutil.rmtree(work / CHECKPOINTS, ignore_errors=True)
@@ -115,19 +113,12 @@ def train(
 
 
 def _fit(
-    cfg: TrainingStageConfig,
-    key: str,
-    source: Path,
-    build: Callable[[ModelConfig, Path], Any],
-    work: Path,
+    cfg: TrainingStageConfig, config: ModelConfig, model: Any, samples: Any, work: Path
 ) -> dict[str, Any]:
     from nemo_minitron.families.registry import family_of
     from nemo_minitron.families.table import parameter_count
     from nemo_minitron.models.training import fit
 
-    config = ModelConfig.load(source)
-    model, samples = build(config, source)
-    model.load(source, key=key)
     history = fit(model, samples, work)
     model.save(work / "checkpoint")
     last = history[-1]
