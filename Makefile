@@ -16,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Compiling 20,000 modules ahead would double the time; Python compiles what it imports.
 PIP = $(BIN)/python -m pip install --no-compile $(addprefix -c ,$(CONSTRAINTS))
 
-.PHONY: help setup quickstart test lint format docs pins clean distclean
+.PHONY: help setup quickstart test lint format docs site look pins clean distclean
 
 help:
 	@echo "make setup       .venv with the package in it (.venv/bin/minitron)"
@@ -25,6 +25,8 @@ help:
 	@echo "make lint        ruff, mypy, shellcheck"
 	@echo "make format      let ruff rewrite files"
 	@echo "make docs        write docs/keys.md and docs/families.md from the code"
+	@echo "make site        build/site, the documentation as web pages"
+	@echo "make look        look at build/site in headless Chromium (apt-get install chromium-driver)"
 	@echo "make pins        write requirements/tested.txt from .venv"
 	@echo "make clean       remove results and caches; distclean: .venv and downloads too"
 
@@ -34,7 +36,7 @@ setup: $(INSTALLED)
 $(INSTALLED): pyproject.toml setup.py $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
 	$(PIP) $(TORCH)
-	$(PIP) -e ".[dev]"
+	$(PIP) -e ".[dev,docs]"
 	@touch $@
 
 quickstart: setup
@@ -59,6 +61,12 @@ format: setup
 docs: setup
 	$(BIN)/python scripts/config_docs.py docs/keys.md
 	$(BIN)/python scripts/families_docs.py docs/families.md
+
+site: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+look: site
+	$(BIN)/python scripts/look_at_site.py build/site build/screenshots
 
 pins: setup
 	@sed '/^[^#]/d' requirements/tested.txt > requirements/tested.txt.new

@@ -38,7 +38,8 @@ def page() -> str:
         if own:
             parts.append(_table(own))
         if used:
-            parts.append(f"And the sections {', '.join(f'[{s}](#{s})' for s in used)}.\n")
+            links = (f"[{name}](#{name.replace('.', '')})" for name in used)  # GitHub's anchors
+            parts.append(f"And the sections {', '.join(links)}.\n")
     for name, keys in sections.items():
         parts += [f"## {name}\n", _table(keys)]
     return "\n".join(parts)

@@ -53,18 +53,12 @@ def test_the_page_of_families_knows_every_size():
     assert listed == {field.name for field in fields(TargetConfig)}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
-def test_links_lead_somewhere(page):
-    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
-        if not link.startswith(("http://", "https://", "#")):
-            assert (page.parent / link.split("#")[0]).exists(), link
-
-
 def commands() -> "list[tuple[str, str]]":
     """``minitron <stage> ...`` lines of the documents and of the comments in launch/."""
     found = []
     for path in [*PAGES, *SCRIPTS]:
         text = re.sub(r"\\\n#?\s*", "", path.read_text())
+        text = re.sub(r"<!-- test: fails .*-->\n\n.*\n", "", text)  # meant to be refused
         for line in text.splitlines():
             # In a document, commands are indented by four; a wide gap starts an explanation.
             match = re.match(r"    .*?\bminitron (\w+ .*?)(?:   .*)?$", line)
@@ -107,7 +101,8 @@ def pins() -> "dict[str, str]":
 def test_pins_cover_and_satisfy_the_dependencies():
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
     tested = pins()
-    for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+    extras = project["optional-dependencies"]
+    for text in [*project["dependencies"], *extras["dev"], *extras["docs"]]:
         wanted = Requirement(text)
         if wanted.marker is None or wanted.marker.evaluate():
             assert wanted.specifier.contains(tested[wanted.name.lower().replace("_", "-")]), text
