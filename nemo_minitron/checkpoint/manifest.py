@@ -17,7 +17,7 @@ from nemo_minitron.config.stages import StageConfig
 
 MANIFEST = "manifest.json"
 _BLOCK = 1 << 20
-_VERSIONS = ("torch", "megatron-core", "nemo_toolkit", "transformers")
+_VERSIONS = ("torch", "megatron-core", "nemo_toolkit", "transformers", "lm_eval")
 
 
 @dataclass(frozen=True)

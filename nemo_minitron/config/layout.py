@@ -33,6 +33,34 @@ def check_layout(config: ModelConfig, parallel: ParallelConfig) -> None:
     check_pipeline(config, parallel)
 
 
+def check_cached(parallel: ParallelConfig, what: str) -> None:
+    """Refuse layouts that Megatron's static batching cannot generate with.
+
+    Args:
+        parallel: the layout.
+        what: who generates, for the message.
+
+    Raises:
+        ValueError: names the key and what to set.
+    """
+    wanted: dict[str, int | None] = {
+        "virtual_pipeline_model_parallel_size": None,
+        "context_parallel_size": 1,
+        "expert_model_parallel_size": 1,
+        "sequence_parallel": False,
+    }
+    for name, value in wanted.items():
+        found = getattr(parallel, name)
+        if found != value:
+            shown = "null" if value is None else str(value).lower()
+            raise ValueError(
+                f"parallel.{name}={str(found).lower()}: {what} text token by token, which "
+                f"Megatron's inference does on tensor, pipeline and data parallel ranks only; set "
+                f"parallel.{name}={shown} and, if the model needs more ranks, a larger parallel."
+                "tensor_model_parallel_size or pipeline_model_parallel_size"
+            )
+
+
 def ffn_sizes(config: ModelConfig) -> list[str]:
     """Names of the FFN widths that the model has; tensor parallelism splits each of them."""
     if config.num_moe_experts is None:

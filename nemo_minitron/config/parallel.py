@@ -87,6 +87,13 @@ class ParallelConfig:
             * self.context_parallel_size
         )
 
+    @property
+    def sequence_multiple(self) -> int:
+        """Of which sequence lengths must be: context parallelism cuts two chunks per rank."""
+        cp = self.context_parallel_size
+        parts = 2 * cp if cp > 1 else 1
+        return parts * (self.tensor_model_parallel_size if self.sequence_parallel else 1)
+
     def world_size(self, launched: int | None = None) -> int:
         """Ranks in all.
 

@@ -46,6 +46,7 @@ INPUT_KEYS = (
     "teacher",
     "teacher_logits",
     "data.path",
+    "tasks_path",
 )
 
 

@@ -5,7 +5,9 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from nemo_minitron.config.base import StageConfig
 from nemo_minitron.config.distillation import TOP_K_LOSSES, DistillationConfig
+from nemo_minitron.config.inference import EvaluateConfig
 from nemo_minitron.config.parallel import ParallelConfig, TeacherParallelConfig
 from nemo_minitron.config.training import (
     DataConfig,
@@ -16,27 +18,6 @@ from nemo_minitron.config.training import (
 )
 
 SCORE_AXES = ("hidden", "ffn", "head", "layer", "expert", "expert_ffn", "shared_expert_ffn")
-
-
-@dataclass(kw_only=True)
-class StageConfig:
-    """Keys every stage has."""
-
-    output_dir: str = MISSING
-    """Folder of the result. It appears, complete, when the stage ends well."""
-    overwrite: bool = False
-    """Replace a complete result; without it a complete result is an error."""
-    verify_inputs: str = "full"
-    """Check of input folders: ``full`` hashes every file, ``size`` compares sizes only."""
-    workers: int = 2
-    """Threads for tensor and file work."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        if self.verify_inputs not in ("full", "size"):
-            raise ValueError(f"verify_inputs={self.verify_inputs} must be full or size")
-        if self.workers < 1:
-            raise ValueError(f"workers={self.workers} must be at least 1")
 
 
 @dataclass(kw_only=True)
@@ -379,16 +360,6 @@ class TeacherLogitsConfig(StageConfig):
                 f"shard_samples={self.shard_samples} must be a multiple of data.micro_batch_size="
                 f"{self.data.micro_batch_size}; change one of them"
             )
-
-
-@dataclass(kw_only=True)
-class EvaluateConfig(StageConfig):
-    """Language-model loss and perplexity on held-out data."""
-
-    checkpoint: str = MISSING
-    """Result folder that holds the model."""
-    data: DataConfig = field(default_factory=lambda: DataConfig(split_name="test"))
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
 @dataclass(kw_only=True)

@@ -49,7 +49,8 @@ class OptionalDataConfig(DataConfig):
     """Data of a stage that can do without."""
 
     path: str | None = None  # type: ignore[assignment]
-    """As in ``importance``, to score the model here; null when nothing is to be scored."""
+    """As in the stages that need it; null when there is no text to read (``prune`` that scores
+    nothing, ``evaluate`` of tasks alone)."""
 
 
 @dataclass(kw_only=True)

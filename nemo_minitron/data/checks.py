@@ -111,8 +111,7 @@ def check_sequence(data: DataConfig, parallel: ParallelConfig) -> None:
         ValueError: names the length, the degrees and the key to change.
     """
     cp, sp = parallel.context_parallel_size, parallel.sequence_parallel
-    # Context parallelism cuts a sequence into two chunks per rank (zigzag).
-    parts = (2 * cp if cp > 1 else 1) * (parallel.tensor_model_parallel_size if sp else 1)
+    parts = parallel.sequence_multiple
     if data.seq_length % parts:
         raise ValueError(
             f"data.seq_length={data.seq_length} must be a multiple of {parts} at parallel."

@@ -99,10 +99,14 @@ class LocalAttention(torch.nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        """``[s, b, n, d]`` query and ``[s, b, g, d]`` key, value -> ``[s, b, n * d]``."""
+        """``[s, b, n, d]`` query and ``[s, b, g, d]`` key, value -> ``[s, b, n * d]``.
+
+        With a KV cache Megatron says ``no_mask`` for the one query that follows the cached keys.
+        """
         assert attention_bias is None
         assert packed_seq_params is None
-        mask = None
+        mask, causal = None, attn_mask_type != AttnMaskType.no_mask
+        assert causal or query.size(0) == 1, query.shape
         if self.cp_group.size() > 1:
             mask = causal_mask(query.size(0), self.cp_group).to(query.device)
             key = gather_sequence(key, self.cp_group)
@@ -115,7 +119,7 @@ class LocalAttention(torch.nn.Module):
             value,
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None,
+            is_causal=causal and mask is None,
             scale=self.softmax_scale,
             enable_gqa=query.size(1) != key.size(1),
         )

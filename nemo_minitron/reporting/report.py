@@ -52,6 +52,8 @@ def write_report(output_dir: str | Path, cfg: PipelineConfig) -> Path:
         log.warning("%s", warning)
     if results.rows:
         show_table(results.title, _HEADER, [_cells(row) for row in results.rows])
+    if table := _task_table(results.rows):
+        show_table("tasks", *table)
     for stage in results.stages_of("export"):
         log.info("Hugging Face model: %s", stage.folder)
     log.info("report: %s", page)
@@ -66,6 +68,7 @@ def render(results: Results) -> str:
         header=_HEADER,
         rows=[_cells(row) for row in results.rows],
         evaluated=_evaluated(results),
+        tasks=_task_table(results.rows),
         warnings=results.warnings,
         headline=_headline(results.rows),
         prunings=[(p.name, _size_rows(p), _kept_picture(p)) for p in results.prunings],
@@ -81,11 +84,28 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (
         row.label,
         millions(row.parameters),
-        f"{row.loss:.4f}",
-        f"{row.perplexity:.2f}",
-        f"{row.tokens_per_second:,.0f}",
-        "-" if row.closed is None else f"{row.closed:.0%}",
+        *(
+            "-" if value is None else f"{value:{form}}"
+            for value, form in (
+                (row.loss, ".4f"),
+                (row.perplexity, ".2f"),
+                (row.tokens_per_second, ",.0f"),
+                (row.closed, ".0%"),
+            )
+        ),
     )
+
+
+def _task_table(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]] | None:
+    """Header and rows: a model per row, a metric per column; None: no tasks were evaluated."""
+    names = list(dict.fromkeys(name for row in rows for name in row.tasks))
+    if not names:
+        return None
+    cells = [
+        (row.label, *(row.tasks[name].shown if name in row.tasks else "-" for name in names))
+        for row in rows
+    ]
+    return ("model", *names), cells
 
 
 def millions(count: int) -> str:
@@ -100,7 +120,7 @@ def millions(count: int) -> str:
 def _evaluated(results: Results) -> str:
     """What the losses are a mean over."""
     splits = {s.values.get("data", {}).get("split_name") for s in results.stages_of("evaluate")}
-    counts = sorted({row.tokens for row in results.rows})
+    counts = sorted({row.tokens for row in results.rows if row.tokens is not None})
     tokens = " or ".join(f"{count:,}" for count in counts)
     names = sorted(name for name in splits if name)
     return f"{tokens} tokens" + (f" of the {' and '.join(names)} split" if names else "")
@@ -111,9 +131,10 @@ def _headline(rows: Sequence[Row]) -> str:
         return ""
     first, last = rows[0], rows[-1]
     text = (
-        f"{last.label}: {last.parameters / first.parameters:.0%} of the parameters of "
-        f"{first.label}, held-out loss {last.loss:.3f} against {first.loss:.3f}"
+        f"{last.label}: {last.parameters / first.parameters:.0%} of the parameters of {first.label}"
     )
+    if first.loss is not None and last.loss is not None:
+        text += f", held-out loss {last.loss:.3f} against {first.loss:.3f}"
     closed = "" if last.closed is None else f"; {last.closed:.0%} of the loss of pruning won back"
     return f"{text}{closed}."
 

@@ -49,13 +49,16 @@ class Row:
     """One line of the evaluation table."""
 
     label: str
-    loss: float
-    perplexity: float
-    tokens: int
-    tokens_per_second: float
+    loss: float | None
+    """None: only tasks were evaluated; so are the next three."""
+    perplexity: float | None
+    tokens: int | None
+    tokens_per_second: float | None
     parameters: int
     closed: float | None
     """Share of the loss gap between pruned and teacher that is closed; None: not defined."""
+    tasks: dict[str, "TaskScore"] = field(default_factory=dict)
+    """As ``task_scores``."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,29 @@ class Results:
     def stages_of(self, stage: str) -> list[StageResult]:
         """The results of one kind of stage, in pipeline order."""
         return [result for result in self.stages if result.stage == stage]
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One metric of one task."""
+
+    value: float
+    stderr: float | None
+
+    @property
+    def shown(self) -> str:
+        """Value and standard error, three digits after the point."""
+        error = "" if self.stderr is None else f" +- {self.stderr:.3f}"
+        return f"{self.value:.3f}{error}"
+
+
+def task_scores(metrics: Mapping[str, Any]) -> dict[str, TaskScore]:
+    """``<task> <metric>`` -> score, out of the ``metrics.json`` of ``evaluate``."""
+    return {
+        f"{task} {metric}": TaskScore(**score)
+        for task, found in metrics.get("tasks", {}).items()
+        for metric, score in found.items()
+    }
 
 
 def check_report(cfg: PipelineConfig) -> None:
@@ -188,9 +214,19 @@ def _unlike(cfg: PipelineConfig, stages: list[StageResult]) -> list[str]:
         for stage in stages
         if stage.name in names
     ]
-    if all(item == data[0] for item in data):
-        return []
-    return ["the rows of the table were measured on different data, so they do not compare"]
+    found = []
+    if not all(item == data[0] for item in data):
+        found.append(
+            "the rows of the table were measured on different data, so they do not compare"
+        )
+    settings = [
+        {**s.values.get("lm_eval", {}), "batch_size": None}
+        for s in stages
+        if s.name in names and s.values.get("tasks")
+    ]
+    if not all(item == settings[0] for item in settings):
+        found.append("the tasks ran with different lm_eval.* keys, so their scores do not compare")
+    return found
 
 
 def _read_stage(output_dir: Path, item: Mapping[str, Any]) -> StageResult:
@@ -248,29 +284,40 @@ def _read_json(path: Path, missing: Any) -> Any:
 
 def _rows(cfg: PipelineConfig, stages: Mapping[str, StageResult]) -> list[Row]:
     items = _row_items(cfg)
-    losses = {item["label"]: _metric(stages[item["evaluate"]], "lm_loss") for item in items}
+    losses = {item["label"]: _loss(stages[item["evaluate"]], "lm_loss") for item in items}
     first = list(losses)[:2]
     explicit = any("gap" in item for item in items)
     rows = []
     for number, item in enumerate(items):
         gap = item.get("gap") if explicit else ([first[1], first[0]] if number >= 2 else None)
         stage, loss = stages[item["evaluate"]], losses[item["label"]]
+        tokens = _loss(stage, "tokens")
         rows.append(
             Row(
                 label=item["label"],
                 loss=loss,
-                perplexity=_metric(stage, "perplexity"),
-                tokens=int(_metric(stage, "tokens")),
-                tokens_per_second=_metric(stage, "tokens_per_second"),
+                perplexity=_loss(stage, "perplexity"),
+                tokens=None if tokens is None else int(tokens),
+                tokens_per_second=_loss(stage, "tokens_per_second"),
                 parameters=int(_metric(stage, "parameters", "total")),
                 closed=None if not gap else _closed(losses[gap[0]], losses[gap[1]], loss),
+                tasks=task_scores(stage.metrics),
             )
         )
     return rows
 
 
-def _closed(pruned: float, teacher: float, loss: float) -> float | None:
-    return (pruned - loss) / (pruned - teacher) if pruned > teacher else None
+def _loss(stage: StageResult, name: str) -> float | None:
+    """A figure of the loss on text, which an evaluation of tasks alone does not have."""
+    if "tasks" in stage.metrics and "lm_loss" not in stage.metrics:
+        return None
+    return _metric(stage, name)
+
+
+def _closed(pruned: float | None, teacher: float | None, loss: float | None) -> float | None:
+    if pruned is None or teacher is None or loss is None or pruned <= teacher:
+        return None
+    return (pruned - loss) / (pruned - teacher)
 
 
 def _metric(stage: StageResult, *path: str) -> float:

@@ -1,16 +1,18 @@
-"""``minitron evaluate``: language-model loss and perplexity on held-out data."""
+"""``minitron evaluate``: language-model loss on held-out data, and tasks of lm-eval."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.checkpoint.artifact import check_output
+from nemo_minitron.checkpoint.artifact import check_output, open_result
+from nemo_minitron.config.inference import EvaluateConfig
 from nemo_minitron.config.layout import check_layout
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.config.stages import EvaluateConfig
+from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.data.checks import check_batches, check_data
 from nemo_minitron.runtime.ranks import launched_world_size
-from nemo_minitron.stages.inputs import open_checkpoint
+from nemo_minitron.stages.evaluate_tasks import answer_tasks, check_tasks, tasks_of_export
+from nemo_minitron.stages.inputs import is_export, open_checkpoint
 
 
 def check(cfg: EvaluateConfig) -> None:
@@ -19,69 +21,128 @@ def check(cfg: EvaluateConfig) -> None:
     Raises:
         ValueError: names the value, the relation and the key to set.
     """
+    if cfg.data.path is None and not cfg.tasks:
+        raise ValueError(
+            "evaluate needs data.path or tasks; add data.path=... (text, for the loss) or "
+            "tasks=[...] (of lm-eval)"
+        )
+    if cfg.tasks_path is not None and not cfg.tasks:
+        raise ValueError(
+            f"tasks_path={cfg.tasks_path} is for tasks, and none is named; add tasks=[...]"
+        )
     check_output(cfg, "evaluate")
-    open_checkpoint(cfg, "size")
-    folder = Path(cfg.checkpoint) / "checkpoint"
-    model = ModelConfig.load(folder)
-    check_layout(model, cfg.parallel)
-    check_batches(cfg.data, cfg.parallel, cfg.parallel.world_size(launched_world_size()))
-    check_data(
-        cfg.data,
-        vocab_size=model.vocab_size,
-        tokenizer_dir=folder / "tokenizer",
-        max_seq_length=model.max_seq_length,
-    )
+    export = is_export(cfg.checkpoint)
+    _open(cfg, "size")
+    model = _model(cfg)
+    if export:
+        _check_export(cfg)
+    else:
+        _check_megatron(cfg, model)
+    if cfg.tasks:
+        check_tasks(cfg, model, export=export)
     # Whole-file hashes last: a typing mistake should not cost a pass over the weights.
     if cfg.verify_inputs != "size":
-        open_checkpoint(cfg, cfg.verify_inputs)
+        _open(cfg, cfg.verify_inputs)
+
+
+def _open(cfg: EvaluateConfig, verify: str) -> None:
+    if is_export(cfg.checkpoint):
+        open_result(cfg.checkpoint, verify, key="checkpoint", workers=cfg.workers)
+    else:
+        open_checkpoint(cfg, verify)
+
+
+def _model(cfg: EvaluateConfig) -> ModelConfig:
+    """Sizes of the model, of whichever kind."""
+    folder = Path(cfg.checkpoint)
+    if not is_export(cfg.checkpoint):
+        return ModelConfig.load(folder / "checkpoint")
+    from nemo_minitron.checkpoint.hf import model_config, open_hf
+
+    return model_config(*open_hf(folder))[1]
+
+
+def _check_export(cfg: EvaluateConfig) -> None:
+    if cfg.data.path is not None:
+        raise ValueError(
+            f"checkpoint={cfg.checkpoint} is an export, whose loss evaluate does not measure; set "
+            "checkpoint to the result that was exported, or leave data.path out"
+        )
+    if cfg.parallel != ParallelConfig() or (launched_world_size() or 1) > 1:
+        raise ValueError(
+            f"checkpoint={cfg.checkpoint} is an export, which lm-eval runs in one process; leave "
+            "parallel.* and the launcher out, or set checkpoint to the result that was exported"
+        )
+
+
+def _check_megatron(cfg: EvaluateConfig, model: ModelConfig) -> None:
+    check_layout(model, cfg.parallel)
+    world = cfg.parallel.world_size(launched_world_size())
+    if cfg.data.path is not None:
+        check_batches(cfg.data, cfg.parallel, world)
+        check_data(
+            cfg.data,
+            vocab_size=model.vocab_size,
+            tokenizer_dir=Path(cfg.checkpoint) / "checkpoint" / "tokenizer",
+            max_seq_length=model.max_seq_length,
+        )
 
 
 def run(cfg: EvaluateConfig) -> None:
     """Evaluate and write ``metrics.json``."""
     from nemo_minitron.checkpoint.artifact import Ranks, output_folder
+    from nemo_minitron.families.registry import family_of
+    from nemo_minitron.families.table import parameter_count
     from nemo_minitron.runtime.launch import barrier, distributed
     from nemo_minitron.runtime.ranks import rank
 
+    model = _model(cfg)
+    metrics: dict[str, Any] = {"parameters": parameter_count(family_of(model), model)}
+    if is_export(cfg.checkpoint):
+        with output_folder(cfg, "evaluate") as work:
+            metrics |= tasks_of_export(cfg, model)
+            (work / "metrics.json").write_text(json.dumps(metrics, indent=1))
+        return _show(cfg, metrics)
     with distributed(cfg.parallel, cfg.data.seed):
         ranks = Ranks(rank(), barrier)
         with output_folder(cfg, "evaluate", ranks=ranks) as work:
-            metrics = _evaluate(cfg)
+            metrics |= _evaluate(cfg, model)
             if ranks.rank == 0:
                 (work / "metrics.json").write_text(json.dumps(metrics, indent=1))
     _show(cfg, metrics)
 
 
-def _evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
+def _evaluate(cfg: EvaluateConfig, model: ModelConfig) -> dict[str, Any]:
     from nemo_minitron.evaluation.lm_loss import evaluate_lm
-    from nemo_minitron.families.registry import family_of
-    from nemo_minitron.families.table import parameter_count
-    from nemo_minitron.models.build import build_gpt
+    from nemo_minitron.models.load import load_frozen
     from nemo_minitron.models.stage_data import stage_dataset
-    from nemo_minitron.models.weights import load_weights
     from nemo_minitron.runtime.groups import ParallelGroups
-    from nemo_minitron.runtime.launch import device
 
     folder = Path(cfg.checkpoint) / "checkpoint"
-    model = ModelConfig.load(folder)
-    dataset = stage_dataset(cfg.data, model, folder, cfg.output_dir)
     groups = ParallelGroups.current()
-    chunks = [chunk.to(device()) for chunk in build_gpt(model, cfg.parallel, groups)]
-    load_weights(chunks, groups, folder)
-    for chunk in chunks:
-        chunk.eval()
-        chunk.return_hidden = True
-    metrics = evaluate_lm(chunks, groups, model.vocab_size, dataset, cfg.data)
-    return {**metrics, "parameters": parameter_count(family_of(model), model)}
+    dataset = None
+    if cfg.data.path is not None:
+        dataset = stage_dataset(cfg.data, model, folder, cfg.output_dir)
+    chunks = load_frozen(folder, cfg.parallel, groups)
+    metrics: dict[str, Any] = {}
+    if dataset is not None:
+        metrics |= evaluate_lm(chunks, groups, model.vocab_size, dataset, cfg.data)
+    if cfg.tasks:
+        metrics |= answer_tasks(cfg, model, chunks, groups)
+    return metrics
 
 
 def _show(cfg: EvaluateConfig, metrics: dict[str, Any]) -> None:
     from nemo_minitron.reporting.console import show_table
+    from nemo_minitron.reporting.results import task_scores
 
-    rows = [
-        ("parameters", f"{metrics['parameters']['total']:,}"),
-        ("LM loss", f"{metrics['lm_loss']:.4f}"),
-        ("perplexity", f"{metrics['perplexity']:.2f}"),
-        ("tokens", f"{metrics['tokens']:,}"),
-        ("tokens/s", f"{metrics['tokens_per_second']:.0f}"),
-    ]
+    rows = [("parameters", f"{metrics['parameters']['total']:,}")]
+    if "lm_loss" in metrics:
+        rows += [
+            ("LM loss", f"{metrics['lm_loss']:.4f}"),
+            ("perplexity", f"{metrics['perplexity']:.2f}"),
+            ("tokens", f"{metrics['tokens']:,}"),
+            ("tokens/s", f"{metrics['tokens_per_second']:.0f}"),
+        ]
+    rows += [(name, score.shown) for name, score in task_scores(metrics).items()]
     show_table("evaluate", ("", Path(cfg.checkpoint).name), rows)

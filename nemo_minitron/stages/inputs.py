@@ -1,5 +1,6 @@
 """Opening what the stages read."""
 
+from pathlib import Path
 from typing import Protocol
 
 from nemo_minitron.checkpoint.artifact import open_result
@@ -25,3 +26,9 @@ def open_checkpoint(cfg: _ReadsModel, verify: str) -> None:
     """
     needs = f"checkpoint/{MODEL_YAML}"
     open_result(cfg.checkpoint, verify, key="checkpoint", needs=needs, workers=cfg.workers)
+
+
+def is_export(checkpoint: str) -> bool:
+    """Whether a result folder holds a Hugging Face model instead of a ``checkpoint/``."""
+    folder = Path(checkpoint)
+    return (folder / "config.json").is_file() and not (folder / "checkpoint").exists()

@@ -103,20 +103,14 @@ def _store(cfg: TeacherLogitsConfig, folder: Path) -> dict[str, Any]:
 def _writer(cfg: TeacherLogitsConfig, model: ModelConfig, source: Path, folder: Path) -> Any:
     import torch
 
-    from nemo_minitron.models.build import DTYPES, build_gpt
+    from nemo_minitron.models.build import DTYPES
+    from nemo_minitron.models.load import load_frozen
     from nemo_minitron.models.teacher_logits import LogitWriter, Storing
-    from nemo_minitron.models.weights import load_weights
     from nemo_minitron.runtime.groups import ParallelGroups
-    from nemo_minitron.runtime.launch import device
 
     groups = ParallelGroups.current()
     precision = torch.bfloat16 if cfg.trainer.precision == "bf16-mixed" else torch.float32
-    built = build_gpt(model, cfg.parallel, groups, dtype=precision)
-    chunks = [chunk.to(device()) for chunk in built]
-    load_weights(chunks, groups, source)
-    for chunk in chunks:
-        chunk.eval()
-        chunk.return_hidden = True
+    chunks = load_frozen(source, cfg.parallel, groups, dtype=precision)
     storing = Storing(
         top_k=cfg.top_k,
         temperature=cfg.temperature,

@@ -258,3 +258,26 @@ def test_plan_without_scores(tmp_path):
 def test_parameter_counts_have_four_digits():
     shown = [millions(n) for n in (134515008, 8030261248, 12345, 999, 98_000_000, 405 * 10**9)]
     assert shown == ["134.5 M", "8.030 B", "12.35 k", "999", "98.00 M", "405.0 B"]
+
+
+def test_tasks_before_and_after(tmp_path, capsys, caplog):
+    """One evaluation of loss and tasks, one of tasks alone, one of the loss alone."""
+    cfg = _make_pipeline(tmp_path)
+    cfg.stages = [s for s in cfg.stages if s["stage"] == "evaluate"]
+    scores = {"arc": {"acc": {"value": 0.25, "stderr": 0.0125}}, "wiki": {"bpb": {"value": 1.5}}}
+    scores["wiki"]["bpb"]["stderr"] = None
+    for label, drop, limit in (("teacher", (), 10), ("pruned", ("lm_loss", "perplexity"), 20)):
+        folder = tmp_path / f"eval_{label}"
+        metrics = json.loads((folder / "metrics.json").read_text())
+        metrics = {key: value for key, value in metrics.items() if key not in drop}
+        (folder / "metrics.json").write_text(json.dumps({**metrics, "tasks": scores}))
+        config = {"data": DATA, "tasks": ["arc", "wiki"], "lm_eval": {"limit": limit}}
+        (folder / ".hydra" / "config.yaml").write_text(yaml.safe_dump(config))
+    write_report(tmp_path, cfg)
+    text = _Page((tmp_path / REPORT).read_text()).text
+    assert "model arc acc wiki bpb teacher 0.250 +- 0.013 1.500 pruned 0.250" in text
+    assert "distilled - -" in text
+    assert "different lm_eval.* keys" in caplog.text
+    rows = read_results(tmp_path, cfg).rows
+    assert [(r.loss, r.closed) for r in rows] == [(3.0, None), (None, None), (3.5, None)]
+    assert "0.250 +- 0.013" in capsys.readouterr().out

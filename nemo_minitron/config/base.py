@@ -1,0 +1,26 @@
+"""Keys that every stage has."""
+
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+
+@dataclass(kw_only=True)
+class StageConfig:
+    """Keys every stage has."""
+
+    output_dir: str = MISSING
+    """Folder of the result. It appears, complete, when the stage ends well."""
+    overwrite: bool = False
+    """Replace a complete result; without it a complete result is an error."""
+    verify_inputs: str = "full"
+    """Check of input folders: ``full`` hashes every file, ``size`` compares sizes only."""
+    workers: int = 2
+    """Threads for tensor and file work."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.verify_inputs not in ("full", "size"):
+            raise ValueError(f"verify_inputs={self.verify_inputs} must be full or size")
+        if self.workers < 1:
+            raise ValueError(f"workers={self.workers} must be at least 1")
