@@ -5,14 +5,13 @@ values, ``l2`` or ``var`` for each of the two. The default is (batch=l2, seq=mea
 
 The inner aggregation is not linear, so it must be complete before the outer one starts: what a rank
 holds of a sample are *partial sums*, which the ranks that share the sample's tokens add up
-(``reduce_partials``), and only then does ``commit`` go on to the batch. The batch sums are linear
+(``all_reduce_flat``), and only then does ``commit`` go on to the batch. The batch sums are linear
 again, so data-parallel ranks add theirs once, at the very end (``reduce_sums``).
 
 Shape letters: s local sequence, b micro-batch, m modules, w local channels, k partial sums.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -25,27 +24,30 @@ PARTIALS = {"mean": 1, "l2": 1, "var": 2}
 _SUMS = {"mean": ("sum",), "l2": ("squares",), "var": ("sum", "squares")}
 
 
-def write_partials(x: Tensor, seq: str, out: Tensor) -> None:
+def partial_sums(x: Tensor, seq: str, dtype: torch.dtype) -> Tensor:
     """Partial sums of one activation over its local positions.
+
+    Few operations on few bytes: between the matrix products of a forward pass each of them finds
+    its input and its own code out of the caches.
 
     Args:
         x: ``[s, b, w]`` activation of one module, any float dtype.
         seq: sequence aggregation.
-        out: ``[k, b, w]``, overwritten; its dtype (fp32 or fp64) is that of the sums.
+        dtype: fp32 or fp64, that of the sums.
+
+    Returns:
+        ``[k, b, w]``.
     """
     if seq == "mean":
-        torch.sum(x.abs(), dim=0, dtype=out.dtype, out=out[0])
-        return
+        return torch.sum(x.abs(), 0, keepdim=True, dtype=dtype)
     x = x.float()
     if seq == "l2":
-        torch.sum(x * x, dim=0, dtype=out.dtype, out=out[0])
-        return
+        return torch.sum(x * x, 0, keepdim=True, dtype=dtype)
     # Around the local mean, so that fp32 is enough for the elements.
-    mean = x.mean(dim=0)
-    centred = x - mean
-    squares = centred.square_().sum(dim=0)
-    out[0] = mean.double() * x.size(0)
-    out[1] = squares.double() + mean.double().square() * x.size(0)
+    mean = x.sum(dim=0) / max(x.size(0), 1)
+    squares = (x - mean).square_().sum(dim=0).to(dtype)
+    mean = mean.to(dtype)
+    return torch.stack([mean * x.size(0), squares + mean.square() * x.size(0)])
 
 
 def sequence_statistic(partials: Tensor, seq: str, positions: int | Tensor) -> Tensor:
@@ -70,8 +72,8 @@ def sequence_statistic(partials: Tensor, seq: str, positions: int | Tensor) -> T
 class Accumulator:
     """Scores of ``m`` modules of ``w`` local channels each, sample by sample.
 
-    Every micro-batch is: one ``observe`` per module, ``reduce_partials`` where a sample is spread
-    over ranks, one ``commit``. Nothing here waits for the device.
+    Every micro-batch is: one ``observe`` per module, ``partials``, their sum over the ranks that a
+    sample is spread over, one ``commit``. Nothing here waits for the device.
     """
 
     def __init__(
@@ -88,16 +90,9 @@ class Accumulator:
         """
         self.batch, self.seq = batch, seq
         self.samples = 0
-        self._length = 0
-        self.partials = torch.empty(
-            modules,
-            PARTIALS[seq],
-            0,
-            width,
-            # A variance is the small difference of large sums.
-            dtype=torch.float64 if "var" in (batch, seq) else torch.float32,
-            device=device,
-        )
+        # A variance is the small difference of large sums.
+        self._dtype = torch.float64 if "var" in (batch, seq) else torch.float32
+        self._observed: list[Tensor | None] = [None] * modules
         # fp64 costs nothing here: the tensors are small.
         self.sums = {
             name: torch.zeros(modules, width, dtype=torch.float64, device=device)
@@ -106,23 +101,25 @@ class Accumulator:
 
     def observe(self, module: int, x: Tensor) -> None:
         """Note the ``[s, b, w]`` activation of module number ``module``."""
-        if self.partials.size(2) != x.size(1):
-            m, k, _, w = self.partials.shape
-            self.partials = self.partials.new_zeros(m, k, x.size(1), w)
-        write_partials(x, self.seq, self.partials[module])
-        self._length = x.size(0)
+        self._observed[module] = partial_sums(x, self.seq, self._dtype)
 
-    def commit(self, shards: int, valid: int) -> None:
-        """Add the observed micro-batch to the batch sums.
+    def partials(self) -> Tensor:
+        """``[m, k, b, w]`` partial sums of the observed micro-batch; the next one may begin."""
+        sums = torch.stack(self._observed)  # type: ignore[arg-type]  # torch names what is None
+        self._observed = [None] * len(self._observed)
+        return sums
+
+    def commit(self, partials: Tensor, positions: int, valid: int) -> None:
+        """Add a micro-batch to the batch sums.
 
         Args:
-            shards: ranks over which the positions of each sample are spread, equally.
+            partials: what ``partials`` returned, complete over the ranks that share the samples.
+            positions: global positions of a sample.
             valid: leading samples of the micro-batch that count; the rest is padding.
         """
         if valid == 0:
             return
-        positions = self._length * shards
-        y = sequence_statistic(self.partials[:, :, :valid], self.seq, positions)
+        y = sequence_statistic(partials[:, :, :valid], self.seq, positions)
         if "sum" in self.sums:
             self.sums["sum"] += y.sum(dim=1)
         if "squares" in self.sums:
@@ -179,50 +176,39 @@ class BlockInfluence:
         """Start from no tokens; ``layers`` local layers."""
         self.tokens = 0
         self.sums = torch.zeros(layers, dtype=torch.float64, device=device)
-        # Per token of the micro-batch: norm of the input, norm of the output, their dot product.
-        self._before, self._after, self._dot = torch.zeros(3, layers, 0, 0, device=device)
-        self._chained: list[int] = []
+        # Per token [s, b] of the micro-batch: norms of input and output, their dot product.
+        self._before: list[Tensor | None] = [None] * layers
+        self._after: list[Tensor | None] = [None] * layers
+        self._dot: list[Tensor | None] = [None] * layers
         self._last: Tensor | None = None
 
     def observe(self, layer: int, before: Tensor, after: Tensor) -> None:
         """Note input and output ``[s, b, h]`` of local layer number ``layer``."""
-        if self._dot.shape[1:] != before.shape[:2]:
-            shape = (3, len(self.sums), *before.shape[:2])
-            self._before, self._after, self._dot = self._dot.new_zeros(shape)
-        norm = partial(torch.linalg.vector_norm, dim=-1, dtype=torch.float32)
-        norm(after, out=self._after[layer])
-        torch.linalg.vecdot(before.float(), after.float(), out=self._dot[layer])
         if self._last is before:  # then its norm is known
-            self._chained.append(layer)
+            self._before[layer] = self._after[layer - 1]
         else:
-            norm(before, out=self._before[layer])
+            self._before[layer] = torch.linalg.vector_norm(before, dim=-1, dtype=torch.float32)
+        self._after[layer] = torch.linalg.vector_norm(after, dim=-1, dtype=torch.float32)
+        self._dot[layer] = torch.linalg.vecdot(before.float(), after.float())
         self._last = after
 
     def commit(self, valid: int) -> None:
         """Add the first ``valid`` samples of the observed micro-batch."""
-        self._before[self._chained] = self._after[[layer - 1 for layer in self._chained]]
-        self._chained, self._last = [], None
-        norms = (self._before * self._after).clamp_min_(torch.finfo(torch.float32).tiny)
-        influence = (1.0 - self._dot / norms)[:, :, :valid]
+        before, after, dot = (
+            torch.stack(observed)  # type: ignore[arg-type]  # torch names what is None
+            for observed in (self._before, self._after, self._dot)
+        )
+        self._last = None
+        norms = (before * after).clamp_min_(torch.finfo(torch.float32).tiny)
+        influence = (1.0 - dot / norms)[:, :, :valid]
         self.sums += influence.sum(dim=(1, 2), dtype=torch.float64)
-        self.tokens += valid * self._dot.size(1)
+        self.tokens += valid * dot.size(1)
 
     def scores(self) -> Tensor:
         """``[layers]`` fp64 influence of all tokens committed (and reduced) so far."""
         if self.tokens == 0:
             raise ValueError("no token was observed; set data.num_samples to at least 1")
         return self.sums / self.tokens
-
-
-def reduce_partials(accumulators: Sequence[Accumulator], group: dist.ProcessGroup) -> None:
-    """Complete the observed samples over the ranks of ``group``: one collective for all modules.
-
-    Args:
-        accumulators: those whose samples are spread over ``group``, same sequence aggregation.
-        group: ranks that hold different positions of the same samples and the same channels.
-    """
-    if group.size() > 1 and accumulators:
-        all_reduce_flat([acc.partials for acc in accumulators], group)
 
 
 def reduce_sums(accumulators: Sequence[Accumulator | TokenSums], group: dist.ProcessGroup) -> None:

@@ -214,8 +214,7 @@ def gather_scores(
     channels = [acc for recorder in recorders for acc in recorder.channels.values()]
     angles = [] if recorders[0].angles is None else [recorders[0].angles]
     tokens: list[TokenSums] = [*influences, *angles]
-    if recorders[0].sequence_split:
-        reduce_sums(tokens, groups.tp)
+    reduce_sums(tokens, groups.tp)
     reduce_sums(tokens, groups.cp)
     reduce_sums([*tokens, *channels], groups.dp)
     reduce_sums(angles, groups.pp)

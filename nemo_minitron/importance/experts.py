@@ -27,7 +27,7 @@ from nemo_minitron.importance.aggregate import (
     PARTIALS,
     all_reduce_flat,
     sequence_statistic,
-    write_partials,
+    partial_sums,
 )
 from nemo_minitron.runtime.groups import Group, ParallelGroups
 
@@ -116,9 +116,8 @@ class ExpertRecorder:
         x = args[0]  # [tokens, w]
         if len(x) == 0:
             return
-        out = torch.empty_like(self.partials[layer, expert])
-        write_partials(x[:, None], self.seq, out[:, None])
-        self.partials[layer, expert] += out
+        sums = partial_sums(x[:, None], self.seq, torch.float64)
+        self.partials[layer, expert] += sums[:, 0]
 
     def state_dict(self) -> dict[str, Tensor]:
         """What was accumulated so far."""

@@ -10,8 +10,9 @@ What is scored where (2407.14679, section 2.2):
 - ``expert`` and ``expert_ffn``: see ``importance/experts.py``; with experts there is no ``ffn``.
 
 Activations are ``[s, b, w]`` and local: ffn and head channels are split over the tensor-parallel
-ranks; under sequence parallelism the hidden states are split along s over the same ranks; context
-parallelism splits every s. A chunk is one virtual pipeline stage; all ranks that share its samples
+ranks; under sequence parallelism the hidden states are split along s over the same ranks, and where
+they hold copies of them each rank looks at its share of s; context parallelism splits every s. A
+chunk is one virtual pipeline stage; all ranks that share its samples
 run its forward passes in the same order, so one exchange at the end of each is enough.
 """
 
@@ -30,8 +31,8 @@ from nemo_minitron.importance.aggregate import (
     Accumulator,
     BlockInfluence,
     TokenSums,
+    all_reduce_flat,
     load_token_state,
-    reduce_partials,
     token_state,
 )
 from nemo_minitron.importance.angles import BlockAngles
@@ -73,7 +74,9 @@ class ChunkRecorder:
         """
         self.chunk, self.groups, self.valid, self.angles = chunk, groups, valid, angles
         config = chunk.config
-        self.sequence_split = bool(config.sequence_parallel)
+        self._split = bool(config.sequence_parallel)
+        self._positions = 0
+        self._state: tuple[Tensor, Tensor] | None = None
         blocks = list(chunk.decoder.layers)
         self.layers = [int(block.layer_number) - 1 for block in blocks]
         self.micro_batches = 0
@@ -148,12 +151,13 @@ class ChunkRecorder:
     # Hooks: torch gives (module, args[, kwargs][, output]) after the bound arguments.
 
     def _on_output(self, index: int, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self.channels["hidden"].observe(index, output)
+        self.channels["hidden"].observe(index, self._share(output))
 
     def _on_fused_norm(self, index: int, linear: nn.Module, args: tuple[Any, ...]) -> None:
-        self.channels["hidden"].observe(index, normed_input(linear, args[0]))
+        self.channels["hidden"].observe(index, normed_input(linear, self._share(args[0])))
 
     def _on_input(self, axis: str, local: int, _: nn.Module, args: tuple[Any, ...]) -> None:
+        self._positions = args[0].size(0)
         self.channels[axis].observe(local, args[0])
 
     def _on_layer(
@@ -164,27 +168,40 @@ class ChunkRecorder:
         kwargs: dict[str, Any],
         output: tuple[Tensor, Any],
     ) -> None:
-        before = args[0] if args else kwargs["hidden_states"]
+        before, after = args[0] if args else kwargs["hidden_states"], output[0]
+        known = self._state is not None and self._state[0] is before
+        before = self._state[1] if known else self._share(before)  # type: ignore[index]
+        self._state = after, self._share(after)
+        after = self._state[1]
         if self.influence is not None:
-            self.influence.observe(local, before, output[0])
+            self.influence.observe(local, before, after)
         if self.angles is not None:
             layer = self.layers[local]
             self.angles.observe(self.micro_batches, layer, before)
             if layer + 1 == self.chunk.config.num_layers:
-                self.angles.observe(self.micro_batches, layer + 1, output[0])
+                self.angles.observe(self.micro_batches, layer + 1, after)
+
+    def _share(self, hidden: Tensor) -> Tensor:
+        """The positions of a ``[s, b, h]`` hidden state that this tensor-parallel rank looks at."""
+        tp = self.groups.tp
+        self._positions = hidden.size(0) * (tp.size() if self._split else 1)
+        if self._split or tp.size() == 1:
+            return hidden
+        return hidden.tensor_split(tp.size())[tp.rank()]
 
     def _finish(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """End of one micro-batch: complete the samples over the ranks that share them."""
         valid = self.valid(self.micro_batches)
         self.micro_batches += 1
-        if self.sequence_split and "hidden" in self.channels:
-            reduce_partials([self.channels["hidden"]], self.groups.tp)
-        reduce_partials(list(self.channels.values()), self.groups.cp)
-        for axis, accumulator in self.channels.items():
-            split = self.groups.tp.size() if self.sequence_split and axis == "hidden" else 1
-            accumulator.commit(split * self.groups.cp.size(), valid)
+        partials = {axis: accumulator.partials() for axis, accumulator in self.channels.items()}
+        if "hidden" in partials:
+            all_reduce_flat([partials["hidden"]], self.groups.tp)
+        all_reduce_flat(list(partials.values()), self.groups.cp)
+        for axis, sums in partials.items():
+            self.channels[axis].commit(sums, self._positions * self.groups.cp.size(), valid)
         if self.influence is not None:
             self.influence.commit(valid)
+        self._state = None
         if self.angles is not None and self.groups.pp.size() == 1:
             self.angles.flush(self.valid)  # in a pipeline this has to wait for the other stages
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from nemo_minitron.importance.aggregate import Accumulator, BlockInfluence, write_partials
+from nemo_minitron.importance.aggregate import Accumulator, BlockInfluence, partial_sums
 from nemo_minitron.importance.scores import Scores, check_model, model_meta, read_meta
 from tests.tiny import LLAMA
 
@@ -34,9 +34,8 @@ def stream(x: torch.Tensor, batch: str, seq: str, micro: int, shards: int = 1) -
         for shard in piece.chunk(shards):
             for module in range(modules):
                 acc.observe(module, shard[:, :, module])
-            total = total + acc.partials
-        acc.partials.copy_(total)
-        acc.commit(shards, valid)
+            total = total + acc.partials()
+        acc.commit(total, x.size(0), valid)
     return acc.scores()
 
 
@@ -60,8 +59,7 @@ def test_default_is_seq_mean_then_batch_l2() -> None:
 def test_low_precision_inputs_are_summed_in_fp32() -> None:
     x = (torch.rand(4096, 1, 4) + 0.5).bfloat16()
     for seq in KINDS:
-        out = torch.zeros(2, 1, 4, dtype=torch.float64 if seq == "var" else torch.float32)
-        write_partials(x, seq, out)
+        out = partial_sums(x, seq, torch.float64 if seq == "var" else torch.float32)
         expected = (x.double() ** 2 if seq == "l2" else x.double()).sum(0)
         torch.testing.assert_close(out[0].double(), expected, rtol=1e-5, atol=0)
 
@@ -92,7 +90,7 @@ def test_block_influence(micro: int) -> None:
 def test_no_samples_is_an_error() -> None:
     acc = Accumulator(1, 2, batch="mean", seq="mean", device=torch.device("cpu"))
     acc.observe(0, torch.ones(3, 1, 2))
-    acc.commit(1, 0)
+    acc.commit(acc.partials(), 3, 0)
     with pytest.raises(ValueError, match=r"data\.num_samples"):
         acc.scores()
 
