@@ -10,6 +10,7 @@ arm is added. Exit status 0 whichever way it falls.
 import argparse
 import json
 import math
+import re
 import statistics
 import subprocess
 import sys
@@ -51,8 +52,8 @@ class Arm:
 
     @property
     def folder(self) -> str:
-        """Folder name: what is run."""
-        return "_".join([self.stage, *self.keys]).replace("/", "-")
+        """Folder name: what is run, without what Hydra reads as syntax."""
+        return re.sub(r"[^\w.+-]", "-", "_".join([self.stage, *self.keys]))
 
 
 @dataclass

@@ -7,18 +7,20 @@ import json
 import logging
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from nemo_minitron.checkpoint.hf_checks import DERIVED, check_hf, hf_names
-from nemo_minitron.checkpoint.lazy import LazyTensor, Store, main_dtype, shared_parts
-from nemo_minitron.checkpoint.safetensors_file import write_safetensors
+from nemo_minitron.checkpoint.lazy import LazyTensor, Store, from_runs, main_dtype
+from nemo_minitron.checkpoint.safetensors_file import (
+    stored_tensor,
+    value_places,
+    write_safetensors,
+)
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.fuse import FUSIONS, HF_FORMS, hf_shapes
 from nemo_minitron.families.registry import family_of_hf
@@ -81,22 +83,6 @@ def _shard_names(folder: Path) -> dict[str, set[str] | None]:
     )
 
 
-def _read_tensor(path: Path, name: str) -> Tensor:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged at {name}: {error}") from error
-
-
-def _read_rows(path: Path, name: str, start: int, stop: int) -> Tensor:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.get_slice(name)[start:stop]
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged at {name}: {error}") from error
-
-
 def _open_shard(path: Path, expected: set[str] | None) -> Store:
     """Store of one safetensors file, from its header."""
     if not path.is_file():
@@ -104,7 +90,7 @@ def _open_shard(path: Path, expected: set[str] | None) -> Store:
     store: Store = {}
     try:
         with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
+            names, places = set(file.keys()), value_places(path)
             for name in names:
                 if name.endswith(DERIVED):
                     continue
@@ -114,13 +100,8 @@ def _open_shard(path: Path, expected: set[str] | None) -> Store:
                         f"{path}: {name} is {view.get_dtype()}; supported: {sorted(DTYPES)}; set "
                         "source to a model that is not quantised"
                     )
-                store[name] = LazyTensor(
-                    tuple(view.get_shape()),
-                    DTYPES[view.get_dtype()],
-                    partial(_read_tensor, path, name),
-                    partial(_read_rows, path, name),
-                    origin=str(path),
-                )
+                shape, dtype = tuple(view.get_shape()), DTYPES[view.get_dtype()]
+                store[name] = stored_tensor(path, places[name], shape, dtype)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is truncated or damaged: {error}") from error
     if expected is not None and names != expected:
@@ -199,12 +180,7 @@ def _fused(row: Row, config: ModelConfig, hf_store: Store, names: list[str]) -> 
         )
     if len(parts) == 1:
         return parts[0]
-    fuse = FUSIONS[row.dims[0]].fuse
-
-    def read() -> Tensor:
-        return fuse(config, [part.read() for part in parts])
-
-    return LazyTensor(row.shape(config), parts[0].dtype, read)
+    return from_runs(parts, FUSIONS[row.dims[0]].runs(config))
 
 
 def _prefixed(family: Family, store: Store) -> Store:
@@ -250,17 +226,13 @@ def to_hf(family: Family, config: ModelConfig, store: Store) -> Store:
     """Inverse of ``to_megatron``; tied models get no output embedding."""
     result: Store = {}
     for name, row, layer in family.parameters(config):
-        whole, names, shapes = store[name], hf_names(row, layer), hf_shapes(row, config)
+        whole, names = store[name], hf_names(row, layer)
         if len(names) == 1:
             result[names[0]] = _reformed(row, config, whole)
             continue
-        split = FUSIONS[row.dims[0]].split
-        reads = shared_parts(
-            lambda whole=whole, split=split: split(config, whole.read()),  # type: ignore[misc]
-            len(names),
-        )
-        for part, shape, read in zip(names, shapes, reads, strict=True):
-            result[part] = LazyTensor(shape, whole.dtype, read)
+        fusion = FUSIONS[row.dims[0]]
+        for number, part in enumerate(names):
+            result[part] = from_runs([whole], fusion.places(config, number))
     return result
 
 
@@ -307,7 +279,7 @@ def write_hf(
 
     def write(file: str) -> None:
         names = set(split.filename_to_tensors[file])
-        # In the order of the store: parts of one fused tensor are neighbours there.
+        # In the order of the store: parts of one fused tensor lie side by side there.
         write_safetensors(folder / file, {name: store[name] for name in store if name in names})
 
     with ThreadPoolExecutor(workers) as pool:

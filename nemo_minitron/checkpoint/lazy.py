@@ -5,12 +5,19 @@ store -> store followed by one writer, so memory is bounded by the tensors in fl
 """
 
 import math
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
+
+BLOCK_BYTES = 16 << 20
+"""Larger tensors are moved in blocks of rows where their source can give rows.
+
+Few enough bytes for malloc to give the same pages again and again. Pages that come fresh from the
+kernel are zeroed first, which takes longer than filling them from a fast disk.
+"""
 
 
 @dataclass(frozen=True)
@@ -48,11 +55,48 @@ def from_tensor(tensor: Tensor) -> LazyTensor:
     )
 
 
-def row_blocks(tensor: LazyTensor, block_bytes: int) -> list[tuple[int, int]]:
-    """``[start, stop)`` of runs of rows of at most ``block_bytes`` (one row at least)."""
-    rows = tensor.shape[0]
-    step = max(1, block_bytes * rows // max(tensor.nbytes, 1))
-    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+def row_blocks(tensor: LazyTensor) -> Iterator[tuple[int, int, Callable[[], Tensor]]]:
+    """``(start, stop, read)``: runs of rows of at most ``BLOCK_BYTES`` (one row at least).
+
+    The whole tensor is one where it is small, or where its rows cannot be read alone.
+    """
+    rows = tensor.shape[0] if tensor.shape else 1
+    if tensor.read_rows is None or tensor.nbytes <= BLOCK_BYTES:
+        yield 0, rows, tensor.read
+        return
+    step = max(1, BLOCK_BYTES * rows // tensor.nbytes)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        yield start, stop, partial(tensor.read_rows, start, stop)
+
+
+Run = tuple[int, int, int]
+"""``(part, start, stop)``: rows ``[start, stop)`` of tensor number ``part``."""
+
+
+def from_runs(parts: Sequence[LazyTensor], runs: Sequence[Run]) -> LazyTensor:
+    """The tensor that is made of runs of rows of others, equal but in their number of rows."""
+    first = parts[0]
+    ends = [0]
+    for _, start, stop in runs:
+        ends.append(ends[-1] + stop - start)
+    shape = (ends[-1], *first.shape[1:])
+
+    def read() -> Tensor:
+        wholes = [part.read() for part in parts]
+        return torch.cat([wholes[part][start:stop] for part, start, stop in runs])
+
+    def read_rows(start: int, stop: int) -> Tensor:
+        found = []
+        for (part, begin, end), place in zip(runs, ends, strict=False):
+            low, high = max(start - place, 0) + begin, min(stop - place + begin, end)
+            if low < high:
+                found.append(parts[part].read_rows(low, high))  # type: ignore[misc]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    if any(part.read_rows is None for part in parts):
+        return LazyTensor(shape, first.dtype, read)
+    return LazyTensor(shape, first.dtype, partial(read_rows, 0, ends[-1]), read_rows)
 
 
 def store_nbytes(store: Store) -> int:
@@ -134,20 +178,3 @@ def refuse_nonfinite(name: str, tensor: Tensor, key: str = "source") -> None:
             f"{name} holds {bad} NaN or infinite values of {tensor.numel()}; the weights are "
             f"damaged: set {key} to an intact copy"
         )
-
-
-def shared_parts(read: Callable[[], Sequence[Tensor]], parts: int) -> list[Callable[[], Tensor]]:
-    """Readers of the parts of one split tensor that read the whole only once per round.
-
-    Each part is kept until it has been taken, then dropped; taking one twice reads anew.
-    """
-    lock = threading.Lock()
-    kept: dict[int, Tensor] = {}
-
-    def take(index: int) -> Tensor:
-        with lock:
-            if index not in kept:
-                kept.update(enumerate(read()))
-            return kept.pop(index)
-
-    return [lambda index=index: take(index) for index in range(parts)]  # type: ignore[misc]

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import torch
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Part:
@@ -120,3 +123,19 @@ class FileView(io.RawIOBase):
         count = self._file.readinto(view)
         self._at += count
         return count
+
+
+def read_into(path: Path, offset: int, target: Tensor) -> None:
+    """Fill a flat tensor with the bytes of a file from ``offset`` on.
+
+    Raises:
+        ValueError: the file ends before that.
+    """
+    buffer = memoryview(target.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        while buffer:
+            count = file.readinto(buffer)
+            if not count:
+                raise ValueError(f"{path} is truncated")
+            buffer = buffer[count:]

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 
 from nemo_minitron.checkpoint.lazy import LazyTensor
-from nemo_minitron.checkpoint.parts import FileView, Part
-from nemo_minitron.checkpoint.torch_dist_rows import READ_ERRORS, member_start, read_into
+from nemo_minitron.checkpoint.parts import FileView, Part, read_into
+from nemo_minitron.checkpoint.torch_dist_rows import READ_ERRORS, member_start
 
 PICKLE_ERRORS = (
     *READ_ERRORS,

@@ -1,10 +1,12 @@
-"""A safetensors file written tensor by tensor.
+"""A safetensors file read and written tensor by tensor.
 
-The safetensors package wants all tensors of a file in memory at once. The format is a length (u64,
-little endian), a JSON header of that many bytes and the tensors, so it can as well be streamed.
+The safetensors package wants all tensors of a file in memory at once to write it, and reads through
+a memory map, page by page. The format is a length (u64, little endian), a JSON header of that many
+bytes and the tensors, so it can as well be streamed.
 """
 
 import json
+import math
 import struct
 from pathlib import Path
 from typing import BinaryIO
@@ -13,7 +15,9 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.checkpoint.lazy import LazyTensor, Store, row_blocks
+from nemo_minitron.checkpoint.parts import read_into
 
+_LENGTH = struct.Struct("<Q")
 DTYPES = {
     torch.float64: "F64",
     torch.int64: "I64",
@@ -24,8 +28,6 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-# Larger tensors are written in blocks of rows where their source can give rows.
-_BLOCK_BYTES = 128 << 20
 # Readers map the file; tensors of wider dtypes start on a multiple of this.
 _ALIGNMENT = 8
 
@@ -43,7 +45,34 @@ def _header(store: Store) -> bytes:
         }
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    return struct.pack("<Q", len(text)) + text
+    return _LENGTH.pack(len(text)) + text
+
+
+def value_places(path: Path) -> dict[str, int]:
+    """Where in an intact file the values of each tensor start."""
+    with path.open("rb") as file:
+        (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    start = _LENGTH.size + length
+    return {name: start + entry["data_offsets"][0] for name, entry in header.items()}
+
+
+def stored_tensor(path: Path, place: int, shape: tuple[int, ...], dtype: torch.dtype) -> LazyTensor:
+    """A tensor whose values lie in a file from byte ``place`` on."""
+    row = math.prod(shape[1:])
+
+    def read_rows(start: int, stop: int) -> Tensor:
+        values = torch.empty(stop - start, *shape[1:], dtype=dtype)
+        read_into(path, place + start * row * dtype.itemsize, values.view(-1))
+        return values
+
+    def read() -> Tensor:
+        values = torch.empty(shape, dtype=dtype)
+        read_into(path, place, values.view(-1))
+        return values
+
+    return LazyTensor(shape, dtype, read, read_rows if shape else None, origin=str(path))
 
 
 def _write(file: BinaryIO, values: Tensor) -> None:
@@ -52,10 +81,8 @@ def _write(file: BinaryIO, values: Tensor) -> None:
 
 
 def _write_tensor(file: BinaryIO, tensor: LazyTensor) -> None:
-    if tensor.read_rows is None or tensor.nbytes <= _BLOCK_BYTES:
-        return _write(file, tensor.read())
-    for start, stop in row_blocks(tensor, _BLOCK_BYTES):
-        _write(file, tensor.read_rows(start, stop))
+    for _, _, read in row_blocks(tensor):
+        _write(file, read())
 
 
 def write_safetensors(path: Path, store: Store) -> None:

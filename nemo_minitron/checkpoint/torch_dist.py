@@ -65,8 +65,6 @@ FORMAT = {
 CONTENT_METADATA = {"singleton_local_shards": False, "non_homogeneous_layers": False}
 COMMON_PT = "common.pt"
 _MAX_FILE_BYTES = 2 << 30
-# Larger tensors are written in blocks of rows where their source can give rows.
-_BLOCK_BYTES = 128 << 20
 
 
 def disk_key(row: Row) -> str:
@@ -136,17 +134,14 @@ def _pieces(
 ) -> list[_Piece]:
     """One piece, or several where the tensor is large and its rows can be read alone."""
     axes = stack_axes(row, layer, config)
-    if lazy.read_rows is None or lazy.nbytes <= _BLOCK_BYTES:
-        item = _write_item(key, lazy.shape, axes, slice(0, lazy.shape[0]), lazy.dtype)
-        return [_Piece(item, lazy.read, lazy.nbytes, lazy.dtype)]
     return [
         _Piece(
             _write_item(key, lazy.shape, axes, slice(start, stop), lazy.dtype),
-            partial(lazy.read_rows, start, stop),
+            read,
             lazy.nbytes // lazy.shape[0] * (stop - start),
             lazy.dtype,
         )
-        for start, stop in row_blocks(lazy, _BLOCK_BYTES)
+        for start, stop, read in row_blocks(lazy)
     ]
 
 

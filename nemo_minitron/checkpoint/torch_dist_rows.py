@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorSt
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from nemo_minitron.checkpoint.parts import FileView
+from nemo_minitron.checkpoint.parts import FileView, read_into
 
 READ_ERRORS = (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError)
 """What torch raises on damaged files."""
@@ -158,22 +158,6 @@ class RowReader:
     def _chunk_sizes(self, item: ReadItem) -> torch.Size:
         offset = item.storage_index.offset
         return next(chunk.sizes for chunk in self.saved.chunks if chunk.offsets == offset)
-
-
-def read_into(path: Path, offset: int, target: Tensor) -> None:
-    """Fill a flat tensor with the bytes of a file from ``offset`` on.
-
-    Raises:
-        ValueError: the file ends before that.
-    """
-    buffer = memoryview(target.view(torch.uint8).numpy())  # type: ignore[arg-type]
-    with path.open("rb", buffering=0) as file:
-        file.seek(offset)
-        while buffer:
-            count = file.readinto(buffer)
-            if not count:
-                raise ValueError(f"{path} is truncated")
-            buffer = buffer[count:]
 
 
 def _values_start(

@@ -8,11 +8,11 @@ Letters: g query groups, n heads, d head dim, f ffn, `...` the other dims.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
+from nemo_minitron.checkpoint.lazy import Run
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.table import DIM_SIZES, Row
 
@@ -23,13 +23,31 @@ class Fusion:
 
     Attributes:
         sizes: rows of each part, in the order of ``Row.hf``.
-        fuse: parts -> Megatron tensor.
-        split: Megatron tensor -> parts.
+        runs: rows of the parts in the order of the Megatron tensor.
     """
 
     sizes: Callable[[ModelConfig], tuple[int, ...]]
-    fuse: Callable[[ModelConfig, Sequence[Tensor]], Tensor]
-    split: Callable[[ModelConfig, Tensor], list[Tensor]]
+    runs: Callable[[ModelConfig], list[Run]]
+
+    def fuse(self, config: ModelConfig, parts: Sequence[Tensor]) -> Tensor:
+        """Parts -> Megatron tensor."""
+        return torch.cat([parts[part][start:stop] for part, start, stop in self.runs(config)])
+
+    def places(self, config: ModelConfig, part: int) -> list[Run]:
+        """Rows of the Megatron tensor in the order of one part."""
+        found, place = [], 0
+        for number, start, stop in self.runs(config):
+            if number == part:
+                found.append((0, place, place + stop - start))
+            place += stop - start
+        return found
+
+    def split(self, config: ModelConfig, tensor: Tensor) -> list[Tensor]:
+        """Inverse of ``fuse``."""
+        return [
+            torch.cat([tensor[start:stop] for _, start, stop in self.places(config, part)])
+            for part in range(len(self.sizes(config)))
+        ]
 
 
 def _qkv_sizes(config: ModelConfig) -> tuple[int, ...]:
@@ -38,48 +56,31 @@ def _qkv_sizes(config: ModelConfig) -> tuple[int, ...]:
     return config.num_attention_heads * d, kv, kv
 
 
-def _fuse_qkv(config: ModelConfig, parts: Sequence[Tensor]) -> Tensor:
-    """[n*d, ...], [g*d, ...], [g*d, ...] -> [g * (n/g + 2) * d, ...].
-
-    Megatron interleaves per query group: [q_1 .. q_{n/g}, k, v].
-    """
-    rest = parts[0].shape[1:]
-    grouped = [part.view(config.num_query_groups, -1, *rest) for part in parts]
-    return torch.cat(grouped, dim=1).flatten(0, 1)
-
-
-def _split_qkv(config: ModelConfig, tensor: Tensor) -> list[Tensor]:
-    """Inverse of ``_fuse_qkv``."""
-    d = config.kv_channels
-    grouped = tensor.view(config.num_query_groups, -1, *tensor.shape[1:])
-    parts = grouped.split([config.heads_per_group * d, d, d], dim=1)
-    # A clone, so that a part does not keep the whole alive.
-    return [part.clone(memory_format=torch.contiguous_format).flatten(0, 1) for part in parts]
+def _qkv_runs(config: ModelConfig) -> list[Run]:
+    """Megatron interleaves per query group: [q_1 .. q_{n/g}, k, v]."""
+    steps = [config.heads_per_group * config.kv_channels, config.kv_channels, config.kv_channels]
+    return [
+        (part, group * step, (group + 1) * step)
+        for group in range(config.num_query_groups)
+        for part, step in enumerate(steps)
+    ]
 
 
-def _halves(size: Callable[[ModelConfig], int], config: ModelConfig) -> tuple[int, ...]:
-    return size(config), size(config)
+def _gate_up(axis: str) -> Fusion:
+    """The gate, then the up projection, of the ffn that ``axis`` sizes."""
+    size = DIM_SIZES[axis]
+    return Fusion(
+        sizes=lambda config: (size(config), size(config)),
+        runs=lambda config: [(0, 0, size(config)), (1, 0, size(config))],
+    )
 
 
-def _fuse_gate_up(_: ModelConfig, parts: Sequence[Tensor]) -> Tensor:
-    """[f, ...], [f, ...] -> [2 * f, ...]."""
-    return torch.cat(list(parts))
-
-
-def _split_gate_up(_: ModelConfig, tensor: Tensor) -> list[Tensor]:
-    """Inverse of ``_fuse_gate_up``."""
-    return [part.clone() for part in tensor.chunk(2)]
-
-
+_QKV = Fusion(_qkv_sizes, _qkv_runs)
 FUSIONS: dict[str, Fusion] = {
-    "qkv": Fusion(_qkv_sizes, _fuse_qkv, _split_qkv),
-    "gate_up": Fusion(partial(_halves, DIM_SIZES["ffn"]), _fuse_gate_up, _split_gate_up),
-    "expert_gate_up": Fusion(
-        partial(_halves, DIM_SIZES["expert_ffn"]), _fuse_gate_up, _split_gate_up
-    ),
-    "shared_expert_gate_up": Fusion(
-        partial(_halves, DIM_SIZES["shared_expert_ffn"]), _fuse_gate_up, _split_gate_up
-    ),
+    "qkv": _QKV,
+    "gate_up": _gate_up("ffn"),
+    "expert_gate_up": _gate_up("expert_ffn"),
+    "shared_expert_gate_up": _gate_up("shared_expert_ffn"),
 }
 
 
@@ -100,12 +101,12 @@ class HfForm:
 
 def _interleave_qkv(config: ModelConfig, packed: Tensor) -> Tensor:
     """All queries, all keys, all values [(n + 2g) * d, ...] -> per query group."""
-    return _fuse_qkv(config, packed.split(_qkv_sizes(config)))
+    return _QKV.fuse(config, packed.split(_qkv_sizes(config)))
 
 
 def _pack_qkv(config: ModelConfig, tensor: Tensor) -> Tensor:
     """Inverse of ``_interleave_qkv``."""
-    return torch.cat(_split_qkv(config, tensor))
+    return torch.cat(_QKV.split(config, tensor))
 
 
 def _transpose(_: ModelConfig, tensor: Tensor) -> Tensor:

@@ -26,8 +26,8 @@ from nemo_minitron.config.stages import ScoreConfig
 from nemo_minitron.importance.aggregate import (
     PARTIALS,
     all_reduce_flat,
-    sequence_statistic,
     partial_sums,
+    sequence_statistic,
 )
 from nemo_minitron.runtime.groups import Group, ParallelGroups
 

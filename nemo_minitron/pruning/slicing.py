@@ -18,9 +18,6 @@ from nemo_minitron.families.table import DIM_SIZES, Family, Row
 from nemo_minitron.pruning.merge import Terms, merge_qkv
 from nemo_minitron.pruning.plan import Plan, pruned_config
 
-# Rows of a tensor that are pruned at a time.
-_BLOCK_BYTES = 64 << 20
-
 
 def _blocks(starts: Tensor, length: int) -> Tensor:
     """``[n]`` block numbers -> ``[n * length]`` element indices, blocks of ``length`` elements."""
@@ -200,15 +197,11 @@ def _read_pruned_rows(tensor: LazyTensor, source: Source, start: int, stop: int)
     return slice_tensor(block, (rows, *source.indices[1:]))  # type: ignore[arg-type]
 
 
-def _read_in_blocks(shape: tuple[int, ...], rows: LazyTensor) -> Tensor:
+def _read_in_blocks(rows: LazyTensor) -> Tensor:
     """A whole pruned tensor that never has more than a block of the old one in memory."""
-    assert rows.read_rows is not None
-    blocks = row_blocks(rows, _BLOCK_BYTES)
-    if len(blocks) == 1:
-        return rows.read_rows(*blocks[0])
-    out = torch.empty(shape, dtype=rows.dtype)
-    for start, stop in blocks:
-        out[start:stop] = rows.read_rows(start, stop)
+    out = torch.empty(rows.shape, dtype=rows.dtype)
+    for start, stop, read in row_blocks(rows):
+        out[start:stop] = read()
     return out
 
 
@@ -217,13 +210,12 @@ def _pruned(tensor: LazyTensor, config: ModelConfig, source: Source) -> LazyTens
         size if kept is None else len(kept)
         for size, kept in zip(tensor.shape, source.indices, strict=True)
     )
-    read = partial(_read_pruned, tensor, config, source)
-    whole = LazyTensor(shape, tensor.dtype, read)
     # Merging adds heads up, whose rows lie apart.
     if tensor.read_rows is None or source.merge:
-        return whole
-    rows = replace(whole, read_rows=partial(_read_pruned_rows, tensor, source))
-    return replace(rows, read=partial(_read_in_blocks, shape, rows))
+        return LazyTensor(shape, tensor.dtype, partial(_read_pruned, tensor, config, source))
+    read_rows = partial(_read_pruned_rows, tensor, source)
+    rows = LazyTensor(shape, tensor.dtype, partial(read_rows, 0, shape[0]), read_rows)
+    return replace(rows, read=partial(_read_in_blocks, rows))
 
 
 def prune_store(family: Family, config: ModelConfig, plan: Plan, store: Store) -> Store:

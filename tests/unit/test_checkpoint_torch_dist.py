@@ -119,7 +119,7 @@ def test_files_are_cut_at_a_size(tmp_path, monkeypatch):
 
 
 def test_large_tensors_are_written_in_blocks_of_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch_dist, "_BLOCK_BYTES", 5_000)
+    monkeypatch.setattr("nemo_minitron.checkpoint.lazy.BLOCK_BYTES", 5_000)
     weights = random_weights(LLAMA)
     folder = write(tmp_path / "checkpoint", weights)
     metadata = pickle.loads((folder / ".metadata").read_bytes()).state_dict_metadata

@@ -9,7 +9,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from nemo_minitron.checkpoint import safetensors_file
 from nemo_minitron.checkpoint.lazy import from_tensor
 from nemo_minitron.checkpoint.safetensors_file import write_safetensors
 
@@ -27,7 +26,7 @@ TENSORS = {
 
 @pytest.mark.parametrize("block_bytes", [1 << 20, 16])
 def test_read_by_the_package(tmp_path, monkeypatch, block_bytes):
-    monkeypatch.setattr(safetensors_file, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr("nemo_minitron.checkpoint.lazy.BLOCK_BYTES", block_bytes)
     path = tmp_path / "model.safetensors"
     write_safetensors(path, {name: from_tensor(tensor) for name, tensor in TENSORS.items()})
     found = load_file(path)
@@ -42,7 +41,7 @@ def test_read_by_the_package(tmp_path, monkeypatch, block_bytes):
 
 
 def test_rows_are_read_only_where_it_pays(tmp_path, monkeypatch):
-    monkeypatch.setattr(safetensors_file, "_BLOCK_BYTES", 100)
+    monkeypatch.setattr("nemo_minitron.checkpoint.lazy.BLOCK_BYTES", 100)
     small = replace(from_tensor(torch.ones(5, 5)), read_rows=None)
     asked: list[tuple[int, int]] = []
     big = torch.arange(60.0).view(10, 6)

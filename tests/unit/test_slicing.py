@@ -10,7 +10,6 @@ from nemo_minitron.checkpoint.hf import to_hf, to_megatron
 from nemo_minitron.checkpoint.lazy import from_tensor
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.llama import LLAMA as FAMILY
-from nemo_minitron.pruning import slicing
 from nemo_minitron.pruning.plan import Plan, full_plan, pruned_config
 from nemo_minitron.pruning.slicing import dim_indices, prune_store
 from tests.tiny import LLAMA, random_weights
@@ -170,7 +169,7 @@ def test_block_by_block_is_the_same(monkeypatch):
     store = {name: from_tensor(t) for name, t in random_weights(LLAMA).items()}
     plan = random_plan(LLAMA, [0, 2, 3], 2, 1)
     whole = {n: t.read() for n, t in prune_store(FAMILY, LLAMA, plan, store).items()}
-    monkeypatch.setattr(slicing, "_BLOCK_BYTES", 700)
+    monkeypatch.setattr("nemo_minitron.checkpoint.lazy.BLOCK_BYTES", 700)
     for name, lazy in prune_store(FAMILY, LLAMA, plan, store).items():
         assert torch.equal(lazy.read(), whole[name]), name
         assert torch.equal(lazy.read_rows(1, len(whole[name]) - 3), whole[name][1:-3]), name
