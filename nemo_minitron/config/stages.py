@@ -40,6 +40,21 @@ class ImportConfig(StageConfig):
             raise ValueError(f"vocab_size={self.vocab_size} must be at least 1")
 
 
+# Axes whose loss can be made up for by what is left.
+COMPENSATED_AXES = ("ffn", "head", "hidden")
+
+
+def check_compensated(key: str, axes: list[str]) -> None:
+    """Refuse axes that ``pruning.compensate`` does not know.
+
+    Args:
+        key: config key that names them.
+        axes: its value.
+    """
+    if not set(axes) <= set(COMPENSATED_AXES) or len(set(axes)) < len(axes):
+        raise ValueError(f"{key}={axes} must name each of {list(COMPENSATED_AXES)} at most once")
+
+
 LAYER_CRITERIA = ("block_influence", "lm_loss", "block_angular", "block_lm_loss")
 # Those that score blocks of contiguous layers, and so need to know how long the blocks are.
 BLOCK_CRITERIA = ("block_angular", "block_lm_loss")
@@ -77,6 +92,10 @@ class ScoreConfig(CalibrationConfig):
     ``lm_loss`` (LM loss without the layer), ``block_angular`` (angle between input and output of
     a block of contiguous layers) and ``block_lm_loss`` (LM loss without the block).
     ``pruning.layer_criterion`` picks one of those that were scored."""
+    moments: list[str] = field(default_factory=list)
+    """Axes whose second moments ``pruning.compensate`` will want, any of ``ffn``, ``head`` and
+    ``hidden``. A matrix per layer (``hidden``: per norm) of the squared size in fp32: 26 GB for the
+    ffn of Llama-3.1-8B, in memory over all ranks of a replica, and on disk."""
     block_sizes: list[int] = field(default_factory=list)
     """Lengths of the blocks that ``block_angular`` and ``block_lm_loss`` score: how many layers
     are to go (num_layers - pruning.target.num_layers)."""
@@ -99,6 +118,7 @@ class ScoreConfig(CalibrationConfig):
                 f"scores.layer_criteria={self.layer_criteria} score layers, but scores.axes="
                 f"{self.axes} leaves them out; add layer to scores.axes"
             )
+        check_compensated("scores.moments", self.moments)
         self._check_blocks()
 
     def _check_blocks(self) -> None:
@@ -175,6 +195,11 @@ class PruningConfig:
     block: ``block_angular``, ``block_lm_loss`` (2408.11796, section 4)."""
     merge_heads: bool = False
     """Add to kept query heads what pruned ones of their group had (2407.14679, section 2.3)."""
+    compensate: list[str] = field(default_factory=list)
+    """Axes whose cut channels the kept ones stand in for as well as least squares can make them,
+    any of ``ffn``, ``head`` and ``hidden``; ``importance`` needs their ``scores.moments``."""
+    ridge: float = 1e-3
+    """Of the least squares: multiple of the mean squared channel that is added to the diagonal."""
     iterations: int = 1
     """Rounds of scoring and pruning on the way to the target (2407.14679, section 2.2); the rounds
     that ``importance`` does not serve calibrate on ``data.path``."""
@@ -185,6 +210,19 @@ class PruningConfig:
             raise ValueError(
                 f"pruning.layer_criterion={self.layer_criterion} must be one of "
                 f"{', '.join(LAYER_CRITERIA)}"
+            )
+        check_compensated("pruning.compensate", self.compensate)
+        if not self.ridge > 0:
+            raise ValueError(f"pruning.ridge={self.ridge} must be above 0; 1e-3 is usual")
+        if self.compensate and self.merge_heads and "head" in self.compensate:
+            raise ValueError(
+                "pruning.merge_heads=true changes the heads that pruning.compensate="
+                f"{self.compensate} would refit; leave one of the two out"
+            )
+        if self.compensate and self.iterations > 1:
+            raise ValueError(
+                f"pruning.compensate={self.compensate} needs the moments of the model that is cut, "
+                f"and pruning.iterations={self.iterations} cuts several; use 1"
             )
         if self.iterations < 1:
             raise ValueError(f"pruning.iterations={self.iterations} must be at least 1")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from nemo_minitron.config.training import DataConfig
 from nemo_minitron.importance.aggregate import TokenSums, all_reduce_flat, reduce_sums
 from nemo_minitron.importance.calibration import Calibration, calibrating, calibration_runs
 from nemo_minitron.importance.hooks import NORMS_PER_LAYER, ChunkRecorder, record
+from nemo_minitron.importance.moments import save_moments
 from nemo_minitron.importance.removal import Removal, removed_blocks
 from nemo_minitron.importance.resume import SavedState
 from nemo_minitron.importance.scores import (
@@ -46,8 +48,10 @@ def forward_passes(config: ModelConfig, scores: ScoreConfig, samples: int) -> tu
 
 def _records(scores: ScoreConfig) -> bool:
     """Whether anything is scored from activations."""
-    return set(scores.axes) != {"layer"} or any(
-        scores.layers_by(criterion) for criterion in ("block_influence", "block_angular")
+    return (
+        bool(scores.moments)
+        or set(scores.axes) != {"layer"}
+        or any(scores.layers_by(criterion) for criterion in ("block_influence", "block_angular"))
     )
 
 
@@ -147,6 +151,7 @@ def estimate_scores(
     scores: ScoreConfig,
     on_samples: Callable[[int], None] = lambda count: None,
     saved: SavedState | None = None,
+    folder: Path | None = None,
 ) -> Scores:
     """Score a model on a calibration set. Collective: every rank of the layout calls it.
 
@@ -159,6 +164,7 @@ def estimate_scores(
         scores: what to score and how.
         on_samples: told how many more forward passes of a sample are done (``forward_passes``).
         saved: where the state of a calibration that may be killed is kept.
+        folder: on a file system that all ranks share; gets the second moments, if any.
 
     Returns:
         Global scores on the CPU, the same on every rank.
@@ -181,6 +187,11 @@ def estimate_scores(
         "num_tokens": samples * data.seq_length,
         "layers": config.kept_layers or list(range(config.num_layers)),
     }
+    if scores.moments:
+        assert folder is not None
+        moments = [r.moments for r in calibrator.recorders if r.moments is not None]
+        save_moments(moments, groups, result.meta["num_tokens"], folder)
+        result.meta["moments"] = scores.moments
     if calibrator.removal is not None:
         _add_losses(result, calibrator.removal, scores)
         result.meta["lm_loss_samples"] = calibrator.removal_plan.samples

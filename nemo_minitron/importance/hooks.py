@@ -37,7 +37,8 @@ from nemo_minitron.importance.aggregate import (
 )
 from nemo_minitron.importance.angles import BlockAngles
 from nemo_minitron.importance.experts import ExpertRecorder
-from nemo_minitron.models.norms import normed_input
+from nemo_minitron.importance.moments import MomentRecorder
+from nemo_minitron.models.norms import on_normed
 from nemo_minitron.runtime.groups import ParallelGroups
 
 NORMS_PER_LAYER = 2
@@ -53,6 +54,7 @@ class ChunkRecorder:
         influence: accumulator of block influence, None when layers are not scored by it.
         angles: accumulator of block angles, one for all chunks of a rank; None when not scored.
         experts: sums over the experts' tokens, None in a dense model.
+        moments: sums of outer products, None where none are asked for.
     """
 
     def __init__(
@@ -109,9 +111,15 @@ class ChunkRecorder:
         self._blocks = blocks
         self.experts: ExpertRecorder | None = None
         if config.num_moe_experts is not None:
-            self.experts = ExpertRecorder(
-                chunk, groups, scores, lambda: self.valid(self.micro_batches)
+            self.experts = ExpertRecorder(chunk, groups, scores, self._valid_now)
+        self.moments: MomentRecorder | None = None
+        if scores.moments:
+            self.moments = MomentRecorder(
+                chunk, groups, scores.moments, self._share, self._valid_now
             )
+
+    def _valid_now(self) -> int:
+        return self.valid(self.micro_batches)
 
     def register(self, keep: Callable[[RemovableHandle], object]) -> None:
         """Register all hooks, handing every handle to ``keep`` at once.
@@ -120,15 +128,20 @@ class ChunkRecorder:
             ValueError: a layer has no dense MLP or no self-attention to hook.
         """
         keep(self.chunk.register_forward_hook(self._finish))
-        if self.experts is not None:
-            self.experts.register(keep)
+        for part in (self.experts, self.moments):
+            if part is not None:
+                part.register(keep)
         for local, block in enumerate(self._blocks):
             attention, mlp = block.self_attention, block.mlp
             if "hidden" in self.channels:
-                first = NORMS_PER_LAYER * local
-                keep(self._on_norm(first, block.input_layernorm, attention.linear_qkv))
-                linear = getattr(mlp, "linear_fc1", None)
-                keep(self._on_norm(first + 1, block.pre_mlp_layernorm, linear))
+                norms = (
+                    (block.input_layernorm, attention.linear_qkv),
+                    (block.pre_mlp_layernorm, getattr(mlp, "linear_fc1", None)),
+                )
+                for side, (norm, linear) in enumerate(norms):
+                    index = NORMS_PER_LAYER * local + side
+                    observe = partial(self.channels["hidden"].observe, index)
+                    keep(on_normed(norm, linear, self._share, observe))
             for axis, owner, name in (
                 ("ffn", mlp, "linear_fc2"),
                 ("head", attention, "linear_proj"),
@@ -142,19 +155,7 @@ class ChunkRecorder:
                 hook = partial(self._on_layer, local)
                 keep(block.register_forward_hook(hook, with_kwargs=True))
 
-    def _on_norm(self, module: int, norm: nn.Module, linear: nn.Module | None) -> RemovableHandle:
-        """Hook a norm, or the Transformer Engine linear layer that it is fused into."""
-        if linear is not None and getattr(linear, "layer_norm_weight", None) is not None:
-            return linear.register_forward_pre_hook(partial(self._on_fused_norm, module))
-        return norm.register_forward_hook(partial(self._on_output, module))
-
     # Hooks: torch gives (module, args[, kwargs][, output]) after the bound arguments.
-
-    def _on_output(self, index: int, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self.channels["hidden"].observe(index, self._share(output))
-
-    def _on_fused_norm(self, index: int, linear: nn.Module, args: tuple[Any, ...]) -> None:
-        self.channels["hidden"].observe(index, normed_input(linear, self._share(args[0])))
 
     def _on_input(self, axis: str, local: int, _: nn.Module, args: tuple[Any, ...]) -> None:
         self._positions = args[0].size(0)
@@ -212,6 +213,7 @@ class ChunkRecorder:
             "channels": {axis: acc.state_dict() for axis, acc in self.channels.items()},
             "tokens": [token_state(acc) for acc in self._token_sums()],
             "experts": None if self.experts is None else self.experts.state_dict(),
+            "moments": None if self.moments is None else self.moments.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -223,6 +225,8 @@ class ChunkRecorder:
             load_token_state(sums, values)
         if self.experts is not None:
             self.experts.load_state_dict(state["experts"])
+        if self.moments is not None:
+            self.moments.load_state_dict(state["moments"])
 
     def _token_sums(self) -> list[TokenSums]:
         return [acc for acc in (self.influence, self.angles) if acc is not None]

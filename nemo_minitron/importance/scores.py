@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 SCORES_FILE = "scores.safetensors"
 META_FILE = "scores.json"
+MOMENTS = "moments"
 AXES = (
     "hidden",
     "ffn",
@@ -109,6 +110,18 @@ class Scores:
         return scores
 
 
+def moment_file(folder: Path, axis: str, index: int) -> Path:
+    """File of one matrix of second moments.
+
+    Args:
+        folder: result of ``importance``.
+        axis: ``ffn``, ``head`` or ``hidden``.
+        index: global layer; for ``hidden`` 2 x layer is its input norm, 2 x layer + 1 its pre-MLP
+            norm, 2 x ``num_layers`` the final norm.
+    """
+    return folder / MOMENTS / f"{axis}.{index}.safetensors"
+
+
 def layer_scores(criterion: str, dropped: int) -> str:
     """Name of the scores that choose which ``dropped`` layers go.
 
@@ -179,6 +192,24 @@ def check_axes(config: ModelConfig, axes: list[str]) -> None:
         raise ValueError(
             f"scores.axes={axes} holds no axis of this model, which has {what}; set scores.axes to "
             f"some of {[axis for axis in SCORE_AXES if axis not in lacking]}"
+        )
+
+
+def check_moments(config: ModelConfig, axes: list[str]) -> None:
+    """Refuse second moments that would compensate nothing.
+
+    Raises:
+        ValueError: the layers have experts in place of one ffn, or the norms are no RMSNorms.
+    """
+    if "ffn" in axes and config.num_moe_experts is not None:
+        raise ValueError(
+            f"scores.moments={axes} holds ffn, but the layers of this model have experts, whose "
+            "channels cannot be compensated; leave ffn out"
+        )
+    if "hidden" in axes and config.normalization != "RMSNorm":
+        raise ValueError(
+            f"scores.moments={axes} holds hidden, but this model has normalization="
+            f"{config.normalization}: only RMSNorms are compensated; leave hidden out"
         )
 
 

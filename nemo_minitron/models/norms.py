@@ -1,9 +1,11 @@
 """Norms that Transformer Engine fuses into the linear layer that reads them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 def normed_input(linear: Any, x: Tensor) -> Tensor:
@@ -24,3 +26,30 @@ def normed_input(linear: Any, x: Tensor) -> Tensor:
     if config.normalization == "RMSNorm":
         return F.rms_norm(x, shape, weight, eps)
     return F.layer_norm(x, shape, weight, bias, eps)
+
+
+def on_normed(
+    norm: nn.Module,
+    linear: nn.Module | None,
+    share: Callable[[Tensor], Tensor],
+    observe: Callable[[Tensor], None],
+) -> RemovableHandle:
+    """Hook the output of a norm, whether a module of its own or fused into a linear layer.
+
+    Args:
+        norm: the module (an identity where it is fused).
+        linear: what reads the norm; None where that is not one linear layer.
+        share: applied to ``[s, b, h]`` states before they are observed.
+        observe: called with the share of every output.
+    """
+    if linear is not None and getattr(linear, "layer_norm_weight", None) is not None:
+
+        def on_fused(module: nn.Module, args: tuple[Any, ...]) -> None:
+            observe(normed_input(module, share(args[0])))
+
+        return linear.register_forward_pre_hook(on_fused)
+
+    def on_output(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
+        observe(share(output))
+
+    return norm.register_forward_hook(on_output)

@@ -15,6 +15,7 @@ from torch import LongTensor, Tensor
 from nemo_minitron.checkpoint.lazy import LazyTensor, Store, row_blocks
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.table import DIM_SIZES, Family, Row
+from nemo_minitron.pruning.compensate import Compensation
 from nemo_minitron.pruning.merge import Terms, merge_qkv
 from nemo_minitron.pruning.plan import Plan, pruned_config
 
@@ -129,11 +130,20 @@ class Source:
         name: Megatron name in the model before pruning.
         indices: per tensor dim the global indices kept, None: all.
         merge: query heads to merge before that (``merge.merge_qkv``).
+        change: makes rows of the pruned tensor from rows of the old one, in place of cutting the
+            last dim (``compensate.Compensation.change``); None: it is cut.
     """
 
     name: str
     indices: tuple[LongTensor | None, ...]
     merge: Terms = field(default_factory=list)
+    change: Callable[[Tensor], Tensor] | None = None
+
+    def cut(self, tensor: Tensor, rows: LongTensor | None) -> Tensor:
+        """Rows ``rows`` (None: all) of an old tensor as the pruned one has them."""
+        if self.change is None:
+            return slice_tensor(tensor, (rows, *self.indices[1:]))
+        return self.change(slice_tensor(tensor, (rows,)))
 
 
 def _old_name(row: Row, plan: Plan, position: int) -> str:
@@ -143,8 +153,20 @@ def _old_name(row: Row, plan: Plan, position: int) -> str:
     return row.name.format(layer=plan.layers[position])
 
 
-def sources(family: Family, config: ModelConfig, plan: Plan) -> dict[str, Source]:
-    """Megatron name in the pruned model -> where its values are in the model before pruning."""
+def sources(
+    family: Family,
+    config: ModelConfig,
+    plan: Plan,
+    compensation: Compensation | None = None,
+) -> dict[str, Source]:
+    """Megatron name in the pruned model -> where its values are in the model before pruning.
+
+    Args:
+        family: the table.
+        config: the model before pruning.
+        plan: what to keep.
+        compensation: how what is left makes up for what is cut; None: not at all.
+    """
     result = {}
     for name, row, position in family.parameters(pruned_config(config, plan)):
         old = name if position is None else _old_name(row, plan, position)
@@ -152,7 +174,10 @@ def sources(family: Family, config: ModelConfig, plan: Plan) -> dict[str, Source
         merge: Terms = []
         if plan.merge and position is not None and row.dims[0] == "qkv":
             merge = plan.merge[position]
-        result[name] = Source(old, kept, merge)
+        change = None
+        if compensation is not None:
+            change = compensation.change(row, config, plan, position)
+        result[name] = Source(old, kept, merge, change)
     return result
 
 
@@ -180,7 +205,7 @@ def _read_pruned(tensor: LazyTensor, config: ModelConfig, source: Source) -> Ten
     whole = tensor.read()
     if source.merge:
         whole = merge_qkv(whole, config, source.merge)
-    return slice_tensor(whole, source.indices)
+    return source.cut(whole, source.indices[0])
 
 
 def _read_pruned_rows(tensor: LazyTensor, source: Source, start: int, stop: int) -> Tensor:
@@ -194,7 +219,7 @@ def _read_pruned_rows(tensor: LazyTensor, source: Source, start: int, stop: int)
         first = int(rows.min())
         block = tensor.read_rows(first, int(rows.max()) + 1)
         rows = None if len(rows) == block.size(0) else rows - first
-    return slice_tensor(block, (rows, *source.indices[1:]))  # type: ignore[arg-type]
+    return source.cut(block, rows)  # type: ignore[arg-type]
 
 
 def _read_in_blocks(rows: LazyTensor) -> Tensor:
@@ -218,7 +243,13 @@ def _pruned(tensor: LazyTensor, config: ModelConfig, source: Source) -> LazyTens
     return replace(rows, read=partial(_read_in_blocks, rows))
 
 
-def prune_store(family: Family, config: ModelConfig, plan: Plan, store: Store) -> Store:
+def prune_store(
+    family: Family,
+    config: ModelConfig,
+    plan: Plan,
+    store: Store,
+    compensation: Compensation | None = None,
+) -> Store:
     """The pruned model, tensor by tensor and only when read.
 
     Args:
@@ -226,6 +257,7 @@ def prune_store(family: Family, config: ModelConfig, plan: Plan, store: Store) -
         config: the model before pruning.
         plan: what to keep.
         store: all its parameters.
+        compensation: how what is left makes up for what is cut; None: not at all.
 
     Returns:
         Store of the pruned model; dtypes are kept, tensors that lose nothing are passed through.
@@ -239,7 +271,7 @@ def prune_store(family: Family, config: ModelConfig, plan: Plan, store: Store) -
     if missing:
         raise ValueError(f"the checkpoint lacks {len(missing)} parameters: {missing[:5]}")
     result: Store = {}
-    for name, source in sources(family, config, plan).items():
+    for name, source in sources(family, config, plan, compensation).items():
         tensor = store[source.name]
         if all(kept is None for kept in source.indices):
             result[name] = tensor

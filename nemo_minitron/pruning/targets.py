@@ -257,3 +257,31 @@ def check_importance(
                 f"{key} needs '{name}' scores, but importance holds only {meta['axes']}; run "
                 f"minitron importance with {how_to_score(name)}, or leave the target out"
             )
+
+
+def check_compensation(
+    config: ModelConfig, pruning: PruningConfig, meta: dict[str, Any] | None
+) -> None:
+    """Whether there are moments for what is to be compensated.
+
+    Args:
+        config: the model to prune.
+        pruning: the targets.
+        meta: ``scores.json``, or None when ``importance`` is not set.
+
+    Raises:
+        ValueError: an axis is not cut, or has no moments.
+    """
+    cut = needed_scores(config, pruning)
+    for axis in pruning.compensate:
+        if axis not in cut:
+            raise ValueError(
+                f"pruning.compensate={pruning.compensate} holds {axis}, of which nothing is cut; "
+                "leave it out, or set its pruning.target"
+            )
+        if axis not in (meta or {}).get("moments", []):
+            raise ValueError(
+                f"pruning.compensate={pruning.compensate} needs second moments of {axis}; set "
+                "importance to the output_dir of minitron importance with "
+                f"scores.moments={pruning.compensate}"
+            )

@@ -89,7 +89,7 @@ def calibrate(
     passes = sum(forward_passes(config, scores, len(dataset)))
     start = time.perf_counter()
     with progress("scoring samples", passes) as advance:
-        args = (chunks, config, groups, dataset, data, scores, advance, saved)
+        args = (chunks, config, groups, dataset, data, scores, advance, saved, work)
         found = estimate_scores(*args)
     seconds = time.perf_counter() - start
     saved.remove()

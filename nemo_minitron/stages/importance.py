@@ -9,7 +9,7 @@ from nemo_minitron.config.layout import check_layout
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import ImportanceConfig
 from nemo_minitron.data.checks import check_batches, check_data
-from nemo_minitron.importance.scores import check_axes, check_block_sizes
+from nemo_minitron.importance.scores import check_axes, check_block_sizes, check_moments
 from nemo_minitron.runtime.ranks import launched_world_size
 from nemo_minitron.stages.inputs import open_checkpoint
 
@@ -32,6 +32,7 @@ def check(cfg: ImportanceConfig) -> None:
     config = ModelConfig.load(folder)
     check_axes(config, cfg.scores.axes)
     check_block_sizes(config, cfg.scores)
+    check_moments(config, cfg.scores.moments)
     check_layout(config, cfg.parallel)
     check_batches(cfg.data, cfg.parallel, cfg.parallel.world_size(launched_world_size()))
     check_data(

@@ -21,7 +21,7 @@ from nemo_minitron.data.checks import check_batches, check_data
 from nemo_minitron.importance.scores import META_FILE, read_meta
 from nemo_minitron.pruning.plan import Plan, make_plan, pruned_config
 from nemo_minitron.pruning.rounds import ROUNDS, pruning_rounds
-from nemo_minitron.pruning.targets import check_importance, needed_scores
+from nemo_minitron.pruning.targets import check_compensation, check_importance, needed_scores
 from nemo_minitron.runtime.ranks import launched_world_size, rank
 from nemo_minitron.stages.recipe import prune_entry
 
@@ -45,8 +45,10 @@ def check(cfg: PruneConfig) -> None:
     folder = Path(cfg.checkpoint) / "checkpoint"
     config = ModelConfig.load(folder)
     rounds = pruning_rounds(config, cfg.pruning, cfg.parallel)
-    if cfg.importance is not None:
-        check_importance(config, rounds[0], read_meta(Path(cfg.importance)))
+    meta = None if cfg.importance is None else read_meta(Path(cfg.importance))
+    if meta is not None:
+        check_importance(config, rounds[0], meta)
+    check_compensation(config, cfg.pruning, meta)
     if _calibrates(cfg, config, rounds):
         check_layout(config, cfg.parallel)
         check_batches(cfg.data, cfg.parallel, cfg.parallel.world_size(launched_world_size()))
@@ -163,12 +165,17 @@ def _write(
     costs: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Files of the result; returns the metrics."""
+    from nemo_minitron.pruning.compensate import Compensation
     from nemo_minitron.pruning.stream import prune_checkpoint
 
     plan.save(work)
     source, target = Path(cfg.checkpoint) / "checkpoint", work / "checkpoint"
     shutil.rmtree(target, ignore_errors=True)  # a part of it, of a run that was killed
-    prune_checkpoint(source, config, plan, target, cfg.workers)
+    compensation = None
+    if cfg.pruning.compensate:
+        assert cfg.importance is not None
+        compensation = Compensation.of_result(Path(cfg.importance), cfg.pruning, cfg.workers)
+    prune_checkpoint(source, config, plan, target, cfg.workers, compensation)
     small = pruned_config(config, plan)
     metrics = _metrics(config, small, plan)
     entry = prune_entry(cfg, small, metrics["dropped_layers"], work / ROUNDS)

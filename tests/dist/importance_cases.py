@@ -18,8 +18,9 @@ def score(
     scores: ScoreConfig,
     micro_batch_size: int,
     global_batch_size: int,
+    moments: str | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Scores of the checkpoint in ``folder`` on ``[samples, s]`` ids."""
+    """Scores of the checkpoint in ``folder`` on ``[samples, s]`` ids; moments into a folder."""
     from nemo_minitron.data.datasets import NpyDataset
     from nemo_minitron.importance.estimate import estimate_scores
     from nemo_minitron.models.build import build_gpt
@@ -38,7 +39,8 @@ def score(
         global_batch_size=global_batch_size,
     )
     dataset = NpyDataset(ids.numpy(), len(ids))
-    result = estimate_scores(chunks, config, groups, dataset, data, scores)
+    target = None if moments is None else Path(moments)
+    result = estimate_scores(chunks, config, groups, dataset, data, scores, folder=target)
     hooks = sum(
         len(m._forward_hooks) + len(m._forward_pre_hooks) for c in chunks for m in c.modules()
     )
