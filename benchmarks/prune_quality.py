@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.prune_quality`` from the repository root. Both sides score the same
 calibration samples and prune to the same sizes, each with its defaults; one evaluator (ours) then
-measures both. Everything is fp32 on the CPU. Exit status 1 when our loss is the higher one.
+measures both, and our pruning with ``pruning.compensate`` besides. Everything is fp32 on the CPU.
+Exit status 1 when our loss is the higher one, or compensation leaves more than its limit.
 """
 
 import os
@@ -38,6 +39,7 @@ from nemo_minitron.importance.estimate import estimate_scores
 from nemo_minitron.importance.scores import Scores
 from nemo_minitron.models.build import HiddenGPTModel, build_gpt
 from nemo_minitron.models.stage_data import stage_dataset
+from nemo_minitron.pruning.compensate import Compensation
 from nemo_minitron.pruning.plan import Plan, make_plan, pruned_config
 from nemo_minitron.pruning.slicing import prune_store
 from nemo_minitron.reporting.console import show_table
@@ -57,7 +59,19 @@ TARGETS: dict[str, dict[str, int]] = {
 }
 # Ours and ModelOpt's equal models differ in the order of their channels, hence in rounding.
 ROUNDING = 1e-4
-HEADER = ("target", "parameters", "ours", "ModelOpt", "ours - ModelOpt", "indices not shared")
+COMPENSATED = {"ffn_hidden_size": "ffn", "hidden_size": "hidden"}
+# Share of ModelOpt's increase in loss that compensation may leave.
+LIMITS = {"ffn 1024": 0.7, "hidden 448": 0.6, "ffn 1024, hidden 448": 0.6}
+HEADER = (
+    "target",
+    "parameters",
+    "ours",
+    "ModelOpt",
+    "ours - ModelOpt",
+    "indices not shared",
+    "compensated",
+    "its increase / ModelOpt's",
+)
 
 
 @dataclass
@@ -73,13 +87,23 @@ class Result:
     """Indices that we keep and ModelOpt does not, over all layers."""
     kept: int
     """Indices kept on the pruned axes, over all layers."""
+    compensated: float | None
+    """Our loss with everything compensated that can be."""
 
-    def cells(self) -> list[str]:
+    def left(self, original: float) -> float | None:
+        """Share of ModelOpt's increase in loss that compensation leaves."""
+        if self.compensated is None:
+            return None
+        return (self.compensated - original) / (self.peer - original)
+
+    def cells(self, original: float) -> list[str]:
         """As text."""
+        left = self.left(original)
+        refit = ("", "") if left is None else (f"{self.compensated:.4f}", f"{left:.3f}")
         difference = f"{self.ours - self.peer:+.5f}"
         shared = f"{self.not_shared:,} of {self.kept:,}"
         losses = (f"{self.ours:.4f}", f"{self.peer:.4f}")
-        return [self.target, f"{self.parameters:,}", *losses, difference, shared]
+        return [self.target, f"{self.parameters:,}", *losses, difference, shared, *refit]
 
 
 @dataclass
@@ -143,11 +167,12 @@ def prepared(args: argparse.Namespace, work: Path) -> Iterator[Bench]:
         yield Bench(config, checkpoint, calibration, evaluation, data)
 
 
-def our_scores(bench: Bench) -> Scores:
-    """Importance with the defaults."""
+def our_scores(bench: Bench, work: Path) -> Scores:
+    """Importance with the defaults, and the moments of what is compensated."""
     chunks = bench.build(bench.config, read(bench.store()))
-    arguments = (bench.config, bench.groups, bench.calibration, bench.data, ScoreConfig())
-    return estimate_scores(chunks, *arguments)
+    scores = ScoreConfig(moments=list(COMPENSATED.values()))
+    arguments = (bench.config, bench.groups, bench.calibration, bench.data, scores)
+    return estimate_scores(chunks, *arguments, folder=work)
 
 
 def run_peer(bench: Bench, work: Path, timeout: float) -> Peer:
@@ -167,19 +192,28 @@ def run_peer(bench: Bench, work: Path, timeout: float) -> Peer:
     return Peer(work, 1, len(bench.calibration))
 
 
-def compare(bench: Bench, scores: Scores, peer: Peer, target: str) -> Result:
+def compare(bench: Bench, scores: Scores, peer: Peer, target: str, work: Path) -> Result:
     """Prune to one target and evaluate both."""
+    axes = [axis for size, axis in COMPENSATED.items() if size in TARGETS[target]]
     config, family = bench.config, family_of(bench.config)
     plan = make_plan(config, PruningConfig(target=TargetConfig(**TARGETS[target])), scores)
     small = pruned_config(config, plan)
+    pruning = PruningConfig(compensate=axes)
+    refit = Compensation.of_result(work, pruning, workers=1)
+
+    def ours(compensation: Compensation | None) -> float:
+        store = prune_store(family, config, plan, bench.store(), compensation)
+        return bench.loss(small, read(store))
+
     not_shared, kept = differences(plan, peer.orders("model", target), config)
     return Result(
         target=target,
         parameters=parameter_count(family, small)["total"],
-        ours=bench.loss(small, read(prune_store(family, config, plan, bench.store()))),
+        ours=ours(None),
         peer=bench.loss(small, peer.weights("model", target)),
         not_shared=not_shared,
         kept=kept,
+        compensated=ours(refit) if axes else None,
     )
 
 
@@ -207,7 +241,8 @@ def describe(args: argparse.Namespace, seconds: float) -> str:
         f"the train split of `{Path(args.text).name}`, micro-batch 1; evaluation: "
         f"{args.eval_samples} x {args.seq_length} tokens of its test split. "
         f"{MODELOPT.replace('==', ' ')} scored the same token ids in the same run; one evaluator "
-        f"measured both. fp32, "
+        "measured both. Compensated: the same plan with `pruning.compensate` of the cut axes, "
+        f"`pruning.ridge={PruningConfig().ridge:g}`, moments of the same tokens. fp32, "
         f"{torch.get_num_threads()} CPU threads ({platform.machine()}), torch "
         f"{torch.__version__.split('+')[0]}, {seconds / 60:.0f} minutes in all.\n\n"
     )
@@ -234,16 +269,18 @@ def main() -> int:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         bench = stack.enter_context(prepared(args, work))
         original = bench.loss(bench.config, read(bench.store()))
-        scores, peer = our_scores(bench), run_peer(bench, work, args.timeout)
-        results = [compare(bench, scores, peer, target) for target in TARGETS]
+        scores, peer = our_scores(bench, work), run_peer(bench, work, args.timeout)
+        results = [compare(bench, scores, peer, target, work) for target in TARGETS]
     count = parameter_count(family_of(bench.config), bench.config)["total"]
-    rows = [["not pruned", f"{count:,}", f"{original:.4f}", "", "", ""]]
-    rows += [result.cells() for result in results]
+    rows = [["not pruned", f"{count:,}", f"{original:.4f}", *[""] * 5]]
+    rows += [result.cells(original) for result in results]
     show_table("LM loss right after pruning", HEADER, rows)
     if args.write:
         text = "## Quality right after pruning\n\n" + describe(args, time.monotonic() - start)
         write_block("prune_quality", text + markdown_table(HEADER, rows))
-    return int(any(result.ours > result.peer + ROUNDING for result in results))
+    worse = any(result.ours > result.peer + ROUNDING for result in results)
+    left = {result.target: result.left(original) for result in results}
+    return int(worse or any((left[target] or 0.0) > most for target, most in LIMITS.items()))
 
 
 if __name__ == "__main__":
