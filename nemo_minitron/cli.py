@@ -53,7 +53,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(usage.unknown_stage(stage))
     if "--help" in rest or "-h" in rest:
         return _say(usage.stage_help(stage))
+    if stage == "plan" and rest and rest[0] in STAGE_CONFIGS:
+        return _plan_one(*rest)
     return _run_hydra(stage, rest)
+
+
+def _plan_one(stage: str, *arguments: str) -> int:
+    """``minitron plan <stage> key=value ...``: a pipeline of that stage alone."""
+    from hydra.errors import HydraException
+
+    from nemo_minitron.planning.command import of_one_stage
+
+    try:
+        return _run_hydra("plan", of_one_stage(stage, arguments))
+    except HydraException as error:
+        return _refuse(load.explain(stage, error))
+    except ValueError as error:
+        return _refuse(str(error))
 
 
 def _say(text: str) -> int:
@@ -147,7 +163,8 @@ def _run(stage: str, config: StageConfig) -> None:
         return log.debug("rank 0 alone runs %s", stage)
     from nemo_minitron.reporting.console import log_file
 
-    with log_file(_log_path(config)):
+    writes = stage != "plan"
+    with log_file(_log_path(config)) if writes else contextlib.nullcontext():
         module.run(config)
 
 

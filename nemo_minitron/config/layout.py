@@ -125,3 +125,25 @@ def check_pipeline(config: ModelConfig, parallel: ParallelConfig) -> None:
             "num_layers_in_first_pipeline_stage / num_layers_in_last_pipeline_stage so that the "
             "rest divides evenly"
         )
+
+
+def layers_of_stages(config: ModelConfig, parallel: ParallelConfig) -> list[list[int]]:
+    """Layers of every model chunk of each pipeline stage, of a layout that fits the model.
+
+    Returns:
+        One list per pipeline rank, with one number per virtual stage.
+    """
+    pp = parallel.pipeline_model_parallel_size
+    chunks = parallel.virtual_pipeline_model_parallel_size or 1
+    if parallel.pipeline_model_parallel_layout is not None:
+        sizes = layers_per_chunk(parallel.pipeline_model_parallel_layout)
+        return [sizes[stage::pp] for stage in range(pp)]
+    first = parallel.num_layers_in_first_pipeline_stage
+    last = parallel.num_layers_in_last_pipeline_stage
+    named = [size for size in (first, last) if size is not None]
+    inner = pp - len(named)
+    each = (config.num_layers - sum(named)) // inner if inner else 0
+    stages = [each] * pp
+    stages[0] = each if first is None else first
+    stages[-1] = stages[-1] if last is None else last
+    return [[size // chunks] * chunks for size in stages]

@@ -36,6 +36,8 @@ def stage_config(stage: str, composed: DictConfig) -> StageConfig:
         ValueError: unknown keys, missing keys, wrong types, or values the dataclass refuses.
     """
     cls = STAGE_CONFIGS[stage]
+    if stage == "plan":
+        composed = _with_names_for_inputs(composed)
     try:
         typed = OmegaConf.merge(OmegaConf.structured(cls), composed)
         values = schema.flatten(OmegaConf.to_container(typed, resolve=False))
@@ -46,6 +48,13 @@ def stage_config(stage: str, composed: DictConfig) -> StageConfig:
         return cast(StageConfig, OmegaConf.to_object(typed))
     except OmegaConfBaseException as error:
         raise ValueError(explain(stage, error)) from error
+
+
+def _with_names_for_inputs(composed: DictConfig) -> DictConfig:
+    """An experiment can be planned before its ``inputs`` are there: a name stands for each."""
+    names = [name for name in composed.inputs if OmegaConf.is_missing(composed.inputs, name)]
+    known = {"inputs": {name: f"<inputs.{name}>" for name in names}}
+    return cast(DictConfig, OmegaConf.merge(composed, known))
 
 
 def read_section(cls: type[T], values: Any) -> T:

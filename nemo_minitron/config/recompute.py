@@ -1,8 +1,8 @@
 """Activation recomputation: which of Megatron's settings fit which model. Imports no torch."""
 
+from nemo_minitron.config.layout import layers_of_stages
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.config.pipeline_layout import layers_per_chunk
 from nemo_minitron.config.training import TrainerConfig
 
 RECOMPUTE_KEYS = (
@@ -34,7 +34,8 @@ def check_recompute(trainer: TrainerConfig, model: ModelConfig, parallel: Parall
             f"trainer.recompute_modules names {absent}, but the layers of family '{model.family}' "
             f"{'are all experts: use moe' if moe else 'have no experts: use mlp'}"
         )
-    layers, chunk = trainer.recompute_num_layers, _layers_per_chunk(model, parallel)
+    layers = trainer.recompute_num_layers
+    chunk = {size for sizes in layers_of_stages(model, parallel) for size in sizes}
     if layers is None:
         return
     if trainer.recompute_method == "block" and layers > max(chunk):
@@ -48,20 +49,3 @@ def check_recompute(trainer: TrainerConfig, model: ModelConfig, parallel: Parall
             f"trainer.recompute_num_layers={layers} must divide the layers of every pipeline stage "
             f"(model chunk), here {sizes}; 1 always does"
         )
-
-
-def _layers_per_chunk(model: ModelConfig, parallel: ParallelConfig) -> set[int]:
-    """The different numbers of layers of the model chunks (of a layout that fits the model)."""
-    if parallel.pipeline_model_parallel_layout is not None:
-        return set(layers_per_chunk(parallel.pipeline_model_parallel_layout))
-    chunks = parallel.virtual_pipeline_model_parallel_size or 1
-    ends = (
-        parallel.num_layers_in_first_pipeline_stage,
-        parallel.num_layers_in_last_pipeline_stage,
-    )
-    named = [size for size in ends if size is not None]
-    stages = parallel.pipeline_model_parallel_size - len(named)
-    sizes = {size // chunks for size in named}
-    if stages:
-        sizes.add((model.num_layers - sum(named)) // (stages * chunks))
-    return sizes

@@ -1,7 +1,6 @@
 """One dataclass per stage: what ``minitron <stage> key=value`` accepts."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from omegaconf import MISSING
 
@@ -9,6 +8,7 @@ from nemo_minitron.config.base import StageConfig
 from nemo_minitron.config.distillation import TOP_K_LOSSES, DistillationConfig
 from nemo_minitron.config.inference import EvaluateConfig
 from nemo_minitron.config.parallel import ParallelConfig, TeacherParallelConfig
+from nemo_minitron.config.pipeline import PipelineConfig, PlanConfig
 from nemo_minitron.config.training import (
     DataConfig,
     ExpManagerConfig,
@@ -410,19 +410,6 @@ class ExportConfig(StageConfig):
     """Largest safetensors file."""
 
 
-@dataclass(kw_only=True)
-class PipelineConfig(StageConfig):
-    """A list of stages, each a folder under ``output_dir``; finished ones are skipped."""
-
-    inputs: dict[str, Any] = field(default_factory=dict)
-    """Values that items share (model, text, ...): ``${inputs.NAME}`` in an item's config."""
-    stages: list[dict[str, Any]] = field(default_factory=list)
-    """Items ``{name: folder, stage: stage, config: {key: value}}``; ``${stage:NAME}`` in a value
-    is the folder of an earlier item."""
-    report: dict[str, Any] = field(default_factory=dict)
-    """Which results the final table compares: ``{rows: [{label, evaluate}], ...}``."""
-
-
 STAGE_CONFIGS: dict[str, type[StageConfig]] = {
     "import": ImportConfig,
     "importance": ImportanceConfig,
@@ -433,4 +420,5 @@ STAGE_CONFIGS: dict[str, type[StageConfig]] = {
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
     "pipeline": PipelineConfig,
+    "plan": PlanConfig,
 }

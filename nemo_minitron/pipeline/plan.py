@@ -37,8 +37,12 @@ class Item:
     needs: tuple[str, ...]
 
 
-def read_items(cfg: PipelineConfig) -> list[Item]:
+def read_items(cfg: PipelineConfig, *, at_hand: bool = True) -> list[Item]:
     """Compose every item.
+
+    Args:
+        cfg: the pipeline.
+        at_hand: whether what comes from elsewhere has to exist.
 
     Raises:
         ValueError: names the item and what is wrong with it.
@@ -49,13 +53,15 @@ def read_items(cfg: PipelineConfig) -> list[Item]:
     for index, raw in enumerate(cfg.stages):
         where = f"stages.{index} ({raw.get('name', 'no name')})"
         try:
-            items.append(_read_item(cfg, raw, [item.name for item in items]))
+            items.append(_read_item(cfg, raw, [item.name for item in items], at_hand))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
     return items
 
 
-def _read_item(cfg: PipelineConfig, raw: dict[str, Any], earlier: Sequence[str]) -> Item:
+def _read_item(
+    cfg: PipelineConfig, raw: dict[str, Any], earlier: Sequence[str], at_hand: bool
+) -> Item:
     unknown = sorted(set(raw) - _ITEM_KEYS)
     if unknown:
         near = load.nearest(unknown[0], _ITEM_KEYS) or "config"
@@ -66,7 +72,7 @@ def _read_item(cfg: PipelineConfig, raw: dict[str, Any], earlier: Sequence[str])
         raise ValueError(f"config={config} must be a dictionary of the keys of {stage}")
     overrides = _overrides(cfg, name, flatten(config) if config else {})
     composed = load.compose(stage, overrides)
-    needs = _needs(cfg, composed, earlier)
+    needs = _needs(cfg, composed, earlier, at_hand)
     return Item(name, stage, tuple(overrides), composed, needs)
 
 
@@ -85,6 +91,8 @@ def _stage(raw: dict[str, Any]) -> str:
         raise ValueError(usage.unknown_stage(stage) if stage else "stage is missing")
     if stage == "pipeline":
         raise ValueError("stage=pipeline: a pipeline cannot hold another one; list its items here")
+    if stage == "plan":
+        raise ValueError("stage=plan makes no result; run minitron plan on the experiment instead")
     return stage
 
 
@@ -97,7 +105,9 @@ def _overrides(cfg: PipelineConfig, name: str, config: dict[str, Any]) -> list[s
     return [load.override(key, value) for key, value in values.items()]
 
 
-def _needs(cfg: PipelineConfig, config: StageConfig, earlier: Sequence[str]) -> tuple[str, ...]:
+def _needs(
+    cfg: PipelineConfig, config: StageConfig, earlier: Sequence[str], at_hand: bool
+) -> tuple[str, ...]:
     """Earlier items whose folders the inputs name. Inputs from elsewhere have to exist already."""
     root = Path(os.path.abspath(cfg.output_dir))
     needs = []
@@ -111,6 +121,6 @@ def _needs(cfg: PipelineConfig, config: StageConfig, earlier: Sequence[str]) -> 
                     f"{', '.join(earlier) or 'none'}"
                 )
             needs.append(name)
-        elif not (path.exists() or Path(f"{path}.bin").exists()):
+        elif at_hand and not (path.exists() or Path(f"{path}.bin").exists()):
             raise ValueError(f"{key}={value} does not exist")
     return tuple(dict.fromkeys(needs))

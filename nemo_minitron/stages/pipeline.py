@@ -9,6 +9,7 @@ from nemo_minitron.checkpoint.manifest import fingerprint, read_manifest
 from nemo_minitron.config.stages import PipelineConfig
 from nemo_minitron.pipeline.plan import read_items
 from nemo_minitron.pipeline.run import run_items
+from nemo_minitron.planning.models import stated_model, warn_of_another_model
 from nemo_minitron.reporting.results import check_report
 from nemo_minitron.runtime import ranks
 
@@ -37,8 +38,9 @@ def check(cfg: PipelineConfig) -> None:
             f"output_dir={output} holds a result of stage '{manifest.stage}'; set another "
             "output_dir"
         )
-    read_items(cfg)
+    items = read_items(cfg)
     check_report(cfg)
+    warn_of_another_model(items, stated_model(cfg))
 
 
 def run(cfg: PipelineConfig) -> None:

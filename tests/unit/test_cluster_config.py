@@ -6,7 +6,7 @@ import yaml
 from nemo_minitron.config.cluster import ClusterConfig
 from nemo_minitron.config.schema import conf_dir
 
-SHIPPED = {"dgx_h100": (8, 80, 989), "dgx_a100": (8, 80, 312), "cpu": (1, 8, 0.19)}
+SHIPPED = {"dgx_h100": (8, 80, 989), "dgx_a100": (8, 80, 312), "cpu": (0, 8, 0.19)}
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -14,12 +14,13 @@ def test_shipped_clusters(name):
     values = yaml.safe_load((conf_dir() / "cluster" / f"{name}.yaml").read_text())
     cluster = ClusterConfig(**values)
     assert (cluster.gpus_per_node, cluster.gpu_memory_gb, cluster.peak_tflops) == SHIPPED[name]
+    assert cluster.ranks_per_node == (8 if name.startswith("dgx") else 1)
 
 
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ({"gpus_per_node": 0}, r"cluster.gpus_per_node=0 must be at least 1"),
+        ({"gpus_per_node": -1}, r"cluster.gpus_per_node=-1 must not be negative"),
         ({"gpu_memory_gb": 0}, r"cluster.gpu_memory_gb=0 must be above 0"),
         ({"peak_tflops": -1}, r"cluster.peak_tflops=-1 must be above 0"),
         ({"reserved_memory_gb": 80}, r"must lie between 0 and cluster.gpu_memory_gb=80"),

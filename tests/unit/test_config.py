@@ -26,9 +26,7 @@ REQUIRED = {
     "data.path": "text",
 }
 ENTRIES = sorted(
-    path.relative_to(CONF).as_posix()
-    for path in CONF.glob("*/*.yaml")
-    if path.parts[-2] not in ("hydra", "cluster")
+    path.relative_to(CONF).as_posix() for path in CONF.glob("*/*.yaml") if path.parts[-2] != "hydra"
 )
 
 

@@ -1,0 +1,149 @@
+"""Bytes of activations that a layer keeps for its backward pass.
+
+Counted tensor by tensor as the layers keep them: attention without its score matrix (flash), norms,
+rotation and SwiGLU fused where there are GPUs. ``tests/dist/test_planning_memory.py`` compares with
+what autograd really saves on a CPU.
+"""
+
+from dataclasses import dataclass
+
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.config.training import DataConfig, TrainerConfig
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One micro-batch on one rank.
+
+    Attributes:
+        count: T.
+        element: bytes of an activation.
+        fused: norms, rotation and SwiGLU are one kernel each (GPU).
+    """
+
+    count: int
+    element: int
+    fused: bool
+
+    @classmethod
+    def of(cls, data: DataConfig, parallel: ParallelConfig, *, bf16: bool, fused: bool) -> "Tokens":
+        """The micro-batch of ``data`` at a layout."""
+        local = data.seq_length * data.micro_batch_size // parallel.context_parallel_size
+        return cls(local, 2 if bf16 else 4, fused)
+
+
+def residual(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> int:
+    """One hidden state, split over the tensor-parallel ranks under sequence parallelism."""
+    split = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    return tokens.count * config.hidden_size * tokens.element // split
+
+
+def attention(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> int:
+    """What attention keeps beside its input and output in the residual stream.
+
+    The normed input; the rows of ``linear_qkv`` (values are a view of them); rotated queries and
+    keys; the output of the heads, which ``linear_proj`` reads, and the log-sum of each of its rows.
+    """
+    heads, groups, width = config.num_attention_heads, config.num_query_groups, config.kv_channels
+    rows, every_rank = 2 * heads + 2 * groups, 0
+    if config.position_embedding_type == "rope":
+        rows += heads + groups
+        # Sines and cosines, of queries and of keys.
+        every_rank = 0 if tokens.fused else round(4 * width * config.rotary_percent)
+    if config.qk_layernorm:
+        rows += heads + groups + (0 if tokens.fused else heads)
+    split = parallel.tensor_model_parallel_size
+    kept = tokens.count * (rows * width * tokens.element + heads * 4) // split
+    return _normed(config, parallel, tokens) + kept + tokens.count * every_rank * tokens.element
+
+
+def _normed(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> int:
+    """Output of a norm; RMSNorm of several kernels keeps what it scales, too."""
+    copies = 1 if tokens.fused or config.normalization == "LayerNorm" else 2
+    return copies * residual(config, parallel, tokens)
+
+
+def feed_forward(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> int:
+    """What the MLP (or the experts that tokens are routed to) keeps, the normed input included."""
+    kept, split = _normed(config, parallel, tokens), parallel.tensor_model_parallel_size
+    per_channel = _kept_per_channel(config, tokens)
+    if config.num_moe_experts is None:
+        return kept + tokens.count * config.ffn_hidden_size * per_channel * tokens.element // split
+    # Channels are weighted by the router; tokens reach their experts as copies (on a GPU twice,
+    # before and after they travel); the router works in fp32.
+    channels = (config.moe_ffn_hidden_size or 0) * (per_channel + (0 if tokens.fused else 1))
+    copies = (2 if tokens.fused else 1) * config.hidden_size
+    routed = config.moe_router_topk * (channels // split + copies)
+    shared = (config.moe_shared_expert_intermediate_size or 0) * per_channel // split
+    router = 8 * config.num_moe_experts
+    return kept + tokens.count * ((routed + shared) * tokens.element + router)
+
+
+def _kept_per_channel(config: ModelConfig, tokens: Tokens) -> int:
+    """Elements per token and FFN channel: outputs of fc1, what the activation keeps, input of fc2.
+
+    SwiGLU of several kernels keeps both of its factors beside the two halves they are made of.
+    """
+    if config.gated_linear_unit:
+        return 3 if tokens.fused and config.activation == "silu" else 5
+    return 2
+
+
+def layer(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> int:
+    """A whole layer: its input, attention, the residual between the two halves, the MLP."""
+    return (
+        2 * residual(config, parallel, tokens)
+        + attention(config, parallel, tokens)
+        + feed_forward(config, parallel, tokens)
+    )
+
+
+def stage(
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    tokens: Tokens,
+    trainer: TrainerConfig,
+    layers: int,
+    in_flight: float,
+) -> float:
+    """Activations of a pipeline stage while the most micro-batches are in flight.
+
+    Args:
+        config: the trained model.
+        parallel: the layout.
+        tokens: a micro-batch.
+        trainer: says what is computed again in the backward pass.
+        layers: of the stage.
+        in_flight: micro-batches whose forward pass is done and whose backward is not.
+    """
+    whole = layer(config, parallel, tokens)
+    if trainer.recompute_granularity is None:
+        return in_flight * layers * whole
+    modules = trainer.recompute_modules or []
+    if trainer.recompute_granularity == "selective":
+        # Attention without a score matrix keeps nothing that recomputing it would save.
+        saved = feed_forward(config, parallel, tokens) - residual(config, parallel, tokens)
+        saved = saved if {"mlp", "moe"} & set(modules) else 0
+        return in_flight * layers * (whole - saved) + saved
+    group = trainer.recompute_num_layers or 1
+    kept = residual(config, parallel, tokens)
+    if trainer.recompute_method == "block":
+        again = min(group, layers)
+        return in_flight * (again * kept + (layers - again) * whole) + whole
+    return in_flight * layers / group * kept + group * whole
+
+
+def micro_batches_in_flight(parallel: ParallelConfig, stage: int, micro_batches: int) -> float:
+    """Most micro-batches that a pipeline stage holds, in whole forward passes of the stage.
+
+    1F1B: a stage runs as many forward passes ahead as there are stages after it. Interleaved, in
+    passes of a model chunk: 2 (stages after it) + (chunks - 1) stages + 1
+    (Megatron-Core, ``pipeline_parallel/schedules.py``).
+    """
+    pp = parallel.pipeline_model_parallel_size
+    chunks = parallel.virtual_pipeline_model_parallel_size
+    if chunks is None:
+        return min(pp - stage, micro_batches)
+    ahead = 2 * (pp - stage - 1) + (chunks - 1) * pp + 1
+    return min(ahead, micro_batches * chunks) / chunks

@@ -1,0 +1,101 @@
+"""What to change where a stage does not fit the memory of its ranks."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from nemo_minitron.config.cluster import ClusterConfig
+from nemo_minitron.config.stages import DistillConfig, TrainingStageConfig
+from nemo_minitron.data.checks import check_batches
+from nemo_minitron.planning.items import Run, check_job
+from nemo_minitron.planning.memory import fits, fullest_rank
+
+_Change = tuple[str, Callable[[Any], Any]]
+
+
+def advice(run: Run, cluster: ClusterConfig) -> str:
+    """Keys to set so that it fits: the cheapest that are enough.
+
+    Changes are tried in order of what they cost, each on top of those before it, and then with
+    more ranks for each replica.
+    """
+    for words, cfg in _tries(run.job.cfg, cluster):
+        if _fits(run, cfg, cluster):
+            return f"set {' '.join(words)}"
+    return "no layout of these ranks fits; take more nodes, or GPUs with more memory"
+
+
+def _tries(cfg: Any, cluster: ClusterConfig) -> Iterator[tuple[list[str], Any]]:
+    words: list[str] = []
+    for word, change in _changes(cfg):
+        cfg, words = change(cfg), [*words, word]
+        yield words, cfg
+    for tp, pp in _degrees(cfg, cluster):
+        parallel = replace(
+            cfg.parallel,
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            sequence_parallel=tp > 1,
+            num_layers_in_first_pipeline_stage=None,
+            num_layers_in_last_pipeline_stage=None,
+            pipeline_model_parallel_layout=None,
+            virtual_pipeline_model_parallel_size=None,
+        )
+        keys = [
+            f"parallel.tensor_model_parallel_size={tp}",
+            f"parallel.pipeline_model_parallel_size={pp}",
+            f"parallel.sequence_parallel={str(tp > 1).lower()}",
+        ]
+        yield [*words, *keys], replace(cfg, parallel=parallel)
+
+
+def _changes(cfg: Any) -> list[_Change]:
+    """Changes of one key that are not made yet, cheapest first."""
+    found: list[_Change] = []
+    if isinstance(cfg, TrainingStageConfig) and not cfg.optim.use_distributed_optimizer:
+        optim = replace(cfg.optim, use_distributed_optimizer=True)
+        found.append(("optim.use_distributed_optimizer=true", lambda c: replace(c, optim=optim)))
+    if cfg.data.micro_batch_size > 1:
+        data = replace(cfg.data, micro_batch_size=1)
+        found.append(("data.micro_batch_size=1", lambda c: replace(c, data=data)))
+    if isinstance(cfg, TrainingStageConfig) and cfg.trainer.recompute_granularity != "full":
+        trainer = replace(
+            cfg.trainer,
+            recompute_granularity="full",
+            recompute_method="uniform",
+            recompute_num_layers=1,
+            recompute_modules=None,
+        )
+        words = (
+            "trainer.recompute_granularity=full trainer.recompute_method=uniform "
+            "trainer.recompute_num_layers=1"
+        )
+        found.append((words, lambda c: replace(c, trainer=trainer)))
+    if isinstance(cfg, DistillConfig) and cfg.teacher and not cfg.distillation.offload_teacher:
+        section = replace(cfg.distillation, offload_teacher=True)
+        word = "distillation.offload_teacher=true"
+        found.append((word, lambda c: replace(c, distillation=section)))
+    return found
+
+
+def _degrees(cfg: Any, cluster: ClusterConfig) -> Iterator[tuple[int, int]]:
+    """(tensor, pipeline) degrees above those of now: first inside a node, then across nodes."""
+    tp, pp = cfg.parallel.tensor_model_parallel_size, cfg.parallel.pipeline_model_parallel_size
+    wider = [tp]
+    while wider[-1] * 2 <= cluster.ranks_per_node:
+        wider.append(wider[-1] * 2)
+    yield from ((size, pp) for size in wider[1:])
+    for deeper in (2, 4, 8, 16):
+        yield wider[-1], pp * deeper
+
+
+def _fits(run: Run, cfg: Any, cluster: ClusterConfig) -> bool:
+    ranks, size = run.ranks, cfg.parallel.model_parallel_size
+    job = replace(run.job, cfg=cfg, data_parallel_size=max(1, ranks // size))
+    try:
+        check_job(job)
+        cfg.parallel.world_size(ranks)
+        check_batches(cfg.data, cfg.parallel, ranks)
+    except ValueError:
+        return False
+    return fits(fullest_rank(job), cluster)

@@ -1,0 +1,115 @@
+"""Floating-point operations, tokens and GPU hours of a stage."""
+
+from dataclasses import dataclass
+
+from nemo_minitron.config.cluster import ClusterConfig
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.stages import (
+    DistillConfig,
+    ImportanceConfig,
+    PruneConfig,
+    TeacherLogitsConfig,
+    TrainingStageConfig,
+)
+from nemo_minitron.planning.memory import Job
+from nemo_minitron.planning.shares import matmul_parameters
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage computes.
+
+    Attributes:
+        tokens: that go through the model, validation left out; None: as many as the data hold.
+        flops: of all ranks together, recomputation included.
+    """
+
+    tokens: int | None
+    flops: float | None
+
+    def gpu_hours(self, cluster: ClusterConfig, mfu: float) -> float | None:
+        """Time of all ranks at a share ``mfu`` of the peak, hours."""
+        if self.flops is None:
+            return None
+        return self.flops / (cluster.peak_tflops * 1e12 * mfu) / 3600
+
+
+def forward_parts(config: ModelConfig, seq_length: int) -> dict[str, float]:
+    """Operations of one token's forward pass, by part of the model.
+
+    As Megatron-LM counts them (``num_floating_point_operations``): a multiply and an add each, the
+    masked half of attention included.
+
+    Args:
+        config: global sizes.
+        seq_length: positions that a token attends to.
+
+    Returns:
+        ``attention`` (its four matrices), ``core_attn`` (scores and their product with the values),
+        ``mlp`` and ``output``.
+    """
+    products = {name: 2.0 * size for name, size in matmul_parameters(config).items()}
+    scores = 4.0 * seq_length * config.num_attention_heads * config.kv_channels
+    return {**products, "core_attn": scores * config.num_layers}
+
+
+def forward_flops(config: ModelConfig, seq_length: int) -> float:
+    """Operations of one token's forward pass."""
+    return sum(forward_parts(config, seq_length).values())
+
+
+def work(job: Job) -> Work:
+    """Tokens and operations of an item."""
+    tokens = _tokens(job)
+    if tokens is None:
+        return Work(None, None)
+    cfg, length = job.cfg, job.cfg.data.seq_length
+    each = forward_flops(job.model, length)
+    if isinstance(cfg, TrainingStageConfig):
+        # The backward pass takes twice the forward pass; recomputation is one more of some of it.
+        each = 3 * each + _recomputed(job, cfg, length)
+        if isinstance(cfg, DistillConfig) and job.teacher is not None:
+            each += forward_flops(job.teacher, length)
+    return Work(tokens, each * tokens)
+
+
+def _tokens(job: Job) -> int | None:
+    cfg = job.cfg
+    if isinstance(cfg, TrainingStageConfig | TeacherLogitsConfig):
+        return int(cfg.trainer.max_steps * cfg.data.global_batch_size * cfg.data.seq_length)
+    if cfg.data.path is None or cfg.data.num_samples is None:
+        return None
+    samples = cfg.data.num_samples
+    if isinstance(cfg, ImportanceConfig):
+        samples += _removal_passes(cfg, job.model.num_layers) * cfg.scores.lm_loss_samples
+    if isinstance(cfg, PruneConfig):
+        samples *= cfg.pruning.iterations
+    return int(samples * cfg.data.seq_length)
+
+
+def _removal_passes(cfg: ImportanceConfig, layers: int) -> float:
+    """Passes through the whole model that losses without layers take.
+
+    One for each layer or block, through the layers from it on: half of them on average.
+    """
+    passes = layers / 2 if cfg.scores.layers_by("lm_loss") else 0.0
+    if cfg.scores.layers_by("block_lm_loss"):
+        passes += sum((layers - size + 1) / 2 for size in cfg.scores.block_sizes)
+    return passes
+
+
+def _recomputed(job: Job, cfg: TrainingStageConfig, seq_length: int) -> float:
+    """Operations of one token that the backward pass does again."""
+    trainer, parts = cfg.trainer, forward_parts(job.model, seq_length)
+    if trainer.recompute_granularity is None:
+        return 0.0
+    if trainer.recompute_granularity == "selective":
+        names = {"moe": "mlp"}
+        modules = trainer.recompute_modules or ["core_attn"]
+        return sum(parts[names.get(module, module)] for module in modules)
+    layers = sum(parts.values()) - parts["output"]
+    if trainer.recompute_method == "uniform":
+        return layers
+    stages = job.parallel.pipeline_model_parallel_size
+    count = min(stages * (trainer.recompute_num_layers or 0), job.model.num_layers)
+    return layers * count / job.model.num_layers

@@ -1,0 +1,171 @@
+"""Bytes on the fullest rank of a stage that runs a model."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from nemo_minitron.config.cluster import ClusterConfig
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.config.stages import DistillConfig, ImportanceConfig, TrainingStageConfig
+from nemo_minitron.planning import activations
+from nemo_minitron.planning.activations import Tokens
+from nemo_minitron.planning.shares import Share, shares
+
+GIB = float(1 << 30)
+# Buffers [chunk_size, v / tp] in fp32 of the loss: student, teacher, and what the loss makes.
+_LOGIT_BUFFERS = 4
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank, by what they are for."""
+
+    weights: float
+    """Of the model that is run or trained."""
+    gradients: float
+    """Megatron's buffer, fp32."""
+    optimizer: float
+    """Adam's moments, and main weights in fp32 beside weights in bf16."""
+    teacher: float
+    """Weights, and its last hidden states of a global batch."""
+    activations: float
+    logits: float
+    """Chunks of logits, and the gradient of the output layer."""
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return float(sum(asdict(self).values()))
+
+    def in_gib(self) -> dict[str, float]:
+        """For tables and files."""
+        return {f.name: getattr(self, f.name) / GIB for f in fields(self)} | {
+            "total": self.total / GIB
+        }
+
+
+@dataclass(frozen=True)
+class Job:
+    """One item on its ranks.
+
+    Attributes:
+        cfg: config of the stage.
+        model: what it runs or trains.
+        teacher: what it distils from, where a teacher is built.
+        data_parallel_size: model replicas.
+        on_gpus: whether the ranks have GPUs.
+    """
+
+    cfg: Any
+    model: ModelConfig
+    teacher: ModelConfig | None
+    data_parallel_size: int
+    on_gpus: bool
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        """Layout of the model."""
+        parallel: ParallelConfig = self.cfg.parallel
+        return parallel
+
+    @property
+    def trains(self) -> bool:
+        """Whether there are gradients and an optimizer."""
+        return isinstance(self.cfg, TrainingStageConfig)
+
+    @property
+    def bf16(self) -> bool:
+        """Whether weights and activations are bf16."""
+        if isinstance(self.cfg, ImportanceConfig):
+            return self.on_gpus and self.model.dtype != "float32"
+        trainer = getattr(self.cfg, "trainer", None)  # evaluate has none, and runs in fp32
+        return trainer is not None and trainer.precision == "bf16-mixed"
+
+    @property
+    def element(self) -> int:
+        """Bytes of a weight or an activation."""
+        return 2 if self.bf16 else 4
+
+    @property
+    def micro_batches(self) -> int:
+        """Of one replica in a global batch."""
+        data = self.cfg.data
+        return max(1, data.global_batch_size // (data.micro_batch_size * self.data_parallel_size))
+
+
+def fullest_rank(job: Job) -> Memory:
+    """Memory of the pipeline stage that needs most."""
+    found = [_rank_memory(job, share) for share in shares(job.model, job.parallel)]
+    return max(found, key=lambda memory: memory.total)
+
+
+def fits(memory: Memory, cluster: ClusterConfig) -> bool:
+    """Whether a rank has room for it."""
+    return memory.total <= (cluster.gpu_memory_gb - cluster.reserved_memory_gb) * GIB
+
+
+def _rank_memory(job: Job, share: Share) -> Memory:
+    tokens = Tokens.of(job.cfg.data, job.parallel, bf16=job.bf16, fused=job.on_gpus)
+    weights = share.total * job.element
+    last = share.stage == job.parallel.pipeline_model_parallel_size - 1
+    logits = _logits(job, share, tokens) if last else 0.0
+    if not job.trains:
+        # Forward only: a layer at a time, and hidden states on their way through the pipeline.
+        kept = activations.layer(job.model, job.parallel, tokens)
+        return Memory(weights, 0.0, 0.0, 0.0, kept, logits)
+    ahead = activations.micro_batches_in_flight(job.parallel, share.stage, job.micro_batches)
+    held = activations.stage(job.model, job.parallel, tokens, job.cfg.trainer, share.layers, ahead)
+    if last:  # the final norm and the hidden states that the loss gathers, with their gradient
+        state = job.model.hidden_size * tokens.count * tokens.element
+        held += 2 * activations.residual(job.model, job.parallel, tokens) + 2 * state
+    teacher, during = _teacher(job, share.stage, tokens)
+    # Weights that wait in host memory are back while no activation of the student exists.
+    return Memory(
+        weights=weights,
+        gradients=share.total * 4.0,
+        optimizer=_optimizer(job, share),
+        teacher=teacher,
+        activations=max(held + logits, during) - logits,
+        logits=logits,
+    )
+
+
+def _optimizer(job: Job, share: Share) -> float:
+    """Two moments in fp32, and a main weight in fp32 for each weight in bf16."""
+    each = 12 if job.bf16 else 8
+    if not job.cfg.optim.use_distributed_optimizer:
+        return float(each * share.total)
+    replicas = job.data_parallel_size * job.parallel.context_parallel_size
+    experts = share.expert * job.parallel.expert_model_parallel_size
+    return each * (share.dense + experts) / replicas
+
+
+def _teacher(job: Job, stage: int, tokens: Tokens) -> tuple[float, float]:
+    """Bytes that are there throughout, and those of its own pass alone."""
+    if job.teacher is None or not isinstance(job.cfg, DistillConfig):
+        return 0.0, 0.0
+    cfg, parallel = job.cfg, job.cfg.teacher_parallel.of(job.parallel)
+    share = shares(job.teacher, parallel)[stage]
+    weights, state = share.total * job.element, activations.residual(job.teacher, parallel, tokens)
+    last = stage == parallel.pipeline_model_parallel_size - 1
+    inner = len(cfg.distillation.intermediate.losses)
+    states = job.micro_batches * state * (int(last) + inner)
+    once = activations.layer(job.teacher, parallel, tokens)
+    if not cfg.distillation.offload_teacher:
+        return weights + states, once
+    stays = share.output * job.element
+    return stays + states, weights - stays + once
+
+
+def _logits(job: Job, share: Share, tokens: Tokens) -> float:
+    """Buffers of the chunked loss (``distillation/logit_loss.py``) on the last stage."""
+    cfg = job.cfg
+    chunk = getattr(cfg, "chunk_size", None) or (
+        cfg.distillation.chunk_size if isinstance(cfg, DistillConfig) else 256
+    )
+    rows = -(-job.model.vocab_size // job.parallel.tensor_model_parallel_size)
+    buffers = _LOGIT_BUFFERS * min(chunk, tokens.count) * rows * 4
+    if not job.trains:
+        return float(buffers)
+    # The gradient of the output layer: summed up in fp32, then in the precision of the weight.
+    return float(buffers + share.output * (4 + job.element))

@@ -1,0 +1,149 @@
+"""Which model every item of a pipeline reads and writes, followed through by its sizes."""
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.config.model import MODEL_YAML, ModelConfig
+from nemo_minitron.config.stages import ImportConfig, PipelineConfig, PruneConfig, PruningConfig
+from nemo_minitron.families.registry import family_of, family_of_hf
+from nemo_minitron.pipeline.plan import Item
+from nemo_minitron.pruning.targets import check_pruning, target_sizes
+
+log = logging.getLogger(__name__)
+
+# Keys that name the model an item works on; ``teacher`` comes beside one of them.
+_MODEL_KEYS = ("checkpoint", "student")
+_SHOWN = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
+
+
+def stated_model(cfg: PipelineConfig) -> ModelConfig | None:
+    """The model that ``model.*`` describes, if it does.
+
+    Raises:
+        ValueError: unknown or missing keys, or sizes that no model has.
+    """
+    if not cfg.model:
+        return None
+    try:
+        model = ModelConfig(**cfg.model)
+    except TypeError as error:  # unknown or missing arguments
+        known = str(error).replace("ModelConfig.__init__() ", "")
+        raise ValueError(f"model: {known}; choose model=<entry of conf/model>") from None
+    except ValueError as error:
+        raise ValueError(f"model.{error}") from error
+    family_of(model)
+    return model
+
+
+def target_model(config: ModelConfig, pruning: PruningConfig) -> ModelConfig:
+    """Sizes of ``config`` after pruning; which layers stay is not known.
+
+    Raises:
+        ValueError: see ``pruning.targets.check_pruning``.
+    """
+    check_pruning(config, pruning)
+    sizes = target_sizes(config, pruning)
+    if pruning.drop_layers is not None:
+        sizes["num_layers"] = config.num_layers - len(pruning.drop_layers)
+    return resized(config, sizes)
+
+
+def resized(config: ModelConfig, sizes: dict[str, int]) -> ModelConfig:
+    """``config`` with other sizes; the width of experts is that of a dense layer, too."""
+    changed: dict[str, Any] = dict(sizes)
+    if "moe_ffn_hidden_size" in sizes:
+        changed["ffn_hidden_size"] = sizes["moe_ffn_hidden_size"]
+    return replace(config, **changed)
+
+
+class Models:
+    """Sizes by result folder, filled in the order of the items."""
+
+    def __init__(self, stated: ModelConfig | None) -> None:
+        self._stated = stated
+        self._known: dict[str, ModelConfig] = {}
+
+    def add(self, item: Item) -> ModelConfig | None:
+        """Sizes of the model an item works on; what it makes of it is remembered.
+
+        Returns:
+            None for an item that reads no model.
+
+        Raises:
+            ValueError: nobody knows the sizes, or the targets do not fit them.
+        """
+        cfg: Any = item.config
+        if isinstance(cfg, ImportConfig):
+            model = self._imported(cfg)
+        else:
+            keys = [key for key in _MODEL_KEYS if getattr(cfg, key, None) is not None]
+            if not keys:
+                return None
+            model = self.of(keys[0], getattr(cfg, keys[0]))
+        made = target_model(model, cfg.pruning) if isinstance(cfg, PruneConfig) else model
+        self._known[cfg.output_dir] = made
+        return model
+
+    def made_by(self, item: Item) -> ModelConfig:
+        """Sizes of the model that an item leaves."""
+        return self._known[item.config.output_dir]
+
+    def of(self, key: str, folder: str) -> ModelConfig:
+        """Sizes of a result that config key ``key`` names."""
+        if folder in self._known:
+            return self._known[folder]
+        nested = Path(folder) / "checkpoint"
+        if (nested / MODEL_YAML).is_file():
+            return ModelConfig.load(nested)
+        if self._stated is not None and key != "student":
+            return self._stated
+        raise ValueError(
+            f"{key}={folder} does not exist, and its sizes are not known; "
+            + (
+                "plan the whole pipeline (experiment=...), which says what it is pruned to"
+                if key == "student" and self._stated is not None
+                else "choose model=<entry of conf/model>, or give a result that is there"
+            )
+        )
+
+    def _imported(self, cfg: ImportConfig) -> ModelConfig:
+        if Path(cfg.source).exists():
+            return source_model(cfg)
+        if self._stated is None:
+            raise ValueError(
+                f"source={cfg.source} does not exist, and the sizes of the model are not known; "
+                "choose model=<entry of conf/model>, or set source to a model that is there"
+            )
+        return self._stated
+
+
+def source_model(cfg: ImportConfig) -> ModelConfig:
+    """Sizes of the model that ``import`` will read, from its headers."""
+    path = Path(cfg.source) / "config.json"
+    if path.is_file():
+        values = json.loads(path.read_text())
+        return family_of_hf(values).from_hf(values)
+    from nemo_minitron.stages.import_ import open_source
+
+    return open_source(cfg.source, cfg.tokenizer, cfg.vocab_size).config
+
+
+def warn_of_another_model(items: list[Item], stated: ModelConfig | None) -> None:
+    """Say so when what is imported is not the model the pipeline was set up for."""
+    for item in items:
+        if stated is None or not isinstance(item.config, ImportConfig):
+            continue
+        found = source_model(item.config)
+        other = [name for name in _SHOWN if getattr(found, name) != getattr(stated, name)]
+        if other:
+            log.warning(
+                "%s: source=%s has %s; the pipeline's sizes, batches and learning rates are for a "
+                "model of %s",
+                item.name,
+                item.config.source,
+                ", ".join(f"{name}={getattr(found, name)}" for name in other),
+                ", ".join(f"{name}={getattr(stated, name)}" for name in other),
+            )
