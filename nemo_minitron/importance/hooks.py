@@ -188,7 +188,8 @@ class ChunkRecorder:
         self._positions = hidden.size(0) * (tp.size() if self._split else 1)
         if self._split or tp.size() == 1:
             return hidden
-        return hidden.tensor_split(tp.size())[tp.rank()]
+        length, ranks, rank = hidden.size(0), tp.size(), tp.rank()
+        return hidden[length * rank // ranks : length * (rank + 1) // ranks]
 
     def _finish(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """End of one micro-batch: complete the samples over the ranks that share them."""
