@@ -16,18 +16,19 @@ unexport PYTHONDONTWRITEBYTECODE
 # Compiling 20,000 modules ahead would double the time; Python compiles what it imports.
 PIP = $(BIN)/python -m pip install --no-compile $(addprefix -c ,$(CONSTRAINTS))
 
-.PHONY: help setup quickstart test lint format docs site look pins clean distclean
+.PHONY: help setup quickstart test lint format docs site look pins release-check clean distclean
 
 help:
 	@echo "make setup       .venv with the package in it (.venv/bin/minitron)"
 	@echo "make quickstart  prune and distill SmolLM2-135M on this machine"
 	@echo "make test        all tests"
-	@echo "make lint        ruff, mypy, shellcheck"
+	@echo "make lint        ruff, mypy, shellcheck, hadolint"
 	@echo "make format      let ruff rewrite files"
 	@echo "make docs        write docs/keys.md and docs/families.md from the code"
 	@echo "make site        build/site, the documentation as web pages"
 	@echo "make look        look at build/site in headless Chromium (apt-get install chromium-driver)"
 	@echo "make pins        write requirements/tested.txt from .venv"
+	@echo "make release-check   build, check and install the package, and run it from there"
 	@echo "make clean       remove results and caches; distclean: .venv and downloads too"
 
 setup: $(INSTALLED)
@@ -52,6 +53,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint docker/*Dockerfile
 	$(BIN)/shellcheck --external-sources .ci/run launch/lib.sh launch/*.sbatch
 
 format: setup
@@ -72,6 +74,13 @@ pins: setup
 	@sed '/^[^#]/d' requirements/tested.txt > requirements/tested.txt.new
 	$(BIN)/python -m pip freeze --exclude-editable | sed '/^#/d; s/+[a-z0-9.]*$$//' >> requirements/tested.txt.new
 	@mv requirements/tested.txt.new requirements/tested.txt
+
+# dist/ is what would be uploaded; the wheel is installed into an environment of its own and run.
+release-check: setup
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	MINITRON_WHEEL="$(CURDIR)/dist" $(BIN)/python -m pytest -q tests/e2e/test_wheel.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .quickstart/run

@@ -15,7 +15,7 @@ COPY . /opt/nemo_minitron
 RUN pip install --no-cache-dir -c /opt/tested.txt /opt/nemo_minitron \
     && minitron prune pruning=llama31_minitron_4b_width --cfg job > /dev/null
 
-# Any user may run it: caches go where everyone can write.
-ENV MPLCONFIGDIR=/tmp/matplotlib
+# Any user may run it, one without a name or a home too: see Dockerfile.
+ENV HOME=/tmp USER=minitron MPLCONFIGDIR=/tmp/matplotlib
 RUN mkdir -m 1777 /workspace
 WORKDIR /workspace

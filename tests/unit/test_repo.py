@@ -120,6 +120,24 @@ def test_pre_commit_pins_are_the_tested_versions():
         assert key == "pre-commit-hooks" or tested[key] == version, package
 
 
+def test_ci_runs_make_targets():
+    rules = set(re.findall(r"^([a-z-]+):", (REPO / "Makefile").read_text(), re.MULTILINE))
+    workflow = yaml.safe_load((REPO / ".github" / "workflows" / "ci.yml").read_text())
+    steps = [
+        step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step
+    ]
+    assert {"make lint", "make test"} <= set(steps)
+    for step in steps:
+        assert step.removeprefix("make ") in rules, step
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "docker").glob("*Dockerfile")), ids=name)
+def test_dockerfiles_are_clean(path):
+    tool = Path(sys.executable).parent / "hadolint"
+    done = subprocess.run([tool, path], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_megatron_and_nemo_stay_where_they_belong():
     """And torch out of what help and refusals go through."""
     heavy = {"megatron", "nemo", "lightning"}
