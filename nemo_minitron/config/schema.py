@@ -31,6 +31,7 @@ NEUTRAL_KEYS = frozenset(
         "data.cache_dir",
         "save_every_n_samples",
         "distillation.offload_teacher",
+        "search.distill.save_every_n_steps",
     }
 )
 

@@ -9,6 +9,7 @@ from nemo_minitron.config.distillation import TOP_K_LOSSES, DistillationConfig
 from nemo_minitron.config.inference import EvaluateConfig
 from nemo_minitron.config.parallel import ParallelConfig, TeacherParallelConfig
 from nemo_minitron.config.pipeline import PipelineConfig, PlanConfig
+from nemo_minitron.config.search import SearchConfig
 from nemo_minitron.config.training import (
     DataConfig,
     ExpManagerConfig,
@@ -414,6 +415,7 @@ STAGE_CONFIGS: dict[str, type[StageConfig]] = {
     "import": ImportConfig,
     "importance": ImportanceConfig,
     "prune": PruneConfig,
+    "search": SearchConfig,
     "teacher_logits": TeacherLogitsConfig,
     "distill": DistillConfig,
     "finetune": FinetuneConfig,

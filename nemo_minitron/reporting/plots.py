@@ -98,6 +98,49 @@ def _image(figure: "Figure", values: np.ndarray, label: str, extent: Sequence[fl
     return axes
 
 
+def png_bytes(picture: Picture) -> bytes:
+    """The light picture as a PNG file."""
+    return base64.b64decode(picture.light.partition(",")[2])
+
+
+def search_front(records: Sequence[dict[str, Any]]) -> Picture:
+    """Quality of the candidates of a search against parameters and latency.
+
+    Args:
+        records: as in ``candidates.json``.
+    """
+    from nemo_minitron.search.pareto import pareto_front
+
+    losses = [r["loss"] if r["distilled_loss"] is None else r["distilled_loss"] for r in records]
+    distilled = [record["distilled_loss"] is not None for record in records]
+    panels = (("parameters, millions", "parameters", 1e-6), ("ms per sample", "latency_ms", 1.0))
+
+    def draw(figure: "Figure") -> None:
+        drawn = figure.subplots(1, 2, sharey=True)
+        for axes, (label, key, scale) in zip(drawn, panels, strict=True):
+            costs = [record[key] * scale for record in records]
+            for shown, marker in ((True, "D"), (False, "o")):
+                some = [i for i, is_one in enumerate(distilled) if is_one is shown]
+                axes.scatter(
+                    [costs[i] for i in some], [losses[i] for i in some], marker=marker, color=_KEPT
+                )
+            front = pareto_front(list(zip(costs, losses, strict=True)))
+            axes.step(
+                [costs[i] for i in front], [losses[i] for i in front], color=_DROPPED, where="post"
+            )
+            axes.set_xlabel(label)
+            axes.grid()
+        drawn[0].set_ylabel("LM loss")
+        drawn[0].set_title("diamonds: after a short distillation" if any(distilled) else "")
+
+    return _picture(
+        draw,
+        3.0,
+        "Candidates of the search; the line joins those that none beats in both.",
+        f"LM loss of {len(records)} candidates against parameters and latency.",
+    )
+
+
 def ffn_heat_map(ffn: np.ndarray, kept: int | None) -> Picture:
     """FFN neurons of each layer, most important first.
 

@@ -46,6 +46,13 @@ KEYS: dict[str, dict[str, object]] = {
         "importance": "{home}/scores",
         "pruning.target.ffn_hidden_size": 48,
     },
+    "search": {
+        "checkpoint": "{home}/model",
+        "importance": "{home}/scores",
+        **DATA,
+        "data.num_samples": 4,
+        "search.ffn_hidden_size": "[48,64]",
+    },
     "teacher_logits": {
         "checkpoint": "{home}/model",
         **DATA,

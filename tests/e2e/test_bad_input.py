@@ -125,6 +125,36 @@ def test_drop_layers(refuses, value, says):
     refuses("prune", says, **{"pruning.drop_layers": value, TARGET + "ffn_hidden_size": None})
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"search.num_attention_heads": "[3,5]"},
+            "the search space is empty: no shape keeps this: num_attention_heads must be a",
+        ),
+        (
+            {"search.target_params": 1000},
+            "no shape of 2 meets search.target_params=1000 within 0.05; the nearest is num_layers=",
+        ),
+        ({"search.hidden_size": "[128]"}, "search.hidden_size holds 128, more than 64 of the"),
+        (
+            {"search.hidden_size": "[48]", "importance": None},
+            "needs importance scores and importance is not set",
+        ),
+        ({"search.ffn_hidden_size": "[49]", TP: 2}, f"parallel.{TP.partition('.')[2]}=2"),
+        (
+            {"search.distill.steps": 2, "data.split_name": "train"},
+            "data.split_name=train holds what search.distill.steps trains on; set data.split_name=",
+        ),
+        ({"search.distill.steps": 2, "search.distill.lr_warmup_steps": 2}, "lr_warmup_steps=2"),
+        ({"search.distill.lr": 0.1}, "search.distill.lr=0.1 has no effect with search.distill.st"),
+        ({"layer_criterion": "lm_loss"}, "layer_criterion=lm_loss chooses layers, but search.num"),
+    ],
+)
+def test_search(refuses, changes, says):
+    refuses("search", says, **changes)
+
+
 # -------------------------------------------------------------------------------------- layouts
 
 

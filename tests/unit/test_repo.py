@@ -279,7 +279,8 @@ def test_scripts_ask_for_one_task_per_gpu_and_for_time_to_save():
         assert options["signal"] == "TERM@120"
         assert "requeue" in options
         assert options["open-mode"] == "append"
-        if script.stem in ("importance", "teacher_logits", "distill", "finetune", "evaluate"):
+        alone = ("import", "prune", "export", "pipeline")
+        if script.stem not in alone:
             assert options["ntasks-per-node"] == options["gpus-per-node"]
         else:
             assert options["ntasks"] == "1"

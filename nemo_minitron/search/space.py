@@ -1,0 +1,178 @@
+"""Shapes of a search space that keep the rules and the budget."""
+
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.search import SEARCHED, SearchSpaceConfig
+from nemo_minitron.families.registry import family_of
+from nemo_minitron.families.table import parameter_count
+from nemo_minitron.planning.models import resized
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_GIB = float(1 << 30)
+Sizes = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One shape.
+
+    Attributes:
+        sizes: of ``SEARCHED``, all of them.
+        parameters: in all.
+        memory_gib: at inference, as ``search.max_memory_gb`` counts.
+    """
+
+    sizes: Sizes
+    parameters: int
+    memory_gib: float
+
+    @property
+    def name(self) -> str:
+        """Folder name: ``l30_h576_f1024_n9_g3``."""
+        return "_".join(f"{k}{v}" for k, v in zip("lhfng", self.sizes.values(), strict=True))
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """A constraint: what it asks for, and the keys that could be changed."""
+
+    words: str
+    keeps: Callable[[Sizes], bool]
+
+
+def candidates(config: ModelConfig, space: SearchSpaceConfig) -> list[Candidate]:
+    """Shapes within the rules and the budget, smallest first.
+
+    Raises:
+        ValueError: a size the model cannot be pruned to; no shape keeps the rules (names the one
+            that ends it); none meets the budget (names the nearest); more than
+            ``search.max_candidates`` are left.
+    """
+    shapes = _rule_abiding(config, space, list(_product(config, space)))
+    known = [_measured(config, space, sizes) for sizes in shapes]
+    found = sorted(
+        (one for one in known if _within(one, space)), key=lambda one: (one.parameters, one.name)
+    )
+    if not found:
+        raise ValueError(_nearest(known, space))
+    if len(found) > space.max_candidates:
+        raise ValueError(
+            f"{len(found)} shapes are within the budget, more than search.max_candidates="
+            f"{space.max_candidates}, and each is pruned and evaluated; shorten the lists of "
+            "search.<size>, raise search.divisor, or raise search.max_candidates"
+        )
+    return found
+
+
+def _product(config: ModelConfig, space: SearchSpaceConfig) -> Iterable[Sizes]:
+    """Every combination, the model itself left out."""
+    own = {name: getattr(config, name) for name in SEARCHED}
+    lists = {name: getattr(space, name) or [own[name]] for name in SEARCHED}
+    for name, values in lists.items():
+        if max(values) > own[name]:
+            raise ValueError(
+                f"search.{name} holds {max(values)}, more than {own[name]} of the model; sizes can "
+                "only shrink: remove it"
+            )
+    if all(values == [own[name]] for name, values in lists.items()):
+        names = ", ".join(f"search.{name}" for name in SEARCHED)
+        raise ValueError(f"the search space holds nothing but the model itself; set one of {names}")
+    for values in itertools.product(*lists.values()):
+        sizes = dict(zip(SEARCHED, values, strict=True))
+        if sizes != own:
+            yield sizes
+
+
+def _rules(config: ModelConfig, space: SearchSpaceConfig) -> list[_Rule]:
+    """In the order they are applied."""
+    own, tp = config.heads_per_group, space.tensor_model_parallel_size
+    cut = ("hidden_size", "ffn_hidden_size")
+    split = ("num_query_groups", "num_attention_heads", "ffn_hidden_size")
+    return [
+        _Rule(
+            "num_attention_heads must be a multiple of num_query_groups (search."
+            "num_attention_heads, search.num_query_groups)",
+            lambda s: s["num_attention_heads"] % s["num_query_groups"] == 0,
+        ),
+        _Rule(
+            f"a query group holds at most {own} heads (search.num_attention_heads, "
+            "search.num_query_groups)",
+            lambda s: s["num_attention_heads"] <= own * s["num_query_groups"],
+        ),
+        _Rule(
+            f"search.divisor={space.divisor} must divide hidden_size and ffn_hidden_size where "
+            "they are pruned",
+            lambda s: all(s[n] % space.divisor == 0 or s[n] == getattr(config, n) for n in cut),
+        ),
+        _Rule(
+            f"search.tensor_model_parallel_size={tp} must divide {', '.join(split)}",
+            lambda s: all(s[name] % tp == 0 for name in split),
+        ),
+    ]
+
+
+def _rule_abiding(
+    config: ModelConfig, space: SearchSpaceConfig, shapes: list[Sizes]
+) -> list[Sizes]:
+    count = len(shapes)
+    for rule in _rules(config, space):
+        left = [sizes for sizes in shapes if rule.keeps(sizes)]
+        if not left:
+            raise ValueError(
+                f"the search space is empty: no shape keeps this: {rule.words} (of {count} shapes "
+                f"{len(shapes)} kept the rules before it)"
+            )
+        shapes = left
+    return shapes
+
+
+def _measured(config: ModelConfig, space: SearchSpaceConfig, sizes: Sizes) -> Candidate:
+    small = resized(config, sizes)
+    count = parameter_count(family_of(config), small)["total"]
+    element = _BYTES[config.dtype]
+    cached = 2 * small.num_layers * small.num_query_groups * small.kv_channels
+    memory = element * (count + cached * space.batch_size * space.seq_length)
+    return Candidate(sizes, count, memory / _GIB)
+
+
+def _bounds(space: SearchSpaceConfig) -> list[tuple[str, str, float, float]]:
+    """(attribute, key with value, lowest, highest) of every budget that is set."""
+    found = []
+    if space.target_params is not None:
+        slack = space.tolerance * space.target_params
+        words = f"search.target_params={space.target_params:g} within {space.tolerance:g}"
+        limits = (space.target_params - slack, space.target_params + slack)
+        found.append(("parameters", words, *limits))
+    if space.max_params is not None:
+        found.append(("parameters", f"search.max_params={space.max_params:g}", 0, space.max_params))
+    if space.max_memory_gb is not None:
+        words = f"search.max_memory_gb={space.max_memory_gb:g}"
+        found.append(("memory_gib", words, 0, space.max_memory_gb))
+    return found
+
+
+def _within(one: Candidate, space: SearchSpaceConfig) -> bool:
+    return all(low <= getattr(one, name) <= high for name, _, low, high in _bounds(space))
+
+
+def _nearest(known: list[Candidate], space: SearchSpaceConfig) -> str:
+    """Message for a budget that no shape meets."""
+    bounds = _bounds(space)
+
+    def distance(one: Candidate) -> float:
+        over = [
+            max(low - getattr(one, name), getattr(one, name) - high, 0) / high
+            for name, _, low, high in bounds
+        ]
+        return max(over)
+
+    near = min(known, key=distance)
+    sizes = " ".join(f"{name}={size}" for name, size in near.sizes.items())
+    return (
+        f"no shape of {len(known)} meets {' and '.join(words for _, words, _, _ in bounds)}; the "
+        f"nearest is {sizes} with {near.parameters:,} parameters and {near.memory_gib:.3g} GiB; "
+        "change the budget, or add sizes to search.<size>"
+    )

@@ -1,0 +1,152 @@
+"""Candidates of ``search``: pruned in memory, evaluated, and the best ones distilled shortly.
+
+Collective, inside ``runtime.launch.distributed``. Each candidate's figures are a file of the
+working folder, written when it is done; a candidate whose file is there is not run again.
+"""
+
+import gc
+import json
+import logging
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.stages import SearchConfig
+from nemo_minitron.evaluation.lm_loss import evaluate_lm
+from nemo_minitron.families.registry import family_of
+from nemo_minitron.importance.scores import Scores
+from nemo_minitron.models.build import HiddenGPTModel
+from nemo_minitron.models.distill import DistillationGPTModel
+from nemo_minitron.models.load import load_frozen
+from nemo_minitron.models.stage_data import stage_dataset, training_datasets
+from nemo_minitron.models.training import fit
+from nemo_minitron.pruning.live import prune_live
+from nemo_minitron.pruning.plan import Plan, make_plan, pruned_config
+from nemo_minitron.pruning.stream import prune_checkpoint
+from nemo_minitron.runtime.groups import ParallelGroups
+from nemo_minitron.runtime.launch import barrier
+from nemo_minitron.runtime.ranks import rank
+from nemo_minitron.search.space import Candidate, candidates
+from nemo_minitron.stages.distill import model_config
+from nemo_minitron.stages.search import distill_config, pruning_of
+
+log = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+
+
+def score_candidates(cfg: SearchConfig, config: ModelConfig, work: Path) -> list[Record]:
+    """Figures of every candidate, the same on every rank.
+
+    Args:
+        cfg: the stage.
+        config: the model before pruning.
+        work: working folder of the stage.
+    """
+    source = Path(cfg.checkpoint) / "checkpoint"
+    scores = None if cfg.importance is None else Scores.load(Path(cfg.importance))
+    dataset = stage_dataset(cfg.data, config, source, cfg.output_dir)
+    shapes = candidates(config, cfg.search)
+    plans = {one.name: make_plan(config, pruning_of(cfg, config, one), scores) for one in shapes}
+    records = []
+    for number, one in enumerate(shapes, start=1):
+        kept = work / "scored" / f"{one.name}.json"
+        if not _seen_by_all(kept):
+            log.info("candidate %d of %d: %s", number, len(shapes), one.sizes)
+            _keep(kept, _zero_shot(cfg, config, one, plans[one.name], dataset))
+        records.append(json.loads(kept.read_text()))
+    if cfg.search.distill.steps:
+        best = sorted(records, key=lambda record: record["loss"])[: cfg.search.distill.top]
+        for record in best:
+            kept = work / "distilled" / f"{record['name']}.json"
+            if not _seen_by_all(kept):
+                loss = _short_distillation(cfg, config, record, plans, dataset, work)
+                _keep(kept, {"loss": loss})
+            record["distilled_loss"] = json.loads(kept.read_text())["loss"]
+    return records
+
+
+def _seen_by_all(path: Path) -> bool:
+    barrier()  # rank 0 does not make the file before everyone has looked
+    there = path.is_file()
+    barrier()
+    return there
+
+
+def _keep(path: Path, values: Record) -> None:
+    """Write a file whole, by rank 0, and wait for it."""
+    if rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(".part")
+        draft.write_text(json.dumps(values))
+        draft.rename(path)
+    barrier()
+
+
+def _zero_shot(
+    cfg: SearchConfig, config: ModelConfig, one: Candidate, plan: Plan, dataset: Any
+) -> Record:
+    """Load the model, prune it where it is, and evaluate."""
+    groups = ParallelGroups.current()
+    chunks = load_frozen(Path(cfg.checkpoint) / "checkpoint", cfg.parallel, groups)
+    small, _ = prune_live(chunks, family_of(config), config, plan, cfg.parallel, groups)
+    del chunks
+    metrics = _evaluate(cfg, small, config.vocab_size, dataset)
+    return {
+        "name": one.name,
+        "sizes": one.sizes,
+        "parameters": one.parameters,
+        "memory_gib": one.memory_gib,
+        "latency_ms": 1000 * metrics["seconds"] / metrics["samples"],
+        "loss": metrics["lm_loss"],
+        "distilled_loss": None,
+    }
+
+
+def _evaluate(
+    cfg: SearchConfig, chunks: list[HiddenGPTModel], vocab_size: int, dataset: Any
+) -> dict[str, float]:
+    for chunk in chunks:
+        chunk.eval()
+        chunk.return_hidden = True
+    return evaluate_lm(chunks, ParallelGroups.current(), vocab_size, dataset, cfg.data)
+
+
+def _short_distillation(
+    cfg: SearchConfig,
+    config: ModelConfig,
+    record: Record,
+    plans: dict[str, Plan],
+    dataset: Any,
+    work: Path,
+) -> float:
+    """LM loss of a candidate after a few steps; training goes on from its last checkpoint."""
+    source, plan = Path(cfg.checkpoint) / "checkpoint", plans[record["name"]]
+    folder = work / "distilled" / record["name"]
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder / "pruned", ignore_errors=True)  # half of it, of a run that was killed
+        prune_checkpoint(source, config, plan, folder / "pruned", cfg.workers)
+    barrier()
+    log.info("distilling %s for %d steps", record["name"], cfg.search.distill.steps)
+    small = pruned_config(config, plan)
+    distill = distill_config(cfg, config, small)
+    keys = model_config(distill, small)
+    model = DistillationGPTModel(OmegaConf.create({**keys, "teacher": asdict(config)}))
+    model.load(folder / "pruned")
+    model.load_teacher(source)
+    samples = training_datasets(
+        distill.data, distill.trainer, config, source, cfg.output_dir, ("train",)
+    )
+    fit(model, samples, folder)
+    loss = _evaluate(cfg, model.chunks, config.vocab_size, dataset)["lm_loss"]
+    del model
+    gc.collect()  # Lightning and Megatron hold it in cycles, with the optimizer's state
+    if rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    barrier()
+    return loss

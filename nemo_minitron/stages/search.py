@@ -1,0 +1,235 @@
+"""``minitron search``: shapes within a budget, pruned, scored and ordered.
+
+Lightweight architecture search of 2407.14679, section 2.3. Every candidate is really pruned, in
+memory and on the loaded layout, and its LM loss measured; the best ones are distilled for a few
+steps and measured again. What is known of a candidate is kept in the working folder, so a search
+that was killed goes on with the next one.
+"""
+
+import json
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nemo_minitron.checkpoint.artifact import check_output, open_result
+from nemo_minitron.config.balance import balanced_layout
+from nemo_minitron.config.layout import check_layout
+from nemo_minitron.config.model import MODEL_YAML, ModelConfig
+from nemo_minitron.config.parallel import TeacherParallelConfig
+from nemo_minitron.config.stages import DistillConfig, PruningConfig, SearchConfig, TargetConfig
+from nemo_minitron.config.training import DataConfig, OptimConfig, TrainerConfig
+from nemo_minitron.data.checks import check_batches, check_data
+from nemo_minitron.importance.scores import META_FILE, read_meta
+from nemo_minitron.planning.models import resized
+from nemo_minitron.pruning.targets import check_importance, check_pruning
+from nemo_minitron.runtime.ranks import launched_world_size
+from nemo_minitron.search.space import Candidate, candidates
+
+# As for calibrations: losses are those of any layout but for the last bits.
+MAY_CHANGE = ("parallel.", "data.micro_batch_size", "search.max_latency_ms")
+
+
+def pruning_of(cfg: SearchConfig, config: ModelConfig, one: Candidate) -> PruningConfig:
+    """What ``prune`` has to be told to make a candidate."""
+    changed = {name: size for name, size in one.sizes.items() if size != getattr(config, name)}
+    default = PruningConfig.layer_criterion
+    criterion = cfg.layer_criterion if "num_layers" in changed else default
+    return PruningConfig(target=TargetConfig(**changed), layer_criterion=criterion)
+
+
+def training_data(cfg: SearchConfig) -> DataConfig:
+    """What candidates are distilled on: the other splits of ``data``."""
+    return replace(cfg.data, num_samples=None)
+
+
+def distill_config(cfg: SearchConfig, config: ModelConfig, small: ModelConfig) -> DistillConfig:
+    """The ``distill`` stage that a candidate goes through."""
+    short, whole = cfg.search.distill, cfg.parallel
+    teacher = TeacherParallelConfig(
+        num_layers_in_first_pipeline_stage=whole.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=whole.num_layers_in_last_pipeline_stage,
+        pipeline_model_parallel_layout=whole.pipeline_model_parallel_layout,
+    )
+    return DistillConfig(
+        output_dir=cfg.output_dir,
+        student=cfg.checkpoint,
+        teacher=cfg.checkpoint,
+        data=training_data(cfg),
+        parallel=balanced_layout(config, small, whole),
+        teacher_parallel=teacher,
+        trainer=TrainerConfig(
+            max_steps=short.steps,
+            limit_val_batches=0,
+            precision=short.precision,
+            save_every_n_steps=short.save_every_n_steps,
+            save_top_k=1,
+            seed=cfg.data.seed,
+        ),
+        optim=OptimConfig(lr=short.lr, min_lr=short.min_lr, lr_warmup_steps=short.lr_warmup_steps),
+    )
+
+
+def check(cfg: SearchConfig) -> None:
+    """Refuse bad input before any rank or weight exists.
+
+    Raises:
+        ValueError: an empty search space, a budget that nothing meets, candidates that the scores
+            or the layout cannot serve, bad data or folders.
+    """
+    check_output(cfg, "search")
+    _open_inputs(cfg, "size")
+    folder = Path(cfg.checkpoint) / "checkpoint"
+    config = ModelConfig.load(folder)
+    check_layout(config, cfg.parallel)
+    if cfg.layer_criterion != SearchConfig.layer_criterion and not cfg.search.num_layers:
+        raise ValueError(
+            f"layer_criterion={cfg.layer_criterion} chooses layers, but search.num_layers is not "
+            "set; set it, or leave layer_criterion out"
+        )
+    meta = None if cfg.importance is None else read_meta(Path(cfg.importance))
+    for one in candidates(config, cfg.search):
+        pruning = pruning_of(cfg, config, one)
+        check_pruning(config, pruning)
+        check_importance(config, pruning, meta)
+        small = resized(config, one.sizes)
+        balanced_layout(config, small, cfg.parallel)
+        if cfg.search.distill.steps:
+            _check_distillation(cfg, config, small)
+    check_batches(cfg.data, cfg.parallel, cfg.parallel.world_size(launched_world_size()))
+    _check_data(cfg, config, folder)
+    if cfg.verify_inputs != "size":
+        _open_inputs(cfg, cfg.verify_inputs)
+
+
+def _check_distillation(cfg: SearchConfig, config: ModelConfig, small: ModelConfig) -> None:
+    try:
+        distill_config(cfg, config, small)
+    except ValueError as error:
+        raise ValueError(f"search.distill.*: {error}") from error
+
+
+def _check_data(cfg: SearchConfig, config: ModelConfig, folder: Path) -> None:
+    keys: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "tokenizer_dir": folder / "tokenizer",
+        "max_seq_length": config.max_seq_length,
+    }
+    check_data(cfg.data, **keys)
+    if not cfg.search.distill.steps:
+        return
+    if cfg.data.split_name == "train":
+        raise ValueError(
+            "data.split_name=train holds what search.distill.steps trains on; set data.split_name="
+            "validation, or search.distill.steps=0"
+        )
+    check_data(training_data(cfg), splits=("train",), **keys)
+
+
+def _open_inputs(cfg: SearchConfig, verify: str) -> None:
+    named = {"checkpoint": f"checkpoint/{MODEL_YAML}", "importance": META_FILE}
+    for key, needs in named.items():
+        if getattr(cfg, key) is not None:
+            open_result(getattr(cfg, key), verify, key=key, needs=needs, workers=cfg.workers)
+
+
+def run(cfg: SearchConfig) -> None:
+    """Score, distil, rank; write ``candidates.json``, ``pareto.png`` and the winner."""
+    from nemo_minitron.checkpoint.artifact import Ranks, output_folder
+    from nemo_minitron.runtime.launch import barrier, distributed
+    from nemo_minitron.runtime.ranks import rank
+
+    records: list[dict[str, Any]] = []
+    with distributed(cfg.parallel, cfg.data.seed):
+        from nemo_minitron.stages.candidates import score_candidates
+
+        ranks = Ranks(rank(), barrier)
+        folder = output_folder(cfg, "search", resumable=True, may_change=MAY_CHANGE, ranks=ranks)
+        with folder as work:
+            config = ModelConfig.load(Path(cfg.checkpoint) / "checkpoint")
+            records = ranked(score_candidates(cfg, config, work), cfg.search.max_latency_ms)
+            if ranks.rank == 0:
+                _write(cfg, config, records, work)
+    _show(cfg, records)
+
+
+def ranked(records: list[dict[str, Any]], max_latency_ms: float | None) -> list[dict[str, Any]]:
+    """Records in order of loss, with ``rank`` from 1: distilled ones first, then the others.
+
+    Raises:
+        ValueError: every candidate takes longer than ``search.max_latency_ms``.
+    """
+    inside = [r for r in records if max_latency_ms is None or r["latency_ms"] <= max_latency_ms]
+    if not inside:
+        fastest = min(records, key=lambda record: record["latency_ms"])
+        raise ValueError(
+            f"no candidate runs within search.max_latency_ms={max_latency_ms:g}; the fastest, "
+            f"{fastest['name']}, takes {fastest['latency_ms']:.4g} ms a sample; raise it, or add "
+            "smaller sizes to search.<size>"
+        )
+    none = float("inf")
+    inside.sort(key=lambda r: (r["distilled_loss"] is None, r["distilled_loss"] or none, r["loss"]))
+    slow = sorted((r for r in records if r not in inside), key=lambda r: r["latency_ms"])
+    placed = [{**record, "rank": place} for place, record in enumerate(inside, start=1)]
+    return placed + [{**record, "rank": None} for record in slow]
+
+
+def _write(
+    cfg: SearchConfig, config: ModelConfig, records: list[dict[str, Any]], work: Path
+) -> None:
+    from nemo_minitron.reporting.plots import png_bytes, search_front
+
+    for name in ("scored", "distilled"):
+        shutil.rmtree(work / name, ignore_errors=True)
+    values = {"candidates": records, "winner": records[0]["name"], "search": asdict(cfg.search)}
+    (work / "candidates.json").write_text(json.dumps(values, indent=1) + "\n")
+    best = records[0]
+    metrics = {key: best[key] for key in ("parameters", "loss", "distilled_loss", "sizes")}
+    (work / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    (work / "pareto.png").write_bytes(png_bytes(search_front(records)))
+    _write_winner(cfg, config, best, work / "pruning")
+
+
+def _write_winner(
+    cfg: SearchConfig, config: ModelConfig, best: dict[str, Any], folder: Path
+) -> None:
+    """``pruning/winner.yaml``: ``minitron prune --config-dir <output_dir> pruning=winner ...``."""
+    target = {n: s for n, s in best["sizes"].items() if s != getattr(config, n)}
+    values: dict[str, Any] = {"target": target}
+    if "num_layers" in target:
+        values["layer_criterion"] = cfg.layer_criterion
+    folder.mkdir(exist_ok=True)
+    text = f"# minitron prune --config-dir {cfg.output_dir} pruning=winner ...\n"
+    (folder / "winner.yaml").write_text(text + yaml.safe_dump(values, sort_keys=False))
+
+
+def _show(cfg: SearchConfig, records: list[dict[str, Any]]) -> None:
+    from nemo_minitron.reporting.console import show_table
+    from nemo_minitron.search.pareto import pareto_front
+
+    front = {records[i]["name"] for i in pareto_front([_point(r) for r in records])}
+    rows = []
+    for record in records:
+        sizes = [f"{size:,}" for size in record["sizes"].values()]
+        distilled = record["distilled_loss"]
+        rows.append(
+            (
+                "too slow" if record["rank"] is None else str(record["rank"]),
+                *sizes,
+                f"{record['parameters']:,}",
+                f"{record['memory_gib']:.3g}",
+                f"{record['latency_ms']:.4g}",
+                f"{record['loss']:.4f}",
+                "" if distilled is None else f"{distilled:.4f}",
+                "yes" if record["name"] in front else "",
+            )
+        )
+    names = ("layers", "hidden", "ffn", "heads", "groups", "parameters", "GiB", "ms", "LM loss")
+    show_table(f"search: {cfg.output_dir}", ("rank", *names, "distilled", "Pareto"), rows)
+
+
+def _point(record: dict[str, Any]) -> tuple[float, float]:
+    loss = record["distilled_loss"]
+    return record["parameters"], record["loss"] if loss is None else loss

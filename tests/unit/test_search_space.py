@@ -1,0 +1,157 @@
+"""Enumeration against brute force, and search spaces that hold nothing."""
+
+import itertools
+import random
+from dataclasses import replace
+
+import pytest
+
+from nemo_minitron.config.search import SearchSpaceConfig
+from nemo_minitron.search.pareto import pareto_front
+from nemo_minitron.search.space import candidates
+from nemo_minitron.stages.search import ranked
+from tests.tiny import LLAMA
+
+LISTS = {
+    "num_layers": [2, 3, 4],
+    "hidden_size": [32, 40, 48, 64],
+    "ffn_hidden_size": [48, 64, 96],
+    "num_attention_heads": [2, 4, 6, 8],
+    "num_query_groups": [2, 4],
+}
+
+
+def llama_parameters(layers: int, hidden: int, ffn: int, heads: int, groups: int) -> int:
+    """Written out for the tiny Llama: head dim 12, vocabulary 101, untied."""
+    attention = hidden * 12 * (heads + 2 * groups) + heads * 12 * hidden
+    return layers * (attention + 3 * hidden * ffn + 2 * hidden) + hidden + 2 * 101 * hidden
+
+
+def brute_force(low: float, high: float, divisor: int, tp: int, memory: float) -> list[tuple]:
+    found = []
+    for shape in itertools.product(*LISTS.values()):
+        layers, hidden, ffn, heads, groups = shape
+        count = llama_parameters(*shape)
+        cache = 2 * layers * groups * 12 * 4 * 100  # 4 sequences of 100 tokens
+        if (
+            shape != (4, 64, 96, 8, 4)
+            and heads % groups == 0
+            and heads <= 2 * groups
+            and (hidden % divisor == 0 or hidden == 64)
+            and (ffn % divisor == 0 or ffn == 96)
+            and heads % tp == groups % tp == ffn % tp == 0
+            and low <= count <= high
+            and 4 * (count + cache) <= memory * 2**30
+        ):
+            found.append((count, shape))
+    return sorted(found)
+
+
+@pytest.mark.parametrize(
+    ("keys", "limits"),
+    [
+        ({}, (0, 1e9, 1, 1, 1)),
+        ({"target_params": 60_000, "tolerance": 0.1}, (54_000, 66_000, 1, 1, 1)),
+        ({"max_params": 50_000, "divisor": 16}, (0, 50_000, 16, 1, 1)),
+        ({"tensor_model_parallel_size": 4, "divisor": 8}, (0, 1e9, 8, 4, 1)),
+        ({"max_memory_gb": 0.0003, "batch_size": 4, "seq_length": 100}, (0, 1e9, 1, 1, 0.0003)),
+    ],
+)
+def test_enumeration_is_brute_force(keys, limits):
+    space = SearchSpaceConfig(**LISTS, **keys, max_candidates=1000)
+    found = candidates(LLAMA, space)
+    wanted = brute_force(*limits)
+    assert wanted
+    assert sorted((one.parameters, tuple(one.sizes.values())) for one in found) == wanted
+    assert len({one.name for one in found}) == len(found)
+
+
+def test_ranges_are_inclusive():
+    space = SearchSpaceConfig(hidden_size=["32:64:16", 40], num_layers=[3])
+    assert space.hidden_size == [32, 40, 48, 64]
+    space = SearchSpaceConfig(num_layers=["1:4:2"])
+    assert space.num_layers == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({}, "holds nothing but the model itself; set one of search.num_layers"),
+        ({"hidden_size": [65]}, "search.hidden_size holds 65, more than 64 of the model"),
+        ({"hidden_size": ["8-16"]}, "search.hidden_size holds 8-16; give sizes and ranges"),
+        ({"hidden_size": [0]}, "search.hidden_size holds 0; give sizes and ranges"),
+        (
+            {"num_attention_heads": [3, 5]},
+            r"search space is empty: no shape keeps this: num_attention_heads must be a multiple "
+            r"of num_query_groups .* \(of 2 shapes 2 kept",
+        ),
+        (
+            {"num_query_groups": [1], "num_attention_heads": [4, 8]},
+            "a query group holds at most 2 heads",
+        ),
+        ({"hidden_size": [33, 35], "divisor": 16}, "search.divisor=16 must divide hidden_size"),
+        (
+            {"ffn_hidden_size": [49, 51], "tensor_model_parallel_size": 2},
+            "search.tensor_model_parallel_size=2 must divide num_query_groups",
+        ),
+        (
+            {"hidden_size": [32, 48], "target_params": 1000},
+            "no shape of 2 meets search.target_params=1000 within 0.05; the nearest is "
+            f"num_layers=4 hidden_size=32 .* with {llama_parameters(4, 32, 96, 8, 4):,} parameters",
+        ),
+        (
+            {"hidden_size": [32, 48], "max_params": 10, "max_memory_gb": 1},
+            "search.max_params=10 and search.max_memory_gb=1",
+        ),
+        (
+            {"hidden_size": ["32:60:1"], "max_candidates": 20},
+            "29 shapes are within the budget, more than search.max_candidates=20",
+        ),
+        ({"tolerance": 0}, "search.tolerance=0 must lie between"),
+        ({"tolerance": 0.1}, "search.tolerance=0.1 is for search.target_params, which is not set"),
+        ({"max_params": -1}, "search.max_params=-1 must be above 0"),
+    ],
+)
+def test_spaces_that_hold_nothing(keys, says):
+    with pytest.raises(ValueError, match=says):
+        candidates(LLAMA, SearchSpaceConfig(**keys))
+
+
+def test_nearest_is_the_nearest():
+    """Whichever side of the budget it is on."""
+    space = SearchSpaceConfig(hidden_size=[32, 48], target_params=105_000, tolerance=0.001)
+    near = llama_parameters(4, 48, 96, 8, 4)
+    assert abs(near - 105_000) < abs(llama_parameters(4, 32, 96, 8, 4) - 105_000)
+    with pytest.raises(ValueError, match=f"{near:,} parameters"):
+        candidates(LLAMA, space)
+
+
+def test_memory_counts_the_stored_precision():
+    half = replace(LLAMA, dtype="bfloat16")
+    whole, halved = (candidates(c, SearchSpaceConfig(num_layers=[2]))[0] for c in (LLAMA, half))
+    assert whole.memory_gib == 2 * halved.memory_gib
+
+
+def test_pareto_front_is_what_nobody_beats():
+    generator = random.Random(0)
+    for count in (1, 2, 30):
+        points = [(generator.randrange(8), generator.randrange(8)) for _ in range(count)]
+        wanted = {
+            i
+            for i, p in enumerate(points)
+            if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)
+        }
+        assert set(pareto_front(points)) == wanted
+
+
+def record(name: str, loss: float, distilled: float | None, latency: float = 1.0) -> dict:
+    return {"name": name, "loss": loss, "distilled_loss": distilled, "latency_ms": latency}
+
+
+def test_ranks():
+    """A short distillation outranks the loss before it; too slow ones have no rank."""
+    records = [record("a", 5, None), record("b", 3, 2.5), record("c", 4, 2.0), record("d", 1, 1, 9)]
+    found = ranked(records, 2.0)
+    assert [(r["name"], r["rank"]) for r in found] == [("c", 1), ("b", 2), ("a", 3), ("d", None)]
+    with pytest.raises(ValueError, match=r"no candidate runs within search.max_latency_ms=0.5"):
+        ranked(records, 0.5)
