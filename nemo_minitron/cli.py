@@ -221,7 +221,14 @@ def _stoppable(stage: str, config: StageConfig) -> Iterator[None]:
 
 def _stopped(stage: str, config: StageConfig) -> Preempted | Terminated:
     """What a stop signal means: the same command goes on, or it starts over."""
-    saves = stage in ("distill", "finetune", "teacher_logits", "search", "pipeline")
+    saves = stage in (
+        "distill",
+        "finetune",
+        "teacher_logits",
+        "generate",
+        "search",
+        "pipeline",
+    )
     if isinstance(config, ImportanceConfig | PruneConfig):  # what they have to save are scores
         saves = config.data.path is not None and config.save_every_n_samples > 0
     return (Preempted if saves else Terminated)("a signal asked to stop")

@@ -203,3 +203,22 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast.from_pretrained(str(folder))
+
+
+def stop_ids(folder: Path, tokenizer: "PreTrainedTokenizerFast") -> frozenset[int]:
+    """Tokens that end a text: the tokenizer's, and those of ``generation_config.json``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = {tokenizer.eos_token_id} - {None}
+    file = folder / "generation_config.json"
+    if file.is_file():
+        named = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        found |= {*(named if isinstance(named, list) else [named])} - {None}
+    if not found:
+        raise ValueError(
+            f"the tokenizer in {folder} names no end-of-sequence token (eos_token); set it in its "
+            "tokenizer_config.json and import the model again"
+        )
+    return frozenset(found)

@@ -47,3 +47,107 @@ class EvaluateConfig(StageConfig):
     """Folder of task files (YAML) beside those that lm-eval brings."""
     lm_eval: LmEvalConfig = field(default_factory=LmEvalConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+
+@dataclass(kw_only=True)
+class SamplingConfig:
+    """How tokens are drawn."""
+
+    max_new_tokens: int = 256
+    """Tokens of the longest continuation."""
+    temperature: float = 1.0
+    """Divides the logits; 0 always takes the most likely token."""
+    top_p: float = 0.95
+    """Draw from the smallest set of tokens with this probability (1904.09751); 1: from all."""
+    seed: int = 1234
+    """With the number of a sample it fixes its random numbers, whatever the layout and batch."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.max_new_tokens < 1:
+            raise ValueError(f"sampling.max_new_tokens={self.max_new_tokens} must be at least 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(
+                f"sampling.temperature={self.temperature} must be a number from 0 (greedy) upwards"
+            )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"sampling.top_p={self.top_p} must be above 0 and at most 1 (draws from all tokens)"
+            )
+
+
+@dataclass(kw_only=True)
+class FilterConfig:
+    """Which continuations are kept."""
+
+    min_tokens: int = 16
+    """Fewest new tokens."""
+    ended: bool = False
+    """Only those that came to an end of text within sampling.max_new_tokens."""
+    max_repetition: float = 0.3
+    """Largest share of word n-grams that occurred before in the same continuation; 1: any."""
+    ngram: int = 4
+    """Words of such an n-gram, and of those that near duplicates are found by."""
+    near_duplicates: float = 0.8
+    """Drop a text whose set of n-grams is this similar (Jaccard) to that of one kept before; 1
+    drops equal texts alone."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.min_tokens < 0:
+            raise ValueError(f"filters.min_tokens={self.min_tokens} must not be negative")
+        if self.ngram < 1:
+            raise ValueError(f"filters.ngram={self.ngram} must be at least 1")
+        if not 0 <= self.max_repetition <= 1:
+            raise ValueError(
+                f"filters.max_repetition={self.max_repetition} must be between 0 and 1 (any)"
+            )
+        if not 0 < self.near_duplicates <= 1:
+            raise ValueError(
+                f"filters.near_duplicates={self.near_duplicates} must be above 0 and at most 1"
+            )
+
+
+PRECISIONS = ("32", "bf16-mixed")
+
+
+def check_precision(value: str) -> None:
+    """Refuse an unknown ``precision``."""
+    if value not in PRECISIONS:
+        raise ValueError(f"precision={value} must be {' or '.join(PRECISIONS)}")
+
+
+@dataclass(kw_only=True)
+class GenerateConfig(StageConfig):
+    """Text that a model writes, filtered and without duplicates: data for ``finetune``."""
+
+    checkpoint: str = MISSING
+    """Result folder that holds the model."""
+    prompts: str = MISSING
+    """A .txt file with one prompt per line, or a .jsonl file."""
+    prompt_key: str = "prompt"
+    """Key of the prompt in a JSONL record: text, or with ``chat_template`` also a list of messages
+    (``role``, ``content``)."""
+    samples_per_prompt: int = 1
+    """Continuations of each prompt."""
+    chat_template: bool = False
+    """Put every prompt into the tokenizer's chat template, as what the user says."""
+    keep_prompt: bool = True
+    """Whether ``text`` starts with the prompt; false: it is the continuation alone."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    filters: FilterConfig = field(default_factory=FilterConfig)
+    batch_size: int = 8
+    """Prompts that are continued together on one data-parallel rank."""
+    precision: str = "32"
+    """Of the forward passes: ``32`` or ``bf16-mixed``."""
+    save_every_n_samples: int = 64
+    """Samples of a data-parallel rank between two saves, from which a killed run goes on."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        super().__post_init__()
+        for name in ("samples_per_prompt", "batch_size", "save_every_n_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        check_precision(self.precision)

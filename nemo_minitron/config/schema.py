@@ -48,6 +48,7 @@ INPUT_KEYS = (
     "teacher_logits",
     "data.path",
     "tasks_path",
+    "prompts",
 )
 
 

@@ -6,7 +6,7 @@ from omegaconf import MISSING
 
 from nemo_minitron.config.base import StageConfig
 from nemo_minitron.config.distillation import TOP_K_LOSSES, DistillationConfig
-from nemo_minitron.config.inference import EvaluateConfig
+from nemo_minitron.config.inference import EvaluateConfig, GenerateConfig
 from nemo_minitron.config.parallel import ParallelConfig, TeacherParallelConfig
 from nemo_minitron.config.pipeline import PipelineConfig, PlanConfig
 from nemo_minitron.config.search import SearchConfig
@@ -419,6 +419,7 @@ STAGE_CONFIGS: dict[str, type[StageConfig]] = {
     "teacher_logits": TeacherLogitsConfig,
     "distill": DistillConfig,
     "finetune": FinetuneConfig,
+    "generate": GenerateConfig,
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
     "pipeline": PipelineConfig,

@@ -25,6 +25,8 @@ from nemo_minitron.models.spec import HAVE_TE, block_spec
 from nemo_minitron.runtime.groups import ParallelGroups
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PRECISION_DTYPES = {"32": torch.float32, "bf16-mixed": torch.bfloat16}
+"""Of the weights in memory, by ``precision``."""
 _ACTIVATIONS = {
     "silu": F.silu,
     "gelu": F.gelu,

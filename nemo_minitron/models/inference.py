@@ -67,6 +67,13 @@ class CachedModel:
         self._wrapper = GPTInferenceWrapper(self.chunk, settings, context, self.groups.collection)
         self._wrapper.prep_model_for_inference()
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of this rank's keys and values."""
+        assert self._wrapper is not None
+        pairs = self._wrapper.inference_context.key_value_memory_dict.values()
+        return sum(tensor.nbytes for pair in pairs for tensor in pair)
+
     def stop(self) -> None:
         """Free the cache."""
         self._wrapper = None

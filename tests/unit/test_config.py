@@ -24,6 +24,7 @@ REQUIRED = {
     "student": "s",
     "teacher": "t",
     "data.path": "text",
+    "prompts": "p.txt",
 }
 ENTRIES = sorted(
     path.relative_to(CONF).as_posix() for path in CONF.glob("*/*.yaml") if path.parts[-2] != "hydra"

@@ -1,0 +1,125 @@
+"""Prompts of ``generate``: read, put into a chat template, and checked against the context."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_minitron.config.inference import GenerateConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt.
+
+    Attributes:
+        line: where it is in the file, counted from 1.
+        text: what the model reads, chat template included.
+        ids: the same as tokens.
+    """
+
+    line: int
+    text: str
+    ids: list[int]
+
+
+def read_prompts(
+    cfg: GenerateConfig, tokenizer: "PreTrainedTokenizerFast", context: int
+) -> list[Prompt]:
+    """Every prompt of ``cfg.prompts``, empty lines left out.
+
+    Args:
+        cfg: the stage.
+        tokenizer: of the model.
+        context: tokens that the model has positions for.
+
+    Raises:
+        ValueError: the file is missing, empty, of an unknown form or not UTF-8; a record is no
+            prompt; there is no chat template; a prompt leaves no room in the context.
+    """
+    path = Path(cfg.prompts)
+    if path.suffix not in (".txt", ".jsonl") or not path.is_file():
+        why = "does not exist" if not path.exists() else "is not one"
+        raise ValueError(
+            f"prompts={path} must be a .txt file (one prompt per line) or a .jsonl file; it {why}"
+        )
+    if cfg.chat_template and not tokenizer.chat_template:
+        raise ValueError(
+            "chat_template=true, but the tokenizer of checkpoint="
+            f"{cfg.checkpoint} has none; set chat_template=false, or import the model from a "
+            "source with a chat template"
+        )
+    found = [
+        _prompt(number, asked, cfg, tokenizer, context) for number, asked in _records(cfg, path)
+    ]
+    if not found:
+        raise ValueError(f"prompts={path} holds no prompt: every line is empty")
+    return found
+
+
+def _records(cfg: GenerateConfig, path: Path) -> Iterator[tuple[int, Any]]:
+    """Line number and prompt: text or messages."""
+    try:
+        with path.open(encoding="utf-8-sig") as stream:
+            for number, line in enumerate(stream, start=1):
+                if text := line.strip():
+                    where = f"prompts={path}, line {number}"
+                    yield number, _field(text, cfg, where) if path.suffix == ".jsonl" else text
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompts={path} is not UTF-8 text ({error.reason})") from error
+
+
+def _field(line: str, cfg: GenerateConfig, where: str) -> Any:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not valid JSON ({error.msg}, column {error.colno})") from error
+    if not isinstance(record, dict) or cfg.prompt_key not in record:
+        keys = sorted(record) if isinstance(record, dict) else type(record).__name__
+        raise ValueError(
+            f"{where}: no key '{cfg.prompt_key}'; set prompt_key to the key that holds the prompt, "
+            f"one of {keys}"
+        )
+    found = record[cfg.prompt_key]
+    if isinstance(found, str) and found.strip():
+        return found
+    if _is_chat(found) and cfg.chat_template:
+        return found
+    hint = " (or set chat_template=true for messages)" if _is_chat(found) else ""
+    raise ValueError(
+        f"{where}: '{cfg.prompt_key}' holds {type(found).__name__}, not text{hint}; set prompt_key "
+        "to the key that holds the prompt"
+    )
+
+
+def _is_chat(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value)
+    )
+
+
+def _prompt(
+    line: int, asked: Any, cfg: GenerateConfig, tokenizer: "PreTrainedTokenizerFast", context: int
+) -> Prompt:
+    if cfg.chat_template:
+        messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+        text = str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        )
+        ids = tokenizer.encode(text, add_special_tokens=False)  # the template brings them
+    else:
+        text, ids = asked, tokenizer.encode(asked)
+    new = cfg.sampling.max_new_tokens
+    if len(ids) + new > context:
+        raise ValueError(
+            f"prompts={cfg.prompts}, line {line}: {len(ids)} tokens and sampling.max_new_tokens="
+            f"{new} exceed the {context} positions of the model; shorten the prompt, or lower "
+            f"sampling.max_new_tokens to {max(context - len(ids), 0)}"
+        )
+    return Prompt(line, text, list(ids))
