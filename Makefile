@@ -16,12 +16,13 @@ unexport PYTHONDONTWRITEBYTECODE
 # Compiling 20,000 modules ahead would double the time; Python compiles what it imports.
 PIP = $(BIN)/python -m pip install --no-compile $(addprefix -c ,$(CONSTRAINTS))
 
-.PHONY: help setup quickstart test lint format docs site look pins release-check clean distclean
+.PHONY: help setup slurm quickstart test lint format docs site look pins release-check clean distclean
 
 help:
 	@echo "make setup       .venv with the package in it (.venv/bin/minitron)"
 	@echo "make quickstart  prune and distill SmolLM2-135M on this machine"
 	@echo "make test        all tests"
+	@echo "make slurm       SLURM for the tests that need one, by apt-get, as root"
 	@echo "make lint        ruff, mypy, shellcheck, hadolint"
 	@echo "make format      let ruff rewrite files"
 	@echo "make docs        write docs/keys.md and docs/families.md from the code"
@@ -44,8 +45,19 @@ quickstart: setup
 	$(BIN)/python scripts/quickstart_assets.py .quickstart
 	$(BIN)/minitron pipeline experiment=quickstart
 
+# Tests marked slurm start one on the loopback. Where it is not and cannot be installed they are
+# skipped and say so, or fail if MINITRON_SLURM=required.
+SLURM := slurmctld slurmd slurm-client munge
+slurm:
+	@if PATH="$$PATH:/usr/sbin" command -v slurmctld >/dev/null; then exit 0; fi; \
+	if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
+	  echo "make slurm: no SLURM here, and apt-get as root is what would install it: apt-get install $(SLURM)"; \
+	  exit 0; fi; \
+	export DEBIAN_FRONTEND=noninteractive; \
+	apt-get update -q && apt-get install -y -q --no-install-recommends $(SLURM)
+
 # Tests that measure seconds come last and alone.
-test: setup
+test: setup slurm
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not alone"
 	$(BIN)/python -m pytest -m alone
 

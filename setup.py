@@ -1,7 +1,8 @@
 """Package layout; the metadata is in pyproject.toml.
 
-``conf/`` lives at the top of the repository, where people look for it, and is installed as the
-folder ``nemo_minitron/conf`` of the package (see ``nemo_minitron/config/schema.py::conf_dir``).
+``conf/`` and ``launch/`` live at the top of the repository, where people look for them, and are
+installed as the folders ``nemo_minitron/conf`` and ``nemo_minitron/launch`` of the package (see
+``config/schema.py::conf_dir`` and ``pipeline/submit.py::home``).
 """
 
 from pathlib import Path
@@ -10,13 +11,15 @@ from setuptools import find_packages, setup
 
 CONF = Path("conf")
 folders = [CONF, *sorted(p for p in CONF.rglob("*") if p.is_dir() and any(p.rglob("*.yaml")))]
-conf_packages = {"nemo_minitron." + ".".join(p.parts): p.as_posix() for p in folders}
+conf = {"nemo_minitron." + ".".join(p.parts): p.as_posix() for p in folders}
+beside = {**conf, "nemo_minitron.launch": "launch"}
 
 setup(
-    packages=[*find_packages(include=["nemo_minitron", "nemo_minitron.*"]), *conf_packages],
-    package_dir=conf_packages,
+    packages=[*find_packages(include=["nemo_minitron", "nemo_minitron.*"]), *beside],
+    package_dir=beside,
     package_data={
         "nemo_minitron.reporting": ["templates/*"],
-        **{name: ["*.yaml"] for name in conf_packages},
+        **{name: ["*.yaml"] for name in conf},
+        "nemo_minitron.launch": ["*.sbatch", "lib.sh", "README.md"],
     },
 )

@@ -6,20 +6,27 @@
 #   CONTAINER_MOUNTS  one comma-separated list, /host:/container,...; the submit folder is added
 #   MINITRON          the command to run; default "minitron" (bare metal: /path/.venv/bin/minitron)
 #   SRUN_ARGS         more arguments of srun, split at spaces ("--mpi=pmix")
-# Arguments of a script are those of the stage; --dry-run prints the srun command and stops.
+#   MINITRON_MAX_IDLE_STARTS  starts in a row that may be stopped before they saved anything; default 5
+# Arguments of a script are those of the stage, output_dir= among them; --dry-run prints the srun
+# command and stops.
 
 set -euo pipefail
 
-# NCCL and CUDA settings of every stage, each kept if the environment has it already.
+# NCCL, UCX and CUDA settings of every stage, each kept if the environment has it already; what a
+# fabric needs of its own (NCCL_SOCKET_IFNAME, NCCL_IB_HCA, UCX_NET_DEVICES, ...) is set there too.
 # Megatron orders compute and communication by issue order, which needs a single hardware queue.
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
+export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
+# UCX would cache what kind of memory an address is, and misses what PyTorch's allocator frees.
+export UCX_MEMTYPE_CACHE="${UCX_MEMTYPE_CACHE:-n}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
 
 # srun does not take this over from sbatch by itself (SLURM 22.05 and later).
 export SRUN_CPUS_PER_TASK="${SRUN_CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-1}}"
 
-readonly PREEMPTED=75 # exit code of a stage that was told to stop and saved its work
+# Exit codes of a stage that was told to stop: the same command goes on, or starts over.
+readonly PREEMPTED=75 TERMINATED=143
 
 say() { printf '%s\n' "$*" >&2; }
 
@@ -45,9 +52,70 @@ build_command() {
   command+=("${extra[@]}" "${MINITRON:-minitron}" "$stage" "$@")
 }
 
-# run_stage STAGE [--dry-run] [key=value ...]
+# Value of the last KEY=value among the arguments; nothing without one.
+value_of() {
+  local key=$1 argument value=''
+  shift
+  for argument in "$@"; do
+    if [[ $argument == "$key="* ]]; then value=${argument#"$key="}; fi
+  done
+  value=${value#[\'\"]}
+  printf '%s' "${value%[\'\"]}"
+}
+
+# What stands in a result folder and its unfinished work, logs left out: equal when nothing was saved.
+saved_work() {
+  find "$1" "$1.partial" -type f ! -name '*.log' ! -name partial.json ! -path '*/logs/*' \
+    -printf '%p %s\n' 2>/dev/null | sort | cksum || true
+}
+
+# Seconds until the job's time limit; nothing where there is none.
+seconds_left() {
+  local end
+  end=$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s 2>/dev/null) || return 0
+  printf '%d' "$((end - $(date +%s)))"
+}
+
+# requeue STAGE OUTPUT_DIR BEFORE: start the job again, unless that cannot lead anywhere. BEFORE is
+# what `saved_work` said at the start. Returns 1 when the job has to end, with a message.
+requeue() {
+  local stage=$1 output=$2 before=$3 count="$2.idle_starts" idle=0 left
+  if [[ $(squeue -h -j "${SLURM_JOB_ID:?not inside a SLURM job}" -o %T) != RUNNING ]]; then
+    return 0 # it was cancelled, or SLURM itself puts it back into the queue
+  fi
+  if [[ $(saved_work "$output") == "$before" ]]; then
+    left=$(seconds_left)
+    if ((${left:-9999} <= 180)); then
+      say "minitron $stage: the time limit came before anything new was saved, and would again: give the job more time (--time), then submit it again"
+      return 1
+    fi
+    if ((${SLURM_RESTART_COUNT:-0} > 0)) && [[ -f $count ]]; then idle=$(<"$count"); fi
+    if ((++idle >= ${MINITRON_MAX_IDLE_STARTS:-5})); then
+      rm -f "$count"
+      say "minitron $stage: stopped $idle times in a row before anything new was saved: save more often, or submit it where it is not pre-empted so soon (MINITRON_MAX_IDLE_STARTS=$idle is the limit)"
+      return 1
+    fi
+    mkdir -p "$(dirname "$count")"
+    printf '%d\n' "$idle" >"$count"
+  else
+    rm -f "$count"
+  fi
+  say "minitron $stage was told to stop: requeueing job $SLURM_JOB_ID"
+  scontrol requeue "$SLURM_JOB_ID" || say "job $SLURM_JOB_ID cannot be requeued: submit it again, it goes on"
+}
+
+# Say once more why the stage failed, in the last line of the log: srun has had its say in between.
+say_why() {
+  local stage=$1 code=$2 output=$3 why=''
+  why=$(sed -n 's/^{"code": [0-9]*, "message": "\(.*\)"}$/\1/p' "$MINITRON_VERDICT_FILE" 2>/dev/null) || true
+  why=${why:-"ended from outside, without a word (out of memory, perhaps): see $output.log"}
+  why=${why//\\\"/\"} # JSON's escapes; %b does the others
+  say "minitron $stage: $(printf '%b' "$why") [exit code $code]"
+}
+
+# run_stage STAGE [--dry-run] output_dir=... [key=value ...]
 run_stage() {
-  local stage=$1 dry_run='' argument code=0
+  local stage=$1 dry_run='' argument code=0 output before
   local -a command arguments=()
   shift
   for argument in "$@"; do
@@ -60,12 +128,23 @@ run_stage() {
     printf '\n'
     return
   fi
+  output=$(value_of output_dir "${arguments[@]}")
+  if [[ -z $output ]]; then
+    say "minitron $stage: output_dir is not among the arguments; add output_dir=..., where the job sees whether a requeued stage gets on"
+    exit 2
+  fi
+  before=$(saved_work "$output")
+  export MINITRON_VERDICT_FILE="$PWD/.minitron_${SLURM_JOB_ID:-$$}.json"
+  rm -f "$MINITRON_VERDICT_FILE"
   say "job ${SLURM_JOB_ID:-?} on ${SLURM_JOB_NODELIST:-?}, start ${SLURM_RESTART_COUNT:-0}:$(printf ' %q' "${command[@]}")"
   trap : TERM # SLURM signals the tasks; this shell stays to read their exit code
   "${command[@]}" || code=$?
-  if ((code == PREEMPTED)); then
-    say "minitron $stage saved its work: requeueing job ${SLURM_JOB_ID:?not inside a SLURM job}"
-    scontrol requeue "$SLURM_JOB_ID"
+  if ((code == PREEMPTED || code == TERMINATED)); then
+    requeue "$stage" "$output" "$before" || code=1
+  else
+    rm -f "$output.idle_starts"
+    if ((code)); then say_why "$stage" "$code" "$output"; fi
   fi
+  rm -f "$MINITRON_VERDICT_FILE"
   exit "$code"
 }

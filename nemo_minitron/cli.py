@@ -10,14 +10,13 @@ import os
 import signal
 import sys
 import tempfile
-from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import nemo_minitron
-from nemo_minitron import usage
+from nemo_minitron import completion, sweeps, usage
 from nemo_minitron.config import load, schema
 from nemo_minitron.config.stages import (
     STAGE_CONFIGS,
@@ -27,6 +26,7 @@ from nemo_minitron.config.stages import (
 )
 from nemo_minitron.errors import (
     BAD_INPUT,
+    PREEMPTED,
     TERMINATED,
     Preempted,
     StageFailed,
@@ -49,6 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] == "--version":
         return _say(nemo_minitron.__version__)
     stage, *rest = arguments
+    if stage in completion.FLAGS:
+        return completion.complete(rest)
+    if stage == "submit":
+        return _submit(rest)
     if stage not in STAGE_CONFIGS:
         return _refuse(usage.unknown_stage(stage))
     if "--help" in rest or "-h" in rest:
@@ -68,6 +72,17 @@ def _plan_one(stage: str, *arguments: str) -> int:
         return _run_hydra("plan", of_one_stage(stage, arguments))
     except HydraException as error:
         return _refuse(load.explain(stage, error))
+    except ValueError as error:
+        return _refuse(str(error))
+
+
+def _submit(arguments: list[str]) -> int:
+    from nemo_minitron.pipeline import submit
+
+    if {"--help", "-h"} & {*arguments}:
+        return _say(f"{submit.parser().format_help()}\n{usage.stage_help('submit')}")
+    try:
+        return submit.main(arguments)
     except ValueError as error:
         return _refuse(str(error))
 
@@ -97,9 +112,14 @@ def _run_hydra(stage: str, arguments: list[str]) -> int:
     codes: list[int] = []
 
     def job(composed: "DictConfig") -> None:
+        load.register()  # a launcher may run this in a process that has not
         code, message = run_job(stage, composed)
         codes.append(code)
-        if code and _is_sweep_job():  # the launcher has to know, and runs the other jobs still
+        if code == PREEMPTED:
+            sweeps.requeue()
+        if (
+            code and sweeps.is_sweep_job()
+        ):  # the launcher has to know, and runs the other jobs still
             raise StageFailed(message, code)
 
     before = sys.argv
@@ -107,11 +127,13 @@ def _run_hydra(stage: str, arguments: list[str]) -> int:
         load.check_overrides(stage, flags.overrides, flags.config_dir)
         with tempfile.TemporaryDirectory(prefix="minitron-") as scratch:
             others = [a for a in arguments if a not in flags.overrides]
-            sweep = _sweep_settings(flags, scratch)
+            sweep = sweeps.sweep_settings(flags, scratch)
             sys.argv = [f"minitron {stage}", *flags.overrides, *sweep, *others]
             folder = str(schema.conf_dir())
             hydra.main(version_base="1.3", config_path=folder, config_name=stage)(job)()
     except StageFailed as failure:
+        if not codes:  # it was said where the job ran, which is elsewhere
+            sys.stderr.write(f"minitron {stage}: {failure}\n")
         return failure.code
     except (HydraException, OmegaConfBaseException) as error:
         return _refuse(load.explain(stage, error))
@@ -131,7 +153,7 @@ def run_job(stage: str, composed: "DictConfig") -> tuple[int, str]:
     config = None
     try:
         config = load.stage_config(stage, composed)
-        config.output_dir = _job_folder(config.output_dir)
+        config.output_dir = sweeps.job_folder(config.output_dir)
         with _stoppable(stage, config):
             _run(stage, config)
     except (Exception, KeyboardInterrupt, Preempted, Terminated) as error:
@@ -151,6 +173,7 @@ def _run(stage: str, config: StageConfig) -> None:
         ranks.die_with_parent()
     ranks.adopt_slurm()
     launched = ranks.launched_world_size()
+    ranks.check_nodes(getattr(getattr(config, "trainer", None), "num_nodes", None))
     parallel = getattr(config, "parallel", None)
     world = parallel.world_size(launched) if parallel else 1
     module = stage_module(stage)
@@ -232,53 +255,6 @@ def _stopped(stage: str, config: StageConfig) -> Preempted | Terminated:
     if isinstance(config, ImportanceConfig | PruneConfig):  # what they have to save are scores
         saves = config.data.path is not None and config.save_every_n_samples > 0
     return (Preempted if saves else Terminated)("a signal asked to stop")
-
-
-def _is_sweep_job() -> bool:
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
-
-
-def _job_folder(output_dir: str) -> str:
-    """Own folder of a sweep's job: ``<output_dir>/<swept key>=<value>,...``."""
-    if not _is_sweep_job():
-        return output_dir
-    from hydra.core.hydra_config import HydraConfig
-
-    settings = HydraConfig.get()
-    fixed = set(settings.job.config.override_dirname.exclude_keys)
-    pairs = [override.lstrip("+~").partition("=")[::2] for override in settings.overrides.task]
-    swept = [(key, value) for key, value in pairs if key not in fixed]
-    if not swept or "output_dir" in dict(swept):
-        return output_dir
-    short = [key.rpartition(".")[2] for key, _ in swept]
-    names = short if len({*short}) == len(short) else [key for key, _ in swept]
-    values = [value.replace("/", "_") for _, value in swept]
-    return str(Path(output_dir) / ",".join(map("=".join, zip(names, values, strict=True))))
-
-
-def _sweep_settings(flags: Namespace, scratch: str) -> list[str]:
-    """Overrides that tell a sweep's jobs which keys are swept, and keep Hydra's files away.
-
-    Hydra writes multirun.yaml before the first job has been checked: into a scratch folder, since
-    every job stores its own config. Launchers that submit jobs need a lasting folder instead.
-    """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    overrides = OverridesParser.create().parse_overrides(flags.overrides)
-    given: dict[str, Any] = {o.key_or_group: o for o in overrides}
-    if not flags.multirun and "hydra.mode" not in given:
-        return []
-    fixed = [key for key, o in given.items() if not o.is_sweep_override()]
-    settings = [load.override("hydra.job.config.override_dirname.exclude_keys", fixed)]
-    if "hydra.sweep.dir" not in given:
-        folder = scratch
-        if "hydra/launcher" in given:
-            folder = str(given["output_dir"].value()) if "output_dir" in fixed else "."
-        settings.append(load.override("hydra.sweep.dir", folder))
-    return settings
 
 
 def _same_job(stage: str, config: StageConfig) -> list[str]:

@@ -35,6 +35,10 @@ class StageFailed(Exception):  # noqa: N818
         super().__init__(message)
         self.code = code
 
+    def __reduce__(self) -> tuple[type, tuple[str, int]]:
+        """Through a pickle: the jobs of a sweep may run elsewhere."""
+        return StageFailed, (str(self), self.code)
+
 
 def verdict(stage: str, error: BaseException, log_path: Path | None) -> tuple[int, str]:
     """Exit code of a job that ended with ``error``, and the line that says what to do about it.

@@ -38,6 +38,7 @@ def overview() -> str:
             *_table(rows),
             "",
             "`minitron <stage> --help` lists its keys.",
+            "`minitron submit <stage> key=value ...` queues it with SLURM.",
             "",
             "flags:",
             *_table(FLAGS),
@@ -51,7 +52,7 @@ def overview() -> str:
 def stage_help(stage: str) -> str:
     """Text of ``minitron <stage> --help``."""
     keys = [
-        (f"{key.name}={shown(key.default)}", key.doc) for key in schema.keys(STAGE_CONFIGS[stage])
+        (f"{key.name}={shown(key.default)}", key.doc) for key in schema.keys(schema.COMMANDS[stage])
     ]
     groups = [
         (f"{name}=", ", ".join(entries) or "(yours, from --config-dir)")
@@ -77,7 +78,7 @@ def stage_help(stage: str) -> str:
 
 def unknown_stage(stage: str) -> str:
     """Message for a stage that does not exist."""
-    near = load.nearest(stage, STAGE_CONFIGS)
+    near = load.nearest(stage, schema.COMMANDS)
     hint = f"did you mean {near}?" if near else f"stages: {', '.join(STAGE_CONFIGS)}"
     return f"{stage} is not a stage; {hint}"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nemo_minitron.config import load, schema
 from nemo_minitron.config.schema import Key
-from nemo_minitron.config.stages import STAGE_CONFIGS, StageConfig
+from nemo_minitron.config.stages import StageConfig
 from nemo_minitron.usage import shown
 
 HEAD = """\
@@ -26,7 +26,7 @@ sweeps work.
 
 def page() -> str:
     """Text of ``docs/keys.md``."""
-    stages = {stage: list(schema.keys(cls)) for stage, cls in STAGE_CONFIGS.items()}
+    stages = {stage: list(schema.keys(cls)) for stage, cls in schema.COMMANDS.items()}
     common = list(schema.keys(StageConfig))
     sections = _sections(stages.values())
     parts = [HEAD, "## Keys of every stage\n", _table(common)]

@@ -3,7 +3,7 @@
 import contextlib
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -12,7 +12,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_minitron.config import schema
-from nemo_minitron.config.stages import STAGE_CONFIGS, StageConfig
+from nemo_minitron.config.stages import StageConfig
 
 T = TypeVar("T")
 _PLAIN = re.compile(r"[A-Za-z_./][A-Za-z0-9_./-]*")
@@ -35,7 +35,7 @@ def stage_config(stage: str, composed: DictConfig) -> StageConfig:
     Raises:
         ValueError: unknown keys, missing keys, wrong types, or values the dataclass refuses.
     """
-    cls = STAGE_CONFIGS[stage]
+    cls = schema.COMMANDS[stage]
     if stage == "plan":
         composed = _with_names_for_inputs(composed)
     try:
@@ -62,8 +62,13 @@ def read_section(cls: type[T], values: Any) -> T:
     return cast(T, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values)))
 
 
-def compose(stage: str, overrides: Sequence[str]) -> StageConfig:
+def compose(stage: str, overrides: Sequence[str], config_dir: str | None = None) -> StageConfig:
     """Compose a stage as the command line does, with the config folders now in force.
+
+    Args:
+        stage: name of the stage.
+        overrides: as on the command line.
+        config_dir: the user's own one among those folders.
 
     Raises:
         ValueError: as ``check_overrides`` and ``stage_config``.
@@ -75,7 +80,7 @@ def compose(stage: str, overrides: Sequence[str]) -> StageConfig:
 
     register()
     try:
-        check_overrides(stage, overrides)
+        check_overrides(stage, overrides, config_dir)
         if GlobalHydra.instance().is_initialized():
             composed = hydra_compose(config_name=stage, overrides=list(overrides))
         else:
@@ -84,6 +89,27 @@ def compose(stage: str, overrides: Sequence[str]) -> StageConfig:
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(explain(stage, error)) from error
     return stage_config(stage, composed)
+
+
+@contextlib.contextmanager
+def hydra_for(config_dir: str | None) -> Iterator[None]:
+    """Hydra with the shipped config files and the user's own, as for a command line."""
+    from hydra import initialize_config_dir
+    from hydra._internal.hydra import Hydra
+    from hydra._internal.utils import create_config_search_path
+    from hydra.core.config_search_path import SearchPathQuery
+    from hydra.core.global_hydra import GlobalHydra
+
+    if config_dir and not Path(config_dir).is_dir():
+        raise ValueError(f"--config-dir {config_dir} is not a folder")
+    with initialize_config_dir(str(schema.conf_dir()), version_base="1.3"):
+        if config_dir:
+            places = create_config_search_path(str(schema.conf_dir()))
+            own = f"file://{Path(config_dir).resolve()}"
+            places.prepend("command-line", own, SearchPathQuery(provider="schema"))
+            GlobalHydra.instance().clear()
+            Hydra.create_main_hydra2("minitron", places)
+        yield
 
 
 def check_overrides(stage: str, overrides: Iterable[str], config_dir: str | None = None) -> None:
@@ -125,7 +151,7 @@ def groups(stage: str) -> dict[str, list[str]]:
 
 
 def _check_key(stage: str, key: str) -> None:
-    known = [k.name for k in schema.keys(STAGE_CONFIGS[stage])]
+    known = [k.name for k in schema.keys(schema.COMMANDS[stage])]
     inside = any(name == key or name.startswith(key + ".") for name in known)
     if not inside and not _open_section(stage, key):
         raise ValueError(unknown_key(stage, key))
@@ -135,7 +161,7 @@ def _open_section(stage: str, key: str) -> bool:
     """Whether the key lies in a free-form dictionary or list (``inputs``, ``stages``, ...)."""
     return any(
         key.startswith(k.name + ".") and k.type.startswith(("dict", "list[dict"))
-        for k in schema.keys(STAGE_CONFIGS[stage])
+        for k in schema.keys(schema.COMMANDS[stage])
     )
 
 
@@ -143,8 +169,8 @@ def unknown_key(stage: str, key: str) -> str:
     """Message for a key that the stage does not have."""
     key = key.replace("[", ".").replace("]", "")  # stages[0].x, as OmegaConf writes it
     if _open_section(stage, key):
-        return f"{key} is not in the chosen experiment; write +{key}=... to add it"
-    known = [k.name for k in schema.keys(STAGE_CONFIGS[stage])]
+        return f"{key} is not in the config files chosen; write +{key}=... to add it"
+    known = [k.name for k in schema.keys(schema.COMMANDS[stage])]
     near = nearest(key, known)
     # A key given without its section ("hidden_size") is near to nothing, but easy to place.
     near = near or next((k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]), None)

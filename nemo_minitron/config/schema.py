@@ -14,7 +14,11 @@ from typing import Any
 from omegaconf import MISSING
 
 import nemo_minitron
+from nemo_minitron.config.cluster import SubmitConfig
 from nemo_minitron.config.stages import STAGE_CONFIGS
+
+# Everything with keys of its own.
+COMMANDS: dict[str, type] = {**STAGE_CONFIGS, "submit": SubmitConfig}
 
 # Stages that run a model and so may need more than one rank.
 RANKED_STAGES = frozenset(
@@ -28,6 +32,7 @@ NEUTRAL_KEYS = frozenset(
         "overwrite",
         "verify_inputs",
         "workers",
+        "trainer.num_nodes",
         "data.cache_dir",
         "save_every_n_samples",
         "distillation.offload_teacher",
@@ -88,13 +93,13 @@ def register_schemas() -> None:
     """Put every stage dataclass into Hydra's ConfigStore (idempotent)."""
     from hydra.core.config_store import ConfigStore
 
-    for stage, cls in STAGE_CONFIGS.items():
+    for stage, cls in COMMANDS.items():
         ConfigStore.instance().store(name=schema_name(stage), node=cls, provider="nemo_minitron")
 
 
 def summary(stage: str) -> str:
     """First line of the stage dataclass's docstring."""
-    return (STAGE_CONFIGS[stage].__doc__ or "").strip().splitlines()[0]
+    return (COMMANDS[stage].__doc__ or "").strip().splitlines()[0]
 
 
 def keys(cls: type, prefix: str = "") -> Iterator[Key]:

@@ -75,6 +75,9 @@ class TrainerConfig:
     """``32`` or ``bf16-mixed`` (bf16 weights, fp32 main weights and gradients)."""
     seed: int = 1234
     """Seed of everything that draws numbers during training."""
+    num_nodes: int | None = None
+    """Nodes that ``minitron submit`` asks for; a run on another number is refused. null: those that
+    the launcher used."""
     recompute_granularity: str | None = None
     """Activations of the trained model that the backward pass computes again to save memory:
     ``full`` (whole layers), ``selective`` (parts of each layer) or null (none), as in Megatron."""
@@ -93,6 +96,8 @@ class TrainerConfig:
             raise ValueError(f"trainer.max_steps={self.max_steps} must be at least 1")
         if self.precision not in ("32", "bf16-mixed"):
             raise ValueError(f"trainer.precision={self.precision} must be 32 or bf16-mixed")
+        if self.num_nodes is not None and self.num_nodes < 1:
+            raise ValueError(f"trainer.num_nodes={self.num_nodes} must be at least 1, or null")
         for name, least in (("val_check_interval", 1), ("log_every_n_steps", 1), ("save_top_k", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"trainer.{name}={getattr(self, name)} must be at least {least}")

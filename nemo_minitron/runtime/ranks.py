@@ -45,6 +45,23 @@ def launched_world_size() -> int | None:
     return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
 
 
+def check_nodes(wanted: int | None) -> None:
+    """Refuse to run on another number of nodes than ``trainer.num_nodes`` says.
+
+    Raises:
+        ValueError: names both numbers, and how to get the wanted one.
+    """
+    env = os.environ
+    nodes = 1
+    if "RANK" in env:  # torchrun counts its agents, one per node
+        nodes = int(env.get("GROUP_WORLD_SIZE") or env.get("SLURM_STEP_NUM_NODES") or 1)
+    if wanted is not None and wanted != nodes:
+        raise ValueError(
+            f"trainer.num_nodes={wanted}, but this runs on {nodes}: `minitron submit` it, or "
+            f"sbatch --nodes={wanted}, or leave trainer.num_nodes out"
+        )
+
+
 def started_by_us() -> bool:
     """Whether ``start_ranks`` started this process."""
     return _STARTED in os.environ

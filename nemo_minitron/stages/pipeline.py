@@ -5,9 +5,9 @@ import os
 from pathlib import Path
 
 from nemo_minitron.checkpoint.artifact import write_manifest
-from nemo_minitron.checkpoint.manifest import fingerprint, read_manifest
+from nemo_minitron.checkpoint.manifest import MANIFEST, fingerprint, read_manifest
 from nemo_minitron.config.stages import PipelineConfig
-from nemo_minitron.pipeline.plan import read_items
+from nemo_minitron.pipeline.plan import Item, read_items
 from nemo_minitron.pipeline.run import run_items
 from nemo_minitron.planning.models import stated_model, warn_of_another_model
 from nemo_minitron.reporting.results import check_report
@@ -39,8 +39,20 @@ def check(cfg: PipelineConfig) -> None:
             "output_dir"
         )
     items = read_items(cfg)
+    for item in items:
+        _check_nodes(item)
     check_report(cfg)
     warn_of_another_model(items, stated_model(cfg))
+
+
+def _check_nodes(item: Item) -> None:
+    """Refuse an item that is to run on several nodes, unless ``minitron submit`` has run it."""
+    nodes = getattr(getattr(item.config, "trainer", None), "num_nodes", None) or 1
+    if nodes > 1 and not (Path(item.config.output_dir) / MANIFEST).is_file():
+        raise ValueError(
+            f"{item.name}: trainer.num_nodes={nodes}, but a pipeline runs on one machine; queue "
+            "its stages with `minitron submit pipeline ...`, or leave trainer.num_nodes out"
+        )
 
 
 def run(cfg: PipelineConfig) -> None:

@@ -17,7 +17,15 @@ import pytest
 from nemo_minitron.config.stages import STAGE_CONFIGS
 
 REPO = Path(__file__).parents[2]
-SOURCES = ("nemo_minitron", "conf", "pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE")
+SOURCES = (
+    "nemo_minitron",
+    "conf",
+    "launch",
+    "pyproject.toml",
+    "setup.py",
+    "MANIFEST.in",
+    "LICENSE",
+)
 # All that help, --cfg job and refusals may need. A download would cost the test a network.
 LIGHT = ("hydra-core", "omegaconf", "antlr4-python3-runtime", "PyYAML", "packaging")
 

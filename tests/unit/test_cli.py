@@ -316,7 +316,7 @@ def test_a_wheel_brings_its_config_files(tmp_path):
     """The wheel is unpacked, not installed: its dependencies are those of this environment."""
     repo = Path(__file__).parents[2]
     source = tmp_path / "source"
-    for name in ("nemo_minitron", "conf"):
+    for name in ("nemo_minitron", "conf", "launch"):
         shutil.copytree(repo / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(repo / name, source)

@@ -56,6 +56,7 @@ def messages() -> "list[str]":
                 found.append(collapsed("".join(map(str, parts))))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(node.value)
+    found.append((REPO / "launch" / "lib.sh").read_text())
     return found
 
 

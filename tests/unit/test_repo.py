@@ -1,6 +1,7 @@
 """What surrounds the code: documents that must stay true, launch scripts, pins, layers."""
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -62,7 +63,7 @@ def commands() -> "list[tuple[str, str]]":
         text = re.sub(r"<!-- test: fails .*-->\n\n.*\n", "", text)  # meant to be refused
         for line in text.splitlines():
             # In a document, commands are indented by four; a wide gap starts an explanation.
-            match = re.match(r"    .*?\bminitron (\w+ .*?)(?:   .*)?$", line)
+            match = re.match(r"    .*?\bminitron (?:submit )?(\w+ .*?)(?:   .*)?$", line)
             match = match or re.match(r"(?:# |    )sbatch .*launch/(\w+)\.sbatch(.*)$", line)
             if match:
                 found.append((name(path), " ".join(match.groups(""))))
@@ -79,7 +80,8 @@ def test_commands_in_documents_are_ones_that_exist(where, line):
     if stage == "plan" and arguments[0] in STAGE_CONFIGS:
         arguments = of_one_stage(arguments[0], arguments[1:])
     flags = {"-m", "--cfg", "job", "--help", "--dry-run", "..."}
-    overrides = [a for a in arguments if a not in flags]
+    ours = ("hydra/", "hydra.", *(() if stage == "plan" else ("cluster=", "cluster.")))
+    overrides = [a for a in arguments if a not in flags and not a.startswith(ours)]
     load.check_overrides(stage, [o for o in overrides if not o.startswith("inputs.")])
     swept = "-m" in arguments
     if stage != "pipeline" and not swept and not flags & set(arguments):
@@ -259,18 +261,75 @@ def test_a_script_without_an_image_says_what_to_set():
     assert "CONTAINER_IMAGE=none" in done.stderr
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, 75])
-def test_exit_codes_and_requeueing(tmp_path, code):
-    """With stand-ins for srun and scontrol: only 75 requeues, and every code is passed on."""
-    for tool, body in {"srun": f"exit {code}", "scontrol": f'echo "$@" > {tmp_path}/said'}.items():
+@pytest.mark.parametrize(
+    ("code", "saves", "left", "ends", "again"),
+    [
+        (0, True, 7200, 0, False),
+        (1, True, 7200, 1, False),
+        (2, True, 7200, 2, False),
+        (75, True, 100, 75, True),
+        (75, False, 7200, 75, True),
+        (143, False, 7200, 143, True),
+        (143, True, 100, 143, True),  # a pipeline that finished a stage
+        (75, False, 100, 1, False),
+        (143, False, 100, 1, False),
+    ],
+)
+def test_exit_codes_and_requeueing(tmp_path, code, saves, left, ends, again):
+    """With stand-ins for SLURM's commands; tests/slurm has the real ones."""
+    out = tmp_path / "out dir"
+    save = f"mkdir -p '{out}.partial'; echo x > '{out}.partial/step'; " if saves else ""
+    note = f"mkdir -p '{out}.partial/logs'; date >> '{out}.partial/logs/a'; date > '{out}.log'; "
+    end = f"date -d '{left} seconds' +%FT%T"
+    tools = {
+        "srun": f"{save}{note}exit {code}",
+        "scontrol": f'echo "$@" > {tmp_path}/said',
+        "squeue": f'case "$*" in *%T*) echo RUNNING;; *) {end};; esac',
+    }
+    for tool, body in tools.items():
         (tmp_path / tool).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / tool).chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
     script = REPO / "launch" / "distill.sbatch"
-    done = sbatch(script, "a=b", PATH=path, CONTAINER_IMAGE="none", SLURM_JOB_ID="17")
-    assert done.returncode == code, done.stderr
+    key = f"output_dir='{out}'"
+    done = sbatch(script, key, PATH=path, CONTAINER_IMAGE="none", SLURM_JOB_ID="17")
+    assert done.returncode == ends, done.stderr
     said = tmp_path / "said"
-    assert (said.read_text() if said.exists() else "") == ("requeue 17\n" if code == 75 else "")
+    assert (said.read_text() if said.exists() else "") == ("requeue 17\n" if again else "")
+    assert ("give the job more time" in done.stderr.splitlines()[-1]) == (ends != code)
+    assert Path(f"{out}.idle_starts").exists() == (again and not saves)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "last"),
+    [
+        (
+            {"code": 2, "message": 'x="a\\b" must be 1; set it'},
+            'x="a\\b" must be 1; set it [exit code 2]',
+        ),
+        (
+            None,
+            "ended from outside, without a word (out of memory, perhaps): see out.log "
+            "[exit code 2]",
+        ),
+    ],
+)
+def test_the_last_line_of_a_failed_job_says_why(tmp_path, verdict, last):
+    """Below what srun says of each task."""
+    said = f"cat > $MINITRON_VERDICT_FILE <<'E'\n{json.dumps(verdict)}\nE\n" if verdict else ""
+    (tmp_path / "srun").write_text(f"#!/bin/sh\n{said}echo 'srun: error' >&2; exit 2\n")
+    (tmp_path / "srun").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    env = {"PATH": path, "CONTAINER_IMAGE": "none", "SLURM_JOB_ID": "17"}
+    done = sbatch(REPO / "launch" / "import.sbatch", "output_dir=out", **env)
+    assert done.stderr.splitlines()[-1] == f"minitron import: {last}"
+    assert not list(REPO.glob(".minitron_17*"))
+
+
+def test_a_script_wants_to_know_the_result_folder():
+    done = sbatch(SCRIPTS[0], "a=b", CONTAINER_IMAGE="none")
+    assert done.returncode == 2
+    assert "add output_dir=..." in done.stderr
 
 
 def test_scripts_ask_for_one_task_per_gpu_and_for_time_to_save():

@@ -1,0 +1,225 @@
+"""``minitron submit``: the jobs of a stage or a pipeline as a shell script of ``sbatch`` lines.
+
+Light imports: it runs on a login node. A pipeline becomes one job per item that is not up to date,
+each waiting for those whose results it reads, and one last job that writes the report.
+"""
+
+import math
+import os
+import shlex
+import subprocess
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import nemo_minitron
+from nemo_minitron import usage
+from nemo_minitron.config import load
+from nemo_minitron.config.cluster import ClusterConfig
+from nemo_minitron.config.stages import STAGE_CONFIGS, PipelineConfig, StageConfig
+
+REPORT_FLAGS = ("--gpus-per-node=0", "--cpus-per-task=4")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One sbatch line.
+
+    Attributes:
+        name: of the job and of its log: a stage, or an item of a pipeline.
+        stage: whose script runs.
+        arguments: of the stage.
+        flags: of sbatch, beside those of the cluster.
+        after: names of earlier jobs that have to end well first.
+    """
+
+    name: str
+    stage: str
+    arguments: tuple[str, ...]
+    flags: tuple[str, ...]
+    after: tuple[str, ...] = ()
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"submit: {message}; usage: minitron submit <stage> key=value ...")
+
+
+def parser() -> ArgumentParser:
+    """Arguments of ``minitron submit``."""
+    said = "Queue a stage, or every stage of a pipeline, with SLURM; prints the last job's id."
+    out = _Parser(prog="minitron submit", description=said, allow_abbrev=False)
+    out.add_argument("stage", help="pipeline: a chain of jobs, one for each item that has to run")
+    out.add_argument("overrides", nargs="*", metavar="key=value", help="of the stage; cluster.*")
+    out.add_argument("--dry-run", action="store_true", help="print the shell script, run nothing")
+    out.add_argument("--after", metavar="JOB[:JOB]", help="wait until these jobs have ended well")
+    out.add_argument("--config-dir", metavar="DIR", help="look for config files in DIR too")
+    return out
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print or run the script.
+
+    Returns:
+        Exit code of ``sbatch``, or 0.
+
+    Raises:
+        ValueError: names the key, and what to set.
+    """
+    given = parser().parse_intermixed_args(arguments)
+    text = script(given)
+    if given.dry_run:
+        sys.stdout.write(text)
+        return 0
+    try:
+        return subprocess.run(["bash", "-c", text], check=False).returncode
+    except FileNotFoundError as error:
+        raise ValueError(f"{error.filename} is not here; --dry-run prints the script") from None
+
+
+def script(given: Namespace) -> str:
+    """The shell script that submits everything; one path for a dry run and a real one."""
+    if given.stage not in STAGE_CONFIGS:
+        raise ValueError(usage.unknown_stage(given.stage))
+    if not (home() / "launch" / f"{given.stage}.sbatch").is_file():
+        raise ValueError(f"{given.stage} is no job for SLURM; run it here: minitron {given.stage}")
+    with load.hydra_for(given.config_dir):
+        return "\n".join(_lines(given)) + "\n"
+
+
+def _lines(given: Namespace) -> list[str]:
+    ours = [o for o in given.overrides if o.lstrip("+~").startswith(("cluster=", "cluster."))]
+    theirs = [o for o in given.overrides if o not in ours]
+    composed: Any = load.compose("submit", ours, given.config_dir)
+    cluster: ClusterConfig = composed.cluster
+    config = load.compose(given.stage, theirs, given.config_dir)
+    flags = ("--config-dir", given.config_dir) if given.config_dir else ()
+    if isinstance(config, PipelineConfig):
+        jobs = list(_chain(config, theirs, flags, cluster))
+        logs = Path(config.output_dir) / "slurm"
+    else:
+        resources = _resources(config, cluster)
+        jobs = [Job(given.stage, given.stage, (*theirs, *flags), resources)]
+        logs = Path(config.output_dir).parent / "slurm"
+    return [*_head(cluster, logs), *_submissions(jobs, cluster, logs, given.after)]
+
+
+def _chain(
+    config: PipelineConfig,
+    overrides: Sequence[str],
+    flags: tuple[str, ...],
+    cluster: ClusterConfig,
+) -> Iterator[Job]:
+    """One job per item that has to run, then the pipeline itself: it skips them and reports."""
+    from nemo_minitron.pipeline.plan import read_items
+    from nemo_minitron.pipeline.run import stale
+
+    due: list[str] = []
+    for item in read_items(config):
+        item.config.verify_inputs = "size"  # a login node is no place to hash whole models
+        after = tuple(name for name in item.needs if name in due)
+        if not (after or config.overwrite or stale(item)):
+            continue
+        due.append(item.name)
+        own = (*item.overrides, "overwrite=true", *flags)
+        yield Job(item.name, item.stage, own, _resources(item.config, cluster), after)
+    again = [o for o in overrides if not o.startswith(("overwrite=", "output_dir="))]
+    again.append(load.override("output_dir", config.output_dir))
+    yield Job("report", "pipeline", (*again, *flags), REPORT_FLAGS, tuple(due))
+
+
+def _resources(config: StageConfig, cluster: ClusterConfig) -> tuple[str, ...]:
+    """Nodes and tasks of a stage that runs a model; the scripts say what the others need.
+
+    As many ranks as the layout needs, or all GPUs of ``trainer.num_nodes`` nodes.
+
+    Raises:
+        ValueError: the ranks do not spread evenly over whole nodes.
+    """
+    values: Any = config
+    data = getattr(config, "data", None)
+    if not hasattr(config, "parallel") or (data is not None and data.path is None):
+        return ()
+    nodes = getattr(getattr(config, "trainer", None), "num_nodes", None) or cluster.slurm.nodes
+    per_node = cluster.ranks_per_node
+    if nodes is None:
+        world = values.parallel.world_size()
+        nodes = math.ceil(world / per_node)
+        if world % nodes:
+            raise ValueError(
+                f"the layout needs {world} ranks, which do not spread evenly over {nodes} nodes of "
+                f"cluster.gpus_per_node={per_node}; change parallel.data_parallel_size, or set "
+                "trainer.num_nodes or cluster.slurm.nodes"
+            )
+        per_node = world // nodes
+    values.parallel.world_size(nodes * per_node)
+    gpus = per_node if cluster.gpus_per_node else 0
+    per = (f"--ntasks-per-node={per_node}", f"--gpus-per-node={gpus}")
+    return (f"--nodes={nodes}", f"--ntasks={nodes * per_node}", *per)
+
+
+def _head(cluster: ClusterConfig, logs: Path) -> Iterator[str]:
+    slurm = cluster.slurm
+    image = os.environ.get("CONTAINER_IMAGE") or slurm.container_image
+    if image is None:
+        raise ValueError(
+            "no container to run in: set cluster.slurm.container_image=<image> or CONTAINER_IMAGE, "
+            "or cluster.slurm.container_image=none to run without"
+        )
+    values = {"MINITRON_HOME": str(home()), "CONTAINER_IMAGE": image}
+    if slurm.container_mounts:
+        values["CONTAINER_MOUNTS"] = slurm.container_mounts
+    beside = Path(sys.executable).parent / "minitron"
+    if image == "none" and beside.exists():
+        values["MINITRON"] = str(beside)
+    yield "#!/usr/bin/env bash"
+    yield "set -euo pipefail"
+    for name, value in {**values, **slurm.env}.items():
+        yield f"[[ -n ${{{name}:-}} ]] || export {name}={shlex.quote(str(value))}"
+    yield f"mkdir -p {shlex.quote(str(logs))}"
+    yield "jobs=()"
+    yield """trap '((${#jobs[@]} == 0)) || scancel "${jobs[@]}"' ERR"""
+
+
+def home() -> Path:
+    """The folder that holds ``launch/``.
+
+    Raises:
+        ValueError: it is not where this package is.
+    """
+    package = Path(nemo_minitron.__file__).parent
+    given = os.environ.get("MINITRON_HOME")
+    for folder in [Path(given)] if given else [package, package.parent]:
+        if (folder / "launch" / "lib.sh").is_file():
+            return folder
+    raise ValueError("launch/ is not beside this package; set MINITRON_HOME to the folder it is in")
+
+
+def _submissions(
+    jobs: Sequence[Job], cluster: ClusterConfig, logs: Path, after: str | None
+) -> Iterator[str]:
+    places = {job.name: number for number, job in enumerate(jobs)}
+    for number, job in enumerate(jobs):
+        waits = [f"${{jobs[{places[name]}]}}" for name in job.after]
+        waits = waits or ([after] if after else [])
+        words = ["sbatch", "--parsable", f"--job-name=minitron-{job.name}"]
+        words += [f"--output={logs}/%x_%j.log", *job.flags, *_cluster_flags(cluster)]
+        line = shlex.join(words)
+        if waits:
+            line += f' --kill-on-invalid-dep=yes --dependency="afterok:{":".join(waits)}"'
+        line += f' "$MINITRON_HOME/launch/{job.stage}.sbatch" {shlex.join(job.arguments)}'
+        yield f"job=$({line})"
+        yield 'jobs+=("${job%%;*}")'
+        yield f'echo "{job.name}: job ${{jobs[{number}]}}" >&2'
+    yield 'echo "${jobs[-1]}"'
+
+
+def _cluster_flags(cluster: ClusterConfig) -> Iterator[str]:
+    for name in ("account", "partition", "time"):
+        value = getattr(cluster.slurm, name)
+        if value is not None:
+            yield f"--{name}={value}"
+    yield from cluster.slurm.sbatch_args

@@ -1,0 +1,77 @@
+"""Jobs of ``--multirun``: where each writes, and what SLURM's do when they are told to stop."""
+
+import os
+import subprocess
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.config import load
+from nemo_minitron.errors import PREEMPTED
+from nemo_minitron.runtime import ranks
+
+
+def is_sweep_job() -> bool:
+    """Whether Hydra composed this job for a sweep."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
+
+
+def job_folder(output_dir: str) -> str:
+    """Own folder of a sweep's job: ``<output_dir>/<swept key>=<value>,...``."""
+    if not is_sweep_job():
+        return output_dir
+    from hydra.core.hydra_config import HydraConfig
+
+    settings = HydraConfig.get()
+    fixed = set(settings.job.config.override_dirname.exclude_keys)
+    pairs = [override.lstrip("+~").partition("=")[::2] for override in settings.overrides.task]
+    swept = [(key, value) for key, value in pairs if key not in fixed]
+    if not swept or "output_dir" in dict(swept):
+        return output_dir
+    short = [key.rpartition(".")[2] for key, _ in swept]
+    names = short if len({*short}) == len(short) else [key for key, _ in swept]
+    values = [value.replace("/", "_") for _, value in swept]
+    return str(Path(output_dir) / ",".join(map("=".join, zip(names, values, strict=True))))
+
+
+def sweep_settings(flags: Namespace, scratch: str) -> list[str]:
+    """Overrides that tell a sweep's jobs which keys are swept, and keep Hydra's files away.
+
+    Hydra writes multirun.yaml before the first job has been checked: into a scratch folder, since
+    every job stores its own config. Launchers that submit jobs need a lasting folder instead.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    overrides = OverridesParser.create().parse_overrides(flags.overrides)
+    given: dict[str, Any] = {o.key_or_group: o for o in overrides}
+    if not flags.multirun and "hydra.mode" not in given:
+        return []
+    fixed = [key for key, o in given.items() if not o.is_sweep_override()]
+    settings = [load.override("hydra.job.config.override_dirname.exclude_keys", fixed)]
+    if "hydra.sweep.dir" not in given:
+        folder = scratch
+        if "hydra/launcher" in given:
+            folder = str(given["output_dir"].value()) if "output_dir" in fixed else "."
+        settings.append(load.override("hydra.sweep.dir", folder))
+    return settings
+
+
+def requeue() -> None:
+    """Put a pre-empted job of ``hydra/launcher=slurm`` back into SLURM's queue; does nothing else.
+
+    Raises:
+        SystemExit: instead of a result, so that submitit goes on waiting for one.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    if os.environ.get("SUBMITIT_EXECUTOR") != "slurm":
+        return
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    if restarts >= HydraConfig.get().launcher.max_num_timeout:
+        return
+    if ranks.rank() == 0:
+        subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+    raise SystemExit(PREEMPTED)
