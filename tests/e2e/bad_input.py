@@ -75,6 +75,12 @@ KEYS: dict[str, dict[str, object]] = {
         "trainer.save_every_n_steps": 0,
     },
     "evaluate": {"checkpoint": "{home}/model", **DATA, "data.num_samples": 4},
+    "generate": {
+        "checkpoint": "{home}/model",
+        "prompts": "{home}/prompts.txt",
+        "sampling.max_new_tokens": 8,
+        "filters.min_tokens": 1,
+    },
     "export": {"checkpoint": "{home}/model"},
 }
 
