@@ -98,9 +98,16 @@ def config_hash(cfg: StageConfig) -> str:
 
 
 def input_paths(cfg: StageConfig) -> dict[str, str]:
-    """Config key -> path, for every input the stage config names."""
+    """Config key -> path, for every input the stage config names; ``key.0``, ... for a list."""
     values = flatten(asdict(cfg))
-    return {key: values[key] for key in INPUT_KEYS if values.get(key) is not None}
+    named = {key: values[key] for key in INPUT_KEYS if values.get(key) is not None}
+    found: dict[str, str] = {}
+    for key, value in named.items():
+        several = value if isinstance(value, list) else None
+        found |= (
+            {key: value} if several is None else {f"{key}.{i}": p for i, p in enumerate(several)}
+        )
+    return found
 
 
 def versions() -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Config of the stages that run a finished model: evaluation, generation, measurements."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -150,4 +151,52 @@ class GenerateConfig(StageConfig):
         for name in ("samples_per_prompt", "batch_size", "save_every_n_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        check_precision(self.precision)
+
+
+@dataclass(kw_only=True)
+class BenchmarkConfig(StageConfig):
+    """Prefill and decode speed, latency and memory of one model or several."""
+
+    checkpoint: Any = MISSING
+    """Result folder that holds a model, or a list of them (the teacher first)."""
+    prompt_length: int = 512
+    """Tokens of every prompt."""
+    new_tokens: int = 64
+    """Tokens that follow it: the first comes out of the prefill, the others are decoded."""
+    batch_size: int = 1
+    """Sequences that go together on each data-parallel rank, the same for every model."""
+    memory_limit_gb: float | None = None
+    """Memory of a rank (GB) that the largest batch fits into. null: that of the GPU; on a CPU no
+    largest batch is measured then."""
+    max_batch_size: int = 256
+    """Largest batch that is tried."""
+    rounds: int = 5
+    """Measurements of every model, after one that does not count; the models take turns."""
+    precision: str = "32"
+    """Of weights and cache: ``32`` or ``bf16-mixed``."""
+    seed: int = 1234
+    """Of the random prompts."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        super().__post_init__()
+        self.checkpoint = [self.checkpoint] if isinstance(self.checkpoint, str) else self.checkpoint
+        paths = self.checkpoint
+        if not isinstance(paths, list) or not paths or not all(isinstance(p, str) for p in paths):
+            raise ValueError(f"checkpoint={paths} must be a result folder or a list of some")
+        if len(set(paths)) < len(paths):
+            raise ValueError(f"checkpoint={paths} names a model twice; leave one out")
+        least = {"prompt_length": 1, "new_tokens": 2, "batch_size": 1, "rounds": 1}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {value}")
+        if self.max_batch_size < self.batch_size:
+            raise ValueError(
+                f"max_batch_size={self.max_batch_size} must be at least batch_size="
+                f"{self.batch_size}"
+            )
+        if self.memory_limit_gb is not None and not 0 < self.memory_limit_gb < float("inf"):
+            raise ValueError(f"memory_limit_gb={self.memory_limit_gb} must be above 0, or null")
         check_precision(self.precision)

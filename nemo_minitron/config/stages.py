@@ -6,7 +6,7 @@ from omegaconf import MISSING
 
 from nemo_minitron.config.base import StageConfig
 from nemo_minitron.config.distillation import TOP_K_LOSSES, DistillationConfig
-from nemo_minitron.config.inference import EvaluateConfig, GenerateConfig
+from nemo_minitron.config.inference import BenchmarkConfig, EvaluateConfig, GenerateConfig
 from nemo_minitron.config.parallel import ParallelConfig, TeacherParallelConfig
 from nemo_minitron.config.pipeline import PipelineConfig, PlanConfig
 from nemo_minitron.config.search import SearchConfig
@@ -421,6 +421,7 @@ STAGE_CONFIGS: dict[str, type[StageConfig]] = {
     "finetune": FinetuneConfig,
     "generate": GenerateConfig,
     "evaluate": EvaluateConfig,
+    "benchmark": BenchmarkConfig,
     "export": ExportConfig,
     "pipeline": PipelineConfig,
     "plan": PlanConfig,

@@ -1,5 +1,7 @@
 """The end of a pipeline: one table on the console and ``report.html``, readable offline."""
 
+import itertools
+import json
 import logging
 import os
 from collections.abc import Sequence
@@ -13,6 +15,7 @@ from nemo_minitron.families.table import parameter_count
 from nemo_minitron.reporting import plots
 from nemo_minitron.reporting.console import show_table
 from nemo_minitron.reporting.results import Pruning, Results, Row, StageResult, read_results
+from nemo_minitron.reporting.speed import SPEED_HEADER, generation_rows, speed_rows
 from nemo_minitron.reporting.templates import templates
 
 log = logging.getLogger(__name__)
@@ -71,9 +74,22 @@ def render(results: Results) -> str:
         tasks=_task_table(results.rows),
         warnings=results.warnings,
         headline=_headline(results.rows),
-        prunings=[(p.name, _size_rows(p), _kept_picture(p)) for p in results.prunings],
+        prunings=[
+            (p.name, _size_rows(p), _dropped_layers(p), _kept_picture(p)) for p in results.prunings
+        ],
         importance=[(name, _score_pictures(results, name)) for name in results.scores],
+        written=[
+            (s.name, generation_rows(s.metrics), _examples(s))
+            for s in results.stages_of("generate")
+        ],
+        speed_header=SPEED_HEADER,
+        speed=[
+            (s.name, s.metrics["device"], speed_rows(s.metrics), s.values)
+            for s in results.stages_of("benchmark")
+        ],
         training=[_training(stage) for stage in results.stages if stage.metrics.get("history")],
+        command=results.command,
+        config=results.config,
         stages=results.stages,
         exports=[stage.folder for stage in results.stages_of("export")],
         versions=_versions(results.stages),
@@ -149,6 +165,13 @@ def _size_rows(pruning: Pruning) -> list[tuple[str, str, str, str]]:
     return rows
 
 
+def _dropped_layers(pruning: Pruning) -> str:
+    """Layers that went, counted from 1 as in NeMo; empty: none."""
+    kept = set(pruning.plan["layers"])
+    gone = [str(layer + 1) for layer in range(pruning.before.num_layers) if layer not in kept]
+    return ", ".join(gone)
+
+
 def _size_row(label: str, before: int, after: int) -> tuple[str, str, str, str]:
     return label, f"{before:,}", f"{after:,}", "" if before == after else f"{after / before:.0%}"
 
@@ -212,6 +235,12 @@ def _training(stage: StageResult) -> tuple[str, str, plots.Picture]:
     if losses:
         figures.append(f"validation loss {losses[0]:.4f} to {losses[-1]:.4f}")
     return stage.name, ", ".join(figures), plots.training_curve(history)
+
+
+def _examples(stage: StageResult, count: int = 2) -> list[dict[str, Any]]:
+    """The first samples of a stage that wrote text."""
+    with (stage.folder / "data.jsonl").open(encoding="utf-8") as file:
+        return [json.loads(line) for line in itertools.islice(file, count)]
 
 
 def _versions(stages: Sequence[StageResult]) -> list[tuple[str, str]]:

@@ -4,7 +4,7 @@ import json
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,10 @@ class Results:
     """Importance stage -> axis -> scores."""
     warnings: list[str] = field(default_factory=list)
     """Why the table may not mean what it says."""
+    command: str = ""
+    """What runs the whole pipeline again; empty where it was not started by command line."""
+    config: str = ""
+    """The pipeline's resolved config, YAML."""
 
     def stages_of(self, stage: str) -> list[StageResult]:
         """The results of one kind of stage, in pipeline order."""
@@ -180,7 +184,18 @@ def read_results(output_dir: Path, cfg: PipelineConfig) -> Results:
         prunings=[_read_pruning(s) for s in stages if s.stage == "prune"],
         scores={s.name: _read_scores(s.folder) for s in stages if s.stage == "importance"},
         warnings=_leaks(stages) + _unlike(cfg, stages),
+        command=_pipeline_command(),
+        config=yaml.safe_dump(asdict(cfg), sort_keys=False),
     )
+
+
+def _pipeline_command() -> str:
+    from hydra.core.hydra_config import HydraConfig
+
+    if not HydraConfig.initialized():
+        return ""
+    words = HydraConfig.get().overrides.task
+    return _shell(["minitron", "pipeline", *map(str, words), *load.config_flags()])
 
 
 def _leaks(stages: list[StageResult]) -> list[str]:

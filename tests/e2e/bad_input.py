@@ -81,6 +81,12 @@ KEYS: dict[str, dict[str, object]] = {
         "sampling.max_new_tokens": 8,
         "filters.min_tokens": 1,
     },
+    "benchmark": {
+        "checkpoint": "{home}/model",
+        "prompt_length": 8,
+        "new_tokens": 2,
+        "rounds": 1,
+    },
     "export": {"checkpoint": "{home}/model"},
 }
 

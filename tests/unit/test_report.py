@@ -165,6 +165,19 @@ def test_sizes_before_and_after(finished):
     assert "layers 4 3 75%" in text
     assert "FFN size 24 12 50%" in text
     assert "query groups 3 3 head dim" in text
+    [gone] = {0, 1, 2, 3} - set(results.prunings[0].plan["layers"])
+    assert f"Layers dropped (counted from 1): {gone + 1} Kept per layer" in text
+
+
+def test_the_whole_can_be_run_again(finished):
+    out, cfg = finished
+    results = replace(
+        read_results(out, cfg), scores={}, prunings=[], command="minitron pipeline x=1"
+    )
+    text = _Page(render(results)).text
+    assert "All of it again, finished stages skipped: minitron pipeline x=1" in text
+    assert f"output_dir: {out}" in text
+    assert yaml.safe_load(results.config)["stages"] == cfg.stages
 
 
 def test_commands_can_be_typed_again(finished):
@@ -281,3 +294,45 @@ def test_tasks_before_and_after(tmp_path, capsys, caplog):
     rows = read_results(tmp_path, cfg).rows
     assert [(r.loss, r.closed) for r in rows] == [(3.0, None), (None, None), (3.5, None)]
     assert "0.250 +- 0.013" in capsys.readouterr().out
+
+
+def _spread(median):
+    return {"median": median, "low": median / 2, "high": median * 2}
+
+
+def _speed(rate, batch, peak):
+    return {
+        "batch_size": batch,
+        "memory": {"weights": 2_000_000_000, "kv_cache": 5_000_000, "peak": peak},
+        "prefill_tokens_per_second": _spread(8000.0),
+        "decode_tokens_per_second": _spread(rate),
+        "first_token_seconds": _spread(0.25),
+        "token_seconds": _spread(0.004),
+    }
+
+
+def test_speed_and_written_text(tmp_path):
+    """What benchmark and generate measured, and beginnings of the text."""
+    stages = [{"name": "speed", "stage": "benchmark"}, {"name": "text", "stage": "generate"}]
+    models = [
+        {"label": "teacher", "equal": _speed(100.0, 1, None), "largest": _speed(400.0, 8, None)},
+        {"label": "student", "equal": _speed(150.0, 1, 3e9), "largest": _speed(900.0, 20, 3e9)},
+    ]
+    config = {"prompt_length": 512, "new_tokens": 64, "precision": "32", "rounds": 5}
+    _write(tmp_path / "speed", config, {"device": "a CPU", "models": models})
+    counts = {"prompts": 3, "samples": 6, "ended": 4, "kept": 2, "kept_tokens": 1234}
+    counts |= {"dropped": {"ended": 3, "near_duplicates": 1}, "tokens_per_second": 99.6}
+    _write(tmp_path / "text", {"prompts": "p.txt"}, counts)
+    record = {"prompt": "Why <so>?", "completion": " Because.", "text": "-"}
+    (tmp_path / "text" / "data.jsonl").write_text(f"{json.dumps(record)}\n" * 5)
+    html = render(read_results(tmp_path, PipelineConfig(output_dir=str(tmp_path), stages=stages)))
+    text = _Page(html).text
+    for part in (
+        "teacher 1 8,000 (4,000-16,000) 100 (50-200) 1.00x 250.0 ms 4.0 ms 2 0.005 -",
+        "student 20 (largest) 8,000 (4,000-16,000) 900 (450-1,800) 2.25x 250.0 ms 4.0 ms 2 0.005 3",
+        "Prompts of 512 tokens, 64 new ones",
+        "dropped by near_duplicates 1 kept 2",
+        "Why <so>? Because.",
+    ):
+        assert part in text, text
+    assert html.count("Because.") == 2
