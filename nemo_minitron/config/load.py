@@ -244,6 +244,13 @@ def explain(stage: str, error: Exception) -> str:
     if full_key and re.search(r"Key '.*' (is not in struct|not in )", text):
         where = re.match(r"In '(.+?)':", str(error))
         return (f"conf/{where.group(1)}.yaml: " if where else "") + unknown_key(stage, full_key)
+    foreign = re.match(r"In '(.+?)': Could not override '(.+?)'", str(error))
+    if foreign:
+        file, group = foreign.groups()
+        return (
+            f"conf/{file}.yaml sets {group}=, which {stage} does not have: it is for another stage "
+            "(those of experiment/ for minitron pipeline and plan)"
+        )
     options = re.search(r"Available options in '(\S+)':\n((?:\t.*\n?)+)", str(error))
     if options:
         group, names = options.group(1), options.group(2).split()

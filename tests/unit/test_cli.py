@@ -105,7 +105,7 @@ def test_help_lists_stages_keys_defaults_and_groups(run):
         ("prune a=[", "a=[ is not a key=value that Hydra can read"),
         ("prune --config-dir /nowhere", "'/nowhere' not found"),
         ("prune workers=1,2", "Ambiguous value for argument 'workers=1,2'"),
-        ("prune experiment=quickstart", "conf/experiment/quickstart.yaml: inputs is not a key"),
+        ("prune experiment=quickstart", "conf/experiment/quickstart.yaml sets model="),
         ("pipeline inputs.model=x", "write +inputs.model=... to add it"),
         (
             "distill student=a teacher=b data.path=c output_dir=d data.seq_length=0",
