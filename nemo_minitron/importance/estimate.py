@@ -15,6 +15,7 @@ from nemo_minitron.config.stages import ScoreConfig
 from nemo_minitron.config.training import DataConfig
 from nemo_minitron.importance.aggregate import TokenSums, all_reduce_flat, reduce_sums
 from nemo_minitron.importance.calibration import Calibration, calibrating, calibration_runs
+from nemo_minitron.importance.experts import gather
 from nemo_minitron.importance.hooks import NORMS_PER_LAYER, ChunkRecorder, record
 from nemo_minitron.importance.moments import save_moments
 from nemo_minitron.importance.removal import Removal, removed_blocks
@@ -233,15 +234,15 @@ def gather_scores(
     all_reduce_flat(list(tables.values()), groups.pp)
     hidden, ffn, head = (tables.get(axis) for axis in ("hidden", "ffn", "head"))
     if head is not None:
-        head = _gather_channels(head, groups.tp).unflatten(1, (-1, config.kv_channels))
+        head = gather(head, groups.tp, dim=-1).unflatten(1, (-1, config.kv_channels))
         head = torch.linalg.vector_norm(head, dim=-1)
     blocks = {} if not angles else angles[0].scores()
     shared = tables.get("shared_expert_ffn")
     if shared is not None:
-        shared = _gather_channels(shared, groups.tp)
+        shared = gather(shared, groups.tp, dim=-1)
     return Scores(
         hidden=_final_or_none(None if hidden is None else hidden.sum(dim=(0, 1)), groups.tp),
-        ffn=_final_or_none(None if ffn is None else _gather_channels(ffn, groups.tp), groups.tp),
+        ffn=_final_or_none(None if ffn is None else gather(ffn, groups.tp, dim=-1), groups.tp),
         head=_final_or_none(head, groups.tp),
         layer=_final_or_none(tables.get("layer"), groups.tp),
         expert=_final_or_none(tables.get("expert"), groups.tp),
@@ -270,15 +271,6 @@ def _layer_tables(recorders: list[ChunkRecorder], config: ModelConfig) -> dict[s
                 tables[axis] = values.new_zeros(config.num_layers, *values.shape[1:])
             tables[axis][recorder.layers] = values
     return tables
-
-
-def _gather_channels(local: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """``[..., w]`` shards -> ``[..., w * tp]`` in rank order."""
-    if group.size() == 1:
-        return local
-    parts = [torch.empty_like(local) for _ in range(group.size())]
-    dist.all_gather(parts, local.contiguous(), group=group)
-    return torch.cat(parts, dim=-1)
 
 
 def _final_or_none(scores: Tensor | None, tp_group: dist.ProcessGroup) -> Tensor | None:

@@ -38,7 +38,7 @@ from nemo_minitron.importance.aggregate import (
 from nemo_minitron.importance.angles import BlockAngles
 from nemo_minitron.importance.experts import ExpertRecorder
 from nemo_minitron.importance.moments import MomentRecorder
-from nemo_minitron.models.norms import on_normed
+from nemo_minitron.models.norms import norms_and_readers, on_normed
 from nemo_minitron.runtime.groups import ParallelGroups
 
 NORMS_PER_LAYER = 2
@@ -134,11 +134,7 @@ class ChunkRecorder:
         for local, block in enumerate(self._blocks):
             attention, mlp = block.self_attention, block.mlp
             if "hidden" in self.channels:
-                norms = (
-                    (block.input_layernorm, attention.linear_qkv),
-                    (block.pre_mlp_layernorm, getattr(mlp, "linear_fc1", None)),
-                )
-                for side, (norm, linear) in enumerate(norms):
+                for side, (norm, linear) in enumerate(norms_and_readers(block)):
                     index = NORMS_PER_LAYER * local + side
                     observe = partial(self.channels["hidden"].observe, index)
                     keep(on_normed(norm, linear, self._share, observe))

@@ -23,8 +23,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from nemo_minitron.importance.experts import gather
 from nemo_minitron.importance.scores import MOMENTS, moment_file
-from nemo_minitron.models.norms import on_normed
+from nemo_minitron.models.norms import norms_and_readers, on_normed
 from nemo_minitron.runtime.groups import ParallelGroups
 
 
@@ -78,11 +79,7 @@ class MomentRecorder:
         for local, block in enumerate(self._blocks):
             attention, mlp = block.self_attention, block.mlp
             if "hidden" in self.sums:
-                norms = (
-                    (block.input_layernorm, attention.linear_qkv),
-                    (block.pre_mlp_layernorm, getattr(mlp, "linear_fc1", None)),
-                )
-                for side, (norm, linear) in enumerate(norms):
+                for side, (norm, linear) in enumerate(norms_and_readers(block)):
                     observe = partial(self._observe_hidden, 2 * local + side)
                     keep(on_normed(norm, linear, self.share, observe))
             for axis, linear in (("ffn", mlp), ("head", attention)):
@@ -99,7 +96,7 @@ class MomentRecorder:
 
     def _on_input(self, axis: str, local: int, _: nn.Module, args: tuple[Any, ...]) -> None:
         mine = self._counted(args[0])
-        self.sums[axis][local].addmm_(mine.t(), _all_channels(mine, self.groups.tp))
+        self.sums[axis][local].addmm_(mine.t(), gather(mine, self.groups.tp, dim=1))
 
     def _counted(self, x: Tensor) -> Tensor:
         """``[s, b, w]`` -> ``[tokens that count, w]`` fp32."""
@@ -141,15 +138,6 @@ class MomentRecorder:
         parts = [torch.empty_like(matrix) for _ in range(group.size())] if first else None
         dist.gather(matrix, parts, root, group=group)
         return (torch.cat(parts) / tokens).cpu() if parts is not None else None
-
-
-def _all_channels(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """``[tokens, w]`` of every rank, side by side in rank order."""
-    if group.size() == 1:
-        return mine
-    parts = [torch.empty_like(mine) for _ in range(group.size())]
-    dist.all_gather(parts, mine.contiguous(), group=group)
-    return torch.cat(parts, dim=1)
 
 
 def save_moments(

@@ -28,6 +28,14 @@ def normed_input(linear: Any, x: Tensor) -> Tensor:
     return F.layer_norm(x, shape, weight, bias, eps)
 
 
+def norms_and_readers(block: Any) -> list[tuple[nn.Module, nn.Module | None]]:
+    """The two norms of a layer, each with the one linear layer that reads it (None: several)."""
+    return [
+        (block.input_layernorm, block.self_attention.linear_qkv),
+        (block.pre_mlp_layernorm, getattr(block.mlp, "linear_fc1", None)),
+    ]
+
+
 def on_normed(
     norm: nn.Module,
     linear: nn.Module | None,

@@ -22,7 +22,6 @@ from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import PruningConfig
 from nemo_minitron.families.table import Row
 from nemo_minitron.importance.scores import moment_file
-from nemo_minitron.pruning.plan import Plan
 
 _OUTPUT = "output_layer.weight"
 
@@ -90,52 +89,43 @@ class Compensation:
         return cls(pruning.compensate, pruning.ridge, moment, maps=workers)
 
     def change(
-        self, row: Row, config: ModelConfig, plan: Plan, position: int | None
+        self, row: Row, config: ModelConfig, layer: int | None, kept: Tensor | None
     ) -> Callable[[Tensor], Tensor] | None:
         """What becomes of some rows of a tensor whose rows have been cut, but not its columns.
 
         Args:
             row: of the tensor.
             config: the model before pruning.
-            plan: what to keep.
-            position: of the tensor's layer in ``plan.layers``.
+            layer: of the tensor, before pruning; None for tensors outside the layers.
+            kept: indices that stay of its last dim; None: all.
 
         Returns:
             ``[r, w]`` -> ``[r, k]``, or ``[k]`` -> ``[k]`` for the weight of a norm; None for a
             tensor that is only cut.
         """
-        found = self._input(row, config, plan, position)
-        if found is None:
+        found = None if kept is None else self._input(row, config, layer or 0)
+        if kept is None or found is None:
             return None
-        axis, index, kept = found
+        (axis, index), channels = found, tuple(kept.tolist())
         if len(row.dims) == 2:
-            return lambda rows: _mapped(rows, self._columns(axis, index, kept))
+            return lambda rows: _mapped(rows, self._columns(axis, index, channels))
         return lambda weight: self._norm(weight, index, kept)
 
-    def _input(
-        self, row: Row, config: ModelConfig, plan: Plan, position: int | None
-    ) -> tuple[str, int, tuple[int, ...]] | None:
-        """Axis, index of the moments and kept channels of what a tensor reads or scales."""
-        layer = 0 if position is None else plan.layers[position]
+    def _input(self, row: Row, config: ModelConfig, layer: int) -> tuple[str, int] | None:
+        """Axis and index of the moments of what a tensor reads or scales."""
         last = row.dims[-1]
-        if last in ("ffn", "head") and len(row.dims) == 2:
-            if last not in self.axes or position is None:
-                return None
-            if last == "ffn":
-                return "ffn", layer, tuple(plan.ffn[position])
-            d = config.kv_channels
-            heads = plan.head[position]
-            return "head", layer, tuple(n * d + i for n in heads for i in range(d))
-        norm = _norm_index(row, layer, config)
-        if "hidden" not in self.axes or last != "hidden" or norm is None:
+        if last not in self.axes:
             return None
-        return "hidden", norm, tuple(plan.hidden)
+        if last in ("ffn", "head"):
+            return (last, layer) if len(row.dims) == 2 else None
+        norm = _norm_index(row, layer, config)
+        return None if norm is None else ("hidden", norm)
 
     def _solve(self, axis: str, index: int, kept: tuple[int, ...]) -> Tensor:
         return column_map(self.moment(axis, index), torch.tensor(kept), self.ridge)
 
-    def _norm(self, weight: Tensor, index: int, kept: tuple[int, ...]) -> Tensor:
-        factor = norm_factor(self.moment("hidden", index), weight, torch.tensor(kept))
+    def _norm(self, weight: Tensor, index: int, kept: Tensor) -> Tensor:
+        factor = norm_factor(self.moment("hidden", index), weight, kept)
         return (weight.double() * factor).to(weight.dtype)
 
 

@@ -176,7 +176,8 @@ def sources(
             merge = plan.merge[position]
         change = None
         if compensation is not None:
-            change = compensation.change(row, config, plan, position)
+            layer = None if position is None else plan.layers[position]
+            change = compensation.change(row, config, layer, kept[-1])
         result[name] = Source(old, kept, merge, change)
     return result
 
