@@ -58,7 +58,11 @@ def test_four_pruning_targets(slurm, folder):
         assert swept.partition("=")[0] + f"={target}" in overrides
         weight = read_weights(result)["decoder.layers.0.mlp.linear_fc2.weight"]
         assert weight.shape == (LLAMA.hidden_size, target)
-    jobs = slurm.jobs("minitron-prune")
+    # An array's: chains of other tests have jobs of this name too.
+    jobs = [job for job in slurm.jobs("minitron-prune") if "ArrayTaskId" in job]
+    for job in jobs:  # submitit reads a result's file before the controller knows of the end
+        slurm.wait(job["JobId"], "COMPLETED")
+    jobs = [slurm.job(job["JobId"]) for job in jobs]
     assert [job["ExitCode"] for job in jobs] == ["0:0"] * len(TARGETS)
     assert len({job["JobId"] for job in jobs}) == len(TARGETS)
     assert {job["ArrayTaskId"] for job in jobs} == {"0", "1", "2", "3"}
@@ -75,6 +79,6 @@ def test_a_job_that_is_told_to_stop_is_requeued_and_one_that_fails_gives_its_cod
     slurm.scancel("--signal=TERM", good["JobId"])
     assert sweep.wait(timeout=600) == 2, (folder / "said").read_text()
     assert "trainer.max_steps=0 must be at least 1" in (folder / "said").read_text()
-    done = slurm.job(good["JobId"])
+    done = slurm.wait(good["JobId"], "COMPLETED")
     assert (done["JobState"], done["ExitCode"], done["Restarts"]) == ("COMPLETED", "0:0", "1")
     assert json.loads((folder / "tuned/max_steps=2/manifest.json").read_text())["complete"]
