@@ -191,14 +191,17 @@ class Cluster:
 
     def job(self, number: str) -> dict[str, str]:
         """What the controller says of a job, finished ones too: ``JobState``, ``ExitCode``, ..."""
-        text = self._call(["scontrol", "show", "job", "-o", number])
-        return dict(re.findall(r"(\w+)=(\S*)", text))
+        # The number of an array, which is that of one of its jobs as well, shows them all.
+        found = self._show(number)
+        return next(job for job in found if job["JobId"] == number)
 
     def jobs(self, name: str) -> list[dict[str, str]]:
         """All jobs of a name."""
-        lines = self._call(["scontrol", "show", "job", "-o"]).splitlines()
-        found = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in lines]
-        return [job for job in found if job.get("JobName") == name]
+        return [job for job in self._show() if job.get("JobName") == name]
+
+    def _show(self, *number: str) -> list[dict[str, str]]:
+        lines = self._call(["scontrol", "show", "job", "-o", *number]).splitlines()
+        return [dict(re.findall(r"(\w+)=(\S*)", line)) for line in lines]
 
     def wait(self, number: str, *states: str, limit: float = 600) -> dict[str, str]:
         """Wait until a job is in one of the states; returns what is said of it then."""
