@@ -1,4 +1,4 @@
-"""The shipped two-stage pipeline: killed anywhere it ends the same; a change re-runs what it must."""
+"""The shipped two-stage pipeline: killed it ends the same, and a change re-runs what it must."""
 
 import json
 import subprocess
@@ -87,7 +87,7 @@ class Pipeline:
 
 @pytest.mark.timeout(300)
 def test_killed_and_started_again(tmp_path):
-    """Must-show 4 of issue 9, with stand-ins; tests/e2e/test_resume.py kills a real distillation."""
+    """Must-show 4 of issue 9, with stand-ins; test_resume.py kills a real distillation."""
     undisturbed, killed = Pipeline(tmp_path / "undisturbed"), Pipeline(tmp_path / "killed")
     assert undisturbed.run() == (0, [*ITEMS])
     done = 0
