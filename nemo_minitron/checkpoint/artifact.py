@@ -35,6 +35,7 @@ from nemo_minitron.checkpoint.manifest import (
     versions,
 )
 from nemo_minitron.config.stages import StageConfig
+from nemo_minitron.data.cache import check_cache
 
 __all__ = ["Manifest", "Ranks", "check_output", "fingerprint", "open_result", "output_folder"]
 
@@ -71,9 +72,10 @@ def check_output(cfg: StageConfig, stage: str) -> None:
 
     Raises:
         ValueError: a complete result is there and overwrite is false, something else is there, or
-            the folder is (or holds) one of the inputs.
+            the folder is (or holds) one of the inputs; the cache of data lies in a result.
     """
     output = Path(cfg.output_dir).resolve()
+    check_cache(cfg, [output])
     for key, value in input_paths(cfg).items():
         path = Path(value).resolve()
         if path == output or output in path.parents:

@@ -7,6 +7,7 @@ from pathlib import Path
 from nemo_minitron.checkpoint.artifact import write_manifest
 from nemo_minitron.checkpoint.manifest import MANIFEST, fingerprint, read_manifest
 from nemo_minitron.config.stages import PipelineConfig
+from nemo_minitron.data.cache import check_cache
 from nemo_minitron.pipeline.plan import Item, read_items
 from nemo_minitron.pipeline.run import run_items
 from nemo_minitron.planning.models import stated_model, warn_of_another_model
@@ -39,10 +40,19 @@ def check(cfg: PipelineConfig) -> None:
             "output_dir"
         )
     items = read_items(cfg)
+    outputs = [Path(item.config.output_dir).resolve() for item in items]
     for item in items:
         _check_nodes(item)
+        _check_cache(item, outputs)
     check_report(cfg)
     warn_of_another_model(items, stated_model(cfg))
+
+
+def _check_cache(item: Item, outputs: list[Path]) -> None:
+    try:
+        check_cache(item.config, outputs)
+    except ValueError as error:
+        raise ValueError(f"{item.name} ({item.stage}): {error}") from None
 
 
 def _check_nodes(item: Item) -> None:

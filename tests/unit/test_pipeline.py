@@ -147,6 +147,15 @@ def test_every_item_is_checked_up_front(tmp_path, monkeypatch, items, message):
         read_items(PipelineConfig(output_dir="out", stages=stages))
 
 
+def test_the_cache_of_data_is_in_no_result(pipeline, tmp_path):
+    place = "stages.1.config.data.cache_dir=run/teacher/cache"
+    for ran in (ALL, []):  # before the result is there, and after
+        code, err, _ = pipeline(f"+{place}")
+        assert code == 2
+        assert "scores (importance): data.cache_dir=run/teacher/cache lies in" in err
+        assert pipeline("+stages.1.config.data.cache_dir=run/cache")[2] == ran
+
+
 def test_items_know_what_they_need_and_inherit_shared_keys(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "m.gguf").write_text("x")
