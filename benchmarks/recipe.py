@@ -162,7 +162,8 @@ def main() -> int:
     root = args.folder.resolve()
     make_inputs(root / "inputs", args.speeches, MODELS, seeds)
     settings = Settings(teacher_steps=args.teacher_steps, steps=args.steps)
-    jobs = [job for seed in seeds for job in seed_jobs(seed, root / "inputs", settings)]
+    each = [seed_jobs(seed, root / "inputs", settings) for seed in seeds]
+    jobs = [job for same in zip(*each, strict=True) for job in same]  # all teachers come first
     seconds = run_graph(jobs, root, args.processes)
     losses = read_losses(root, seeds)
     header = ["", *(f"seed {seed}" for seed in seeds), "mean ± sd"]
