@@ -4,8 +4,12 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 VOCAB_SIZE = 2048
 END = "<|endoftext|>"
@@ -60,7 +64,7 @@ def _beginnings(path: Path) -> list[str]:
     return [" ".join(words[:PROMPT_WORDS]) for words in paragraphs if len(words) > 2 * PROMPT_WORDS]
 
 
-def _train_tokenizer(text: Path):  # type: ignore[no-untyped-def]
+def _train_tokenizer(text: Path) -> "PreTrainedTokenizerFast":
     """A byte-level BPE of the old speeches, as a transformers tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -78,7 +82,9 @@ def _train_tokenizer(text: Path):  # type: ignore[no-untyped-def]
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, bos_token=END)
 
 
-def _random_model(folder: Path, sizes: Mapping[str, int], tokenizer, seed: int) -> None:  # type: ignore[no-untyped-def]
+def _random_model(
+    folder: Path, sizes: Mapping[str, int], tokenizer: "PreTrainedTokenizerFast", seed: int
+) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)

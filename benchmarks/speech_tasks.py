@@ -7,6 +7,7 @@
 import json
 import random
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 # Task -> its metric.
@@ -78,7 +79,7 @@ def _questions(speeches: list[list[str]]) -> list[dict[str, object]]:
     return rows
 
 
-def _write(folder: Path, name: str, rows: list[dict[str, object]], kind: str) -> None:
+def _write(folder: Path, name: str, rows: Sequence[Mapping[str, object]], kind: str) -> None:
     docs = folder / f"{name}.jsonl"
     docs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     chooses = kind == "multiple_choice"

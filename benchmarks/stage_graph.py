@@ -8,7 +8,7 @@ import contextlib
 import multiprocessing
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,7 +64,7 @@ def run_stage(arguments: list[str], log: str) -> float:
 
 
 @contextlib.contextmanager
-def _output_into(descriptor: int):  # type: ignore[no-untyped-def]
+def _output_into(descriptor: int) -> Iterator[None]:
     """Standard output and error of this process and what it starts go to a file."""
     kept = os.dup(1), os.dup(2)
     try:
