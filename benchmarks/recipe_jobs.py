@@ -59,8 +59,8 @@ class Settings:
 
 
 def aggregation(batch: str, seq: str) -> str:
-    """Name of the model pruned by scores of one aggregation."""
-    return f"width_{batch}_{seq}"
+    """Name of the model pruned by scores of one aggregation; the default has its own."""
+    return "width" if (batch, seq) == ("l2", "mean") else f"width_{batch}_{seq}"
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def _width(seed: Seed) -> list[Job]:
 
 def _aggregations(seed: Seed) -> list[Job]:
     jobs = []
-    for batch, seq in AGGREGATIONS:
+    for batch, seq in AGGREGATIONS[1:]:  # the first is the default
         name, scores = aggregation(batch, seq), f"scores_{batch}_{seq}"
         keys = (f"scores.batch_aggregation={batch}", f"scores.seq_aggregation={seq}")
         jobs.append(seed.scores(scores, "teacher", "scores.axes=[hidden,ffn]", *keys))
