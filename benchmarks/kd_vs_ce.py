@@ -27,7 +27,11 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "results.md"
 ARMS = (
     "KD, lr 5e-4: distill optim.lr=5e-4",
     "CE, lr 5e-4: finetune optim.lr=5e-4",
+    "KD of the compensated student, lr 5e-4: distill student={compensated} optim.lr=5e-4",
 )
+COMPENSATE = "student={compensated}"
+# The axis that pruning.compensate makes up for, by target.
+COMPENSATED = {"ffn_hidden_size": "ffn", "hidden_size": "hidden", "num_attention_heads": "head"}
 
 
 @dataclass(frozen=True)
@@ -40,12 +44,17 @@ class Arm:
 
     @classmethod
     def parse(cls, text: str) -> "Arm":
-        """``NAME: STAGE key=value ...``."""
+        """``NAME: STAGE key=value ...``, also ``student={compensated}``."""
         name, _, rest = text.partition(":")
         stage, *keys = rest.split()
         if stage not in ("distill", "finetune"):
             raise SystemExit(f"--arm {text!r}: the stage must be distill or finetune")
         return cls(name.strip(), stage, keys)
+
+    @property
+    def student(self) -> str:
+        """Job that makes the model to train."""
+        return "compensated" if COMPENSATE in self.keys else "pruned"
 
     @property
     def folder(self) -> str:
@@ -67,9 +76,11 @@ def data_keys(args: argparse.Namespace, seed: int) -> tuple[str, ...]:
 
 def train(args: argparse.Namespace, arm: Arm, seed: int) -> Job:
     """One arm with one seed."""
-    models = {"student": "pruned", "teacher": "teacher"}
+    models = {"student": arm.student}
     if arm.stage == "finetune":
-        models = {"checkpoint": "pruned"}
+        models = {"checkpoint": arm.student}
+    else:
+        models["teacher"] = "teacher"
     line = (
         arm.stage,
         *(f"{key}={{{job}}}" for key, job in models.items()),
@@ -80,7 +91,7 @@ def train(args: argparse.Namespace, arm: Arm, seed: int) -> Job:
         "trainer.save_every_n_steps=20",
         "optim.min_lr=1e-5",
         f"optim.lr_warmup_steps={max(1, args.steps // 15)}",
-        *arm.keys,
+        *(key for key in arm.keys if key != COMPENSATE),
     )
     return Job(f"seed{seed}/{arm.folder}", line, tuple(models.values()))
 
@@ -90,6 +101,24 @@ def evaluation(args: argparse.Namespace, seed: int, checkpoint: str, name: str) 
     keys = ("data.split_name=test", f"data.num_samples={args.eval_samples}")
     line = ("evaluate", f"checkpoint={{{checkpoint}}}", *data_keys(args, seed), *keys)
     return Job(f"seed{seed}/evaluate_{name}", line, (checkpoint,))
+
+
+def students(arms: list[Arm]) -> list[str]:
+    """The models that the arms start from, the pruned one first."""
+    return ["pruned", *(["compensated"] if any(a.student == "compensated" for a in arms) else [])]
+
+
+def compensated(
+    args: argparse.Namespace, scored: tuple[str, ...], target: tuple[str, ...]
+) -> list[Job]:
+    """The same cut, made up for by least squares; moments are of the calibration samples."""
+    axes = ",".join(COMPENSATED[pair.partition("=")[0]] for pair in args.target)
+    moments = ("importance", "checkpoint={teacher}", *scored, f"scores.moments=[{axes}]")
+    pair = ("checkpoint={teacher}", "importance={moments}", f"pruning.compensate=[{axes}]")
+    return [
+        Job("moments", moments, ("teacher",)),
+        Job("compensated", ("prune", *pair, *target), ("teacher", "moments")),
+    ]
 
 
 def all_jobs(args: argparse.Namespace, arms: list[Arm], seeds: list[int]) -> list[Job]:
@@ -102,9 +131,10 @@ def all_jobs(args: argparse.Namespace, arms: list[Arm], seeds: list[int]) -> lis
         Job("importance", ("importance", "checkpoint={teacher}", *scored), ("teacher",)),
         Job("pruned", ("prune", *pair, *target), ("teacher", "importance")),
     ]
+    jobs += compensated(args, scored, target) if "compensated" in students(arms) else []
     jobs += [train(args, arm, seed) for seed in seeds for arm in arms]
     for seed in seeds:
-        jobs += [evaluation(args, seed, name, name) for name in ("teacher", "pruned")]
+        jobs += [evaluation(args, seed, name, name) for name in ("teacher", *students(arms))]
         jobs += [evaluation(args, seed, f"seed{seed}/{arm.folder}", arm.folder) for arm in arms]
     return jobs
 
@@ -117,7 +147,8 @@ def read_all(
     def metrics(name: str) -> dict[str, Any]:
         return dict(json.loads((root / name / "metrics.json").read_text()))
 
-    names = {"teacher": "teacher", "pruned": "pruned", **{arm.name: arm.folder for arm in arms}}
+    starts = {name: name for name in ("teacher", *students(arms))}
+    names = {**starts, **{arm.name: arm.folder for arm in arms}}
     losses = {
         name: [float(metrics(f"seed{seed}/evaluate_{folder}")["lm_loss"]) for seed in seeds]
         for name, folder in names.items()
@@ -147,7 +178,8 @@ def loss_rows(losses: dict[str, list[float]], baseline: str) -> list[list[str]]:
     rows = []
     for name, values in losses.items():
         paired = [a - b for a, b in zip(values, losses[baseline], strict=True)]
-        difference = "" if name in ("teacher", "pruned", baseline) else spread(paired)
+        untrained = ("teacher", "pruned", "compensated", baseline)
+        difference = "" if name in untrained else spread(paired)
         rows.append([name, *(f"{value:.4f}" for value in values), spread(values), difference])
     return rows
 
