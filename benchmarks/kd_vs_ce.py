@@ -132,7 +132,7 @@ def all_jobs(args: argparse.Namespace, arms: list[Arm], seeds: list[int]) -> lis
         Job("pruned", ("prune", *pair, *target), ("teacher", "importance")),
     ]
     jobs += compensated(args, scored, target) if "compensated" in students(arms) else []
-    jobs += [train(args, arm, seed) for seed in seeds for arm in arms]
+    jobs += [train(args, arm, seed) for arm in arms for seed in seeds]
     for seed in seeds:
         jobs += [evaluation(args, seed, name, name) for name in ("teacher", *students(arms))]
         jobs += [evaluation(args, seed, f"seed{seed}/{arm.folder}", arm.folder) for arm in arms]
@@ -222,7 +222,7 @@ def main() -> int:
     baseline = args.baseline or next(arm.name for arm in arms if arm.stage == "finetune")
     seeds = [1234 + number for number in range(args.seeds)]
     root = args.folder.resolve()
-    run_graph(all_jobs(args, arms, seeds), root, args.processes)
+    run_graph(all_jobs(args, arms, seeds), root, args.processes, stages_each=1)
     losses, curves = read_all(root, arms, seeds)
     header = ["model", *(f"seed {s}" for s in seeds), "mean ± sd", f"minus {baseline}, paired"]
     rows = loss_rows(losses, baseline)

@@ -173,7 +173,7 @@ def main() -> int:
     root = args.folder.resolve()
     home = write_tasks(root / "inputs", Path(args.text))
     students = [folder_name(name) for name in (*WIDTHS, *DEPTHS, SEARCHED)]
-    seconds = run_graph(jobs(args, home), root, args.processes)
+    seconds = run_graph(jobs(args, home), root, args.processes, stages_each=1)
     run_graph([speed_job(["teacher", *(f"{name}_kd" for name in students)])], root, 1)
     names = ["teacher", *(part for name in students for part in (name, f"{name}_kd"))]
     table = rows(root, names)

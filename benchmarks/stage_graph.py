@@ -77,13 +77,17 @@ def _output_into(descriptor: int) -> Iterator[None]:
             os.close(before)
 
 
-def run_graph(jobs: Sequence[Job], root: Path, processes: int) -> dict[str, float]:
+def run_graph(
+    jobs: Sequence[Job], root: Path, processes: int, stages_each: int | None = None
+) -> dict[str, float]:
     """Run the jobs whose results are missing, each when what it needs is there.
 
     Args:
         jobs: earlier ones go first where there is a choice.
         root: folder of the results.
         processes: stages that run at one time, one thread each.
+        stages_each: stages after which a process makes room for a new one; None: any number.
+            What a large model leaves behind is gone with its process.
 
     Returns:
         Seconds of the jobs that ran.
@@ -97,7 +101,9 @@ def run_graph(jobs: Sequence[Job], root: Path, processes: int) -> dict[str, floa
     running: dict[Future[float], str] = {}
     context = multiprocessing.get_context("spawn")
     with (
-        ProcessPoolExecutor(processes, context, initializer=_one_thread) as pool,
+        ProcessPoolExecutor(
+            processes, context, initializer=_one_thread, max_tasks_per_child=stages_each
+        ) as pool,
         progress("stages", len(waiting)) as advance,
     ):
         while waiting or running:
