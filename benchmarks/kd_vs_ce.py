@@ -4,7 +4,8 @@
 model. Every stage is an ordinary ``minitron`` stage. Per seed the arms start from the same pruned
 weights and read the same samples in the same order; seeds deal documents anew. Results stay in
 ``--folder``, so that the same command goes on where it was stopped, and finds what it has when an
-arm is added. Exit status 0 whichever way it falls.
+arm is added (``--arm "NAME: distill student={compensated} optim.lr=5e-4"`` starts from the student
+that ``pruning.compensate`` made). Exit status 0 whichever way it falls.
 """
 
 import argparse
@@ -27,7 +28,6 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "results.md"
 ARMS = (
     "KD, lr 5e-4: distill optim.lr=5e-4",
     "CE, lr 5e-4: finetune optim.lr=5e-4",
-    "KD of the compensated student, lr 5e-4: distill student={compensated} optim.lr=5e-4",
 )
 COMPENSATE = "student={compensated}"
 # The axis that pruning.compensate makes up for, by target.
