@@ -85,7 +85,7 @@ class Pipeline:
         return {"weights": [path.read_text() for path in weights], "inputs": inputs}
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_killed_and_started_again(tmp_path):
     """Must-show 4 of issue 9, with stand-ins; test_resume.py kills a real distillation."""
     undisturbed, killed = Pipeline(tmp_path / "undisturbed"), Pipeline(tmp_path / "killed")
