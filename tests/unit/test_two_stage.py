@@ -52,7 +52,7 @@ class Pipeline:
         (folder / "model").mkdir(parents=True)
         (folder / "model" / "config.json").write_text(json.dumps(MODEL))
         (folder / "text.txt").write_text("text")
-        self.folder, self.notes = folder, folder / "notes"
+        self.folder = folder
 
     def run(self, *overrides: str, **env: str) -> "tuple[int, list[str]]":
         """Exit code, and the names of the items that finished by it."""
