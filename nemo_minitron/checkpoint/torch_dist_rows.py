@@ -10,7 +10,8 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import IO, cast
 
@@ -122,12 +123,21 @@ class RowReader:
             view.copy_(piece)
         return target
 
+    @cached_property
+    def _here(self) -> TensorStorageMetadata:
+        """What is saved, without chunks of other layers: torch looks at all of them for each read.
+
+        Torch compares places of chunks, never their numbers.
+        """
+        chunks = [chunk for chunk in self.saved.chunks if _overlap(chunk, self.wanted)]
+        return replace(self.saved, chunks=chunks)
+
     def _items(self, start: int, stop: int) -> list[ReadItem]:
         offsets, sizes = list(self.wanted.offsets), list(self.wanted.sizes)
         offsets[self._lead] += start
         sizes[self._lead] = stop - start
         region = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-        return create_read_items_for_chunk_list(self.key, self.saved, [region])
+        return create_read_items_for_chunk_list(self.key, self._here, [region])
 
     def _piece(self, item: ReadItem) -> Tensor | None:
         """One item read from where its rows lie; None when the saved piece does not allow it."""
@@ -157,7 +167,17 @@ class RowReader:
 
     def _chunk_sizes(self, item: ReadItem) -> torch.Size:
         offset = item.storage_index.offset
-        return next(chunk.sizes for chunk in self.saved.chunks if chunk.offsets == offset)
+        return next(chunk.sizes for chunk in self._here.chunks if chunk.offsets == offset)
+
+
+def _overlap(one: ChunkStorageMetadata, other: ChunkStorageMetadata) -> bool:
+    """Whether two regions of a key share an element."""
+    return all(
+        start < begin + length and begin < start + size
+        for start, size, begin, length in zip(
+            one.offsets, one.sizes, other.offsets, other.sizes, strict=True
+        )
+    )
 
 
 def _values_start(

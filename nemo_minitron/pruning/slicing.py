@@ -86,6 +86,8 @@ _PER_LAYER: dict[str, Callable[[ModelConfig, Plan, int], Tensor]] = {
     "shared_expert_ffn": _shared_expert_ffn,
     "shared_expert_gate_up": _shared_expert_gate_up,
 }
+CACHE_BYTES = 2 << 20
+"""Bytes of an old tensor that are read, looked at and cut at a time: what a core's cache holds."""
 _NEVER_PRUNED = ("vocab", "position", "head_dim", "one")
 
 
@@ -210,6 +212,21 @@ def _read_pruned(tensor: LazyTensor, config: ModelConfig, source: Source) -> Ten
 
 
 def _read_pruned_rows(tensor: LazyTensor, source: Source, start: int, stop: int) -> Tensor:
+    """Rows ``[start, stop)`` of the pruned tensor, from runs of rows small enough for a cache."""
+    step = max(1, CACHE_BYTES * tensor.shape[0] // max(tensor.nbytes, 1))
+    if stop - start <= step:
+        return _read_pruned_run(tensor, source, start, stop)
+    out: Tensor | None = None
+    for first in range(start, stop, step):
+        rows = _read_pruned_run(tensor, source, first, min(first + step, stop))
+        if out is None:
+            out = rows.new_empty(stop - start, *rows.shape[1:])
+        out[first - start : first - start + step] = rows
+    assert out is not None
+    return out
+
+
+def _read_pruned_run(tensor: LazyTensor, source: Source, start: int, stop: int) -> Tensor:
     """Rows ``[start, stop)`` of the pruned tensor, from the run of rows that holds them."""
     assert tensor.read_rows is not None
     kept = source.indices[0]

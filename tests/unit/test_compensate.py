@@ -86,6 +86,7 @@ def moments() -> dict[tuple[str, int], torch.Tensor]:
 @pytest.mark.parametrize("tied", [True, False])
 def test_which_tensors_change_and_how(monkeypatch, tied: bool, block_bytes: int) -> None:
     monkeypatch.setattr("nemo_minitron.checkpoint.lazy.BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr("nemo_minitron.pruning.slicing.CACHE_BYTES", block_bytes // 2)
     config = replace(LLAMA, share_embeddings_and_output_weights=tied)
     weights, known, plan = random_weights(config), moments(), cut_plan()
     store = {name: from_tensor(tensor) for name, tensor in weights.items()}

@@ -164,12 +164,14 @@ def test_per_layer_dims_need_a_layer() -> None:
         dim_indices("ffn", LLAMA, full_plan(LLAMA), None)
 
 
-def test_block_by_block_is_the_same(monkeypatch):
-    """Large tensors are pruned some rows at a time."""
+@pytest.mark.parametrize("cache_bytes", [1 << 20, 300])
+def test_block_by_block_is_the_same(monkeypatch, cache_bytes):
+    """Large tensors are pruned some rows at a time, and those in runs that fit a cache."""
     store = {name: from_tensor(t) for name, t in random_weights(LLAMA).items()}
     plan = random_plan(LLAMA, [0, 2, 3], 2, 1)
     whole = {n: t.read() for n, t in prune_store(FAMILY, LLAMA, plan, store).items()}
     monkeypatch.setattr("nemo_minitron.checkpoint.lazy.BLOCK_BYTES", 700)
+    monkeypatch.setattr("nemo_minitron.pruning.slicing.CACHE_BYTES", cache_bytes)
     for name, lazy in prune_store(FAMILY, LLAMA, plan, store).items():
         assert torch.equal(lazy.read(), whole[name]), name
         assert torch.equal(lazy.read_rows(1, len(whole[name]) - 3), whole[name][1:-3]), name
