@@ -77,12 +77,13 @@ class ChunkRecorder:
         self.chunk, self.groups, self.valid, self.angles = chunk, groups, valid, angles
         config = chunk.config
         self._split = bool(config.sequence_parallel)
+        self._ranks, self._rank = groups.tp.size(), groups.tp.rank()
         self._positions = 0
         self._state: tuple[Tensor, Tensor] | None = None
         blocks = list(chunk.decoder.layers)
         self.layers = [int(block.layer_number) - 1 for block in blocks]
         self.micro_batches = 0
-        tp, count = groups.tp.size(), len(blocks)
+        tp, count = self._ranks, len(blocks)
         device = next(chunk.parameters()).device
         widths = {
             "hidden": (NORMS_PER_LAYER * count, config.hidden_size),
@@ -145,7 +146,7 @@ class ChunkRecorder:
             ):
                 if axis in self.channels:
                     module = _submodule(owner, name, axis, self.layers[local])
-                    hook = partial(self._on_input, axis, local)
+                    hook = partial(self._on_input, self.channels[axis].observe, local)
                     keep(module.register_forward_pre_hook(hook))
             if self.influence is not None or self.angles is not None:
                 hook = partial(self._on_layer, local)
@@ -153,9 +154,15 @@ class ChunkRecorder:
 
     # Hooks: torch gives (module, args[, kwargs][, output]) after the bound arguments.
 
-    def _on_input(self, axis: str, local: int, _: nn.Module, args: tuple[Any, ...]) -> None:
+    def _on_input(
+        self,
+        observe: Callable[[int, Tensor], None],
+        local: int,
+        _: nn.Module,
+        args: tuple[Any, ...],
+    ) -> None:
         self._positions = args[0].size(0)
-        self.channels[axis].observe(local, args[0])
+        observe(local, args[0])
 
     def _on_layer(
         self,
@@ -180,11 +187,10 @@ class ChunkRecorder:
 
     def _share(self, hidden: Tensor) -> Tensor:
         """The positions of a ``[s, b, h]`` hidden state that this tensor-parallel rank looks at."""
-        tp = self.groups.tp
-        self._positions = hidden.size(0) * (tp.size() if self._split else 1)
-        if self._split or tp.size() == 1:
+        length, ranks, rank = hidden.size(0), self._ranks, self._rank
+        self._positions = length * ranks if self._split else length
+        if self._split or ranks == 1:
             return hidden
-        length, ranks, rank = hidden.size(0), tp.size(), tp.rank()
         return hidden[length * rank // ranks : length * (rank + 1) // ranks]
 
     def _finish(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:

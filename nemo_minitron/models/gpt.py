@@ -28,7 +28,7 @@ from nemo_minitron.distillation.vocab import VocabShard
 from nemo_minitron.models.build import DTYPES, HiddenGPTModel, build_gpt, unwrap
 from nemo_minitron.models.lightning import MegatronOptimizerAdapter
 from nemo_minitron.models.nemo_file import NemoFileConnector
-from nemo_minitron.models.optim import build_optimizer, wrap_ddp
+from nemo_minitron.models.optim import build_optimizer, free_training, wrap_ddp
 from nemo_minitron.models.optim_state import load_optimizer, optimizer_state
 from nemo_minitron.models.schedule import (
     Batch,
@@ -181,6 +181,11 @@ class MinitronGPTModel(ModelPT):
             list(self.model), self.optim_cfg, self.trainer_cfg
         )
         return [MegatronOptimizerAdapter(self._megatron)]
+
+    def on_fit_end(self) -> None:
+        """Training is over: what it held can be freed with the model."""
+        super().on_fit_end()
+        free_training(list(self.model))
 
     def training_state(self, *, is_loading: bool) -> dict[str, Any]:
         """Sharded weights, optimizer and scheduler state for ``dist_checkpointing``."""

@@ -35,6 +35,19 @@ def wrap_ddp(chunks: list[HiddenGPTModel], optim: OptimConfig) -> list[Distribut
     return wrapped
 
 
+def free_training(chunks: list[DistributedDataParallel]) -> None:
+    """Undo, after training, what keeps weights, gradients and optimizer in memory for good.
+
+    Autograd's nodes hold the gradient hooks and those the DDP; the DDP holds the nodes, and through
+    the functions in its config the optimizer, whose shards hold nodes too. Python's garbage
+    collector sees no cycle that leads through autograd.
+    """
+    for chunk in chunks:
+        chunk.grad_accs.clear()
+        chunk.config.finalize_model_grads_func = None
+        chunk.config.grad_scale_func = None
+
+
 def build_optimizer(
     chunks: list[DistributedDataParallel], optim: OptimConfig, trainer: TrainerConfig
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nemo_minitron.config.parallel import ParallelConfig
-from tests.dist.training_cases import GLOBAL_BATCH, SEQ, STEPS, decayed, train
+from tests.dist.training_cases import GLOBAL_BATCH, SEQ, STEPS, decayed, left_in_memory, train
 from tests.tiny import LLAMA, write_weights
 
 STUDENT = replace(LLAMA, num_layers=2, hidden_size=48, ffn_hidden_size=64)
@@ -23,10 +23,10 @@ def run(ranks, tmp_path_factory):
     write_weights(folder / "teacher", TEACHER, 2)
     pair = [(STUDENT, str(folder / "student")), (TEACHER, str(folder / "teacher"))]
 
-    def run(**over):
+    def run(task=train, **over):
         work = folder / f"run{len(list(folder.iterdir()))}"
-        ((history, _),) = ranks.run(1, train, *pair, ParallelConfig(), str(work), over)
-        return history, work
+        (found,) = ranks.run(1, task, *pair, ParallelConfig(), str(work), over)
+        return (found[0], work) if task is train else found
 
     return run
 
@@ -96,3 +96,10 @@ def test_what_weight_decay_leaves_out(ranks):
         assert "norm" in name or name.endswith("bias"), name
     assert {"embedding.word_embeddings.weight", "output_layer.weight"} <= set(with_decay)
     assert not [name for name in with_decay if "norm" in name or name.endswith("bias")]
+
+
+@pytest.mark.parametrize("distributed_optimizer", [True, False])
+def test_nothing_stays_in_memory(run, distributed_optimizer):
+    """A search trains many candidates in one process."""
+    over = {"optim": {"use_distributed_optimizer": distributed_optimizer}}
+    assert run(left_in_memory, **over) == []

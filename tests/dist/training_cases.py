@@ -47,6 +47,19 @@ def train(
     return history, weights
 
 
+def left_in_memory(*args: Any) -> list[str]:
+    """Types of what Megatron made for ``train(*args)`` and still holds when it is over."""
+    import gc
+
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.optimizer import MegatronOptimizer
+
+    train(*args)
+    gc.collect()
+    kinds = (DistributedDataParallel, MegatronOptimizer, torch.optim.Optimizer)
+    return [type(found).__name__ for found in gc.get_objects() if isinstance(found, kinds)]
+
+
 def training_cfg(
     student: ModelConfig, teacher: ModelConfig, parallel: ParallelConfig, **over: Any
 ) -> Any:
