@@ -122,8 +122,8 @@ def _evaluation(name: str, args: argparse.Namespace, home: Path) -> list[Job]:
 def speed_job(models: list[str]) -> Job:
     """Decode speed of the models by turns; runs alone, after the rest."""
     checkpoints = ",".join(f"{{{name}}}" for name in models)
-    line = ("benchmark", f"checkpoint=[{checkpoints}]", "prompt_length=64", "new_tokens=32")
-    return Job("speed", (*line, "rounds=3"), tuple(models))
+    line = ("benchmark", f"checkpoint=[{checkpoints}]", "prompt_length=64", "new_tokens=32", "batch_size=8")
+    return Job("speed", (*line, "rounds=5"), tuple(models))
 
 
 def read_metrics(root: Path, name: str) -> Mapping[str, float]:
@@ -172,15 +172,19 @@ def main() -> int:
     root = args.folder.resolve()
     home = write_tasks(root / "inputs", Path(args.text))
     students = [folder_name(name) for name in (*WIDTHS, *DEPTHS, SEARCHED)]
-    seconds = run_graph(jobs(args, home), root, args.processes, stages_each=1)
+    stages = jobs(args, home)
+    seconds = run_graph(stages, root, args.processes, stages_each=1)
     run_graph([speed_job(["teacher", *(f"{name}_kd" for name in students)])], root, 1)
     names = ["teacher", *(part for name in students for part in (name, f"{name}_kd"))]
     table = rows(root, names)
     show_table("SmolLM2-135M and its students", HEADER, table)
     said = (
-        f"{sum(seconds.values()) / 60:.0f} minutes of one core. Students learn {args.steps} steps "
-        f"of 1,024 tokens; search compares its candidates after {args.search_steps} steps."
+        f"Students learn {args.steps} steps of 1,024 tokens; search compares its candidates after "
+        f"{args.search_steps} steps. Held out: {args.eval_samples} samples of 256 tokens. Decode "
+        "speed: the models by turns, batches of 8, one thread."
     )
+    if len(seconds) == len(stages):
+        said += f" All of it took {sum(seconds.values()) / 60:.0f} minutes of one core."
     print(said)
     if args.write:
         write_block("smollm2_family", f"{said}\n\n{markdown_table(HEADER, table)}", RESULTS)

@@ -96,7 +96,8 @@ def run_graph(
     Raises:
         RuntimeError: a job failed; those that were running are waited for.
     """
-    done = {job.name for job in jobs if (root / job.name / "manifest.json").exists()}
+    names = {name for job in jobs for name in (job.name, *job.needs)}
+    done = {name for name in names if (root / name / "manifest.json").exists()}
     waiting = [job for job in jobs if job.name not in done]
     seconds: dict[str, float] = {}
     running: dict[Future[float], str] = {}
