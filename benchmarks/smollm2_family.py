@@ -122,8 +122,8 @@ def _evaluation(name: str, args: argparse.Namespace, home: Path) -> list[Job]:
 def speed_job(models: list[str]) -> Job:
     """Decode speed of the models by turns; runs alone, after the rest."""
     checkpoints = ",".join(f"{{{name}}}" for name in models)
-    line = ("benchmark", f"checkpoint=[{checkpoints}]", "prompt_length=64", "new_tokens=32", "batch_size=8")
-    return Job("speed", (*line, "rounds=5"), tuple(models))
+    line = ("benchmark", f"checkpoint=[{checkpoints}]", "prompt_length=64", "new_tokens=32")
+    return Job("speed", (*line, "batch_size=8", "rounds=5"), tuple(models))
 
 
 def read_metrics(root: Path, name: str) -> Mapping[str, float]:
