@@ -67,6 +67,7 @@ def score_candidates(cfg: SearchConfig, config: ModelConfig, work: Path) -> list
                 loss = _short_distillation(cfg, config, record, plans, dataset, work)
                 _keep(kept, {"loss": loss})
             record["distilled_loss"] = json.loads(kept.read_text())["loss"]
+    barrier()  # rank 0 removes these files next, and they are read by all
     return records
 
 

@@ -1,8 +1,11 @@
-"""Task for the rank pool: a search that is killed at a chosen place."""
+"""Tasks for the rank pool: a search that is killed at a chosen place, or whose ranks are apart."""
 
+import os
+import time
+from pathlib import Path
 from unittest.mock import patch
 
-from tests.e2e.bad_input import run_line
+from tests.e2e.bad_input import Ending, run_line
 
 
 class Killed(Exception):
@@ -39,3 +42,16 @@ def killed_after(line: list[str], candidates: int, steps: int) -> tuple[int, int
     ):
         run_line(line)
     return done["scored"], done["steps"]
+
+
+def with_slow_reader(line: list[str]) -> Ending:
+    """Run a command on ranks of which all but the first take their time to read a file."""
+    read = Path.read_text
+
+    def slow(path, *args, **kwargs):
+        if os.environ["RANK"] != "0" and path.parent.name == "scored":
+            time.sleep(0.3)
+        return read(path, *args, **kwargs)
+
+    with patch.object(Path, "read_text", slow):
+        return run_line(line)
