@@ -61,7 +61,8 @@ class GradientTable:
 
     def record(self, test: str, *, ranks: int, layout: str, losses: str, error: float) -> None:
         """One layout's verdict; call it before the asserts so that a failure shows too."""
-        self.rows[test] = f"| {ranks} | {layout} | {losses} | {error:.0e} | `{test}` |"
+        worst = f"{error:.0e}" if error else "0"
+        self.rows[test] = f"| {ranks} | {layout} | {losses} | {worst} | `{test}` |"
 
     def write(self, path: Path = DOCS) -> None:
         """Rewrite the marked block, fewest ranks first."""

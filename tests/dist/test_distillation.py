@@ -7,17 +7,10 @@ import pytest
 import torch
 
 from nemo_minitron.checkpoint.torch_dist import read_torch_dist
-from nemo_minitron.config.distillation import LOSS_KINDS
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.families.registry import family_of
-from tests.dist.kd_cases import (
-    batches,
-    kd_gradients,
-    kd_gradients_of_kinds,
-    train_with_masked_step,
-)
-from tests.losses import loss_keys
+from tests.dist.kd_cases import batches, kd_gradients, train_with_masked_step
 from tests.tiny import LLAMA, write_weights
 
 TEACHER = replace(LLAMA, num_layers=8, hidden_size=48)
@@ -140,41 +133,6 @@ def test_gradients_do_not_depend_on_the_layout(ranks, pair, layout):
     torch.testing.assert_close(sums, want_sums, rtol=1e-5, atol=1e-6)
     for name, tensor in want.items():
         _close(got[name], tensor, name)
-
-
-@pytest.fixture(scope="module")
-def kinds_by_layout(ranks, tmp_path_factory):
-    """Layout -> kind -> sums and gradients; every loss in one run of the layout."""
-    folder = tmp_path_factory.mktemp("kinds")
-    write_weights(folder / "student", STUDENT, 1)
-    write_weights(folder / "teacher", TEACHER, 2)
-    models = (STUDENT, str(folder / "student")), (TEACHER, str(folder / "teacher"))
-    found = {}
-
-    def run(layout: str):
-        if layout not in found:
-            size, parallel = (1, ParallelConfig()) if layout == "single" else LAYOUTS[layout]
-            keys = {kind: {"chunk_size": 11, **loss_keys(kind)} for kind in LOSS_KINDS}
-            outs = {str(folder / layout / kind): keys[kind] for kind in keys}
-            sums = ranks.run(size, kd_gradients_of_kinds, *models, parallel, outs)
-            assert all(s == sums[0] for s in sums), "ranks disagree about a loss"
-            found[layout] = {
-                kind: (torch.tensor(kind_sums), _gradients(Path(out), STUDENT))
-                for kind, kind_sums, out in zip(keys, sums[0], outs, strict=True)
-            }
-        return found[layout]
-
-    return run
-
-
-@pytest.mark.parametrize("layout", ["tp2_sp", "pp2", "pp2_vpp2", "cp2", "dp2", "tp2_sp_pp2"])
-def test_every_loss_at_every_layout(kinds_by_layout, layout):
-    """Loss and every gradient tensor of each kind equal the single rank's."""
-    for kind, (want_sums, want) in kinds_by_layout("single").items():
-        sums, got = kinds_by_layout(layout)[kind]
-        torch.testing.assert_close(sums, want_sums, rtol=1e-5, atol=1e-6)
-        for name, tensor in want.items():
-            _close(got[name], tensor, f"{kind}: {name}")
 
 
 def test_a_step_without_target_tokens_changes_nothing(ranks, tmp_path):
