@@ -1,9 +1,10 @@
 """Jobs that are told to stop, on a real SLURM: pre-emption, time limits, cancelling, failing."""
 
+import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
@@ -26,10 +27,17 @@ trap '{on_term}' TERM
 SLEEP = "while :; do sleep 0.2; done"
 
 
-def sbatch(slurm: Cluster, folder: Path, stage: str, flags: "tuple[str, ...]", *keys: str) -> str:
+def sbatch(
+    slurm: Cluster,
+    folder: Path,
+    stage: str,
+    flags: "tuple[str, ...]",
+    *keys: str,
+    env: Mapping[str, str] | None = None,
+) -> str:
     """Submit a script of launch/, its log into ``folder``."""
     logs = f"--output={folder}/%x_%j.log"
-    return slurm.sbatch(logs, "--time=60", *flags, f"launch/{stage}.sbatch", *keys)
+    return slurm.sbatch(logs, "--time=60", *flags, f"launch/{stage}.sbatch", *keys, env=env)
 
 
 class Stages:
@@ -96,28 +104,26 @@ def distill(folder: Path, name: str) -> "list[str]":
     ]
 
 
-def _rank(job: str, rank: str) -> psutil.Process:
-    """The process of one rank of a job, which is neither its script nor its srun."""
-    for process in psutil.process_iter(["name", "environ"]):
-        env = process.info["environ"] or {}
-        is_rank = env.get("SLURM_JOB_ID") == job and env.get("SLURM_PROCID") == rank
-        if is_rank and process.info["name"] not in ("slurm_script", "bash", "srun"):
-            return process
-    raise AssertionError(f"rank {rank} of job {job} does not run")
+def held(folder: Path) -> "dict[str, str]":
+    """Environment of a job that goes no further than three steps while ``folder/hold`` is there."""
+    script, hold = folder / "held", folder / "hold"
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m tests.slurm.held "$@"\n')
+    script.chmod(0o755)
+    hold.touch()
+    return {"MINITRON": str(script), "HOLD": str(hold)}
 
 
 def test_a_preempted_distillation_ends_as_an_undisturbed_one(slurm, folder):
     """TP 2 over 2 nodes; a job of a partition with more priority pre-empts them."""
     undisturbed = sbatch(slurm, folder, "distill", TWO_NODES, *distill(folder, "undisturbed"))
     assert slurm.wait(undisturbed, "COMPLETED")["ExitCode"] == "0:0"
-    number = sbatch(slurm, folder, "distill", TWO_NODES, *distill(folder, "stopped"))
+    keys, env = distill(folder, "stopped"), held(folder)
+    number = sbatch(slurm, folder, "distill", TWO_NODES, *keys, env=env)
     saved = folder / "stopped.partial" / "checkpoints" / "step=2"
     wait(saved.exists, "a checkpoint", lambda: slurm.log(number), 600)
-    rank = _rank(number, "0")
-    rank.suspend()  # so that it is not done before SLURM looks at the queue
     urgent = slurm.sbatch("-p", "high", "--output=/dev/null", *TWO_NODES, "--wrap", "true")
     wait(lambda: slurm.job(number)["PreemptTime"] != "None", "SLURM to pre-empt the job")
-    rank.resume()
+    Path(env["HOLD"]).unlink()
     assert slurm.wait(urgent, "COMPLETED")["ExitCode"] == "0:0"
     done = slurm.wait(number, "COMPLETED")
     assert (done["ExitCode"], done["Restarts"]) == ("0:0", "1")

@@ -1,0 +1,32 @@
+"""``minitron`` whose training waits before its fourth step for as long as the file HOLD is there.
+
+A job that a test wants to stop is then in the middle of its training, however fast the machine is.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from nemo_minitron.cli import main
+from nemo_minitron.runtime import cpu, quiet
+
+
+def _hold() -> None:
+    quiet.before_imports()
+    cpu.install()
+    from nemo_minitron.models.gpt import MinitronGPTModel
+
+    step, file = MinitronGPTModel.training_step, Path(os.environ["HOLD"])
+
+    def held_step(self, batch, batch_idx):
+        while self.trainer.global_step == 3 and file.exists():
+            time.sleep(0.1)
+        return step(self, batch, batch_idx)
+
+    MinitronGPTModel.training_step = held_step
+
+
+if __name__ == "__main__":
+    _hold()
+    sys.exit(main(sys.argv[1:]))
