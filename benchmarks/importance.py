@@ -118,7 +118,8 @@ def main() -> int:
             "state, by turns without and with the hooks of the default scores (all four axes), "
             f"{args.batches} batches of 1 x {args.seq_length} tokens each, fp32, one thread "
             f"per rank ({platform.machine()}). The ratio is the median over neighbouring batches; "
-            "CPU time is that of all ranks.\n\n"
+            "CPU time is that of all ranks. Where it goes: "
+            "[what scoring costs](design/scoring-cost.md).\n\n"
         )
         write_block("importance", text + markdown_table(HEADER, [cells for cells, _ in found]))
     return int(any(ratio > MAX_RATIO for _, ratio in found))
