@@ -76,11 +76,24 @@ seconds_left() {
   printf '%d' "$((end - $(date +%s)))"
 }
 
+# State of this job. SIGNALING, which SLURM shows until every node has the signal, hides what it is
+# besides; a stage that saves fast ends sooner.
+job_state() {
+  local state tries=60
+  while
+    state=$(squeue -h -j "${SLURM_JOB_ID:?not inside a SLURM job}" -o %T)
+    [[ $state == SIGNALING ]] && ((tries--))
+  do
+    sleep 1
+  done
+  printf '%s' "$state"
+}
+
 # requeue STAGE OUTPUT_DIR BEFORE: start the job again, unless that cannot lead anywhere. BEFORE is
 # what `saved_work` said at the start. Returns 1 when the job has to end, with a message.
 requeue() {
   local stage=$1 output=$2 before=$3 count="$2.idle_starts" idle=0 left
-  if [[ $(squeue -h -j "${SLURM_JOB_ID:?not inside a SLURM job}" -o %T) != RUNNING ]]; then
+  if [[ $(job_state) != @(RUNNING|SIGNALING) ]]; then
     return 0 # it was cancelled, or SLURM itself puts it back into the queue
   fi
   if [[ $(saved_work "$output") == "$before" ]]; then

@@ -261,6 +261,16 @@ def test_a_script_without_an_image_says_what_to_set():
     assert "CONTAINER_IMAGE=none" in done.stderr
 
 
+def distill_with(folder: Path, tools: dict[str, str], out: Path):
+    """Run ``launch/distill.sbatch`` as job 17 with scripts in the place of commands."""
+    for tool, body in tools.items():
+        (folder / tool).write_text(f"#!/bin/sh\n{body}\n")
+        (folder / tool).chmod(0o755)
+    env = {"PATH": f"{folder}:{os.environ['PATH']}", "CONTAINER_IMAGE": "none"}
+    script = REPO / "launch" / "distill.sbatch"
+    return sbatch(script, f"output_dir='{out}'", SLURM_JOB_ID="17", **env)
+
+
 @pytest.mark.parametrize(
     ("code", "saves", "left", "ends", "again"),
     [
@@ -286,18 +296,31 @@ def test_exit_codes_and_requeueing(tmp_path, code, saves, left, ends, again):
         "scontrol": f'echo "$@" > {tmp_path}/said',
         "squeue": f'case "$*" in *%T*) echo RUNNING;; *) {end};; esac',
     }
-    for tool, body in tools.items():
-        (tmp_path / tool).write_text(f"#!/bin/sh\n{body}\n")
-        (tmp_path / tool).chmod(0o755)
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    script = REPO / "launch" / "distill.sbatch"
-    key = f"output_dir='{out}'"
-    done = sbatch(script, key, PATH=path, CONTAINER_IMAGE="none", SLURM_JOB_ID="17")
+    done = distill_with(tmp_path, tools, out)
     assert done.returncode == ends, done.stderr
     said = tmp_path / "said"
     assert (said.read_text() if said.exists() else "") == ("requeue 17\n" if again else "")
     assert ("give the job more time" in done.stderr.splitlines()[-1]) == (ends != code)
     assert Path(f"{out}.idle_starts").exists() == (again and not saves)
+
+
+@pytest.mark.parametrize(
+    ("states", "again"),
+    [("SIGNALING SIGNALING RUNNING", True), ("SIGNALING COMPLETING", False), ("COMPLETING", False)],
+)
+def test_a_stage_that_ends_while_its_job_is_being_signalled(tmp_path, states, again):
+    """What SLURM says of a job tells a cancelled one (COMPLETING), but not while it signals."""
+    for number, state in enumerate(states.split()):
+        (tmp_path / f"state{number}").write_text(state)
+    next_state = f'set -- {tmp_path}/state*; cat "$1"; [ $# -gt 1 ] && rm "$1"; exit 0'
+    tools = {
+        "srun": f"mkdir -p {tmp_path}/out.partial; echo x > {tmp_path}/out.partial/step; exit 75",
+        "scontrol": f'echo "$@" > {tmp_path}/said',
+        "squeue": next_state,
+        "sleep": "exit 0",
+    }
+    assert distill_with(tmp_path, tools, tmp_path / "out").returncode == 75
+    assert (tmp_path / "said").exists() == again
 
 
 @pytest.mark.parametrize(
