@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from nemo_minitron.checkpoint.torch_dist import read_torch_dist
 from nemo_minitron.config.distillation import DistillationConfig
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig, TeacherParallelConfig
 from nemo_minitron.config.training import DataConfig, OptimConfig, TrainerConfig
+from nemo_minitron.families.registry import family_of
 from tests.tiny import token_batch
 
 
@@ -120,6 +122,12 @@ def _save_gradients(model: Any, folder: Path, config: ModelConfig) -> None:
     save_weights(model.chunks, model.groups, config, folder)
     for parameter, weight in zip(parameters, weights, strict=True):
         parameter.data = weight
+
+
+def read_gradients(folder: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
+    """What ``kd_gradients`` saved: Megatron name -> global gradient."""
+    store = read_torch_dist(folder, family_of(config), config)
+    return {name: tensor.read() for name, tensor in store.items()}
 
 
 class _MaskedSamples(torch.utils.data.Dataset):

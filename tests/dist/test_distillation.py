@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from nemo_minitron.checkpoint.torch_dist import read_torch_dist
-from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.families.registry import family_of
-from tests.dist.kd_cases import batches, kd_gradients, train_with_masked_step
+from tests.dist.kd_cases import batches, kd_gradients, read_gradients, train_with_masked_step
 from tests.tiny import LLAMA, write_weights
 
 TEACHER = replace(LLAMA, num_layers=8, hidden_size=48)
@@ -33,11 +32,6 @@ LAYOUTS = {
         ),
     ),
 }
-
-
-def _gradients(folder: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
-    store = read_torch_dist(folder, family_of(config), config)
-    return {name: tensor.read() for name, tensor in store.items()}
 
 
 def _close(got: torch.Tensor, want: torch.Tensor, name: str, tolerance: float = 1e-4) -> None:
@@ -64,7 +58,7 @@ def _run(ranks, pair, layout: str, **over):
         (out / "sums.txt").write_text(repr(sums[0]))
         assert all(s == sums[0] for s in sums), "ranks disagree about the loss"
     sums = torch.tensor(eval((out / "sums.txt").read_text()))
-    return sums, _gradients(out, student[0])
+    return sums, read_gradients(out, student[0])
 
 
 def _hf_model(pair_member, folder: Path):

@@ -8,11 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_minitron.checkpoint.torch_dist import read_torch_dist
 from nemo_minitron.config.distillation import LOSS_KINDS
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.families.registry import family_of
-from tests.dist.kd_cases import kd_gradients_of_kinds
+from tests.dist.kd_cases import kd_gradients_of_kinds, read_gradients
 from tests.losses import loss_keys
 from tests.tiny import LLAMA, MIXTRAL, write_weights
 
@@ -73,17 +71,12 @@ def found(ranks, tmp_path_factory) -> Callable[[str, str], Found]:
             sums = ranks.run(size, kd_gradients_of_kinds, *pair, ParallelConfig(**parallel), outs)
             assert all(s == sums[0] for s in sums), "ranks disagree about a loss"
             known[model, layout] = {
-                Path(out).name: (torch.tensor(kind_sums), _gradients(Path(out), student))
+                Path(out).name: (torch.tensor(kind_sums), read_gradients(Path(out), student))
                 for kind_sums, out in zip(sums[0], outs, strict=True)
             }
         return known[model, layout]
 
     return run
-
-
-def _gradients(folder: Path, config) -> dict[str, torch.Tensor]:
-    store = read_torch_dist(folder, family_of(config), config)
-    return {name: tensor.read() for name, tensor in store.items()}
 
 
 @pytest.mark.parametrize(("model", "layout"), CASES, ids=[" ".join(case) for case in CASES])
