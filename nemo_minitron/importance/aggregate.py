@@ -180,17 +180,19 @@ class BlockInfluence:
         self._before: list[Tensor | None] = [None] * layers
         self._after: list[Tensor | None] = [None] * layers
         self._dot: list[Tensor | None] = [None] * layers
-        self._last: Tensor | None = None
+        self._last: tuple[Tensor, Tensor] | None = None  # the last output, and in fp32
 
     def observe(self, layer: int, before: Tensor, after: Tensor) -> None:
         """Note input and output ``[s, b, h]`` of local layer number ``layer``."""
-        if self._last is before:  # then its norm is known
-            self._before[layer] = self._after[layer - 1]
+        if self._last is not None and self._last[0] is before:
+            x, self._before[layer] = self._last[1], self._after[layer - 1]
         else:
-            self._before[layer] = torch.linalg.vector_norm(before, dim=-1, dtype=torch.float32)
-        self._after[layer] = torch.linalg.vector_norm(after, dim=-1, dtype=torch.float32)
-        self._dot[layer] = torch.linalg.vecdot(before.float(), after.float())
-        self._last = after
+            x = before.float()
+            self._before[layer] = torch.linalg.vector_norm(x, dim=-1)
+        y = after.float()
+        self._after[layer] = torch.linalg.vector_norm(y, dim=-1)
+        self._dot[layer] = torch.linalg.vecdot(x, y)
+        self._last = after, y
 
     def commit(self, valid: int) -> None:
         """Add the first ``valid`` samples of the observed micro-batch."""

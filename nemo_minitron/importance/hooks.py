@@ -132,6 +132,8 @@ class ChunkRecorder:
         for part in (self.experts, self.moments):
             if part is not None:
                 part.register(keep)
+        for first in self._blocks[:1]:
+            keep(first.register_forward_pre_hook(self._begin, with_kwargs=True))
         for local, block in enumerate(self._blocks):
             attention, mlp = block.self_attention, block.mlp
             if "hidden" in self.channels:
@@ -154,14 +156,18 @@ class ChunkRecorder:
 
     # Hooks: torch gives (module, args[, kwargs][, output]) after the bound arguments.
 
+    def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """First layer of a micro-batch: its positions, of which sequence parallelism splits s."""
+        length = (args[0] if args else kwargs["hidden_states"]).size(0)
+        self._positions = length * self._ranks if self._split else length
+
+    @staticmethod
     def _on_input(
-        self,
         observe: Callable[[int, Tensor], None],
         local: int,
         _: nn.Module,
         args: tuple[Any, ...],
     ) -> None:
-        self._positions = args[0].size(0)
         observe(local, args[0])
 
     def _on_layer(
@@ -187,10 +193,10 @@ class ChunkRecorder:
 
     def _share(self, hidden: Tensor) -> Tensor:
         """The positions of a ``[s, b, h]`` hidden state that this tensor-parallel rank looks at."""
-        length, ranks, rank = hidden.size(0), self._ranks, self._rank
-        self._positions = length * ranks if self._split else length
+        ranks, rank = self._ranks, self._rank
         if self._split or ranks == 1:
             return hidden
+        length = hidden.size(0)
         return hidden[length * rank // ranks : length * (rank + 1) // ranks]
 
     def _finish(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
