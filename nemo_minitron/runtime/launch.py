@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,14 @@ def device() -> torch.device:
 def barrier() -> None:
     """Wait for every rank."""
     dist.barrier(group=dist.group.WORLD)
+
+
+def seen_by_all(path: Path) -> bool:
+    """Whether a file or folder that rank 0 may make next is there already: one answer for all."""
+    barrier()  # rank 0 does not make it before everyone has looked
+    there = path.exists()
+    barrier()
+    return there
 
 
 def init_process_group(timeout_minutes: int = 30) -> None:

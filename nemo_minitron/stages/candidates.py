@@ -28,7 +28,7 @@ from nemo_minitron.pruning.live import prune_live
 from nemo_minitron.pruning.plan import Plan, make_plan, pruned_config
 from nemo_minitron.pruning.stream import prune_checkpoint
 from nemo_minitron.runtime.groups import ParallelGroups
-from nemo_minitron.runtime.launch import barrier
+from nemo_minitron.runtime.launch import barrier, seen_by_all
 from nemo_minitron.runtime.ranks import rank
 from nemo_minitron.search.space import Candidate, candidates
 from nemo_minitron.stages.distill import model_config
@@ -55,7 +55,7 @@ def score_candidates(cfg: SearchConfig, config: ModelConfig, work: Path) -> list
     records = []
     for number, one in enumerate(shapes, start=1):
         kept = work / "scored" / f"{one.name}.json"
-        if not _seen_by_all(kept):
+        if not seen_by_all(kept):
             log.info("candidate %d of %d: %s", number, len(shapes), one.sizes)
             _keep(kept, _zero_shot(cfg, config, one, plans[one.name], dataset))
         records.append(json.loads(kept.read_text()))
@@ -63,19 +63,12 @@ def score_candidates(cfg: SearchConfig, config: ModelConfig, work: Path) -> list
         best = sorted(records, key=lambda record: record["loss"])[: cfg.search.distill.top]
         for record in best:
             kept = work / "distilled" / f"{record['name']}.json"
-            if not _seen_by_all(kept):
+            if not seen_by_all(kept):
                 loss = _short_distillation(cfg, config, record, plans, dataset, work)
                 _keep(kept, {"loss": loss})
             record["distilled_loss"] = json.loads(kept.read_text())["loss"]
     barrier()  # rank 0 removes these files next, and they are read by all
     return records
-
-
-def _seen_by_all(path: Path) -> bool:
-    barrier()  # rank 0 does not make the file before everyone has looked
-    there = path.is_file()
-    barrier()
-    return there
 
 
 def _keep(path: Path, values: Record) -> None:

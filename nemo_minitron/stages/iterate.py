@@ -19,7 +19,7 @@ from nemo_minitron.pruning.plan import Plan, full_plan, make_plan, pruned_config
 from nemo_minitron.pruning.rounds import ROUNDS, compose
 from nemo_minitron.pruning.stream import prune_checkpoint
 from nemo_minitron.pruning.targets import needed_scores, target_sizes
-from nemo_minitron.runtime.launch import barrier
+from nemo_minitron.runtime.launch import barrier, seen_by_all
 from nemo_minitron.runtime.ranks import rank
 from nemo_minitron.stages.calibrate import calibrate
 
@@ -70,19 +70,12 @@ def _scores(
         return None, {}
     result, part = folder / str(number), folder / f"{number}.part"
     figures: dict[str, Any] = {}
-    if not _seen_by_all(result):
+    if not seen_by_all(result):
         figures = _score_here(cfg, config, plan, one, part, number)
         if rank() == 0:
             part.rename(result)
         barrier()
     return Scores.load(result), figures
-
-
-def _seen_by_all(folder: Path) -> bool:
-    barrier()  # rank 0 does not make the folder before everyone has looked
-    there = folder.is_dir()
-    barrier()
-    return there
 
 
 def _score_here(
