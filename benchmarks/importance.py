@@ -39,11 +39,15 @@ MODEL = ModelConfig(
 )
 MAX_RATIO = 1.03
 BATCHES_PER_RUN = 48  # one run of the worker pool has to end in minutes
+KINDS = ("plain", "hooked")
 HEADER = ("layout", "plain s", "with hooks s", "median ratio", "CPU time ratio")
 
+Passes = dict[str, list[tuple[float, float]]]
+"""Kind of pass -> (wall, CPU) seconds of each, in pairs of neighbours."""
 
-def time_passes(tp: int, batches: int, seq_length: int) -> dict[str, list[tuple[float, float]]]:
-    """Run on every rank: (wall, CPU) seconds of each pass, plain and hooked by turns."""
+
+def time_passes(tp: int, batches: int, seq_length: int) -> Passes:
+    """Run on every rank: plain and hooked passes by turns, the first pair to warm up."""
     from nemo_minitron.importance.hooks import ChunkRecorder
     from nemo_minitron.models.build import build_gpt
     from nemo_minitron.models.schedule import run_schedule
@@ -61,11 +65,11 @@ def time_passes(tp: int, batches: int, seq_length: int) -> dict[str, list[tuple[
     chunk.eval()
     recorder = ChunkRecorder(chunk, groups, ScoreConfig(), lambda index: 1)
     batch = _batch(seq_length)
-    kinds = ("plain", "hooked")
-    seconds: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
+    seconds: Passes = {kind: [] for kind in KINDS}
+    # Neither kind is always the first of its pair.
+    order = [kind for pair in range(batches + 1) for kind in (KINDS, KINDS[::-1])[pair % 2]]
     with torch.no_grad():
-        # By turns also in which of the two is first; the first of each kind warms up.
-        for kind in [kind for pair in range(batches + 1) for kind in kinds[:: (-1) ** pair]]:
+        for kind in order:
             with ExitStack() as handles:
                 if kind == "hooked":
                     recorder.register(lambda handle, keep=handles: keep.callback(handle.remove))
@@ -87,26 +91,21 @@ def _batch(seq_length: int) -> dict[str, torch.Tensor]:
     return {"tokens": tokens, "position_ids": positions}
 
 
-def runs(
-    pool: WorkerPool, tp: int, batches: int, seq_length: int
-) -> list[dict[str, list[tuple[float, float]]]]:
+def runs(pool: WorkerPool, tp: int, batches: int, seq_length: int) -> list[Passes]:
     """What ``time_passes`` found on every rank, in as many runs as the pool's time limit asks."""
-    found: list[dict[str, list[tuple[float, float]]]] = [
-        {"plain": [], "hooked": []} for _ in range(tp)
-    ]
+    found: list[Passes] = [{kind: [] for kind in KINDS} for _ in range(tp)]
     for start in range(0, batches, BATCHES_PER_RUN):
         count = min(BATCHES_PER_RUN, batches - start)
-        for total, rank in zip(
-            found, pool.run(tp, time_passes, tp, count, seq_length), strict=True
-        ):
+        ranks = pool.run(tp, time_passes, tp, count, seq_length)
+        for total, rank in zip(found, ranks, strict=True):
             for kind, passes in rank.items():
                 total[kind] += passes
     return found
 
 
-def row(tp: int, ranks: list[dict[str, list[tuple[float, float]]]]) -> tuple[list[str], float]:
+def row(tp: int, ranks: list[Passes]) -> tuple[list[str], float]:
     """Line of the table and the ratio that counts: the median over pairs of neighbours."""
-    plain, hooked = (ranks[0][kind] for kind in ("plain", "hooked"))
+    plain, hooked = (ranks[0][kind] for kind in KINDS)
     ratio = median(after[0] / before[0] for before, after in zip(plain, hooked, strict=True))
     cpu = [sum(cpu for rank in ranks for _, cpu in rank[kind]) for kind in ("hooked", "plain")]
     walls = [sum(wall for wall, _ in kind) for kind in (plain, hooked)]
