@@ -6,6 +6,9 @@ instead of 9 in 3, so that two ranks can share them); random weights. In one pro
 batches alternate between plain passes and passes with every hook of the default scores. A pass
 varies by several per cent even on a quiet machine, so there are many. Exit status 1 when the hooks
 cost more than 1.03x.
+
+Batches are what the stage makes of its defaults, one sample of ``data.seq_length`` tokens; shorter
+ones cost more (docs/design/scoring-cost.md).
 """
 
 import argparse
@@ -22,6 +25,7 @@ from benchmarks.docs_block import markdown_table, write_block
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.stages import ScoreConfig
+from nemo_minitron.config.training import DataConfig
 from nemo_minitron.reporting.console import show_table
 from tests.pool import WorkerPool
 
@@ -38,7 +42,7 @@ MODEL = ModelConfig(
     share_embeddings_and_output_weights=True,
 )
 MAX_RATIO = 1.03
-BATCHES_PER_RUN = 48  # one run of the worker pool has to end in minutes
+TOKENS_PER_RUN = 12288  # of each kind; one run of the worker pool has to end in minutes
 KINDS = ("plain", "hooked")
 HEADER = ("layout", "plain s", "with hooks s", "median ratio", "CPU time ratio")
 
@@ -94,8 +98,9 @@ def _batch(seq_length: int) -> dict[str, torch.Tensor]:
 def runs(pool: WorkerPool, tp: int, batches: int, seq_length: int) -> list[Passes]:
     """What ``time_passes`` found on every rank, in as many runs as the pool's time limit asks."""
     found: list[Passes] = [{kind: [] for kind in KINDS} for _ in range(tp)]
-    for start in range(0, batches, BATCHES_PER_RUN):
-        count = min(BATCHES_PER_RUN, batches - start)
+    at_once = max(1, TOKENS_PER_RUN // seq_length)
+    for start in range(0, batches, at_once):
+        count = min(at_once, batches - start)
         ranks = pool.run(tp, time_passes, tp, count, seq_length)
         for total, rank in zip(found, ranks, strict=True):
             for kind, passes in rank.items():
@@ -116,8 +121,8 @@ def row(tp: int, ranks: list[Passes]) -> tuple[list[str], float]:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batches", type=int, default=96)
-    parser.add_argument("--seq-length", type=int, default=256)
+    parser.add_argument("--batches", type=int, default=72)
+    parser.add_argument("--seq-length", type=int, default=DataConfig.seq_length)
     parser.add_argument("--write", action="store_true", help="update docs/benchmarks.md")
     return parser.parse_args(arguments)
 

@@ -170,7 +170,7 @@ def refuse_nonfinite(name: str, tensor: Tensor, key: str = "source") -> None:
         ValueError: the tensor holds NaN or infinity.
     """
     # One sum is several times faster than isfinite; it can overflow, so it only acquits.
-    if not tensor.is_floating_point() or torch.isfinite(tensor.sum()):
+    if not tensor.is_floating_point() or math.isfinite(tensor.sum()):
         return
     bad = int((~torch.isfinite(tensor)).sum())
     if bad:

@@ -5,6 +5,7 @@ without unpacking anything.
 """
 
 import io
+import os
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -128,10 +129,14 @@ class FileView(io.RawIOBase):
 def read_into(path: Path, offset: int, target: Tensor) -> None:
     """Fill a flat tensor with the bytes of a file from ``offset`` on.
 
+    As many bytes again are asked for in advance: whoever reads a tensor in runs of rows works on
+    one run while the next comes from the disk.
+
     Raises:
         ValueError: the file ends before that.
     """
     buffer = memoryview(target.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    end, size = offset + len(buffer), len(buffer)
     with path.open("rb", buffering=0) as file:
         file.seek(offset)
         while buffer:
@@ -139,3 +144,5 @@ def read_into(path: Path, offset: int, target: Tensor) -> None:
             if not count:
                 raise ValueError(f"{path} is truncated")
             buffer = buffer[count:]
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), end, size, os.POSIX_FADV_WILLNEED)

@@ -5,14 +5,14 @@ plan which indices of that axis stay.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 import torch
 from torch import LongTensor, Tensor
 
-from nemo_minitron.checkpoint.lazy import LazyTensor, Store, row_blocks
+from nemo_minitron.checkpoint.lazy import LazyTensor, Store
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.table import DIM_SIZES, Family, Row
 from nemo_minitron.pruning.compensate import Compensation
@@ -141,11 +141,12 @@ class Source:
     merge: Terms = field(default_factory=list)
     change: Callable[[Tensor], Tensor] | None = None
 
-    def cut(self, tensor: Tensor, rows: LongTensor | None) -> Tensor:
-        """Rows ``rows`` (None: all) of an old tensor as the pruned one has them."""
+    def cut(self, tensor: Tensor, rows: LongTensor | None, out: Tensor) -> None:
+        """Put rows ``rows`` (None: all) of an old tensor in ``out`` as the pruned one has them."""
         if self.change is None:
-            return slice_tensor(tensor, (rows, *self.indices[1:]))
-        return self.change(slice_tensor(tensor, (rows,)))
+            slice_tensor(tensor, (rows, *self.indices[1:]), out)
+        else:
+            out.copy_(self.change(slice_tensor(tensor, (rows,))))
 
 
 def _old_name(row: Row, plan: Plan, position: int) -> str:
@@ -184,68 +185,82 @@ def sources(
     return result
 
 
-def slice_tensor(tensor: Tensor, indices: tuple[LongTensor | None, ...]) -> Tensor:
-    """Keep ``indices`` of each dim; returns ``tensor`` itself when all are None."""
-    for dim, kept in enumerate(indices):
-        if kept is not None:
-            tensor = _take(tensor, kept, dim)
-    return tensor
+def slice_tensor(
+    tensor: Tensor, indices: tuple[LongTensor | None, ...], out: Tensor | None = None
+) -> Tensor:
+    """Keep ``indices`` of each dim.
+
+    Args:
+        tensor: global.
+        indices: per dim; None: all stay.
+        out: contiguous; gets what is kept.
+
+    Returns:
+        ``out`` where given, otherwise a new tensor, or ``tensor`` itself when all indices are None.
+    """
+    cuts = [(dim, kept) for dim, kept in enumerate(indices) if kept is not None]
+    for dim, kept in cuts[:-1]:
+        tensor = _take(tensor, kept, dim, None)
+    for dim, kept in cuts[-1:]:
+        return _take(tensor, kept, dim, out)
+    return tensor if out is None else out.copy_(tensor)
 
 
 _AS_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _take(tensor: Tensor, kept: LongTensor, dim: int) -> Tensor:
+def _take(tensor: Tensor, kept: LongTensor, dim: int, out: Tensor | None) -> Tensor:
     """``index_select``; on the CPU, inner dims by numpy's, which is several times as fast."""
     if dim == 0 or tensor.device.type != "cpu" or not tensor.is_contiguous():
-        return tensor.index_select(dim, kept)
-    values = tensor.view(_AS_INTEGER[tensor.dtype.itemsize]).numpy()
-    taken = torch.from_numpy(np.take(values, kept.numpy(), axis=dim))
-    return taken.view(tensor.dtype)
-
-
-def _read_pruned(tensor: LazyTensor, config: ModelConfig, source: Source) -> Tensor:
-    whole = tensor.read()
-    if source.merge:
-        whole = merge_qkv(whole, config, source.merge)
-    return source.cut(whole, source.indices[0])
-
-
-def _read_pruned_rows(tensor: LazyTensor, source: Source, start: int, stop: int) -> Tensor:
-    """Rows ``[start, stop)`` of the pruned tensor, from runs of rows small enough for a cache."""
-    step = max(1, CACHE_BYTES * tensor.shape[0] // max(tensor.nbytes, 1))
-    if stop - start <= step:
-        return _read_pruned_run(tensor, source, start, stop)
-    out: Tensor | None = None
-    for first in range(start, stop, step):
-        rows = _read_pruned_run(tensor, source, first, min(first + step, stop))
-        if out is None:
-            out = rows.new_empty(stop - start, *rows.shape[1:])
-        out[first - start : first - start + step] = rows
-    assert out is not None
+        return torch.index_select(tensor, dim, kept, out=out)
+    low, high = (int(index) for index in kept.aminmax())
+    if low < 0 or high >= tensor.size(dim):
+        raise IndexError(f"indices {low} to {high} of a dim of {tensor.size(dim)}")
+    if out is None:
+        sizes = (*tensor.shape[:dim], len(kept), *tensor.shape[dim + 1 :])
+        out = tensor.new_empty(sizes)
+    old, new = (t.view(_AS_INTEGER[t.dtype.itemsize]).numpy() for t in (tensor, out))
+    # Otherwise numpy would check every index again for every row, and write through a buffer.
+    np.take(old, kept.numpy(), axis=dim, out=new, mode="clip")
     return out
 
 
-def _read_pruned_run(tensor: LazyTensor, source: Source, start: int, stop: int) -> Tensor:
+def _read_pruned(
+    tensor: LazyTensor, shape: tuple[int, ...], config: ModelConfig, source: Source
+) -> Tensor:
+    whole = tensor.read()
+    if source.merge:
+        whole = merge_qkv(whole, config, source.merge)
+    out = torch.empty(shape, dtype=tensor.dtype)
+    source.cut(whole, source.indices[0], out)
+    return out
+
+
+def _read_pruned_rows(
+    tensor: LazyTensor, width: tuple[int, ...], source: Source, start: int, stop: int
+) -> Tensor:
+    """Rows ``[start, stop)`` of the pruned tensor, from runs of rows small enough for a cache."""
+    out = torch.empty(stop - start, *width, dtype=tensor.dtype)
+    step = max(1, CACHE_BYTES * tensor.shape[0] // max(tensor.nbytes, 1))
+    for first in range(start, stop, step):
+        last = min(first + step, stop)
+        _read_pruned_run(tensor, source, first, last, out[first - start : last - start])
+    return out
+
+
+def _read_pruned_run(
+    tensor: LazyTensor, source: Source, start: int, stop: int, out: Tensor
+) -> None:
     """Rows ``[start, stop)`` of the pruned tensor, from the run of rows that holds them."""
     assert tensor.read_rows is not None
     kept = source.indices[0]
     if kept is None:
-        block, rows = tensor.read_rows(start, stop), None
-    else:
-        rows = kept[start:stop]
-        first = int(rows.min())
-        block = tensor.read_rows(first, int(rows.max()) + 1)
-        rows = None if len(rows) == block.size(0) else rows - first
-    return source.cut(block, rows)  # type: ignore[arg-type]
-
-
-def _read_in_blocks(rows: LazyTensor) -> Tensor:
-    """A whole pruned tensor that never has more than a block of the old one in memory."""
-    out = torch.empty(rows.shape, dtype=rows.dtype)
-    for start, stop, read in row_blocks(rows):
-        out[start:stop] = read()
-    return out
+        source.cut(tensor.read_rows(start, stop), None, out)
+        return
+    rows = kept[start:stop]
+    first = int(rows.min())
+    block = tensor.read_rows(first, int(rows.max()) + 1)
+    source.cut(block, None if len(rows) == block.size(0) else rows - first, out)  # type: ignore[arg-type]
 
 
 def _pruned(tensor: LazyTensor, config: ModelConfig, source: Source) -> LazyTensor:
@@ -255,10 +270,9 @@ def _pruned(tensor: LazyTensor, config: ModelConfig, source: Source) -> LazyTens
     )
     # Merging adds heads up, whose rows lie apart.
     if tensor.read_rows is None or source.merge:
-        return LazyTensor(shape, tensor.dtype, partial(_read_pruned, tensor, config, source))
-    read_rows = partial(_read_pruned_rows, tensor, source)
-    rows = LazyTensor(shape, tensor.dtype, partial(read_rows, 0, shape[0]), read_rows)
-    return replace(rows, read=partial(_read_in_blocks, rows))
+        return LazyTensor(shape, tensor.dtype, partial(_read_pruned, tensor, shape, config, source))
+    read_rows = partial(_read_pruned_rows, tensor, shape[1:], source)
+    return LazyTensor(shape, tensor.dtype, partial(read_rows, 0, shape[0]), read_rows)
 
 
 def prune_store(
