@@ -175,7 +175,7 @@ def describe(args: argparse.Namespace, config: ModelConfig, ratio: float) -> str
         f"{args.workers} workers, and the pruned checkpoint copied by the same reader and writer; "
         f"page cache dropped before every run, output synced, medians of {args.repeats} alternated "
         f"runs ({platform.machine()}, {os.cpu_count()} CPUs). Pruning takes {ratio:.2f}x the time "
-        "of the copy.\n\n"
+        "of the copy: [what streaming pruning costs](design/streaming-cost.md).\n\n"
     )
 
 
