@@ -199,11 +199,12 @@ def slice_tensor(
         ``out`` where given, otherwise a new tensor, or ``tensor`` itself when all indices are None.
     """
     cuts = [(dim, kept) for dim, kept in enumerate(indices) if kept is not None]
-    for dim, kept in cuts[:-1]:
+    if not cuts:
+        return tensor if out is None else out.copy_(tensor)
+    *earlier, (last, kept_last) = cuts
+    for dim, kept in earlier:
         tensor = _take(tensor, kept, dim, None)
-    for dim, kept in cuts[-1:]:
-        return _take(tensor, kept, dim, out)
-    return tensor if out is None else out.copy_(tensor)
+    return _take(tensor, kept_last, last, out)
 
 
 _AS_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
