@@ -144,7 +144,9 @@ def compare(work: Path, args: argparse.Namespace) -> dict[str, list[dict[str, An
             target = work / ("pruned" if name == "prune" else "copied")
             shutil.rmtree(target, ignore_errors=True)
             forget_pages(work / source)
-            runs[name].append(run_job("prune", name, work / source, target, args.workers))
+            run = run_job("prune", name, work / source, target, args.workers)
+            print(f"{name}: {run['seconds']:.1f} s", flush=True)
+            runs[name].append(run)
     return runs
 
 
@@ -158,7 +160,7 @@ def parse(about: str, free: int) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--layers", type=int, default=32, help="32 makes the 8B model")
     parser.add_argument("--folder", help=f"where {free} GB are free for 32 layers")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2, help="as the stage's key")
     parser.add_argument("--job", nargs=3, metavar=("NAME", "SOURCE", "TARGET"))
     parser.add_argument("--write", action="store_true", help="update docs/benchmarks.md")

@@ -5,7 +5,6 @@ without unpacking anything.
 """
 
 import io
-import os
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from nemo_minitron.checkpoint.page_cache import let_go, read_ahead
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def read_into(path: Path, offset: int, target: Tensor) -> None:
     """Fill a flat tensor with the bytes of a file from ``offset`` on.
 
     As many bytes again are asked for in advance: whoever reads a tensor in runs of rows works on
-    one run while the next comes from the disk.
+    one run while the next comes from the disk. What has been read does not stay in the page cache.
 
     Raises:
         ValueError: the file ends before that.
@@ -144,5 +145,5 @@ def read_into(path: Path, offset: int, target: Tensor) -> None:
             if not count:
                 raise ValueError(f"{path} is truncated")
             buffer = buffer[count:]
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), end, size, os.POSIX_FADV_WILLNEED)
+        read_ahead(file.fileno(), end, size)
+        let_go(file.fileno(), offset, size)

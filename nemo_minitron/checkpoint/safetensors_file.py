@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.checkpoint.lazy import LazyTensor, Store, row_blocks
+from nemo_minitron.checkpoint.page_cache import create
 from nemo_minitron.checkpoint.parts import read_into
 
 _LENGTH = struct.Struct("<Q")
@@ -96,7 +97,7 @@ def write_safetensors(path: Path, store: Store) -> None:
         OSError: the file cannot be written (disk full).
     """
     ordered = dict(sorted(store.items(), key=lambda item: -item[1].dtype.itemsize))
-    with path.open("wb") as file:
+    with create(path) as file:
         file.write(_header(ordered))
         for tensor in ordered.values():
             _write_tensor(file, tensor)

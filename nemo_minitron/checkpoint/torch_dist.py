@@ -13,10 +13,13 @@ Megatron's ``dist_checkpointing.load`` wants them left out of the sharded state 
 ``models/weights.py`` does, or ``strict="log_unexpected"``.
 """
 
+import io
 import json
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +31,7 @@ from torch.distributed.checkpoint.default_planner import (
     DefaultSavePlanner,
     create_default_global_save_plan,
 )
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -43,6 +47,7 @@ from torch.distributed.checkpoint.planner import (
 
 from nemo_minitron.checkpoint.lazy import LazyTensor, Store, row_blocks
 from nemo_minitron.checkpoint.megatron_args import common_state
+from nemo_minitron.checkpoint.page_cache import create
 from nemo_minitron.checkpoint.torch_dist_read import (
     FORMAT_JSON,
     open_torch_dist,
@@ -72,8 +77,23 @@ def disk_key(row: Row) -> str:
     return stacked_name(row.te_name or row.name).replace("{layer}.", "")
 
 
+class _Files(FileSystem):
+    """Weights do not stay in the page cache."""
+
+    @contextmanager
+    def create_stream(
+        self, path: str | os.PathLike[str], mode: str
+    ) -> Generator[io.IOBase, None, None]:
+        with create(path) if mode == "wb" else super().create_stream(path, mode) as stream:
+            yield stream
+
+
 class _Writer(FileSystemWriter):
     """Leaves folder name and random id out of ``.metadata``: equal weights give equal files."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.fs = _Files()
 
     def storage_meta(self) -> StorageMeta:
         return StorageMeta()

@@ -86,8 +86,9 @@ _PER_LAYER: dict[str, Callable[[ModelConfig, Plan, int], Tensor]] = {
     "shared_expert_ffn": _shared_expert_ffn,
     "shared_expert_gate_up": _shared_expert_gate_up,
 }
-CACHE_BYTES = 2 << 20
-"""Bytes of an old tensor that are read, looked at and cut at a time: what a core's cache holds."""
+CACHE_BYTES = 8 << 20
+"""Bytes of an old tensor that are read, looked at and cut at a time: few enough for the cache that
+cores share, enough for the time of a call not to matter."""
 _NEVER_PRUNED = ("vocab", "position", "head_dim", "one")
 
 

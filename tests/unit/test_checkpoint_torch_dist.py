@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.planner import (
 
 from nemo_minitron.checkpoint import torch_dist, torch_dist_rows
 from nemo_minitron.checkpoint.lazy import LazyTensor, from_tensor
+from nemo_minitron.checkpoint.page_cache import create
 from nemo_minitron.checkpoint.torch_dist import (
     _LazySavePlanner,
     disk_key,
@@ -294,15 +295,12 @@ def test_damaged_files_are_named(tmp_path):
 
 
 def test_full_disk_is_an_os_error(tmp_path, monkeypatch):
-    import contextlib
     import errno
 
-    @contextlib.contextmanager
-    def full(self, path, mode):
-        with open("/dev/full", "wb", buffering=0) as file:
-            yield file
+    def full(path):
+        return create("/dev/full")
 
-    monkeypatch.setattr("torch.distributed.checkpoint.filesystem.FileSystem.create_stream", full)
+    monkeypatch.setattr("nemo_minitron.checkpoint.torch_dist.create", full)
     with pytest.raises(OSError, match=r"No space left") as error:
         write(tmp_path / "checkpoint", random_weights(LLAMA))
     assert error.value.errno == errno.ENOSPC
