@@ -77,7 +77,7 @@ def disk_key(row: Row) -> str:
     return stacked_name(row.te_name or row.name).replace("{layer}.", "")
 
 
-class _Files(FileSystem):
+class _PastThePageCache(FileSystem):
     """Weights do not stay in the page cache."""
 
     @contextmanager
@@ -93,7 +93,7 @@ class _Writer(FileSystemWriter):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.fs = _Files()
+        self.fs = _PastThePageCache()
 
     def storage_meta(self) -> StorageMeta:
         return StorageMeta()
