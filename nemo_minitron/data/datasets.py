@@ -30,6 +30,7 @@ from nemo_minitron.data.splits import (
     split_numbers,
 )
 from nemo_minitron.data.text import INDEXED, NPY, Source, find_source
+from nemo_minitron.runtime.extensions import before_megatron
 
 if TYPE_CHECKING:
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
@@ -245,6 +246,7 @@ def _megatron_datasets(
         rank: global rank of this process.
         barrier: waits for all ranks.
     """
+    before_megatron()
     from megatron.core.datasets.blended_megatron_dataset_builder import (
         BlendedMegatronDatasetBuilder,
     )

@@ -22,6 +22,7 @@ from nemo_minitron.data.cache import Barrier, build_once, no_barrier
 from nemo_minitron.data.splits import check_documents, check_tokens
 from nemo_minitron.data.text import Source, no_documents, read_documents, unique_documents
 from nemo_minitron.reporting.console import progress
+from nemo_minitron.runtime.extensions import before_megatron
 
 logger = logging.getLogger(__name__)
 
@@ -240,6 +241,7 @@ def _tokenise(
     prefix: Path, texts: Iterator[str], source: Source, tokenizer: TextTokenizer, vocab_size: int
 ) -> np.ndarray:
     """First pass: documents in reading order. Returns their lengths in tokens."""
+    before_megatron()
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=_dtype(vocab_size))
@@ -278,6 +280,7 @@ def _next_batch(texts: Iterator[str]) -> list[str]:
 
 def _reorder(source: Path, target: Path, order: np.ndarray) -> None:
     """Second pass: copy documents in ``order``, then drop the unordered pair."""
+    before_megatron()
     from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
     documents = IndexedDataset(str(source))

@@ -1,5 +1,5 @@
 """Megatron-Core models and the NeMo classes around them."""
 
-from nemo_minitron.runtime import quiet
+from nemo_minitron.runtime.extensions import before_megatron
 
-quiet.before_imports()
+before_megatron()

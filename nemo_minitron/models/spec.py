@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.extensions.transformer_engine import HAVE_TE as MEGATRON_HAS_TE
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -19,12 +20,7 @@ from torch import Tensor
 
 from nemo_minitron.models.attention import LocalAttention
 
-try:
-    import transformer_engine  # noqa: F401
-
-    HAVE_TE = torch.cuda.is_available()
-except ImportError:
-    HAVE_TE = False
+HAVE_TE = MEGATRON_HAS_TE and torch.cuda.is_available()
 
 
 class LayerNorm1P(torch.nn.LayerNorm):

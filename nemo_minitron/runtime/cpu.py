@@ -16,6 +16,8 @@ import torch
 import torch.utils._device
 from torch import Tensor
 
+from nemo_minitron.runtime.extensions import before_megatron
+
 _FACTORIES = (
     "tensor",
     "empty",
@@ -126,6 +128,7 @@ def _patch_random() -> None:
 
 
 def _patch_megatron() -> None:
+    before_megatron()
     from megatron.core.tensor_parallel import random as mcore_random
     from megatron.core.transformer.moe import moe_utils
 

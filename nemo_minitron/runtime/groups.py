@@ -3,8 +3,13 @@
 from dataclasses import dataclass
 
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.process_groups_config import ProcessGroupCollection
+
+from nemo_minitron.runtime.extensions import before_megatron
+
+before_megatron()
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 
 Group = dist.ProcessGroup
 

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.runtime import cpu, quiet
+from nemo_minitron.runtime import cpu
+from nemo_minitron.runtime.extensions import before_megatron
 from nemo_minitron.runtime.ranks import launched_world_size
 
 
@@ -52,6 +53,7 @@ def init_process_group(timeout_minutes: int = 30) -> None:
 
 def init_model_parallel(parallel: ParallelConfig, seed: int = 1234) -> None:
     """Create Megatron's groups for ``parallel`` over the initialised world."""
+    before_megatron()
     from megatron.core import parallel_state, tensor_parallel
 
     parallel.world_size(dist.get_world_size())
@@ -70,7 +72,7 @@ def init_model_parallel(parallel: ParallelConfig, seed: int = 1234) -> None:
 @contextmanager
 def distributed(parallel: ParallelConfig, seed: int = 1234) -> Iterator[None]:
     """Everything a stage needs around a model: stand-in, process group, model-parallel groups."""
-    quiet.before_imports()
+    before_megatron()
     from megatron.core import parallel_state
 
     cpu.install()

@@ -9,11 +9,13 @@ import multiprocessing
 import signal
 from multiprocessing.managers import SyncManager
 
+from nemo_minitron.runtime.extensions import before_megatron
 from nemo_minitron.runtime.ranks import die_with_parent
 
 
 def start_writer_helper() -> None:
     """Start the helper that Megatron would start at its first checkpoint, deaf to stop signals."""
+    before_megatron()
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     if filesystem_async._results_queue is None:

@@ -1,0 +1,147 @@
+"""Optional compiled packages, looked at before Megatron-Core is imported.
+
+Megatron uses Transformer Engine and apex where they can be imported, and takes only an
+``ImportError`` for an answer. An installation that is not whole (``pip install
+transformer-engine[core]`` brings no extension for torch; a library of CUDA may be missing) raises
+something else, which would end ``import megatron.core`` with a message about a file that nobody
+asked for. Without CUDA even a whole installation is of no use: Megatron would take its optimizer
+and fail at the first step.
+"""
+
+import importlib
+import logging
+import sys
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+from packaging.version import Version
+
+from nemo_minitron.runtime import quiet
+from nemo_minitron.runtime.ranks import rank
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Extension:
+    """A package that Megatron uses where it is there.
+
+    Attributes:
+        package: name of the module that says whether the package is there.
+        title: what people call it.
+        parts: modules that fail to import where the package is not whole.
+        required: whether a GPU run stops where the package is there but broken; otherwise the run
+            goes on without it.
+        oldest: the oldest version that the supported versions of Megatron-Core ask for.
+        repair: how to complete or remove the package.
+    """
+
+    package: str
+    title: str
+    parts: tuple[str, ...]
+    required: bool
+    oldest: str | None
+    repair: str
+
+
+EXTENSIONS = (
+    Extension(
+        "transformer_engine",
+        "Transformer Engine",
+        ("transformer_engine.pytorch",),
+        required=True,
+        oldest="2.9.0a0",
+        repair=(
+            "complete it (pip install --no-build-isolation transformer-engine[pytorch]) or remove "
+            "it (pip uninstall transformer-engine transformer-engine-cu12 transformer-engine-cu13 "
+            "transformer-engine-torch)"
+        ),
+    ),
+    Extension(
+        "apex",
+        "apex",
+        ("apex.optimizers", "apex.multi_tensor_apply", "amp_C"),
+        required=False,
+        oldest=None,
+        repair="build it with its CUDA extensions or remove it (pip uninstall apex)",
+    ),
+)
+
+
+@cache
+def before_megatron() -> None:
+    """Call before anything of Megatron-Core is imported, wherever this package imports it.
+
+    Without CUDA the optional packages are set aside: Megatron, and all else in this process, finds
+    them not installed. With CUDA the ones that are there are imported, which Megatron does anyway.
+
+    Raises:
+        ValueError: Transformer Engine is installed on a machine with CUDA, but does not work.
+    """
+    quiet.before_imports()
+    if "megatron.core" in sys.modules:  # the process has gone past the point already
+        return
+    for extension in EXTENSIONS:
+        if _is_there(extension):
+            _settle(extension)
+
+
+def _is_there(extension: Extension) -> bool:
+    if extension.package in sys.modules:
+        return sys.modules[extension.package] is not None
+    return find_spec(extension.package) is not None
+
+
+def _settle(extension: Extension) -> None:
+    if all(part in sys.modules for part in extension.parts):  # the user's program uses it
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        _set_aside(extension, "is installed, but it needs CUDA, which this machine does not have")
+        return
+    try:
+        for part in extension.parts:
+            importlib.import_module(part)
+    except Exception as error:
+        reason = f"is installed but does not work ({type(error).__name__}: {error})"
+        if extension.required:
+            raise ValueError(
+                f"{extension.title} {reason}; Megatron-Core cannot run beside it: "
+                f"{extension.repair}"
+            ) from error
+        _set_aside(extension, reason, extension.repair)
+        return
+    _check_age(extension)
+
+
+def _set_aside(extension: Extension, reason: str, repair: str = "") -> None:
+    """Let every later import of the package say that there is none."""
+    for name in list(sys.modules):
+        if name.split(".")[0] == extension.package:
+            del sys.modules[name]
+    sys.modules[extension.package] = None  # type: ignore[assignment]
+    if rank() == 0:
+        log.warning(
+            "%s %s; Megatron-Core runs without it%s",
+            extension.title,
+            reason,
+            f". To mend that, {repair}" if repair else "",
+        )
+
+
+def _check_age(extension: Extension) -> None:
+    try:
+        found = version(extension.package)
+    except PackageNotFoundError:  # built in place
+        return
+    if extension.oldest and Version(found) < Version(extension.oldest) and rank() == 0:
+        log.warning(
+            "%s %s is older than %s, the oldest that Megatron-Core asks for; what it lacks may end "
+            "a run: install a newer one",
+            extension.title,
+            found,
+            extension.oldest,
+        )
