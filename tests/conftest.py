@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -9,8 +10,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from absl import logging as absl_logging
+
 from tests.layout_table import GradientTable, LayoutTable
 from tests.pool import WorkerPool
+
+# Hydra closes every log handler when it configures logging. absl's, which Megatron-Core 0.17 and
+# later bring, closes its stream too unless that is the real one; pytest's capture would be lost.
+absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 
 @pytest.fixture(scope="session")

@@ -4,16 +4,10 @@ Letters: b sequences, s tokens of one pass, h hidden, v vocabulary.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.inference.contexts import StaticInferenceContext
-from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import (
-    GPTInferenceWrapper,
-)
-from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import (
-    InferenceWrapperConfig,
-)
 from torch import Tensor
 
 from nemo_minitron.distillation.vocab import VocabShard
@@ -21,9 +15,7 @@ from nemo_minitron.models.build import HiddenGPTModel
 from nemo_minitron.models.sampling import Sampling, sample_tokens
 from nemo_minitron.runtime.groups import ParallelGroups
 from nemo_minitron.runtime.launch import device
-
-# Batches are never cut into micro-batches for the pipeline.
-_WHOLE_BATCH = -1
+from nemo_minitron.runtime.megatron import cached_forward
 
 
 class CachedModel:
@@ -45,7 +37,7 @@ class CachedModel:
         self._shard = None
         if groups.is_last_stage:
             self._shard = VocabShard(groups.tp, vocab_size, chunk.output_weight().size(0))
-        self._wrapper: GPTInferenceWrapper | None = None
+        self._wrapper: Any = None  # Megatron's GPTInferenceWrapper while sequences are cached
 
     def start(self, batch: int, length: int) -> None:
         """Forget what was cached and make room.
@@ -54,18 +46,9 @@ class CachedModel:
             batch: sequences that go together.
             length: tokens of the longest, prompt and continuation.
         """
-        config = self.chunk.config
-        settings = InferenceWrapperConfig(
-            hidden_size=config.hidden_size,
-            params_dtype=config.params_dtype,
-            inference_batch_times_seqlen_threshold=_WHOLE_BATCH,
-            padded_vocab_size=self.vocab_size,  # of logits, which the model does not return
-            inference_max_requests=batch,
-            inference_max_seq_length=length,
+        self._wrapper = cached_forward(
+            self.chunk, self.groups.collection, batch, length, self.vocab_size
         )
-        context = StaticInferenceContext(batch, length)
-        self._wrapper = GPTInferenceWrapper(self.chunk, settings, context, self.groups.collection)
-        self._wrapper.prep_model_for_inference()
 
     @property
     def cache_bytes(self) -> int:

@@ -13,6 +13,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
 
 from nemo_minitron.models.weights import plain_errors
+from nemo_minitron.runtime.megatron import save_sharded
 
 if TYPE_CHECKING:
     from nemo_minitron.models.gpt import MinitronGPTModel
@@ -141,7 +142,7 @@ class MegatronStrategy(SingleDeviceStrategy):
         state = self._module.training_state(is_loading=False)
         state[STATE] = {key: checkpoint[key] for key in _KEPT if key in checkpoint}
         with plain_errors(work):
-            dist_checkpointing.save(state, str(work))
+            save_sharded(state, str(work))
         if self.is_global_zero:
             shutil.rmtree(target, ignore_errors=True)
             work.rename(target)

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from nemo_minitron.models.build import HiddenGPTModel, unwrap
 from nemo_minitron.runtime.groups import ParallelGroups
+from nemo_minitron.runtime.megatron import batch_on_this_cp_rank
 
 Batch = dict[str, Tensor]
 
@@ -19,8 +19,7 @@ def on_this_cp_rank(batch: Batch, groups: ParallelGroups) -> Batch:
     """This context-parallel rank's part of ``[b, s]`` tensors (Megatron's zigzag split)."""
     if groups.cp.size() == 1:
         return batch
-    out: Batch = get_batch_on_this_cp_rank(dict(batch))
-    return out
+    return batch_on_this_cp_rank(batch, groups.cp)
 
 
 def run_schedule(

@@ -21,6 +21,7 @@ from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.models.build import HiddenGPTModel
 from nemo_minitron.models.projection import is_projection, without_projection
 from nemo_minitron.runtime.groups import ParallelGroups
+from nemo_minitron.runtime.megatron import save_sharded
 
 _ALMOST_FULL = 1 << 20
 _VOCAB_KEYS = ("embedding.word_embeddings.weight", "output_layer.weight")
@@ -184,4 +185,4 @@ def save_weights(
                 else:
                     chunk[name] = trimmed
     with plain_errors(folder):
-        dist_checkpointing.save({**state, **common_state(config)}, str(folder))
+        save_sharded({**state, **common_state(config)}, str(folder))

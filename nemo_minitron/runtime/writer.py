@@ -9,6 +9,7 @@ import multiprocessing
 import signal
 from multiprocessing.managers import SyncManager
 
+from nemo_minitron.runtime import megatron
 from nemo_minitron.runtime.extensions import before_megatron
 from nemo_minitron.runtime.ranks import die_with_parent
 
@@ -16,12 +17,11 @@ from nemo_minitron.runtime.ranks import die_with_parent
 def start_writer_helper() -> None:
     """Start the helper that Megatron would start at its first checkpoint, deaf to stop signals."""
     before_megatron()
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    if filesystem_async._results_queue is None:
+    module = megatron.writer_module()
+    if module._results_queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
         manager.start(initializer=_stay)
-        filesystem_async._results_queue = manager.Queue()  # it holds the manager
+        module._results_queue = manager.Queue()  # it holds the manager
 
 
 def _stay() -> None:

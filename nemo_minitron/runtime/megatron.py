@@ -1,0 +1,125 @@
+"""What differs between the releases of Megatron-Core that this package runs on (0.16 to 0.19).
+
+Every difference is looked up here, once, by the name or the argument that a release has or lacks;
+no other module asks for a version. ``docs/versions.md`` says which release brought what.
+"""
+
+import inspect
+from functools import cache
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@cache
+def _arguments(function: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
+def batch_on_this_cp_rank(batch: dict[str, Tensor], group: dist.ProcessGroup) -> dict[str, Tensor]:
+    """This rank's part of a batch under context parallelism (Megatron's zigzag split).
+
+    Args:
+        batch: ``[b, s]`` tensors of the whole sequence.
+        group: the context-parallel group. Releases from 0.18 on split over the whole world where
+            they are given none.
+
+    Returns:
+        ``[b, s / cp]`` tensors.
+    """
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    arguments: dict[str, Any] = {"cp_group": group}
+    if "is_hybrid_cp" in _arguments(get_batch_on_this_cp_rank):  # 0.18 and later; no default
+        arguments["is_hybrid_cp"] = False
+    out: dict[str, Tensor] = get_batch_on_this_cp_rank(dict(batch), **arguments)
+    return {name: out[name] for name in batch}
+
+
+def cached_forward(
+    chunk: nn.Module, collection: Any, batch: int, length: int, vocab_size: int
+) -> Any:
+    """Megatron's inference wrapper around a chunk, ready for a forward pass with a KV cache.
+
+    Args:
+        chunk: this rank's part of the model.
+        collection: Megatron's ``ProcessGroupCollection`` of this rank.
+        batch: sequences that go through the model together.
+        length: tokens of the longest sequence, prompt and continuation.
+        vocab_size: true vocabulary.
+
+    Returns:
+        A ``GPTInferenceWrapper``; its ``inference_context`` holds the cache.
+    """
+    from megatron.core.inference.contexts import StaticInferenceContext
+    from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import (
+        GPTInferenceWrapper,
+    )
+
+    context = StaticInferenceContext(batch, length)
+    if "inference_wrapper_config" in _arguments(GPTInferenceWrapper.__init__):
+        settings = _wrapper_config(chunk, batch, length, vocab_size)
+        wrapper = GPTInferenceWrapper(chunk, settings, context, collection)
+    else:  # 0.17 and later read the groups from the context
+        context.config.pg_collection = collection
+        wrapper = GPTInferenceWrapper(chunk, context)
+    wrapper.prep_model_for_inference()
+    return wrapper
+
+
+def _wrapper_config(chunk: Any, batch: int, length: int, vocab_size: int) -> Any:
+    """The settings that 0.16 takes beside the model."""
+    from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import (
+        InferenceWrapperConfig,
+    )
+
+    return InferenceWrapperConfig(
+        hidden_size=chunk.config.hidden_size,
+        params_dtype=chunk.config.params_dtype,
+        inference_batch_times_seqlen_threshold=-1,  # never cut a batch into micro-batches
+        padded_vocab_size=vocab_size,  # of logits, which the model does not return
+        inference_max_requests=batch,
+        inference_max_seq_length=length,
+    )
+
+
+@cache
+def _writes_by_nvrx() -> bool:
+    """Whether ``nvidia-resiliency-ext`` is there and new enough to write Megatron's checkpoints.
+
+    From 0.19 on Megatron calls the writer of its own deprecated in favour of that one.
+    """
+    try:
+        from megatron.core.dist_checkpointing.strategies.nvrx import has_nvrx_async_support
+    except ImportError:  # before 0.19
+        return False
+    try:
+        return bool(has_nvrx_async_support())
+    except AssertionError:  # Megatron's way to say that the installed one is too old
+        return False
+
+
+def save_sharded(state: dict[str, Any], folder: str) -> None:
+    """Write a ``torch_dist`` checkpoint and wait until it is complete (collective).
+
+    Args:
+        state: sharded state dictionary; everything in it that is not sharded is common state.
+        folder: an existing, empty folder.
+    """
+    from megatron.core import dist_checkpointing
+
+    if not _writes_by_nvrx():
+        dist_checkpointing.save(state, folder)
+        return
+    request = dist_checkpointing.save(state, folder, async_sharded_save=True, async_strategy="nvrx")
+    request.execute_sync()
+
+
+def writer_module() -> Any:
+    """The module whose ``_results_queue`` holds what the writers of a checkpoint report."""
+    if _writes_by_nvrx():
+        from nvidia_resiliency_ext.checkpointing.async_ckpt import filesystem_async
+    else:
+        from megatron.core.dist_checkpointing.strategies import filesystem_async
+    return filesystem_async
