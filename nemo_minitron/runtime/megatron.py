@@ -11,6 +11,10 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nemo_minitron.runtime.extensions import before_megatron
+
+before_megatron()
+
 
 @cache
 def _arguments(function: Any) -> frozenset[str]:
