@@ -1,34 +1,51 @@
-# Every target works in a fresh clone; only Python 3.10-3.12 with venv is needed.
+# Every target works in a fresh clone; only Python 3.12 (or 3.11, 3.10) with venv is needed.
 #
-#   make setup PYTHON=python3.12 CONSTRAINTS=   another Python, the newest versions allowed
+# Python decides on the stack: 3.12 has the newest Megatron-Core, 3.11 and 3.10 the last one that
+# runs there (docs/versions.md). The newest Python that is found is taken.
+#
+#   make setup PYTHON=python3.11                another Python than the newest
+#   make setup CONSTRAINTS=                     the newest versions allowed, not the tested ones
 #   make setup TORCH="--index-url URL torch"    torch from another package index (CPU, CUDA 12.x)
+#   make test VENV=.venv-other                  another folder than .venv
 
-PYTHON ?= python3
 TORCH ?= torch
-CONSTRAINTS ?= requirements/tested.txt
-
+VENV ?= .venv
 WORKERS ?= 2
 
-BIN := .venv/bin
-INSTALLED := .venv/.installed
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# Looked for only where there is no environment yet.
+ifndef PYTHON
+PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(shell sh scripts/find_python.sh 3.12 3.11 3.10))
+endif
+PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+CONSTRAINTS ?= $(wildcard requirements/tested-$(PYTHON_VERSION).txt)
+
+# What the suite runs on the older stack: all unit tests, three files on several ranks, the road from
+# import to export.
+OLDER_TESTS := tests/unit tests/dist/test_importance_scores.py tests/dist/test_distillation.py \
+  tests/dist/test_checkpoint_layouts.py tests/e2e/test_road.py
+TESTS ?= $(if $(filter 3.12,$(PYTHON_VERSION)),,$(OLDER_TESTS))
 # Containers like to set this one; without bytecode every process compiles torch and Megatron anew.
 unexport PYTHONDONTWRITEBYTECODE
 # Compiling 20,000 modules ahead would double the time; Python compiles what it imports.
 PIP = $(BIN)/python -m pip install --no-compile $(addprefix -c ,$(CONSTRAINTS))
 
-.PHONY: help setup slurm quickstart test lint format docs site look pins release-check clean distclean
+.PHONY: help setup slurm quickstart test test-older lint format docs site look pins release-check clean distclean
 
 help:
-	@echo "make setup       .venv with the package in it (.venv/bin/minitron)"
+	@echo "make setup       .venv with the package in it (.venv/bin/minitron), on the newest Python found"
 	@echo "make quickstart  prune and distill SmolLM2-135M on this machine"
-	@echo "make test        all tests"
+	@echo "make test        all tests; on Python 3.11 and 3.10 the part that is run on the older stack"
+	@echo "make test-older  the same part, in .venv-older on Python 3.11 or 3.10"
 	@echo "make slurm       SLURM for the tests that need one, by apt-get, as root"
 	@echo "make lint        ruff, mypy, shellcheck, hadolint"
 	@echo "make format      let ruff rewrite files"
 	@echo "make docs        write docs/keys.md and docs/families.md from the code"
 	@echo "make site        build/site, the documentation as web pages"
 	@echo "make look        look at build/site in headless Chromium (apt-get install chromium-driver)"
-	@echo "make pins        write requirements/tested.txt from .venv"
+	@echo "make pins        write requirements/tested-<version of Python>.txt from .venv"
 	@echo "make release-check   build, check and install the package, and run it from there"
 	@echo "make clean       remove results and caches; distclean: .venv and downloads too"
 
@@ -36,7 +53,12 @@ setup: $(INSTALLED)
 
 # torch goes first and alone: whichever build is chosen, what follows then finds it installed.
 $(INSTALLED): pyproject.toml setup.py $(CONSTRAINTS)
-	$(PYTHON) -m venv .venv
+	@test -n "$(PYTHON)"
+	@echo "make setup: Python $(PYTHON_VERSION), so megatron-core $(if $(filter 3.12,$(PYTHON_VERSION)),0.19,\
+	0.16: the older stack (Python 3.12 would give 0.19))"
+	@if [ -x $(BIN)/python ] && ! $(BIN)/python -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] != "$(PYTHON_VERSION)")'; \
+	then echo "make setup: $(VENV) is of another Python than $(PYTHON); remove it, or set VENV=<another folder>"; exit 1; fi
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH)
 	$(PIP) -e ".[dev,docs]"
 	@touch $@
@@ -58,8 +80,11 @@ slurm:
 
 # Tests that measure seconds come last and alone.
 test: setup slurm
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not alone"
-	$(BIN)/python -m pytest -m alone
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not alone" $(TESTS)
+	$(BIN)/python -m pytest -m alone $(TESTS)
+
+test-older:
+	older=$$(sh scripts/find_python.sh 3.11 3.10) && $(MAKE) test VENV=.venv-older PYTHON=$$older
 
 lint: setup
 	$(BIN)/ruff check .
@@ -82,10 +107,11 @@ site: setup
 look: site
 	$(BIN)/python scripts/look_at_site.py build/site build/screenshots
 
+PINS = requirements/tested-$(PYTHON_VERSION).txt
 pins: setup
-	@sed '/^[^#]/d' requirements/tested.txt > requirements/tested.txt.new
-	$(BIN)/python -m pip freeze --exclude-editable | sed '/^#/d; s/+[a-z0-9.]*$$//' >> requirements/tested.txt.new
-	@mv requirements/tested.txt.new requirements/tested.txt
+	@sed '/^[^#]/d' $(PINS) > $(PINS).new
+	$(BIN)/python -m pip freeze --exclude-editable | sed '/^#/d; s/+[a-z0-9.]*$$//' >> $(PINS).new
+	@mv $(PINS).new $(PINS)
 
 # dist/ is what would be uploaded; the wheel is installed into an environment of its own and run.
 release-check: setup
@@ -99,4 +125,4 @@ clean:
 	find nemo_minitron tests scripts -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf .venv .quickstart
+	rm -rf .venv .venv-older .quickstart

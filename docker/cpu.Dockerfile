@@ -7,7 +7,7 @@ FROM ${PYTHON_IMAGE}
 # What pip is told for torch: "--index-url <index of CPU wheels> torch" keeps CUDA out of the image.
 ARG TORCH=torch
 
-COPY requirements/tested.txt /opt/tested.txt
+COPY requirements/tested-3.12.txt /opt/tested.txt
 # hadolint ignore=SC2086,DL3013
 RUN pip install --no-cache-dir -c /opt/tested.txt ${TORCH}
 

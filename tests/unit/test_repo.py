@@ -97,15 +97,19 @@ def test_commands_are_found():
 # ------------------------------------------------------------------------- packaging and layers
 
 
-def pins() -> "dict[str, str]":
-    lines = (REPO / "requirements" / "tested.txt").read_text().splitlines()
+TESTED = ["tested-3.11.txt", "tested-3.12.txt"]
+
+
+def pins(file: str) -> "dict[str, str]":
+    lines = (REPO / "requirements" / file).read_text().splitlines()
     pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
     return {key.lower().replace("_", "-"): version for key, version in pairs}
 
 
-def test_pins_cover_and_satisfy_the_dependencies():
+@pytest.mark.parametrize("file", TESTED)
+def test_pins_cover_and_satisfy_the_dependencies(file):
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
-    tested = pins()
+    tested = pins(file)
     extras = project["optional-dependencies"]
     for text in [*project["dependencies"], *extras["dev"], *extras["docs"]]:
         wanted = Requirement(text)
@@ -113,10 +117,14 @@ def test_pins_cover_and_satisfy_the_dependencies():
             assert wanted.specifier.contains(tested[wanted.name.lower().replace("_", "-")]), text
 
 
+def test_each_stack_has_its_megatron():
+    assert [pins(file)["megatron-core"] for file in TESTED] == ["0.16.1", "0.19.2"]
+
+
 def test_pre_commit_pins_are_the_tested_versions():
     config = yaml.safe_load((REPO / ".pre-commit-config.yaml").read_text())
     hooks = [hook for repo in config["repos"] for hook in repo["hooks"]]
-    tested = pins()
+    tested = pins(TESTED[-1])
     for package in {d for hook in hooks for d in hook.get("additional_dependencies", [])}:
         key, version = package.split("==")
         assert key == "pre-commit-hooks" or tested[key] == version, package
