@@ -1,7 +1,7 @@
 # nemo_minitron without a GPU, to try it; see README.md in this folder.
 #
 #   docker build -f docker/cpu.Dockerfile -t nemo_minitron:cpu .
-ARG PYTHON_IMAGE=python:3.11-slim-bookworm
+ARG PYTHON_IMAGE=python:3.12-slim-bookworm
 FROM ${PYTHON_IMAGE}
 
 # What pip is told for torch: "--index-url <index of CPU wheels> torch" keeps CUDA out of the image.

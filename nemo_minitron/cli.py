@@ -33,7 +33,7 @@ from nemo_minitron.errors import (
     Terminated,
     verdict,
 )
-from nemo_minitron.runtime import ranks
+from nemo_minitron.runtime import ranks, versions
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -178,6 +178,8 @@ def _run(stage: str, config: StageConfig) -> None:
     world = parallel.world_size(launched) if parallel else 1
     module = stage_module(stage)
     if not ranks.started_by_us():
+        if parallel:
+            versions.check_megatron()
         _check(module, config)
     if world > 1 and launched is None:
         ranks.check_fits(world)
