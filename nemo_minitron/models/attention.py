@@ -16,23 +16,27 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
-def zigzag_positions(local_length: int, rank: int, size: int) -> Tensor:
+def zigzag_positions(
+    local_length: int, rank: int, size: int, device: torch.device | None = None
+) -> Tensor:
     """Global positions of the tokens a context-parallel rank holds.
 
     Args:
         local_length: tokens on this rank, two equal chunks.
         rank: rank in the context-parallel group.
         size: ranks in the group.
+        device: of the result; None is the CPU.
 
     Returns:
         ``[local_length]`` int64 global positions, in local order.
     """
     if size == 1:
-        return torch.arange(local_length)
+        return torch.arange(local_length, device=device)
     half = local_length // 2
-    first = torch.arange(rank * half, (rank + 1) * half)
+    first = torch.arange(rank * half, (rank + 1) * half, device=device)
     mirror = 2 * size - 1 - rank
-    return torch.cat([first, torch.arange(mirror * half, (mirror + 1) * half)])
+    second = torch.arange(mirror * half, (mirror + 1) * half, device=device)
+    return torch.cat([first, second])
 
 
 class _GatherSequence(torch.autograd.Function):
@@ -60,11 +64,16 @@ def gather_sequence(local: Tensor, group: torch.distributed.ProcessGroup) -> Ten
     return out
 
 
-def causal_mask(local_length: int, group: torch.distributed.ProcessGroup) -> Tensor:
-    """``[s, s * cp]`` boolean mask of this rank's queries over all keys in gathered order."""
+def causal_mask(
+    local_length: int, group: torch.distributed.ProcessGroup, device: torch.device | None = None
+) -> Tensor:
+    """``[s, s * cp]`` boolean mask of this rank's queries over all keys in gathered order.
+
+    It is made where it is used: copying it to a GPU would have the host wait in every layer.
+    """
     size = group.size()
-    queries = zigzag_positions(local_length, group.rank(), size)
-    keys = torch.cat([zigzag_positions(local_length, rank, size) for rank in range(size)])
+    queries = zigzag_positions(local_length, group.rank(), size, device)
+    keys = torch.cat([zigzag_positions(local_length, rank, size, device) for rank in range(size)])
     return queries[:, None] >= keys[None, :]
 
 
@@ -108,7 +117,7 @@ class LocalAttention(torch.nn.Module):
         mask, causal = None, attn_mask_type != AttnMaskType.no_mask
         assert causal or query.size(0) == 1, query.shape
         if self.cp_group.size() > 1:
-            mask = causal_mask(query.size(0), self.cp_group).to(query.device)
+            mask = causal_mask(query.size(0), self.cp_group, query.device)
             key = gather_sequence(key, self.cp_group)
             value = gather_sequence(value, self.cp_group)
         # [s, b, n, d] -> [b, n, s, d]

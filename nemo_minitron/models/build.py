@@ -117,6 +117,9 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         persist_layer_norm=HAVE_TE,
         batch_p2p_comm=on_gpu,
+        # Megatron would wait for the device at every exchange between stages, for the sake of
+        # versions of torch that are older than any this package takes.
+        batch_p2p_sync=False,
         **(recompute or {}),
     )
 
@@ -147,6 +150,9 @@ def _build_chunk(
         pg_collection=groups.collection,
         vp_stage=vp_stage,
     )
+    # The local norms and learned positions are made in fp32. Megatron converts what it trains; a
+    # model that only runs, such as a teacher, has to be of one dtype too.
+    model.to(mcore.params_dtype)
     _mark_tensor_parallel(model)
     return model
 

@@ -243,7 +243,7 @@ class IntermediateLosses:
     def _allowed(self, length: int) -> Tensor:
         """Which positions see which; made once per length: copying it would wait for the device."""
         if length not in self._masks:
-            self._masks[length] = causal_mask(length, self.groups.cp).to(self._device)
+            self._masks[length] = causal_mask(length, self.groups.cp, self._device)
         return self._masks[length]
 
     def _gather(self, local: Tensor) -> Tensor:
