@@ -11,6 +11,7 @@ and fail at the first step.
 import importlib
 import logging
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -36,6 +37,8 @@ class Extension:
             goes on without it.
         oldest: the oldest version that the supported versions of Megatron-Core ask for.
         repair: how to complete or remove the package.
+        needs_cuda: whether the package is of no use without CUDA.
+        refuses_older: whether ``import megatron.core`` itself fails beside an older version.
     """
 
     package: str
@@ -44,6 +47,8 @@ class Extension:
     required: bool
     oldest: str | None
     repair: str
+    needs_cuda: bool = True
+    refuses_older: bool = False
 
 
 EXTENSIONS = (
@@ -66,6 +71,16 @@ EXTENSIONS = (
         required=False,
         oldest=None,
         repair="build it with its CUDA extensions or remove it (pip uninstall apex)",
+    ),
+    Extension(
+        "nvidia_resiliency_ext",
+        "nvidia-resiliency-ext",
+        ("nvidia_resiliency_ext",),
+        required=False,
+        oldest="0.6.0",
+        repair="install 0.6.0 or later, or remove it (pip uninstall nvidia-resiliency-ext)",
+        needs_cuda=False,
+        refuses_older=True,
     ),
 )
 
@@ -97,9 +112,15 @@ def _is_there(extension: Extension) -> bool:
 def _settle(extension: Extension) -> None:
     if all(part in sys.modules for part in extension.parts):  # the user's program uses it
         return
+    if extension.refuses_older:
+        found = _version(extension)
+        if found is None or found < Version(extension.oldest or "0"):
+            reason = f"{found or '(no version)'} is older than {extension.oldest}"
+            _set_aside(extension, reason, extension.repair)
+            return
     import torch
 
-    if not torch.cuda.is_available():
+    if extension.needs_cuda and not torch.cuda.is_available():
         _set_aside(extension, "is installed, but it needs CUDA, which this machine does not have")
         return
     try:
@@ -133,11 +154,10 @@ def _set_aside(extension: Extension, reason: str, repair: str = "") -> None:
 
 
 def _check_age(extension: Extension) -> None:
-    try:
-        found = version(extension.package)
-    except PackageNotFoundError:  # built in place
+    found = _version(extension)
+    if found is None:  # built in place
         return
-    if extension.oldest and Version(found) < Version(extension.oldest) and rank() == 0:
+    if extension.oldest and found < Version(extension.oldest) and rank() == 0:
         log.warning(
             "%s %s is older than %s, the oldest that Megatron-Core asks for; what it lacks may end "
             "a run: install a newer one",
@@ -145,3 +165,10 @@ def _check_age(extension: Extension) -> None:
             found,
             extension.oldest,
         )
+
+
+def _version(extension: Extension) -> Version | None:
+    """Of the installed package, whose name on the index has dashes; None if nothing says."""
+    with suppress(PackageNotFoundError):
+        return Version(version(extension.package.replace("_", "-")))
+    return None

@@ -177,3 +177,31 @@ def test_every_door_into_the_package(tmp_path, cuda):
     else:
         assert kinds == f"set() 0 {len(names)}"
         assert megatron == "['megatron.core']"
+
+
+@pytest.mark.parametrize("found", ["0.4.1", None])
+def test_an_old_checkpoint_writer_is_set_aside(fresh, tmp_path, found, caplog):
+    """Beside it ``import megatron.core`` 0.19 would end in AttributeError or AssertionError."""
+    package(tmp_path, "nvidia_resiliency_ext")
+    if found:
+        info = tmp_path / f"nvidia_resiliency_ext-{found}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Name: nvidia-resiliency-ext\nVersion: {found}\n")
+    settle()
+    with pytest.raises(ImportError):
+        import nvidia_resiliency_ext  # noqa: F401
+    assert "is older than 0.6.0" in caplog.text
+    assert "pip uninstall nvidia-resiliency-ext" in caplog.text
+    sys.modules.pop("nvidia_resiliency_ext")
+
+
+def test_a_new_checkpoint_writer_stays_without_cuda(fresh, tmp_path):
+    package(tmp_path, "nvidia_resiliency_ext")
+    info = tmp_path / "nvidia_resiliency_ext-0.6.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Name: nvidia-resiliency-ext\nVersion: 0.6.0\n")
+    settle()
+    import nvidia_resiliency_ext
+
+    assert nvidia_resiliency_ext.__file__.startswith(str(tmp_path))
+    sys.modules.pop("nvidia_resiliency_ext")
