@@ -94,7 +94,7 @@ def gathered_hidden(hidden: Tensor, chunk: HiddenGPTModel, *, reduce: bool = Tru
     """
     if chunk.config.sequence_parallel:
         hidden = tensor_parallel.gather_from_sequence_parallel_region(
-            hidden, tensor_parallel_output_grad=reduce
+            hidden, tensor_parallel_output_grad=reduce, group=chunk.pg_collection.tp
         )
     return hidden.flatten(0, 1)
 
