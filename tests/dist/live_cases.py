@@ -166,11 +166,19 @@ def score_and_prune(
 
 
 def logits_at(
-    config: ModelConfig, folder: str, ids: torch.Tensor, parallel: ParallelConfig
+    config: ModelConfig,
+    folder: str,
+    ids: torch.Tensor,
+    parallel: ParallelConfig,
+    double: bool = False,
 ) -> torch.Tensor | None:
-    """Logits of a checkpoint loaded at a layout."""
+    """Logits of a checkpoint loaded at a layout; ``double`` computes in fp64 (one rank)."""
     groups = _start(parallel)
-    return _logits(_load(config, folder, parallel, groups), groups, ids)
+    chunks = _load(config, folder, parallel, groups)
+    if double:
+        for chunk in chunks:
+            chunk.double()
+    return _logits(chunks, groups, ids)
 
 
 def refused(
