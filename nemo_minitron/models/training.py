@@ -213,6 +213,20 @@ def _log_with_nemo(trainer: Trainer, folder: Path, config: ExpManagerConfig) -> 
     )
 
 
+def _close_logs(folder: Path) -> None:
+    """Take away the handlers that ``exp_manager`` leaves on the loggers of NeMo and Lightning.
+
+    They would write what the next training of this process says into files of this one; and where
+    Hydra closed them since, and the result has its final name, they would not find their folder.
+    """
+    for logger in list(logging.root.manager.loggerDict.values()):
+        for handler in list(getattr(logger, "handlers", [])):
+            path = Path(getattr(handler, "baseFilename", "/"))
+            if path.resolve().is_relative_to(folder.resolve()):
+                logger.removeHandler(handler)  # type: ignore[union-attr]
+                handler.close()
+
+
 def _loaders(
     model: MinitronGPTModel, data: DataConfig, datasets: tuple[Any, Any], consumed: int
 ) -> tuple[Any, Any]:
@@ -256,4 +270,5 @@ def fit(model: MinitronGPTModel, datasets: tuple[Any, Any], work: Path) -> list[
         trainer.fit(model, ckpt_path=None if resume is None else str(resume))
     finally:
         stop.restore()
+        _close_logs(work / "logs")
     return history.records

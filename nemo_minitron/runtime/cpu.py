@@ -3,7 +3,7 @@
 Megatron-Core 0.16 assumes CUDA in a few spots: tensor factories with ``device="cuda"``,
 ``torch.cuda.current_device()``, ``Tensor.type()`` compared with ``torch.cuda.*`` spellings,
 streams, and a CUDA random-state tracker. ``install()`` answers each of them on the CPU; with CUDA
-present it does nothing.
+present it does nothing but define a name that Megatron-Core forgets without Transformer Engine.
 """
 
 import contextlib
@@ -128,12 +128,21 @@ def _patch_random() -> None:
 
 
 def _patch_megatron() -> None:
-    before_megatron()
     from megatron.core.tensor_parallel import random as mcore_random
-    from megatron.core.transformer.moe import moe_utils
 
     mcore_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     mcore_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+@cache
+def _define_missing_name() -> None:
+    """Megatron-Core 0.16 defines a name that its router reads only where Transformer Engine is.
+
+    That is as wrong on a GPU without Transformer Engine as it is on a CPU.
+    """
+    before_megatron()
+    from megatron.core.transformer.moe import moe_utils
+
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
 
@@ -161,12 +170,13 @@ def _patch_all() -> None:
 
 
 def install() -> bool:
-    """Make Megatron-Core usable on the CPU; idempotent.
+    """Make Megatron-Core usable on the CPU, and without Transformer Engine; idempotent.
 
     Returns:
         Whether the stand-in is active (False when CUDA is present).
     """
-    if torch.cuda.is_available():
-        return False
-    _patch_all()
-    return True
+    active = not torch.cuda.is_available()
+    if active:
+        _patch_all()
+    _define_missing_name()
+    return active

@@ -88,3 +88,17 @@ def test_what_knows_the_factories_by_identity_still_does(ranks: WorkerPool) -> N
         "script": [2.0, 2.0],
         "compile": [2.0, 2.0],
     }
+
+
+def test_the_router_finds_its_name_also_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron-Core 0.16 without Transformer Engine; with CUDA nothing else is touched."""
+    from megatron.core.transformer.moe import moe_utils
+
+    from nemo_minitron.runtime import cpu
+
+    monkeypatch.delattr(moe_utils, "te_general_gemm", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cpu, "_patch_all", lambda: pytest.fail("patched"))
+    cpu._define_missing_name.cache_clear()
+    assert cpu.install() is False
+    assert moe_utils.te_general_gemm is None

@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from nemo_minitron.config.parallel import ParallelConfig
-from tests.dist.training_cases import GLOBAL_BATCH, SEQ, STEPS, decayed, left_in_memory, train
+from tests.dist.training_cases import (
+    GLOBAL_BATCH,
+    SEQ,
+    STEPS,
+    decayed,
+    left_in_memory,
+    log_files,
+    train,
+)
 from tests.tiny import LLAMA, write_weights
 
 STUDENT = replace(LLAMA, num_layers=2, hidden_size=48, ffn_hidden_size=64)
@@ -103,3 +111,10 @@ def test_nothing_stays_in_memory(run, distributed_optimizer):
     """A search trains many candidates in one process."""
     over = {"optim": {"use_distributed_optimizer": distributed_optimizer}}
     assert run(left_in_memory, **over) == []
+
+
+def test_log_files_are_closed(run):
+    """Or the next training of the process would write there, or fail where the folder has gone."""
+    written, still_open = run(log_files)
+    assert {"lightning_logs.txt", "nemo_error_log.txt"} <= set(written)
+    assert still_open == []

@@ -60,6 +60,19 @@ def left_in_memory(*args: Any) -> list[str]:
     return [type(found).__name__ for found in gc.get_objects() if isinstance(found, kinds)]
 
 
+def log_files(*args: Any) -> tuple[list[str], list[str]]:
+    """Log files that ``train(*args)`` wrote, and those that loggers still write to after it."""
+    import logging
+
+    train(*args)
+    folder = Path(args[3]) / "logs"
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    handlers = [handler for logger in loggers for handler in getattr(logger, "handlers", [])]
+    open_ = [h.baseFilename for h in handlers if isinstance(h, logging.FileHandler)]
+    written = [path.name for path in folder.glob("*.txt")]
+    return written, [name for name in open_ if Path(name).is_relative_to(folder)]
+
+
 def training_cfg(
     student: ModelConfig, teacher: ModelConfig, parallel: ParallelConfig, **over: Any
 ) -> Any:
