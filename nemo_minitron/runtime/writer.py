@@ -9,7 +9,6 @@ import multiprocessing
 import signal
 from multiprocessing.managers import SyncManager
 
-from nemo_minitron.runtime import megatron
 from nemo_minitron.runtime.extensions import before_megatron
 from nemo_minitron.runtime.ranks import die_with_parent
 
@@ -17,7 +16,10 @@ from nemo_minitron.runtime.ranks import die_with_parent
 def start_writer_helper() -> None:
     """Start the helper that Megatron would start at its first checkpoint, deaf to stop signals."""
     before_megatron()
-    module = megatron.writer_module()
+    # Not at the top: the helper imports this module, and half a gigabyte of torch with it.
+    from nemo_minitron.runtime.megatron import writer_module
+
+    module = writer_module()
     if module._results_queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
         manager.start(initializer=_stay)
