@@ -77,6 +77,9 @@ def megatron_lm_args(config: ModelConfig) -> Namespace:
         use_rope_scaling=config.rope_scaling is not None,
         rope_scaling_factor=(config.rope_scaling or {}).get("factor", 8.0),
         normalization=config.normalization,
+        layernorm_epsilon=config.layernorm_epsilon,
+        layernorm_zero_centered_gamma=config.layernorm_zero_centered_gamma,
+        # Their names before core 0.16, which Bridge 0.3 reads.
         norm_epsilon=config.layernorm_epsilon,
         apply_layernorm_1p=config.layernorm_zero_centered_gamma,
         swiglu=config.activation == "silu",

@@ -91,7 +91,7 @@ def _single_store(
     store: Store = {}
     left = dict(tensors)
     for name, row, layer in family.parameters(config):
-        names = [n.format(layer=layer) for n in (row.te_name, row.name) if n]
+        names = [n.format(layer=layer) for n in row.names_on_disk]
         found = next((left.pop(n) for n in names if n in left), None)
         if found is None:
             raise ValueError(f"{where} lacks {name}, which a model of this configuration has")

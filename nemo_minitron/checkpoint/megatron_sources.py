@@ -116,19 +116,12 @@ def _refuse_other_formats(folder: Path) -> None:
 
 
 def _megatron_lm(path: Path) -> Source:
-    from nemo_minitron.checkpoint.safe_pickle import PICKLE_ERRORS, read_torch_file  # a second
+    from nemo_minitron.checkpoint.common_state import read_common  # a second
 
     folder = iteration_folder(path)
     _refuse_other_formats(folder)
-    file = folder / COMMON
-    part = in_folder(folder)(COMMON)
-    if part is None:
-        raise ValueError(f"{file} is missing, which says what model this is")
-    try:
-        common = read_torch_file(part)
-    except PICKLE_ERRORS as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
-    args = common.get("args") if isinstance(common, dict) else None
+    file, common = read_common(folder, in_folder(folder))
+    args = common.get("args")
     if not isinstance(args, Namespace):
         raise ValueError(
             f"{file} lacks args, the settings that Megatron-LM saves with a model; set source to a "

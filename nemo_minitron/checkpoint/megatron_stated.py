@@ -48,25 +48,34 @@ class Stated:
         return ValueError(f"{self.where}: {self.name(key)}={value} is not supported; only {only}")
 
 
-# TransformerConfig's or GPTModel's name -> that of the argument of Megatron-LM.
-_ARGS = {
+# Arguments of Megatron-LM that core 0.16.0 renamed to what TransformerConfig calls them. A newer run
+# may still have the old name besides: --use-checkpoint-args sets it from an older checkpoint, and
+# nothing reads it any more.
+_RENAMED = {
     "layernorm_epsilon": "norm_epsilon",
     "layernorm_zero_centered_gamma": "apply_layernorm_1p",
+}
+# TransformerConfig's or GPTModel's name -> that of the argument of Megatron-LM.
+_ARGS = {
     "num_moe_experts": "num_experts",
     "gated_linear_unit": "swiglu",
-    "activation_func": "swiglu, squared_relu, quick_geglu",
     "bias_activation_fusion": "bias_gelu_fusion",
     "share_embeddings_and_output_weights": "untie_embeddings_and_output_weights",
     "seq_length": "max_position_embeddings",
     "rope_scaling": "use_rope_scaling",
     "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
-    "heterogeneous_block_specs": "heterogeneous_layers_config_path",
 }
+_ACTIVATION = "swiglu, squared_relu, quick_geglu"
+_HETEROGENEOUS = ("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json")
 
 
 def of_args(args: Mapping[str, Any], where: str) -> Stated:
     """Arguments of Megatron-LM, ``args`` in ``common.pt`` (megatron/training/arguments.py)."""
-    stated = Stated(where, args, _ARGS)
+    names = {
+        **{core: own for core, own in _ARGS.items() if own in args or core not in args},
+        **{core: own for core, own in _RENAMED.items() if core not in args},
+    }
+    stated = Stated(where, args, names)
     for name in ("untie_embeddings_and_output_weights", "swiglu", "position_embedding_type"):
         if args.get(name) is None:
             raise ValueError(f"{where} does not say {name}")
@@ -76,7 +85,7 @@ def of_args(args: Mapping[str, Any], where: str) -> Stated:
         activation = "squared_relu"
     elif args.get("quick_geglu"):
         activation = "quick_gelu"
-    renamed = {core: args.get(own) for core, own in _ARGS.items() if core != "activation_func"}
+    renamed = {core: args.get(own) for core, own in names.items()}
     if not args.get("group_query_attention"):
         renamed["num_query_groups"] = stated.need("num_attention_heads")
     return Stated(
@@ -87,9 +96,9 @@ def of_args(args: Mapping[str, Any], where: str) -> Stated:
             "gated_linear_unit": gated,
             "activation_func": activation,
             "share_embeddings_and_output_weights": not args["untie_embeddings_and_output_weights"],
-            "heterogeneous_block_specs": bool(args.get("heterogeneous_layers_config_path")),
+            "heterogeneous_block_specs": any(args.get(name) for name in _HETEROGENEOUS),
         },
-        _ARGS,
+        {**names, "activation_func": _ACTIVATION, "heterogeneous_block_specs": _HETEROGENEOUS[0]},
     )
 
 

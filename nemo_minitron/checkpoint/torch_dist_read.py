@@ -129,7 +129,7 @@ def _locate(
     row: Row, layer: int | None, checkpoint: Checkpoint, prefix: str
 ) -> tuple[str, TensorStorageMetadata, bool] | None:
     """Key, metadata and whether the key holds all layers; None when the checkpoint lacks it."""
-    for name in map(stacked_name, filter(None, (row.te_name, row.name))):
+    for name in map(stacked_name, row.names_on_disk):
         for key, stacked in ((name.replace("{layer}.", ""), True), (name, False)):
             if not stacked and layer is not None:
                 key = key.format(layer=layer)

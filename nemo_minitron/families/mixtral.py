@@ -18,8 +18,13 @@ _HF_EXPERT = _HF_MLP + "experts.{expert}."
 
 
 def _shared_row(row: Row) -> Row:
-    """A row of Llama; the norm before the experts is not fused under Transformer Engine either."""
-    return replace(row, te_name=None) if "pre_mlp_layernorm" in row.name else row
+    """A row of Llama; the norm before the experts is not fused under Transformer Engine either.
+
+    Megatron-LM with ``--transformer-impl local`` stores it as if it were.
+    """
+    if "pre_mlp_layernorm" not in row.name:
+        return row
+    return replace(row, te_name=None, stored_as=row.te_name)
 
 
 ROWS = (

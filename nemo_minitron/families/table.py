@@ -51,6 +51,7 @@ class Row:
         hf_form: how the one Hugging Face tensor differs from Megatron's, a key of
             ``families.fuse.HF_FORMS``; None: not at all.
         te_name: name under the Transformer Engine spec where it differs.
+        stored_as: one more name that other programs may store it under; never written.
         when: whether a model with this config has the parameter.
         expert: the expert this row belongs to, once ``of_expert`` has filled in ``{expert}``.
         template: the row that ``of_expert`` made this one from.
@@ -65,6 +66,12 @@ class Row:
     when: Callable[[ModelConfig], bool] = _always
     expert: int | None = None
     template: "Row | None" = None
+    stored_as: str | None = None
+
+    @property
+    def names_on_disk(self) -> tuple[str, ...]:
+        """Names that a checkpoint may hold it under, most likely first."""
+        return tuple(name for name in (self.te_name, self.name, self.stored_as) if name)
 
     @property
     def per_layer(self) -> bool:

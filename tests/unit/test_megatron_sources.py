@@ -93,7 +93,9 @@ def test_settings_of_megatron_lm(lm: Path) -> None:
     (lm / "common.pt").write_bytes(b"PK")
     refuses(lm, "common.pt is damaged")
     (lm / "common.pt").unlink()
-    refuses(lm, "common.pt is missing")
+    refuses(lm, "common.pt is missing", "the object common_state")
+    (lm / ".metadata").write_bytes(b"PK")
+    refuses(lm, ".metadata is damaged")
 
 
 def test_results_are_no_sources(tmp_path: Path) -> None:
@@ -148,6 +150,7 @@ def test_archives(tmp_path: Path) -> None:
             "moe_layer_freq=[1, 0] is not supported; only 1",
         ),
         ({"rotary_seq_len_interpolation_factor": 2}, "rotary_seq_len_interpolation_factor=2"),
+        ({"heterogeneous_layers_config_encoded_json": "{}"}, "heterogeneous_layers_config_path"),
         ({"norm_epsilon": 1e-5, "normalization": "LayerNorm"}, "normalization=LayerNorm"),
         ({"add_bias_linear": True}, "no supported family has this add_bias_linear"),
         ({"num_query_groups": 3}, "must be a multiple of num_query_groups=3"),
@@ -219,6 +222,22 @@ def test_what_we_write_says_what_it_is(config: ModelConfig) -> None:
     _, found = match_family(stated, model_fields(stated, config.vocab_size))
     assert found == config
     assert megatron_lm_args(config).padded_vocab_size == 128
+
+
+@pytest.mark.parametrize("before", [{}, {"norm_epsilon": 1e-3, "apply_layernorm_1p": False}])
+def test_names_since_core_0_16(before: dict[str, Any]) -> None:
+    """The old names may lie beside the new ones, from an older checkpoint; nothing reads them."""
+    said = vars(sources.megatron_args(tiny.NEMOTRON))
+    del said["norm_epsilon"], said["apply_layernorm_1p"]
+    said |= {"layernorm_epsilon": 1e-2, "layernorm_zero_centered_gamma": True, **before}
+    fields = model_fields(of_args(said, "args"), 101)
+    assert (fields["layernorm_epsilon"], fields["layernorm_zero_centered_gamma"]) == (1e-2, True)
+    ours = vars(megatron_lm_args(replace(tiny.NEMOTRON, layernorm_epsilon=1e-2)))
+    assert ours["norm_epsilon"] == ours["layernorm_epsilon"] == 1e-2
+    assert ours["apply_layernorm_1p"] is ours["layernorm_zero_centered_gamma"] is True
+    said |= {"normalization": "RMSNorm"}
+    with pytest.raises(ValueError, match=r"has this layernorm_zero_centered_gamma|normalization"):
+        match_family(of_args(said, "args"), model_fields(of_args(said, "args"), 101))
 
 
 def test_fused_gelu_is_the_tanh_one() -> None:

@@ -1,0 +1,69 @@
+"""Checkpoints that Megatron-LM, Megatron-Bridge and NeMo 2 wrote: our logits are theirs."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.stages import ImportConfig
+from nemo_minitron.stages import import_
+from tests import foreign
+from tests.dist.live_truth import layout
+from tests.dist.source_cases import logits_of
+from tests.pool import WorkerPool
+
+# Folder -> what is particular about it, as fields of the config that must be found.
+CHECKPOINTS: dict[str, dict[str, object]] = {
+    # Megatron-LM of core 0.16.1
+    "llama_tp2pp2": {"family": "llama", "num_layers": 4, "vocab_size": 64},
+    "vpp": {"family": "llama", "num_layers": 4},
+    "uneven": {"family": "llama", "num_layers": 4},
+    "tied": {"share_embeddings_and_output_weights": True},
+    "bf16": {"dtype": "bfloat16"},
+    "qk": {"family": "qwen3", "qk_layernorm": True, "kv_channels": 12},
+    "qkvbias": {"family": "qwen2", "add_qkv_bias": True},
+    "ropescale": {"rotary_base": 500000.0},
+    "distopt": {"family": "llama"},
+    "gpt2": {"family": "gpt2", "position_embedding_type": "learned_absolute"},
+    "pad": {"family": "llama", "vocab_size": 50},
+    "eps": {"family": "llama", "layernorm_epsilon": 0.1},
+    "nemotron": {"family": "nemotron", "layernorm_zero_centered_gamma": True},
+    "mixtral": {"family": "mixtral", "num_moe_experts": 4},
+    "mixtral_ep2": {"family": "mixtral", "num_moe_experts": 4},
+    "qwen2moe": {"family": "qwen2_moe", "moe_shared_expert_intermediate_size": 20},
+    # Megatron-LM of core 0.19.0
+    "v19_distopt": {"family": "llama", "num_layers": 4},
+    "v19_mixtral": {"family": "mixtral", "layernorm_epsilon": 0.1},
+}
+
+
+@pytest.fixture(scope="module")
+def opened(ranks: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """Imported one after another; a forward pass of each."""
+    home = tmp_path_factory.mktemp("foreign")
+    results = {}
+    for name in CHECKPOINTS:
+        source = foreign.unpack(name, home / "theirs")
+        cfg = ImportConfig(source=str(source), output_dir=str(home / "ours" / name))
+        import_.check(cfg)
+        import_.run(cfg)
+        results[name] = cfg.output_dir
+    return results
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_config(opened: dict[str, str], name: str) -> None:
+    config = ModelConfig.load(Path(opened[name]) / "checkpoint")
+    assert {key: getattr(config, key) for key in CHECKPOINTS[name]} == CHECKPOINTS[name]
+
+
+def test_logits(ranks: WorkerPool, opened: dict[str, str]) -> None:
+    theirs = Path(next(iter(opened.values()))).parent.parent / "theirs"
+    ids, _ = foreign.logits(theirs / "eps")
+    (ours,) = ranks.run(1, logits_of, opened, ids, layout())
+    for name, found in ours.items():
+        same_ids, wanted = foreign.logits(theirs / name)
+        assert torch.equal(same_ids, ids)
+        atol = 0.02 if name == "bf16" else 1e-5  # there their forward pass has 8 bits, ours 24
+        torch.testing.assert_close(found, wanted[..., : found.size(-1)], atol=atol, rtol=0)
