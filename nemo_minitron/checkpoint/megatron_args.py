@@ -1,4 +1,4 @@
-"""What Megatron-LM and Megatron-Bridge look for in ``common.pt`` beside the weights.
+"""What Megatron-LM and Megatron-Bridge look for in the common state beside the weights.
 
 Megatron-LM's ``--use-checkpoint-args`` and Bridge's ``load_megatron_model`` build the model from
 the arguments that a checkpoint holds. Names are those of megatron/training/arguments.py; values
@@ -6,6 +6,7 @@ that say nothing of the model are what a run with default arguments has.
 """
 
 from argparse import Namespace
+from itertools import count
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from nemo_minitron.config.model import ModelConfig
 
 # Whole multiples of it can be split over any usual number of tensor-parallel ranks.
-_VOCAB_MULTIPLE = 128
+_VOCAB_STEP = 128
 
 _NEUTRAL: dict[str, Any] = {
     "multi_latent_attention": False,
@@ -21,6 +22,9 @@ _NEUTRAL: dict[str, Any] = {
     "experimental_attention_variant": None,
     "mtp_num_layers": None,
     "is_hybrid_model": False,
+    # False only with --no-position-embedding; the other is the old way to ask for rope.
+    "add_position_embedding": True,
+    "use_rotary_position_embeddings": False,
     "rotary_interleaved": False,
     "rotary_seq_len_interpolation_factor": None,
     "qk_l2_norm": False,
@@ -30,6 +34,14 @@ _NEUTRAL: dict[str, Any] = {
     "moe_router_load_balancing_type": "none",
     "moe_aux_loss_coeff": 0.0,
     "moe_grouped_gemm": False,
+    "moe_use_legacy_grouped_gemm": False,
+    "use_legacy_models": False,
+    "init_model_with_meta_device": False,
+    "spec": None,
+    "hybrid_layer_pattern": None,
+    # Knows nothing but its size; the tokenizer's files are in the folder tokenizer/.
+    "tokenizer_type": "NullTokenizer",
+    "tokenizer_model": None,
     "transformer_impl": "transformer_engine",
     "attention_dropout": 0.0,
     "hidden_dropout": 0.0,
@@ -52,10 +64,20 @@ _NEUTRAL: dict[str, Any] = {
 }
 
 
+def _vocab_multiple(vocab_size: int) -> int:
+    """What to pad the vocabulary to a multiple of.
+
+    Megatron-LM's NullTokenizer has one token more than ``args.vocab_size``, Bridge's has not: what
+    Bridge pads has to hold all tokens too.
+    """
+    return next(step for step in count(_VOCAB_STEP, _VOCAB_STEP) if (vocab_size - 1) % step)
+
+
 def megatron_lm_args(config: ModelConfig) -> Namespace:
     """Arguments with which Megatron-LM builds this model."""
     positions = config.max_position_embeddings
-    padded = -(-config.vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+    multiple = _vocab_multiple(config.vocab_size)
+    padded = -(-config.vocab_size // multiple) * multiple
     return Namespace(
         **_NEUTRAL,
         num_layers=config.num_layers,
@@ -67,11 +89,10 @@ def megatron_lm_args(config: ModelConfig) -> Namespace:
         kv_channels=config.kv_channels,
         seq_length=positions,
         max_position_embeddings=positions,
-        make_vocab_size_divisible_by=_VOCAB_MULTIPLE,
+        make_vocab_size_divisible_by=multiple,
         padded_vocab_size=padded,
+        vocab_size=config.vocab_size - 1,  # NullTokenizer adds one
         position_embedding_type=config.position_embedding_type,
-        add_position_embedding=config.position_embedding_type == "learned_absolute",
-        use_rotary_position_embeddings=config.position_embedding_type == "rope",
         rotary_base=int(config.rotary_base),
         rotary_percent=config.rotary_percent,
         use_rope_scaling=config.rope_scaling is not None,

@@ -20,7 +20,7 @@ from nemo_minitron.checkpoint.tokenizer_files import (
     tokenizer_files,
     vocabulary_size,
 )
-from nemo_minitron.checkpoint.torch_dist_read import open_torch_dist, stored_weights
+from nemo_minitron.checkpoint.torch_dist_read import Checkpoint, open_torch_dist, stored_weights
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import Family
@@ -64,9 +64,30 @@ def _prefix(where: Path, holds: Callable[[str], Any]) -> str:
     raise ValueError(f"{where} holds no {_EMBEDDING}: not a GPT model of Megatron-Core")
 
 
+# HybridModel and MambaModel call it so, GPTModel final_layernorm.
+_HYBRID_NORM = "decoder.final_norm.weight"
+_HYBRID_PATTERNS = ("hybrid_layer_pattern", "hybrid_override_pattern")
+
+
+def _refuse_hybrid(source: Source, checkpoint: Checkpoint, prefix: str) -> None:
+    """Their layers have other numbers and names: attention and MLP are a layer each."""
+    values = source.stated.values
+    says = [f"{name}={values[name]}" for name in _HYBRID_PATTERNS if values.get(name)]
+    if checkpoint.tensor(prefix + _HYBRID_NORM):
+        says.append(f"holds {prefix}{_HYBRID_NORM}")
+    if says:
+        raise ValueError(
+            f"{source.where} {', '.join(says)}: a HybridModel (or MambaModel) of Megatron-Core, "
+            "whose layers are attention or MLP alone; only those of GPTModel open here. Where it "
+            "is of a family in docs/families.md, export it to Hugging Face format with the program "
+            "that wrote it (Megatron-Bridge) and set source to that"
+        )
+
+
 def _distributed(source: Source) -> _Weights:
     checkpoint = open_torch_dist(source.weights, source.find)
     prefix = _prefix(source.weights, checkpoint.tensor)
+    _refuse_hybrid(source, checkpoint, prefix)
     rows = checkpoint.metadata.state_dict_metadata[prefix + _EMBEDDING].size[0]  # type: ignore[union-attr]
     return _Weights(rows, partial(stored_weights, checkpoint, prefix=prefix))
 

@@ -28,7 +28,7 @@ COMMON = "common.pt"
 _LEGACY = re.compile(r"(mp_rank|tp_rank)_\d\d")
 _TO_TORCH_DIST = (
     "load it with Megatron-LM once more and save it with --ckpt-convert-format torch_dist "
-    "--ckpt-convert-save FOLDER"
+    "--ckpt-convert-save FOLDER, then set source to FOLDER (it lies in FOLDER/torch_dist)"
 )
 
 
@@ -306,10 +306,17 @@ LAYOUTS: tuple[tuple[str, Callable[[Path], bool], Callable[[Path], Source]], ...
 )
 
 
+def _converted(path: Path) -> Path:
+    """``--ckpt-convert-save`` puts what it converts into a folder of the folder it is given."""
+    inside = path / "torch_dist"
+    return inside if (inside / TRACKER).is_file() and not (path / TRACKER).exists() else path
+
+
 def is_megatron(path: Path) -> bool:
     """Whether this is a checkpoint of any of ``LAYOUTS``, or a ``.nemo`` archive."""
     if path.is_file():
         return path.suffix == ".nemo"
+    path = _converted(path)
     return any(matches(path) for _, matches, _ in LAYOUTS)
 
 
@@ -321,4 +328,5 @@ def find_source(path: Path) -> Source:
     """
     if path.is_file():
         return _nemo1(path)
+    path = _converted(path)
     return next(find(path) for _, matches, find in LAYOUTS if matches(path))

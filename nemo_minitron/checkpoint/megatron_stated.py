@@ -48,9 +48,9 @@ class Stated:
         return ValueError(f"{self.where}: {self.name(key)}={value} is not supported; only {only}")
 
 
-# Arguments of Megatron-LM that core 0.16.0 renamed to what TransformerConfig calls them. A newer run
-# may still have the old name besides: --use-checkpoint-args sets it from an older checkpoint, and
-# nothing reads it any more.
+# Arguments of Megatron-LM that core 0.16.0 renamed to what TransformerConfig calls them. A newer
+# run may still have the old name besides: --use-checkpoint-args sets it from an older checkpoint,
+# and nothing reads it any more.
 _RENAMED = {
     "layernorm_epsilon": "norm_epsilon",
     "layernorm_zero_centered_gamma": "apply_layernorm_1p",

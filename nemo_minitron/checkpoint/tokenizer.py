@@ -95,7 +95,10 @@ def check_gguf_tokenizer(path: Path) -> None:
 
     get = fields_of(path)
     kind, pre = get("tokenizer.ggml.model", None), get("tokenizer.ggml.pre", "default")
-    way_out = "set source to the Hugging Face folder of this model"
+    way_out = (
+        "set tokenizer to a folder with the tokenizer.json or tokenizer.model of this model, or "
+        "source to its Hugging Face folder"
+    )
     if kind != "gpt2":
         raise ValueError(
             f"{path}: tokenizer.ggml.model={kind} is not supported; supported: gpt2 (byte-level "

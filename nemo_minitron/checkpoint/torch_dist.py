@@ -8,9 +8,9 @@ a chunk per expert; other parameters under their own name. Norms that
 Transformer Engine fuses are stored under the TE name, as Megatron's local spec stores them too. The
 vocabulary is stored unpadded. Shapes are global.
 
-No ``_extra_state`` objects are stored (fp8 scales under TE, nothing under the local spec):
-Megatron's ``dist_checkpointing.load`` wants them left out of the sharded state dict, as
-``models/weights.py`` does, or ``strict="log_unexpected"``.
+Objects (``objects.py``) lie in a file of their own: empty ``_extra_state`` ones, and what is common
+to all ranks, ``common_state``, as Megatron-Core writes it since 0.19; ``common.pt`` says the same
+to older ones.
 """
 
 import io
@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,8 +46,10 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
+from nemo_minitron.checkpoint.common_state import COMMON_KEY, COMMON_PT
 from nemo_minitron.checkpoint.lazy import LazyTensor, Store, row_blocks
 from nemo_minitron.checkpoint.megatron_args import common_state
+from nemo_minitron.checkpoint.objects import extra_states, name_on_disk, stored
 from nemo_minitron.checkpoint.page_cache import create
 from nemo_minitron.checkpoint.torch_dist_read import (
     FORMAT_JSON,
@@ -68,7 +71,6 @@ FORMAT = {
 }
 # What Megatron-Core should pass as ``metadata`` to ``sharded_state_dict`` to get these keys.
 CONTENT_METADATA = {"singleton_local_shards": False, "non_homogeneous_layers": False}
-COMMON_PT = "common.pt"
 _MAX_FILE_BYTES = 2 << 30
 
 
@@ -102,11 +104,18 @@ class _Writer(FileSystemWriter):
 class _LazySavePlanner(DefaultSavePlanner):
     """Reads a tensor when the writer reaches it."""
 
-    def __init__(self, reads: dict[MetadataIndex, Callable[[], Tensor]]) -> None:
+    def __init__(
+        self,
+        reads: dict[MetadataIndex, Callable[[], Tensor]],
+        objects: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         self.reads = reads
+        self.objects = objects or {}
 
-    def resolve_data(self, write_item: WriteItem) -> Tensor:
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        if write_item.type == WriteItemType.BYTE_IO:
+            return stored(self.objects[write_item.index.fqn])
         data = write_item.tensor_data
         assert data is not None
         return self.reads[write_item.index]().reshape(data.chunk.sizes)
@@ -199,6 +208,13 @@ def _files(pieces: dict[str, list[_Piece]]) -> list[SavePlan]:
     return [SavePlan(batch) for _, batch in files]
 
 
+def _object_file(objects: dict[str, Any]) -> SavePlan:
+    """The plan of the file that holds all objects."""
+    return SavePlan(
+        [WriteItem(index=MetadataIndex(name), type=WriteItemType.BYTE_IO) for name in objects]
+    )
+
+
 def _write_file(writer: FileSystemWriter, planner: DefaultSavePlanner, plan: SavePlan) -> list:
     try:
         return writer.write_data(plan, planner).wait()
@@ -231,15 +247,19 @@ def write_torch_dist(
     """
     _check_store(store, family, config)
     pieces = _write_pieces(store, family, config)
+    common = {**common_state(config), "content_metadata": CONTENT_METADATA}
+    objects: dict[str, Any] = {name_on_disk(*place): None for place in extra_states(family, config)}
+    objects[COMMON_KEY] = common
     planner = _LazySavePlanner(
-        {piece.item.index: piece.read for group in pieces.values() for piece in group}
+        {piece.item.index: piece.read for group in pieces.values() for piece in group}, objects
     )
     writer = _Writer(folder)
-    plans, metadata = create_default_global_save_plan(_files(pieces))
+    files = [*_files(pieces), _object_file(objects)]
+    plans, metadata = create_default_global_save_plan(files)
     plans = writer.prepare_global_plan(plans)
     with ThreadPoolExecutor(workers) as pool:
         results = list(pool.map(partial(_write_file, writer, planner), plans))
-    torch.save({**common_state(config), "content_metadata": CONTENT_METADATA}, folder / COMMON_PT)
+    torch.save(common, folder / COMMON_PT)
     (folder / FORMAT_JSON).write_text(json.dumps(FORMAT))
     writer.finish(metadata, results)
 

@@ -29,6 +29,13 @@ FORMAT_JSON = "metadata.json"
 METADATA = ".metadata"
 
 
+_WAYS_OUT = (
+    "Megatron-Core no longer reads any other. Load it with the program that wrote it, in its own "
+    "container, and save it as torch_dist: Megatron-LM with --ckpt-format torch_dist; of NeMo 1, "
+    "NeMo 2.0's nlp collection does so when it saves, or with TP=1 and PP=1 one model_weights.ckpt"
+)
+
+
 def stacked_name(name: str) -> str:
     """Megatron stores all experts of a layer under one key, as ``experts.experts``."""
     return re.sub(r"\blocal_experts\.\d+\.", "experts.", name)
@@ -70,8 +77,9 @@ def _read_format(where: Path, find: Find) -> None:
         found = json.loads(part.read())
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    if found.get("sharded_backend") != "torch_dist":
-        raise ValueError(f"{path}: sharded_backend={found.get('sharded_backend')}, not torch_dist")
+    backend = found.get("sharded_backend")
+    if backend != "torch_dist":
+        raise ValueError(f"{path}: sharded_backend={backend}, not torch_dist; {_WAYS_OUT}")
 
 
 def _read_metadata(where: Path, find: Find) -> tuple[Metadata, dict[str, int]]:

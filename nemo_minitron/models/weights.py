@@ -17,7 +17,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_minitron.checkpoint.megatron_args import common_state
+from nemo_minitron.checkpoint.objects import extra_states, name_on_disk
 from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.families.registry import family_of
 from nemo_minitron.models.build import HiddenGPTModel
 from nemo_minitron.models.projection import is_projection, without_projection
 from nemo_minitron.runtime.groups import ParallelGroups
@@ -167,6 +169,14 @@ def _unpad(tensor: ShardedTensor, vocab_size: int) -> ShardedTensor | None:
     )
 
 
+def _extra_state_objects(config: ModelConfig) -> dict[str, ShardedObject]:
+    """Empty ones of the whole model, which one rank writes; other programs ask for them."""
+    return {
+        name_on_disk(key, offset, shape): ShardedObject(key, None, shape, offset)
+        for key, offset, shape in extra_states(family_of(config), config)
+    }
+
+
 def save_weights(
     chunks: list[HiddenGPTModel], groups: ParallelGroups, config: ModelConfig, folder: Path
 ) -> None:
@@ -184,5 +194,7 @@ def save_weights(
                     del chunk[name]
                 else:
                     chunk[name] = trimmed
+    if dist.get_rank() == 0:
+        state["objects"] = _extra_state_objects(config)
     with plain_errors(folder):
         save_sharded({**state, **common_state(config)}, str(folder))

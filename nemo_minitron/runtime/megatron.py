@@ -6,11 +6,14 @@ no other module asks for a version. ``docs/versions.md`` says which release brou
 
 import inspect
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nemo_minitron.checkpoint.common_state import COMMON_PT
 from nemo_minitron.runtime.extensions import before_megatron
 
 before_megatron()
@@ -115,9 +118,13 @@ def save_sharded(state: dict[str, Any], folder: str) -> None:
 
     if not _writes_by_nvrx():
         dist_checkpointing.save(state, folder)
-        return
-    request = dist_checkpointing.save(state, folder, async_sharded_save=True, async_strategy="nvrx")
-    request.execute_sync()
+    else:
+        nvrx: dict[str, Any] = {"async_sharded_save": True, "async_strategy": "nvrx"}
+        dist_checkpointing.save(state, folder, **nvrx).execute_sync()
+    common = Path(folder) / COMMON_PT
+    if dist.get_rank() == 0 and not common.exists():
+        # From 0.19 on Megatron stores it among the tensors, where older releases do not look.
+        torch.save(dist_checkpointing.load_common_state_dict(folder), common)
 
 
 def writer_module() -> Any:

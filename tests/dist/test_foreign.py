@@ -1,4 +1,4 @@
-"""Checkpoints that Megatron-LM, Megatron-Bridge and NeMo 2 wrote: our logits are theirs."""
+"""Checkpoints that Megatron-LM and Megatron-Bridge themselves wrote: our logits are theirs."""
 
 from pathlib import Path
 
@@ -35,6 +35,9 @@ CHECKPOINTS: dict[str, dict[str, object]] = {
     # Megatron-LM of core 0.19.0
     "v19_distopt": {"family": "llama", "num_layers": 4},
     "v19_mixtral": {"family": "mixtral", "layernorm_epsilon": 0.1},
+    # Megatron-Bridge 0.3.1 and 0.6.2
+    "bridge03": {"family": "llama", "layernorm_epsilon": 0.01, "vocab_size": 50},
+    "bridge06": {"family": "llama", "layernorm_epsilon": 0.01, "vocab_size": 50},
 }
 
 

@@ -10,6 +10,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     MetadataIndex,
     TensorProperties,
@@ -79,7 +80,14 @@ def test_layout_on_disk_is_megatrons(tmp_path):
     assert tuple(fc1.size) == (4, 192, 64)
     assert [tuple(chunk.offsets) for chunk in fc1.chunks] == [(i, 0, 0) for i in range(4)]
     assert tuple(metadata["embedding.word_embeddings.weight"].size) == (101, 64)
-    assert set(metadata) == {disk_key(row) for row in FAMILY.rows}
+    objects = {key for key, saved in metadata.items() if isinstance(saved, BytesStorageMetadata)}
+    assert set(metadata) - objects == {disk_key(row) for row in FAMILY.rows}
+    assert "decoder.layers.self_attention.core_attention._extra_state/shard_3_4" in objects
+    assert {key for key in objects if "/shard_0_1" in key} == {
+        "decoder.final_layernorm._extra_state/shard_0_1",
+        "common_state/shard_0_1",
+    }
+    assert len(objects) == 2 + 4 * 5
     assert "decoder.layers.self_attention.linear_qkv.layer_norm_weight" in metadata
 
 

@@ -12,9 +12,11 @@ import pytest
 import torch
 import yaml
 
+from nemo_minitron.checkpoint.common_state import COMMON_KEY
 from nemo_minitron.checkpoint.megatron_args import megatron_lm_args
 from nemo_minitron.checkpoint.megatron_fields import match_family, model_fields
 from nemo_minitron.checkpoint.megatron_stated import of_args, of_core, of_nemo1
+from nemo_minitron.checkpoint.objects import stored
 from nemo_minitron.checkpoint.parts import Part, archive_parts
 from nemo_minitron.checkpoint.safe_pickle import Inert, read_metadata, read_torch_file
 from nemo_minitron.checkpoint.tokenizer_files import special_ids, tokenizer_files, vocabulary_size
@@ -79,12 +81,50 @@ def test_other_formats(lm: Path, tmp_path: Path) -> None:
     (lm / "metadata.json").rename(tmp_path / "metadata.json")
     refuses(lm, "no metadata.json", "torch_dcp or fsdp_dtensor", "--ckpt-convert-format torch_dist")
     (lm / "metadata.json").write_text('{"sharded_backend": "zarr"}')
-    refuses(lm, "sharded_backend=zarr, not torch_dist")
+    refuses(lm, "sharded_backend=zarr, not torch_dist", "NeMo 2.0's nlp collection")
     legacy = tmp_path / "legacy" / "iter_0000010" / "mp_rank_00"
     legacy.mkdir(parents=True)
     (legacy / "model_optim_rng.pt").touch()
     (tmp_path / "legacy" / "latest_checkpointed_iteration.txt").write_text("10")
     refuses(tmp_path / "legacy", "holds mp_rank_00: Megatron's legacy format", "--ckpt-convert")
+
+
+def test_what_megatron_converted(lm: Path, tmp_path: Path) -> None:
+    """``--ckpt-convert-save FOLDER`` writes FOLDER/torch_dist."""
+    folder = tmp_path / "converted"
+    shutil.copytree(lm.parent, folder / "torch_dist")
+    assert replace(open_source(str(folder)).config, hf={}) == LLAMA
+    assert open_source(str(folder / "torch_dist")).config.num_layers == LLAMA.num_layers
+
+
+@pytest.mark.parametrize("name", ["hybrid_layer_pattern", "hybrid_override_pattern"])
+def test_hybrid_models(lm: Path, name: str) -> None:
+    """Told apart by what the settings say, or by the name of the last norm."""
+    set_args(lm, **{name: "*-*-*-*-"})
+    refuses(lm, f"{name}=*-*-*-*-: a HybridModel", "export it to Hugging Face format")
+    set_args(lm)
+    metadata = read_metadata(whole(lm / ".metadata"))
+    saved = metadata.state_dict_metadata
+    saved["decoder.final_norm.weight"] = saved.pop("decoder.final_layernorm.weight")
+    (lm / ".metadata").write_bytes(pickle.dumps(metadata))
+    refuses(lm, "holds decoder.final_norm.weight: a HybridModel")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "optimizer.state.exp_avg.output_layer.weight",  # fully_reshardable, and each on its own
+        "chained_0.optimizer.state.exp_avg.output_layer.weight",
+        "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.bucket_idx_0.exp_avg",  # dp_reshardable
+    ],
+)
+def test_optimizer_state_is_left_where_it_is(lm: Path, key: str) -> None:
+    """However it is sharded; tests/data/foreign has real ones of each."""
+    metadata = read_metadata(whole(lm / ".metadata"))
+    saved = metadata.state_dict_metadata
+    saved[key] = saved["decoder.final_layernorm.weight"]
+    (lm / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert replace(open_source(str(lm)).config, hf={}) == LLAMA
 
 
 def test_settings_of_megatron_lm(lm: Path) -> None:
@@ -93,9 +133,36 @@ def test_settings_of_megatron_lm(lm: Path) -> None:
     (lm / "common.pt").write_bytes(b"PK")
     refuses(lm, "common.pt is damaged")
     (lm / "common.pt").unlink()
+    metadata = read_metadata(whole(lm / ".metadata"))
+    place = next(index for index in metadata.storage_data if index.fqn == COMMON_KEY)
+    info = metadata.storage_data[place]
+    with (lm / info.relative_path).open("r+b") as file:
+        file.seek(info.offset)
+        file.write(b"xx")
+    refuses(lm, f"{COMMON_KEY} in ", "is damaged")
+    del metadata.storage_data[place]
+    (lm / ".metadata").write_bytes(pickle.dumps(metadata))
     refuses(lm, "common.pt is missing", "the object common_state")
     (lm / ".metadata").write_bytes(b"PK")
     refuses(lm, ".metadata is damaged")
+
+
+def test_settings_among_the_tensors(lm: Path, tmp_path: Path) -> None:
+    """As Megatron-Core 0.19 and later write them; ours are there for both. Nothing is run."""
+    (lm / "common.pt").unlink()
+    assert replace(open_source(str(lm)).config, hf={}) == PADDED
+    trace = tmp_path / "trace"
+    args = sources.megatron_args(LLAMA, extra=[Evil(trace)])
+    metadata = read_metadata(whole(lm / ".metadata"))
+    (place,) = (index for index in metadata.storage_data if index.fqn == COMMON_KEY)
+    written = stored({"args": args}).getvalue()
+    (lm / "theirs.distcp").write_bytes(b"before" + written)
+    metadata.storage_data[place] = replace(
+        metadata.storage_data[place], relative_path="theirs.distcp", offset=6, length=len(written)
+    )
+    (lm / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert replace(open_source(str(lm)).config, hf={}) == LLAMA
+    assert not trace.exists()
 
 
 def test_results_are_no_sources(tmp_path: Path) -> None:
@@ -222,6 +289,16 @@ def test_what_we_write_says_what_it_is(config: ModelConfig) -> None:
     _, found = match_family(stated, model_fields(stated, config.vocab_size))
     assert found == config
     assert megatron_lm_args(config).padded_vocab_size == 128
+
+
+@pytest.mark.parametrize("tokens", [101, 128, 129, 257, 50257, 128256, 256001])
+def test_every_program_pads_to_all_tokens(tokens: int) -> None:
+    """Megatron-LM's NullTokenizer counts one token more than Bridge's."""
+    args = megatron_lm_args(replace(LLAMA, vocab_size=tokens))
+    for counted in (args.vocab_size, args.vocab_size + 1):
+        step = args.make_vocab_size_divisible_by
+        assert -(-counted // step) * step == args.padded_vocab_size >= tokens
+    assert args.padded_vocab_size % 128 == 0
 
 
 @pytest.mark.parametrize("before", [{}, {"norm_epsilon": 1e-3, "apply_layernorm_1p": False}])
