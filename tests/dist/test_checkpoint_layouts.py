@@ -9,9 +9,9 @@ from nemo_minitron.checkpoint.lazy import from_tensor
 from nemo_minitron.checkpoint.torch_dist import read_torch_dist, write_torch_dist
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.families.registry import family_of
-from tests.dist.checkpoint_cases import load_and_save
+from tests.dist.checkpoint_cases import load_and_save, load_as_others
 from tests.pool import WorkerPool
-from tests.tiny import LLAMA, random_weights
+from tests.tiny import GPT2, LLAMA, MIXTRAL, random_weights, write_weights
 
 TIED = replace(LLAMA, share_embeddings_and_output_weights=True)
 
@@ -64,3 +64,27 @@ def test_megatron_reads_and_writes_the_same_weights(
     assert set(back) == set(weights)
     for name, tensor in weights.items():
         assert torch.equal(back[name].read(), tensor), name
+
+
+@pytest.mark.parametrize(
+    ("parallel", "config"),
+    [(layout(pp=2), LLAMA), (layout(tp=2, sp=True), MIXTRAL), (layout(), GPT2)],
+)
+def test_others_load_results_without_extra_flags(ranks: WorkerPool, tmp_path, parallel, config):
+    """``_extra_state`` objects are there, from a streaming stage as from training."""
+    write_weights(tmp_path / "ours", config, 0)
+    (tmp_path / "trained").mkdir()
+    folders = (str(tmp_path / "ours"), str(tmp_path / "trained"))
+    weights = random_weights(config)
+    found = ranks.run(2, load_as_others, config, parallel, *folders)
+    # Releases before 0.19 want it, later ones no longer write it.
+    assert all((tmp_path / name / "common.pt").is_file() for name in ("ours", "trained"))
+    for streamed, trained in found:
+        assert streamed[1] == trained[1]
+        assert any(key.endswith("linear_qkv._extra_state") for key in streamed[1])
+        assert streamed[2] == trained[2] == config.num_layers
+        assert all(torch.equal(streamed[0][name], value) for name, value in trained[0].items())
+        last_stage = config is LLAMA and "output_layer.weight" in streamed[0]
+        norm = "decoder.layers.{}.input_layernorm.weight"
+        wanted = weights[norm.format(2 if last_stage else 0)]
+        assert torch.equal(streamed[0][norm.format(0)], wanted)
