@@ -32,7 +32,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Compiling 20,000 modules ahead would double the time; Python compiles what it imports.
 PIP = $(BIN)/python -m pip install --no-compile $(addprefix -c ,$(CONSTRAINTS))
 
-.PHONY: help setup slurm quickstart test test-older lint format docs site look pins release-check clean distclean
+.PHONY: help setup slurm quickstart gpu test test-older lint format docs site look pins release-check clean distclean
 
 help:
 	@echo "make setup       .venv with the package in it (.venv/bin/minitron), on the newest Python found"
@@ -66,6 +66,12 @@ $(INSTALLED): pyproject.toml setup.py $(CONSTRAINTS)
 quickstart: setup
 	$(BIN)/python scripts/quickstart_assets.py .quickstart
 	$(BIN)/minitron pipeline experiment=quickstart
+
+# make gpu PARTS="logits scores"; RUN_WITH=python3 is for a machine with torch and no network, which
+# has no .venv (scripts/carry.py).
+gpu: $(if $(RUN_WITH),,setup)
+	$(if $(RUN_WITH),,$(BIN)/python scripts/quickstart_assets.py .quickstart)
+	$(or $(RUN_WITH),$(BIN)/python) -m benchmarks.gpu $(if $(PARTS),--parts $(PARTS)) $(FLAGS)
 
 # Tests marked slurm start one on the loopback. Where it is not and cannot be installed they are
 # skipped and say so, or fail if MINITRON_SLURM=required.
@@ -121,8 +127,8 @@ release-check: setup
 	MINITRON_WHEEL="$(CURDIR)/dist" $(BIN)/python -m pytest -q tests/e2e/test_wheel.py
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .quickstart/run
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .quickstart/run .gpu
 	find nemo_minitron tests scripts -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf .venv .venv-older .quickstart
+	rm -rf .venv .venv-older .quickstart .carry

@@ -7,11 +7,8 @@ the student's is a language-model training step without the optimizer. Random we
 Exit status 1 when a ratio of CPU times is above 1.05.
 """
 
-import os
-
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
 import argparse
+import os
 import platform
 import statistics
 import sys
@@ -31,6 +28,7 @@ from nemo_minitron.config.training import DataConfig, OptimConfig, TrainerConfig
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import parameter_count
 from nemo_minitron.reporting.console import show_table
+from nemo_minitron.runtime.launch import device
 from tests.pool import WorkerPool
 
 # SmolLM2-135M, with fewer layers; the student is pruned in width.
@@ -64,13 +62,14 @@ def _config(
     parallel: ParallelConfig,
     samples: int,
     seq: int,
+    precision: str,
 ) -> Any:
     data = DataConfig(path="-", seq_length=seq, global_batch_size=samples)
     sections = {
         "gpt": student,
         "parallel": parallel,
         "data": data,
-        "trainer": TrainerConfig(),
+        "trainer": TrainerConfig(precision=precision),
         "optim": OptimConfig(),
         "distillation": DistillationConfig(),
         "teacher_parallel": TeacherParallelConfig(),
@@ -81,7 +80,7 @@ def _config(
 
 
 def _fill(chunks: list[Any]) -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device()).manual_seed(0)
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             parameter.data.normal_(0, 0.02, generator=generator)
@@ -99,32 +98,62 @@ def _trainable(model: Any) -> None:
     model.train()
 
 
-def _micro_batches(samples: int, seq: int, vocab: int) -> list[dict[str, torch.Tensor]]:
+def micro_batches(samples: int, seq: int, vocab: int) -> list[dict[str, torch.Tensor]]:
+    """Micro-batches of one random sample each, on the device."""
     ids = torch.randint(0, vocab, (samples, seq + 1), generator=torch.Generator().manual_seed(1))
     return [
         {
             "tokens": row[None, :-1],
             "labels": row[None, 1:],
-            "loss_mask": torch.ones(1, seq),
-            "position_ids": torch.arange(seq)[None],
+            "loss_mask": torch.ones(1, seq, device=device()),
+            "position_ids": torch.arange(seq, device=device())[None],
         }
-        for row in ids
+        for row in ids.to(device())
     ]
+
+
+def clear_gradients(model: Any) -> None:
+    """Before a global batch; nothing in a model that is not trained."""
+    for chunk in model.model:
+        if hasattr(chunk, "zero_grad_buffer"):
+            chunk.zero_grad_buffer()
+
+
+def _meet() -> None:
+    """Wait for every rank and its device."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    torch.distributed.barrier()
 
 
 def _timed(work: Callable[[], Any], model: Any) -> Seconds:
     """Run on every rank at once."""
-    for chunk in model.model:
-        if hasattr(chunk, "zero_grad_buffer"):
-            chunk.zero_grad_buffer()
-    torch.distributed.barrier()
+    clear_gradients(model)
+    _meet()
     wall, cpu = time.perf_counter(), time.process_time()
     work()
-    spent = torch.tensor(time.process_time() - cpu, dtype=torch.float64)
-    torch.distributed.barrier()
+    spent = torch.tensor(time.process_time() - cpu, dtype=torch.float64, device=device())
+    _meet()
     wall = time.perf_counter() - wall
     torch.distributed.all_reduce(spent)
     return wall, spent.item()
+
+
+def distiller(
+    teacher: ModelConfig,
+    student: ModelConfig,
+    parallel: ParallelConfig,
+    samples: int,
+    seq: int,
+    precision: str = "32",
+) -> Any:
+    """Random student, ready for training, and random teacher; the layout is initialised."""
+    from nemo_minitron.models.distill import DistillationGPTModel
+
+    both = DistillationGPTModel(_config(student, teacher, parallel, samples, seq, precision))
+    _fill(both.teacher.chunks)
+    _trainable(both)
+    return both
 
 
 def measure(
@@ -134,22 +163,20 @@ def measure(
     samples: int,
     seq: int,
     rounds: int,
+    precision: str = "32",
 ) -> dict[str, list[Seconds]]:
     """Times of every round of the step and its parts; the first round of each is left out."""
-    from nemo_minitron.models.distill import DistillationGPTModel
     from nemo_minitron.models.gpt import MinitronGPTModel
     from nemo_minitron.runtime.launch import init_model_parallel
 
     init_model_parallel(parallel)
-    both = DistillationGPTModel(_config(student, teacher, parallel, samples, seq))
-    _fill(both.teacher.chunks)
-    _trainable(both)
-    alone = MinitronGPTModel(_config(student, None, parallel, samples, seq))
+    both = distiller(teacher, student, parallel, samples, seq, precision)
+    alone = MinitronGPTModel(_config(student, None, parallel, samples, seq, precision))
     _trainable(alone)
-    frozen = MinitronGPTModel(_config(teacher, None, parallel, samples, seq))
+    frozen = MinitronGPTModel(_config(teacher, None, parallel, samples, seq, precision))
     _fill(frozen.chunks)
     frozen.eval()
-    batches = _micro_batches(samples, seq, teacher.vocab_size)
+    batches = micro_batches(samples, seq, teacher.vocab_size)
     runs: dict[str, tuple[Callable[[], Any], Any]] = {
         "step": (lambda: both.forward_backward(batches), both),
         "teacher": (lambda: frozen.evaluate_batch(batches), frozen),
@@ -208,6 +235,7 @@ def _describe(args: argparse.Namespace, teacher: ModelConfig, student: ModelConf
 
 def main() -> int:
     """Measure every layout and show the table; 1 when a step costs more than its parts allow."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     args = parse()
     teacher = replace(TEACHER, num_layers=args.layers)
     student = replace(teacher, **STUDENT)

@@ -59,7 +59,7 @@ class Comparison:
     @property
     def cpu(self) -> float:
         """Ours over the peer's."""
-        return self.ours["cpu_seconds"] / self.peer["cpu_seconds"]
+        return self.ours["seconds"] / self.peer["seconds"]
 
     @property
     def within_limits(self) -> bool:
@@ -70,7 +70,7 @@ class Comparison:
     def cells(self) -> list[str]:
         """As text."""
         mib = [f"{side['extra_bytes'] / 2**20:,.0f}" for side in (self.ours, self.peer)]
-        seconds = [f"{side['cpu_seconds']:.1f}" for side in (self.ours, self.peer)]
+        seconds = [f"{side['seconds']:.1f}" for side in (self.ours, self.peer)]
         ratios = f"1/{1 / self.memory:.0f}", f"{self.cpu:.2f}x"
         name, error = f"{self.vocab:,}, {self.tokens:,}", f"{self.gradient_error:.0e}"
         return [name, *mib, ratios[0], *seconds, ratios[1], error]
@@ -83,7 +83,7 @@ def run_side(side: str, shape: tuple[int, int], args: argparse.Namespace, out: P
     environment.pop("PYTHONPATH", None)
     if side == "ours":
         environment["PYTHONPATH"] = str(ROOT)
-    command = [python, WORKER, side, *map(str, shape), str(args.threads), out]
+    command = [python, WORKER, side, *map(str, shape), out, "--threads", str(args.threads)]
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment, timeout=args.timeout
     )
@@ -97,7 +97,8 @@ def compare(shape: tuple[int, int], args: argparse.Namespace, work: Path) -> Com
     for side in ("ours", "modelopt"):
         out = work / f"{side}.json"
         run_side(side, shape, args, out)
-        found[side], grads[side] = json.loads(out.read_text()), torch.load(f"{out}.pt")
+        (found[side],) = json.loads(out.read_text())
+        grads[side] = torch.load(f"{out}.pt")
     errors = [
         ((a - b).norm() / b.norm()).item()
         for a, b in zip(grads["ours"], grads["modelopt"], strict=True)

@@ -86,7 +86,7 @@ def train(args: argparse.Namespace, arm: Arm, seed: int) -> Job:
         f"trainer.max_steps={args.steps}",
         f"trainer.val_check_interval={max(1, args.steps // 4)}",
         f"trainer.limit_val_batches={args.val_samples // 4}",
-        "trainer.save_every_n_steps=20",
+        f"trainer.save_every_n_steps={args.save_every}",
         "optim.min_lr=1e-5",
         f"optim.lr_warmup_steps={max(1, args.steps // 15)}",
         *(key for key in arm.keys if key != COMPENSATE),
@@ -197,6 +197,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--baseline", help="arm that the others are compared with")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--save-every", type=int, default=20, help="steps, to go on from")
     parser.add_argument("--seq-length", type=int, default=256)
     parser.add_argument("--samples", type=int, default=32, help="calibration samples")
     parser.add_argument("--eval-samples", type=int, default=32)
