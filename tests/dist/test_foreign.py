@@ -1,5 +1,6 @@
 """Checkpoints that Megatron-LM and Megatron-Bridge themselves wrote: our logits are theirs."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import ImportConfig
 from nemo_minitron.stages import import_
+from nemo_minitron.stages.import_ import open_source
 from tests import foreign
 from tests.dist.live_truth import layout
 from tests.dist.source_cases import logits_of
@@ -39,6 +41,20 @@ CHECKPOINTS: dict[str, dict[str, object]] = {
     "bridge03": {"family": "llama", "layernorm_epsilon": 0.01, "vocab_size": 50},
     "bridge06": {"family": "llama", "layernorm_epsilon": 0.01, "vocab_size": 50},
 }
+
+# Megatron-LM of core 0.16.1, models that no family here is.
+REFUSED = {
+    "gpt2_rope": "no supported family has this position_embedding_type (position_embedding_type=rope)",
+    "swiglu_bias": "no supported family has this add_bias_linear (add_bias_linear=True)",
+    "mtp": "mtp_num_layers=1 is not supported; only null",
+    "qkl2": "qk_l2_norm=True is not supported; only false",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(REFUSED[name])):
+        open_source(str(foreign.unpack(name, tmp_path)))
 
 
 @pytest.fixture(scope="module")
