@@ -76,7 +76,7 @@ def peer(request, tmp_path_factory) -> Peer:
         }
     try:
         job = {"pipeline_model_parallel_size": request.param, "models": models}
-        run_oracle(job, folder, timeout=110)
+        run_oracle(job, folder, timeout=400)
     except OracleUnavailableError as error:
         pytest.skip(str(error))
     return Peer(folder, request.param, SAMPLES)

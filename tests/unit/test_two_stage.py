@@ -67,7 +67,7 @@ class Pipeline:
             cwd=self.folder,
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=250,
         )
         assert done.returncode in (0, -9), done.stderr
         changed = [name for name in ITEMS if self._id(name) != before[name]]
