@@ -128,7 +128,8 @@ def _run_hydra(stage: str, arguments: list[str]) -> int:
         with tempfile.TemporaryDirectory(prefix="minitron-") as scratch:
             others = [a for a in arguments if a not in flags.overrides]
             sweep = sweeps.sweep_settings(flags, scratch)
-            sys.argv = [f"minitron {stage}", *flags.overrides, *sweep, *others]
+            overrides = load.opened(flags.overrides)
+            sys.argv = [f"minitron {stage}", *overrides, *sweep, *others]
             folder = str(schema.conf_dir())
             hydra.main(version_base="1.3", config_path=folder, config_name=stage)(job)()
     except StageFailed as failure:

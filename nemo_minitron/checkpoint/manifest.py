@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import nemo_minitron
+from nemo_minitron.config.megatron import PARTS
 from nemo_minitron.config.schema import INPUT_KEYS, NEUTRAL_KEYS, NEUTRAL_SECTIONS, flatten
 from nemo_minitron.config.stages import StageConfig
 
@@ -85,10 +86,12 @@ def digest(value: Any) -> str:
 def config_values(cfg: StageConfig) -> dict[str, Any]:
     """The keys of a stage config that decide its result, dotted; see ``input_paths`` for inputs."""
     skipped = {*NEUTRAL_KEYS, *INPUT_KEYS}
+    # Nothing in the section is what a version without it did.
+    empty = {f"megatron.{part}" for part in PARTS}
     return {
         key: value
         for key, value in flatten(asdict(cfg)).items()
-        if key not in skipped and not key.startswith(NEUTRAL_SECTIONS)
+        if key not in skipped and not key.startswith(NEUTRAL_SECTIONS) and key not in empty
     }
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from nemo_minitron.config.base import StageConfig
+from nemo_minitron.config.megatron import ForwardMegatronConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.training import OptionalDataConfig
 
@@ -48,6 +49,7 @@ class EvaluateConfig(StageConfig):
     """Folder of task files (YAML) beside those that lm-eval brings."""
     lm_eval: LmEvalConfig = field(default_factory=LmEvalConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    megatron: ForwardMegatronConfig = field(default_factory=ForwardMegatronConfig)
 
 
 @dataclass(kw_only=True)
@@ -144,6 +146,7 @@ class GenerateConfig(StageConfig):
     save_every_n_samples: int = 64
     """Samples of a data-parallel rank between two saves, from which a killed run goes on."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    megatron: ForwardMegatronConfig = field(default_factory=ForwardMegatronConfig)
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -178,6 +181,7 @@ class BenchmarkConfig(StageConfig):
     seed: int = 1234
     """Of the random prompts."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    megatron: ForwardMegatronConfig = field(default_factory=ForwardMegatronConfig)
 
     def __post_init__(self) -> None:
         """Check ranges."""

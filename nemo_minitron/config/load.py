@@ -81,6 +81,7 @@ def compose(stage: str, overrides: Sequence[str], config_dir: str | None = None)
     register()
     try:
         check_overrides(stage, overrides, config_dir)
+        overrides = opened(overrides)
         if GlobalHydra.instance().is_initialized():
             composed = hydra_compose(config_name=stage, overrides=list(overrides))
         else:
@@ -110,6 +111,15 @@ def hydra_for(config_dir: str | None) -> Iterator[None]:
             GlobalHydra.instance().clear()
             Hydra.create_main_hydra2("minitron", places)
         yield
+
+
+def opened(overrides: Iterable[str]) -> list[str]:
+    """Overrides as Hydra needs them: ``megatron.<part>.<field>`` is new to its config.
+
+    The fields of Megatron's dataclasses are no keys of ours, so Hydra would ask for a ``+`` before
+    each. Whether there is such a field is checked when the section becomes a dataclass.
+    """
+    return [f"++{o}" if o.startswith("megatron.") else o for o in overrides]
 
 
 def check_overrides(stage: str, overrides: Iterable[str], config_dir: str | None = None) -> None:

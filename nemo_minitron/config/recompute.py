@@ -3,14 +3,7 @@
 from nemo_minitron.config.layout import layers_of_stages
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.config.training import TrainerConfig
-
-RECOMPUTE_KEYS = (
-    "recompute_granularity",
-    "recompute_method",
-    "recompute_num_layers",
-    "recompute_modules",
-)
+from nemo_minitron.config.training import RECOMPUTE_KEYS, TrainerConfig
 
 
 def recompute_settings(trainer: TrainerConfig) -> dict[str, object]:

@@ -6,6 +6,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from nemo_minitron.config.base import StageConfig
+from nemo_minitron.config.megatron import ForwardMegatronConfig, MegatronConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.training import DataConfig, TrainerConfig
 
@@ -140,3 +141,19 @@ class SearchConfig(StageConfig):
         default_factory=lambda: DataConfig(split_name="validation", num_samples=64)
     )
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    megatron: MegatronConfig = field(default_factory=MegatronConfig)
+    """Candidates are scored with ``transformer``, less what is about the backward pass, and
+    distilled with all of it."""
+
+    def __post_init__(self) -> None:
+        """Refuse settings of a training that there is none of."""
+        super().__post_init__()
+        if not self.search.distill.steps:
+            # As a stage that trains nothing would.
+            ForwardMegatronConfig(transformer=self.megatron.transformer)
+            for part in ("ddp", "optimizer"):
+                if getattr(self.megatron, part):
+                    raise ValueError(
+                        f"megatron.{part}={getattr(self.megatron, part)} has no effect with "
+                        "search.distill.steps=0; set the steps, or leave it out"
+                    )

@@ -7,6 +7,12 @@ from omegaconf import MISSING
 from nemo_minitron.config.base import StageConfig
 from nemo_minitron.config.distillation import TOP_K_LOSSES, DistillationConfig
 from nemo_minitron.config.inference import BenchmarkConfig, EvaluateConfig, GenerateConfig
+from nemo_minitron.config.megatron import (
+    ForwardMegatronConfig,
+    MegatronConfig,
+    check_optimizer,
+    merged_recompute,
+)
 from nemo_minitron.config.parallel import ParallelConfig, TeacherParallelConfig
 from nemo_minitron.config.pipeline import PipelineConfig, PlanConfig
 from nemo_minitron.config.search import SearchConfig
@@ -150,6 +156,7 @@ class ImportanceConfig(StageConfig):
     """Result folder of import, prune, distill or finetune."""
     data: DataConfig = field(default_factory=lambda: DataConfig(num_samples=1024))
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    megatron: ForwardMegatronConfig = field(default_factory=ForwardMegatronConfig)
     scores: ScoreConfig = field(default_factory=ScoreConfig)
     save_every_n_samples: int = 64
     """Samples between saved states, from which a killed calibration goes on; 0 saves none."""
@@ -241,6 +248,7 @@ class PruneConfig(StageConfig):
     pruning: PruningConfig = field(default_factory=PruningConfig)
     data: OptionalDataConfig = field(default_factory=lambda: OptionalDataConfig(num_samples=1024))
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    megatron: ForwardMegatronConfig = field(default_factory=ForwardMegatronConfig)
     scores: CalibrationConfig = field(default_factory=CalibrationConfig)
     save_every_n_samples: int = 64
     """As in ``importance``."""
@@ -259,6 +267,7 @@ class TrainingStageConfig(StageConfig):
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    megatron: MegatronConfig = field(default_factory=MegatronConfig)
     exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
 
     def __post_init__(self) -> None:
@@ -269,6 +278,8 @@ class TrainingStageConfig(StageConfig):
                 f"optim.lr_warmup_steps={self.optim.lr_warmup_steps} must be below "
                 f"trainer.max_steps={self.trainer.max_steps}"
             )
+        check_optimizer(self.megatron, self.optim)
+        merged_recompute(self.trainer, self.megatron)
 
 
 @dataclass(kw_only=True)
@@ -382,6 +393,7 @@ class TeacherLogitsConfig(StageConfig):
     """Tokens whose full logits exist at one time."""
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    megatron: ForwardMegatronConfig = field(default_factory=ForwardMegatronConfig)
     trainer: TeacherPassConfig = field(default_factory=TeacherPassConfig)
 
     def __post_init__(self) -> None:

@@ -5,6 +5,14 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+RECOMPUTE_KEYS = (
+    "recompute_granularity",
+    "recompute_method",
+    "recompute_num_layers",
+    "recompute_modules",
+)
+"""Megatron's settings of activation recomputation that ``trainer`` has too."""
+
 
 @dataclass(kw_only=True)
 class DataConfig:

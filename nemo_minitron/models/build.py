@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from nemo_minitron.config.layout import check_layout, padded_vocab_size
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.models.settings import transformer_defaults
 from nemo_minitron.models.spec import HAVE_TE, block_spec
 from nemo_minitron.runtime.groups import ParallelGroups
 
@@ -43,6 +45,8 @@ class HiddenGPTModel(GPTModel):
     """
 
     return_hidden: bool = False
+    settings: Mapping[str, Any] = MappingProxyType({})
+    """What ``build_gpt`` was given, for a smaller model of the same kind."""
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.return_hidden and self.post_process:
@@ -60,10 +64,14 @@ def transformer_config(
     config: ModelConfig,
     parallel: ParallelConfig,
     dtype: torch.dtype,
-    recompute: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> TransformerConfig:
-    """Megatron's configuration of this model at this layout; ``recompute`` as in ``build_gpt``."""
+    """Megatron's configuration of this model at this layout; ``settings`` as in ``build_gpt``.
+
+    What is set by name here is what ``config/megatron_owned.py`` lists as set elsewhere.
+    """
     on_gpu = torch.cuda.is_available()
+    defaults = transformer_defaults(config, on_gpu=on_gpu, have_te=HAVE_TE)
     return TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -85,8 +93,6 @@ def transformer_config(
         # Distillation follows the teacher's logits, the router included: no balancing loss.
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
-        # The other dispatchers need CUDA: alltoall passes what gloo does not take.
-        moe_token_dispatcher_type="alltoall" if on_gpu else "allgather",
         add_bias_linear=config.add_bias_linear,
         add_qkv_bias=config.add_qkv_bias,
         qk_layernorm=config.qk_layernorm,
@@ -109,18 +115,8 @@ def transformer_config(
         use_cpu_initialization=not on_gpu,
         # The loss is a sum over tokens; Megatron divides gradients by the global token count.
         calculate_per_token_loss=True,
-        apply_rope_fusion=HAVE_TE,
         masked_softmax_fusion=False,
-        # Megatron has no such kernel for the other activations, and a tanh one for "gelu".
-        bias_activation_fusion=on_gpu and config.gated_linear_unit and config.activation == "silu",
-        bias_dropout_fusion=on_gpu,
-        gradient_accumulation_fusion=False,
-        persist_layer_norm=HAVE_TE,
-        batch_p2p_comm=on_gpu,
-        # Megatron would wait for the device at every exchange between stages, for the sake of
-        # versions of torch that are older than any this package takes.
-        batch_p2p_sync=False,
-        **(recompute or {}),
+        **{**defaults, **(settings or {})},
     )
 
 
@@ -180,7 +176,7 @@ def build_gpt(
     *,
     dtype: torch.dtype = torch.float32,
     max_sequence_length: int | None = None,
-    recompute: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> list[HiddenGPTModel]:
     """Build this rank's part of the model, weights uninitialised.
 
@@ -190,19 +186,22 @@ def build_gpt(
         groups: this rank's process groups.
         dtype: parameter dtype.
         max_sequence_length: longest sequence; None takes the model's.
-        recompute: Megatron's settings of activation recomputation
-            (``config.recompute.recompute_settings``); None for a model that is not trained.
+        settings: fields of Megatron's ``TransformerConfig`` beside those of the model and the
+            layout (``models.settings``); None takes the defaults.
 
     Returns:
         One model chunk per virtual pipeline stage (one without interleaving).
     """
     check_layout(config, parallel)
-    mcore = transformer_config(config, parallel, dtype, recompute)
+    mcore = transformer_config(config, parallel, dtype, settings)
     length = max_sequence_length or config.max_position_embeddings
     stages: list[int | None] = [None]
     if parallel.virtual_pipeline_model_parallel_size:
         stages = list(range(parallel.virtual_pipeline_model_parallel_size))
-    return [_build_chunk(config, mcore, groups, stage, length) for stage in stages]
+    chunks = [_build_chunk(config, mcore, groups, stage, length) for stage in stages]
+    for chunk in chunks:
+        chunk.settings = dict(settings or {})
+    return chunks
 
 
 def unwrap(module: torch.nn.Module) -> HiddenGPTModel:

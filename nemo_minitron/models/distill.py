@@ -20,6 +20,7 @@ from nemo_minitron.models.gpt import MinitronGPTModel
 from nemo_minitron.models.intermediate import IntermediateLosses
 from nemo_minitron.models.intermediate_step import IntermediateStep
 from nemo_minitron.models.schedule import Batch, gathered_hidden, run_schedule
+from nemo_minitron.models.settings import frozen_settings
 from nemo_minitron.models.weights import load_weights
 from nemo_minitron.runtime.launch import device
 
@@ -36,7 +37,10 @@ class DistillationGPTModel(MinitronGPTModel):
         self.distillation = read_section(DistillationConfig, cfg.distillation)
         self.teacher_gpt = ModelConfig(**OmegaConf.to_container(cfg.teacher))  # type: ignore[arg-type]
         parallel = TeacherParallelConfig(**cfg.teacher_parallel).of(self.parallel)
-        chunks = build_gpt(self.teacher_gpt, parallel, self.groups, dtype=self.dtype_)
+        settings = frozen_settings(self.megatron_cfg)
+        chunks = build_gpt(
+            self.teacher_gpt, parallel, self.groups, dtype=self.dtype_, settings=settings
+        )
         # Not a registered submodule: the teacher has no place in checkpoints or optimizers.
         offload = self.distillation.offload_teacher
         self._teacher = [Teacher([chunk.to(device()) for chunk in chunks], offload=offload)]

@@ -25,7 +25,7 @@ def build_empty_gpt(
         config: global sizes.
         parallel: layout; must be the initialised one.
         groups: this rank's process groups.
-        like: a model whose dtype, device, mode and sequence length the new one gets.
+        like: a model whose dtype, device, mode, settings and sequence length the new one gets.
 
     Returns:
         The chunks, and the local shape that each emptied parameter is to have.
@@ -37,6 +37,7 @@ def build_empty_gpt(
             groups,
             dtype=like.config.params_dtype,
             max_sequence_length=like.max_sequence_length,
+            settings=like.settings,
         )
     for chunk in chunks:
         chunk.to(next(like.parameters()).device)

@@ -13,9 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from nemo_minitron.config.load import read_section
+from nemo_minitron.config.megatron import MegatronConfig
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.config.recompute import recompute_settings
 from nemo_minitron.config.training import (
     DataConfig,
     ExpManagerConfig,
@@ -30,6 +30,7 @@ from nemo_minitron.models.lightning import MegatronOptimizerAdapter
 from nemo_minitron.models.nemo_file import NemoFileConnector
 from nemo_minitron.models.optim import build_optimizer, free_training, wrap_ddp
 from nemo_minitron.models.optim_state import load_optimizer, optimizer_state
+from nemo_minitron.models.overlap import await_weight, gather_all
 from nemo_minitron.models.schedule import (
     Batch,
     StepLoader,
@@ -38,6 +39,7 @@ from nemo_minitron.models.schedule import (
     run_schedule,
     tokens_first,
 )
+from nemo_minitron.models.settings import trained_settings
 from nemo_minitron.models.weights import (
     load_weights,
     model_sharded_state_dict,
@@ -63,8 +65,9 @@ class MinitronGPTModel(ModelPT):
     """Megatron-Core GPT trained through Megatron's schedule by Lightning's Trainer.
 
     The config has one entry per dataclass: ``gpt`` (ModelConfig), ``parallel``, ``data``,
-    ``trainer``, ``optim``, ``exp_manager`` (optional), ``chunk_size`` (tokens whose logits exist at
-    one time) and ``tokenizer`` (optional; paths of its files, which go into ``.nemo`` archives).
+    ``trainer``, ``optim``, ``exp_manager`` and ``megatron`` (both optional), ``chunk_size`` (tokens
+    whose logits exist at one time) and ``tokenizer`` (optional; paths of its files, which go into
+    ``.nemo`` archives).
     Megatron's groups must be initialised (``runtime.launch.distributed``).
     """
 
@@ -77,12 +80,13 @@ class MinitronGPTModel(ModelPT):
         self.trainer_cfg = read_section(TrainerConfig, cfg.trainer)
         self.optim_cfg = OptimConfig(**cfg.optim)
         self.exp_manager_cfg = read_section(ExpManagerConfig, cfg.get("exp_manager", {}))
+        self.megatron_cfg = read_section(MegatronConfig, cfg.get("megatron", {}))
         self.groups = ParallelGroups.current()
         bf16 = self.trainer_cfg.precision == "bf16-mixed"
         self.dtype_ = torch.bfloat16 if bf16 else torch.float32
-        recompute = recompute_settings(self.trainer_cfg)
+        settings = trained_settings(self.trainer_cfg, self.megatron_cfg)
         chunks = build_gpt(
-            self.gpt, self.parallel, self.groups, dtype=self.dtype_, recompute=recompute
+            self.gpt, self.parallel, self.groups, dtype=self.dtype_, settings=settings
         )
         self.model = torch.nn.ModuleList(chunk.to(device()) for chunk in chunks)
         for chunk in self.chunks:
@@ -176,9 +180,9 @@ class MinitronGPTModel(ModelPT):
 
     def configure_optimizers(self) -> list[MegatronOptimizerAdapter]:
         """Wrap the chunks in Megatron's DDP and build its optimizer and schedule."""
-        self.model = torch.nn.ModuleList(wrap_ddp(self.chunks, self.optim_cfg))
+        self.model = torch.nn.ModuleList(wrap_ddp(self.chunks, self.optim_cfg, self.megatron_cfg))
         self._megatron, self._lr_scheduler = build_optimizer(
-            list(self.model), self.optim_cfg, self.trainer_cfg
+            list(self.model), self.optim_cfg, self.trainer_cfg, self.megatron_cfg
         )
         return [MegatronOptimizerAdapter(self._megatron)]
 
@@ -189,6 +193,7 @@ class MinitronGPTModel(ModelPT):
 
     def training_state(self, *, is_loading: bool) -> dict[str, Any]:
         """Sharded weights, optimizer and scheduler state for ``dist_checkpointing``."""
+        gather_all(list(self.model))
         model = model_sharded_state_dict(self.chunks, self.groups)
         flat = model["model0"] if len(model) == 1 else model
         optimizer = optimizer_state(self._megatron, flat, self.groups, is_loading=is_loading)
@@ -227,9 +232,11 @@ class MinitronGPTModel(ModelPT):
     ) -> tuple[Tensor, Tensor]:
         """Summed loss of a micro-batch and ``[KD, CE, tokens]`` sums (last stage)."""
         labels, mask = tokens_first(batch)
+        weight = self.last_chunk.output_weight()
+        await_weight(self.model[-1], weight)
         total, parts = logit_loss(
             gathered_hidden(hidden, self.last_chunk),
-            self.last_chunk.output_weight(),
+            weight,
             labels,
             mask.to(torch.float32),
             config,

@@ -1,31 +1,34 @@
 """Megatron's DDP, optimizer and learning-rate schedule for a list of model chunks."""
 
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import (
     MegatronOptimizer,
-    OptimizerConfig,
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
+from nemo_minitron.config.megatron import MegatronConfig
 from nemo_minitron.config.training import OptimConfig, TrainerConfig
 from nemo_minitron.models.build import HiddenGPTModel
+from nemo_minitron.models.overlap import connect, disconnect
+from nemo_minitron.models.settings import ddp_config, optimizer_config
+from nemo_minitron.runtime.groups import ParallelGroups
 
 
-def wrap_ddp(chunks: list[HiddenGPTModel], optim: OptimConfig) -> list[DistributedDataParallel]:
-    """Wrap trainable chunks in Megatron's DDP (and its half-precision module under bf16)."""
-    config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        overlap_grad_reduce=False,
-        use_distributed_optimizer=optim.use_distributed_optimizer,
-        check_for_nan_in_grad=False,
-    )
+def wrap_ddp(
+    chunks: list[HiddenGPTModel], optim: OptimConfig, megatron: MegatronConfig | None = None
+) -> list[DistributedDataParallel]:
+    """Wrap trainable chunks in Megatron's DDP (and its half-precision module under bf16).
+
+    Args:
+        chunks: this rank's part of the model.
+        optim: says whether the optimizer is distributed.
+        megatron: Megatron's own settings; None: the defaults.
+    """
+    replicas = ParallelGroups.current().dp_cp.size()
+    config = ddp_config(optim, megatron or MegatronConfig(), replicas)
     wrapped = []
     for index, chunk in enumerate(chunks):
         module = Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk
@@ -42,6 +45,7 @@ def free_training(chunks: list[DistributedDataParallel]) -> None:
     the functions in its config the optimizer, whose shards hold nodes too. Python's garbage
     collector sees no cycle that leads through autograd.
     """
+    disconnect(chunks)
     for chunk in chunks:
         chunk.grad_accs.clear()
         chunk.config.finalize_model_grads_func = None
@@ -49,27 +53,18 @@ def free_training(chunks: list[DistributedDataParallel]) -> None:
 
 
 def build_optimizer(
-    chunks: list[DistributedDataParallel], optim: OptimConfig, trainer: TrainerConfig
+    chunks: list[DistributedDataParallel],
+    optim: OptimConfig,
+    trainer: TrainerConfig,
+    megatron: MegatronConfig | None = None,
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """Adam and its schedule; one scheduler step per optimizer step.
 
     Weight decay leaves out norms and biases (Megatron's rule). Megatron reads the hooks it needs
-    (gradient finalisation, loss scale) from the model config, so they are set here.
+    (gradient finalisation, loss scale, overlap) from the model config, so they are set here.
     """
-    bf16 = trainer.precision == "bf16-mixed"
-    config = OptimizerConfig(
-        optimizer="adam",
-        lr=optim.lr,
-        min_lr=optim.min_lr,
-        weight_decay=optim.weight_decay,
-        adam_beta1=optim.adam_beta1,
-        adam_beta2=optim.adam_beta2,
-        adam_eps=optim.adam_eps,
-        bf16=bf16,
-        params_dtype=chunks[0].config.params_dtype,
-        clip_grad=trainer.gradient_clip_val,
-        use_distributed_optimizer=optim.use_distributed_optimizer,
-    )
+    like = chunks[0].ddp_config, chunks[0].config
+    config = optimizer_config(optim, trainer, megatron or MegatronConfig(), like)
     overrides = get_standard_config_overrides(config)
     optimizer = get_megatron_optimizer(config, chunks, config_overrides=overrides)
     scheduler = OptimizerParamScheduler(
@@ -88,4 +83,5 @@ def build_optimizer(
     for chunk in chunks:
         chunk.config.finalize_model_grads_func = finalize_model_grads
         chunk.config.grad_scale_func = optimizer.scale_loss
+    connect(chunks)
     return optimizer, scheduler

@@ -20,17 +20,27 @@ class Tokens:
         count: T.
         element: bytes of an activation.
         fused: norms, rotation and SwiGLU are one kernel each (GPU).
+        matmul: bytes of what a matrix product keeps of its input; 1 in fp8, which is a copy.
     """
 
     count: int
     element: int
     fused: bool
+    matmul: int | None = None
 
     @classmethod
-    def of(cls, data: DataConfig, parallel: ParallelConfig, *, bf16: bool, fused: bool) -> "Tokens":
+    def of(
+        cls,
+        data: DataConfig,
+        parallel: ParallelConfig,
+        *,
+        bf16: bool,
+        fused: bool,
+        fp8: bool = False,
+    ) -> "Tokens":
         """The micro-batch of ``data`` at a layout."""
         local = data.seq_length * data.micro_batch_size // parallel.context_parallel_size
-        return cls(local, 2 if bf16 else 4, fused)
+        return cls(local, 2 if bf16 else 4, fused, 1 if fp8 else None)
 
 
 def residual(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> int:
@@ -54,22 +64,28 @@ def attention(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> 
     if config.qk_layernorm:
         rows += heads + groups + (0 if tokens.fused else heads)
     split = parallel.tensor_model_parallel_size
-    kept = tokens.count * (rows * width * tokens.element + heads * 4) // split
+    # What the heads put out is kept by attention too, so linear_proj's copy in fp8 comes on top.
+    copied = heads * width * (tokens.matmul or 0)
+    kept = tokens.count * (rows * width * tokens.element + copied + heads * 4) // split
     return _normed(config, parallel, tokens) + kept + tokens.count * every_rank * tokens.element
 
 
 def _normed(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> int:
     """Output of a norm; RMSNorm of several kernels keeps what it scales, too."""
     copies = 1 if tokens.fused or config.normalization == "LayerNorm" else 2
-    return copies * residual(config, parallel, tokens)
+    kept = copies * residual(config, parallel, tokens)
+    return kept if tokens.matmul is None else kept * tokens.matmul // tokens.element
 
 
 def feed_forward(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> int:
     """What the MLP (or the experts that tokens are routed to) keeps, the normed input included."""
     kept, split = _normed(config, parallel, tokens), parallel.tensor_model_parallel_size
     per_channel = _kept_per_channel(config, tokens)
+    if tokens.matmul is not None:  # the input of fc2
+        per_channel -= 1 - tokens.matmul / tokens.element
     if config.num_moe_experts is None:
-        return kept + tokens.count * config.ffn_hidden_size * per_channel * tokens.element // split
+        channels = config.ffn_hidden_size * per_channel * tokens.element
+        return kept + round(tokens.count * channels) // split
     # Channels are weighted by the router; tokens reach their experts as copies (on a GPU twice,
     # before and after they travel); the router works in fp32.
     channels = (config.moe_ffn_hidden_size or 0) * (per_channel + (0 if tokens.fused else 1))
@@ -77,10 +93,10 @@ def feed_forward(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) 
     routed = config.moe_router_topk * (channels // split + copies)
     shared = (config.moe_shared_expert_intermediate_size or 0) * per_channel // split
     router = 8 * config.num_moe_experts
-    return kept + tokens.count * ((routed + shared) * tokens.element + router)
+    return kept + round(tokens.count * ((routed + shared) * tokens.element + router))
 
 
-def _kept_per_channel(config: ModelConfig, tokens: Tokens) -> int:
+def _kept_per_channel(config: ModelConfig, tokens: Tokens) -> float:
     """Elements per token and FFN channel: outputs of fc1, what the activation keeps, input of fc2.
 
     SwiGLU of several kernels keeps both of its factors beside the two halves they are made of.

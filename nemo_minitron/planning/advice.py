@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from nemo_minitron.config.cluster import ClusterConfig
+from nemo_minitron.config.megatron import merged_recompute
 from nemo_minitron.config.stages import DistillConfig, TrainingStageConfig
+from nemo_minitron.config.training import RECOMPUTE_KEYS
 from nemo_minitron.data.checks import check_batches
 from nemo_minitron.planning.items import Run, check_job
 from nemo_minitron.planning.memory import fits, fullest_rank
@@ -58,24 +61,30 @@ def _changes(cfg: Any) -> list[_Change]:
     if cfg.data.micro_batch_size > 1:
         data = replace(cfg.data, micro_batch_size=1)
         found.append(("data.micro_batch_size=1", lambda c: replace(c, data=data)))
-    if isinstance(cfg, TrainingStageConfig) and cfg.trainer.recompute_granularity != "full":
-        trainer = replace(
-            cfg.trainer,
-            recompute_granularity="full",
-            recompute_method="uniform",
-            recompute_num_layers=1,
-            recompute_modules=None,
-        )
-        words = (
-            "trainer.recompute_granularity=full trainer.recompute_method=uniform "
-            "trainer.recompute_num_layers=1"
-        )
-        found.append((words, lambda c: replace(c, trainer=trainer)))
+    if isinstance(cfg, TrainingStageConfig):
+        found += _recompute(cfg)
     if isinstance(cfg, DistillConfig) and cfg.teacher and not cfg.distillation.offload_teacher:
         section = replace(cfg.distillation, offload_teacher=True)
         word = "distillation.offload_teacher=true"
         found.append((word, lambda c: replace(c, distillation=section)))
     return found
+
+
+def _recompute(cfg: TrainingStageConfig) -> list[_Change]:
+    """Every layer run again, by the keys that are in use."""
+    if merged_recompute(cfg.trainer, cfg.megatron).recompute_granularity == "full":
+        return []
+    values: dict[str, Any] = dict(zip(RECOMPUTE_KEYS, ("full", "uniform", 1, None), strict=True))
+    trainer, megatron = replace(cfg.trainer, **values), cfg.megatron
+    place = "trainer"
+    if set(RECOMPUTE_KEYS) & set(megatron.transformer):
+        place = "megatron.transformer"
+        nothing: dict[str, Any] = dict.fromkeys(RECOMPUTE_KEYS)
+        trainer = replace(cfg.trainer, **nothing)
+        megatron = replace(megatron, transformer={**megatron.transformer, **values})
+    words = [f"{place}.{key}={value}" for key, value in values.items() if value is not None]
+    change = partial(replace, trainer=trainer, megatron=megatron)
+    return [(" ".join(words), change)]
 
 
 def _degrees(cfg: Any, cluster: ClusterConfig) -> Iterator[tuple[int, int]]:

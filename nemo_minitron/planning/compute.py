@@ -100,7 +100,7 @@ def _removal_passes(cfg: ImportanceConfig, layers: int) -> float:
 
 def _recomputed(job: Job, cfg: TrainingStageConfig, seq_length: int) -> float:
     """Operations of one token that the backward pass does again."""
-    trainer, parts = cfg.trainer, forward_parts(job.model, seq_length)
+    trainer, parts = job.trainer, forward_parts(job.model, seq_length)
     if trainer.recompute_granularity is None:
         return 0.0
     if trainer.recompute_granularity == "selective":

@@ -126,7 +126,7 @@ def check_job(job: Job) -> None:
     """
     check_layout(job.model, job.parallel)
     if isinstance(job.cfg, TrainingStageConfig):
-        check_recompute(job.cfg.trainer, job.model, job.parallel)
+        check_recompute(job.trainer, job.model, job.parallel)
     if job.teacher is not None and isinstance(job.cfg, DistillConfig):
         check_layout(job.teacher, job.cfg.teacher_parallel.of(job.parallel))
 

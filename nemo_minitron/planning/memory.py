@@ -4,11 +4,14 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from nemo_minitron.config.cluster import ClusterConfig
+from nemo_minitron.config.megatron import merged_recompute
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.stages import DistillConfig, ImportanceConfig, TrainingStageConfig
+from nemo_minitron.config.training import TrainerConfig
 from nemo_minitron.planning import activations
 from nemo_minitron.planning.activations import Tokens
+from nemo_minitron.planning.precision import TrainedBytes, fp8, weight_bytes
 from nemo_minitron.planning.shares import Share, shares
 
 GIB = float(1 << 30)
@@ -23,7 +26,7 @@ class Memory:
     weights: float
     """Of the model that is run or trained."""
     gradients: float
-    """Megatron's buffer, fp32."""
+    """Megatron's buffer, fp32 unless ``megatron.ddp.grad_reduce_in_fp32=false``."""
     optimizer: float
     """Adam's moments, and main weights in fp32 beside weights in bf16."""
     teacher: float
@@ -69,6 +72,16 @@ class Job:
         return parallel
 
     @property
+    def megatron(self) -> Any:
+        """Megatron's own settings; the parts that the stage has."""
+        return self.cfg.megatron
+
+    @property
+    def trainer(self) -> TrainerConfig:
+        """Of a stage that trains, with recomputation from wherever it is set."""
+        return merged_recompute(self.cfg.trainer, self.cfg.megatron)
+
+    @property
     def trains(self) -> bool:
         """Whether there are gradients and an optimizer."""
         return isinstance(self.cfg, TrainingStageConfig)
@@ -105,8 +118,9 @@ def fits(memory: Memory, cluster: ClusterConfig) -> bool:
 
 
 def _rank_memory(job: Job, share: Share) -> Memory:
-    tokens = Tokens.of(job.cfg.data, job.parallel, bf16=job.bf16, fused=job.on_gpus)
-    weights = share.total * job.element
+    kinds = {"bf16": job.bf16, "fp8": fp8(job.megatron), "fused": job.on_gpus}
+    tokens = Tokens.of(job.cfg.data, job.parallel, **kinds)
+    weights = weight_bytes(job.model, share, job.megatron, job.element, trained=job.trains)
     last = share.stage == job.parallel.pipeline_model_parallel_size - 1
     logits = _logits(job, share, tokens) if last else 0.0
     if not job.trains:
@@ -114,7 +128,7 @@ def _rank_memory(job: Job, share: Share) -> Memory:
         kept = activations.layer(job.model, job.parallel, tokens)
         return Memory(weights, 0.0, 0.0, 0.0, kept, logits)
     ahead = activations.micro_batches_in_flight(job.parallel, share.stage, job.micro_batches)
-    held = activations.stage(job.model, job.parallel, tokens, job.cfg.trainer, share.layers, ahead)
+    held = activations.stage(job.model, job.parallel, tokens, job.trainer, share.layers, ahead)
     if last:  # the final norm and the hidden states that the loss gathers, with their gradient
         state = job.model.hidden_size * tokens.count * tokens.element
         held += 2 * activations.residual(job.model, job.parallel, tokens) + 2 * state
@@ -122,7 +136,7 @@ def _rank_memory(job: Job, share: Share) -> Memory:
     # Weights that wait in host memory are back while no activation of the student exists.
     return Memory(
         weights=weights,
-        gradients=share.total * 4.0,
+        gradients=float(share.total * TrainedBytes.of(job.megatron, bf16=job.bf16).gradient),
         optimizer=_optimizer(job, share),
         teacher=teacher,
         activations=max(held + logits, during) - logits,
@@ -131,8 +145,8 @@ def _rank_memory(job: Job, share: Share) -> Memory:
 
 
 def _optimizer(job: Job, share: Share) -> float:
-    """Two moments in fp32, and a main weight in fp32 for each weight in bf16."""
-    each = 12 if job.bf16 else 8
+    """Adam's state: of the rank's own share with the distributed optimizer."""
+    each = TrainedBytes.of(job.megatron, bf16=job.bf16).optimizer
     if not job.cfg.optim.use_distributed_optimizer:
         return float(each * share.total)
     replicas = job.data_parallel_size * job.parallel.context_parallel_size
@@ -146,7 +160,8 @@ def _teacher(job: Job, stage: int, tokens: Tokens) -> tuple[float, float]:
         return 0.0, 0.0
     cfg, parallel = job.cfg, job.cfg.teacher_parallel.of(job.parallel)
     share = shares(job.teacher, parallel)[stage]
-    weights, state = share.total * job.element, activations.residual(job.teacher, parallel, tokens)
+    weights = weight_bytes(job.teacher, share, job.megatron, job.element, trained=False)
+    state = activations.residual(job.teacher, parallel, tokens)
     last = stage == parallel.pipeline_model_parallel_size - 1
     inner = len(cfg.distillation.intermediate.losses)
     states = job.micro_batches * state * (int(last) + inner)

@@ -11,6 +11,7 @@ from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import parameter_count
 from nemo_minitron.runtime.ranks import launched_world_size
+from nemo_minitron.stages.settings import check_settings
 
 if TYPE_CHECKING:
     from nemo_minitron.evaluation.speed import Candidate
@@ -30,6 +31,7 @@ def check(cfg: BenchmarkConfig) -> None:
         model = ModelConfig.load(Path(path) / "checkpoint")
         try:
             check_layout(model, cfg.parallel)
+            check_settings(cfg, model, precision=cfg.precision)
             _check_size(cfg, model)
         except ValueError as error:
             raise ValueError(f"checkpoint={path}: {error}") from error
@@ -111,7 +113,9 @@ def _candidate(cfg: BenchmarkConfig, path: str) -> "Candidate":
     from nemo_minitron.runtime.groups import ParallelGroups
 
     folder, groups = Path(path) / "checkpoint", ParallelGroups.current()
-    chunks = load_frozen(folder, cfg.parallel, groups, dtype=PRECISION_DTYPES[cfg.precision])
+    chunks = load_frozen(
+        folder, cfg.parallel, groups, dtype=PRECISION_DTYPES[cfg.precision], megatron=cfg.megatron
+    )
     model = CachedModel(chunks[0], groups, ModelConfig.load(folder).vocab_size)
     return Candidate(_label(path, cfg.checkpoint), model)
 

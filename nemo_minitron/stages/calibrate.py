@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from nemo_minitron.config.megatron import ForwardMegatronConfig
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.stages import ScoreConfig
@@ -15,6 +16,7 @@ from nemo_minitron.importance.estimate import estimate_scores, forward_passes
 from nemo_minitron.importance.resume import SavedState
 from nemo_minitron.importance.scores import Scores
 from nemo_minitron.models.build import DTYPES, build_gpt
+from nemo_minitron.models.settings import frozen_settings
 from nemo_minitron.models.stage_data import stage_dataset
 from nemo_minitron.models.weights import load_weights
 from nemo_minitron.reporting.console import progress
@@ -59,6 +61,7 @@ def calibrate(
     data: DataConfig,
     parallel: ParallelConfig,
     scores: ScoreConfig,
+    megatron: ForwardMegatronConfig,
     *,
     output_dir: str,
     work: Path,
@@ -71,6 +74,7 @@ def calibrate(
         data: the calibration set.
         parallel: the initialised layout.
         scores: what to score and how.
+        megatron: Megatron's own settings.
         output_dir: of the stage, for the cache of tokens.
         work: resumable folder, where ``state/`` is kept until the scores are there.
         save_every: samples between two saves of the state.
@@ -80,7 +84,7 @@ def calibrate(
     groups = ParallelGroups.current()
     # CPUs have no fast path for half precision.
     dtype = DTYPES[config.dtype] if torch.cuda.is_available() else torch.float32
-    chunks = build_gpt(config, parallel, groups, dtype=dtype)
+    chunks = build_gpt(config, parallel, groups, dtype=dtype, settings=frozen_settings(megatron))
     for chunk in chunks:
         chunk.to(device())
     load_weights(chunks, groups, folder)

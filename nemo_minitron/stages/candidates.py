@@ -86,7 +86,9 @@ def _zero_shot(
 ) -> Record:
     """Load the model, prune it where it is, and evaluate."""
     groups = ParallelGroups.current()
-    chunks = load_frozen(Path(cfg.checkpoint) / "checkpoint", cfg.parallel, groups)
+    chunks = load_frozen(
+        Path(cfg.checkpoint) / "checkpoint", cfg.parallel, groups, megatron=cfg.megatron
+    )
     small, _ = prune_live(chunks, family_of(config), config, plan, cfg.parallel, groups)
     del chunks
     metrics = _evaluate(cfg, small, config.vocab_size, dataset)

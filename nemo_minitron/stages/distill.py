@@ -11,6 +11,7 @@ from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.config.stages import DistillConfig
 from nemo_minitron.distillation.layer_map import check_intermediate
 from nemo_minitron.distillation.logit_index import FOLDER, INDEX, PARTS, LogitIndex, check_stored
+from nemo_minitron.stages.settings import check_settings
 from nemo_minitron.stages.train import check_training, datasets, sections, train
 
 
@@ -60,6 +61,8 @@ def _check_teacher(cfg: DistillConfig, student: ModelConfig, teacher: ModelConfi
         raise ValueError(
             f"teacher={cfg.teacher}: {error} (its layers are split by teacher_parallel.*)"
         ) from error
+    split = cfg.teacher_parallel.of(cfg.parallel)
+    check_settings(cfg, teacher, split, cfg.trainer.precision)
     check_intermediate(cfg.distillation.intermediate, teacher, student, cfg.parallel)
 
 

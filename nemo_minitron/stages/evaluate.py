@@ -7,12 +7,14 @@ from typing import Any
 from nemo_minitron.checkpoint.artifact import check_output, open_result
 from nemo_minitron.config.inference import EvaluateConfig
 from nemo_minitron.config.layout import check_layout
+from nemo_minitron.config.megatron import ForwardMegatronConfig
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.data.checks import check_batches, check_data
 from nemo_minitron.runtime.ranks import launched_world_size
 from nemo_minitron.stages.evaluate_tasks import answer_tasks, check_tasks, tasks_of_export
 from nemo_minitron.stages.inputs import is_export, open_checkpoint
+from nemo_minitron.stages.settings import check_settings
 
 
 def check(cfg: EvaluateConfig) -> None:
@@ -73,10 +75,16 @@ def _check_export(cfg: EvaluateConfig) -> None:
             f"checkpoint={cfg.checkpoint} is an export, which lm-eval runs in one process; leave "
             "parallel.* and the launcher out, or set checkpoint to the result that was exported"
         )
+    if cfg.megatron != ForwardMegatronConfig():
+        raise ValueError(
+            f"checkpoint={cfg.checkpoint} is an export, which lm-eval runs without Megatron; leave "
+            "megatron.* out, or set checkpoint to the result that was exported"
+        )
 
 
 def _check_megatron(cfg: EvaluateConfig, model: ModelConfig) -> None:
     check_layout(model, cfg.parallel)
+    check_settings(cfg, model)
     world = cfg.parallel.world_size(launched_world_size())
     if cfg.data.path is not None:
         check_batches(cfg.data, cfg.parallel, world)
@@ -123,7 +131,7 @@ def _evaluate(cfg: EvaluateConfig, model: ModelConfig) -> dict[str, Any]:
     dataset = None
     if cfg.data.path is not None:
         dataset = stage_dataset(cfg.data, model, folder, cfg.output_dir)
-    chunks = load_frozen(folder, cfg.parallel, groups)
+    chunks = load_frozen(folder, cfg.parallel, groups, megatron=cfg.megatron)
     metrics: dict[str, Any] = {}
     if dataset is not None:
         metrics |= evaluate_lm(chunks, groups, model.vocab_size, dataset, cfg.data)

@@ -15,6 +15,7 @@ from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.data.prompts import Prompt, read_prompts
 from nemo_minitron.runtime.ranks import launched_world_size
 from nemo_minitron.stages.inputs import open_checkpoint
+from nemo_minitron.stages.settings import check_settings
 
 if TYPE_CHECKING:
     from nemo_minitron.data.filters import Generated
@@ -35,6 +36,7 @@ def check(cfg: GenerateConfig) -> None:
     open_checkpoint(cfg, "size")
     model = ModelConfig.load(Path(cfg.checkpoint) / "checkpoint")
     check_layout(model, cfg.parallel)
+    check_settings(cfg, model, precision=cfg.precision)
     check_cached(cfg.parallel, "generate writes")
     cfg.parallel.world_size(launched_world_size())
     _prompts(cfg, model)
@@ -92,7 +94,13 @@ def _sample(
     from nemo_minitron.runtime.stop import StopOnRequest
 
     groups, dtype = ParallelGroups.current(), PRECISION_DTYPES[cfg.precision]
-    chunks = load_frozen(Path(cfg.checkpoint) / "checkpoint", cfg.parallel, groups, dtype=dtype)
+    chunks = load_frozen(
+        Path(cfg.checkpoint) / "checkpoint",
+        cfg.parallel,
+        groups,
+        dtype=dtype,
+        megatron=cfg.megatron,
+    )
     sampling = cfg.sampling
     writer = SampleWriter(
         CachedModel(chunks[0], groups, model.vocab_size),

@@ -12,6 +12,7 @@ from nemo_minitron.data.checks import check_batches, check_data
 from nemo_minitron.importance.scores import check_axes, check_block_sizes, check_moments
 from nemo_minitron.runtime.ranks import launched_world_size
 from nemo_minitron.stages.inputs import open_checkpoint
+from nemo_minitron.stages.settings import check_settings
 
 if TYPE_CHECKING:
     from nemo_minitron.importance.scores import Scores
@@ -34,6 +35,7 @@ def check(cfg: ImportanceConfig) -> None:
     check_block_sizes(config, cfg.scores)
     check_moments(config, cfg.scores.moments)
     check_layout(config, cfg.parallel)
+    check_settings(cfg, config)
     check_batches(cfg.data, cfg.parallel, cfg.parallel.world_size(launched_world_size()))
     check_data(
         cfg.data,
@@ -64,6 +66,7 @@ def run(cfg: ImportanceConfig) -> None:
                 cfg.data,
                 cfg.parallel,
                 cfg.scores,
+                cfg.megatron,
                 output_dir=cfg.output_dir,
                 work=work,
                 save_every=cfg.save_every_n_samples,

@@ -95,6 +95,7 @@ def _score_here(
         cfg.data,
         cfg.parallel,
         _what_to_score(cfg, pruned_config(config, plan), one),
+        cfg.megatron,
         output_dir=cfg.output_dir,
         work=part,
         save_every=cfg.save_every_n_samples,

@@ -24,6 +24,7 @@ from nemo_minitron.pruning.rounds import ROUNDS, pruning_rounds
 from nemo_minitron.pruning.targets import check_compensation, check_importance, needed_scores
 from nemo_minitron.runtime.ranks import launched_world_size, rank
 from nemo_minitron.stages.recipe import prune_entry
+from nemo_minitron.stages.settings import check_settings
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ def check(cfg: PruneConfig) -> None:
     check_compensation(config, cfg.pruning, meta)
     if _calibrates(cfg, config, rounds):
         check_layout(config, cfg.parallel)
+        check_settings(cfg, config)
         check_batches(cfg.data, cfg.parallel, cfg.parallel.world_size(launched_world_size()))
         check_data(
             cfg.data,
@@ -79,7 +81,7 @@ def _calibrates(cfg: PruneConfig, config: ModelConfig, rounds: list[PruningConfi
         if unserved:
             check_importance(config, rounds[0], None)
         default = PruneConfig(checkpoint="", output_dir="")
-        for section in ("data", "parallel", "scores"):
+        for section in ("data", "parallel", "megatron", "scores"):
             if getattr(cfg, section) != getattr(default, section):
                 raise ValueError(
                     f"{section}.* is for scoring, but nothing is scored here; set data.path to "

@@ -27,6 +27,7 @@ from nemo_minitron.planning.models import resized
 from nemo_minitron.pruning.targets import check_importance, check_pruning
 from nemo_minitron.runtime.ranks import launched_world_size
 from nemo_minitron.search.space import Candidate, candidates
+from nemo_minitron.stages.settings import check_settings, check_training_settings
 
 # As for calibrations: losses are those of any layout but for the last bits.
 MAY_CHANGE = ("parallel.", "data.micro_batch_size", "search.max_latency_ms")
@@ -68,6 +69,7 @@ def distill_config(cfg: SearchConfig, config: ModelConfig, small: ModelConfig) -
             save_top_k=1,
             seed=cfg.data.seed,
         ),
+        megatron=cfg.megatron,
         optim=OptimConfig(lr=short.lr, min_lr=short.min_lr, lr_warmup_steps=short.lr_warmup_steps),
     )
 
@@ -84,6 +86,7 @@ def check(cfg: SearchConfig) -> None:
     folder = Path(cfg.checkpoint) / "checkpoint"
     config = ModelConfig.load(folder)
     check_layout(config, cfg.parallel)
+    check_settings(cfg, config)
     if cfg.layer_criterion != SearchConfig.layer_criterion and not cfg.search.num_layers:
         raise ValueError(
             f"layer_criterion={cfg.layer_criterion} chooses layers, but search.num_layers is not "
@@ -106,7 +109,7 @@ def check(cfg: SearchConfig) -> None:
 
 def _check_distillation(cfg: SearchConfig, config: ModelConfig, small: ModelConfig) -> None:
     try:
-        distill_config(cfg, config, small)
+        check_training_settings(distill_config(cfg, config, small), small)
     except ValueError as error:
         raise ValueError(f"search.distill.*: {error}") from error
 

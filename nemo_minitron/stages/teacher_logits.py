@@ -14,6 +14,7 @@ from nemo_minitron.data.checks import check_data, check_sequence
 from nemo_minitron.distillation.logit_index import FOLDER, PARTS, LogitIndex, data_keys
 from nemo_minitron.runtime.ranks import launched_world_size
 from nemo_minitron.stages.inputs import open_checkpoint
+from nemo_minitron.stages.settings import check_settings
 
 # What may differ when a killed run is started again: who computes what, and how many at a time.
 _MAY_CHANGE = ("parallel.", "data.micro_batch_size", "chunk_size")
@@ -39,6 +40,7 @@ def check(cfg: TeacherLogitsConfig) -> None:
             f"{model.vocab_size} or less"
         )
     check_layout(model, cfg.parallel)
+    check_settings(cfg, model, precision=cfg.trainer.precision)
     cfg.parallel.world_size(launched_world_size())
     check_sequence(cfg.data, cfg.parallel)
     tokenizer = folder / "tokenizer"
@@ -110,7 +112,7 @@ def _writer(cfg: TeacherLogitsConfig, model: ModelConfig, source: Path, folder: 
 
     groups = ParallelGroups.current()
     precision = torch.bfloat16 if cfg.trainer.precision == "bf16-mixed" else torch.float32
-    chunks = load_frozen(source, cfg.parallel, groups, dtype=precision)
+    chunks = load_frozen(source, cfg.parallel, groups, dtype=precision, megatron=cfg.megatron)
     storing = Storing(
         top_k=cfg.top_k,
         temperature=cfg.temperature,

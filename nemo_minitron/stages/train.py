@@ -10,11 +10,11 @@ from typing import Any
 from nemo_minitron.checkpoint.lineage import record
 from nemo_minitron.config.layout import check_layout
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.config.recompute import check_recompute
 from nemo_minitron.config.stages import TrainingStageConfig
 from nemo_minitron.data.checks import check_batches, check_data
 from nemo_minitron.distillation.logit_index import PARTS
 from nemo_minitron.runtime.ranks import launched_world_size
+from nemo_minitron.stages.settings import check_training_settings
 
 # What may differ when an unfinished training is started again: none of it changes what is learnt.
 MAY_CHANGE = (
@@ -23,6 +23,11 @@ MAY_CHANGE = (
     "data.micro_batch_size",
     "trainer.log_every_n_steps",
     "trainer.recompute_",
+    "megatron.transformer.recompute_",
+    "megatron.ddp.overlap_",
+    "megatron.ddp.align_param_gather",
+    "megatron.ddp.bucket_size",
+    "megatron.ddp.num_buckets",
     "trainer.save_",
 )
 
@@ -50,7 +55,7 @@ def check_training(
         check_layout(model, cfg.parallel)
     except ValueError as error:
         raise ValueError(f"{key}={getattr(cfg, key)}: {error}") from error
-    check_recompute(cfg.trainer, model, cfg.parallel)
+    check_training_settings(cfg, model)
     check_batches(cfg.data, cfg.parallel, cfg.parallel.world_size(launched_world_size()))
     lengths = [known.max_seq_length for known in (model, *others) if known.max_seq_length]
     check_data(
@@ -64,7 +69,7 @@ def check_training(
 
 def sections(cfg: TrainingStageConfig, model: ModelConfig) -> dict[str, Any]:
     """Config entries that every NeMo model here has."""
-    names = ("parallel", "data", "trainer", "optim", "exp_manager")
+    names = ("parallel", "data", "trainer", "optim", "megatron", "exp_manager")
     return {"gpt": asdict(model), **{name: asdict(getattr(cfg, name)) for name in names}}
 
 

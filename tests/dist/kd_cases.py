@@ -23,6 +23,7 @@ def model_cfg(
     split = TeacherParallelConfig(**over.pop("teacher_parallel", {}))
     keys = {"max_steps": 2, "precision": over.pop("precision", "32"), **over.pop("trainer", {})}
     trainer = TrainerConfig(**keys)
+    megatron = over.pop("megatron", {})
     cfg = {
         "gpt": asdict(student),
         "parallel": asdict(parallel),
@@ -31,6 +32,7 @@ def model_cfg(
         ),
         "trainer": asdict(trainer),
         "optim": asdict(OptimConfig()),
+        "megatron": megatron,
         "chunk_size": 8,
     }
     if teacher is not None:
