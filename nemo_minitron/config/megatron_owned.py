@@ -208,7 +208,7 @@ NEEDS_TE = frozenset(
         "cpu_offloading_retain_pinned_cpu_buffers disable_parameter_transpose_cache "
         "fine_grained_activation_offloading first_last_layers_bf16 flash_attention_version "
         "fused_residual_rmsnorm fused_single_qkv_rope kitchen_attention_backend "
-        "memory_efficient_layer_norm min_offloaded_tensor_size moe_permute_fusion "
+        "memory_efficient_layer_norm min_offloaded_tensor_size moe_grouped_gemm moe_permute_fusion "
         "moe_router_fusion moe_router_padding_for_fp8 moe_router_padding_for_quantization "
         "moe_single_grouped_bias moe_single_grouped_weight num_layers_at_end_in_bf16 "
         "num_layers_at_start_in_bf16 offload_modules persist_layer_norm tp_only_amax_red "

@@ -32,6 +32,7 @@ DIM_SIZES: dict[str, Callable[[ModelConfig], int]] = {
 }
 
 _INDEX = re.compile(r"\\\{(layer|expert)\\\}")
+_OF_EXPERT = re.compile(r"local_experts\.(\{expert\}|\d+)\.(linear_fc[12]\.(?:weight|bias))")
 
 
 def _always(_: ModelConfig) -> bool:
@@ -82,6 +83,16 @@ class Row:
     def per_expert(self) -> bool:
         """Whether every expert has one and this row does not say yet which one's it is."""
         return "{expert}" in self.name
+
+    @property
+    def grouped_name(self) -> str | None:
+        """Name where one module holds the matrices of all experts; None outside experts.
+
+        Megatron's ``TEGroupedMLP`` multiplies them in one kernel: ``linear_fc1.weight0``,
+        ``linear_fc1.weight1`` and so on. On disk both forms are the same tensors.
+        """
+        name, found = _OF_EXPERT.subn(r"\2\1", self.name)
+        return name if found else None
 
     def of_expert(self, expert: int) -> "Row":
         """The row of one expert (global index): every name with the index filled in."""
@@ -151,7 +162,7 @@ class Family:
                     yield row.name.format(layer=layer), row, layer
 
     def find(self, name: str, config: ModelConfig) -> tuple[Row, int | None]:
-        """Row (bound to its expert) and layer of a Megatron name, under the local or the TE spec.
+        """Row (bound to its expert) and layer of a Megatron name, under any layer spec.
 
         Raises:
             ValueError: no row fits; names the parameter and lists the known rows.
@@ -159,7 +170,7 @@ class Family:
         for row in self.rows:
             if not row.when(config):
                 continue
-            for pattern in (row.name, row.te_name):
+            for pattern in (row.name, row.te_name, row.grouped_name):
                 if pattern is None:
                     continue
                 match = re.fullmatch(_INDEX.sub(r"(?P<\1>\\d+)", re.escape(pattern)), name)

@@ -8,6 +8,9 @@ Both are taken as they enter the layer's sum: Megatron multiplies by the router'
 sequence, by the sequence aggregation; which sample a token came from is not known where the expert
 is. An expert that no token was routed to scores 0.
 
+Experts are modules of their own, or (Transformer Engine's grouped products) one module computes all
+of a rank's; hooks see the same numbers in both.
+
 An expert's rank sees the tokens of all expert-parallel ranks and, under sequence parallelism, of
 all tensor-parallel ranks; filler samples among them count for nothing because the router's hook
 sets their weights to 0 where they come from, which is also where routed tokens are counted.
@@ -80,12 +83,43 @@ class ExpertRecorder:
             return
         for layer, moe in enumerate(self._layers):
             keep(moe.router.register_forward_hook(partial(self._on_router, layer)))
-            for index, expert in enumerate(moe.experts.local_experts):
-                if "expert" in self.axes:
-                    keep(expert.register_forward_hook(partial(self._on_output, layer, index)))
-                if "expert_ffn" in self.axes:
-                    hook = partial(self._on_channels, layer, index)
-                    keep(expert.linear_fc2.register_forward_pre_hook(hook))
+            if hasattr(moe.experts, "local_experts"):
+                self._register_each(keep, layer, moe.experts)
+            else:
+                self._register_grouped(keep, layer, moe.experts)
+
+    def _register_each(
+        self, keep: Callable[[RemovableHandle], object], layer: int, experts: Any
+    ) -> None:
+        """Hook experts that are modules of their own (``SequentialMLP``)."""
+        for index, expert in enumerate(experts.local_experts):
+            if "expert" in self.axes:
+                keep(expert.register_forward_hook(partial(self._on_output, layer, index)))
+            if "expert_ffn" in self.axes:
+                hook = partial(self._on_channels, layer, index)
+                keep(expert.linear_fc2.register_forward_pre_hook(hook))
+
+    def _register_grouped(
+        self, keep: Callable[[RemovableHandle], object], layer: int, experts: Any
+    ) -> None:
+        """Hook experts that one module computes together (``TEGroupedMLP``).
+
+        Their tokens lie one after another, and the number of each expert's is an argument.
+
+        Raises:
+            ValueError: Transformer Engine fuses the experts, so that nothing inside can be seen.
+        """
+        if "expert" in self.axes:
+            keep(experts.register_forward_hook(partial(self._on_outputs, layer)))
+        if "expert_ffn" in self.axes:
+            if getattr(experts.config, "use_transformer_engine_op_fuser", False):
+                raise ValueError(
+                    "use_transformer_engine_op_fuser=true hides the channels of experts, so axis "
+                    "'expert_ffn' cannot be scored; set it to false, or leave expert_ffn out of "
+                    "scores.axes"
+                )
+            hook = partial(self._on_all_channels, layer)
+            keep(experts.linear_fc2.register_forward_pre_hook(hook))
 
     # Hooks: torch gives (module, args[, output]) after the bound arguments.
 
@@ -105,15 +139,33 @@ class ExpertRecorder:
     def _on_output(
         self, layer: int, expert: int, _: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]
     ) -> None:
-        out = output[0].float()  # [tokens, h]
+        self._add_output(layer, expert, output[0])
+
+    def _on_outputs(
+        self, layer: int, _: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]
+    ) -> None:
+        for expert, out in enumerate(output[0].split(_numbers(args[1]))):
+            self._add_output(layer, expert, out)
+
+    def _on_channels(self, layer: int, expert: int, _: nn.Module, args: tuple[Any, ...]) -> None:
+        self._add_channels(layer, expert, args[0])
+
+    def _on_all_channels(self, layer: int, _: nn.Module, args: tuple[Any, ...]) -> None:
+        # For fp8 Megatron pads each expert's tokens, with rows of 0, which add nothing.
+        for expert, x in enumerate(args[0].split(_numbers(args[1]))):
+            self._add_channels(layer, expert, x)
+
+    def _add_output(self, layer: int, expert: int, out: Tensor) -> None:
+        """Add what one expert made of the tokens of a micro-batch, ``[tokens, h]``."""
+        out = out.float()
         if self.groups.expt_tp.size() > 1:
             # Each rank has a partial sum over its channels; Megatron adds them up later, per token.
             out = out.clone()
             dist.all_reduce(out, group=self.groups.expt_tp)
         self.norms[layer, expert] += torch.linalg.vector_norm(out, dim=-1).double().sum()
 
-    def _on_channels(self, layer: int, expert: int, _: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0]  # [tokens, w]
+    def _add_channels(self, layer: int, expert: int, x: Tensor) -> None:
+        """Add the channels of one expert, ``[tokens, w]`` of a micro-batch."""
         if len(x) == 0:
             return
         sums = partial_sums(x[:, None], self.seq, torch.float64)
@@ -153,6 +205,11 @@ class ExpertRecorder:
             sums = sums.transpose(1, 2)  # [l, k, num_moe_experts, f]
             found["expert_ffn"] = sequence_statistic(sums, self.seq, tokens[:, :, None])
         return found
+
+
+def _numbers(tokens: Any) -> list[int]:
+    """Tokens of each expert, which Megatron has as a tensor or as a list."""
+    return tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
 
 
 def gather(local: Tensor, group: Group, dim: int) -> Tensor:

@@ -23,7 +23,7 @@ from nemo_minitron.config.layout import check_layout, padded_vocab_size
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.models.settings import transformer_defaults
-from nemo_minitron.models.spec import HAVE_TE, block_spec
+from nemo_minitron.models.spec import HAVE_GROUPED_GEMM, HAVE_TE, block_spec
 from nemo_minitron.runtime.groups import ParallelGroups
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -72,6 +72,7 @@ def transformer_config(
     """
     on_gpu = torch.cuda.is_available()
     defaults = transformer_defaults(config, on_gpu=on_gpu, have_te=HAVE_TE)
+    defaults["moe_grouped_gemm"] = HAVE_GROUPED_GEMM and config.num_moe_experts is not None
     return TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.extensions.transformer_engine import HAVE_TE as MEGATRON_HAS_TE
+from megatron.core.extensions.transformer_engine import TEColumnParallelGroupedLinear
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -21,6 +22,8 @@ from torch import Tensor
 from nemo_minitron.models.attention import LocalAttention
 
 HAVE_TE = MEGATRON_HAS_TE and torch.cuda.is_available()
+HAVE_GROUPED_GEMM = HAVE_TE and TEColumnParallelGroupedLinear is not None
+"""Whether the matrices of all experts of a rank can be multiplied in one kernel."""
 
 
 class LayerNorm1P(torch.nn.LayerNorm):
@@ -85,6 +88,7 @@ def block_spec(config: TransformerConfig, vp_stage: int | None, pp_rank: int) ->
     if HAVE_TE:
         return get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
             qk_layernorm=config.qk_layernorm,
         )
     layers = get_num_layers_to_build(config, vp_stage, pp_rank)

@@ -81,6 +81,20 @@ def test_experts_are_rows_of_their_own():
     assert norm.te_name is None
 
 
+@pytest.mark.parametrize("config", [MIXTRAL, QWEN2_MOE], ids=["mixtral", "qwen2_moe"])
+def test_find_knows_experts_in_one_module(config):
+    """As Transformer Engine's grouped products name them; the row is the one of the other form."""
+    family = family_of(config)
+    for matrix in ("linear_fc1", "linear_fc2"):
+        grouped, layer = family.find(f"decoder.layers.1.mlp.experts.{matrix}.weight3", config)
+        alone = family.find(f"decoder.layers.1.mlp.experts.local_experts.3.{matrix}.weight", config)
+        assert (grouped, layer) == alone
+        assert (grouped.expert, layer) == (3, 1)
+        assert grouped.template.grouped_name.endswith(f"mlp.experts.{matrix}.weight{{expert}}")
+    others = [row for row in family.rows if not row.per_expert]
+    assert all(row.grouped_name is None for row in others)
+
+
 def test_experts_the_model_cannot_route_to_are_refused():
     with pytest.raises(ValueError, match="moe_router_topk=5 must be between 1 and num_moe_experts"):
         replace(MIXTRAL, moe_router_topk=5)
