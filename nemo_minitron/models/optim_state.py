@@ -6,6 +6,7 @@ is a second one when experts are spread over ranks). Neither is needed: the grou
 optimizer that loads, the learning rate is the scheduler's, and what is left is the step.
 """
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -46,6 +47,10 @@ def optimizer_state(
     parts = _parts(optimizer)
     states = [state] if len(parts) == 1 else [state[index] for index in range(len(parts))]
     split = [_sharded_and_step(part_state) for part_state in states]
+    if not is_loading:
+        for part, (tensors, _) in zip(parts, split, strict=True):
+            if isinstance(part, DistributedOptimizer):
+                _undo_shift(part, tensors["param_state"])
     out: dict[str, Any] = {"parts": {str(i): tensors for i, (tensors, _) in enumerate(split)}}
     if not is_loading:
         out["step"] = max(step for _, step in split)
@@ -103,6 +108,41 @@ def _sharded_and_step(state: dict[str, Any]) -> tuple[dict[str, Any], float]:
         groups = state["fp32_from_fp16_params"]
         tensors["main"] = {i: dict(enumerate(group)) for i, group in enumerate(groups)}
     return tensors, float(max(steps))
+
+
+def _padding_before(buffer: Any) -> list[int]:
+    """Elements of padding that precede each bucket of one of Megatron's gradient buffers."""
+    padding = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
+    return [0, *accumulate(padding)][:-1]
+
+
+def _undo_shift(part: Any, param_state: dict[int, dict[str, Any]]) -> None:
+    """Give every parameter its own weights and moments where Megatron took a neighbour's.
+
+    To save in the ``fully_reshardable`` format, Megatron gathers a buffer without the padding
+    between its buckets, and then cuts parameters out of it at offsets that count the padding
+    (0.16 to 0.19; it warns of "data corruption" where it runs past the end). A model whose output
+    layer shares the embedding has two buckets on its last pipeline stage, and one with overlapped
+    gradient reduction has many, so training would go on from other weights.
+
+    Args:
+        part: a distributed optimizer.
+        param_state: its state as Megatron returned it, number of the parameter -> sharded tensors;
+            their data is corrected in place.
+    """
+    before = [_padding_before(buffer) for buffer in part.buffers]
+    if not any(map(any, before)):
+        return
+    whole = part.get_parameter_state_dp_zero(use_gloo_comm=False, return_on_all_ranks=True)
+    places = [
+        (index, start - before[index][bucket], end - before[index][bucket])
+        for index, buffer in enumerate(part.buffers)
+        for start, end, bucket in buffer.param_index_map.values()
+    ]
+    for number, (index, start, end) in enumerate(places):
+        (states,) = whole[index].values()
+        for name, sharded in param_state[number].items():
+            sharded.data.copy_(states[name][start:end].view(sharded.data.shape))
 
 
 def _with_step(groups: list[dict[str, Any]], step: float) -> list[dict[str, Any]]:

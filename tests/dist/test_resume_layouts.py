@@ -11,6 +11,7 @@ from nemo_minitron.config.parallel import ParallelConfig
 from tests.dist.training_cases import STEPS, train
 from tests.tiny import LLAMA, MIXTRAL, write_weights
 
+TIED = replace(LLAMA, share_embeddings_and_output_weights=True)
 STUDENT = replace(LLAMA, num_layers=4, hidden_size=48, ffn_hidden_size=64)
 LAYOUTS = {
     "single": (1, ParallelConfig()),
@@ -22,6 +23,11 @@ LAYOUTS = {
         ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
     ),
     "dp2": (2, ParallelConfig()),
+    "pp2_dp2": (4, ParallelConfig(pipeline_model_parallel_size=2)),
+    "pp2_vpp2_dp2": (
+        4,
+        ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+    ),
     "ep2": (2, ParallelConfig(expert_model_parallel_size=2)),
 }
 RESUMED_AT = 3
@@ -32,6 +38,7 @@ def runs(ranks, tmp_path_factory):
     """``run(model, layout, work, **over)``, and ``undisturbed(model, layout)`` run once each."""
     folder = tmp_path_factory.mktemp("layouts")
     models = {"dense": (STUDENT, LLAMA), "experts": (replace(MIXTRAL, hidden_size=48), MIXTRAL)}
+    models["tied"] = (replace(STUDENT, share_embeddings_and_output_weights=True), TIED)
     return Runs(ranks, folder, models)
 
 
@@ -87,6 +94,10 @@ PAIRS = [
     ("dense", "dp2", "pp2_vpp2"),
     ("experts", "ep2", "single"),
     ("experts", "single", "ep2"),
+    ("tied", "pp2", "pp2"),
+    ("tied", "pp2_dp2", "pp2_dp2"),
+    ("tied", "pp2_vpp2", "pp2_vpp2"),
+    ("tied", "pp2_vpp2_dp2", "pp2_vpp2_dp2"),
 ]
 
 
@@ -112,10 +123,14 @@ def test_optimizer_that_is_not_distributed(runs):
     torch.testing.assert_close(_curve(got), _curve(want), rtol=0, atol=1e-5)
 
 
+# Several buckets, with padding between them.
+BUCKETS = {"ddp": {"overlap_grad_reduce": True, "bucket_size": 2000}}
 SAME = [
     *(("single", at, {}) for at in range(1, STEPS)),
     ("tp2", 3, {}),
     ("pp2_vpp2", 2, {}),
+    ("dp2", 3, {"megatron": BUCKETS}),
+    ("dp2", 3, {"precision": "bf16-mixed", "megatron": BUCKETS}),
     ("dp2", 3, {"precision": "bf16-mixed"}),
     ("dp2", 4, {"precision": "bf16-mixed", "optim": {"use_distributed_optimizer": False}}),
 ]
