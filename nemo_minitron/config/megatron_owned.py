@@ -21,6 +21,7 @@ _SCHEDULE = (
     "or break the losses"
 )
 _FSDP = "Megatron-FSDP, which this package does not run: it wraps models in Megatron's DDP"
+_HOOKS = "the hooks of scores and losses: they read what a norm returns, which would be a pair"
 _FP16 = "fp16's loss scaling, which trainer.precision (32 or bf16-mixed) does not use"
 _ADAM = "this package: Adam with the keys of optim.*, whose state its training checkpoints hold"
 
@@ -117,6 +118,7 @@ TRANSFORMER: Owned = {
         "experimental_attention_variant_loss_scale_func fp8_quantizer_factory "
         "fp4_quantizer_factory _cpu_offloading_context",
     ),
+    **_all(_HOOKS, "fused_residual_rmsnorm"),
     **_all(
         _SCHEDULE,
         "num_microbatches_with_partial_activation_checkpoints variable_seq_lengths "
@@ -207,7 +209,7 @@ NEEDS_TE = frozenset(
         "cpu_offloading_double_buffering cpu_offloading_num_layers cpu_offloading_weights "
         "cpu_offloading_retain_pinned_cpu_buffers disable_parameter_transpose_cache "
         "fine_grained_activation_offloading first_last_layers_bf16 flash_attention_version "
-        "fused_residual_rmsnorm fused_single_qkv_rope kitchen_attention_backend "
+        "fused_single_qkv_rope kitchen_attention_backend "
         "memory_efficient_layer_norm min_offloaded_tensor_size moe_grouped_gemm moe_permute_fusion "
         "moe_router_fusion moe_router_padding_for_fp8 moe_router_padding_for_quantization "
         "moe_single_grouped_bias moe_single_grouped_weight num_layers_at_end_in_bf16 "

@@ -71,8 +71,9 @@ def transformer_config(
     What is set by name here is what ``config/megatron_owned.py`` lists as set elsewhere.
     """
     on_gpu = torch.cuda.is_available()
-    defaults = transformer_defaults(config, on_gpu=on_gpu, have_te=HAVE_TE)
-    defaults["moe_grouped_gemm"] = HAVE_GROUPED_GEMM and config.num_moe_experts is not None
+    defaults = transformer_defaults(
+        config, on_gpu=on_gpu, have_te=HAVE_TE, have_grouped_gemm=HAVE_GROUPED_GEMM
+    )
     return TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,

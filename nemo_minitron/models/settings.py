@@ -46,7 +46,9 @@ def _gradient_kernel() -> bool:
     return torch.cuda.is_available() and bool(megatron_layers._grad_accum_fusion_available)
 
 
-def transformer_defaults(config: ModelConfig, *, on_gpu: bool, have_te: bool) -> Settings:
+def transformer_defaults(
+    config: ModelConfig, *, on_gpu: bool, have_te: bool, have_grouped_gemm: bool = False
+) -> Settings:
     """Fields of ``TransformerConfig`` that are chosen here unless the user says otherwise.
 
     Args:
@@ -54,8 +56,10 @@ def transformer_defaults(config: ModelConfig, *, on_gpu: bool, have_te: bool) ->
         on_gpu: whether ranks have GPUs.
         have_te: whether layers are Transformer Engine's, which choose their attention kernel
             themselves (``attention_backend``).
+        have_grouped_gemm: whether one kernel can multiply the matrices of all experts of a rank.
     """
     return {
+        "moe_grouped_gemm": have_grouped_gemm and config.num_moe_experts is not None,
         # The other dispatchers need CUDA: alltoall passes what gloo does not take.
         "moe_token_dispatcher_type": "alltoall" if on_gpu else "allgather",
         "apply_rope_fusion": have_te,
