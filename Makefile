@@ -21,6 +21,7 @@ PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(shell sh scripts/find_p
 endif
 PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 CONSTRAINTS ?= $(wildcard requirements/tested-$(PYTHON_VERSION).txt)
+STACK := $(if $(filter 3.12,$(PYTHON_VERSION)),0.19,0.16: the older stack (Python 3.12 would give 0.19))
 
 # What the suite runs on the older stack: all unit tests, three files on several ranks, the road from
 # import to export.
@@ -54,8 +55,7 @@ setup: $(INSTALLED)
 # torch goes first and alone: whichever build is chosen, what follows then finds it installed.
 $(INSTALLED): pyproject.toml setup.py $(CONSTRAINTS)
 	@test -n "$(PYTHON)"
-	@echo "make setup: Python $(PYTHON_VERSION), so megatron-core $(if $(filter 3.12,$(PYTHON_VERSION)),0.19,\
-	0.16: the older stack (Python 3.12 would give 0.19))"
+	@echo "make setup: Python $(PYTHON_VERSION), so megatron-core $(STACK)"
 	@if [ -x $(BIN)/python ] && ! $(BIN)/python -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] != "$(PYTHON_VERSION)")'; \
 	then echo "make setup: $(VENV) is of another Python than $(PYTHON); remove it, or set VENV=<another folder>"; exit 1; fi
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
