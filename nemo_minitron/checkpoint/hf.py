@@ -22,7 +22,8 @@ from nemo_minitron.checkpoint.safetensors_file import (
     write_safetensors,
 )
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.families.fuse import FUSIONS, HF_FORMS, hf_shapes
+from nemo_minitron.families.dims import DIMS
+from nemo_minitron.families.fuse import HF_FORMS, hf_shapes, rows_of_part
 from nemo_minitron.families.registry import family_of_hf
 from nemo_minitron.families.table import Family, Row
 
@@ -180,7 +181,7 @@ def _fused(row: Row, config: ModelConfig, hf_store: Store, names: list[str]) -> 
         )
     if len(parts) == 1:
         return parts[0]
-    return from_runs(parts, FUSIONS[row.dims[0]].runs(config))
+    return from_runs(parts, list(DIMS[row.dims[0]].runs(config)))
 
 
 def _prefixed(family: Family, store: Store) -> Store:
@@ -230,9 +231,9 @@ def to_hf(family: Family, config: ModelConfig, store: Store) -> Store:
         if len(names) == 1:
             result[names[0]] = _reformed(row, config, whole)
             continue
-        fusion = FUSIONS[row.dims[0]]
+        dim = DIMS[row.dims[0]]
         for number, part in enumerate(names):
-            result[part] = from_runs([whole], fusion.places(config, number))
+            result[part] = from_runs([whole], rows_of_part(dim, config, number))
     return result
 
 

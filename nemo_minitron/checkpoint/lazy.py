@@ -12,6 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from nemo_minitron.families.dims import Run
+
 BLOCK_BYTES = 16 << 20
 """Larger tensors are moved in blocks of rows where their source can give rows.
 
@@ -68,10 +70,6 @@ def row_blocks(tensor: LazyTensor) -> Iterator[tuple[int, int, Callable[[], Tens
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         yield start, stop, partial(tensor.read_rows, start, stop)
-
-
-Run = tuple[int, int, int]
-"""``(part, start, stop)``: rows ``[start, stop)`` of tensor number ``part``."""
 
 
 def from_runs(parts: Sequence[LazyTensor], runs: Sequence[Run]) -> LazyTensor:

@@ -1,9 +1,9 @@
 """How several Hugging Face tensors become one Megatron tensor, and back.
 
-Keyed by what dim 0 of the Megatron tensor holds (``families.table.DIM_SIZES``), so a table row
-needs no code. One Hugging Face tensor whose values lie in another order has a *form*
-(``Row.hf_form``). Values are only moved: every function is exact in every dtype.
-Letters: g query groups, n heads, d head dim, f ffn, `...` the other dims.
+What dim 0 of the Megatron tensor holds (``families.dims.DIMS``) says it, so a table row needs no
+code. One Hugging Face tensor whose values lie in another order has a *form* (``Row.hf_form``).
+Values are only moved: every function is exact in every dtype.
+Letters: g query groups, n heads, d head dim, `...` the other dims.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,76 +12,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_minitron.checkpoint.lazy import Run
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.families.table import DIM_SIZES, Row
+from nemo_minitron.families.dims import DIMS, Dim, Run
+from nemo_minitron.families.table import Row
 
 
-@dataclass(frozen=True)
-class Fusion:
-    """One way of packing rows.
-
-    Attributes:
-        sizes: rows of each part, in the order of ``Row.hf``.
-        runs: rows of the parts in the order of the Megatron tensor.
-    """
-
-    sizes: Callable[[ModelConfig], tuple[int, ...]]
-    runs: Callable[[ModelConfig], list[Run]]
-
-    def fuse(self, config: ModelConfig, parts: Sequence[Tensor]) -> Tensor:
-        """Parts -> Megatron tensor."""
-        return torch.cat([parts[part][start:stop] for part, start, stop in self.runs(config)])
-
-    def places(self, config: ModelConfig, part: int) -> list[Run]:
-        """Rows of the Megatron tensor in the order of one part."""
-        found, place = [], 0
-        for number, start, stop in self.runs(config):
-            if number == part:
-                found.append((0, place, place + stop - start))
-            place += stop - start
-        return found
-
-    def split(self, config: ModelConfig, tensor: Tensor) -> list[Tensor]:
-        """Inverse of ``fuse``."""
-        return [
-            torch.cat([tensor[start:stop] for _, start, stop in self.places(config, part)])
-            for part in range(len(self.sizes(config)))
-        ]
+def fuse(dim: Dim, config: ModelConfig, parts: Sequence[Tensor]) -> Tensor:
+    """The parts of a dim -> the rows as they lie in the Megatron tensor."""
+    return torch.cat([parts[part][start:stop] for part, start, stop in dim.runs(config)])
 
 
-def _qkv_sizes(config: ModelConfig) -> tuple[int, ...]:
-    d = config.kv_channels
-    kv = config.num_query_groups * d
-    return config.num_attention_heads * d, kv, kv
+def rows_of_part(dim: Dim, config: ModelConfig, part: int) -> list[Run]:
+    """Rows of the Megatron tensor in the order of one part of the dim."""
+    found, place = [], 0
+    for number, start, stop in dim.runs(config):
+        if number == part:
+            found.append((0, place, place + stop - start))
+        place += stop - start
+    return found
 
 
-def _qkv_runs(config: ModelConfig) -> list[Run]:
-    """Megatron interleaves per query group: [q_1 .. q_{n/g}, k, v]."""
-    steps = [config.heads_per_group * config.kv_channels, config.kv_channels, config.kv_channels]
+def split(dim: Dim, config: ModelConfig, tensor: Tensor) -> list[Tensor]:
+    """Inverse of ``fuse``."""
     return [
-        (part, group * step, (group + 1) * step)
-        for group in range(config.num_query_groups)
-        for part, step in enumerate(steps)
+        torch.cat([tensor[start:stop] for _, start, stop in rows_of_part(dim, config, part)])
+        for part in range(len(dim.parts))
     ]
-
-
-def _gate_up(axis: str) -> Fusion:
-    """The gate, then the up projection, of the ffn that ``axis`` sizes."""
-    size = DIM_SIZES[axis]
-    return Fusion(
-        sizes=lambda config: (size(config), size(config)),
-        runs=lambda config: [(0, 0, size(config)), (1, 0, size(config))],
-    )
-
-
-_QKV = Fusion(_qkv_sizes, _qkv_runs)
-FUSIONS: dict[str, Fusion] = {
-    "qkv": _QKV,
-    "gate_up": _gate_up("ffn"),
-    "expert_gate_up": _gate_up("expert_ffn"),
-    "shared_expert_gate_up": _gate_up("shared_expert_ffn"),
-}
 
 
 @dataclass(frozen=True)
@@ -101,12 +57,12 @@ class HfForm:
 
 def _interleave_qkv(config: ModelConfig, packed: Tensor) -> Tensor:
     """All queries, all keys, all values [(n + 2g) * d, ...] -> per query group."""
-    return _QKV.fuse(config, packed.split(_qkv_sizes(config)))
+    return fuse(DIMS["qkv"], config, packed.split(DIMS["qkv"].part_sizes(config)))
 
 
 def _pack_qkv(config: ModelConfig, tensor: Tensor) -> Tensor:
     """Inverse of ``_interleave_qkv``."""
-    return torch.cat(_QKV.split(config, tensor))
+    return torch.cat(split(DIMS["qkv"], config, tensor))
 
 
 def _transpose(_: ModelConfig, tensor: Tensor) -> Tensor:
@@ -136,7 +92,7 @@ def hf_shapes(row: Row, config: ModelConfig) -> list[tuple[int, ...]]:
     """Shapes of the Hugging Face tensors of a row, in the order of ``row.hf``."""
     if row.hf_form is not None and HF_FORMS[row.hf_form].transposed:
         return [row.shape(config)[::-1]]
-    rest = tuple(DIM_SIZES[dim](config) for dim in row.dims[1:])
+    rest = row.shape(config)[1:]
     if len(row.hf) == 1:
         return [row.shape(config)]
-    return [(size, *rest) for size in FUSIONS[row.dims[0]].sizes(config)]
+    return [(size, *rest) for size in DIMS[row.dims[0]].part_sizes(config)]

@@ -9,27 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nemo_minitron.config.model import ModelConfig
-
-# What a tensor dim can hold. "qkv" is Megatron's interleaving of linear_qkv rows: per query group
-# [q_1 .. q_{n/g}, k, v], each `kv_channels` rows. "gate_up" is [gate; up], each `ffn` rows.
-# "expert" are the router's rows; "expert_ffn" and "expert_gate_up" are "ffn" and "gate_up" of one
-# expert; "shared_expert_ffn" and "shared_expert_gate_up" of the one that every token goes through.
-DIM_SIZES: dict[str, Callable[[ModelConfig], int]] = {
-    "vocab": lambda c: c.vocab_size,
-    "position": lambda c: c.max_position_embeddings,
-    "hidden": lambda c: c.hidden_size,
-    "ffn": lambda c: c.ffn_hidden_size,
-    "gate_up": lambda c: 2 * c.ffn_hidden_size,
-    "qkv": lambda c: (c.num_attention_heads + 2 * c.num_query_groups) * c.kv_channels,
-    "head": lambda c: c.num_attention_heads * c.kv_channels,
-    "head_dim": lambda c: c.kv_channels,
-    "expert": lambda c: c.num_moe_experts or 0,
-    "expert_ffn": lambda c: c.moe_ffn_hidden_size or 0,
-    "expert_gate_up": lambda c: 2 * (c.moe_ffn_hidden_size or 0),
-    "shared_expert_ffn": lambda c: c.moe_shared_expert_intermediate_size or 0,
-    "shared_expert_gate_up": lambda c: 2 * (c.moe_shared_expert_intermediate_size or 0),
-    "one": lambda c: 1,
-}
+from nemo_minitron.families.dims import DIMS
 
 _INDEX = re.compile(r"\\\{(layer|expert)\\\}")
 _OF_EXPERT = re.compile(r"local_experts\.(\{expert\}|\d+)\.(linear_fc[12]\.(?:weight|bias))")
@@ -46,7 +26,7 @@ class Row:
     Attributes:
         name: Megatron name under the local spec; ``{layer}`` stands for the 0-based layer index,
             ``{expert}`` for the 0-based global index of an expert.
-        dims: what each tensor dim holds, keys of ``DIM_SIZES``.
+        dims: what each tensor dim holds, keys of ``families.dims.DIMS``.
         tp_dim: dim that tensor parallelism splits, None when replicated.
         hf: Hugging Face names; several are fused into one Megatron tensor along dim 0.
         hf_form: how the one Hugging Face tensor differs from Megatron's, a key of
@@ -111,7 +91,7 @@ class Row:
 
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
         """Global shape of the Megatron tensor."""
-        return tuple(DIM_SIZES[dim](config) for dim in self.dims)
+        return tuple(DIMS[dim].size(config) for dim in self.dims)
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,11 @@ from dataclasses import dataclass
 import torch
 
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.families.table import DIM_SIZES, Family, Row
+from nemo_minitron.families.dims import DIMS
+from nemo_minitron.families.table import Family, Row
 from nemo_minitron.pruning.exchange import Move, Transfer, equal_shares, plan_transfers
 from nemo_minitron.pruning.plan import Plan
 from nemo_minitron.pruning.slicing import dim_indices
-
-# Blocks of a dim that tensor parallelism splits one by one; all other dims are one block.
-_BLOCKS = {"gate_up": 2, "expert_gate_up": 2, "shared_expert_gate_up": 2}
 
 
 @dataclass(frozen=True)
@@ -91,10 +89,9 @@ def plan_move(
             return None
         pairs = zip(senders, receivers, strict=True)
         return Move(0, [Transfer(sender, receiver) for sender, receiver in pairs])
-    axis = row.dims[row.tp_dim]
-    parts = _BLOCKS.get(axis, 1)
-    owned = equal_shares(torch.arange(DIM_SIZES[axis](config)), len(senders), parts)
-    wanted = equal_shares(kept, len(receivers), parts)
+    dim = DIMS[row.dims[row.tp_dim]]
+    owned = equal_shares(torch.arange(dim.size(config)), len(senders), dim.shards)
+    wanted = equal_shares(kept, len(receivers), dim.shards)
     transfers = plan_transfers(
         dict(zip(senders, owned, strict=True)), dict(zip(receivers, wanted, strict=True))
     )

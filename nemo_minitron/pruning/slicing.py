@@ -13,8 +13,10 @@ import torch
 from torch import LongTensor, Tensor
 
 from nemo_minitron.checkpoint.lazy import LazyTensor, Store
+from nemo_minitron.config.axes import AXES, Axis, Scope, axis_size
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.families.table import DIM_SIZES, Family, Row
+from nemo_minitron.families.dims import DIMS, Dim
+from nemo_minitron.families.table import Family, Row
 from nemo_minitron.pruning.compensate import Compensation
 from nemo_minitron.pruning.merge import Terms, merge_qkv
 from nemo_minitron.pruning.plan import Plan, pruned_config
@@ -25,71 +27,55 @@ def _blocks(starts: Tensor, length: int) -> Tensor:
     return (starts[:, None] * length + torch.arange(length)).flatten()
 
 
-def _ffn(config: ModelConfig, plan: Plan, position: int) -> Tensor:
-    return torch.tensor(plan.ffn[position])
-
-
-def _gate_up(config: ModelConfig, plan: Plan, position: int) -> Tensor:
-    kept = _ffn(config, plan, position)
-    return torch.cat([kept, kept + config.ffn_hidden_size])
-
-
-def _head(config: ModelConfig, plan: Plan, position: int) -> Tensor:
-    return _blocks(torch.tensor(plan.head[position]), config.kv_channels)
-
-
-def _qkv(config: ModelConfig, plan: Plan, position: int) -> Tensor:
-    """Per kept query group: the rows of its kept query heads, of its key and of its value."""
-    per_group = config.heads_per_group
-    blocks = []  # one block = one head's kv_channels rows; a group is per_group + 2 blocks
-    for group in plan.query_group[position]:
-        first = group * (per_group + 2)
-        mine = [head % per_group for head in plan.head[position] if head // per_group == group]
-        blocks += [first + head for head in (*mine, per_group, per_group + 1)]
-    return _blocks(torch.tensor(blocks), config.kv_channels)
-
-
-def _expert(config: ModelConfig, plan: Plan, position: int) -> Tensor:
-    return torch.tensor(plan.expert[position])
-
-
-def _in_expert(
-    dim: str, config: ModelConfig, plan: Plan, position: int, expert: int | None
+def _kept_of_axis(
+    dim: str, axis: Axis, plan: Plan, position: int | None, expert: int | None
 ) -> Tensor:
-    """Channels of one expert, its number counted among the kept ones."""
-    if expert is None:
-        raise ValueError(
-            f"a '{dim}' dim needs an expert; fix the family table: only rows with {{expert}} in "
-            "their name can have it"
-        )
-    kept = torch.tensor(plan.expert_ffn[position][expert])
-    if dim == "expert_ffn":
-        return kept
-    return torch.cat([kept, kept + (config.moe_ffn_hidden_size or 0)])
+    """Indices of one axis that stay: of the model, of a layer or of one of its experts."""
+    kept = getattr(plan, axis.name)
+    if axis.scope is not Scope.MODEL:
+        if position is None:
+            raise ValueError(
+                f"a '{dim}' dim needs a layer; fix the family table: only rows with "
+                "{layer} in their name can have it"
+            )
+        kept = kept[position]
+    if axis.scope is Scope.EXPERT:
+        if expert is None:
+            raise ValueError(
+                f"a '{dim}' dim needs an expert; fix the family table: only rows with {{expert}} "
+                "in their name can have it"
+            )
+        kept = kept[expert]
+    return torch.tensor(kept)
 
 
-def _shared_expert_ffn(config: ModelConfig, plan: Plan, position: int) -> Tensor:
-    return torch.tensor(plan.shared_expert_ffn[position])
+def _kept_rows(dim: Dim, config: ModelConfig, kept: dict[str, Tensor]) -> Tensor:
+    """Rows of a dim that stay.
+
+    Args:
+        dim: what it holds.
+        config: the model before pruning.
+        kept: axis -> indices that stay of it.
+    """
+    repeats = dim.repeats(config)
+    steps = [size // repeats for size in dim.part_sizes(config)]
+    owners = kept[dim.interleaved_by].tolist() if dim.interleaved_by else [0]
+    rows = []
+    for owner in owners:
+        start = owner * sum(steps)
+        for part, step in zip(dim.parts, steps, strict=True):
+            mine, length = kept[part.axis], part.rows(config)
+            if dim.interleaved_by:  # those of this owner, counted inside it
+                each = part.count(config) // repeats
+                mine = mine[mine // each == owner] % each
+            rows.append(start + _blocks(mine, length))
+            start += step
+    return torch.cat(rows)
 
 
-def _shared_expert_gate_up(config: ModelConfig, plan: Plan, position: int) -> Tensor:
-    kept = _shared_expert_ffn(config, plan, position)
-    return torch.cat([kept, kept + (config.moe_shared_expert_intermediate_size or 0)])
-
-
-_PER_LAYER: dict[str, Callable[[ModelConfig, Plan, int], Tensor]] = {
-    "ffn": _ffn,
-    "gate_up": _gate_up,
-    "head": _head,
-    "qkv": _qkv,
-    "expert": _expert,
-    "shared_expert_ffn": _shared_expert_ffn,
-    "shared_expert_gate_up": _shared_expert_gate_up,
-}
 CACHE_BYTES = 8 << 20
 """Bytes of an old tensor that are read, looked at and cut at a time: few enough for the cache that
 cores share, enough for the time of a call not to matter."""
-_NEVER_PRUNED = ("vocab", "position", "head_dim", "one")
 
 
 def dim_indices(
@@ -98,7 +84,7 @@ def dim_indices(
     """Indices that stay of one tensor dim.
 
     Args:
-        dim: what the dim holds, a key of ``families.table.DIM_SIZES``.
+        dim: what the dim holds, a key of ``families.dims.DIMS``.
         config: the model before pruning.
         plan: what to keep.
         position: position of the layer in ``plan.layers``; None for tensors outside the layers.
@@ -107,22 +93,13 @@ def dim_indices(
     Returns:
         Global indices in the order they are stored, or None when all stay.
     """
-    if dim in _NEVER_PRUNED:
+    held = DIMS[dim]
+    kept = {
+        axis: _kept_of_axis(dim, AXES[axis], plan, position, expert) for axis in {*held.pruned_axes}
+    }
+    if all(len(kept[axis]) == axis_size(config, axis) for axis in kept):
         return None
-    if dim == "hidden":
-        kept = torch.tensor(plan.hidden)
-    elif position is None:
-        raise ValueError(
-            f"a '{dim}' dim needs a layer; fix the family table: only rows with "
-            "{layer} in their name can have it"
-        )
-    elif dim in ("expert_ffn", "expert_gate_up"):
-        kept = _in_expert(dim, config, plan, position, expert)
-    else:
-        kept = _PER_LAYER[dim](config, plan, position)
-    if len(kept) == DIM_SIZES[dim](config):
-        return None
-    return kept  # type: ignore[return-value]
+    return _kept_rows(held, config, kept)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig
 
-from nemo_minitron.families.fuse import FUSIONS, hf_shapes
+from nemo_minitron.families.dims import DIMS
+from nemo_minitron.families.fuse import fuse, hf_shapes, split
 from nemo_minitron.families.llama import from_hf, to_hf
 from nemo_minitron.families.registry import FAMILIES, family_of, family_of_hf
-from nemo_minitron.families.table import DIM_SIZES, parameter_count
+from nemo_minitron.families.table import parameter_count
 from tests.tiny import LLAMA, MIXTRAL, QWEN2_MOE
 
 LLAMA3_ROPE = {
@@ -53,9 +54,9 @@ def test_rows_are_exactly_the_parameters_of_transformers(tied):
 
 def test_dims_of_every_row_are_known():
     for row in (row for family in FAMILIES.values() for row in family.rows):
-        assert set(row.dims) <= set(DIM_SIZES)
+        assert set(row.dims) <= set(DIMS)
         assert row.tp_dim is None or row.tp_dim < len(row.dims)
-        assert len(row.hf) == 1 or row.dims[0] in FUSIONS
+        assert len(row.hf) in (1, len(DIMS[row.dims[0]].parts))
 
 
 def test_find_knows_both_layer_specs():
@@ -191,12 +192,12 @@ def test_qkv_interleaves_per_query_group(heads, groups, rest):
     config = replace(LLAMA, num_attention_heads=heads, num_query_groups=groups, kv_channels=3)
     q = torch.randn(heads * 3, *rest)
     k, v = torch.randn(2, groups * 3, *rest)
-    fused = FUSIONS["qkv"].fuse(config, [q, k, v])
+    fused = fuse(DIMS["qkv"], config, [q, k, v])
     expected, per = [], heads // groups * 3
     for g in range(groups):
         expected += [q[g * per : (g + 1) * per], k[g * 3 : g * 3 + 3], v[g * 3 : g * 3 + 3]]
     assert torch.equal(fused, torch.cat(expected))
-    parts = FUSIONS["qkv"].split(config, fused)
+    parts = split(DIMS["qkv"], config, fused)
     for part, original in zip(parts, (q, k, v), strict=True):
         assert torch.equal(part, original)
         assert part.is_contiguous()
@@ -205,9 +206,9 @@ def test_qkv_interleaves_per_query_group(heads, groups, rest):
 def test_gate_comes_before_up():
     config = replace(LLAMA, ffn_hidden_size=3)
     gate, up = torch.randn(2, 3, 5)
-    fused = FUSIONS["gate_up"].fuse(config, [gate, up])
+    fused = fuse(DIMS["gate_up"], config, [gate, up])
     assert torch.equal(fused, torch.cat([gate, up]))
-    parts = FUSIONS["gate_up"].split(config, fused)
+    parts = split(DIMS["gate_up"], config, fused)
     assert torch.equal(parts[0], gate)
     assert torch.equal(parts[1], up)
 

@@ -1,0 +1,64 @@
+"""The axes: every size of a model that can be pruned (docs/design/axes.md)."""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nemo_minitron.config.model import ModelConfig
+
+
+class Scope(Enum):
+    """How many lists of kept indices an axis has."""
+
+    MODEL = "model"
+    """One list for the whole model."""
+    LAYER = "layer"
+    """One list per kept layer."""
+    EXPERT = "expert"
+    """One list per kept layer and kept expert."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One prunable size.
+
+    Attributes:
+        name: what scores, plans and messages call it.
+        size: field of ``ModelConfig`` that holds its size.
+        scope: how many lists of kept indices it has.
+        nested_in: the axis whose indices each own an equal, contiguous run of this one's indices.
+            Every kept index of that axis keeps the same number of its own.
+        scores: name of the scores that rank it, where they are not its own: a query group is
+            ranked by the sum of the scores of its heads.
+    """
+
+    name: str
+    size: str
+    scope: Scope
+    nested_in: str | None = None
+    scores: str = ""
+
+    @property
+    def scored_as(self) -> str:
+        """Name of the scores that rank the axis."""
+        return self.scores or self.name
+
+
+_TABLE = (
+    Axis("layer", "num_layers", Scope.MODEL),
+    Axis("hidden", "hidden_size", Scope.MODEL),
+    Axis("ffn", "ffn_hidden_size", Scope.LAYER),
+    Axis("query_group", "num_query_groups", Scope.LAYER, scores="head"),
+    Axis("head", "num_attention_heads", Scope.LAYER, nested_in="query_group"),
+    Axis("expert", "num_moe_experts", Scope.LAYER),
+    Axis("expert_ffn", "moe_ffn_hidden_size", Scope.EXPERT),
+    Axis("shared_expert_ffn", "moe_shared_expert_intermediate_size", Scope.LAYER),
+)
+AXES: dict[str, Axis] = {axis.name: axis for axis in _TABLE}
+"""Every axis by its name, an axis that others are nested in before them."""
+
+
+def axis_size(config: "ModelConfig", name: str) -> int:
+    """Size of an axis in a model before pruning; 0 where the model does not have it."""
+    return getattr(config, AXES[name].size) or 0

@@ -1,0 +1,123 @@
+"""What a tensor dim can hold, and how the indices of an axis become its rows.
+
+A dim is a sequence of parts, each of which gives every index of one axis a fixed number of
+consecutive rows. Slicing, sharing out among ranks and the fusion of Hugging Face tensors all follow
+from that description (docs/design/axes.md).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from nemo_minitron.config.axes import AXES, axis_size
+from nemo_minitron.config.model import ModelConfig
+
+Run = tuple[int, int, int]
+"""``(part, first row, one past the last row)``: consecutive rows of one part."""
+
+FIXED: dict[str, Callable[[ModelConfig], int]] = {
+    "vocab": lambda config: config.vocab_size,
+    "position": lambda config: config.max_position_embeddings,
+    "head_dim": lambda config: config.kv_channels,
+    "one": lambda config: 1,
+}
+"""Sizes that are never pruned."""
+
+
+def _one_row(_: ModelConfig) -> int:
+    return 1
+
+
+def _head_rows(config: ModelConfig) -> int:
+    return config.kv_channels
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows that belong to one axis.
+
+    Attributes:
+        axis: name of the axis (``config.axes.AXES``), or of a size in ``FIXED``.
+        rows: consecutive rows of each index.
+    """
+
+    axis: str
+    rows: Callable[[ModelConfig], int] = _one_row
+
+    def count(self, config: ModelConfig) -> int:
+        """Indices of the axis."""
+        fixed = FIXED.get(self.axis)
+        return axis_size(config, self.axis) if fixed is None else fixed(config)
+
+
+@dataclass(frozen=True)
+class Dim:
+    """What one tensor dim holds.
+
+    Attributes:
+        parts: in the order of their rows, which is that of the Hugging Face tensors they come from.
+        interleaved_by: without it the parts lie one after another. With it they lie once for each
+            index of this axis, each restricted to the rows that belong to that index: those of its
+            children, or of the index itself.
+    """
+
+    parts: tuple[Part, ...]
+    interleaved_by: str | None = None
+
+    def size(self, config: ModelConfig) -> int:
+        """Global size of the dim."""
+        return sum(self.part_sizes(config))
+
+    def part_sizes(self, config: ModelConfig) -> tuple[int, ...]:
+        """Rows of each part."""
+        return tuple(part.count(config) * part.rows(config) for part in self.parts)
+
+    @property
+    def pruned_axes(self) -> tuple[str, ...]:
+        """Axes whose indices decide which rows stay; empty for a dim that is never pruned."""
+        return tuple(part.axis for part in self.parts if part.axis in AXES)
+
+    @property
+    def shards(self) -> int:
+        """Blocks of equal size that tensor parallelism splits one by one."""
+        return 1 if self.interleaved_by else len(self.parts)
+
+    def repeats(self, config: ModelConfig) -> int:
+        """How many times the sequence of parts lies in the dim."""
+        return axis_size(config, self.interleaved_by) if self.interleaved_by else 1
+
+    def runs(self, config: ModelConfig) -> Iterator[Run]:
+        """Yield the rows of the parts in the order in which they lie in the dim."""
+        repeats = self.repeats(config)
+        for repeat in range(repeats):
+            for number, size in enumerate(self.part_sizes(config)):
+                step = size // repeats
+                yield number, repeat * step, (repeat + 1) * step
+
+
+def _gate_up(axis: str) -> Dim:
+    """The rows of the gate projection, then those of the up projection."""
+    return Dim((Part(axis), Part(axis)))
+
+
+DIMS: dict[str, Dim] = {
+    **{name: Dim((Part(name),)) for name in FIXED},
+    "hidden": Dim((Part("hidden"),)),
+    "ffn": Dim((Part("ffn"),)),
+    "gate_up": _gate_up("ffn"),
+    "head": Dim((Part("head", _head_rows),)),
+    # Megatron interleaves linear_qkv: per query group its query heads, its key, its value.
+    "qkv": Dim(
+        (
+            Part("head", _head_rows),
+            Part("query_group", _head_rows),
+            Part("query_group", _head_rows),
+        ),
+        interleaved_by="query_group",
+    ),
+    "expert": Dim((Part("expert"),)),
+    "expert_ffn": Dim((Part("expert_ffn"),)),
+    "expert_gate_up": _gate_up("expert_ffn"),
+    "shared_expert_ffn": Dim((Part("shared_expert_ffn"),)),
+    "shared_expert_gate_up": _gate_up("shared_expert_ffn"),
+}
+"""Every dim by the name that parameter rows use."""
