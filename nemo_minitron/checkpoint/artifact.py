@@ -36,6 +36,7 @@ from nemo_minitron.checkpoint.manifest import (
 )
 from nemo_minitron.config.stages import StageConfig
 from nemo_minitron.data.cache import check_cache
+from nemo_minitron.documents import read_json
 
 __all__ = ["Manifest", "Ranks", "check_output", "fingerprint", "open_result", "output_folder"]
 
@@ -223,7 +224,7 @@ def _signature() -> dict[str, Any]:
 
 def _read_owner(work: Path) -> dict[str, Any]:
     try:
-        owner = json.loads((work / OWNER).read_text())
+        owner = read_json(work / OWNER)
     except (OSError, ValueError):  # killed before it was written whole
         return {}
     return owner if isinstance(owner, dict) else {}

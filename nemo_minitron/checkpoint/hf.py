@@ -22,6 +22,7 @@ from nemo_minitron.checkpoint.safetensors_file import (
     write_safetensors,
 )
 from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.documents import read_json_object
 from nemo_minitron.families.dims import DIMS
 from nemo_minitron.families.fuse import HF_FORMS, hf_shapes, rows_of_part
 from nemo_minitron.families.registry import family_of_hf
@@ -38,20 +39,10 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _QUANTISED = ("quantization_config", "compression_config")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return value
-
-
 def _indexed(folder: Path) -> dict[str, set[str]]:
     """Files and their tensors, as the index says."""
     index = folder / INDEX_JSON
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} holds no weight_map (tensor -> file); download it again")
     shards: dict[str, set[str]] = {}
@@ -128,7 +119,7 @@ def open_hf(folder: Path) -> tuple[dict[str, Any], Store]:
     """
     if not (folder / CONFIG_JSON).is_file():
         raise ValueError(f"{folder} is not a Hugging Face model folder: {CONFIG_JSON} is missing")
-    config = _read_json(folder / CONFIG_JSON)
+    config = read_json_object(folder / CONFIG_JSON)
     _refuse_quantised(folder, config)
     family_of_hf(config)
     store: Store = {}

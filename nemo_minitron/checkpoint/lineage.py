@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.documents import read_json_object
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import parameter_count
 
@@ -59,14 +60,16 @@ def read_lineage(folder: Path) -> list[dict[str, Any]]:
     path = folder / LINEAGE
     if not path.is_file():
         return []
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(values, dict) or values.get("format") != _FORMAT:
+    values = read_json_object(path)
+    if values.get("format") != _FORMAT or not _are_entries(values.get("stages")):
         raise ValueError(f"{path} is not a format-{_FORMAT} lineage; run the stage again")
     entries: list[dict[str, Any]] = values["stages"]
     return entries
+
+
+def _are_entries(stages: Any) -> bool:
+    known = isinstance(stages, list) and all(isinstance(entry, dict) for entry in stages)
+    return known and all(isinstance(entry.get("stage"), str) for entry in stages)
 
 
 def record(source: Path | None, folder: Path, entry: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ import nemo_minitron
 from nemo_minitron.config.megatron import PARTS
 from nemo_minitron.config.schema import INPUT_KEYS, NEUTRAL_KEYS, NEUTRAL_SECTIONS, flatten
 from nemo_minitron.config.stages import StageConfig
+from nemo_minitron.documents import json_value
 
 MANIFEST = "manifest.json"
 _BLOCK = 1 << 20
@@ -170,7 +171,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     if not path.is_file():
         return None
     try:
-        values = json.loads(path.read_text())
+        values = json_value(path.read_bytes())
         complete, identity = values.pop("complete"), values.pop("id")
         values["files"] = {name: FileEntry(**entry) for name, entry in values["files"].items()}
         manifest = Manifest(folder=folder, **values)

@@ -6,7 +6,6 @@ Megatron-LM's megatron/training/checkpointing.py, Megatron-Bridge's training/che
 NeMo's lightning/io/pl.py and collections/nlp/parts/nlp_overrides.py.
 """
 
-import json
 import re
 from argparse import Namespace
 from collections.abc import Callable
@@ -14,12 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nemo_minitron.checkpoint.megatron_stated import Stated, of_args, of_core, of_nemo1
 from nemo_minitron.checkpoint.parts import Find, Part, archive_parts, below, in_folder
 from nemo_minitron.checkpoint.tokenizer_files import TokenizerFiles, tokenizer_files
 from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.documents import read_json_object, yaml_value
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RUN_CONFIG = "run_config.yaml"
@@ -63,8 +61,8 @@ def _yaml(part: Part | None, where: Path) -> dict[str, Any]:
     if part is None:
         raise ValueError(f"{where} is missing")
     try:
-        value = yaml.safe_load(part.read())
-    except yaml.YAMLError as error:
+        value = yaml_value(part.read())
+    except ValueError as error:
         raise ValueError(f"{where} cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{where} must hold a mapping")
@@ -201,7 +199,7 @@ def _nemo2(path: Path) -> Source:
         in_folder(weights),
         tokenizer=_nemo2_tokenizer(context, model.get("tokenizer")),
         vocab_size=config.get("vocab_size"),
-        generation=json.loads(generation.read_text()) if generation.is_file() else {},
+        generation=read_json_object(generation) if generation.is_file() else {},
     )
 
 

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
+from nemo_minitron.documents import yaml_value
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +55,9 @@ def front_matter(readme: Path) -> dict[str, Any]:
         return {}
     ends = [number for number, line in enumerate(lines[1:], 1) if line.strip() == "---"]
     try:
-        values = yaml.safe_load("\n".join(lines[1 : ends[0]])) if ends else None
-    except yaml.YAMLError as error:
-        logger.warning(
-            "%s: the licence was not read, its first lines are no YAML: %s", readme, error
-        )
+        values = yaml_value("\n".join(lines[1 : ends[0]])) if ends else None
+    except ValueError as error:
+        logger.warning("%s: the licence was not read from its first lines: %s", readme, error)
         return {}
     return values if isinstance(values, dict) else {}
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
+from nemo_minitron.documents import json_value, read_json_object
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -77,7 +79,7 @@ def check_same_tokens(one: Path, other: Path) -> None:
 
 def tokens_by_id(text: bytes) -> dict[int, str]:
     """Id -> token of a tokenizer.json."""
-    values = json.loads(text)
+    values = json_value(text)
     vocab = values["model"].get("vocab", {})
     if isinstance(vocab, list):  # Unigram: pairs of token and score, in the order of the ids
         vocab = {pair[0]: index for index, pair in enumerate(vocab)}
@@ -217,7 +219,7 @@ def stop_ids(folder: Path, tokenizer: "PreTrainedTokenizerFast") -> frozenset[in
     found = {tokenizer.eos_token_id} - {None}
     file = folder / "generation_config.json"
     if file.is_file():
-        named = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        named = read_json_object(file).get("eos_token_id")
         found |= {*(named if isinstance(named, list) else [named])} - {None}
     if not found:
         raise ValueError(

@@ -1,6 +1,5 @@
 """Files of a tokenizer wherever they lie, and what can be learnt from them without loading it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from nemo_minitron.checkpoint.tokenizer import (
     TOKENIZER_JSON,
     tokens_by_id,
 )
+from nemo_minitron.documents import json_value
 
 TokenizerFiles = dict[str, Part]
 """Name as in a Hugging Face folder -> where its bytes are."""
@@ -58,14 +58,14 @@ def vocabulary_size(files: TokenizerFiles) -> int | None:
     if SENTENCEPIECE in files:
         return int(_sentencepiece(files).get_piece_size())
     if _VOCAB_JSON in files:
-        return int(max(json.loads(files[_VOCAB_JSON].read()).values())) + 1
+        return int(max(json_value(files[_VOCAB_JSON].read()).values())) + 1
     return None
 
 
 def special_ids(files: TokenizerFiles) -> dict[str, int]:
     """``bos_token_id`` and ``eos_token_id``, as far as the tokenizer has them."""
     if TOKENIZER_JSON in files and TOKENIZER_CONFIG in files:
-        config = json.loads(files[TOKENIZER_CONFIG].read())
+        config = json_value(files[TOKENIZER_CONFIG].read())
         ids = {token: index for index, token in tokens_by_id(files[TOKENIZER_JSON].read()).items()}
         return {
             f"{name}_token_id": ids[token]

@@ -4,7 +4,6 @@ Keys may have a prefix, layers may be stacked or not, the vocabulary padded, and
 lie beside the weights. Nothing is read but the metadata; weights are read when asked for.
 """
 
-import json
 import re
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +22,7 @@ from nemo_minitron.checkpoint.parts import Find, in_folder
 from nemo_minitron.checkpoint.safe_pickle import PICKLE_ERRORS, read_metadata
 from nemo_minitron.checkpoint.torch_dist_rows import RowReader, read_region
 from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.documents import json_value
 from nemo_minitron.families.table import Family, Row
 
 FORMAT_JSON = "metadata.json"
@@ -74,7 +74,7 @@ def _read_format(where: Path, find: Find) -> None:
     if part is None:
         raise ValueError(f"{where} is not a Megatron checkpoint: {FORMAT_JSON} is missing")
     try:
-        found = json.loads(part.read())
+        found = json_value(part.read())
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     backend = found.get("sharded_backend")

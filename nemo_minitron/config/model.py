@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from nemo_minitron.documents import read_yaml_mapping
+
 MODEL_YAML = "model.yaml"
 
 
@@ -128,8 +130,11 @@ class ModelConfig:
         path = folder / MODEL_YAML
         if not path.is_file():
             raise ValueError(f"{folder} is not a minitron checkpoint: {MODEL_YAML} is missing")
-        values = yaml.safe_load(path.read_text())
+        values = read_yaml_mapping(path)
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
             raise ValueError(f"{path} holds unknown keys {sorted(unknown)}")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(f"{path} is no config of a model: {error}") from error

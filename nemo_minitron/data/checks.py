@@ -17,6 +17,7 @@ from nemo_minitron.data.splits import (
     wanted_splits,
 )
 from nemo_minitron.data.text import INDEXED, NPY, Source, find_source, no_documents, read_documents
+from nemo_minitron.documents import read_json_object
 
 # Text up to these sizes is read, and tokenised, twice: about a second each on one core.
 _READ_UP_TO = 64 << 20
@@ -178,7 +179,7 @@ def check_index(
     check_tokens(data, index.lengths, splits)
     _check_cuts(source, data, index)
     if vocab_size is not None and scan is not None:
-        found = json.loads((scan / _SCAN).read_text())
+        found = read_json_object(scan / _SCAN)
         check_ids(found["max"], vocab_size, f"data.path={source.path} holds", found["min"])
 
 

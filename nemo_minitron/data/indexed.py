@@ -21,6 +21,7 @@ from nemo_minitron.config.training import DataConfig
 from nemo_minitron.data.cache import Barrier, build_once, no_barrier
 from nemo_minitron.data.splits import check_documents, check_tokens
 from nemo_minitron.data.text import Source, no_documents, read_documents, unique_documents
+from nemo_minitron.documents import read_json_object
 from nemo_minitron.reporting.console import progress
 from nemo_minitron.runtime.extensions import before_megatron
 
@@ -116,7 +117,7 @@ class TextTokenizer:
 def _eos_token(folder: Path) -> str | None:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).is_file():
-            token = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token")
+            token = read_json_object(folder / name).get("eos_token")
             if token is not None:
                 return str(token["content"] if isinstance(token, dict) else token)
     return None

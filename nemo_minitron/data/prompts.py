@@ -1,12 +1,12 @@
 """Prompts of ``generate``: read, put into a chat template, and checked against the context."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.config.inference import GenerateConfig
+from nemo_minitron.documents import json_value
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -75,9 +75,9 @@ def _records(cfg: GenerateConfig, path: Path) -> Iterator[tuple[int, Any]]:
 
 def _field(line: str, cfg: GenerateConfig, where: str) -> Any:
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON ({error.msg}, column {error.colno})") from error
+        record = json_value(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: not valid JSON ({error})") from error
     if not isinstance(record, dict) or cfg.prompt_key not in record:
         keys = sorted(record) if isinstance(record, dict) else type(record).__name__
         raise ValueError(

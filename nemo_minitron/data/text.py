@@ -5,13 +5,13 @@ single ``.txt`` file between two ``data.document_separator``, or one JSONL recor
 """
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_minitron.config.training import DataConfig
+from nemo_minitron.documents import json_value
 
 TEXT = "text"
 INDEXED = "indexed"
@@ -120,9 +120,9 @@ def _records(file: Path, key: str) -> Iterator[str]:
 
 def _record_text(line: str, key: str, where: str) -> str:
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON ({error.msg}, column {error.colno})") from error
+        record = json_value(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: not valid JSON ({error})") from error
     if not isinstance(record, dict):
         raise ValueError(f"{where}: the record must be a JSON object, not {type(record).__name__}")
     if key not in record:

@@ -17,6 +17,7 @@ from typing import Any
 from nemo_minitron.config.stages import DistillConfig
 from nemo_minitron.config.training import DataConfig
 from nemo_minitron.data.text import NPY, find_source
+from nemo_minitron.documents import read_json_object
 
 FOLDER = "logits"
 INDEX = "index.json"
@@ -69,9 +70,12 @@ class LogitIndex:
     @classmethod
     def load(cls, folder: Path) -> "LogitIndex":
         """Read it from ``folder``, the ``logits/`` of a result that was checked."""
-        values = json.loads((folder / INDEX).read_text())
-        values["parts"] = {name: Part(**part) for name, part in values["parts"].items()}
-        return cls(**values)
+        values = read_json_object(folder / INDEX)
+        try:
+            values["parts"] = {name: Part(**part) for name, part in values["parts"].items()}
+            return cls(**values)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder / INDEX} is no index of stored logits: {error}") from error
 
     def changed_keys(self, data: DataConfig) -> str:
         """The ``data`` keys that differ from those of the stage, in words; maybe none."""

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nemo_minitron.documents import read_json_object
+
 log = logging.getLogger(__name__)
 
 _LATEST = "latest.json"
@@ -66,7 +68,7 @@ class SavedState:
         path = self.folder / _LATEST
         if not path.is_file():
             return None
-        latest = json.loads(path.read_text())
+        latest = read_json_object(path)
         changed = [
             f"{key} {latest['layout'].get(key)} -> {value}"
             for key, value in self.layout.items()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.config.stages import BLOCK_CRITERIA, SCORE_AXES, ScoreConfig
+from nemo_minitron.documents import read_json_object
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -230,11 +231,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
             f"{folder} holds no {META_FILE}; set importance to the output_dir of "
             "minitron importance"
         )
-    try:
-        meta = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(meta, dict) or meta.get("format") != _FORMAT or "model" not in meta:
+    meta = read_json_object(path)
+    if meta.get("format") != _FORMAT or not isinstance(meta.get("model"), dict):
         raise ValueError(
             f"{path} is not a format-{_FORMAT} scores file; run minitron importance again"
         )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nemo_minitron.documents import json_value
 from nemo_minitron.models.inference import CachedModel, continue_prompts
 from nemo_minitron.models.sampling import Sampling, draws_of
 from nemo_minitron.runtime.launch import barrier
@@ -19,7 +20,7 @@ def read_samples(folder: Path) -> dict[int, list[int]]:
     found: dict[int, list[int]] = {}
     for file in sorted(folder.glob("*.jsonl")):
         for line in file.read_text().splitlines():
-            record = json.loads(line)
+            record = json_value(line)
             found[record["index"]] = record["ids"]
     return found
 

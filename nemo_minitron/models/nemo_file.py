@@ -27,6 +27,7 @@ from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.stages import FinetuneConfig
 from nemo_minitron.config.training import DataConfig, OptimConfig, TrainerConfig
+from nemo_minitron.documents import yaml_value
 from nemo_minitron.models.weights import load_weights
 from nemo_minitron.runtime.groups import initialised_degrees
 from nemo_minitron.runtime.launch import barrier
@@ -213,7 +214,7 @@ def _read_config(path: Path, name: str, override: Any) -> DictConfig:
         part = archive_parts(path).get(name)
         if part is None:
             raise ValueError(f"{path} holds no {name}: it is not a .nemo archive")
-        loaded = OmegaConf.create(part.read().decode())
+        loaded = OmegaConf.create(yaml_value(part.read()))
     found: Any = OmegaConf.to_container(loaded, resolve=True)
     found = found.get("model", found) if isinstance(found, dict) else {}
     if "gpt" not in found:

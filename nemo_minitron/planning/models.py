@@ -1,6 +1,5 @@
 """Which model every item of a pipeline reads and writes, followed through by its sizes."""
 
-import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.config.stages import ImportConfig, PipelineConfig, PruneConfig, PruningConfig
+from nemo_minitron.documents import read_json_object
 from nemo_minitron.families.registry import family_of, family_of_hf
 from nemo_minitron.pipeline.plan import Item
 from nemo_minitron.pruning.targets import check_pruning, target_sizes
@@ -124,7 +124,7 @@ def source_model(cfg: ImportConfig) -> ModelConfig:
     """Sizes of the model that ``import`` will read, from its headers."""
     path = Path(cfg.source) / "config.json"
     if path.is_file():
-        values = json.loads(path.read_text())
+        values = read_json_object(path)
         return family_of_hf(values).from_hf(values)
     from nemo_minitron.stages.import_ import open_source
 

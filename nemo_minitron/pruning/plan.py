@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.config.stages import BLOCK_CRITERIA, PruningConfig
+from nemo_minitron.documents import read_json_object
 from nemo_minitron.importance.scores import layer_scores
 from nemo_minitron.pruning.merge import Terms, merge_terms
 from nemo_minitron.pruning.targets import (
@@ -69,12 +70,9 @@ class Plan:
             ValueError: the file is missing, damaged or of another version.
         """
         path = folder / PLAN_FILE
-        try:
-            values = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
+        values = read_json_object(path)
         names = {f.name for f in fields(cls)} - _OPTIONAL
-        if not isinstance(values, dict) or values.pop("format", None) != _FORMAT:
+        if values.pop("format", None) != _FORMAT:
             raise ValueError(f"{path} is not a format-{_FORMAT} plan; run minitron prune again")
         if set(values) - _OPTIONAL != names:
             raise ValueError(f"{path} must hold {sorted(names)}, not {sorted(values)}")

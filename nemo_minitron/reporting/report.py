@@ -1,7 +1,6 @@
 """The end of a pipeline: one table on the console and ``report.html``, readable offline."""
 
 import itertools
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import PipelineConfig
+from nemo_minitron.documents import json_value
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import parameter_count
 from nemo_minitron.reporting import plots
@@ -240,7 +240,7 @@ def _training(stage: StageResult) -> tuple[str, str, plots.Picture]:
 def _examples(stage: StageResult, count: int = 2) -> list[dict[str, Any]]:
     """The first samples of a stage that wrote text."""
     with (stage.folder / "data.jsonl").open(encoding="utf-8") as file:
-        return [json.loads(line) for line in itertools.islice(file, count)]
+        return [json_value(line) for line in itertools.islice(file, count)]
 
 
 def _versions(stages: Sequence[StageResult]) -> list[tuple[str, str]]:

@@ -1,6 +1,5 @@
 """What the stages of a pipeline left on disk, read for the report, without torch."""
 
-import json
 import re
 import shlex
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from nemo_minitron.checkpoint.manifest import flatten
 from nemo_minitron.config import load
 from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.config.stages import PipelineConfig
+from nemo_minitron.documents import read_json, read_yaml, yaml_value
 
 _ROW_KEYS = {"label", "evaluate", "gap"}
 _REPORT_KEYS = {"title", "rows"}
@@ -41,7 +41,7 @@ class StageResult:
     @property
     def values(self) -> dict[str, Any]:
         """The resolved config."""
-        return yaml.safe_load(self.config) or {}
+        return yaml_value(self.config) or {}
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ def _read_stage(output_dir: Path, item: Mapping[str, Any]) -> StageResult:
     folder = output_dir / item["name"]
     overrides, config = folder / ".hydra" / "overrides.yaml", folder / ".hydra" / "config.yaml"
     if overrides.is_file():
-        words = [str(word) for word in yaml.safe_load(overrides.read_text()) or []]
+        words = [str(word) for word in read_yaml(overrides) or []]
     else:
         keys = {**flatten(dict(item.get("config") or {})), "output_dir": str(folder)}
         words = [load.override(key, value) for key, value in keys.items() if key]
@@ -292,9 +292,9 @@ def _read_json(path: Path, missing: Any) -> Any:
     if not path.is_file():
         return missing
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged ({error}); run its stage again") from error
+        return read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; run its stage again") from error
 
 
 def _rows(cfg: PipelineConfig, stages: Mapping[str, StageResult]) -> list[Row]:

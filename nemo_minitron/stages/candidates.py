@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import SearchConfig
+from nemo_minitron.documents import read_json_object
 from nemo_minitron.evaluation.lm_loss import evaluate_lm
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.importance.scores import Scores
@@ -58,7 +59,7 @@ def score_candidates(cfg: SearchConfig, config: ModelConfig, work: Path) -> list
         if not seen_by_all(kept):
             log.info("candidate %d of %d: %s", number, len(shapes), one.sizes)
             _keep(kept, _zero_shot(cfg, config, one, plans[one.name], dataset))
-        records.append(json.loads(kept.read_text()))
+        records.append(read_json_object(kept))
     if cfg.search.distill.steps:
         best = sorted(records, key=lambda record: record["loss"])[: cfg.search.distill.top]
         for record in best:
@@ -66,7 +67,7 @@ def score_candidates(cfg: SearchConfig, config: ModelConfig, work: Path) -> list
             if not seen_by_all(kept):
                 loss = _short_distillation(cfg, config, record, plans, dataset, work)
                 _keep(kept, {"loss": loss})
-            record["distilled_loss"] = json.loads(kept.read_text())["loss"]
+            record["distilled_loss"] = read_json_object(kept)["loss"]
     barrier()  # rank 0 removes these files next, and they are read by all
     return records
 

@@ -4,8 +4,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nemo_minitron.checkpoint.lineage import model_facts, read_lineage
 from nemo_minitron.checkpoint.source_card import read_source_card
 from nemo_minitron.config.model import ModelConfig
@@ -17,6 +15,7 @@ from nemo_minitron.config.stages import (
     PruningConfig,
     TrainingStageConfig,
 )
+from nemo_minitron.documents import read_yaml
 from nemo_minitron.importance.scores import META_FILE, read_meta
 
 _TRAINING_KEYS = (
@@ -109,7 +108,7 @@ def _provenance(folder: Path, data: str | None) -> dict[str, Any]:
 def _settings_of(result: Path) -> dict[str, Any]:
     """The config that made a result, as it is stored beside it."""
     path = result / ".hydra" / "config.yaml"
-    values = yaml.safe_load(path.read_text()) if path.is_file() else None
+    values = read_yaml(path) if path.is_file() else None
     return values if isinstance(values, dict) else {}
 
 

@@ -225,7 +225,7 @@ def test_lineage_is_no_part_of_the_identity(home: Path, tmp_path: Path) -> None:
 def test_damaged_lineage(tmp_path: Path) -> None:
     assert read_lineage(tmp_path) == []
     (tmp_path / LINEAGE).write_text("{")
-    with pytest.raises(ValueError, match=r"lineage.json is damaged"):
+    with pytest.raises(ValueError, match=r"lineage.json cannot be read"):
         read_lineage(tmp_path)
     (tmp_path / LINEAGE).write_text(json.dumps({"format": 2}))
     with pytest.raises(ValueError, match=r"lineage.json is not a format-1 lineage"):
