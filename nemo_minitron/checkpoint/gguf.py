@@ -18,6 +18,7 @@ from gguf.constants import MODEL_ARCH
 from gguf.quants import dequantize
 from torch import Tensor
 
+from nemo_minitron.checkpoint.hf_refusals import refuse_pointer
 from nemo_minitron.checkpoint.lazy import LazyTensor, Store
 from nemo_minitron.families.registry import family_of_hf
 
@@ -68,6 +69,7 @@ def open_reader(path: Path) -> GGUFReader:
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
+    refuse_pointer(path)
     stat = path.stat()
     return _parse(path, stat.st_size, stat.st_mtime_ns)
 
@@ -117,6 +119,12 @@ def _check_supported(path: Path, get: Callable[..., Any], head_dim: int) -> None
 def _config(path: Path, tensors: dict[str, ReaderTensor]) -> dict[str, Any]:
     """config.json of the model."""
     get = fields_of(path)
+    kind = get("general.type", "model")
+    if kind != "model":
+        raise ValueError(
+            f"{path}: general.type={kind} is not supported; set source to a whole model (an "
+            "adapter has to be merged into its base model first)"
+        )
     arch = get("general.architecture")
     if arch != "llama":
         raise ValueError(f"{path}: general.architecture={arch} is not supported; supported: llama")

@@ -14,7 +14,14 @@ import torch
 from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 
-from nemo_minitron.checkpoint.hf_checks import DERIVED, check_hf, hf_names
+from nemo_minitron.checkpoint.hf_checks import DERIVED, check_hf, expected_tensors, hf_names
+from nemo_minitron.checkpoint.hf_refusals import (
+    refuse_adapter,
+    refuse_adapter_names,
+    refuse_pointer,
+    refuse_quantised,
+    way_out_of_dtype,
+)
 from nemo_minitron.checkpoint.lazy import LazyTensor, Store, from_runs, main_dtype
 from nemo_minitron.checkpoint.safetensors_file import (
     stored_tensor,
@@ -35,13 +42,14 @@ GENERATION_JSON = "generation_config.json"
 SAFETENSORS = "model.safetensors"
 INDEX_JSON = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-# Where config.json says that weights are quantised (the second: older compressed-tensors).
-_QUANTISED = ("quantization_config", "compression_config")
+# Weights in the format of Mistral's own program, which lie beside those of Hugging Face.
+_MISTRAL = "consolidated"
 
 
 def _indexed(folder: Path) -> dict[str, set[str]]:
     """Files and their tensors, as the index says."""
     index = folder / INDEX_JSON
+    refuse_pointer(index)
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} holds no weight_map (tensor -> file); download it again")
@@ -62,13 +70,19 @@ def _shard_names(folder: Path) -> dict[str, set[str] | None]:
     """Safetensors files of a folder and the tensors the index puts in each (None: no index)."""
     if (folder / INDEX_JSON).is_file():
         return dict(_indexed(folder))
-    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    files = [name for name in names if not name.startswith(_MISTRAL)]
     if SAFETENSORS in files:
         return {SAFETENSORS: None}
     if len(files) == 1:
         return {files[0]: None}
     if files:
         raise ValueError(f"{folder} holds {len(files)} .safetensors files but no {INDEX_JSON}")
+    if names:
+        raise ValueError(
+            f"{folder} holds {names[0]} alone, which is in the format of Mistral's own program; "
+            f"set source to a folder with the {SAFETENSORS} that transformers reads"
+        )
     raise ValueError(
         f"{folder} holds no .safetensors file; save the model with safe_serialization=True, or set "
         "source to a folder that has them"
@@ -79,18 +93,20 @@ def _open_shard(path: Path, expected: set[str] | None) -> Store:
     """Store of one safetensors file, from its header."""
     if not path.is_file():
         raise ValueError(f"{path} is missing although {INDEX_JSON} lists it")
+    refuse_pointer(path)
     store: Store = {}
     try:
         with safe_open(path, framework="pt") as file:
             names, places = set(file.keys()), value_places(path)
+            refuse_adapter_names(path, names)
             for name in names:
                 if name.endswith(DERIVED):
                     continue
                 view = file.get_slice(name)
                 if view.get_dtype() not in DTYPES:
                     raise ValueError(
-                        f"{path}: {name} is {view.get_dtype()}; supported: {sorted(DTYPES)}; set "
-                        "source to a model that is not quantised"
+                        f"{path}: {name} is {view.get_dtype()}; supported: {sorted(DTYPES)}; "
+                        f"{way_out_of_dtype(view.get_dtype())}"
                     )
                 shape, dtype = tuple(view.get_shape()), DTYPES[view.get_dtype()]
                 store[name] = stored_tensor(path, places[name], shape, dtype)
@@ -117,10 +133,12 @@ def open_hf(folder: Path) -> tuple[dict[str, Any], Store]:
         ValueError: a file is missing, damaged, or disagrees with the index; a tensor is of a dtype
             that no model computes in.
     """
+    refuse_adapter(folder)
     if not (folder / CONFIG_JSON).is_file():
         raise ValueError(f"{folder} is not a Hugging Face model folder: {CONFIG_JSON} is missing")
+    refuse_pointer(folder / CONFIG_JSON)
     config = read_json_object(folder / CONFIG_JSON)
-    _refuse_quantised(folder, config)
+    refuse_quantised(folder / CONFIG_JSON, config)
     family_of_hf(config)
     store: Store = {}
     for file, names in _shard_names(folder).items():
@@ -128,17 +146,6 @@ def open_hf(folder: Path) -> tuple[dict[str, Any], Store]:
     if not store:
         raise ValueError(f"{folder}: the .safetensors files hold no tensor; download them again")
     return config, store
-
-
-def _refuse_quantised(folder: Path, config: dict[str, Any]) -> None:
-    for key in _QUANTISED:
-        value = config.get(key)
-        if value:
-            method = value.get("quant_method") if isinstance(value, dict) else value
-            raise ValueError(
-                f"{folder / CONFIG_JSON}: {key} says that these are quantised weights "
-                f"(quant_method={method}); set source to the unquantised model"
-            )
 
 
 def model_config(hf_config: dict[str, Any], hf_store: Store) -> tuple[Family, ModelConfig]:
@@ -175,13 +182,19 @@ def _fused(row: Row, config: ModelConfig, hf_store: Store, names: list[str]) -> 
     return from_runs(parts, list(DIMS[row.dims[0]].runs(config)))
 
 
-def _prefixed(family: Family, store: Store) -> Store:
-    """The same store with the prefix that checkpoints of the bare model leave out."""
-    prefix = family.hf_prefix
-    if not prefix or any(name.startswith(prefix) for name in store):
-        return store
-    known = {name for row in family.rows for name in row.hf if not name.startswith(prefix)}
-    return {name if name in known else prefix + name: tensor for name, tensor in store.items()}
+def _prefixed(family: Family, config: ModelConfig, store: Store) -> Store:
+    """The same store with the prefix that checkpoints of the bare model leave out.
+
+    As transformers does it: a name that the model has not gets the prefix if it then has it.
+    """
+    expected = expected_tensors(family, config)
+
+    def full(name: str) -> str:
+        longer = family.hf_prefix + name
+        known = name in expected or longer not in expected or longer in store
+        return name if known else longer
+
+    return {full(name): tensor for name, tensor in store.items()}
 
 
 def to_megatron(family: Family, config: ModelConfig, hf_store: Store) -> Store:
@@ -198,7 +211,7 @@ def to_megatron(family: Family, config: ModelConfig, hf_store: Store) -> Store:
     Raises:
         ValueError: see ``check_hf``.
     """
-    hf_store = _prefixed(family, hf_store)
+    hf_store = _prefixed(family, config, hf_store)
     check_hf(family, config, hf_store)
     return {
         name: _fused(row, config, hf_store, hf_names(row, layer))

@@ -12,11 +12,30 @@ from nemo_minitron.families.table import Family, Row
 # Buffers that old checkpoints hold and that follow from the config.
 DERIVED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 _LAYERS_KEYS = ("num_hidden_layers", "n_layer")
+# What programs put into the names of a model that they wrap.
+_WRAPPERS = {
+    "base_model.model.": "PEFT wrote them: merge the adapter (merge_and_unload) and save the model",
+    "_orig_mod.": "torch.compile adds it: save model._orig_mod",
+    "_fsdp_wrapped_module.": "FSDP adds it: save a full state dict",
+    "_checkpoint_wrapped_module.": "activation checkpointing adds it",
+    "module.": "data parallel training adds it: save model.module",
+    "language_model.": "a model of text and images has it: save its language model alone",
+    "text_model.": "a model of text and images has it: save its language model alone",
+}
 
 
 def hf_names(row: Row, layer: int | None) -> list[str]:
     """Hugging Face names of a row, with the number of its layer."""
     return [name.format(layer=layer) for name in row.hf]
+
+
+def expected_tensors(family: Family, config: ModelConfig) -> dict[str, tuple[tuple[int, ...], Row]]:
+    """Hugging Face name of every tensor that the model has -> its shape and its row."""
+    return {
+        name: (shape, row)
+        for _, row, layer in family.parameters(config)
+        for name, shape in zip(hf_names(row, layer), hf_shapes(row, config), strict=True)
+    }
 
 
 def check_hf(family: Family, config: ModelConfig, store: Store) -> None:
@@ -31,11 +50,7 @@ def check_hf(family: Family, config: ModelConfig, store: Store) -> None:
         ValueError: a tensor is missing, unexpected, not of the shape that the config asks for, or
             of another dtype than the tensors around it; names file, tensor and what was expected.
     """
-    expected = {
-        name: (shape, row)
-        for _, row, layer in family.parameters(config)
-        for name, shape in zip(hf_names(row, layer), hf_shapes(row, config), strict=True)
-    }
+    expected = expected_tensors(family, config)
     _check_names(family, config, store, set(expected))
     for name, (shape, row) in expected.items():
         if store[name].shape != shape:
@@ -55,6 +70,7 @@ def _at(store: Store, name: str) -> str:
 def _check_names(family: Family, config: ModelConfig, store: Store, expected: set[str]) -> None:
     missing = sorted(expected - set(store))
     if missing:
+        _refuse_wrapped(family, missing, store)
         tied = " (tied models set tie_word_embeddings=true)" if "lm_head.weight" in missing else ""
         raise ValueError(
             f"{len(missing)} tensors that config.json asks for are missing: {missing[:5]}{tied}"
@@ -75,6 +91,34 @@ def _check_names(family: Family, config: ModelConfig, store: Store, expected: se
             f"{len(extra)} tensors have no row in the table of family '{family.name}': {extra[:5]}"
             f"{where}{_other_depth(family, config, store)}"
         )
+
+
+def _refuse_wrapped(family: Family, missing: list[str], store: Store) -> None:
+    """Refuse names that would be right without a prefix, which transformers would not find either.
+
+    Raises:
+        ValueError: names the prefix and, where it is known, who adds it.
+    """
+    bare = {name.removeprefix(family.hf_prefix) for name in missing}
+    for wrapper, why in _WRAPPERS.items():
+        unwrapped = {name.replace(wrapper, "") for name in store if wrapper in name}
+        if len(bare & {name.removeprefix(family.hf_prefix) for name in unwrapped}) * 2 > len(bare):
+            raise ValueError(
+                f"{len(unwrapped)} names of tensors contain '{wrapper}' ({_first(store, wrapper)}),"
+                f" without which they would be those of this model; {why}, and set source to that"
+            )
+    for name in store:
+        prefix = name.removesuffix(missing[0])
+        if prefix != name and all(prefix + other in store for other in missing):
+            raise ValueError(
+                f"the names of tensors start with '{prefix}' ({name}), which those of this model "
+                f"do not; save them without it and set source to that"
+            )
+
+
+def _first(store: Store, part: str) -> str:
+    """The first name that contains ``part``."""
+    return next(name for name in sorted(store) if part in name)
 
 
 def _other_depth(family: Family, config: ModelConfig, store: Store) -> str:

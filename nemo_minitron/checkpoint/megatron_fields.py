@@ -10,8 +10,8 @@ from typing import Any
 
 from nemo_minitron.checkpoint.megatron_stated import Stated
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.families.llama import LLAMA3_SCALING
 from nemo_minitron.families.registry import FAMILIES
+from nemo_minitron.families.rope import LLAMA3_SCALING
 from nemo_minitron.families.table import Family
 
 _Allowed = Callable[[Any], bool]

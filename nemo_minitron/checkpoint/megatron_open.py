@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.checkpoint.hf_refusals import refuse_adapter_names
 from nemo_minitron.checkpoint.lazy import LazyTensor, Store, main_dtype
 from nemo_minitron.checkpoint.megatron_fields import match_family, model_fields
 from nemo_minitron.checkpoint.megatron_sources import Source, find_source
@@ -86,6 +87,7 @@ def _refuse_hybrid(source: Source, checkpoint: Checkpoint, prefix: str) -> None:
 
 def _distributed(source: Source) -> _Weights:
     checkpoint = open_torch_dist(source.weights, source.find)
+    refuse_adapter_names(source.weights, map(str, checkpoint.metadata.state_dict_metadata))
     prefix = _prefix(source.weights, checkpoint.tensor)
     _refuse_hybrid(source, checkpoint, prefix)
     rows = checkpoint.metadata.state_dict_metadata[prefix + _EMBEDDING].size[0]  # type: ignore[union-attr]
@@ -101,6 +103,7 @@ def _single_file(where: Path, part: Part) -> _Weights:
     if not isinstance(found, dict):
         raise ValueError(f"{where} holds a {type(found).__name__}, not weights by name")
     tensors = {name: value for name, value in found.items() if isinstance(value, LazyTensor)}
+    refuse_adapter_names(where, map(str, tensors))
     prefix = _prefix(where, tensors.get)
     named = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return _Weights(named[_EMBEDDING].shape[0], partial(_single_store, where, named))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_minitron.checkpoint.hf_refusals import refuse_pointer
 from nemo_minitron.checkpoint.page_cache import let_go, read_ahead
 
 
@@ -47,10 +48,11 @@ Find = Callable[[str], Part | None]
 
 
 def in_folder(folder: Path) -> Find:
-    """Look files up in a folder."""
+    """Look files up in a folder; one that Git LFS keeps elsewhere is refused."""
 
     def find(name: str) -> Part | None:
         path = folder / name
+        refuse_pointer(path)
         return Part(path, 0, path.stat().st_size) if path.is_file() else None
 
     return find
@@ -67,6 +69,7 @@ def archive_parts(path: Path) -> dict[str, Part]:
     Raises:
         ValueError: not a tar archive, compressed, or truncated.
     """
+    refuse_pointer(path)
     try:
         with tarfile.open(path, "r:") as tar:
             members = [member for member in tar.getmembers() if member.isreg()]

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.checkpoint.hf_refusals import refuse_pointer
 from nemo_minitron.checkpoint.parts import Part
 from nemo_minitron.checkpoint.tokenizer import (
     FILES,
@@ -22,7 +23,13 @@ _BY_SUFFIX = {".json": TOKENIZER_JSON, ".model": SENTENCEPIECE}
 
 
 def tokenizer_files(place: Path) -> TokenizerFiles:
-    """Files of the tokenizer in a folder, or that a file is; empty when there is none."""
+    """Files of the tokenizer in a folder, or that a file is; empty when there is none.
+
+    Raises:
+        ValueError: one of them is kept elsewhere by Git LFS.
+    """
+    for path in (place, *(place / name for name in FILES)):
+        refuse_pointer(path)
     if place.is_file():
         name = _BY_SUFFIX.get(place.suffix)
         return {name: Part(place, 0, place.stat().st_size)} if name else {}

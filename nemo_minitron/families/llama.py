@@ -6,6 +6,7 @@ Mistral without a sliding window is the same network under another name.
 from typing import Any
 
 from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.families.rope import Rope, read_rope
 from nemo_minitron.families.table import Family, Row
 
 _LAYER = "decoder.layers.{layer}."
@@ -88,14 +89,6 @@ _SIZE_KEYS = {
     "transformers_version",
     "_name_or_path",
 }
-# What Megatron-Core's RotaryEmbedding hard-codes of Llama 3's scaling; only the factor is free.
-LLAMA3_SCALING = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-
-
 # What transformers' MistralConfig takes where config.json says nothing.
 _MISTRAL_DEFAULTS = {
     "num_key_value_heads": 8,
@@ -116,27 +109,19 @@ def _mistral(hf: dict[str, Any]) -> dict[str, Any]:
     return known
 
 
-def _rope(hf: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """Rotary base and scaling from the old (rope_theta) or the new (rope_parameters) fields."""
-    parameters = dict(hf.get("rope_parameters") or {})
-    base = parameters.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
-    scaling = hf.get("rope_scaling") or parameters
-    kind = (scaling or {}).get("rope_type") or (scaling or {}).get("type") or "default"
-    if kind == "default":
-        return float(base), None
-    if kind != "llama3":
-        raise ValueError(f"rope_scaling type '{kind}' is not supported; supported: default, llama3")
-    for key, value in LLAMA3_SCALING.items():
-        if scaling.get(key, value) != value:
-            raise ValueError(
-                f"rope_scaling {key}={scaling[key]} is not supported: Megatron-Core fixes it to "
-                f"{value}"
-            )
-    return float(base), dict(scaling)
+def whole(rope: Rope) -> Rope:
+    """Refuse heads that are rotated in part, which transformers does not do for this family."""
+    if rope.share != 1.0:
+        raise ValueError(f"config.json partial_rotary_factor={rope.share} is not supported; only 1")
+    return rope
 
 
-def from_hf(hf: dict[str, Any]) -> ModelConfig:
+def from_hf(hf: dict[str, Any], rope: Rope | None = None) -> ModelConfig:
     """Megatron sizes of a Hugging Face Llama config.
+
+    Args:
+        hf: config.json.
+        rope: rotary positions of a family that reads them with defaults of its own.
 
     Raises:
         ValueError: the config asks for something this table does not hold.
@@ -149,7 +134,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     if hf.get("hidden_act", "silu") != "silu":
         raise ValueError(f"config.json hidden_act={hf['hidden_act']} is not supported; only silu")
     heads = hf["num_attention_heads"]
-    base, scaling = _rope(hf)
+    rope = rope or whole(read_rope(hf))
     return ModelConfig(
         family="llama",
         num_layers=hf["num_hidden_layers"],
@@ -161,8 +146,9 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
         vocab_size=hf["vocab_size"],
         max_position_embeddings=hf.get("max_position_embeddings", 2048),
         layernorm_epsilon=hf.get("rms_norm_eps", 1e-6),
-        rotary_base=base,
-        rope_scaling=scaling,
+        rotary_base=rope.base,
+        rotary_percent=rope.share,
+        rope_scaling=rope.scaling,
         share_embeddings_and_output_weights=hf.get("tie_word_embeddings", False),
         dtype=hf.get("torch_dtype") or hf.get("dtype") or "float32",
         hf={key: value for key, value in hf.items() if key not in _SIZE_KEYS},

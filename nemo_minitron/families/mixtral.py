@@ -9,6 +9,7 @@ from typing import Any
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families import llama
+from nemo_minitron.families.rope import read_rope
 from nemo_minitron.families.table import Family, Row
 
 _MLP = "decoder.layers.{layer}.mlp."
@@ -63,9 +64,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
             "Megatron-Core's router needs at least 2"
         )
     known = {**_DEFAULTS, **hf, "model_type": "mistral"}
-    if not hf.get("rope_parameters"):
-        known.setdefault("rope_theta", _DEFAULT_ROPE_BASE)
-    dense = llama.from_hf(known)
+    dense = llama.from_hf(known, llama.whole(read_rope(known, base=_DEFAULT_ROPE_BASE)))
     experts = ("num_local_experts", "num_experts_per_tok")
     return replace(
         dense,

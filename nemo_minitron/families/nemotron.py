@@ -9,6 +9,7 @@ from typing import Any
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families import llama
+from nemo_minitron.families.rope import read_rope
 from nemo_minitron.families.table import Family, Row
 
 _LAYER = "decoder.layers.{layer}."
@@ -33,7 +34,8 @@ ROWS = (
     ),
 )
 
-# What transformers' NemotronConfig takes where config.json says nothing.
+# What transformers' NemotronConfig takes where config.json says nothing. It does not look at
+# rope_percent, which the first of these models had as well.
 _DEFAULTS = {"max_position_embeddings": 4096}
 _DEFAULT_ROTARY = 0.5
 # config.json fields that follow from ModelConfig.
@@ -47,12 +49,6 @@ _OWN_KEYS = {
 }
 
 
-def rotary_percent(hf: dict[str, Any], default: float) -> float:
-    """Part of the head dim that is rotated; transformers 5 keeps it in ``rope_parameters``."""
-    known = {**hf, **(hf.get("rope_parameters") or {})}
-    return float(known.get("partial_rotary_factor") or known.get("rope_percent") or default)
-
-
 def from_hf(hf: dict[str, Any]) -> ModelConfig:
     """Megatron sizes of a Hugging Face Nemotron config.
 
@@ -61,7 +57,8 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     """
     if hf.get("hidden_act", "relu2") != "relu2":
         raise ValueError(f"config.json hidden_act={hf['hidden_act']} is not supported; only relu2")
-    dense = llama.from_hf({**_DEFAULTS, **hf, "hidden_act": "silu"})
+    rope = read_rope(hf, share=_DEFAULT_ROTARY)
+    dense = llama.from_hf({**_DEFAULTS, **hf, "hidden_act": "silu"}, rope)
     return replace(
         dense,
         family="nemotron",
@@ -70,7 +67,6 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
         layernorm_epsilon=hf.get("norm_eps", 1e-5),
         gated_linear_unit=False,
         activation="squared_relu",
-        rotary_percent=rotary_percent(hf, _DEFAULT_ROTARY),
         hf={key: value for key, value in dense.hf.items() if key not in _OWN_KEYS},
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families import llama
-from nemo_minitron.families.nemotron import rotary_percent
+from nemo_minitron.families.rope import read_rope
 from nemo_minitron.families.table import Family, Row
 
 _HF_LAYER = "model.layers.{layer}."
@@ -56,11 +56,15 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     """
     _refuse_window(hf)
     known = {**_DEFAULTS, **hf}
-    dense = llama.from_hf(known)
+    rope = read_rope(known)
+    if rope.scaling is not None:
+        raise ValueError(
+            "rope_scaling type 'llama3' is not supported: transformers' Phi-3 has none"
+        )
+    dense = llama.from_hf(known, rope)
     return replace(
         dense,
         family="phi3",
-        rotary_percent=rotary_percent(hf, 1.0),
         hf={key: value for key, value in dense.hf.items() if key not in _OWN_KEYS},
     )
 

@@ -108,7 +108,8 @@ class Family:
         refuses: what ``from_hf`` does not take and why, for the documentation.
         prunable: sizes that can be pruned, where not all that the model has.
         why_not_prunable: why not the others.
-        hf_prefix: what Hugging Face names start with although old checkpoints leave it out.
+        hf_prefix: what Hugging Face names start with, which checkpoints of the bare model leave
+            out.
     """
 
     name: str
@@ -120,7 +121,7 @@ class Family:
     refuses: tuple[str, ...] = ()
     prunable: tuple[str, ...] | None = None
     why_not_prunable: str = ""
-    hf_prefix: str = ""
+    hf_prefix: str = "model."
 
     def parameters(self, config: ModelConfig) -> Iterator[tuple[str, Row, int | None]]:
         """Yield (Megatron name, row, layer index or None) of every parameter, layers in order.

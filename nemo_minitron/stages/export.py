@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron.checkpoint.artifact import check_output, open_result, output_folder
 from nemo_minitron.checkpoint.lineage import model_sizes, read_lineage
 from nemo_minitron.checkpoint.source_card import README, copy_licence_texts
-from nemo_minitron.checkpoint.tokenizer import save_tokenizer
+from nemo_minitron.checkpoint.tokenizer import TOKENIZER_CONFIG, save_tokenizer
 from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.config.stages import ExportConfig
 from nemo_minitron.families.registry import family_of
@@ -19,6 +19,9 @@ from nemo_minitron.reporting.model_card import model_card
 
 if TYPE_CHECKING:
     from nemo_minitron.checkpoint.lazy import Store
+
+# Names classes in Python files beside config.json. All architectures here are transformers' own.
+AUTO_MAP = "auto_map"
 
 
 def _open(cfg: ExportConfig) -> "tuple[ModelConfig, Store]":
@@ -33,6 +36,15 @@ def _open(cfg: ExportConfig) -> "tuple[ModelConfig, Store]":
     store = read_torch_dist(folder, family, config)
     store = on_read(store, partial(refuse_nonfinite, key="checkpoint"))
     return config, to_hf(family, config, store)
+
+
+def _drop_auto_map(path: Path) -> None:
+    """Drop the key that names Python files, which are not carried over, and change nothing else."""
+    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if AUTO_MAP in values:
+        del values[AUTO_MAP]
+        text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+        path.write_text(text, encoding="utf-8")
 
 
 def check(cfg: ExportConfig) -> None:
@@ -68,9 +80,12 @@ def run(cfg: ExportConfig) -> None:
     with output_folder(cfg, "export") as work:
         with progress("exporting tensors", len(store)) as advance:
             counted = on_done(store, advance)
-            files = write_hf(work, counted, family.to_hf(config), cfg.max_shard_size, cfg.workers)
+            written = family.to_hf(config)
+            written.pop(AUTO_MAP, None)
+            files = write_hf(work, counted, written, cfg.max_shard_size, cfg.workers)
         if tokenizer.is_dir():
             save_tokenizer(tokenizer, work)
+            _drop_auto_map(work / TOKENIZER_CONFIG)
             copy_generation_config(tokenizer, work)
             copy_licence_texts(tokenizer, work)
         title = Path(cfg.output_dir).resolve().name

@@ -103,6 +103,7 @@ def _refuse_results(path: Path) -> None:
 
 def _open_hf(path: Path, tokenizer: str | None) -> Opened:
     hf_config, hf_store = open_hf(path) if path.is_dir() else open_gguf(path)
+    tokenizer_files(path)  # refuses those that Git LFS keeps elsewhere
     family, config = model_config(hf_config, hf_store)
     store = to_megatron(family, config, on_read(hf_store, refuse_nonfinite))
 
