@@ -19,7 +19,8 @@ class DataConfig:
     """Where tokens come from and how they are cut into samples."""
 
     path: str = MISSING
-    """Text or JSONL file, folder of such files, Megatron .bin/.idx prefix, or .npy of token ids."""
+    """Text, JSON(L) or Parquet file, folder of such files, Megatron .bin/.idx prefix, or .npy of
+    token ids."""
     seq_length: int = 512
     """Tokens per sample."""
     num_samples: int | None = None

@@ -16,7 +16,15 @@ from nemo_minitron.data.splits import (
     split_bounds,
     wanted_splits,
 )
-from nemo_minitron.data.text import INDEXED, NPY, Source, find_source, no_documents, read_documents
+from nemo_minitron.data.text import (
+    INDEXED,
+    NPY,
+    Source,
+    find_source,
+    no_documents,
+    read_documents,
+    warn_unread,
+)
 from nemo_minitron.documents import read_json_object
 
 # Text up to these sizes is read, and tokenised, twice: about a second each on one core.
@@ -57,6 +65,7 @@ def check_data(
     parse_split(data.split)
     wanted_splits(data, splits)
     source = find_source(data.path)
+    warn_unread(source)
     if source.kind == NPY:
         check_npy(source.path, data, vocab_size, splits)
     elif source.kind == INDEXED:
@@ -131,7 +140,7 @@ def check_npy(
     """
     try:
         ids = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, EOFError, OSError, OverflowError, TypeError) as error:
         raise ValueError(f"data.path={path} is not a readable .npy file ({error})") from error
     if not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(
@@ -148,9 +157,21 @@ def check_npy(
             f"{data.seq_length}; set data.seq_length={ids.shape[1]}"
         )
     if vocab_size is not None:
-        check_ids(int(ids.max()), vocab_size, f"data.path={path} holds", int(ids.min()))
+        _check_rows(ids, vocab_size, path)
     if splits is None:
         check_num_samples(data, len(ids))
+
+
+def _check_rows(ids: np.ndarray, vocab_size: int, path: Path) -> None:
+    """Refuse ids outside the vocabulary; a million at a time are in memory."""
+    step = max(1, (1 << 20) // ids.shape[1])
+    for start in range(0, len(ids), step):
+        part = ids[start : start + step]
+        outside = (part < 0) | (part >= vocab_size)
+        if outside.any():
+            row = int(outside.any(axis=1).argmax())
+            bad = int(part[row][outside[row]][0])
+            check_ids(bad, vocab_size, f"data.path={path}, row {start + row} holds", bad)
 
 
 def check_index(

@@ -19,6 +19,7 @@ import numpy as np
 
 from nemo_minitron.config.training import DataConfig
 from nemo_minitron.data.cache import Barrier, build_once, no_barrier
+from nemo_minitron.data.formats import suffix_of
 from nemo_minitron.data.splits import check_documents, check_tokens
 from nemo_minitron.data.text import Source, no_documents, read_documents, unique_documents
 from nemo_minitron.documents import read_json_object
@@ -145,13 +146,16 @@ def check_text(
     Raises:
         ValueError: see ``text.read_documents``, ``splits.check_documents``, ``check_tokens``.
     """
-    texts = list(unique_documents(read_documents(source, data), Counter()))
-    if not texts:
+    texts = unique_documents(read_documents(source, data), Counter())
+    found: list[int] = []
+    while batch := _next_batch(texts):
+        found += [0] * len(batch) if tokenizer is None else map(len, tokenizer.encode(batch))
+    if not found:
         raise no_documents(source)
-    check_documents(data, len(texts), splits)
+    check_documents(data, len(found), splits)
     if tokenizer is not None:
-        lengths = np.array([len(ids) for ids in tokenizer.encode(texts)])
-        check_tokens(data, lengths[document_order(len(texts), data.seed)], splits)
+        lengths = np.array(found)[document_order(len(found), data.seed)]
+        check_tokens(data, lengths, splits)
 
 
 def build_indexed(
@@ -213,7 +217,7 @@ def _file_identity(file: Path, whole: bool) -> list[Any]:
     with file.open("rb") as stream:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
-    return [file.suffix, digest.hexdigest()]
+    return [suffix_of(file), digest.hexdigest()]
 
 
 def _dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:

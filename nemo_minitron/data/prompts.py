@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.config.inference import GenerateConfig
-from nemo_minitron.documents import json_value
+from nemo_minitron.data.formats import line_that_is_no_text
+from nemo_minitron.data.records import check_characters, parse_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -42,7 +43,7 @@ def read_prompts(
             prompt; there is no chat template; a prompt leaves no room in the context.
     """
     path = Path(cfg.prompts)
-    if path.suffix not in (".txt", ".jsonl") or not path.is_file():
+    if path.suffix.lower() not in (".txt", ".jsonl") or not path.is_file():
         why = "does not exist" if not path.exists() else "is not one"
         raise ValueError(
             f"prompts={path} must be a .txt file (one prompt per line) or a .jsonl file; it {why}"
@@ -68,16 +69,19 @@ def _records(cfg: GenerateConfig, path: Path) -> Iterator[tuple[int, Any]]:
             for number, line in enumerate(stream, start=1):
                 if text := line.strip():
                     where = f"prompts={path}, line {number}"
-                    yield number, _field(text, cfg, where) if path.suffix == ".jsonl" else text
+                    yield (
+                        number,
+                        _field(text, cfg, where) if path.suffix.lower() == ".jsonl" else text,
+                    )
     except UnicodeDecodeError as error:
-        raise ValueError(f"prompts={path} is not UTF-8 text ({error.reason})") from error
+        where = f"prompts={path}{line_that_is_no_text(path)}"
+        raise ValueError(
+            f"{where} is not UTF-8 text ({error.reason}); save the file as UTF-8"
+        ) from error
 
 
 def _field(line: str, cfg: GenerateConfig, where: str) -> Any:
-    try:
-        record = json_value(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: not valid JSON ({error})") from error
+    record = parse_record(line, cfg.prompt_key, where)
     if not isinstance(record, dict) or cfg.prompt_key not in record:
         keys = sorted(record) if isinstance(record, dict) else type(record).__name__
         raise ValueError(
@@ -107,18 +111,21 @@ def _is_chat(value: Any) -> bool:
 def _prompt(
     line: int, asked: Any, cfg: GenerateConfig, tokenizer: "PreTrainedTokenizerFast", context: int
 ) -> Prompt:
+    where = f"prompts={cfg.prompts}, line {line}"
     if cfg.chat_template:
         messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
         text = str(
             tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         )
-        ids = tokenizer.encode(text, add_special_tokens=False)  # the template brings them
     else:
-        text, ids = asked, tokenizer.encode(asked)
+        text = asked
+    check_characters(text, where)
+    # A chat template brings the special tokens itself.
+    ids = tokenizer.encode(text, add_special_tokens=not cfg.chat_template)
     new = cfg.sampling.max_new_tokens
     if len(ids) + new > context:
         raise ValueError(
-            f"prompts={cfg.prompts}, line {line}: {len(ids)} tokens and sampling.max_new_tokens="
+            f"{where}: {len(ids)} tokens and sampling.max_new_tokens="
             f"{new} exceed the {context} positions of the model; shorten the prompt, or lower "
             f"sampling.max_new_tokens to {max(context - len(ids), 0)}"
         )

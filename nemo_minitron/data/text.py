@@ -1,26 +1,30 @@
-"""Documents out of text and JSONL files, and the check of ``data.path`` that needs no tokens.
+"""What ``data.path`` is, and documents out of text files.
 
 A *document* is the unit that is shuffled and split: one ``.txt`` file of a folder, one part of a
-single ``.txt`` file between two ``data.document_separator``, or one JSONL record.
+single ``.txt`` file between two ``data.document_separator``, or one record of another file.
 """
 
 import hashlib
+import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_minitron.config.training import DataConfig
-from nemo_minitron.documents import json_value
+from nemo_minitron.data.formats import COMPRESSIONS, FORMS, form_of, texts_of
+
+logger = logging.getLogger(__name__)
 
 TEXT = "text"
 INDEXED = "indexed"
 NPY = "npy"
 _FORMS = (
-    "a .txt file, a folder of .txt/.jsonl files, a .jsonl file, the prefix of a Megatron .bin/.idx "
+    f"a file of one of the forms {' '.join(FORMS)} (all but .parquet also with one of "
+    f"{' '.join(COMPRESSIONS)} behind), a folder of such files, the prefix of a Megatron .bin/.idx "
     "pair, or a .npy of token ids"
 )
-_CHUNK = 1 << 20
+_NAMES = 10  # of the entries of a folder, in a message
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Source:
     """The path as given; for ``indexed`` the prefix without ``.bin``/``.idx``."""
     files: tuple[Path, ...]
     """Every file that is read, in reading order."""
+    unread: tuple[Path, ...] = ()
+    """What else is in a folder of texts, hidden files left out."""
 
     @property
     def size(self) -> int:
@@ -49,7 +55,7 @@ def find_source(path: str | Path) -> Source:
     path = Path(path)
     if path.is_dir():
         return _folder(path)
-    if path.is_file() and path.suffix in (".txt", ".jsonl"):
+    if path.is_file() and form_of(path):
         return Source(TEXT, path, (path,))
     if path.is_file() and path.suffix == ".npy":
         return Source(NPY, path, (path,))
@@ -61,81 +67,75 @@ def find_source(path: str | Path) -> Source:
     if len(found) == 1:
         missing = next(file for file in pair if file not in found)
         raise ValueError(f"data.path={path}: {found[0]} is there but {missing} is missing")
-    if path.is_file():
+    if path.exists():
         raise ValueError(f"data.path={path} has an unknown form; it must be {_FORMS}")
     raise ValueError(f"data.path={path} does not exist; set data.path to {_FORMS}")
 
 
 def _folder(path: Path) -> Source:
-    files = sorted(f for f in path.iterdir() if f.is_file() and f.suffix in (".txt", ".jsonl"))
+    entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+    files = tuple(entry for entry in entries if form_of(entry) and not entry.is_dir())
+    lost = [entry for entry in files if not entry.is_file()]
+    if lost:
+        raise ValueError(
+            f"data.path: file {lost[0]} is no ordinary file, or a link to one that is not there; "
+            "take it out of data.path"
+        )
+    others = tuple(entry for entry in entries if entry not in set(files))
     if not files:
         raise ValueError(
-            f"data.path={path} is a folder without .txt or .jsonl files (subfolders are not "
-            "searched); set data.path to a folder that holds some"
+            f"data.path={path} is a folder without a file of the forms {_suffixes()} (subfolders "
+            f"are not searched); it holds {_named(others) or 'nothing'}; set data.path to a folder "
+            "that holds some"
         )
-    return Source(TEXT, path, tuple(files))
+    return Source(TEXT, path, files, others)
+
+
+def _suffixes() -> str:
+    return " ".join(FORMS)
+
+
+def _named(entries: Sequence[Path]) -> str:
+    """The first names, folders with a slash at the end, and how many more there are."""
+    names = [f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries[:_NAMES]]
+    more = len(entries) - len(names)
+    return ", ".join(names) + (f" and {more} more" if more else "")
+
+
+def warn_unread(source: Source) -> None:
+    """Name what lies in a folder of texts and is not read, and files in which nothing is."""
+    if source.unread:
+        logger.warning(
+            "data.path=%s: %d of %d entries of the folder are not read: %s; read are files of the "
+            "forms %s in the folder itself",
+            source.path,
+            len(source.unread),
+            len(source.unread) + len(source.files),
+            _named(source.unread),
+            _suffixes(),
+        )
+    empty = [file for file in source.files if file.stat().st_size == 0]
+    if empty and len(empty) < len(source.files):
+        logger.warning(
+            "data.path=%s: %d files are empty: %s", source.path, len(empty), _named(empty)
+        )
 
 
 def read_documents(source: Source, data: DataConfig) -> Iterator[str]:
     """Documents in file order, stripped, empty ones left out.
 
-    Files are streamed: one file of a folder, one document or one record is in memory at a time.
+    Files are streamed: one document is in memory at a time.
 
     Raises:
-        ValueError: a file is not UTF-8 or a JSONL record has no text; the line is named.
+        ValueError: a file cannot be read, is not UTF-8 or a record has no text; the line is named.
     """
     if not data.document_separator:
         raise ValueError("data.document_separator must not be empty; the default is two line ends")
     for file in source.files:
-        try:
-            if file.suffix == ".jsonl":
-                parts = _records(file, data.text_key)
-            elif source.path == file:
-                parts = _split_file(file, data.document_separator)
-            else:
-                parts = iter((file.read_text(encoding="utf-8-sig"),))
-            for part in parts:
-                if text := part.strip():
-                    yield text
-        except UnicodeDecodeError as error:
-            raise ValueError(f"data.path: {file} is not UTF-8 text ({error.reason})") from error
-
-
-def _split_file(file: Path, separator: str) -> Iterator[str]:
-    """Parts of one text file; universal newlines, so CRLF files are split too."""
-    rest = ""
-    with file.open(encoding="utf-8-sig") as stream:
-        while chunk := stream.read(_CHUNK):
-            *parts, rest = (rest + chunk).split(separator)
-            yield from parts
-    yield rest
-
-
-def _records(file: Path, key: str) -> Iterator[str]:
-    with file.open(encoding="utf-8-sig") as stream:
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                yield _record_text(line, key, f"{file}, line {number}")
-
-
-def _record_text(line: str, key: str, where: str) -> str:
-    try:
-        record = json_value(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: not valid JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: the record must be a JSON object, not {type(record).__name__}")
-    if key not in record:
-        raise ValueError(
-            f"{where}: no key '{key}'; set data.text_key to the key that holds the text, one of "
-            f"{sorted(record)}"
-        )
-    if not isinstance(record[key], str):
-        raise ValueError(
-            f"{where}: '{key}' holds {type(record[key]).__name__}, not text; set data.text_key to "
-            "the key that holds the text"
-        )
-    return str(record[key])
+        separator = data.document_separator if source.path == file else None
+        for part in texts_of(file, data.text_key, separator):
+            if text := part.strip():
+                yield text
 
 
 def unique_documents(documents: Iterable[str], dropped: Counter[str]) -> Iterator[str]:

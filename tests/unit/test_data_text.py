@@ -24,7 +24,7 @@ def test_text_file_is_split_at_the_separator_and_stripped(tmp_path):
 
 
 def test_separator_across_read_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr("nemo_minitron.data.text._CHUNK", 3)
+    monkeypatch.setattr("nemo_minitron.data.formats.CHUNK", 3)
     file = tmp_path / "a.txt"
     file.write_text("ab==cdef==g==h")
     assert _read(file, document_separator="==") == ["ab", "cdef", "g", "h"]
@@ -52,8 +52,8 @@ def test_exact_repeats_are_left_out():
         ("empty.txt", b"", "holds no documents"),
         ("blank.txt", b" \n\n \n", "holds no documents"),
         ("empty.jsonl", b"\n", "holds no documents"),
-        ("table.csv", b"a,b", "unknown form; it must be a .txt file"),
-        ("latin.txt", b"caf\xe9", "latin.txt is not UTF-8"),
+        ("table.csv", b"a,b", "unknown form; it must be a file of one of the forms .txt"),
+        ("latin.txt", b"caf\xe9", "latin.txt, line 1 is not UTF-8"),
         ("json.jsonl", b'{"text": "a"}\n\n{"text": \n', "line 3: not valid JSON"),
         ("list.jsonl", b"[1]\n", "line 1: the record must be a JSON object, not list"),
         (
@@ -73,7 +73,9 @@ def test_bad_files_are_refused(tmp_path, name, content, message):
 
 
 def test_bad_folders_and_keys_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"folder without .txt or .jsonl files"):
+    with pytest.raises(
+        ValueError, match=r"folder without a file of the forms .txt .*it holds nothing"
+    ):
         check_data(data_config(tmp_path))
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(ValueError, match=r"document_separator must not be empty"):
@@ -152,3 +154,142 @@ def test_check_is_light(tmp_path):
         "assert not {'torch', 'megatron', 'nemo', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+# ---- forms of files
+
+
+def _lines(name):
+    return "".join(json.dumps({"text": f"{name} {n} é"}) + "\n" for n in range(3))
+
+
+def _shards(folder):
+    """One shard in every form and compression; returns the texts in reading order."""
+    import bz2
+    import gzip
+    import lzma
+
+    import pyarrow
+    import pyarrow.parquet
+
+    folder.mkdir()
+    (folder / "a.jsonl").write_text(_lines("a"))
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(_lines("b").encode()))
+    (folder / "c.json").write_text(_lines("c"))
+    (folder / "d.JSONL").write_text("\ufeff" + _lines("d"))
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": [f"e {n} é" for n in range(3)], "n": [1, 2, 3]}),
+        folder / "e.parquet",
+        row_group_size=2,
+    )
+    records = [{"text": f"f {n} é"} for n in range(3)]
+    (folder / "f.json").write_text(json.dumps(records, indent=2))
+    (folder / "g.ndjson.bz2").write_bytes(bz2.compress(_lines("g").encode()))
+    (folder / "h.json.xz").write_bytes(lzma.compress(json.dumps(records).encode()))
+    texts = [f"{name} {n} é" for name in "abcdefg" for n in range(3)]
+    return texts + [record["text"] for record in records]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
+def test_a_folder_of_mixed_forms_is_read_whole(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr("nemo_minitron.data.formats.CHUNK", chunk)
+    texts = _shards(tmp_path / "data")
+    assert _read(tmp_path / "data") == texts
+
+
+def test_what_a_folder_holds_besides_is_named(tmp_path, caplog):
+    _shards(tmp_path / "data")
+    (tmp_path / "data" / "more").mkdir()
+    (tmp_path / "data" / "x.csv").write_text("a,b")
+    (tmp_path / "data" / "empty.txt").touch()
+    (tmp_path / "data" / ".DS_Store").touch()
+    check_data(data_config(tmp_path / "data"))
+    assert "2 of 11 entries of the folder are not read: more/, x.csv;" in caplog.text
+    assert "1 files are empty: empty.txt" in caplog.text
+    assert "DS_Store" not in caplog.text
+    (tmp_path / "outside" / "inside").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"are not searched\); it holds inside/; set data.path"):
+        check_data(data_config(tmp_path / "outside"))
+    (tmp_path / "data" / "b.txt").symlink_to(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"b.txt is no ordinary file, or a link to one"):
+        check_data(data_config(tmp_path / "data"))
+
+
+def _gzip(text):
+    import gzip
+
+    return gzip.compress(text)
+
+
+DEEP = b"[" * 100_000 + b"]" * 100_000
+BAD_LINES = [
+    ("e.parquet", b"PAR1", r"file .*e.parquet is not a readable Parquet file"),
+    ("e.parquet", b"", r"file .*e.parquet is not a readable Parquet file"),
+    (
+        "cut.jsonl.gz",
+        _gzip(b'{"text": "a"}\n' * 99)[:-9],
+        r"cut.jsonl.gz cannot be read .*cut short",
+    ),
+    ("no.jsonl.gz", b"plain", r"no.jsonl.gz cannot be read .*damaged"),
+    ("no.txt.xz", b"plain", r"no.txt.xz cannot be read"),
+    (
+        "half.jsonl",
+        b'{"text": "ok"}\n{"text": "a \\ud83d b"}\n',
+        r"half.jsonl, line 2: .*\\ud83d at",
+    ),
+    ("half.json", b'[{"text": "ok"}, {"text": "a \\ud83d"}]', r"half.json, record 2: .*surrogate"),
+    ("raw.jsonl", b'{"text": "ok"}\n{"text": "\xed\xa0\xbd"}\n', r"raw.jsonl, line 2 is not UTF-8"),
+    ("nul.txt", b"one\ntwo\n\0\n", r"nul.txt, line 3 holds a NUL character"),
+    ("nul.jsonl", b'{"text": "a"}\n\0\0\0\n', r"nul.jsonl, line 2: not valid JSON"),
+    ("latin.txt.gz", _gzip(b"one\ncaf\xe9"), r"latin.txt.gz, line 2 is not UTF-8 text"),
+    (
+        "deep.jsonl",
+        b'{"text": "a"}\n{"text": ' + DEEP,
+        r"line 2: .* nested too deeply",
+    ),
+    ("deep.json", b'{"text": ' + DEEP + b"}", r"deep.json, record 1: .* nested too deeply"),
+    (
+        "long.jsonl",
+        b'{"text": "a", "n": ' + b"9" * 9999 + b"}",
+        r"line 1: not valid JSON \(Exceeds",
+    ),
+    ("twice.jsonl", b'{"text": "a", "text": "b"}', r"line 1: the record has two 'text'"),
+    ("open.json", b'[{"text": "a"}, {"text": "b"}', r"record 2: .*the file is cut short"),
+    ("open.json", b'[{"text": "a"}, {"text": "b', r"record 2: not valid JSON"),
+    ("comma.json", b'[{"text": "a"} {"text": "b"}]', r"record 1: .*'{' follows it"),
+    ("after.json", b'[{"text": "a"}] {"text": "b"}', r"something follows the list"),
+    ("list.json", b'[["a"]]', r"record 1: the record must be a JSON object, not list"),
+    ("null.jsonl", b'{"text": null}', r"line 1: 'text' holds NoneType, not text"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD_LINES)
+def test_a_bad_line_is_named_by_file_and_number(tmp_path, name, content, message):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.txt").write_text("good")
+    (tmp_path / "data" / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"data.path: .*{message}"):
+        check_data(data_config(tmp_path / "data"))
+
+
+def test_parquet_columns_and_rows_are_named(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    file = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None], "n": [1, 2]}), file)
+    with pytest.raises(ValueError, match=r"a.parquet, row 2: 'text' holds NoneType"):
+        _read(file)
+    with pytest.raises(ValueError, match=r"row 1: 'n' holds int, not text"):
+        _read(file, text_key="n")
+    with pytest.raises(ValueError, match=r"0 columns 'body'; set data.text_key .*\['n', 'text'\]"):
+        _read(file, text_key="body")
+
+
+def test_one_long_part_is_looked_at_once(tmp_path, monkeypatch):
+    """Quadratic reading would take minutes here."""
+    monkeypatch.setattr("nemo_minitron.data.formats.CHUNK", 16)
+    text = "word " * 200_000
+    (tmp_path / "a.txt").write_text(text + "\n\nend")
+    (tmp_path / "b.json").write_text(json.dumps([{"text": text}, {"text": "end"}]))
+    assert _read(tmp_path / "a.txt") == _read(tmp_path / "b.json") == [text.strip(), "end"]

@@ -1,0 +1,236 @@
+"""The forms of a text file: plain text, JSON lines, JSON and Parquet, compressed or not.
+
+Files are streamed: one record, or one part of a text file, is in memory at a time. Whatever is
+wrong with a file is a ``ValueError`` that names the file and the line, record or row.
+"""
+
+import bz2
+import contextlib
+import gzip
+import importlib
+import io
+import lzma
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+from nemo_minitron.data.records import parse_record, text_of, values_of
+
+JSON_LINES = (".jsonl", ".ndjson")
+FORMS = (".txt", *JSON_LINES, ".json", ".parquet")
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+CHUNK = 1 << 20
+"""Characters that are read at a time."""
+
+
+def form_of(path: Path) -> str | None:
+    """How a file is read, after its name: one of ``FORMS``; None: it is not read.
+
+    Capital letters in a suffix mean the same as small ones.
+    """
+    form, _ = _suffixes(path)
+    return form
+
+
+def _suffixes(path: Path) -> tuple[str | None, str]:
+    """Form and compression of a file; both are empty or None where the name has none."""
+    suffix, name, compression = path.suffix.lower(), path, ""
+    if suffix in COMPRESSIONS:
+        name, compression = path.with_suffix(""), suffix
+        suffix = name.suffix.lower()
+    if suffix not in FORMS or (suffix == ".parquet" and compression):
+        return None, compression
+    return suffix, compression
+
+
+def suffix_of(path: Path) -> str:
+    """Form and compression as the end of a name: what decides how bytes become documents."""
+    form, compression = _suffixes(path)
+    return f"{form or ''}{compression}"
+
+
+def texts_of(file: Path, key: str, separator: str | None) -> Iterator[str]:
+    """Texts of one file, in order.
+
+    Args:
+        file: of a form that :func:`form_of` knows.
+        key: holds the text in a JSON record, and names the column of a Parquet file.
+        separator: between two documents of a plain text file; None: the file is one document.
+
+    Raises:
+        ValueError: the file cannot be read, is damaged, or a record has no text.
+    """
+    form = form_of(file)
+    with _named_errors(file):
+        if form == ".txt":
+            yield from _plain(file, separator)
+        elif form == ".parquet":
+            yield from _parquet(file, key)
+        elif form == ".json":
+            yield from _json(file, key)
+        else:
+            yield from _json_lines(file, key)
+
+
+@contextlib.contextmanager
+def _named_errors(file: Path) -> Iterator[None]:
+    """Whatever the libraries raise about a file, as a ``ValueError`` that names it."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        where = line_that_is_no_text(file)
+        raise ValueError(
+            f"data.path: {file}{where} is not UTF-8 text ({error.reason}); save the file as UTF-8, "
+            "or leave the line out"
+        ) from error
+    except _damages() as error:
+        raise ValueError(
+            f"data.path: file {file} cannot be read ({error}); it is damaged or cut short: write "
+            "it again, or take it out of data.path"
+        ) from error
+
+
+def _damages() -> tuple[type[Exception], ...]:
+    """What the libraries raise about bytes that they cannot read."""
+    zstandard = sys.modules.get("zstandard")  # imported where a file needs it
+    more = () if zstandard is None else (zstandard.ZstdError,)
+    return (EOFError, OSError, zlib.error, lzma.LZMAError, *more)
+
+
+def line_that_is_no_text(file: Path) -> str:
+    """``, line N`` of the first line that is not UTF-8; empty when there is none."""
+    if form_of(file) == ".parquet":
+        return ""
+    with _open_bytes(file) as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return f", line {number}"
+    return ""
+
+
+def _open_bytes(file: Path) -> IO[bytes]:
+    """The bytes of a file, decompressed."""
+    _, compression = _suffixes(file)
+    if compression == ".zst":
+        return _open_zstandard(file)
+    if not compression:
+        return file.open("rb")
+    opened: dict[str, Callable[[Path], Any]] = {
+        ".gz": gzip.open,
+        ".bz2": bz2.open,
+        ".xz": lzma.open,
+    }
+    stream: IO[bytes] = opened[compression](file)
+    return stream
+
+
+def _open_zstandard(file: Path) -> IO[bytes]:
+    try:
+        zstandard = importlib.import_module("zstandard")
+    except ImportError as error:
+        raise ValueError(
+            f"data.path: file {file} is compressed with Zstandard, and the package zstandard is "
+            "not installed; install it, or decompress the file"
+        ) from error
+    stream: IO[bytes] = zstandard.open(file, "rb")
+    return stream
+
+
+def _open_text(file: Path) -> IO[str]:
+    """The text of a file whatever its line ends are, without a byte order mark."""
+    return io.TextIOWrapper(_open_bytes(file), encoding="utf-8-sig")
+
+
+def _plain(file: Path, separator: str | None) -> Iterator[str]:
+    """Parts of a plain text file; every character is looked at once, however long a part is."""
+    pieces: list[str] = []  # of the part that has not ended yet
+    line = 1
+    with _open_text(file) as stream:
+        while chunk := stream.read(CHUNK):
+            if "\0" in chunk:
+                line += chunk.count("\n", 0, chunk.index("\0"))
+                raise ValueError(
+                    f"data.path: {file}, line {line} holds a NUL character: this is not a text "
+                    "file, or it is damaged; take it out of data.path, or leave the line out"
+                )
+            line += chunk.count("\n")
+            if separator is None:
+                pieces.append(chunk)
+                continue
+            # A separator may begin in the text before.
+            seam = pieces.pop() if pieces else ""
+            *parts, rest = (seam + chunk).split(separator)
+            if parts:
+                yield "".join([*pieces, parts[0]])
+                yield from parts[1:]
+                pieces = []
+            reach = len(rest) - (len(separator) - 1)
+            pieces += [rest[:reach], rest[reach:]] if reach > 0 else [rest]
+    yield "".join(pieces)
+
+
+def _json_lines(file: Path, key: str) -> Iterator[str]:
+    with _open_bytes(file) as stream:
+        for number, line in enumerate(stream, start=1):
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            del line
+            if text.strip():
+                where = f"data.path: {file}, line {number}"
+                yield text_of(parse_record(text, key, where), key, where)
+
+
+def _json(file: Path, key: str) -> Iterator[str]:
+    """Records of a ``.json`` file: a list of them, or one after the other as in JSON lines."""
+    with _open_text(file) as stream:
+        for number, record in enumerate(values_of(stream, key, file, CHUNK), start=1):
+            where = f"data.path: {file}, record {number}"
+            yield text_of(record, key, where)
+
+
+def _parquet(file: Path, key: str) -> Iterator[str]:
+    """The column ``key``, a thousand rows at a time."""
+    try:
+        pyarrow = importlib.import_module("pyarrow")
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise ValueError(
+            f"data.path: file {file} is a Parquet file, and the package pyarrow is not installed; "
+            "install it, or save the texts as .jsonl"
+        ) from error
+    try:
+        with parquet.ParquetFile(file) as table:
+            _check_column(table.schema_arrow, key, file)
+            number = 0
+            for batch in table.iter_batches(batch_size=1000, columns=[key]):
+                for value in batch.column(0):
+                    number += 1
+                    where = f"data.path: {file}, row {number}"
+                    yield text_of({key: _cell(value, where)}, key, where)
+    except pyarrow.ArrowException as error:
+        _damaged(file, error)
+
+
+def _damaged(file: Path, error: Exception) -> NoReturn:
+    raise ValueError(
+        f"data.path: file {file} is not a readable Parquet file ({error}); write it again, or take "
+        "it out of data.path"
+    ) from error
+
+
+def _check_column(schema: Any, key: str, file: Path) -> None:
+    if schema.names.count(key) != 1:
+        raise ValueError(
+            f"data.path: file {file} has {schema.names.count(key)} columns '{key}'; set "
+            f"data.text_key to the column that holds the text, one of {sorted(schema.names)}"
+        )
+
+
+def _cell(value: Any, where: str) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is not UTF-8 text ({error.reason})") from error
