@@ -179,7 +179,9 @@ def test_prompts_that_exceed_the_context(home, tmp_path):
     ("name", "text", "says"),
     [
         ("p.txt", " \n\n", "holds no prompt: every line is empty"),
-        ("p.txt", "\xff", "is not UTF-8 text"),
+        ("p.txt", "ok\n\xff", "p.txt, line 2 is not UTF-8 text"),
+        ("p.jsonl", '{"prompt": "a \\ud83d"}', "line 1: the text holds \\ud83d at character 3"),
+        ("p.jsonl", '{"prompt": ' + "[" * 100_000 + "}", "line 1: the record is nested too deeply"),
         ("p.csv", "a", "must be a .txt file (one prompt per line) or a .jsonl file; it is not one"),
         ("p.jsonl", "{", "line 1: not valid JSON"),
         ("p.jsonl", '{"text": "a"}', "no key 'prompt'; set prompt_key to the key that holds"),
