@@ -65,7 +65,7 @@ value_of() {
 
 # What stands in a result folder and its unfinished work, logs left out: equal when nothing was saved.
 saved_work() {
-  find "$1" "$1.partial" -type f ! -name '*.log' ! -name partial.json ! -path '*/logs/*' \
+  find "$1" "$1.partial" -type f ! -name '*.log' ! -name 'partial.json*' ! -name 'owner.json*' ! -path '*/logs/*' \
     -printf '%p %s\n' 2>/dev/null | sort | cksum || true
 }
 

@@ -178,20 +178,29 @@ def _run(stage: str, config: StageConfig) -> None:
     parallel = getattr(config, "parallel", None)
     world = parallel.world_size(launched) if parallel else 1
     module = stage_module(stage)
-    if not ranks.started_by_us():
-        if parallel:
-            versions.check_megatron()
-        _check(module, config)
-    if world > 1 and launched is None:
-        ranks.check_fits(world)
-        return _start_ranks(stage, config, world)
-    if ranks.rank() and stage not in schema.RANKED_STAGES:
-        return log.debug("rank 0 alone runs %s", stage)
-    from nemo_minitron.reporting.console import log_file
+    if not ranks.started_by_us() and parallel:
+        versions.check_megatron()
+    with _place(stage, config):
+        if not ranks.started_by_us():
+            _check(module, config)
+        if world > 1 and launched is None:
+            ranks.check_fits(world)
+            return _start_ranks(stage, config, world)
+        if ranks.rank() and stage not in schema.RANKED_STAGES:
+            return log.debug("rank 0 alone runs %s", stage)
+        from nemo_minitron.reporting.console import log_file
 
-    writes = stage != "plan"
-    with log_file(_log_path(config)) if writes else contextlib.nullcontext():
-        module.run(config)
+        with log_file(_log_path(config)) if stage != "plan" else contextlib.nullcontext():
+            module.run(config)
+
+
+def _place(stage: str, config: StageConfig) -> contextlib.AbstractContextManager[None]:
+    """Hold the place of the result, for all ranks and from before inputs are hashed."""
+    if stage == "plan" or ranks.started_by_us() or ranks.rank():
+        return contextlib.nullcontext()
+    from nemo_minitron.checkpoint.artifact import reserved
+
+    return reserved(config, stage)
 
 
 def _log_path(config: StageConfig) -> Path:

@@ -4,20 +4,17 @@
 replaced waits until the new one stands.
 """
 
-import contextlib
 import errno
 import json
 import logging
 import os
 import shutil
-import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 from omegaconf import OmegaConf
 
 from nemo_minitron.checkpoint.manifest import (
@@ -34,15 +31,44 @@ from nemo_minitron.checkpoint.manifest import (
     read_manifest,
     versions,
 )
+from nemo_minitron.checkpoint.output_checks import (
+    REPLACED,
+    added_files,
+    check_additions,
+    check_apart,
+    check_neighbours,
+    finish_for_an_earlier_version,
+    old_of,
+    partial_of,
+    put_back,
+)
+from nemo_minitron.checkpoint.ownership import (
+    SIGNED,
+    Claim,
+    claim_of,
+    claimed,
+    discard,
+    owner_files,
+    refuse_live_owner,
+)
+from nemo_minitron.checkpoint.watched import content_of, input_states, read_paths, refuse_changed
 from nemo_minitron.config.stages import StageConfig
 from nemo_minitron.data.cache import check_cache
 from nemo_minitron.documents import read_json
 
-__all__ = ["Manifest", "Ranks", "check_output", "fingerprint", "open_result", "output_folder"]
+__all__ = [
+    "Manifest",
+    "Ranks",
+    "check_output",
+    "fingerprint",
+    "old_of",
+    "open_result",
+    "output_folder",
+    "partial_of",
+    "reserved",
+]
 
 log = logging.getLogger(__name__)
-
-OWNER = "partial.json"
 
 
 @dataclass(frozen=True)
@@ -58,32 +84,18 @@ class Ranks:
     barrier: Callable[[], None] = lambda: None
 
 
-def partial_of(output_dir: Path) -> Path:
-    """Where a stage works before its result is complete."""
-    return output_dir.with_name(output_dir.name + ".partial")
-
-
-def old_of(output_dir: Path) -> Path:
-    """Where a replaced result waits until the new one stands."""
-    return output_dir.with_name(output_dir.name + ".old")
-
-
 def check_output(cfg: StageConfig, stage: str) -> None:
     """Refuse an output folder that cannot take the result. Reads only; cheap; any rank.
 
     Raises:
-        ValueError: a complete result is there and overwrite is false, something else is there, or
-            the folder is (or holds) one of the inputs; the cache of data lies in a result.
+        ValueError: a complete result is there and overwrite is false, something else is there (also
+            under ``.partial``, ``.old`` and ``.log``), somebody added files to the result; the
+            folder is, holds or lies in one of the inputs; the cache of data lies in a result.
     """
     output = Path(cfg.output_dir).resolve()
-    check_cache(cfg, [output])
-    for key, value in input_paths(cfg).items():
-        path = Path(value).resolve()
-        if path == output or output in path.parents:
-            raise ValueError(
-                f"output_dir={cfg.output_dir} would replace its own input {key}={value}; "
-                "set another output_dir"
-            )
+    check_cache(cfg, [output, partial_of(output), old_of(output)])
+    check_apart(cfg, output)
+    check_neighbours(output)
     _check_existing(cfg, stage, output)
     parent = next(p for p in output.parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -96,9 +108,9 @@ def _check_existing(cfg: StageConfig, stage: str, output: Path) -> None:
     try:
         manifest = read_manifest(output) if output.is_dir() else None
     except ValueError:
-        if cfg.overwrite:
-            return  # damaged, and what replaces it is this very command
-        raise
+        if not cfg.overwrite:
+            raise
+        return check_additions(output, None)  # damaged, and what replaces it is this very command
     if manifest is None:
         raise ValueError(
             f"output_dir={cfg.output_dir} exists and is not a result (no {MANIFEST}); it is never "
@@ -114,6 +126,29 @@ def _check_existing(cfg: StageConfig, stage: str, output: Path) -> None:
             f"output_dir={cfg.output_dir} holds a result of stage '{manifest.stage}', which "
             f"'{stage}' does not overwrite; set another output_dir"
         )
+    check_additions(output, manifest)
+
+
+@contextmanager
+def reserved(cfg: StageConfig, stage: str) -> Iterator[None]:
+    """Own the place of a result from before its inputs are checked until the stage has ended.
+
+    Args:
+        cfg: the stage's config.
+        stage: its name; a pipeline only keeps other pipelines away from its folder.
+
+    Raises:
+        ValueError: as ``check_output``; or another process is writing the same result.
+    """
+    output = Path(cfg.output_dir).resolve()
+    several = stage == "pipeline"
+    check_neighbours(output) if several else check_output(cfg, stage)
+    finish_for_an_earlier_version(output)
+    with claimed(partial_of(output), {} if several else input_states(cfg)):
+        if not several:
+            put_back(output)
+            check_output(cfg, stage)
+        yield
 
 
 @contextmanager
@@ -124,11 +159,13 @@ def output_folder(
     *,
     resumable: bool = False,
     may_change: tuple[str, ...] = (),
+    temporary: tuple[str, ...] = (),
     ranks: Ranks | None = None,
 ) -> Iterator[Path]:
     """Give a stage a folder to write into, and make it a result when the body ends well.
 
-    On success ``.hydra/`` is written, every file is hashed and flushed, ``manifest.json`` follows
+    It is a result only if every input is still what it was before the first byte of it was read. On
+    success ``.hydra/`` is written, every file is hashed and flushed, ``manifest.json`` follows
     last and the folder is renamed to ``output_dir``. On any failure an old result still stands, and
     the working folder is removed unless it is ``resumable`` and holds anything.
 
@@ -140,74 +177,108 @@ def output_folder(
         resumable: keep the working folder on failure and find it again next time, if config and
             inputs are the same (with other ones it is refused, or cleared under overwrite=true).
         may_change: keys (or beginnings of keys) that may differ then; the stage copes with it.
+        temporary: names in the folder that are there to resume, and are no part of the result.
         ranks: for several ranks that write one result; every rank enters and leaves together.
 
     Yields:
         The working folder.
 
     Raises:
-        ValueError: as ``check_output``; or another process is writing the same result.
+        ValueError: as ``check_output``; another process is writing the same result; an input was
+            replaced or edited meanwhile.
     """
     ranks = ranks or Ranks()
-    output = Path(cfg.output_dir).resolve()
-    work = partial_of(output)
-    mine = False  # a folder that is refused is somebody else's
-    try:  # a stop signal may come as soon as the folder exists
-        if ranks.rank == 0:
-            _open_work(cfg, stage, inputs, output, resumable, may_change)
-            mine = True
-        ranks.barrier()
-        yield work
-        ranks.barrier()
-        if ranks.rank == 0:
-            _complete(cfg, stage, work, output)
-    except BaseException as error:
-        if mine:
-            _abandon(work, output, error, keep=resumable and files_in(work) != [OWNER])
-        raise
+    work = partial_of(Path(cfg.output_dir).resolve())
+    with ExitStack() as stack:
+        job: _Job | None = None
+        try:  # a stop signal may come as soon as the folder exists
+            if ranks.rank == 0:
+                if claim_of(work) is None:
+                    stack.enter_context(reserved(cfg, stage))
+                job = _Job(cfg, stage, _claim(work), resumable, temporary)
+                _open_work(job, inputs, may_change)
+                job.claim.begun = True
+            ranks.barrier()
+            yield work
+            ranks.barrier()
+            if job is not None:
+                _complete(job)
+        except BaseException as error:
+            if job is not None:
+                _abandon(job, error)
+                if isinstance(error, Exception):  # maybe just what reading a mixture gives
+                    refuse_changed(cfg, job.states, job.contents, exact=not resumable)
+            raise
     ranks.barrier()
 
 
+@dataclass
+class _Job:
+    """A stage that writes its result.
+
+    Attributes:
+        cfg: its config.
+        stage: its name.
+        claim: on the working folder.
+        resumable: see ``output_folder``.
+        temporary: see ``output_folder``.
+        states: of the inputs, see ``watched.input_states``.
+        contents: of the inputs, see ``watched.content_of``.
+    """
+
+    cfg: StageConfig
+    stage: str
+    claim: Claim
+    resumable: bool
+    temporary: tuple[str, ...]
+    states: dict[str, str] = field(default_factory=dict)
+    contents: dict[str, str] = field(default_factory=dict)
+
+
+def _claim(work: Path) -> Claim:
+    """The claim on the working folder, for one job alone."""
+    claim = claim_of(work)
+    if claim is None or claim.used:
+        raise ValueError(f"{work} is being written by this process; set another output_dir")
+    claim.used = True
+    return claim
+
+
 def _open_work(
-    cfg: StageConfig,
-    stage: str,
-    inputs: Mapping[str, str | Path | Manifest] | None,
-    output: Path,
-    resumable: bool,
-    may_change: tuple[str, ...],
+    job: _Job, inputs: Mapping[str, str | Path | Manifest] | None, may_change: tuple[str, ...]
 ) -> None:
-    """Create or re-open the working folder and sign it."""
-    old = old_of(output)
-    if old.exists() and not output.exists():
-        old.rename(output)  # a job was killed between the two renames of ``_replace``
-    check_output(cfg, stage)
-    work = partial_of(output)
-    owner = _read_owner(work)
-    _refuse_live_owner(work, owner)
-    named = input_paths(cfg) if inputs is None else inputs
-    mine = {
-        "stage": stage,
-        "config": config_values(cfg),
-        "inputs": {key: _identity(value, cfg.workers) for key, value in named.items()},
-        **_signature(),
-    }
-    if work.exists() and not (resumable and _resumes(cfg, work, owner, mine, may_change)):
-        log.info("removing %s, left by a job that did not end well", work)
-        shutil.rmtree(work)
-    _sign(work, mine)
+    """Find out what the result is made from, and whether earlier work on it is at hand."""
+    cfg, work = job.cfg, job.claim.work
+    check_output(cfg, job.stage)
+    refuse_live_owner(Path(cfg.output_dir).resolve())
+    named: Mapping[str, str | Path | Manifest] = input_paths(cfg) if inputs is None else inputs
+    identities = {key: _identity(value, cfg.workers) for key, value in named.items()}
+    mine = {"stage": job.stage, "config": config_values(cfg), "inputs": identities}
+    job.contents = _contents(job, identities)
+    job.states = {key: s for key, s in input_states(cfg).items() if key in job.contents}
+    refuse_changed(cfg, {key: s for key, s in job.claim.states.items() if key in job.contents})
+    left = [path for path in work.iterdir() if not owner_files([path.name])]
+    if left and not (job.resumable and _resumes(cfg, work, _read_owner(work), mine, may_change)):
+        log.info("removing what is in %s, left by a job that did not end well", work)
+        for path in left:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    draft = work / f"{SIGNED}.draft"
+    draft.write_text(json.dumps(mine, indent=1))
+    draft.replace(work / SIGNED)
 
 
-def _sign(work: Path, owner: dict[str, Any]) -> None:
-    """Create the working folder if need be and say whose it is; all or nothing."""
-    made = not work.exists()
-    draft = work / f"{OWNER}.draft"
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps(owner, indent=1))
-        draft.replace(work / OWNER)
-    except BaseException:  # disk full, a signal; what an earlier run left to resume stays resumable
-        shutil.rmtree(work, ignore_errors=True) if made else draft.unlink(missing_ok=True)
-        raise
+def _contents(job: _Job, identities: Mapping[str, str]) -> dict[str, str]:
+    """What must stay the same of every input that is read by its path."""
+    found = {}
+    for key, value in read_paths(job.cfg).items():
+        if key in identities:
+            identity = identities[key]
+        elif Path(value).exists() and identities:
+            identity = fingerprint(value, job.cfg.workers)
+        else:
+            continue
+        found[key] = content_of(Path(value), identity, exact=not job.resumable)
+    return found
 
 
 def _identity(value: str | Path | Manifest, workers: int) -> str:
@@ -216,29 +287,12 @@ def _identity(value: str | Path | Manifest, workers: int) -> str:
     return fingerprint(value, workers)
 
 
-def _signature() -> dict[str, Any]:
-    """This process: start time too, since process ids come round again."""
-    process = psutil.Process()
-    return {"host": socket.gethostname(), "pid": process.pid, "started": process.create_time()}
-
-
 def _read_owner(work: Path) -> dict[str, Any]:
     try:
-        owner = read_json(work / OWNER)
+        owner = read_json(work / SIGNED)
     except (OSError, ValueError):  # killed before it was written whole
         return {}
     return owner if isinstance(owner, dict) else {}
-
-
-def _refuse_live_owner(work: Path, owner: dict[str, Any]) -> None:
-    if owner.get("host") != socket.gethostname() or owner.get("pid") == os.getpid():
-        return  # a process of another node cannot be looked up; a requeued job must go on
-    with contextlib.suppress(psutil.Error, KeyError):
-        if psutil.Process(owner["pid"]).create_time() == owner["started"]:
-            raise ValueError(
-                f"{work} is being written by process {owner['pid']}; wait for it, end it, or set "
-                "another output_dir"
-            )
 
 
 def _resumes(
@@ -274,12 +328,21 @@ def _resumes(
     )
 
 
-def _complete(cfg: StageConfig, stage: str, work: Path, output: Path) -> None:
+def _complete(job: _Job) -> None:
     """Turn the working folder into the result."""
-    names = [name for name in files_in(work) if name not in (OWNER, MANIFEST)]
-    write_manifest(cfg, stage, work, _read_owner(work)["inputs"], names)
-    (work / OWNER).unlink()
+    cfg, work = job.cfg, job.claim.work
+    refuse_changed(cfg, job.states, job.contents, exact=not job.resumable)
+    for name in job.temporary:
+        shutil.rmtree(work / name, ignore_errors=True)
+    there = files_in(work)
+    ours = {MANIFEST, *owner_files(there)}
+    names = [name for name in there if name not in ours]
+    write_manifest(cfg, job.stage, work, _read_owner(work)["inputs"], names)
     _flush_folder(work)
+    job.claim.check()
+    output = Path(cfg.output_dir).resolve()
+    check_neighbours(output)
+    _check_existing(cfg, job.stage, output)
     _replace(work, output)
 
 
@@ -314,18 +377,34 @@ def _replace(work: Path, output: Path) -> None:
     """Rename ``work`` to ``output``; what stood there goes only after that."""
     old = old_of(output)
     if old.exists():
-        shutil.rmtree(old)
+        shutil.rmtree(old)  # ``check_neighbours`` has seen that it is ours
     if output.exists():
+        (output / REPLACED).touch()
         output.rename(old)
     try:
         work.rename(output)
     except OSError:
         if old.exists():
             old.rename(output)
+            (output / REPLACED).unlink()
         raise
     _flush_folder(output.parent)
+    for name in owner_files(os.listdir(output)):
+        (output / name).unlink()
     if old.exists():
-        shutil.rmtree(old)
+        _remove_replaced(old)
+
+
+def _remove_replaced(old: Path) -> None:
+    """Remove a result that another has replaced, unless somebody put files there meanwhile."""
+    try:
+        added = added_files(old, read_manifest(old)) if (old / MANIFEST).is_file() else []
+    except ValueError:
+        added = added_files(old, None)
+    if added:
+        (old / REPLACED).unlink()
+        return log.warning("%s stays: it holds files that no stage wrote (%s)", old, added[0])
+    shutil.rmtree(old)
 
 
 def _flush_folder(folder: Path) -> None:
@@ -336,11 +415,17 @@ def _flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _abandon(work: Path, output: Path, error: BaseException, *, keep: bool) -> None:
-    if keep:
+def _abandon(job: _Job, error: BaseException) -> None:
+    """Keep what can be resumed, and only that."""
+    work, output = job.claim.work, Path(job.cfg.output_dir).resolve()
+    job.claim.used = False
+    if not job.claim.stands():
+        return
+    names = files_in(work)
+    if job.resumable and len(owner_files(names)) < len(names):
         log.info("unfinished work stays in %s; the same command resumes it", work)
     else:
-        shutil.rmtree(work, ignore_errors=True)
+        discard(work)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         stands = f"; the old result in {output} still stands" if output.exists() else ""
         log.error("the disk of %s is full%s", output.parent, stands)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -164,11 +165,26 @@ def test_disk_full_for_real(tmp_path, source):
 
 
 def test_killed_between_the_two_renames(cfg):
+    """The old result is put back; what an earlier version left is put in its place."""
     folder = write(cfg, "old")
+    (folder / "replaced.json").touch()
     folder.rename(artifact.old_of(folder))
     with pytest.raises(ValueError, match="already holds a complete result"):
         write(cfg)
     assert (folder / "sub/file").read_text() == "old"
+    open_result(folder)
+    assert siblings(cfg) == ["out"]
+
+
+def test_killed_between_the_two_renames_by_an_earlier_version(cfg):
+    """It left both results complete, and no file that says who moved them."""
+    old = write(cfg, "old").rename(f"{cfg.output_dir}.old")
+    shutil.copytree(old, f"{cfg.output_dir}.partial")
+    (Path(f"{cfg.output_dir}.partial") / "later").write_text("new")
+    with pytest.raises(ValueError, match="already holds a complete result"):
+        write(cfg)
+    assert (Path(cfg.output_dir) / "later").read_text() == "new"
+    assert read_manifest(old)
 
 
 KILL = """

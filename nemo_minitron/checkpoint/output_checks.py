@@ -1,0 +1,194 @@
+"""What stands where a stage is about to write: only what a stage wrote is ever moved or removed."""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from nemo_minitron.checkpoint.manifest import MANIFEST, Manifest, files_in, read_manifest
+from nemo_minitron.checkpoint.ownership import is_ours, not_ours, owner_files
+from nemo_minitron.checkpoint.watched import read_paths
+from nemo_minitron.config.stages import StageConfig
+
+REPLACED = "replaced.json"
+"""In a result that waits under ``<output_dir>.old``: a stage put it there."""
+_LOG_LINE = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ")
+_NAMED = 5  # of the user's files in a message
+
+
+def partial_of(output_dir: Path) -> Path:
+    """Where a stage works before its result is complete."""
+    return output_dir.with_name(output_dir.name + ".partial")
+
+
+def old_of(output_dir: Path) -> Path:
+    """Where a replaced result waits until the new one stands."""
+    return output_dir.with_name(output_dir.name + ".old")
+
+
+def log_of(output_dir: Path) -> Path:
+    """Log file of a stage."""
+    return output_dir.with_name(output_dir.name + ".log")
+
+
+def check_apart(cfg: StageConfig, output: Path) -> None:
+    """Refuse inputs that are, hold or lie in what the stage writes, moves or removes.
+
+    Raises:
+        ValueError: names both.
+    """
+    places = [output, partial_of(output), old_of(output)]
+    for key, value in read_paths(cfg).items():
+        for path in _real_places(Path(value)):
+            for place in places:
+                if _within(path, place):
+                    raise ValueError(_replaces(cfg, key, value, place, output))
+                if path.is_dir() and _within(place, path):
+                    raise ValueError(
+                        f"output_dir={cfg.output_dir} lies inside its own input {key}={value}; "
+                        "set another output_dir"
+                    )
+            if _same(path, log_of(output)):
+                raise ValueError(
+                    f"{key}={value} is the file that the log of output_dir={cfg.output_dir} would "
+                    "be written to; set another output_dir"
+                )
+
+
+def _replaces(cfg: StageConfig, key: str, value: str, place: Path, output: Path) -> str:
+    where = f"output_dir={cfg.output_dir}"
+    if place != output:
+        where += f", by working in {place},"
+    return f"{where} would replace its own input {key}={value}; set another output_dir"
+
+
+def _real_places(path: Path) -> Iterator[Path]:
+    """An input, and what the links in it lead to."""
+    yield path.resolve()
+    if not path.exists():  # the prefix of a pair
+        yield from (Path(f"{path}{end}").resolve() for end in (".bin", ".idx"))
+    seen: set[Path] = set()
+    folders = [path] if path.is_dir() else []
+    while folders:
+        for base, names, files in os.walk(folders.pop()):
+            for name in (*names, *files):
+                link = Path(base) / name
+                if link.is_symlink() and link.resolve() not in seen:
+                    seen.add(link.resolve())
+                    yield link.resolve()
+                    folders += [link.resolve()] if link.is_dir() else []
+
+
+def _within(path: Path, folder: Path) -> bool:
+    """Whether ``path`` is ``folder`` or lies in it, by whatever names."""
+    return any(_same(one, folder) for one in (path, *path.parents))
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return one == other or os.path.samefile(one, other)
+    except OSError:
+        return False
+
+
+def check_neighbours(output: Path) -> None:
+    """Refuse a ``.partial``, ``.old`` or ``.log`` beside the output that no stage wrote.
+
+    Raises:
+        ValueError: names it.
+    """
+    work, old, log = partial_of(output), old_of(output), log_of(output)
+    if os.path.lexists(work) and not (is_ours(work) or left_by_an_earlier_version(output)):
+        raise ValueError(not_ours(work))
+    if os.path.lexists(old) and not (was_replaced(old) or left_by_an_earlier_version(output)):
+        raise ValueError(
+            f"{old} was not put there by minitron, and is where this stage would keep the result "
+            "that it replaces; it is never touched: move it away, or set another output_dir (if a "
+            f"run of an earlier version was killed while it replaced a result: mv {old} {output})"
+        )
+    if os.path.lexists(log) and not _is_log(log):
+        raise ValueError(
+            f"{log} was not written by minitron, and is where the log of this stage would go; it "
+            "is never touched: move it away, or set another output_dir"
+        )
+
+
+def was_replaced(old: Path) -> bool:
+    """Whether a stage moved this result away, to put another in its place."""
+    return old.is_dir() and not old.is_symlink() and (old / REPLACED).is_file()
+
+
+def left_by_an_earlier_version(output: Path) -> bool:
+    """Whether a run of an earlier version was killed between its two renames.
+
+    It left nothing under ``output``, the old result under ``.old`` and the new one, complete, under
+    ``.partial``, both of one stage.
+    """
+    if os.path.lexists(output):
+        return False
+    try:
+        both = [read_manifest(folder) for folder in (partial_of(output), old_of(output))]
+    except ValueError:
+        return False
+    new, before = both
+    return new is not None and before is not None and new.stage == before.stage
+
+
+def _is_log(path: Path) -> bool:
+    """Whether a file begins as our logs do; an empty one does."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        start = file.read(32)
+    return not start or _LOG_LINE.match(start) is not None
+
+
+def check_additions(output: Path, manifest: Manifest | None) -> None:
+    """Refuse to replace a result to which somebody has added files.
+
+    Args:
+        output: the result.
+        manifest: what it holds; None where the manifest is damaged.
+
+    Raises:
+        ValueError: names the files.
+    """
+    names = added_files(output, manifest)
+    if names:
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        raise ValueError(
+            f"output_dir={output} holds files that no stage wrote ({', '.join(names[:_NAMED])}"
+            f"{more}), and overwrite=true would remove them; move them away, or set another "
+            "output_dir"
+        )
+
+
+def added_files(folder: Path, manifest: Manifest | None) -> list[str]:
+    """Files of a result that its manifest does not list."""
+    names = files_in(folder)
+    ours = {MANIFEST, REPLACED, *owner_files(names)}
+    if manifest is not None:
+        ours |= manifest.files.keys()
+    else:  # damaged: what its text still names
+        text = (folder / MANIFEST).read_text(errors="replace")
+        ours |= {name for name in names if f'"{name}"' in text}
+    return [name for name in names if name not in ours and not Path(name).name.startswith(".nfs")]
+
+
+def put_back(output: Path) -> None:
+    """Put back the result of a job that was killed between the two renames of a replacement.
+
+    The caller owns the working folder, so no such replacement is under way.
+    """
+    if was_replaced(old_of(output)) and not os.path.lexists(output):
+        old_of(output).rename(output)
+        (output / REPLACED).unlink()
+
+
+def finish_for_an_earlier_version(output: Path) -> None:
+    """Do the second rename of a replacement for a job of an earlier version that was killed."""
+    if left_by_an_earlier_version(output):
+        (old_of(output) / REPLACED).touch()
+        with contextlib.suppress(OSError):  # another process was first
+            partial_of(output).rename(output)

@@ -1,0 +1,396 @@
+"""Who writes a result: one process at a time, on one host or on several that share the files.
+
+The working folder is its own lock. It appears by one rename, with ``owner.json`` in it, so of two
+processes that start together one finds it taken. The owner touches that file every few seconds: on
+its own host its process can be looked up, on another host a file that is no longer touched tells
+that it is gone. A successor signs under a name that only one can create (``owner.json.to-<token of
+the dead owner>``), so of two that find the same dead owner one becomes the next.
+"""
+
+import contextlib
+import errno
+import glob
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from nemo_minitron.documents import read_json
+from nemo_minitron.runtime.ranks import started_by_us
+
+OWNER = "owner.json"
+SIGNED = "partial.json"
+"""What a working folder is for: stage, config and inputs. Earlier versions signed with it alone."""
+STALE = 300.0
+"""Seconds without a sign of life after which an owner on another host counts as gone."""
+_BEAT = 5.0
+_SAME_START = 2.0  # seconds by which two readings of one process's start may differ (clock steps)
+_ATTEMPTS = 10
+
+
+@dataclass
+class Claim:
+    """A working folder that this process (or the one that started it) owns.
+
+    Attributes:
+        work: the folder.
+        token: names this claim; nobody else has it.
+        states: of the inputs when the claim was taken, see ``watched.input_states``.
+        used: whether an ``output_folder`` is open on it.
+        begun: whether a stage has begun to work in the folder.
+    """
+
+    work: Path
+    token: str
+    states: dict[str, str] = field(default_factory=dict)
+    used: bool = False
+    begun: bool = False
+
+    def stands(self) -> bool:
+        """Whether nobody has taken the folder over since."""
+        return _read(self.work / OWNER).get("token") == self.token
+
+    def check(self) -> None:
+        """Refuse to go on with a folder that somebody else works in.
+
+        Raises:
+            ValueError: it was taken over, because this process gave no sign of life for long.
+        """
+        if not self.stands():
+            owner = _read(self.work / OWNER)
+            raise ValueError(
+                f"{self.work} was taken over by process {owner.get('pid')} on "
+                f"{owner.get('host')} while this one gave no sign of life; end one of them"
+            )
+
+
+_HELD: dict[Path, Claim] = {}
+
+
+def claim_of(work: Path) -> Claim | None:
+    """The claim on a folder that this process holds, or the process that started this rank."""
+    if work in _HELD:
+        return _HELD[work]
+    if not started_by_us():
+        return None
+    owner = _read(work / OWNER)
+    if not (_same_place(owner) and _is_ancestor(owner)):
+        return None
+    return Claim(work, owner["token"], owner.get("states", {}))
+
+
+@contextlib.contextmanager
+def claimed(work: Path, states: dict[str, str]) -> Iterator[Claim]:
+    """Own a working folder while the body runs; what it holds then is kept if it is worth it.
+
+    Args:
+        work: the folder, made here if it is not there; its parents too.
+        states: of the inputs, for ``Claim.states``.
+
+    Raises:
+        ValueError: somebody else owns it, or no stage made it.
+    """
+    made = _make_parents(work)
+    claim = Claim(work, uuid.uuid4().hex, states)
+    stop = threading.Event()
+    try:
+        _take(claim)
+        _HELD[work] = claim
+        threading.Thread(target=_beat, args=(claim, stop), daemon=True).start()
+        yield claim
+    finally:
+        stop.set()
+        _HELD.pop(work, None)
+        _leave(claim)
+        for folder in [] if claim.begun else made:  # refused input leaves no trace
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _make_parents(work: Path) -> list[Path]:
+    """Make the folders above ``work``; those that were missing, innermost first."""
+    missing = [folder for folder in work.parents if not folder.exists()]
+    work.parent.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def is_ours(work: Path) -> bool:
+    """Whether a stage made this working folder."""
+    if work.is_symlink() or not work.is_dir():
+        return False
+    return any((work / name).is_file() for name in (OWNER, SIGNED))
+
+
+def owner_files(names: list[str]) -> list[str]:
+    """Those of a folder's files that say whose it is, and are no part of a result."""
+    return [name for name in names if f"{name}.".startswith((f"{OWNER}.", f"{SIGNED}."))]
+
+
+def discard(work: Path) -> None:
+    """Remove a folder that this process owns; for others it is gone in one moment."""
+    trash = _beside(work, uuid.uuid4().hex, "trash")
+    with contextlib.suppress(OSError):
+        work.rename(trash)
+        shutil.rmtree(trash, ignore_errors=True)
+
+
+def release(work: Path) -> None:
+    """Leave a folder to whoever comes next, on any host, at once."""
+    token = uuid.uuid4().hex
+    draft = _beside(work, token, "draft")
+    draft.write_text(json.dumps({"token": token}))
+    draft.replace(work / OWNER)
+
+
+def _leave(claim: Claim) -> None:
+    """End a claim: what was saved stays for the next run, an empty folder goes."""
+    if not claim.stands():
+        return  # it is the result now, or somebody else's
+    names = os.listdir(claim.work)
+    if len(owner_files(names)) == len(names):
+        discard(claim.work)
+    else:
+        with contextlib.suppress(OSError):  # a full disk: then our process is looked for, and gone
+            release(claim.work)
+
+
+def _take(claim: Claim) -> None:
+    _sweep(claim.work)
+    mine = json.dumps(_signature(claim), indent=1)
+    for _ in range(_ATTEMPTS):  # the folder may come and go between two looks at it
+        if _create(claim, mine):
+            return
+        with contextlib.suppress(FileNotFoundError):
+            if _succeed(claim, mine):
+                return
+    raise ValueError(f"{claim.work} comes and goes: several processes write it; end all but one")
+
+
+def _create(claim: Claim, mine: str) -> bool:
+    """Put a folder with our name in it where none is."""
+    work = claim.work
+    if work.exists() or work.is_symlink():
+        return False
+    fresh = _beside(work, claim.token, "new")
+    try:
+        fresh.mkdir()
+        (fresh / OWNER).write_text(mine)
+        fresh.rename(work)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            return False  # another one was first
+        raise
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return True
+
+
+def _succeed(claim: Claim, mine: str) -> bool:
+    """Become the next owner of a folder whose owner is gone.
+
+    Raises:
+        ValueError: it is alive, or no stage made the folder.
+    """
+    work = claim.work
+    if not is_ours(work):
+        raise ValueError(not_ours(work))
+    draft = _beside(work, claim.token, "draft")
+    draft.write_text(mine)
+    try:
+        owner, signed, free = _owner(work)
+        # Both times are the file server's, so clocks of hosts do not enter.
+        age = draft.stat().st_mtime - signed.stat().st_mtime
+        if _alive(owner, age):
+            raise ValueError(_taken(work, owner, age))
+        if not _exclusive(draft, free, mine):
+            return False
+        if _owner(work)[0].get("token") != claim.token:
+            free.unlink(missing_ok=True)  # the dead owner had its successor long ago
+            return False
+        if free.name != OWNER:
+            draft.replace(work / OWNER)
+    finally:
+        draft.unlink(missing_ok=True)
+    for marker in work.glob(f"{OWNER}.to-*"):
+        marker.unlink(missing_ok=True)
+    return True
+
+
+def _exclusive(draft: Path, path: Path, text: str) -> bool:
+    """Create ``path`` with the content of ``draft``, unless it is there."""
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        return False
+    except FileNotFoundError:
+        raise
+    except OSError:  # a file system without hard links
+        try:
+            with open(path, "x") as file:
+                file.write(text)
+        except FileExistsError:
+            return False
+    return True
+
+
+def _owner(work: Path) -> tuple[dict[str, Any], Path, Path]:
+    """Who owns a folder, the file that says so, and the one that a successor has to create."""
+    path = work / OWNER
+    if not path.is_file():  # by an earlier version
+        return _read(work / SIGNED), work / SIGNED, path
+    while True:
+        owner = _read(path)
+        following = work / f"{OWNER}.to-{owner.get('token', 'unreadable')}"
+        if not following.is_file():
+            return owner, path, following
+        path = following
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        owner = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def _alive(owner: dict[str, Any], age: float) -> bool:
+    if "token" in owner and "pid" not in owner:
+        return False  # released
+    if _same_place(owner):
+        return _runs(owner)
+    if _is_later_start_of(owner):
+        return False
+    return age < STALE
+
+
+def _signature(claim: Claim) -> dict[str, Any]:
+    """This process: start time too, since process ids come round again."""
+    process = psutil.Process()
+    return {
+        "token": claim.token,
+        **_place(),
+        "pid": process.pid,
+        "started": process.create_time(),
+        **_job(),
+        "states": claim.states,
+    }
+
+
+def _place() -> dict[str, str]:
+    """Where process ids mean the same: a host since its start, and a container on it."""
+    return {
+        "host": socket.gethostname(),
+        "boot": _text(Path("/proc/sys/kernel/random/boot_id")),
+        "pids": os.readlink("/proc/self/ns/pid") if Path("/proc/self/ns/pid").exists() else "",
+    }
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _same_place(owner: dict[str, Any]) -> bool:
+    return bool(owner) and all(owner.get(key, value) == value for key, value in _place().items())
+
+
+def _job() -> dict[str, Any]:
+    """The SLURM job; a requeued one has the same number and has been started once more."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return {} if job is None else {"job": job, "restarts": _restarts()}
+
+
+def _restarts() -> int:
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+
+
+def _is_later_start_of(owner: dict[str, Any]) -> bool:
+    """Whether this is the owner's own job, requeued: SLURM has then ended the owner."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return job is not None and owner.get("job") == job and _restarts() > owner.get("restarts", 0)
+
+
+def _runs(owner: dict[str, Any]) -> bool:
+    try:
+        process = psutil.Process(owner["pid"])
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        return abs(process.create_time() - owner["started"]) < _SAME_START
+    except (psutil.Error, KeyError, TypeError, ValueError):
+        return False
+
+
+def _is_ancestor(owner: dict[str, Any]) -> bool:
+    return owner.get("pid") in [parent.pid for parent in psutil.Process().parents()]
+
+
+def _beat(claim: Claim, stop: threading.Event) -> None:
+    """Show that the owner lives, for as long as it is the owner."""
+    while not stop.wait(_BEAT):
+        if not claim.stands():
+            return
+        with contextlib.suppress(OSError):
+            os.utime(claim.work / OWNER)
+
+
+def _beside(work: Path, token: str, kind: str) -> Path:
+    """Name of what is on its way into or out of the place of ``work``."""
+    return work.with_name(f".{work.name}.{token}.{kind}")
+
+
+def _sweep(work: Path) -> None:
+    """Remove what killed processes left of that; what is young may be somebody's at work."""
+    for path in work.parent.glob(f".{glob.escape(work.name)}.*"):
+        token, _, kind = path.name[len(work.name) + 2 :].partition(".")
+        if len(token) != 32 or kind not in ("new", "draft", "trash"):
+            continue
+        with contextlib.suppress(OSError):
+            if kind == "trash":
+                shutil.rmtree(path, ignore_errors=True)
+            elif time.time() - path.stat().st_mtime > STALE:
+                shutil.rmtree(path, ignore_errors=True) if kind == "new" else path.unlink()
+
+
+def refuse_live_owner(folder: Path) -> None:
+    """Refuse a folder in which another process still is.
+
+    Raises:
+        ValueError: a result that is just being put there.
+    """
+    owner = _read(folder / OWNER)
+    if owner.get("pid") not in (None, os.getpid()) and _alive(owner, 0.0):
+        raise ValueError(_taken(folder, owner, 0.0))
+
+
+def not_ours(work: Path) -> str:
+    """Why a folder in the place of a working folder is left alone."""
+    return (
+        f"{work} was not written by minitron, and is where this stage would work; it is never "
+        "touched: move it away, or set another output_dir"
+    )
+
+
+def _taken(work: Path, owner: dict[str, Any], age: float) -> str:
+    message = (
+        f"{work} is being written by process {owner.get('pid')} on {owner.get('host')}; wait for "
+        "it, end it, or set another output_dir"
+    )
+    if _same_place(owner):
+        return message
+    return (
+        f"{message} (its last sign of life is {max(age, 0):.0f} s old; {STALE / 60:.0f} minutes "
+        f"without one and the same command goes on; if it is gone for certain: touch -d "
+        f"2000-01-01 {work / OWNER})"
+    )

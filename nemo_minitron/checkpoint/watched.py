@@ -1,0 +1,134 @@
+"""Inputs while a stage reads them: a result is made from one version of each, or not at all.
+
+Files are opened by name again and again while a stage streams, and somebody may replace or edit
+them meanwhile. What the file system says of every file (inode, size, times) is noted before the
+first byte is read and compared after the last one. Only where that differs is content read again: a
+file that was merely touched changes nothing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from nemo_minitron.checkpoint.manifest import (
+    MANIFEST,
+    digest,
+    files_in,
+    fingerprint,
+    hash_file,
+    input_paths,
+    open_result,
+    read_manifest,
+)
+from nemo_minitron.config.stages import StageConfig
+
+# Read by a stage, but no part of the identity of its result: what it holds is in the files made.
+_ALSO_READ = ("tokenizer",)
+_PAIR = (".bin", ".idx")
+
+
+def read_paths(cfg: StageConfig) -> dict[str, str]:
+    """Config key -> path of everything that a stage reads."""
+    values = asdict(cfg)
+    also = {key: values[key] for key in _ALSO_READ if isinstance(values.get(key), str)}
+    return {**input_paths(cfg), **also}
+
+
+def input_states(cfg: StageConfig) -> dict[str, str]:
+    """Key -> what the file system says of the files of that input, as one hash."""
+    return {key: _state(Path(value)) for key, value in read_paths(cfg).items()}
+
+
+def changed_since(cfg: StageConfig, states: Mapping[str, str]) -> list[str]:
+    """Keys of inputs of which the file system says something else than in ``states``."""
+    now = input_states(cfg)
+    return [key for key in now if key in states and now[key] != states[key]]
+
+
+def content_of(path: Path, identity: str, *, exact: bool) -> str:
+    """All that must stay the same of an input while it is read.
+
+    Args:
+        path: the input.
+        identity: its ``manifest.fingerprint``.
+        exact: whether a result that was made anew meanwhile is another one even where it is equal:
+            in between its place may have held something else.
+    """
+    if path.is_dir():
+        made = hash_file(path / MANIFEST).sha256 if exact and (path / MANIFEST).is_file() else ""
+        return f"{identity} {made}"
+    return " ".join([identity, *(hash_file(file).sha256 for file in _other_half(path))])
+
+
+def refuse_changed(
+    cfg: StageConfig,
+    states: Mapping[str, str],
+    contents: Mapping[str, str] | None = None,
+    *,
+    exact: bool = True,
+) -> None:
+    """Refuse inputs that are not what they were.
+
+    Args:
+        cfg: the stage.
+        states: as ``input_states`` gave them before anything was read.
+        contents: as ``content_of`` gave them; without, the files have to be untouched.
+        exact: as for ``content_of``.
+
+    Raises:
+        ValueError: names the input.
+    """
+    paths = read_paths(cfg)
+    for key in changed_since(cfg, states):
+        why = "its files are other ones now"
+        if contents is not None:
+            why = _difference(key, Path(paths[key]), contents[key], cfg.workers, exact)
+        if why:
+            raise ValueError(
+                f"{key}={paths[key]} changed while it was read ({why}), and a result of both would "
+                "be a mixture; leave the inputs alone and run the same command again"
+            )
+
+
+def _difference(key: str, path: Path, before: str, workers: int, exact: bool) -> str:
+    """What is different about the content; empty: nothing."""
+    try:
+        if path.is_dir() and read_manifest(path) is not None:
+            open_result(path, "full", key=key, workers=workers)
+        now = content_of(path, fingerprint(path, workers), exact=exact)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return "" if now == before else "it was replaced or edited"
+
+
+def _state(path: Path) -> str:
+    """Hash over the files of an input: names, inodes, sizes and times."""
+    found = []
+    for file in _files(path):
+        try:
+            s = file.stat()
+        except OSError:
+            found.append([str(file)])
+            continue
+        numbers = [s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns]
+        found.append([str(file), *map(str, numbers)])
+    return digest(found)
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of an input: of a result those it lists, else all that are there."""
+    if path.is_dir():
+        try:
+            manifest = read_manifest(path)
+        except ValueError:
+            manifest = None
+        names = files_in(path) if manifest is None else [MANIFEST, *manifest.files]
+        return [path / name for name in names]
+    return [*([path] if path.is_file() else []), *_other_half(path)]
+
+
+def _other_half(path: Path) -> list[Path]:
+    """The files of a Megatron pair that ``path`` stands for without being their name."""
+    stem = path.with_suffix("") if path.suffix in _PAIR else path
+    pair = [Path(f"{stem}{end}") for end in _PAIR]
+    return [file for file in pair if file != path and file.is_file()]
