@@ -21,11 +21,9 @@ from nemo_minitron.checkpoint.manifest import (
     MANIFEST,
     Manifest,
     config_hash,
-    config_values,
     files_in,
     fingerprint,
     hash_files,
-    input_paths,
     now,
     open_result,
     read_manifest,
@@ -52,6 +50,7 @@ from nemo_minitron.checkpoint.ownership import (
     refuse_live_owner,
 )
 from nemo_minitron.checkpoint.watched import content_of, input_states, read_paths, refuse_changed
+from nemo_minitron.config.identity import changes, config_values, input_paths, said
 from nemo_minitron.config.stages import StageConfig
 from nemo_minitron.data.cache import check_cache
 from nemo_minitron.documents import read_json
@@ -158,7 +157,6 @@ def output_folder(
     inputs: Mapping[str, str | Path | Manifest] | None = None,
     *,
     resumable: bool = False,
-    may_change: tuple[str, ...] = (),
     temporary: tuple[str, ...] = (),
     ranks: Ranks | None = None,
 ) -> Iterator[Path]:
@@ -173,10 +171,10 @@ def output_folder(
         cfg: the stage's config.
         stage: its name.
         inputs: config key -> path or manifest of what the result is made from; by default the
-            inputs that ``cfg`` names (``config.schema.INPUT_KEYS``).
+            inputs that ``cfg`` names (``config.identity``).
         resumable: keep the working folder on failure and find it again next time, if config and
-            inputs are the same (with other ones it is refused, or cleared under overwrite=true).
-        may_change: keys (or beginnings of keys) that may differ then; the stage copes with it.
+            inputs are the same (with other ones it is refused, or cleared under overwrite=true);
+            keys that say so (``config.meaning.MAY_CHANGE``) may differ.
         temporary: names in the folder that are there to resume, and are no part of the result.
         ranks: for several ranks that write one result; every rank enters and leaves together.
 
@@ -196,7 +194,7 @@ def output_folder(
                 if claim_of(work) is None:
                     stack.enter_context(reserved(cfg, stage))
                 job = _Job(cfg, stage, _claim(work), resumable, temporary)
-                _open_work(job, inputs, may_change)
+                _open_work(job, inputs)
                 job.claim.begun = True
             ranks.barrier()
             yield work
@@ -244,9 +242,7 @@ def _claim(work: Path) -> Claim:
     return claim
 
 
-def _open_work(
-    job: _Job, inputs: Mapping[str, str | Path | Manifest] | None, may_change: tuple[str, ...]
-) -> None:
+def _open_work(job: _Job, inputs: Mapping[str, str | Path | Manifest] | None) -> None:
     """Find out what the result is made from, and whether earlier work on it is at hand."""
     cfg, work = job.cfg, job.claim.work
     check_output(cfg, job.stage)
@@ -258,7 +254,7 @@ def _open_work(
     job.states = {key: s for key, s in input_states(cfg).items() if key in job.contents}
     refuse_changed(cfg, {key: s for key, s in job.claim.states.items() if key in job.contents})
     left = [path for path in work.iterdir() if not owner_files([path.name])]
-    if left and not (job.resumable and _resumes(cfg, work, _read_owner(work), mine, may_change)):
+    if left and not (job.resumable and _resumes(cfg, work, _read_owner(work), mine)):
         log.info("removing what is in %s, left by a job that did not end well", work)
         for path in left:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -300,7 +296,6 @@ def _resumes(
     work: Path,
     owner: dict[str, Any],
     mine: dict[str, Any],
-    may_change: tuple[str, ...],
 ) -> bool:
     """Whether the working folder belongs to this very job.
 
@@ -309,20 +304,16 @@ def _resumes(
     """
     if not owner:
         return False
-    changes = [
-        f"{key} {before.get(key)} -> {after.get(key)}"
-        for part in ("config", "inputs")
-        for before, after in [(owner.get(part, {}), mine[part])]
-        for key in sorted({*before, *after})
-        if before.get(key) != after.get(key) and not key.startswith(may_change)
-    ]
-    if owner.get("stage") == mine["stage"] and not changes:
+    then, now = owner.get("inputs", {}), mine["inputs"]
+    inputs = {k: (then.get(k), now.get(k)) for k in {*then, *now} if then.get(k) != now.get(k)}
+    changed = {**changes(cfg, owner.get("config", {}), resuming=True), **inputs}
+    if owner.get("stage") == mine["stage"] and not changed:
         log.info("resuming the work in %s", work)
         return True
     if cfg.overwrite:
         return False
     raise ValueError(
-        f"{work} holds unfinished work of another config ({', '.join(changes) or owner['stage']}); "
+        f"{work} holds unfinished work of another config ({said(changed) or owner['stage']}); "
         "use the same keys and inputs to resume it, set overwrite=true to discard it, or set "
         "another output_dir"
     )

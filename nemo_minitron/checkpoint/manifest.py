@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import nemo_minitron
-from nemo_minitron.config.megatron import PARTS
-from nemo_minitron.config.schema import INPUT_KEYS, NEUTRAL_KEYS, NEUTRAL_SECTIONS, flatten
+from nemo_minitron.config.identity import config_values
+from nemo_minitron.config.schema import flatten
 from nemo_minitron.config.stages import StageConfig
-from nemo_minitron.documents import json_value
+from nemo_minitron.documents import json_value, read_yaml_mapping
 
 MANIFEST = "manifest.json"
+CONFIG = ".hydra/config.yaml"
 _BLOCK = 1 << 20
 _VERSIONS = ("torch", "megatron-core", "nemo_toolkit", "transformers", "lm_eval")
 
@@ -84,34 +85,16 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def config_values(cfg: StageConfig) -> dict[str, Any]:
-    """The keys of a stage config that decide its result, dotted; see ``input_paths`` for inputs."""
-    skipped = {*NEUTRAL_KEYS, *INPUT_KEYS}
-    # Nothing in the section is what a version without it did.
-    empty = {f"megatron.{part}" for part in PARTS}
-    return {
-        key: value
-        for key, value in flatten(asdict(cfg)).items()
-        if key not in skipped and not key.startswith(NEUTRAL_SECTIONS) and key not in empty
-    }
-
-
 def config_hash(cfg: StageConfig) -> str:
     """Hash of everything in a stage config that decides its result, its inputs apart."""
     return digest(config_values(cfg))
 
 
-def input_paths(cfg: StageConfig) -> dict[str, str]:
-    """Config key -> path, for every input the stage config names; ``key.0``, ... for a list."""
-    values = flatten(asdict(cfg))
-    named = {key: values[key] for key in INPUT_KEYS if values.get(key) is not None}
-    found: dict[str, str] = {}
-    for key, value in named.items():
-        several = value if isinstance(value, list) else None
-        found |= (
-            {key: value} if several is None else {f"{key}.{i}": p for i, p in enumerate(several)}
-        )
-    return found
+def stored_config(manifest: Manifest) -> dict[str, Any] | None:
+    """The flat config that made a result; None where it was not written by a stage of ours."""
+    if CONFIG not in manifest.files:
+        return None
+    return flatten(read_yaml_mapping(manifest.folder / CONFIG))
 
 
 def versions() -> dict[str, str]:

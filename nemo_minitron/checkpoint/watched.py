@@ -16,10 +16,10 @@ from nemo_minitron.checkpoint.manifest import (
     files_in,
     fingerprint,
     hash_file,
-    input_paths,
     open_result,
     read_manifest,
 )
+from nemo_minitron.config.identity import input_paths
 from nemo_minitron.config.stages import StageConfig
 
 # Read by a stage, but no part of the identity of its result: what it holds is in the files made.

@@ -1,21 +1,23 @@
 """Keys that every stage has."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from omegaconf import MISSING
+
+from nemo_minitron.config.meaning import NEUTRAL
 
 
 @dataclass(kw_only=True)
 class StageConfig:
     """Keys every stage has."""
 
-    output_dir: str = MISSING
+    output_dir: str = field(default=MISSING, metadata=NEUTRAL)
     """Folder of the result. It appears, complete, when the stage ends well."""
-    overwrite: bool = False
+    overwrite: bool = field(default=False, metadata=NEUTRAL)
     """Replace a complete result; without it a complete result is an error."""
-    verify_inputs: str = "full"
+    verify_inputs: str = field(default="full", metadata=NEUTRAL)
     """Check of input folders: ``full`` hashes every file, ``size`` compares sizes only."""
-    workers: int = 2
+    workers: int = field(default=2, metadata=NEUTRAL)
     """Threads for tensor and file work."""
 
     def __post_init__(self) -> None:

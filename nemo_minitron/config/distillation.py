@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from nemo_minitron.config.intermediate import IntermediateConfig
+from nemo_minitron.config.meaning import NEUTRAL
 
 DENSE_LOSSES = ("forward_kl", "reverse_kl", "js", "mse", "cosine")
 # Those that read only the teacher's k largest logits of each token.
@@ -39,7 +40,7 @@ class DistillationConfig:
     """Weight of the distillation loss on the logits."""
     ce_weight: float = 0.0
     """Weight of the language-model loss added to the distillation loss."""
-    offload_teacher: bool = False
+    offload_teacher: bool = field(default=False, metadata=NEUTRAL)
     """Keep the teacher's weights, all but its output layer, in host memory between its passes."""
     intermediate: IntermediateConfig = field(default_factory=IntermediateConfig)
 

@@ -6,6 +6,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from nemo_minitron.config.base import StageConfig
+from nemo_minitron.config.meaning import INPUT, MAY_CHANGE, NEUTRAL
 from nemo_minitron.config.megatron import ForwardMegatronConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.training import OptionalDataConfig
@@ -40,12 +41,12 @@ class LmEvalConfig:
 class EvaluateConfig(StageConfig):
     """Language-model loss on held-out data, and tasks of lm-eval."""
 
-    checkpoint: str = MISSING
+    checkpoint: str = field(default=MISSING, metadata=INPUT)
     """Result folder that holds the model; for ``tasks`` also one of ``export``."""
     data: OptionalDataConfig = field(default_factory=lambda: OptionalDataConfig(split_name="test"))
     tasks: list[str] = field(default_factory=list)
     """Tasks, groups or tags of lm-eval (``pip install nemo_minitron[eval]``)."""
-    tasks_path: str | None = None
+    tasks_path: str | None = field(default=None, metadata=INPUT)
     """Folder of task files (YAML) beside those that lm-eval brings."""
     lm_eval: LmEvalConfig = field(default_factory=LmEvalConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -124,9 +125,9 @@ def check_precision(value: str) -> None:
 class GenerateConfig(StageConfig):
     """Text that a model writes, filtered and without duplicates: data for ``finetune``."""
 
-    checkpoint: str = MISSING
+    checkpoint: str = field(default=MISSING, metadata=INPUT)
     """Result folder that holds the model."""
-    prompts: str = MISSING
+    prompts: str = field(default=MISSING, metadata=INPUT)
     """A .txt file with one prompt per line, or a .jsonl file."""
     prompt_key: str = "prompt"
     """Key of the prompt in a JSONL record: text, or with ``chat_template`` also a list of messages
@@ -135,17 +136,17 @@ class GenerateConfig(StageConfig):
     """Continuations of each prompt."""
     chat_template: bool = False
     """Put every prompt into the tokenizer's chat template, as what the user says."""
-    keep_prompt: bool = True
+    keep_prompt: bool = field(default=True, metadata=MAY_CHANGE)
     """Whether ``text`` starts with the prompt; false: it is the continuation alone."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    filters: FilterConfig = field(default_factory=FilterConfig)
-    batch_size: int = 8
+    filters: FilterConfig = field(default_factory=FilterConfig, metadata=MAY_CHANGE)
+    batch_size: int = field(default=8, metadata=MAY_CHANGE)
     """Prompts that are continued together on one data-parallel rank."""
     precision: str = "32"
     """Of the forward passes: ``32`` or ``bf16-mixed``."""
-    save_every_n_samples: int = 64
+    save_every_n_samples: int = field(default=64, metadata=NEUTRAL)
     """Samples of a data-parallel rank between two saves, from which a killed run goes on."""
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata=MAY_CHANGE)
     megatron: ForwardMegatronConfig = field(default_factory=ForwardMegatronConfig)
 
     def __post_init__(self) -> None:
@@ -161,7 +162,7 @@ class GenerateConfig(StageConfig):
 class BenchmarkConfig(StageConfig):
     """Prefill and decode speed, latency and memory of one model or several."""
 
-    checkpoint: Any = MISSING
+    checkpoint: Any = field(default=MISSING, metadata=INPUT)
     """Result folder that holds a model, or a list of them (the teacher first)."""
     prompt_length: int = 512
     """Tokens of every prompt."""

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from nemo_minitron.config import megatron_owned as owned
+from nemo_minitron.config.meaning import ADDED, may_change
 from nemo_minitron.config.training import RECOMPUTE_KEYS, OptimConfig, TrainerConfig
 
 PARTS: Mapping[str, owned.Owned] = {
@@ -19,12 +20,17 @@ PARTS: Mapping[str, owned.Owned] = {
 }
 """Part of the section -> fields of its dataclass that are set elsewhere."""
 
+# When gradients travel, not what they are.
+_BUCKETS = may_change("overlap_", "align_param_gather", "bucket_size", "num_buckets")
+
 
 @dataclass(kw_only=True)
 class ForwardMegatronConfig:
     """Settings of a model that is run, not trained."""
 
-    transformer: dict[str, Any] = field(default_factory=dict)
+    transformer: dict[str, Any] = field(
+        default_factory=dict, metadata={**ADDED, **may_change("recompute_")}
+    )
     """Fields of Megatron's ``TransformerConfig``, with its names and values. Those that the layout,
     the model or another key sets are refused with what sets them. A frozen teacher gets them too,
     those about the backward pass apart (recomputation, offloading of activations)."""
@@ -47,10 +53,10 @@ class ForwardMegatronConfig:
 class MegatronConfig(ForwardMegatronConfig):
     """Settings of a model that is trained."""
 
-    ddp: dict[str, Any] = field(default_factory=dict)
+    ddp: dict[str, Any] = field(default_factory=dict, metadata={**ADDED, **_BUCKETS})
     """Fields of Megatron's ``DistributedDataParallelConfig``: the gradient buffers. On GPUs
     ``overlap_grad_reduce`` and ``overlap_param_gather`` are on where they can be."""
-    optimizer: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict, metadata=ADDED)
     """Fields of Megatron's ``OptimizerConfig``."""
 
     def __post_init__(self) -> None:

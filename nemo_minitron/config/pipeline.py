@@ -5,6 +5,7 @@ from typing import Any
 
 from nemo_minitron.config.base import StageConfig
 from nemo_minitron.config.cluster import ClusterConfig
+from nemo_minitron.config.meaning import NEUTRAL
 
 
 @dataclass(kw_only=True)
@@ -27,7 +28,7 @@ class PipelineConfig(StageConfig):
 class PlanConfig(PipelineConfig):
     """Sizes, memory per rank, FLOPs and GPU hours of a pipeline or of one stage; runs nothing."""
 
-    output_dir: str = "runs"
+    output_dir: str = field(default="runs", metadata=NEUTRAL)
     """Folder of the pipeline; models that are there already are looked at. Nothing is written."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     nodes: int = 1

@@ -25,37 +25,6 @@ RANKED_STAGES = frozenset(
     stage for stage, config in STAGE_CONFIGS.items() if "parallel" in config.__dataclass_fields__
 )
 
-# Keys that do not change what a stage computes: they are left out of the config hash.
-NEUTRAL_KEYS = frozenset(
-    {
-        "output_dir",
-        "overwrite",
-        "verify_inputs",
-        "workers",
-        "trainer.num_nodes",
-        "data.cache_dir",
-        "save_every_n_samples",
-        "distillation.offload_teacher",
-        "search.distill.save_every_n_steps",
-    }
-)
-
-# Sections of such keys.
-NEUTRAL_SECTIONS = ("exp_manager.",)
-
-# Keys that hold a path to an input. Hashes record the content of the input, not its path.
-INPUT_KEYS = (
-    "source",
-    "checkpoint",
-    "importance",
-    "student",
-    "teacher",
-    "teacher_logits",
-    "data.path",
-    "tasks_path",
-    "prompts",
-)
-
 
 @dataclass(frozen=True)
 class Key:
@@ -110,7 +79,7 @@ def keys(cls: type, prefix: str = "") -> Iterator[Key]:
 def _keys(cls: type, instance: Any, prefix: str) -> Iterator[Key]:
     docs = _docs(cls)
     for field in dataclasses.fields(cls):
-        default = getattr(instance, field.name) if instance is not None else _default(field)
+        default = getattr(instance, field.name) if instance is not None else default_of(field)
         name = prefix + field.name
         if dataclasses.is_dataclass(default):
             yield from _keys(type(default), default, name + ".")
@@ -118,7 +87,8 @@ def _keys(cls: type, instance: Any, prefix: str) -> Iterator[Key]:
             yield Key(name, _type_name(field.type), default, docs.get(field.name, ""))
 
 
-def _default(field: "dataclasses.Field[Any]") -> Any:
+def default_of(field: "dataclasses.Field[Any]") -> Any:
+    """Default of a field; ``MISSING`` where it must be given."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return MISSING if field.default is dataclasses.MISSING else field.default

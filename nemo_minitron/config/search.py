@@ -6,6 +6,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from nemo_minitron.config.base import StageConfig
+from nemo_minitron.config.meaning import INPUT, MAY_CHANGE, NEUTRAL
 from nemo_minitron.config.megatron import ForwardMegatronConfig, MegatronConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.training import DataConfig, TrainerConfig
@@ -38,7 +39,7 @@ class ShortDistillConfig:
     """Steps of linear warm-up."""
     precision: str = TrainerConfig.precision
     """``32`` or ``bf16-mixed``."""
-    save_every_n_steps: int = 50
+    save_every_n_steps: int = field(default=50, metadata=NEUTRAL)
     """Steps between checkpoints, from which a killed search goes on; 0 saves none."""
 
     def __post_init__(self) -> None:
@@ -85,7 +86,7 @@ class SearchSpaceConfig:
     """Sequences of max_memory_gb."""
     seq_length: int = 4096
     """Tokens of each of them."""
-    max_latency_ms: float | None = None
+    max_latency_ms: float | None = field(default=None, metadata=MAY_CHANGE)
     """Longest forward pass of a sample of ``data``, measured while candidates are scored."""
     max_candidates: int = 20
     """Most candidates that are pruned and scored (2407.14679: less than 20)."""
@@ -130,9 +131,9 @@ def _sizes(name: str, values: list[Any]) -> list[int]:
 class SearchConfig(StageConfig):
     """Shapes within a budget, compared by loss after pruning and after a short distillation."""
 
-    checkpoint: str = MISSING
+    checkpoint: str = field(default=MISSING, metadata=INPUT)
     """Result folder that holds the model to prune."""
-    importance: str | None = None
+    importance: str | None = field(default=None, metadata=INPUT)
     """Result folder of ``importance`` of that model."""
     layer_criterion: str = "block_influence"
     """As ``pruning.layer_criterion``."""
@@ -140,7 +141,7 @@ class SearchConfig(StageConfig):
     data: DataConfig = field(
         default_factory=lambda: DataConfig(split_name="validation", num_samples=64)
     )
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata=MAY_CHANGE)
     megatron: MegatronConfig = field(default_factory=MegatronConfig)
     """Candidates are scored with ``transformer``, less what is about the backward pass, and
     distilled with all of it."""

@@ -7,6 +7,7 @@ from omegaconf import MISSING
 from nemo_minitron.config.base import StageConfig
 from nemo_minitron.config.distillation import TOP_K_LOSSES, DistillationConfig
 from nemo_minitron.config.inference import BenchmarkConfig, EvaluateConfig, GenerateConfig
+from nemo_minitron.config.meaning import INPUT, MAY_CHANGE, NEUTRAL, may_change
 from nemo_minitron.config.megatron import (
     ForwardMegatronConfig,
     MegatronConfig,
@@ -31,7 +32,7 @@ SCORE_AXES = ("hidden", "ffn", "head", "layer", "expert", "expert_ffn", "shared_
 class ImportConfig(StageConfig):
     """Hugging Face folder, GGUF file, or checkpoint of Megatron or NeMo -> Megatron checkpoint."""
 
-    source: str = MISSING
+    source: str = field(default=MISSING, metadata=INPUT)
     """Hugging Face model folder (config.json + safetensors), a .gguf file, a ``torch_dist``
     checkpoint of Megatron-LM, Megatron-Bridge or NeMo 2, or a .nemo archive of a GPT."""
     tokenizer: str | None = None
@@ -148,17 +149,21 @@ class ScoreConfig(CalibrationConfig):
         return "layer" in self.axes and criterion in self.layer_criteria
 
 
+# A calibration adds samples up in another order then, and starts over; the scores are the same.
+BATCHES = may_change("global_batch_size")
+
+
 @dataclass(kw_only=True)
 class ImportanceConfig(StageConfig):
     """Forward-only activation statistics over a calibration set."""
 
-    checkpoint: str = MISSING
+    checkpoint: str = field(default=MISSING, metadata=INPUT)
     """Result folder of import, prune, distill or finetune."""
-    data: DataConfig = field(default_factory=lambda: DataConfig(num_samples=1024))
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=lambda: DataConfig(num_samples=1024), metadata=BATCHES)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata=MAY_CHANGE)
     megatron: ForwardMegatronConfig = field(default_factory=ForwardMegatronConfig)
     scores: ScoreConfig = field(default_factory=ScoreConfig)
-    save_every_n_samples: int = 64
+    save_every_n_samples: int = field(default=64, metadata=NEUTRAL)
     """Samples between saved states, from which a killed calibration goes on; 0 saves none."""
 
     def __post_init__(self) -> None:
@@ -240,17 +245,19 @@ class PruningConfig:
 class PruneConfig(StageConfig):
     """Scores -> plan -> smaller checkpoint."""
 
-    checkpoint: str = MISSING
+    checkpoint: str = field(default=MISSING, metadata=INPUT)
     """Result folder that holds the model to prune."""
-    importance: str | None = None
+    importance: str | None = field(default=None, metadata=INPUT)
     """Result folder of ``importance``: scores of the first round. Not needed for ``drop_layers``
     alone, nor with ``data.path``."""
     pruning: PruningConfig = field(default_factory=PruningConfig)
-    data: OptionalDataConfig = field(default_factory=lambda: OptionalDataConfig(num_samples=1024))
+    data: OptionalDataConfig = field(
+        default_factory=lambda: OptionalDataConfig(num_samples=1024), metadata=BATCHES
+    )
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     megatron: ForwardMegatronConfig = field(default_factory=ForwardMegatronConfig)
     scores: CalibrationConfig = field(default_factory=CalibrationConfig)
-    save_every_n_samples: int = 64
+    save_every_n_samples: int = field(default=64, metadata=NEUTRAL)
     """As in ``importance``."""
 
     def __post_init__(self) -> None:
@@ -264,11 +271,11 @@ class TrainingStageConfig(StageConfig):
     """What the stages that train have in common."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata=MAY_CHANGE)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     megatron: MegatronConfig = field(default_factory=MegatronConfig)
-    exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
+    exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig, metadata=NEUTRAL)
 
     def __post_init__(self) -> None:
         """Check relations between sections."""
@@ -286,7 +293,7 @@ class TrainingStageConfig(StageConfig):
 class FinetuneConfig(TrainingStageConfig):
     """Train a model on text: teacher correction, or fine-tuning on generated text."""
 
-    checkpoint: str = MISSING
+    checkpoint: str = field(default=MISSING, metadata=INPUT)
     """Result folder that holds the model to train."""
     chunk_size: int = 256
     """Tokens whose logits exist at one time."""
@@ -302,13 +309,15 @@ class FinetuneConfig(TrainingStageConfig):
 class DistillConfig(TrainingStageConfig):
     """Train the pruned model to match the original one."""
 
-    student: str = MISSING
+    student: str = field(default=MISSING, metadata=INPUT)
     """Result folder that holds the model to train."""
-    teacher: str | None = None
+    teacher: str | None = field(default=None, metadata=INPUT)
     """Result folder that holds the model to imitate."""
-    teacher_logits: str | None = None
+    teacher_logits: str | None = field(default=None, metadata=INPUT)
     """Result folder of ``teacher_logits`` instead of ``teacher``: no teacher is built."""
-    teacher_parallel: TeacherParallelConfig = field(default_factory=TeacherParallelConfig)
+    teacher_parallel: TeacherParallelConfig = field(
+        default_factory=TeacherParallelConfig, metadata=MAY_CHANGE
+    )
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
 
     def __post_init__(self) -> None:
@@ -378,7 +387,7 @@ class TeacherPassConfig:
 class TeacherLogitsConfig(StageConfig):
     """The teacher's largest logits of every sample, stored for ``distill``."""
 
-    checkpoint: str = MISSING
+    checkpoint: str = field(default=MISSING, metadata=INPUT)
     """Result folder that holds the teacher."""
     top_k: int = 64
     """Logits stored of each token, the largest ones; ``distillation.top_k`` may be lower."""
@@ -389,10 +398,10 @@ class TeacherLogitsConfig(StageConfig):
     loses nothing if ``trainer.precision`` is ``bf16-mixed``."""
     shard_samples: int = 64
     """Samples of a file. A rank holds one file's in memory; a killed run loses at most one."""
-    chunk_size: int = 256
+    chunk_size: int = field(default=256, metadata=MAY_CHANGE)
     """Tokens whose full logits exist at one time."""
     data: DataConfig = field(default_factory=DataConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata=MAY_CHANGE)
     megatron: ForwardMegatronConfig = field(default_factory=ForwardMegatronConfig)
     trainer: TeacherPassConfig = field(default_factory=TeacherPassConfig)
 
@@ -417,7 +426,7 @@ class TeacherLogitsConfig(StageConfig):
 class ExportConfig(StageConfig):
     """Megatron checkpoint -> Hugging Face folder."""
 
-    checkpoint: str = MISSING
+    checkpoint: str = field(default=MISSING, metadata=INPUT)
     """Result folder that holds the model."""
     max_shard_size: str = "5GB"
     """Largest safetensors file."""

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from nemo_minitron.config.meaning import INPUT, MAY_CHANGE, NEUTRAL, TOKENS
+
 RECOMPUTE_KEYS = (
     "recompute_granularity",
     "recompute_method",
@@ -18,28 +20,28 @@ RECOMPUTE_KEYS = (
 class DataConfig:
     """Where tokens come from and how they are cut into samples."""
 
-    path: str = MISSING
+    path: str = field(default=MISSING, metadata=INPUT)
     """Text, JSON(L) or Parquet file, folder of such files, Megatron .bin/.idx prefix, or .npy of
     token ids."""
-    seq_length: int = 512
+    seq_length: int = field(default=512, metadata=TOKENS)
     """Tokens per sample."""
     num_samples: int | None = None
     """Samples to use (calibration, evaluation); null means all of them once."""
-    split: str = "90,5,5"
+    split: str = field(default="90,5,5", metadata=TOKENS)
     """Shares of documents for train, validation and test."""
     split_name: str = "train"
     """The split a stage reads: ``train``, ``validation`` or ``test``."""
-    micro_batch_size: int = 1
+    micro_batch_size: int = field(default=1, metadata=MAY_CHANGE)
     """Samples per forward pass and rank."""
     global_batch_size: int = 8
     """Samples per optimizer step over all ranks."""
-    seed: int = 1234
+    seed: int = field(default=1234, metadata=TOKENS)
     """Seed of the document order (before the split) and of Megatron's sample shuffle."""
-    text_key: str = "text"
+    text_key: str = field(default="text", metadata=TOKENS)
     """Key of the text in a JSONL record."""
-    document_separator: str = "\n\n"
+    document_separator: str = field(default="\n\n", metadata=TOKENS)
     """What separates documents inside one plain text file."""
-    cache_dir: str | None = None
+    cache_dir: str | None = field(default=None, metadata=NEUTRAL)
     """Folder of tokenised data; null means ``<output_dir>/../.data-cache``."""
 
     def __post_init__(self) -> None:
@@ -57,7 +59,7 @@ class DataConfig:
 class OptionalDataConfig(DataConfig):
     """Data of a stage that can do without."""
 
-    path: str | None = None  # type: ignore[assignment]
+    path: str | None = field(default=None, metadata=INPUT)  # type: ignore[assignment]
     """As in the stages that need it; null when there is no text to read (``prune`` that scores
     nothing, ``evaluate`` of tasks alone)."""
 
@@ -72,11 +74,11 @@ class TrainerConfig:
     """Steps between validations."""
     limit_val_batches: int = 8
     """Global batches per validation; 0 switches validation off."""
-    log_every_n_steps: int = 1
+    log_every_n_steps: int = field(default=1, metadata=MAY_CHANGE)
     """Steps between log lines."""
-    save_every_n_steps: int = 50
+    save_every_n_steps: int = field(default=50, metadata=MAY_CHANGE)
     """Steps between resumable checkpoints; 0 keeps only the final one."""
-    save_top_k: int = 2
+    save_top_k: int = field(default=2, metadata=MAY_CHANGE)
     """Resumable checkpoints kept (the newest ones)."""
     gradient_clip_val: float = 1.0
     """Global gradient norm limit; 0 switches clipping off."""
@@ -84,18 +86,18 @@ class TrainerConfig:
     """``32`` or ``bf16-mixed`` (bf16 weights, fp32 main weights and gradients)."""
     seed: int = 1234
     """Seed of everything that draws numbers during training."""
-    num_nodes: int | None = None
+    num_nodes: int | None = field(default=None, metadata=NEUTRAL)
     """Nodes that ``minitron submit`` asks for; a run on another number is refused. null: those that
     the launcher used."""
-    recompute_granularity: str | None = None
+    recompute_granularity: str | None = field(default=None, metadata=MAY_CHANGE)
     """Activations of the trained model that the backward pass computes again to save memory:
     ``full`` (whole layers), ``selective`` (parts of each layer) or null (none), as in Megatron."""
-    recompute_method: str | None = None
+    recompute_method: str | None = field(default=None, metadata=MAY_CHANGE)
     """Layers to recompute under ``full``: ``uniform`` (all, in groups of recompute_num_layers) or
     ``block`` (the first recompute_num_layers of each pipeline stage, one by one)."""
-    recompute_num_layers: int | None = None
+    recompute_num_layers: int | None = field(default=None, metadata=MAY_CHANGE)
     """See recompute_method; Megatron wants it with ``full`` alone."""
-    recompute_modules: list[str] | None = None
+    recompute_modules: list[str] | None = field(default=None, metadata=MAY_CHANGE)
     """Parts to recompute under ``selective``, any of ``core_attn``, ``mlp`` and ``moe``; null means
     ``core_attn``."""
 

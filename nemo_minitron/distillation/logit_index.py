@@ -10,10 +10,11 @@ all ranks. Imports no torch, so that ``distill`` can refuse what does not fit at
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.config.meaning import TOKENS
 from nemo_minitron.config.stages import DistillConfig
 from nemo_minitron.config.training import DataConfig
 from nemo_minitron.data.text import NPY, find_source
@@ -22,8 +23,8 @@ from nemo_minitron.documents import read_json_object
 FOLDER = "logits"
 INDEX = "index.json"
 PARTS = ("train", "validation")
-# Keys that decide which tokens a sample holds, the file itself apart.
-DATA_KEYS = ("seq_length", "split", "seed", "text_key", "document_separator")
+# Keys that decide which tokens a sample holds, the file itself apart -> their defaults.
+DATA_KEYS = {f.name: f.default for f in fields(DataConfig) if TOKENS.items() <= f.metadata.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +80,11 @@ class LogitIndex:
 
     def changed_keys(self, data: DataConfig) -> str:
         """The ``data`` keys that differ from those of the stage, in words; maybe none."""
+        before = {**DATA_KEYS, **self.data}  # an earlier version may have had fewer
         changes = [
-            f"data.{key}={getattr(data, key)!r} ({self.data[key]!r} when they were stored)"
+            f"data.{key}={getattr(data, key)!r} ({before[key]!r} when they were stored)"
             for key in DATA_KEYS
-            if getattr(data, key) != self.data[key]
+            if getattr(data, key) != before[key]
         ]
         return ", ".join(changes)
 

@@ -9,8 +9,9 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,16 +32,24 @@ class SavedState:
         resumed: forward passes of a sample that the loaded state stands for.
     """
 
-    def __init__(self, folder: Path, every: int, layout: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        every: int,
+        layout: dict[str, Any],
+        defaults: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         """Describe where and how often.
 
         Args:
             folder: for this state alone, the same on every rank.
             every: samples between two saves; 0 saves none.
             layout: JSON values that must be the same for a saved state to fit.
+            defaults: what a state of a version that lacked one of them stands for.
         """
         self.folder, self.every = folder, every
         self.layout = {**layout, "world_size": dist.get_world_size()}
+        self.defaults = defaults
         self.number = 0
         self.resumed = 0
         self._samples = 0
@@ -69,10 +78,11 @@ class SavedState:
         if not path.is_file():
             return None
         latest = read_json_object(path)
+        before = {**self.defaults, **latest["layout"]}
         changed = [
-            f"{key} {latest['layout'].get(key)} -> {value}"
+            f"{key} {before.get(key)} -> {value}"
             for key, value in self.layout.items()
-            if latest["layout"].get(key) != value
+            if before.get(key) != value
         ]
         if changed:
             log.warning("the layout changed (%s): scoring starts over", ", ".join(changed))

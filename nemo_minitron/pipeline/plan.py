@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron import usage
-from nemo_minitron.checkpoint.manifest import input_paths
 from nemo_minitron.config import load
+from nemo_minitron.config.identity import input_paths
 from nemo_minitron.config.schema import flatten
 from nemo_minitron.config.stages import STAGE_CONFIGS, PipelineConfig, StageConfig
 

@@ -8,13 +8,15 @@ from pathlib import Path
 
 from nemo_minitron.checkpoint.manifest import (
     MANIFEST,
+    Manifest,
     config_hash,
     fingerprint,
-    input_paths,
     open_result,
+    stored_config,
 )
 from nemo_minitron.config import load
-from nemo_minitron.config.stages import PipelineConfig
+from nemo_minitron.config.identity import changes, input_paths, said
+from nemo_minitron.config.stages import PipelineConfig, StageConfig
 from nemo_minitron.errors import PREEMPTED, TERMINATED, StageFailed
 from nemo_minitron.pipeline.plan import Item
 from nemo_minitron.runtime import ranks
@@ -49,12 +51,23 @@ def stale(item: Item) -> str | None:
         return str(error)
     if manifest.stage != item.stage:
         return f"the folder holds a result of {manifest.stage}"
-    if manifest.config_hash != config_hash(item.config):
-        return "its config changed"
-    for key, path in input_paths(item.config).items():
-        if manifest.inputs.get(key) != fingerprint(path, item.config.workers):
+    changed = _changes(manifest, item.config)
+    if changed:
+        return f"its config changed ({changed})"
+    paths = input_paths(item.config)
+    for key in sorted({*paths, *manifest.inputs}):
+        now = fingerprint(paths[key], item.config.workers) if key in paths else None
+        if manifest.inputs.get(key) != now:
             return f"its input {key} changed"
     return None
+
+
+def _changes(manifest: Manifest, config: StageConfig) -> str:
+    """What of the config is not as it was when a result was made, in words; maybe nothing."""
+    if manifest.config_hash == config_hash(config):
+        return ""
+    stored = stored_config(manifest)
+    return "no config is stored" if stored is None else said(changes(config, stored))
 
 
 def command(item: Item) -> list[str]:

@@ -25,10 +25,6 @@ from nemo_minitron.runtime.launch import device
 
 STATE = "state"
 _BATCH_SIZES = ("micro_batch_size", "global_batch_size")
-# What may differ when a killed calibration is started again: it then starts over, scores are the
-# same either way.
-BATCH_KEYS = tuple(f"data.{name}" for name in _BATCH_SIZES)
-LAYOUT_KEYS = ("parallel.", *BATCH_KEYS)
 
 
 @dataclass(frozen=True)
@@ -89,7 +85,7 @@ def calibrate(
         chunk.to(device())
     load_weights(chunks, groups, folder)
     layout = {**asdict(parallel), **{k: getattr(data, k) for k in _BATCH_SIZES}}
-    saved = SavedState(work / STATE, save_every, layout)
+    saved = SavedState(work / STATE, save_every, layout, asdict(ParallelConfig()))
     passes = sum(forward_passes(config, scores, len(dataset)))
     start = time.perf_counter()
     with progress("scoring samples", passes) as advance:

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 DATA = "data.jsonl"
 _RAW = "samples"
-# What may differ when a killed run is started again: who writes what, and what is kept of it.
-_MAY_CHANGE = ("parallel.", "batch_size", "filters.", "keep_prompt")
 
 
 def check(cfg: GenerateConfig) -> None:
@@ -61,9 +59,7 @@ def run(cfg: GenerateConfig) -> None:
 
     with distributed(cfg.parallel, cfg.sampling.seed):
         ranks = Ranks(rank(), barrier)
-        with output_folder(
-            cfg, "generate", resumable=True, may_change=_MAY_CHANGE, ranks=ranks
-        ) as work:
+        with output_folder(cfg, "generate", resumable=True, ranks=ranks) as work:
             model = ModelConfig.load(Path(cfg.checkpoint) / "checkpoint")
             prompts, tokenizer, stops = _prompts(cfg, model)
             speed = _sample(cfg, model, prompts, stops, work / _RAW)

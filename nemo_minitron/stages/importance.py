@@ -54,12 +54,10 @@ def run(cfg: ImportanceConfig) -> None:
     from nemo_minitron.runtime.ranks import rank
 
     with distributed(cfg.parallel, cfg.data.seed):
-        from nemo_minitron.stages.calibrate import LAYOUT_KEYS, calibrate
+        from nemo_minitron.stages.calibrate import calibrate
 
         ranks = Ranks(rank(), barrier)
-        folder = output_folder(
-            cfg, "importance", resumable=True, may_change=LAYOUT_KEYS, ranks=ranks
-        )
+        folder = output_folder(cfg, "importance", resumable=True, ranks=ranks)
         with folder as work:
             calibrated = calibrate(
                 Path(cfg.checkpoint) / "checkpoint",

@@ -145,11 +145,10 @@ def _score_and_prune(
 
     metrics: dict[str, Any] = {}
     with distributed(cfg.parallel, cfg.data.seed):
-        from nemo_minitron.stages.calibrate import BATCH_KEYS
         from nemo_minitron.stages.iterate import run_rounds
 
         ranks = Ranks(rank(), barrier)
-        folder = output_folder(cfg, "prune", resumable=True, may_change=BATCH_KEYS, ranks=ranks)
+        folder = output_folder(cfg, "prune", resumable=True, ranks=ranks)
         with folder as work:
             plan, costs = run_rounds(cfg, config, rounds, work)
             if ranks.rank == 0:

@@ -29,9 +29,6 @@ from nemo_minitron.runtime.ranks import launched_world_size
 from nemo_minitron.search.space import Candidate, candidates
 from nemo_minitron.stages.settings import check_settings, check_training_settings
 
-# As for calibrations: losses are those of any layout but for the last bits.
-MAY_CHANGE = ("parallel.", "data.micro_batch_size", "search.max_latency_ms")
-
 
 def pruning_of(cfg: SearchConfig, config: ModelConfig, one: Candidate) -> PruningConfig:
     """What ``prune`` has to be told to make a candidate."""
@@ -149,7 +146,7 @@ def run(cfg: SearchConfig) -> None:
         from nemo_minitron.stages.candidates import score_candidates
 
         ranks = Ranks(rank(), barrier)
-        folder = output_folder(cfg, "search", resumable=True, may_change=MAY_CHANGE, ranks=ranks)
+        folder = output_folder(cfg, "search", resumable=True, ranks=ranks)
         with folder as work:
             config = ModelConfig.load(Path(cfg.checkpoint) / "checkpoint")
             records = ranked(score_candidates(cfg, config, work), cfg.search.max_latency_ms)

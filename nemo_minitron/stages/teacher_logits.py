@@ -16,9 +16,6 @@ from nemo_minitron.runtime.ranks import launched_world_size
 from nemo_minitron.stages.inputs import open_checkpoint
 from nemo_minitron.stages.settings import check_settings
 
-# What may differ when a killed run is started again: who computes what, and how many at a time.
-_MAY_CHANGE = ("parallel.", "data.micro_batch_size", "chunk_size")
-
 
 def _splits(cfg: TeacherLogitsConfig) -> tuple[str, ...]:
     return PARTS if cfg.trainer.limit_val_batches else PARTS[:1]
@@ -64,9 +61,7 @@ def run(cfg: TeacherLogitsConfig) -> None:
 
     with distributed(cfg.parallel, cfg.data.seed):
         ranks = Ranks(rank(), barrier)
-        with output_folder(
-            cfg, "teacher_logits", resumable=True, may_change=_MAY_CHANGE, ranks=ranks
-        ) as work:
+        with output_folder(cfg, "teacher_logits", resumable=True, ranks=ranks) as work:
             metrics = _store(cfg, work / FOLDER)
             if ranks.rank == 0:
                 source = Path(cfg.checkpoint) / "checkpoint" / "tokenizer"

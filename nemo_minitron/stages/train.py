@@ -16,21 +16,6 @@ from nemo_minitron.distillation.logit_index import PARTS
 from nemo_minitron.runtime.ranks import launched_world_size
 from nemo_minitron.stages.settings import check_training_settings
 
-# What may differ when an unfinished training is started again: none of it changes what is learnt.
-MAY_CHANGE = (
-    "parallel.",
-    "teacher_parallel.",
-    "data.micro_batch_size",
-    "trainer.log_every_n_steps",
-    "trainer.recompute_",
-    "megatron.transformer.recompute_",
-    "megatron.ddp.overlap_",
-    "megatron.ddp.align_param_gather",
-    "megatron.ddp.bucket_size",
-    "megatron.ddp.num_buckets",
-    "trainer.save_",
-)
-
 
 def splits(cfg: TrainingStageConfig) -> tuple[str, ...]:
     """Splits that training reads."""
@@ -101,7 +86,7 @@ def train(
     config = ModelConfig.load(source)
     with distributed(cfg.parallel, cfg.trainer.seed):
         ranks = Ranks(rank(), barrier)
-        folder = output_folder(cfg, stage, resumable=True, may_change=MAY_CHANGE, ranks=ranks)
+        folder = output_folder(cfg, stage, resumable=True, ranks=ranks)
         with folder as work:
             model, samples = build(config, source)
             model.load(source, key=key)

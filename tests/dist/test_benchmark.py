@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron.config.stages import BenchmarkConfig
-from nemo_minitron.checkpoint.manifest import input_paths
+from nemo_minitron.config.identity import input_paths
 from nemo_minitron.reporting.speed import speed_rows
 from tests.e2e.bad_input import build, done, line, run_line
 

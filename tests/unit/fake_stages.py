@@ -57,7 +57,7 @@ def _check(stage: str, cfg: Any) -> None:
 def _run(stage: str, cfg: Any) -> None:
     """Write a file that is a function of config and inputs, as a real stage does."""
     from nemo_minitron.checkpoint.artifact import Ranks, output_folder
-    from nemo_minitron.checkpoint.manifest import config_values
+    from nemo_minitron.config.identity import config_values
     from nemo_minitron.runtime.ranks import rank
 
     _note(stage)

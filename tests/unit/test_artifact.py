@@ -13,7 +13,7 @@ import pytest
 from nemo_minitron.checkpoint import artifact
 from nemo_minitron.checkpoint.artifact import Ranks, check_output, open_result, output_folder
 from nemo_minitron.checkpoint.manifest import config_hash, fingerprint, read_manifest
-from nemo_minitron.config.stages import ExportConfig, PruneConfig, PruningConfig
+from nemo_minitron.config.stages import STAGE_CONFIGS, ExportConfig, PruneConfig, PruningConfig
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def test_killed_between_the_two_renames_by_an_earlier_version(cfg):
 KILL = """
 import os, signal, sys
 from nemo_minitron.checkpoint.artifact import output_folder
-from nemo_minitron.config.stages import ExportConfig
+from nemo_minitron.config.stages import STAGE_CONFIGS, ExportConfig
 cfg = ExportConfig(output_dir=sys.argv[1], checkpoint=sys.argv[2])
 with output_folder(cfg, "export", resumable=sys.argv[3] == "resumable") as folder:
     (folder / "step").write_text("7")
@@ -352,3 +352,29 @@ def test_config_hash_leaves_out_paths_and_neutral_keys(tmp_path):
 
     assert digest() == digest(output_dir="p", checkpoint="d", workers=7, verify_inputs="size")
     assert digest() != digest(pruning=PruningConfig(drop_layers=[1]))
+
+
+def test_the_hash_of_a_config_survives_new_keys():
+    """Results keep their identity from version to version: a new key that decides something needs
+    ``metadata=ADDED``, one that does not ``NEUTRAL`` (nemo_minitron/config/meaning.py)."""
+    given = {"output_dir": "o", "checkpoint": "c", "source": "s", "student": "s", "teacher": "t"}
+    given |= {"prompts": "p"}
+    found = {}
+    for stage, cls in STAGE_CONFIGS.items():
+        if stage in ("pipeline", "plan"):  # nothing is made from what they leave
+            continue
+        keys = {key: value for key, value in given.items() if key in cls.__dataclass_fields__}
+        found[stage] = config_hash(cls(**keys))[:8]
+    assert found == {
+        "import": "8d5fbaf0",
+        "importance": "b25b9c48",
+        "prune": "a712c2f6",
+        "search": "2cd61a25",
+        "teacher_logits": "2366874d",
+        "distill": "51a7bbc7",
+        "finetune": "c3a8b222",
+        "generate": "b18fc930",
+        "evaluate": "0ee90846",
+        "benchmark": "9e15ce83",
+        "export": "b7b95ef0",
+    }

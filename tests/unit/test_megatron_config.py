@@ -6,8 +6,9 @@ import re
 
 import pytest
 
-from nemo_minitron.checkpoint.manifest import config_hash, config_values
+from nemo_minitron.checkpoint.manifest import config_hash
 from nemo_minitron.config import load, megatron_owned, schema
+from nemo_minitron.config.identity import config_values
 from nemo_minitron.config.megatron import (
     PARTS,
     ForwardMegatronConfig,

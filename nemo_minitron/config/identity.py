@@ -1,0 +1,132 @@
+"""Which keys decide a result, and whether those of another run were the same.
+
+Configs are compared key by key with what was stored beside a result, never by a hash alone: a key
+that the stored config lacks is one that its version did not have, and counts as changed only if it
+is not at its default. So a new version makes no result stale and no unfinished work useless.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from nemo_minitron.config.base import StageConfig
+from nemo_minitron.config.meaning import IDENTITY, RESUME
+from nemo_minitron.config.schema import default_of, flatten
+
+# Keys of earlier versions that are no more -> the value at which they changed nothing.
+REMOVED: Mapping[str, Any] = {}
+_NOTHING: Any = object()
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What one key means.
+
+    Attributes:
+        role: ``counts``, ``added``, ``neutral`` or ``input`` (see ``config/meaning.py``).
+        default: its default.
+        may_change: beginnings of what may differ on resume: "" is the key and all in it.
+    """
+
+    role: str
+    default: Any
+    may_change: tuple[str, ...]
+
+
+def meanings(cls: type) -> dict[str, Meaning]:
+    """Dotted key -> meaning, for every key of a config dataclass."""
+    return dict(_meanings(cls, None, "", "counts", ()))
+
+
+def _meanings(
+    cls: type, instance: Any, prefix: str, role: str, changing: tuple[str, ...]
+) -> Iterator[tuple[str, Meaning]]:
+    for field in dataclasses.fields(cls):
+        default = getattr(instance, field.name) if instance is not None else default_of(field)
+        name = prefix + field.name
+        own = field.metadata.get(IDENTITY, role)
+        inside = tuple(field.metadata.get(RESUME, ())) + _inside(changing, field.name)
+        if dataclasses.is_dataclass(default):
+            yield from _meanings(type(default), default, f"{name}.", own, inside)
+        else:
+            yield name, Meaning(own, default, inside)
+
+
+def _inside(changing: tuple[str, ...], name: str) -> tuple[str, ...]:
+    """What a section says of one of its keys."""
+    return ("",) if any(name.startswith(beginning) for beginning in changing) else ()
+
+
+def _find(known: Mapping[str, Meaning], key: str) -> tuple[str, Meaning | None]:
+    """The field a key belongs to: itself, or the free-form dictionary that holds it."""
+    name = key
+    while name and name not in known:
+        name = name.rpartition(".")[0]
+    return name, known.get(name)
+
+
+def config_values(cfg: StageConfig) -> dict[str, Any]:
+    """The keys of a stage config that decide its result, dotted; see ``input_paths`` for inputs."""
+    known = meanings(type(cfg))
+    values = {}
+    for key, value in flatten(asdict(cfg)).items():
+        _, meaning = _find(known, key)
+        assert meaning is not None, key
+        added = meaning.role == "added" and value != meaning.default
+        if meaning.role == "counts" or added:
+            values[key] = value
+    return values
+
+
+def input_paths(cfg: StageConfig) -> dict[str, str]:
+    """Config key -> path, for every input the stage config names; ``key.0``, ... for a list."""
+    values = flatten(asdict(cfg))
+    found: dict[str, str] = {}
+    for key, meaning in meanings(type(cfg)).items():
+        value = values.get(key)
+        if meaning.role != "input" or value is None:
+            continue
+        several = dict(enumerate(value)) if isinstance(value, list) else None
+        found |= {key: value} if several is None else {f"{key}.{i}": p for i, p in several.items()}
+    return found
+
+
+def changes(
+    cfg: StageConfig, stored: Mapping[str, Any], *, resuming: bool = False
+) -> dict[str, tuple[Any, Any]]:
+    """Keys that decide a result and are others now: key -> value then and now.
+
+    Args:
+        cfg: the config now.
+        stored: the flat config then, whole or as ``config_values`` gave it.
+        resuming: pass over what may change when unfinished work is started again.
+    """
+    known = meanings(type(cfg))
+    before, now = ({k: v for k, v in x.items() if v != {}} for x in (stored, flatten(asdict(cfg))))
+    found = {}
+    for key in sorted({*before, *now}):
+        name, meaning = _find(known, key)
+        if meaning is None:
+            if before[key] != REMOVED.get(key, _NOTHING):
+                found[key] = (before[key], None)
+            continue
+        if meaning.role not in ("counts", "added") or (
+            resuming and _may_change(meaning, name, key)
+        ):
+            continue
+        default = meaning.default if name == key else None
+        then, value = before.get(key, default), now.get(key, default)
+        if then != value:
+            found[key] = (then, value)
+    return found
+
+
+def _may_change(meaning: Meaning, name: str, key: str) -> bool:
+    rest = key[len(name) :].lstrip(".")
+    return any(rest.startswith(beginning) for beginning in meaning.may_change)
+
+
+def said(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    """Changes in words."""
+    return ", ".join(f"{key} {then} -> {now}" for key, (then, now) in changed.items())
