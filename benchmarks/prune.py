@@ -30,7 +30,7 @@ from nemo_minitron.checkpoint.torch_dist import read_torch_dist, write_torch_dis
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import parameter_count
-from nemo_minitron.pruning.plan import Plan, pruned_config
+from nemo_minitron.pruning.plan import Plan, full_plan, pruned_config
 from nemo_minitron.pruning.stream import prune_checkpoint
 from nemo_minitron.reporting.console import show_table
 
@@ -60,12 +60,9 @@ def random_plan(config: ModelConfig) -> Plan:
         return torch.randperm(size, generator=generator)[:keep].sort().values.tolist()
 
     layers = range(config.num_layers)
-    return Plan(
-        layers=list(layers),
+    return full_plan(config).replaced(
         hidden=some(config.hidden_size, HIDDEN),
         ffn=[some(config.ffn_hidden_size, FFN) for _ in layers],
-        head=[list(range(config.num_attention_heads)) for _ in layers],
-        query_group=[list(range(config.num_query_groups)) for _ in layers],
     )
 
 

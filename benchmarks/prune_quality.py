@@ -220,13 +220,19 @@ def compare(bench: Bench, scores: Scores, peer: Peer, target: str, work: Path) -
 def differences(plan: Plan, orders: dict[str, Any], config: ModelConfig) -> tuple[int, int]:
     """Indices that only we keep, and indices that we keep, on the axes that lost some."""
     only_ours = kept = 0
-    mine, sizes = asdict(plan), {"hidden": config.hidden_size, "layers": config.num_layers}
+    mine, sizes = (
+        {"hidden": plan["hidden"], "layers": plan.layers},
+        {
+            "hidden": config.hidden_size,
+            "layers": config.num_layers,
+        },
+    )
     for axis, size in sizes.items():
         if len(mine[axis]) < size:
             only_ours += len(set(mine[axis]) - set(orders[axis]))
             kept += len(mine[axis])
     theirs = dict(zip(orders["layers"], orders["ffn"], strict=True))
-    for layer, ffn in zip(plan.layers, plan.ffn, strict=True):
+    for layer, ffn in zip(plan.layers, plan["ffn"], strict=True):
         if len(ffn) < config.ffn_hidden_size:
             only_ours += len(set(ffn) - set(theirs.get(layer, [])))
             kept += len(ffn)

@@ -61,25 +61,33 @@ def _bounded(path: Path, largest: int) -> bytes:
     return text
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, largest: int = LARGEST_JSON) -> Any:
     """What a JSON file says.
+
+    Args:
+        path: the file.
+        largest: bytes that it may have.
 
     Raises:
         ValueError: it cannot be read, is too large, no JSON, or nested too deep; names the file.
     """
     try:
-        return json_value(_bounded(path, LARGEST_JSON))
+        return json_value(_bounded(path, largest))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path, largest: int = LARGEST_JSON) -> dict[str, Any]:
     """What a JSON file says, which must be an object.
+
+    Args:
+        path: the file.
+        largest: bytes that it may have.
 
     Raises:
         ValueError: as ``read_json``, or it holds something else.
     """
-    value = read_json(path)
+    value = read_json(path, largest)
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object")
     return value

@@ -57,7 +57,7 @@ def scored(config: ModelConfig, samples: int, length: int) -> tuple[dict[str, Te
     data = DataConfig(path="-", seq_length=length, micro_batch_size=4, global_batch_size=samples)
     dataset = NpyDataset(ids, samples)
     found = estimate_scores([chunk], config, groups, dataset, data, ScoreConfig())
-    return found.axes(), make_plan(config, _target(config), found)
+    return found, make_plan(config, _target(config), found)
 
 
 def scored_alone(config: ModelConfig, samples: int, length: int) -> tuple[dict[str, Tensor], Plan]:
@@ -68,7 +68,12 @@ def scored_alone(config: ModelConfig, samples: int, length: int) -> tuple[dict[s
 
 def _kept(plan: Plan) -> dict[str, list[Any]]:
     """Axis of the scores -> kept indices, one list for every layer or one in all."""
-    return {"hidden": [plan.hidden], "ffn": plan.ffn, "head": plan.head, "layer": [plan.layers]}
+    return {
+        "hidden": [plan["hidden"]],
+        "ffn": plan["ffn"],
+        "head": plan["head"],
+        "layer": [plan.layers],
+    }
 
 
 def _narrowest(scores: Tensor, kept: list[list[int]]) -> float:

@@ -62,3 +62,15 @@ AXES: dict[str, Axis] = {axis.name: axis for axis in _TABLE}
 def axis_size(config: "ModelConfig", name: str) -> int:
     """Size of an axis in a model before pruning; 0 where the model does not have it."""
     return getattr(config, AXES[name].size) or 0
+
+
+def axes_of(config: "ModelConfig") -> list[Axis]:
+    """The axes that a model has, in the order of the table."""
+    return [axis for axis in _TABLE if has_axis(config, axis)]
+
+
+def has_axis(config: "ModelConfig", axis: Axis) -> bool:
+    """Whether a model has an axis. No layer has both experts and an MLP of its own."""
+    if axis.name == "ffn" and config.num_moe_experts is not None:
+        return False
+    return axis_size(config, axis.name) > 0

@@ -1,6 +1,7 @@
 """The architecture of one model, as stored in ``model.yaml`` beside its weights."""
 
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,28 @@ class ModelConfig:
         """Longest sequence that there are positions for; None: any."""
         learned = self.position_embedding_type == "learned_absolute"
         return self.max_position_embeddings if learned else None
+
+    def resized(
+        self, sizes: Mapping[str, int], layers: Sequence[int] | None = None
+    ) -> "ModelConfig":
+        """The config of a smaller model, which every kind of pruning makes here.
+
+        Args:
+            sizes: name of a size -> its new value.
+            layers: 0-based layers that stay; None where it is not known which do.
+        """
+        changed: dict[str, Any] = dict(sizes)
+        if self.num_moe_experts is not None:
+            # Every layer has experts, so no layer has this width; it is kept equal to theirs.
+            changed["ffn_hidden_size"] = changed.get(
+                "moe_ffn_hidden_size", self.moe_ffn_hidden_size
+            )
+        if layers is not None:
+            changed["num_layers"] = len(layers)
+            if len(layers) < self.num_layers:
+                original = self.kept_layers or list(range(self.num_layers))
+                changed["kept_layers"] = [original[layer] for layer in layers]
+        return replace(self, **changed)
 
     def save(self, folder: Path) -> None:
         """Write ``model.yaml`` into ``folder``."""

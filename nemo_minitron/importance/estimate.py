@@ -208,10 +208,10 @@ def _add_losses(result: Scores, removal: Removal, scores: ScoreConfig) -> None:
         by_size.setdefault(stop - first, []).append(loss)
     result.meta["lm_loss"] = by_size.pop(0)[0]
     if scores.layers_by("lm_loss"):
-        result.layer_lm_loss = torch.tensor(by_size[1])
+        result["layer_lm_loss"] = torch.tensor(by_size[1])
     if scores.layers_by("block_lm_loss"):
         for size in scores.block_sizes:
-            result.blocks[layer_scores("block_lm_loss", size)] = torch.tensor(by_size[size])
+            result[layer_scores("block_lm_loss", size)] = torch.tensor(by_size[size])
 
 
 def gather_scores(
@@ -232,27 +232,17 @@ def gather_scores(
     reduce_sums(angles, groups.pp)
     tables = _layer_tables(recorders, config)
     all_reduce_flat(list(tables.values()), groups.pp)
-    hidden, ffn, head = (tables.get(axis) for axis in ("hidden", "ffn", "head"))
-    if head is not None:
-        head = gather(head, groups.tp, dim=-1).unflatten(1, (-1, config.kv_channels))
-        head = torch.linalg.vector_norm(head, dim=-1)
-    blocks = {} if not angles else angles[0].scores()
-    shared = tables.get("shared_expert_ffn")
-    if shared is not None:
-        shared = gather(shared, groups.tp, dim=-1)
-    return Scores(
-        hidden=_final_or_none(None if hidden is None else hidden.sum(dim=(0, 1)), groups.tp),
-        ffn=_final_or_none(None if ffn is None else gather(ffn, groups.tp, dim=-1), groups.tp),
-        head=_final_or_none(head, groups.tp),
-        layer=_final_or_none(tables.get("layer"), groups.tp),
-        expert=_final_or_none(tables.get("expert"), groups.tp),
-        expert_ffn=_final_or_none(tables.get("expert_ffn"), groups.tp),
-        shared_expert_ffn=_final_or_none(shared, groups.tp),
-        blocks={
-            layer_scores("block_angular", size): _final(values, groups.tp)
-            for size, values in blocks.items()
-        },
-    )
+    for axis in ("ffn", "head", "shared_expert_ffn"):
+        if axis in tables:
+            tables[axis] = gather(tables[axis], groups.tp, dim=-1)
+    if "hidden" in tables:
+        tables["hidden"] = tables["hidden"].sum(dim=(0, 1))
+    if "head" in tables:
+        heads = tables["head"].unflatten(1, (-1, config.kv_channels))
+        tables["head"] = torch.linalg.vector_norm(heads, dim=-1)
+    for size, values in (angles[0].scores() if angles else {}).items():
+        tables[layer_scores("block_angular", size)] = values
+    return Scores({name: _final(values, groups.tp) for name, values in tables.items()})
 
 
 def _layer_tables(recorders: list[ChunkRecorder], config: ModelConfig) -> dict[str, Tensor]:
@@ -271,10 +261,6 @@ def _layer_tables(recorders: list[ChunkRecorder], config: ModelConfig) -> dict[s
                 tables[axis] = values.new_zeros(config.num_layers, *values.shape[1:])
             tables[axis][recorder.layers] = values
     return tables
-
-
-def _final_or_none(scores: Tensor | None, tp_group: dist.ProcessGroup) -> Tensor | None:
-    return None if scores is None else _final(scores, tp_group)
 
 
 def _final(scores: Tensor, tp_group: dist.ProcessGroup) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,17 +18,9 @@ if TYPE_CHECKING:
 SCORES_FILE = "scores.safetensors"
 META_FILE = "scores.json"
 MOMENTS = "moments"
-AXES = (
-    "hidden",
-    "ffn",
-    "head",
-    "expert",
-    "expert_ffn",
-    "shared_expert_ffn",
-    "layer",
-    "layer_lm_loss",
-)
 _FORMAT = 1
+# Of the scores in scores.json; those of blocks follow by name.
+_ORDER = (*(axis for axis in SCORE_AXES if axis != "layer"), "layer", "layer_lm_loss")
 # What must agree between the model that was scored and the model that is pruned.
 _MODEL_KEYS = (
     "family",
@@ -46,46 +38,44 @@ _MODEL_KEYS = (
 )
 
 
-@dataclass
-class Scores:
-    """One number per index of each scored axis: global, fp32, higher = keep.
+class Scores(dict[str, "Tensor"]):
+    """Scores by name: one number per index, global, fp32, higher = keep.
 
-    An axis that was not scored is None. The files do not depend on the layout they were made at.
+    - The name of an axis (``config.axes``): ``[h]`` for ``hidden``, ``[layers, size]`` for an axis
+      of scope ``LAYER``, ``[layers, experts, size]`` for one of scope ``EXPERT``. A query group has
+      no scores of its own: those of its heads count.
+    - ``layer``: ``[layers]`` block influence.
+    - ``layer_lm_loss``: ``[layers]`` LM loss (nats per token) without the layer;
+      ``meta["lm_loss"]`` is the loss with all of them.
+    - ``<criterion>.<n>``: ``[layers - n + 1]``, one per block of n layers by its first layer.
+      ``block_angular.n`` is the angle between its input and its output (1 is pi),
+      ``block_lm_loss.n`` the LM loss without it.
+
+    What was not scored is not in the mapping. The files do not depend on the layout that the scores
+    were made at.
+
+    Attributes:
+        meta: ``model`` sizes, ``aggregation``, ``data``, ``num_samples``, ``num_tokens``.
     """
 
-    hidden: Tensor | None = None
-    """``[h]``, summed over all input and pre-MLP norms."""
-    ffn: Tensor | None = None
-    """``[layers, f]``."""
-    head: Tensor | None = None
-    """``[layers, n]`` query heads."""
-    expert: Tensor | None = None
-    """``[layers, num_moe_experts]``."""
-    expert_ffn: Tensor | None = None
-    """``[layers, num_moe_experts, f]``."""
-    shared_expert_ffn: Tensor | None = None
-    """``[layers, f]`` of the shared expert."""
-    layer: Tensor | None = None
-    """``[layers]`` block influence."""
-    layer_lm_loss: Tensor | None = None
-    """``[layers]`` LM loss (nats per token) without the layer; ``meta['lm_loss']`` is with all."""
-    blocks: dict[str, Tensor] = field(default_factory=dict)
-    """``<criterion>.<n>`` -> ``[layers - n + 1]``, one per block of n layers by its first layer:
-    ``block_angular.n`` (angle between input and output, 1 is pi), ``block_lm_loss.n`` (LM loss
-    without the block)."""
-    meta: dict[str, Any] = field(default_factory=dict)
-    """``model`` sizes, ``aggregation``, ``data``, ``num_samples``, ``num_tokens``."""
-
-    def axes(self) -> dict[str, Tensor]:
-        """The scored axes by name."""
-        found = {axis: getattr(self, axis) for axis in AXES} | self.blocks
-        return {axis: tensor for axis, tensor in found.items() if tensor is not None}
+    def __init__(
+        self,
+        scores: Mapping[str, Tensor] | None = None,
+        *,
+        meta: dict[str, Any] | None = None,
+        **named: Tensor,
+    ) -> None:
+        """Take scores by name, as ``dict`` does."""
+        super().__init__(scores or {}, **named)
+        self.meta: dict[str, Any] = {} if meta is None else meta
 
     def save(self, folder: Path) -> None:
         """Write ``scores.safetensors`` and ``scores.json`` into ``folder``."""
         from safetensors.torch import save
 
-        tensors = {axis: tensor.detach().cpu().contiguous() for axis, tensor in self.axes().items()}
+        tensors = {
+            name: self[name].detach().cpu().contiguous() for name in sorted(self, key=_order)
+        }
         (folder / SCORES_FILE).write_bytes(save(tensors))
         meta = {"format": _FORMAT, "axes": list(tensors), **self.meta}
         (folder / META_FILE).write_text(json.dumps(meta, indent=2) + "\n")
@@ -105,10 +95,13 @@ class Scores:
             tensors = load_file(folder / SCORES_FILE)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{folder / SCORES_FILE} cannot be read: {error}") from error
-        blocks = {name: tensors.pop(name) for name in list(tensors) if "." in name}
-        scores = cls(meta=meta, blocks=blocks, **tensors)
+        scores = cls({name: tensors[name] for name in sorted(tensors, key=_order)}, meta=meta)
         check_finite(scores)
         return scores
+
+
+def _order(name: str) -> tuple[int, str]:
+    return (_ORDER.index(name) if name in _ORDER else len(_ORDER)), name
 
 
 def moment_file(folder: Path, axis: str, index: int) -> Path:
@@ -167,7 +160,7 @@ def check_finite(scores: Scores) -> None:
     Raises:
         ValueError: a score is NaN or infinite.
     """
-    for axis, tensor in scores.axes().items():
+    for axis, tensor in scores.items():
         bad = int((~tensor.isfinite()).sum())
         if bad:
             raise ValueError(

@@ -1,7 +1,6 @@
 """Which model every item of a pipeline reads and writes, followed through by its sizes."""
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +47,7 @@ def target_model(config: ModelConfig, pruning: PruningConfig) -> ModelConfig:
     sizes = target_sizes(config, pruning)
     if pruning.drop_layers is not None:
         sizes["num_layers"] = config.num_layers - len(pruning.drop_layers)
-    return resized(config, sizes)
-
-
-def resized(config: ModelConfig, sizes: dict[str, int]) -> ModelConfig:
-    """``config`` with other sizes; the width of experts is that of a dense layer, too."""
-    changed: dict[str, Any] = dict(sizes)
-    if "moe_ffn_hidden_size" in sizes:
-        changed["ffn_hidden_size"] = sizes["moe_ffn_hidden_size"]
-    return replace(config, **changed)
+    return config.resized(sizes)
 
 
 class Models:

@@ -53,7 +53,7 @@ def row_before(row: Row, plan: Plan, position: int) -> Row:
     """The row before pruning of a row after: another expert's, where experts are dropped."""
     if row.expert is None or row.template is None:
         return row
-    return row.template.of_expert(plan.expert[position][row.expert])
+    return row.template.of_expert(plan["expert"][position][row.expert])
 
 
 def plan_move(

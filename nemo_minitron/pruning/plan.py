@@ -7,10 +7,12 @@ same scores always give the same plan and a plan is canonical.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_minitron.config.axes import AXES, Axis, Scope, axes_of, axis_size
 from nemo_minitron.config.stages import BLOCK_CRITERIA, PruningConfig
 from nemo_minitron.documents import read_json_object
 from nemo_minitron.importance.scores import layer_scores
@@ -29,37 +31,65 @@ if TYPE_CHECKING:
     from nemo_minitron.importance.scores import Scores
 
 PLAN_FILE = "plan.json"
+LARGEST_PLAN = 1 << 30
+"""Bytes; a plan of 100 layers with 128 experts of 1,536 channels each takes a tenth."""
 _FORMAT = 1
-_OPTIONAL = {"merge", "expert", "expert_ffn", "shared_expert_ffn"}
+# plan.json has always held these, also where a model lacks the axis: then a list for each layer
+# that is empty.
+_ALWAYS_STORED = ("hidden", "ffn", "head", "query_group")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Kept indices: global, 0-based, ascending. Lists of lists: one per *kept* layer, in order."""
+class Plan(Mapping[str, Any]):
+    """Kept indices by axis: global, 0-based, ascending.
 
-    layers: list[int]
-    hidden: list[int]
-    ffn: list[list[int]]
-    head: list[list[int]]
-    query_group: list[list[int]]
-    expert: list[list[int]] = field(default_factory=list)
-    """Empty (and absent from the file) in a model without experts, as ``expert_ffn``; in one with
-    experts the lists of ``ffn`` are empty."""
-    expert_ffn: list[list[list[int]]] = field(default_factory=list)
-    """One list per kept layer and kept expert."""
-    shared_expert_ffn: list[list[int]] = field(default_factory=list)
-    """Empty (and absent from the file) in a model without a shared expert."""
+    An axis of scope ``MODEL`` has one list, an axis of scope ``LAYER`` one list per *kept* layer,
+    an axis of scope ``EXPERT`` one list per kept layer and kept expert (``config.axes``). Axes that
+    the model does not have are not in the mapping.
+
+    Attributes:
+        kept: axis -> its indices.
+        merge: what kept query heads take over from others (``pruning/merge.py``) before anything is
+            cut, one entry per kept layer; empty when heads stay what they are.
+    """
+
+    kept: dict[str, Any]
     merge: list[Terms] = field(default_factory=list)
-    """What kept query heads take over from others (``pruning/merge.py``), before anything is cut;
-    empty (and absent from the file) when heads stay what they are."""
+
+    def __getitem__(self, axis: str) -> Any:
+        """Kept indices of an axis."""
+        return self.kept[axis]
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names of the axes."""
+        return iter(self.kept)
+
+    def __len__(self) -> int:
+        """Count the axes."""
+        return len(self.kept)
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers that stay, as numbers of the model before pruning."""
+        layers: list[int] = self.kept["layer"]
+        return layers
+
+    def replaced(self, **kept: Any) -> Plan:
+        """The same plan with other indices for some axes."""
+        return Plan({**self.kept, **kept}, self.merge)
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``plan.json`` holds."""
+        lacking: dict[str, Any] = {
+            axis: [[]] * len(self.layers) for axis in _ALWAYS_STORED if axis not in self
+        }
+        kept = {axis: lists for axis, lists in self.kept.items() if axis != "layer"}
+        merge = {"merge": self.merge} if self.merge else {}
+        return {"format": _FORMAT, "layers": self.layers, **lacking, **kept, **merge}
 
     def save(self, folder: Path) -> None:
         """Write ``plan.json`` into ``folder``."""
-        values = asdict(self)
-        for name in _OPTIONAL:
-            if not values[name]:
-                del values[name]
-        text = json.dumps({"format": _FORMAT, **values}, separators=(",", ":"))
+        text = json.dumps(self.to_json(), separators=(",", ":"))
         (folder / PLAN_FILE).write_text(text + "\n")
 
     @classmethod
@@ -70,37 +100,40 @@ class Plan:
             ValueError: the file is missing, damaged or of another version.
         """
         path = folder / PLAN_FILE
-        values = read_json_object(path)
-        names = {f.name for f in fields(cls)} - _OPTIONAL
+        values = read_json_object(path, LARGEST_PLAN)
         if values.pop("format", None) != _FORMAT:
             raise ValueError(f"{path} is not a format-{_FORMAT} plan; run minitron prune again")
-        if set(values) - _OPTIONAL != names:
-            raise ValueError(f"{path} must hold {sorted(names)}, not {sorted(values)}")
-        return cls(**values)
+        needed, known = {"layers", *_ALWAYS_STORED}, {"layers", "merge", *AXES} - {"layer"}
+        if not needed <= values.keys() <= known:
+            raise ValueError(f"{path} must hold {sorted(needed)}, not {sorted(values)}")
+        merge = values.pop("merge", [])
+        layers = values.pop("layers")
+        # A list for each layer, all of them empty: an axis that the model lacks.
+        kept = {axis: lists for axis, lists in values.items() if any(x != [] for x in lists)}
+        return cls({"layer": layers, **kept}, merge)
 
 
 def full_plan(config: ModelConfig) -> Plan:
     """The plan that keeps everything."""
-
-    def everything(size: int) -> list[list[int]]:
-        return [list(range(size)) for _ in range(config.num_layers)]
-
-    experts, width = config.num_moe_experts or 0, config.moe_ffn_hidden_size or 0
-    shared = config.moe_shared_expert_intermediate_size
-    return Plan(
-        layers=list(range(config.num_layers)),
-        hidden=list(range(config.hidden_size)),
-        ffn=everything(0 if experts else config.ffn_hidden_size),
-        head=everything(config.num_attention_heads),
-        query_group=everything(config.num_query_groups),
-        expert=everything(experts) if experts else [],
-        expert_ffn=[_all_channels(experts, width)] * config.num_layers if experts else [],
-        shared_expert_ffn=everything(shared) if shared else [],
-    )
+    layers = list(range(config.num_layers))
+    return Plan({"layer": layers, **_everything(config, layers)})
 
 
-def _all_channels(experts: int, width: int) -> list[list[int]]:
-    return [list(range(width)) for _ in range(experts)]
+def _everything(config: ModelConfig, layers: list[int]) -> dict[str, Any]:
+    """All indices of every axis but that of the layers."""
+    repeats = {Scope.MODEL: (), Scope.LAYER: (len(layers),)}
+    repeats[Scope.EXPERT] = (len(layers), axis_size(config, "expert"))
+    return {
+        axis.name: _repeated(axis_size(config, axis.name), repeats[axis.scope])
+        for axis in axes_of(config)
+        if axis.name != "layer"
+    }
+
+
+def _repeated(size: int, repeats: tuple[int, ...]) -> list[Any]:
+    if not repeats:
+        return list(range(size))
+    return [_repeated(size, repeats[1:]) for _ in range(repeats[0])]
 
 
 # ---------------------------------------------------------------- scores -> plan
@@ -120,7 +153,7 @@ def _keep_layers(config: ModelConfig, pruning: PruningConfig, scores: Scores | N
     if scores is None or kept == config.num_layers:
         return list(range(config.num_layers))
     count = config.num_layers - kept
-    values = scores.axes()[layer_scores(pruning.layer_criterion, count)]
+    values = scores[layer_scores(pruning.layer_criterion, count)]
     if pruning.layer_criterion not in BLOCK_CRITERIA:
         return _top(values, kept).tolist()
     # Of equal blocks the last one goes, as of equal layers.
@@ -128,41 +161,48 @@ def _keep_layers(config: ModelConfig, pruning: PruningConfig, scores: Scores | N
     return [layer for layer in range(config.num_layers) if not first <= layer < first + count]
 
 
-def _keep_heads(scores: Tensor, config: ModelConfig, sizes: dict[str, int]) -> dict[str, Any]:
-    """Query groups by the sum of their heads' scores, then query heads inside each kept group.
+def _ranked(
+    axis: Axis, config: ModelConfig, sizes: dict[str, int], kept: dict[str, Any], scores: Tensor
+) -> list[Any]:
+    """The best indices of an axis with scope ``LAYER`` in every kept layer.
+
+    An axis that others are nested in is ranked by the sum of their scores. The indices of a nested
+    axis are ranked inside each parent that stays, and every parent keeps the same number of them.
 
     Args:
-        scores: ``[layers, n]`` of the kept layers.
+        axis: what to rank.
         config: the model to prune.
         sizes: sizes after pruning.
+        kept: what stays of the axes before this one in the table.
+        scores: ``[layers, n]`` of the kept layers.
     """
-    groups, per_group = sizes["num_query_groups"], config.heads_per_group
-    kept_per_group = sizes["num_attention_heads"] // groups
-    grouped = scores.unflatten(1, (config.num_query_groups, per_group))
-    kept_groups = _top(grouped.double().sum(dim=-1), groups)  # [layers, groups]
-    members = grouped.gather(1, kept_groups.unsqueeze(-1).expand(-1, -1, per_group))
-    heads = kept_groups.unsqueeze(-1) * per_group + _top(members, kept_per_group)
-    return {"query_group": kept_groups.tolist(), "head": heads.flatten(1).tolist()}
+    import torch
+
+    size, count = axis_size(config, axis.name), sizes[axis.size]
+    if axis.nested_in is None:
+        if scores.size(1) != size:
+            scores = scores.double().unflatten(1, (size, -1)).sum(dim=-1)
+        return _top(scores, count).tolist()
+    each = size // axis_size(config, axis.nested_in)
+    parents = torch.tensor(kept[axis.nested_in])  # [layers, parents that stay]
+    grouped = scores.unflatten(1, (-1, each))
+    members = grouped.gather(1, parents.unsqueeze(-1).expand(-1, -1, each))
+    best = parents.unsqueeze(-1) * each + _top(members, count // parents.size(1))
+    return best.flatten(1).tolist()
 
 
-def _keep_experts(
-    plan: Plan, scores: Scores, sizes: dict[str, int], needed: dict[str, str]
-) -> Plan:
-    """Experts of every kept layer, channels inside each of them and inside the shared one."""
-    if "expert" in needed and scores.expert is not None:
-        kept = _top(scores.expert[plan.layers], sizes["num_moe_experts"]).tolist()
-        channels = [layer[: len(kept[0])] for layer in plan.expert_ffn]
-        plan = replace(plan, expert=kept, expert_ffn=channels)
-    if "expert_ffn" in needed and scores.expert_ffn is not None:
-        rows = zip(scores.expert_ffn[plan.layers], plan.expert, strict=True)
-        width = sizes["moe_ffn_hidden_size"]
-        channels = [_top(layer[kept], width).tolist() for layer, kept in rows]
-        plan = replace(plan, expert_ffn=channels)
-    if "shared_expert_ffn" in needed and scores.shared_expert_ffn is not None:
-        width = sizes["moe_shared_expert_intermediate_size"]
-        shared = _top(scores.shared_expert_ffn[plan.layers], width).tolist()
-        plan = replace(plan, shared_expert_ffn=shared)
-    return plan
+def _keep(
+    axis: Axis, config: ModelConfig, sizes: dict[str, int], kept: dict[str, Any], scores: Scores
+) -> list[Any]:
+    """What stays of one axis; see ``_ranked``."""
+    values = scores[axis.scored_as]
+    if axis.scope is Scope.MODEL:
+        return _top(values, sizes[axis.size]).tolist()
+    values = values[kept["layer"]]
+    if axis.scope is Scope.LAYER:
+        return _ranked(axis, config, sizes, kept, values)
+    pairs = zip(values, kept["expert"], strict=True)
+    return [_top(layer[experts], sizes[axis.size]).tolist() for layer, experts in pairs]
 
 
 def make_plan(config: ModelConfig, pruning: PruningConfig, scores: Scores | None) -> Plan:
@@ -179,55 +219,35 @@ def make_plan(config: ModelConfig, pruning: PruningConfig, scores: Scores | None
         ValueError: see ``check_pruning`` and ``check_importance``.
     """
     check_pruning(config, pruning)
-    meta = None if scores is None else {"axes": list(scores.axes()), **scores.meta}
+    meta = None if scores is None else {"axes": list(scores), **scores.meta}
     check_importance(config, pruning, meta)
-    plan, sizes = full_plan(config), target_sizes(config, pruning)
+    sizes, needed = target_sizes(config, pruning), needed_scores(config, pruning)
     layers = _keep_layers(config, pruning, scores)
-    count = len(layers)
-    plan = replace(
-        plan,
-        layers=layers,
-        ffn=plan.ffn[:count],
-        head=plan.head[:count],
-        query_group=plan.query_group[:count],
-        expert=plan.expert[:count],
-        expert_ffn=plan.expert_ffn[:count],
-        shared_expert_ffn=plan.shared_expert_ffn[:count],
-    )
+    kept: dict[str, Any] = {"layer": layers, **_everything(config, layers)}
     if scores is None:
-        return plan
-    needed = needed_scores(config, pruning)
-    if "hidden" in needed and scores.hidden is not None:
-        plan = replace(plan, hidden=_top(scores.hidden, sizes["hidden_size"]).tolist())
-    if "ffn" in needed and scores.ffn is not None:
-        ffn = _top(scores.ffn[plan.layers], sizes["ffn_hidden_size"]).tolist()
-        plan = replace(plan, ffn=ffn)
-    plan = _keep_experts(plan, scores, sizes, needed)
-    if "head" in needed and scores.head is not None:
-        rows = scores.head[plan.layers]
-        plan = replace(plan, **_keep_heads(rows, config, sizes))
-        if pruning.merge_heads:
-            terms = zip(rows.tolist(), plan.query_group, plan.head, strict=True)
-            plan = replace(plan, merge=[merge_terms(config, *layer) for layer in terms])
-    return plan
+        return Plan(kept)
+    for axis in axes_of(config):  # an axis that others are nested in comes before them
+        if axis.name != "layer" and axis.scored_as in needed:
+            kept[axis.name] = _keep(axis, config, sizes, kept, scores)
+            if axis.name == "expert" and "expert_ffn" in kept:
+                count = sizes[axis.size]
+                kept["expert_ffn"] = [rows[:count] for rows in kept["expert_ffn"]]
+    merge: list[Terms] = []
+    if pruning.merge_heads and "head" in needed:
+        rows = scores["head"][layers].tolist()
+        terms = zip(rows, kept["query_group"], kept["head"], strict=True)
+        merge = [merge_terms(config, *layer) for layer in terms]
+    return Plan(kept, merge)
 
 
 def pruned_config(config: ModelConfig, plan: Plan) -> ModelConfig:
     """Config of the pruned model; ``kept_layers`` stays in terms of the original model."""
-    original = config.kept_layers or list(range(config.num_layers))
-    dropped = len(plan.layers) < config.num_layers
-    # Where every layer has experts, the width of dense layers is that of the experts.
-    ffn = len(plan.expert_ffn[0][0]) if plan.expert_ffn else len(plan.ffn[0])
-    shared = len(plan.shared_expert_ffn[0]) if plan.shared_expert_ffn else None
-    return replace(
-        config,
-        num_layers=len(plan.layers),
-        hidden_size=len(plan.hidden),
-        ffn_hidden_size=ffn,
-        num_moe_experts=len(plan.expert[0]) if plan.expert else None,
-        moe_ffn_hidden_size=ffn if plan.expert_ffn else None,
-        moe_shared_expert_intermediate_size=shared,
-        num_attention_heads=len(plan.head[0]),
-        num_query_groups=len(plan.query_group[0]),
-        kept_layers=[original[i] for i in plan.layers] if dropped else list(config.kept_layers),
-    )
+    sizes = {AXES[axis].size: _kept_size(AXES[axis], lists) for axis, lists in plan.items()}
+    return config.resized(sizes, plan.layers)
+
+
+def _kept_size(axis: Axis, kept: list[Any]) -> int:
+    """Size of an axis after pruning; lists of different layers and experts are equally long."""
+    if axis.scope is not Scope.MODEL:
+        kept = kept[0]
+    return len(kept[0] if axis.scope is Scope.EXPERT else kept)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Any, TypeVar
 
+from nemo_minitron.config.axes import AXES, Axis, Scope
 from nemo_minitron.config.layout import check_pipeline
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
@@ -58,14 +59,8 @@ def pruning_rounds(
         one = _one_round(current, pruning, sizes, drop, grouped)
         check_pruning(current, one)
         rounds.append(one)
-        current = _resized(current, sizes)
+        current = current.resized(sizes)
     return rounds
-
-
-def _resized(config: ModelConfig, sizes: dict[str, Any]) -> ModelConfig:
-    if config.num_moe_experts is not None:  # the width of dense layers that there are none of
-        sizes = {**sizes, "ffn_hidden_size": sizes["moe_ffn_hidden_size"]}
-    return replace(config, **sizes)
 
 
 def _one_round(
@@ -135,31 +130,27 @@ def compose(first: Plan, second: Plan) -> Plan:
         first: of the original model.
         second: of the model that ``first`` gives.
     """
-    layers, shared = second.layers, second.shared_expert_ffn
-
-    def picked(rows: list[list[int]], kept: list[list[int]]) -> list[list[int]]:
-        return [_pick(rows[layer], k) for layer, k in zip(layers, kept, strict=True)]
-
     merge = []
-    for position, layer in enumerate(layers):
+    for position, layer in enumerate(second.layers):
         before = first.merge[layer] if first.merge else []
         after = second.merge[position] if second.merge else []
-        merge.append(compose_terms(before, first.head[layer], after, second.head[position]))
-    inner = []
-    for position, layer in enumerate(layers[: len(second.expert)]):
-        rows = _pick(first.expert_ffn[layer], second.expert[position])
-        inner.append([_pick(r, k) for r, k in zip(rows, second.expert_ffn[position], strict=True)])
-    return Plan(
-        layers=_pick(first.layers, layers),
-        hidden=_pick(first.hidden, second.hidden),
-        ffn=picked(first.ffn, second.ffn),
-        head=picked(first.head, second.head),
-        query_group=picked(first.query_group, second.query_group),
-        expert=picked(first.expert, second.expert) if second.expert else [],
-        expert_ffn=inner,
-        shared_expert_ffn=picked(first.shared_expert_ffn, shared) if shared else [],
-        merge=merge if any(merge) else [],
-    )
+        heads = first["head"][layer], second["head"][position]
+        merge.append(compose_terms(before, heads[0], after, heads[1]))
+    kept = {axis: _composed(AXES[axis], first, second) for axis in second}
+    return Plan(kept, merge if any(merge) else [])
+
+
+def _composed(axis: Axis, first: Plan, second: Plan) -> list[Any]:
+    """What both plans keep of one axis, as indices of the original model."""
+    if axis.scope is Scope.MODEL:
+        return _pick(first[axis.name], second[axis.name])
+    rows = _pick(first[axis.name], second.layers)
+    if axis.scope is Scope.EXPERT:
+        experts = zip(rows, second["expert"], strict=True)
+        rows = [_pick(layer, kept) for layer, kept in experts]
+        pairs = zip(rows, second[axis.name], strict=True)
+        return [[_pick(r, k) for r, k in zip(*layer, strict=True)] for layer in pairs]
+    return [_pick(row, kept) for row, kept in zip(rows, second[axis.name], strict=True)]
 
 
 def _pick(values: list[_T], indices: Iterable[int]) -> list[_T]:

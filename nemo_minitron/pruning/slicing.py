@@ -31,7 +31,7 @@ def _kept_of_axis(
     dim: str, axis: Axis, plan: Plan, position: int | None, expert: int | None
 ) -> Tensor:
     """Indices of one axis that stay: of the model, of a layer or of one of its experts."""
-    kept = getattr(plan, axis.name)
+    kept = plan[axis.name]
     if axis.scope is not Scope.MODEL:
         if position is None:
             raise ValueError(
@@ -88,7 +88,7 @@ def dim_indices(
         config: the model before pruning.
         plan: what to keep.
         position: position of the layer in ``plan.layers``; None for tensors outside the layers.
-        expert: position of the expert in ``plan.expert[position]``; None outside experts.
+        expert: position of the expert in ``plan["expert"][position]``; None outside experts.
 
     Returns:
         Global indices in the order they are stored, or None when all stay.
@@ -130,7 +130,7 @@ class Source:
 def _old_name(row: Row, plan: Plan, position: int) -> str:
     """Name before pruning of the parameter of a kept layer (and expert)."""
     if row.expert is not None and row.template is not None:
-        row = row.template.of_expert(plan.expert[position][row.expert])
+        row = row.template.of_expert(plan["expert"][position][row.expert])
     return row.name.format(layer=plan.layers[position])
 
 

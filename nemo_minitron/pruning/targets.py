@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
+from nemo_minitron.config.axes import AXES, axes_of, axis_size, has_axis
 from nemo_minitron.config.stages import BLOCK_CRITERIA, PruningConfig
 from nemo_minitron.families.registry import FAMILIES
 from nemo_minitron.importance.scores import check_model, how_to_score, layer_scores
@@ -44,12 +45,7 @@ def target_sizes(config: ModelConfig, pruning: PruningConfig) -> dict[str, int]:
 
 def missing_sizes(config: ModelConfig) -> tuple[str, ...]:
     """Names of the prunable sizes that a model does not have."""
-    shared = "moe_shared_expert_intermediate_size"
-    if config.num_moe_experts is None:
-        return "num_moe_experts", "moe_ffn_hidden_size", shared
-    if config.moe_shared_expert_intermediate_size is None:
-        return "ffn_hidden_size", shared
-    return ("ffn_hidden_size",)
+    return tuple(axis.size for axis in AXES.values() if not has_axis(config, axis))
 
 
 def _missing(config: ModelConfig, name: str) -> str:
@@ -208,23 +204,15 @@ def check_pruning(config: ModelConfig, pruning: PruningConfig) -> None:
 
 def needed_scores(config: ModelConfig, pruning: PruningConfig) -> dict[str, str]:
     """Name of the scores that are needed -> the key that asks for them."""
-    axis_of = {
-        "hidden_size": "hidden",
-        "ffn_hidden_size": "ffn",
-        "num_attention_heads": "head",
-        "num_query_groups": "head",
-        "num_moe_experts": "expert",
-        "moe_ffn_hidden_size": "expert_ffn",
-        "moe_shared_expert_intermediate_size": "shared_expert_ffn",
-    }
     sizes = target_sizes(config, pruning)
-    dropped = config.num_layers - sizes["num_layers"]
-    axis_of["num_layers"] = layer_scores(pruning.layer_criterion, dropped)
-    return {
-        axis: f"pruning.target.{name}={sizes[name]}"
-        for name, axis in axis_of.items()
-        if name in sizes and sizes[name] < getattr(config, name)
-    }
+    needed: dict[str, str] = {}
+    for axis in axes_of(config):
+        name, size = axis.scored_as, sizes[axis.size]
+        if axis.name == "layer":
+            name = layer_scores(pruning.layer_criterion, config.num_layers - size)
+        if size < axis_size(config, axis.name):
+            needed.setdefault(name, f"pruning.target.{axis.size}={size}")
+    return needed
 
 
 def check_importance(

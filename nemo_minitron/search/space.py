@@ -8,7 +8,6 @@ from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.search import SEARCHED, SearchSpaceConfig
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import parameter_count
-from nemo_minitron.planning.models import resized
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _GIB = float(1 << 30)
@@ -130,7 +129,7 @@ def _rule_abiding(
 
 
 def _measured(config: ModelConfig, space: SearchSpaceConfig, sizes: Sizes) -> Candidate:
-    small = resized(config, sizes)
+    small = config.resized(sizes)
     count = parameter_count(family_of(config), small)["total"]
     element = _BYTES[config.dtype]
     cached = 2 * small.num_layers * small.num_query_groups * small.kv_channels

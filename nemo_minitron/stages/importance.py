@@ -78,13 +78,13 @@ def run(cfg: ImportanceConfig) -> None:
 
 def _metrics(calibrated: "Calibrated") -> dict[str, Any]:
     metrics, scores = calibrated.figures(), calibrated.scores
-    if scores.layer is not None:
-        metrics["block_influence"] = [round(x, 6) for x in scores.layer.tolist()]
+    if "layer" in scores:
+        metrics["block_influence"] = [round(x, 6) for x in scores["layer"].tolist()]
     if "lm_loss" in scores.meta:
         metrics["lm_loss"] = whole = scores.meta["lm_loss"]
         metrics["lm_loss_increase"] = {
             name: [round(x - whole, 6) for x in values.tolist()]
-            for name, values in scores.axes().items()
+            for name, values in scores.items()
             if "lm_loss" in name
         }
     return metrics
@@ -99,7 +99,7 @@ def _report(cfg: ImportanceConfig, scores: "Scores", metrics: dict[str, Any]) ->
             " x ".join(str(size) for size in tensor.shape),
             *(f"{x:.4g}" for x in (tensor.min(), tensor.median(), tensor.max())),
         ]
-        for axis, tensor in scores.axes().items()
+        for axis, tensor in scores.items()
     ]
     rows.append(["result", cfg.output_dir, "", "", ""])
     show_table(

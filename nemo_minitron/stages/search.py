@@ -23,7 +23,6 @@ from nemo_minitron.config.stages import DistillConfig, PruningConfig, SearchConf
 from nemo_minitron.config.training import DataConfig, OptimConfig, TrainerConfig
 from nemo_minitron.data.checks import check_batches, check_data
 from nemo_minitron.importance.scores import META_FILE, read_meta
-from nemo_minitron.planning.models import resized
 from nemo_minitron.pruning.targets import check_importance, check_pruning
 from nemo_minitron.runtime.ranks import launched_world_size
 from nemo_minitron.search.space import Candidate, candidates
@@ -94,7 +93,7 @@ def check(cfg: SearchConfig) -> None:
         pruning = pruning_of(cfg, config, one)
         check_pruning(config, pruning)
         check_importance(config, pruning, meta)
-        small = resized(config, one.sizes)
+        small = config.resized(one.sizes)
         balanced_layout(config, small, cfg.parallel)
         if cfg.search.distill.steps:
             _check_distillation(cfg, config, small)

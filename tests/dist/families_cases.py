@@ -35,7 +35,7 @@ def family_at(
         result["logits"][name] = _logits(models[name][1], groups, ids)
     config, chunks = models["whole"]
     result["names"] = [name for chunk in chunks for name, _ in chunk.named_parameters()]
-    result["scores"] = _score(chunks, config, groups, ids, len(ids)).axes()
+    result["scores"] = _score(chunks, config, groups, ids, len(ids))
     small, pruned = prune_live(chunks, family_of(config), config, plan, parallel, groups)
     assert pruned == models["several"][0]
     streamed = dict(torch.nn.ModuleList(models["several"][1]).named_parameters())

@@ -156,7 +156,7 @@ def score_and_prune(
     groups = _start(parallel)
     chunks = _load(config, folder, parallel, groups)
     scores = _score(chunks, config, groups, ids, global_batch_size=len(ids))
-    result: Result = {"scores": scores.axes(), "place": (groups.pp.rank(), groups.tp.rank())}
+    result: Result = {"scores": scores, "place": (groups.pp.rank(), groups.tp.rank())}
     for kind, pruning in prunings.items():
         plan = make_plan(config, pruning, scores)
         chunks = _load(config, folder, parallel, groups)

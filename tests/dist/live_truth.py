@@ -257,7 +257,7 @@ def one_answer(
     arguments = (config, str(truth.folder), truth.ids, parallel, ways, str(out))
     results = truth.ranks.run(world, score_and_prune, *arguments)
     plans = {kind: truth.plan(pruning) for kind, pruning in ways.items()}
-    error = score_error(results[0]["scores"], truth.scores.axes())
+    error = score_error(results[0]["scores"], truth.scores)
     same_indices = all(r[kind]["plan"] == plans[kind] for r in results for kind in ways)
     same_weights = all(equal_weights(truth, plans[kind], out / kind) for kind in ways)
     table.record(

@@ -57,4 +57,4 @@ def score(
     except Cut:
         return None
     saved.remove()
-    return result.axes(), saved.resumed
+    return result, saved.resumed

@@ -244,13 +244,16 @@ def write_scores(folder: Path, config: ModelConfig) -> None:
     shared = config.moe_shared_expert_intermediate_size
     scores = Scores(
         hidden=torch.rand(config.hidden_size),
-        ffn=None if experts else torch.rand(layers, config.ffn_hidden_size),
         head=torch.rand(layers, config.num_attention_heads),
-        expert=torch.rand(layers, experts) if experts else None,
-        expert_ffn=torch.rand(layers, experts, config.ffn_hidden_size) if experts else None,
-        shared_expert_ffn=torch.rand(layers, shared) if shared else None,
         layer=torch.rand(layers),
     )
+    if experts:
+        scores["expert"] = torch.rand(layers, experts)
+        scores["expert_ffn"] = torch.rand(layers, experts, config.ffn_hidden_size)
+    else:
+        scores["ffn"] = torch.rand(layers, config.ffn_hidden_size)
+    if shared:
+        scores["shared_expert_ffn"] = torch.rand(layers, shared)
     scores.meta = {"model": model_meta(config), "layers": list(range(layers))}
     cfg = ImportanceConfig(checkpoint="-", output_dir=str(folder))
     cfg.data.path = "-"
@@ -358,9 +361,9 @@ def kept_indices(kind: str, plan: Plan, layer: int, expert: int | None, case: Ca
     def rows(blocks: list[int], first: int = 0) -> list[int]:
         return [first + b * HEAD_DIM + i for b in blocks for i in range(HEAD_DIM)]
 
-    heads, groups = plan.head[layer], plan.query_group[layer]
+    heads, groups = plan["head"][layer], plan["query_group"][layer]
     if kind == "hidden":
-        return plan.hidden
+        return plan["hidden"]
     if kind == "q":
         return rows(heads)
     if kind == "kv":
@@ -370,10 +373,10 @@ def kept_indices(kind: str, plan: Plan, layer: int, expert: int | None, case: Ca
         k, v = queries * HEAD_DIM, (queries + keys) * HEAD_DIM
         return rows(heads) + rows(groups, k) + rows(groups, v)
     if kind == "expert":
-        return plan.expert[layer]
+        return plan["expert"][layer]
     if kind == "shared_ffn":
-        return plan.shared_expert_ffn[layer]
-    ffn = plan.ffn[layer] if expert is None else plan.expert_ffn[layer][expert]
+        return plan["shared_expert_ffn"][layer]
+    ffn = plan["ffn"][layer] if expert is None else plan["expert_ffn"][layer][expert]
     if kind == "packed_gate_up":
         return ffn + [case.fields["intermediate_size"] + i for i in ffn]
     assert kind == "ffn"
@@ -394,7 +397,8 @@ def test_pruned_exports_are_slices(models: Models) -> None:
                 old = name.replace(found[0], f"{found[1]}.{plan.layers[layer]}.", 1)
             if found := re.search(r"experts\.(\d+)\.", name):
                 expert = int(found[1])
-                old = old.replace(found[0], f"experts.{plan.expert[layer][expert]}.")
+                kept = plan["expert"][layer][expert]
+                old = old.replace(found[0], f"experts.{kept}.")
             want = whole[old]
             dims = next(d for end, d in models.case.dims.items() if re.search(rf"\b({end})$", name))
             for dim, kind in enumerate(dims):

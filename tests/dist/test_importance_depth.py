@@ -105,10 +105,8 @@ def expected(model, ids) -> dict[str, torch.Tensor]:
 
 
 def plan_of(scores: dict[str, torch.Tensor], criterion: str, kept: int) -> list[int]:
-    blocks = {name: tensor for name, tensor in scores.items() if "." in name}
-    known = {name: tensor for name, tensor in scores.items() if "." not in name}
     pruning = PruningConfig(target=TargetConfig(num_layers=kept), layer_criterion=criterion)
-    held = Scores(**known, blocks=blocks, meta={"model": model_meta(LLAMA)})
+    held = Scores(scores, meta={"model": model_meta(LLAMA)})
     return make_plan(LLAMA, pruning, held).layers
 
 

@@ -149,6 +149,6 @@ def test_killed_and_started_again(ranks: WorkerPool, tmp_path) -> None:
     assert "scoring goes on after" in done.stderr
     found, expected = Scores.load(tmp_path / "killed"), Scores.load(tmp_path / "whole")
     assert found.meta == expected.meta
-    for name, tensor in expected.axes().items():
-        assert torch.equal(found.axes()[name], tensor), name
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
     assert not (tmp_path / "killed" / "state").exists()

@@ -51,9 +51,9 @@ def stage(home: Path, out: Path, checkpoint: str = "fp32", **parallel) -> Import
 def assert_same(found: Path, expected: Path) -> None:
     a, b = Scores.load(found), Scores.load(expected)
     assert a.meta == b.meta
-    assert a.axes().keys() == b.axes().keys()
-    for axis, tensor in b.axes().items():
-        torch.testing.assert_close(a.axes()[axis], tensor, rtol=1e-5, atol=0)
+    assert a.keys() == b.keys()
+    for axis, tensor in b.items():
+        torch.testing.assert_close(a[axis], tensor, rtol=1e-5, atol=0)
 
 
 def test_files_do_not_depend_on_the_layout(ranks: WorkerPool, home: Path, tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_bf16_checkpoints(ranks: WorkerPool, home: Path, tmp_path: Path) -> None
 def test_only_the_axes_asked_for(ranks: WorkerPool, home: Path, tmp_path: Path) -> None:
     cfg = replace(stage(home, tmp_path / "out"), scores=ScoreConfig(axes=["ffn"]))
     ranks.run(1, run_stage, cfg)
-    assert list(Scores.load(tmp_path / "out").axes()) == ["ffn"]
+    assert list(Scores.load(tmp_path / "out")) == ["ffn"]
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def test_stages_together(ranks: WorkerPool, weights, ids, tmp_path: Path) -> Non
     for layer in range(LLAMA.num_layers):
         moment = load_file(moment_file(tmp_path / "scores", "ffn", layer))["moment"]
         name = f"decoder.layers.{layer}.mlp.linear_fc2.weight"
-        columns = column_map(moment, torch.tensor(plan.ffn[layer]), 1e-2)
+        columns = column_map(moment, torch.tensor(plan["ffn"][layer]), 1e-2)
         torch.testing.assert_close(found[name].read(), weights[name] @ columns)
 
 

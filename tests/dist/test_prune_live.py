@@ -150,14 +150,13 @@ def test_rows_of_any_dtype_travel(ranks: WorkerPool, dtype: torch.dtype) -> None
 
 def test_refusals_leave_the_model_alone(ranks: WorkerPool, truth: Truth) -> None:
     plan = full_plan(MODEL)
-    five = replace(
-        plan,
-        layers=[0, 1, 2, 4, 6],
-        ffn=plan.ffn[:5],
-        head=plan.head[:5],
-        query_group=plan.query_group[:5],
+    five = plan.replaced(
+        layer=[0, 1, 2, 4, 6],
+        ffn=plan["ffn"][:5],
+        head=plan["head"][:5],
+        query_group=plan["query_group"][:5],
     )
-    odd = replace(plan, ffn=[list(range(51))] * MODEL.num_layers)
+    odd = plan.replaced(ffn=[list(range(51))] * MODEL.num_layers)
     for parallel, chosen, message in (
         (LAYOUTS["PP2 VPP2"], five, "keep 4 or 8 layers"),
         (LAYOUTS["TP2"], odd, "pruning.target.ffn_hidden_size to 50 or 52"),

@@ -93,10 +93,9 @@ def test_interleaved(deep_truth: Truth, layout_table: LayoutTable, tmp_path, nam
 
 def test_experts_that_cannot_be_shared_out_are_refused(ranks: WorkerPool, truth: Truth) -> None:
     plan = full_plan(MIXTRAL)
-    three = replace(
-        plan,
+    three = plan.replaced(
         expert=[[0, 1, 3]] * MIXTRAL.num_layers,
-        expert_ffn=[layer[:3] for layer in plan.expert_ffn],
+        expert_ffn=[layer[:3] for layer in plan["expert_ffn"]],
     )
     arguments = (MIXTRAL, str(truth.folder), LAYOUTS["EP2"], three)
     for said, untouched in ranks.run(2, refused, *arguments):

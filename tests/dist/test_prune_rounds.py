@@ -103,7 +103,7 @@ def test_rounds_equal_the_stages_one_by_one(ranks: WorkerPool, home: Path, tmp_p
     plan = Plan.load(tmp_path / "rounds")
     weights = read_weights(home / "model")["embedding.word_embeddings.weight"]
     pruned = read_weights(tmp_path / "rounds")["embedding.word_embeddings.weight"]
-    assert torch.equal(pruned, weights[:, plan.hidden])
+    assert torch.equal(pruned, weights[:, plan["hidden"]])
     # Saved scores serve the first round.
     again = config(home, tmp_path / "reused", pruning)
     again.importance = str(tmp_path / "scores0")

@@ -106,7 +106,7 @@ def plan_for(model: str, target: str, scores: Scores) -> Plan:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("model", MODELS)
 def test_scores(peer: Peer, ours, model: str, layout: str) -> None:
-    found, expected = ours[model, layout].axes(), peer.scores(model)
+    found, expected = ours[model, layout], peer.scores(model)
     assert found.keys() == expected.keys()
     for axis, tensor in expected.items():
         torch.testing.assert_close(
@@ -122,14 +122,14 @@ def test_scores(peer: Peer, ours, model: str, layout: str) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("model", MODELS)
 def test_kept_indices(peer: Peer, ours, model: str, target: str, layout: str) -> None:
-    plan = asdict(plan_for(model, target, ours[model, layout]))
+    plan = plan_for(model, target, ours[model, layout])
     orders = peer.orders(model, target)
-    assert plan["layers"] == orders["layers"]
+    assert plan.layers == orders["layers"]
     assert plan["hidden"] == sorted(orders["hidden"])
     assert plan["ffn"] == [sorted(kept) for kept in orders["ffn"]]
     assert plan["head"] == [sorted(kept) for kept in orders["head"]]
     groups = list(range(MODELS[model][0].num_query_groups))
-    assert plan["query_group"] == [groups] * len(plan["layers"])
+    assert plan["query_group"] == [groups] * len(plan.layers)
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -60,9 +60,8 @@ def cut_plan() -> Plan:
     """Two of the layers, some channels of everything."""
     layers = [0, 2]
     whole = full_plan(LLAMA)
-    return replace(
-        whole,
-        layers=layers,
+    return whole.replaced(
+        layer=layers,
         hidden=list(range(0, LLAMA.hidden_size, 2)),
         ffn=[list(range(index, LLAMA.ffn_hidden_size, 3)) for index in range(len(layers))],
         head=[[0, 4] for _ in layers],
@@ -94,7 +93,7 @@ def test_which_tensors_change_and_how(monkeypatch, tied: bool, block_bytes: int)
     compensation = Compensation(axes, ridge, lambda axis, index: known[axis, index])
     found = prune_store(FAMILY, config, plan, store, compensation)
     plain = {n: t.read() for n, t in prune_store(FAMILY, config, plan, store).items()}
-    hidden = torch.tensor(plan.hidden)
+    hidden = torch.tensor(plan["hidden"])
 
     def expect(name: str, expected: torch.Tensor) -> None:
         torch.testing.assert_close(found[name].read(), expected, rtol=1e-5, atol=1e-6)
@@ -111,14 +110,14 @@ def test_which_tensors_change_and_how(monkeypatch, tied: bool, block_bytes: int)
             matrix = known["hidden", 2 * layer + side]
             expect(to + norm, plain[to + norm] * norm_factor(matrix, plain[to + norm], hidden))
             rows = prune_store(
-                FAMILY, config, replace(plan, hidden=list(range(config.hidden_size))), store
+                FAMILY, config, plan.replaced(hidden=list(range(config.hidden_size))), store
             )[to + reader].read()
             expect(to + reader, rows @ column_map(matrix, hidden, ridge))
         fc2 = weights[of + "mlp.linear_fc2.weight"][hidden]
-        ffn = torch.tensor(plan.ffn[position])
+        ffn = torch.tensor(plan["ffn"][position])
         expect(to + "mlp.linear_fc2.weight", fc2 @ column_map(known["ffn", layer], ffn, ridge))
         d = config.kv_channels
-        head = torch.cat([torch.arange(n * d, (n + 1) * d) for n in plan.head[position]])
+        head = torch.cat([torch.arange(n * d, (n + 1) * d) for n in plan["head"][position]])
         proj = weights[of + "self_attention.linear_proj.weight"][hidden]
         name = to + "self_attention.linear_proj.weight"
         expect(name, proj @ column_map(known["head", layer], head, ridge))

@@ -52,7 +52,7 @@ def pruned(
     store = prune_store(
         FAMILY, config, plan, {name: from_tensor(tensor) for name, tensor in weights.items()}
     )
-    return plan, weights, {name: lazy.read() for name, lazy in store.items()}, scores.head
+    return plan, weights, {name: lazy.read() for name, lazy in store.items()}, scores["head"]
 
 
 def test_pairs_run_outwards_from_the_cut() -> None:
@@ -70,16 +70,16 @@ def test_query_heads_of_each_group_by_the_formula(groups: int) -> None:
     for layer in range(GQA.num_layers):
         name = f"decoder.layers.{layer}.self_attention.linear_qkv.weight"
         before, after = heads_of(GQA, weights[name]), heads_of(small, found[name])
-        for position, group in enumerate(plan.query_group[layer]):
+        for position, group in enumerate(plan["query_group"][layer]):
             order = scores[layer, 5 * group : 5 * group + 5].argsort(descending=True) + 5 * group
             merged = by_the_formula([before["q"][head] for head in order], 3)
             expected = {int(head): value for head, value in zip(order, merged, strict=False)}
-            kept = [head for head in plan.head[layer] if head // 5 == group]
+            kept = [head for head in plan["head"][layer] if head // 5 == group]
             assert sorted(expected) == kept
             for place, head in enumerate(kept, start=3 * position):
                 torch.testing.assert_close(after["q"][place], expected[head])
-        assert torch.equal(after["k"], before["k"][plan.query_group[layer]])
-        assert torch.equal(after["v"], before["v"][plan.query_group[layer]])
+        assert torch.equal(after["k"], before["k"][plan["query_group"][layer]])
+        assert torch.equal(after["v"], before["v"][plan["query_group"][layer]])
 
 
 def test_heads_with_keys_of_their_own_are_merged_whole() -> None:
@@ -92,7 +92,7 @@ def test_heads_with_keys_of_their_own_are_merged_whole() -> None:
         for part in "qkv":
             merged = by_the_formula([before[part][head] for head in order], 4)
             expected = {int(head): value for head, value in zip(order, merged, strict=False)}
-            for place, head in enumerate(plan.head[layer]):
+            for place, head in enumerate(plan["head"][layer]):
                 torch.testing.assert_close(after[part][place], expected[head])
 
 

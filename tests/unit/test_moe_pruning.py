@@ -43,12 +43,13 @@ def random_scores(config, seed: int = 0) -> Scores:
 
     layers, experts = config.num_layers, config.num_moe_experts
     shared = config.moe_shared_expert_intermediate_size
+    named = {} if shared is None else {"shared_expert_ffn": rand(layers, shared)}
     return Scores(
+        named,
         hidden=rand(config.hidden_size),
         head=rand(layers, config.num_attention_heads),
         expert=rand(layers, experts),
         expert_ffn=rand(layers, experts, config.moe_ffn_hidden_size),
-        shared_expert_ffn=None if shared is None else rand(layers, shared),
         layer=rand(layers),
         meta={"model": model_meta(config)},
     )
@@ -62,10 +63,11 @@ def test_experts_first_then_channels_inside_those_that_stay(tmp_path):
     scores = random_scores(MIXTRAL)
     plan = make_plan(MIXTRAL, targets(**TARGET), scores)
     for position, layer in enumerate(plan.layers):
-        ranked = sorted(range(4), key=lambda e: -scores.expert[layer, e])
-        assert plan.expert[position] == sorted(ranked[:3])
-        for expert, channels in zip(plan.expert[position], plan.expert_ffn[position], strict=True):
-            best = sorted(range(40), key=lambda f: -scores.expert_ffn[layer, expert, f])[:24]
+        ranked = sorted(range(4), key=lambda e: -scores["expert"][layer, e])
+        assert plan["expert"][position] == sorted(ranked[:3])
+        rows = plan["expert"][position], plan["expert_ffn"][position]
+        for expert, channels in zip(*rows, strict=True):
+            best = sorted(range(40), key=lambda f: -scores["expert_ffn"][layer, expert, f])[:24]
             assert channels == sorted(best)
     small = pruned_config(MIXTRAL, plan)
     assert {name: getattr(small, name) for name in TARGET} == TARGET
@@ -80,14 +82,14 @@ def test_equals_an_independent_slice():
     before = {name: t.read() for name, t in to_hf(FAMILY, MIXTRAL, store).items()}
     pruned = to_hf(FAMILY, small, prune_store(FAMILY, MIXTRAL, plan, store))
     after = {name: t.read() for name, t in pruned.items()}
-    h = plan.hidden
+    h = plan["hidden"]
     for new, old in enumerate(plan.layers):
         a = f"model.layers.{old}.block_sparse_moe."
         b = f"model.layers.{new}.block_sparse_moe."
-        gate = before[a + "gate.weight"][plan.expert[new]][:, h]
+        gate = before[a + "gate.weight"][plan["expert"][new]][:, h]
         assert torch.equal(after[b + "gate.weight"], gate)
-        for e, expert in enumerate(plan.expert[new]):
-            f = plan.expert_ffn[new][e]
+        for e, expert in enumerate(plan["expert"][new]):
+            f = plan["expert_ffn"][new][e]
             for name in ("w1", "w3"):
                 whole = before[f"{a}experts.{expert}.{name}.weight"]
                 assert torch.equal(after[f"{b}experts.{e}.{name}.weight"], whole[f][:, h])
@@ -115,10 +117,10 @@ def test_shared_expert_equals_an_independent_slice(tmp_path):
     before = {name: t.read() for name, t in to_hf(SHARED_FAMILY, QWEN2_MOE, store).items()}
     pruned = to_hf(SHARED_FAMILY, small, prune_store(SHARED_FAMILY, QWEN2_MOE, plan, store))
     after = {name: t.read() for name, t in pruned.items()}
-    h, d = plan.hidden, QWEN2_MOE.kv_channels
+    h, d = plan["hidden"], QWEN2_MOE.kv_channels
     for new, old in enumerate(plan.layers):
-        best = sorted(range(56), key=lambda f: -scores.shared_expert_ffn[old, f])[:30]
-        f = plan.shared_expert_ffn[new]
+        best = sorted(range(56), key=lambda f: -scores["shared_expert_ffn"][old, f])[:30]
+        f = plan["shared_expert_ffn"][new]
         assert f == sorted(best)
         a, b = f"model.layers.{old}.", f"model.layers.{new}."
         for name in ("gate", "up"):
@@ -128,7 +130,7 @@ def test_shared_expert_equals_an_independent_slice(tmp_path):
         assert torch.equal(after[b + name], before[a + name][h][:, f])
         name = "mlp.shared_expert_gate.weight"
         assert torch.equal(after[b + name], before[a + name][:, h])
-        rows = [head * d + i for head in plan.head[new] for i in range(d)]
+        rows = [head * d + i for head in plan["head"][new] for i in range(d)]
         name = "self_attn.q_proj.bias"
         assert torch.equal(after[b + name], before[a + name][rows])
     model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**SHARED_FAMILY.to_hf(small)))
@@ -143,11 +145,12 @@ def test_only_the_shared_expert():
     """Its scores are all that is needed, and all that changes."""
     sizes = {"moe_shared_expert_intermediate_size": 8}
     scores = random_scores(QWEN2_MOE)
-    only = Scores(shared_expert_ffn=scores.shared_expert_ffn, meta=scores.meta)
+    only = Scores(shared_expert_ffn=scores["shared_expert_ffn"], meta=scores.meta)
     plan = make_plan(QWEN2_MOE, targets(**sizes), only)
     assert pruned_config(QWEN2_MOE, plan) == replace(QWEN2_MOE, **sizes)
+    del scores["shared_expert_ffn"]
     with pytest.raises(ValueError, match="needs 'shared_expert_ffn' scores"):
-        make_plan(QWEN2_MOE, targets(**sizes), replace(scores, shared_expert_ffn=None))
+        make_plan(QWEN2_MOE, targets(**sizes), scores)
 
 
 @pytest.mark.parametrize("config", [MIXTRAL, QWEN2_MOE], ids=lambda c: c.family)

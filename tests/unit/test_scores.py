@@ -107,9 +107,9 @@ def test_files_round_trip(tmp_path) -> None:
     scores = make_scores()
     scores.save(tmp_path)
     loaded = Scores.load(tmp_path)
-    assert torch.equal(loaded.hidden, scores.hidden)
-    assert torch.equal(loaded.layer, scores.layer)
-    assert loaded.ffn is None
+    assert torch.equal(loaded["hidden"], scores["hidden"])
+    assert torch.equal(loaded["layer"], scores["layer"])
+    assert "ffn" not in loaded
     assert read_meta(tmp_path)["axes"] == ["hidden", "layer"]
     assert read_meta(tmp_path)["num_samples"] == 3
     check_model(LLAMA, read_meta(tmp_path))
@@ -117,13 +117,13 @@ def test_files_round_trip(tmp_path) -> None:
 
 def test_layer_scores_round_trip(tmp_path) -> None:
     scores = make_scores()
-    scores.layer_lm_loss = torch.rand(LLAMA.num_layers)
-    scores.blocks = {"block_angular.2": torch.rand(3), "block_lm_loss.3": torch.rand(2)}
+    scores["layer_lm_loss"] = torch.rand(LLAMA.num_layers)
+    scores |= {"block_angular.2": torch.rand(3), "block_lm_loss.3": torch.rand(2)}
     scores.save(tmp_path)
     loaded = Scores.load(tmp_path)
-    assert loaded.axes().keys() == scores.axes().keys()
-    for name, tensor in scores.axes().items():
-        assert torch.equal(loaded.axes()[name], tensor)
+    assert loaded.keys() == scores.keys()
+    for name, tensor in scores.items():
+        assert torch.equal(loaded[name], tensor)
     names = ["hidden", "layer", "layer_lm_loss", "block_angular.2", "block_lm_loss.3"]
     assert read_meta(tmp_path)["axes"] == names
 
@@ -132,7 +132,7 @@ def test_bad_files_are_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"scores\.json; set importance to"):
         read_meta(tmp_path)
     scores = make_scores()
-    scores.hidden[3] = float("nan")
+    scores["hidden"][3] = float("nan")
     scores.save(tmp_path)
     with pytest.raises(ValueError, match="1 of 64 hidden scores are NaN"):
         Scores.load(tmp_path)

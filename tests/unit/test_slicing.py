@@ -44,11 +44,13 @@ def random_plan(config: ModelConfig, layers: list[int], groups: int, per_group: 
     width = config.heads_per_group
     heads = [[g * width + i for g in kept for i in pick(width, per_group)] for kept in kept_groups]
     return Plan(
-        layers=layers,
-        hidden=pick(config.hidden_size, 40),
-        ffn=[pick(config.ffn_hidden_size, 50) for _ in layers],
-        head=heads,
-        query_group=kept_groups,
+        {
+            "layer": layers,
+            "hidden": pick(config.hidden_size, 40),
+            "ffn": [pick(config.ffn_hidden_size, 50) for _ in layers],
+            "head": heads,
+            "query_group": kept_groups,
+        }
     )
 
 
@@ -56,7 +58,7 @@ def slice_by_hand(
     hf: dict[str, torch.Tensor], config: ModelConfig, plan: Plan
 ) -> dict[str, torch.Tensor]:
     """Loops over what is kept; knows Hugging Face's row order and nothing of Megatron's."""
-    d, h = config.kv_channels, plan.hidden
+    d, h = config.kv_channels, plan["hidden"]
     out = {
         "model.embed_tokens.weight": hf["model.embed_tokens.weight"][:, h],
         "model.norm.weight": hf["model.norm.weight"][h],
@@ -65,9 +67,9 @@ def slice_by_hand(
         out["lm_head.weight"] = hf["lm_head.weight"][:, h]
     for new, old in enumerate(plan.layers):
         a, b = f"model.layers.{old}.", f"model.layers.{new}."
-        q_rows = [head * d + i for head in plan.head[new] for i in range(d)]
-        kv_rows = [group * d + i for group in plan.query_group[new] for i in range(d)]
-        f = plan.ffn[new]
+        q_rows = [head * d + i for head in plan["head"][new] for i in range(d)]
+        kv_rows = [group * d + i for group in plan["query_group"][new] for i in range(d)]
+        f = plan["ffn"][new]
         for name in ("input_layernorm.weight", "post_attention_layernorm.weight"):
             out[b + name] = hf[a + name][h]
         for name, rows in (("q", q_rows), ("k", kv_rows), ("v", kv_rows)):
