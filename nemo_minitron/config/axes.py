@@ -31,6 +31,9 @@ class Axis:
             Every kept index of that axis keeps the same number of its own.
         scores: name of the scores that rank it, where they are not its own: a query group is
             ranked by the sum of the scores of its heads.
+        seen_at: path, inside a transformer layer, of the module whose input is scored; empty for an
+            axis that is scored in its own way. The last dim of that input is the dim of the same
+            name (``families.dims``), and tensor parallelism splits it.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Axis:
     scope: Scope
     nested_in: str | None = None
     scores: str = ""
+    seen_at: str = ""
 
     @property
     def scored_as(self) -> str:
@@ -48,12 +52,23 @@ class Axis:
 _TABLE = (
     Axis("layer", "num_layers", Scope.MODEL),
     Axis("hidden", "hidden_size", Scope.MODEL),
-    Axis("ffn", "ffn_hidden_size", Scope.LAYER),
+    Axis("ffn", "ffn_hidden_size", Scope.LAYER, seen_at="mlp.linear_fc2"),
     Axis("query_group", "num_query_groups", Scope.LAYER, scores="head"),
-    Axis("head", "num_attention_heads", Scope.LAYER, nested_in="query_group"),
+    Axis(
+        "head",
+        "num_attention_heads",
+        Scope.LAYER,
+        nested_in="query_group",
+        seen_at="self_attention.linear_proj",
+    ),
     Axis("expert", "num_moe_experts", Scope.LAYER),
     Axis("expert_ffn", "moe_ffn_hidden_size", Scope.EXPERT),
-    Axis("shared_expert_ffn", "moe_shared_expert_intermediate_size", Scope.LAYER),
+    Axis(
+        "shared_expert_ffn",
+        "moe_shared_expert_intermediate_size",
+        Scope.LAYER,
+        seen_at="mlp.shared_experts.linear_fc2",
+    ),
 )
 AXES: dict[str, Axis] = {axis.name: axis for axis in _TABLE}
 """Every axis by its name, an axis that others are nested in before them."""

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from nemo_minitron.config.axes import AXES, axis_size
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import ScoreConfig
 from nemo_minitron.config.training import DataConfig
@@ -26,6 +27,7 @@ from nemo_minitron.importance.scores import (
     check_finite,
     layer_scores,
     model_meta,
+    stored_order,
 )
 from nemo_minitron.models.build import HiddenGPTModel
 from nemo_minitron.models.schedule import Batch, run_schedule
@@ -232,17 +234,18 @@ def gather_scores(
     reduce_sums(angles, groups.pp)
     tables = _layer_tables(recorders, config)
     all_reduce_flat(list(tables.values()), groups.pp)
-    for axis in ("ffn", "head", "shared_expert_ffn"):
-        if axis in tables:
-            tables[axis] = gather(tables[axis], groups.tp, dim=-1)
+    for axis in (axis for axis in AXES.values() if axis.seen_at and axis.name in tables):
+        table = gather(tables[axis.name], groups.tp, dim=-1)
+        rows = table.size(1) // axis_size(config, axis.name)
+        if rows > 1:  # the channels of a head: their L2 norm is its score
+            table = torch.linalg.vector_norm(table.unflatten(1, (-1, rows)), dim=-1)
+        tables[axis.name] = table
     if "hidden" in tables:
         tables["hidden"] = tables["hidden"].sum(dim=(0, 1))
-    if "head" in tables:
-        heads = tables["head"].unflatten(1, (-1, config.kv_channels))
-        tables["head"] = torch.linalg.vector_norm(heads, dim=-1)
     for size, values in (angles[0].scores() if angles else {}).items():
         tables[layer_scores("block_angular", size)] = values
-    return Scores({name: _final(values, groups.tp) for name, values in tables.items()})
+    names = sorted(tables, key=stored_order)
+    return Scores({name: _final(tables[name], groups.tp) for name in names})
 
 
 def _layer_tables(recorders: list[ChunkRecorder], config: ModelConfig) -> dict[str, Tensor]:

@@ -3,10 +3,8 @@
 What is scored where (2407.14679, section 2.2):
 
 - ``hidden``: output of each layer's input norm and pre-MLP norm,
-- ``ffn``: input of ``mlp.linear_fc2``,
-- ``head``: input of ``self_attention.linear_proj``,
+- ``ffn``, ``head``, ``shared_expert_ffn``: input of the module that ``Axis.seen_at`` names,
 - ``layer``: input and output of the transformer layer,
-- ``shared_expert_ffn``: input of ``mlp.shared_experts.linear_fc2``,
 - ``expert`` and ``expert_ffn``: see ``importance/experts.py``; with experts there is no ``ffn``.
 
 Activations are ``[s, b, w]`` and local: ffn and head channels are split over the tensor-parallel
@@ -26,7 +24,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from nemo_minitron.config.axes import AXES, has_axis
 from nemo_minitron.config.stages import ScoreConfig
+from nemo_minitron.families.dims import DIMS
 from nemo_minitron.importance.aggregate import (
     Accumulator,
     BlockInfluence,
@@ -37,7 +37,7 @@ from nemo_minitron.importance.aggregate import (
 )
 from nemo_minitron.importance.angles import BlockAngles
 from nemo_minitron.importance.experts import ExpertRecorder
-from nemo_minitron.importance.moments import MomentRecorder
+from nemo_minitron.importance.moments import MomentRecorder, scored_module
 from nemo_minitron.models.norms import norms_and_readers, on_normed
 from nemo_minitron.runtime.groups import ParallelGroups
 
@@ -85,16 +85,10 @@ class ChunkRecorder:
         self.micro_batches = 0
         tp, count = self._ranks, len(blocks)
         device = next(chunk.parameters()).device
-        widths = {
-            "hidden": (NORMS_PER_LAYER * count, config.hidden_size),
-            "ffn": (count, config.ffn_hidden_size // tp),
-            "head": (count, config.num_attention_heads * config.kv_channels // tp),
-        }
-        if config.num_moe_experts is not None:
-            del widths["ffn"]
-            shared = config.moe_shared_expert_intermediate_size
-            if shared is not None:
-                widths["shared_expert_ffn"] = (count, shared // tp)
+        scored = (axis for axis in AXES.values() if axis.seen_at and axis.name in scores.axes)
+        self._seen = [axis for axis in scored if has_axis(config, axis)]
+        widths = {a.name: (count, DIMS[a.name].size(config) // tp) for a in self._seen}
+        widths = {"hidden": (NORMS_PER_LAYER * count, config.hidden_size), **widths}
         self.channels = {
             axis: Accumulator(
                 modules,
@@ -135,21 +129,14 @@ class ChunkRecorder:
         for first in self._blocks[:1]:
             keep(first.register_forward_pre_hook(self._begin, with_kwargs=True))
         for local, block in enumerate(self._blocks):
-            attention, mlp = block.self_attention, block.mlp
             if "hidden" in self.channels:
                 for side, (norm, linear) in enumerate(norms_and_readers(block)):
                     index = NORMS_PER_LAYER * local + side
                     observe = partial(self.channels["hidden"].observe, index)
                     keep(on_normed(norm, linear, self._share, observe))
-            for axis, owner, name in (
-                ("ffn", mlp, "linear_fc2"),
-                ("head", attention, "linear_proj"),
-                ("shared_expert_ffn", getattr(mlp, "shared_experts", None), "linear_fc2"),
-            ):
-                if axis in self.channels:
-                    module = _submodule(owner, name, axis, self.layers[local])
-                    hook = partial(self._on_input, self.channels[axis].observe, local)
-                    keep(module.register_forward_pre_hook(hook))
+            for axis in self._seen:
+                hook = partial(self._on_input, self.channels[axis.name].observe, local)
+                keep(scored_module(block, axis).register_forward_pre_hook(hook))
             if self.influence is not None or self.angles is not None:
                 hook = partial(self._on_layer, local)
                 keep(block.register_forward_hook(hook, with_kwargs=True))
@@ -239,16 +226,6 @@ class ChunkRecorder:
 
     def _token_sums(self) -> list[TokenSums]:
         return [acc for acc in (self.influence, self.angles) if acc is not None]
-
-
-def _submodule(owner: nn.Module | None, name: str, axis: str, layer: int) -> nn.Module:
-    module = getattr(owner, name, None)
-    if module is None:
-        raise ValueError(
-            f"layer {layer + 1} has a {type(owner).__name__} without {name}, so axis '{axis}' "
-            f"cannot be scored; leave {axis} out of scores.axes"
-        )
-    return module
 
 
 def _block_angles(

@@ -23,10 +23,29 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from nemo_minitron.config.axes import AXES, Axis
+from nemo_minitron.families.dims import DIMS
 from nemo_minitron.importance.experts import gather
 from nemo_minitron.importance.scores import MOMENTS, moment_file
 from nemo_minitron.models.norms import norms_and_readers, on_normed
 from nemo_minitron.runtime.groups import ParallelGroups
+
+
+def scored_module(block: Any, axis: Axis) -> nn.Module:
+    """The module of a transformer layer whose input is scored for an axis.
+
+    Raises:
+        ValueError: the layer has no such module.
+    """
+    module: Any = block
+    for name in axis.seen_at.split("."):
+        owner, module = module, getattr(module, name, None)
+        if module is None:
+            raise ValueError(
+                f"layer {block.layer_number} has a {type(owner).__name__} without {name}, so axis "
+                f"'{axis.name}' cannot be scored; leave {axis.name} out of scores.axes"
+            )
+    return module
 
 
 class MomentRecorder:
@@ -62,12 +81,9 @@ class MomentRecorder:
         norms = [2 * layer + side for layer in layers for side in range(2)]
         if self._final is not None:
             norms.append(2 * config.num_layers)
-        head = config.num_attention_heads * config.kv_channels
-        known = {
-            "hidden": (norms, config.hidden_size, config.hidden_size),
-            "ffn": (layers, config.ffn_hidden_size // tp, config.ffn_hidden_size),
-            "head": (layers, head // tp, head),
-        }
+        widths = {axis: DIMS[axis].size(config) for axis in axes if AXES[axis].seen_at}
+        known = {axis: (layers, width // tp, width) for axis, width in widths.items()}
+        known["hidden"] = (norms, config.hidden_size, config.hidden_size)
         device = next(chunk.parameters()).device
         self.indices = {axis: known[axis][0] for axis in axes}
         self.sums = {
@@ -77,15 +93,13 @@ class MomentRecorder:
     def register(self, keep: Callable[[RemovableHandle], object]) -> None:
         """Register all hooks, handing every handle to ``keep`` at once."""
         for local, block in enumerate(self._blocks):
-            attention, mlp = block.self_attention, block.mlp
             if "hidden" in self.sums:
                 for side, (norm, linear) in enumerate(norms_and_readers(block)):
                     observe = partial(self._observe_hidden, 2 * local + side)
                     keep(on_normed(norm, linear, self.share, observe))
-            for axis, linear in (("ffn", mlp), ("head", attention)):
-                if axis in self.sums:
-                    module = linear.linear_fc2 if axis == "ffn" else linear.linear_proj
-                    keep(module.register_forward_pre_hook(partial(self._on_input, axis, local)))
+            for axis in (AXES[name] for name in self.sums if AXES[name].seen_at):
+                hook = partial(self._on_input, axis.name, local)
+                keep(scored_module(block, axis).register_forward_pre_hook(hook))
         if self._final is not None and "hidden" in self.sums:
             observe = partial(self._observe_hidden, 2 * len(self._blocks))
             keep(on_normed(self._final, None, self.share, observe))

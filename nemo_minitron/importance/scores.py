@@ -74,7 +74,7 @@ class Scores(dict[str, "Tensor"]):
         from safetensors.torch import save
 
         tensors = {
-            name: self[name].detach().cpu().contiguous() for name in sorted(self, key=_order)
+            name: self[name].detach().cpu().contiguous() for name in sorted(self, key=stored_order)
         }
         (folder / SCORES_FILE).write_bytes(save(tensors))
         meta = {"format": _FORMAT, "axes": list(tensors), **self.meta}
@@ -95,12 +95,13 @@ class Scores(dict[str, "Tensor"]):
             tensors = load_file(folder / SCORES_FILE)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{folder / SCORES_FILE} cannot be read: {error}") from error
-        scores = cls({name: tensors[name] for name in sorted(tensors, key=_order)}, meta=meta)
+        scores = cls({name: tensors[name] for name in sorted(tensors, key=stored_order)}, meta=meta)
         check_finite(scores)
         return scores
 
 
-def _order(name: str) -> tuple[int, str]:
+def stored_order(name: str) -> tuple[int, str]:
+    """Sort key of scores by name: the order in which they are shown and stored."""
     return (_ORDER.index(name) if name in _ORDER else len(_ORDER)), name
 
 

@@ -18,6 +18,7 @@ def make_config(normalization: str, zero_centered: bool) -> SimpleNamespace:
         ffn_hidden_size=FFN,
         num_attention_heads=HEADS,
         num_moe_experts=None,
+        moe_shared_expert_intermediate_size=None,
         kv_channels=D,
         sequence_parallel=False,
         normalization=normalization,
