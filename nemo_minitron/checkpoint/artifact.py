@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 from nemo_minitron.checkpoint.manifest import (
     MANIFEST,
+    FileEntry,
     Manifest,
     config_hash,
     files_in,
@@ -49,7 +50,14 @@ from nemo_minitron.checkpoint.ownership import (
     owner_files,
     refuse_live_owner,
 )
-from nemo_minitron.checkpoint.watched import content_of, input_states, read_paths, refuse_changed
+from nemo_minitron.checkpoint.seals import is_seal, remove_seals, sealed_files
+from nemo_minitron.checkpoint.watched import (
+    InputChangedError,
+    content_of,
+    input_states,
+    read_paths,
+    refuse_changed,
+)
 from nemo_minitron.config.identity import changes, config_values, input_paths, said
 from nemo_minitron.config.stages import StageConfig
 from nemo_minitron.data.cache import check_cache
@@ -202,10 +210,12 @@ def output_folder(
             if job is not None:
                 _complete(job)
         except BaseException as error:
-            if job is not None:
-                _abandon(job, error)
-                if isinstance(error, Exception):  # maybe just what reading a mixture gives
-                    refuse_changed(cfg, job.states, job.contents, exact=not resumable)
+            if job is None:
+                raise
+            mixed = _mixed(job, error)
+            _abandon(job, error)
+            if mixed is not None and mixed is not error and isinstance(error, Exception):
+                raise mixed from error  # which may be just what reading a mixture gives
             raise
     ranks.barrier()
 
@@ -253,14 +263,57 @@ def _open_work(job: _Job, inputs: Mapping[str, str | Path | Manifest] | None) ->
     job.contents = _contents(job, identities)
     job.states = {key: s for key, s in input_states(cfg).items() if key in job.contents}
     refuse_changed(cfg, {key: s for key, s in job.claim.states.items() if key in job.contents})
-    left = [path for path in work.iterdir() if not owner_files([path.name])]
-    if left and not (job.resumable and _resumes(cfg, work, _read_owner(work), mine)):
-        log.info("removing what is in %s, left by a job that did not end well", work)
-        for path in left:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    before, left = _read_owner(work), _left_in(work)
+    if left and not (job.resumable and _resumes(cfg, work, before, mine)):
+        _clear(work, left)
+    elif left:
+        _refuse_mixed(work, before)
+    _sign(work, mine)
+
+
+def _left_in(work: Path) -> list[Path]:
+    """What an earlier job left in the working folder."""
+    return [path for path in work.iterdir() if not owner_files([path.name])]
+
+
+def _clear(work: Path, left: list[Path]) -> None:
+    log.info("removing what is in %s, left by a job that did not end well", work)
+    for path in left:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _sign(work: Path, mine: dict[str, Any]) -> None:
+    """Write what the folder is for; all or nothing."""
     draft = work / f"{SIGNED}.draft"
     draft.write_text(json.dumps(mine, indent=1))
     draft.replace(work / SIGNED)
+
+
+def _mixed(job: _Job, error: BaseException) -> InputChangedError | None:
+    """What changed among the inputs; work that is kept is marked, lest it is resumed."""
+    found = error if isinstance(error, InputChangedError) else None
+    if found is None:
+        try:
+            refuse_changed(job.cfg, job.states, job.contents, exact=not job.resumable)
+        except InputChangedError as changed:
+            found = changed
+    if found is not None and job.claim.begun and job.claim.stands():
+        with suppress(OSError):
+            _sign(job.claim.work, {**_read_owner(job.claim.work), "mixed": str(found)})
+    return found
+
+
+def _refuse_mixed(work: Path, signed: dict[str, Any]) -> None:
+    """Refuse to resume work that may be of two versions of an input.
+
+    Raises:
+        ValueError: says which.
+    """
+    if "mixed" in signed:
+        raise ValueError(
+            f"{work} holds unfinished work during which an input was another one for a time "
+            f"({signed['mixed']}); remove that folder to start over"
+        )
 
 
 def _contents(job: _Job, identities: Mapping[str, str]) -> dict[str, str]:
@@ -327,8 +380,10 @@ def _complete(job: _Job) -> None:
         shutil.rmtree(work / name, ignore_errors=True)
     there = files_in(work)
     ours = {MANIFEST, *owner_files(there)}
-    names = [name for name in there if name not in ours]
-    write_manifest(cfg, job.stage, work, _read_owner(work)["inputs"], names)
+    names = [name for name in there if name not in ours and not is_seal(name)]
+    inputs, sealed = _read_owner(work)["inputs"], sealed_files(work)
+    write_manifest(cfg, job.stage, work, inputs, names, sealed)
+    remove_seals(work)
     _flush_folder(work)
     job.claim.check()
     output = Path(cfg.output_dir).resolve()
@@ -338,7 +393,12 @@ def _complete(job: _Job) -> None:
 
 
 def write_manifest(
-    cfg: StageConfig, stage: str, folder: Path, inputs: dict[str, str], names: Sequence[str]
+    cfg: StageConfig,
+    stage: str,
+    folder: Path,
+    inputs: dict[str, str],
+    names: Sequence[str],
+    sealed: Mapping[str, FileEntry] | None = None,
 ) -> None:
     """Write ``.hydra/`` and then ``manifest.json``, which declares ``folder`` complete.
 
@@ -348,16 +408,27 @@ def write_manifest(
         folder: where the result is.
         inputs: config key (or item name) -> identity.
         names: its files, relative to ``folder``.
+        sealed: hashes that some of them had when they were written.
+
+    Raises:
+        ValueError: a file is no longer what was written.
     """
     _write_hydra(cfg, folder / ".hydra")
     settings = [f".hydra/{name}" for name in files_in(folder / ".hydra")]
     names = sorted({*names, *settings})
+    files = hash_files(folder, names, cfg.workers, flush=True)
+    for name, entry in (sealed or {}).items():
+        if name in files and files[name] != entry:
+            raise ValueError(
+                f"{folder / name} is damaged: it is not what was written; remove it, then the same "
+                "command makes it again"
+            )
     manifest = Manifest(
         folder=folder,
         stage=stage,
         config_hash=config_hash(cfg),
         inputs=inputs,
-        files=hash_files(folder, names, cfg.workers, flush=True),
+        files=files,
         versions=versions(),
         created=now(),
     )

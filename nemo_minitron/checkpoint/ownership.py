@@ -147,8 +147,13 @@ def release(work: Path) -> None:
     """Leave a folder to whoever comes next, on any host, at once."""
     token = uuid.uuid4().hex
     draft = _beside(work, token, "draft")
-    draft.write_text(json.dumps({"token": token}))
-    draft.replace(work / OWNER)
+    try:
+        draft.write_text(json.dumps({"token": token}))
+        draft.replace(work / OWNER)
+    except OSError:  # a full disk
+        draft.unlink(missing_ok=True)
+        if (work / SIGNED).is_file():  # which has no owner, then
+            (work / OWNER).unlink()
 
 
 def _leave(claim: Claim) -> None:
@@ -159,8 +164,7 @@ def _leave(claim: Claim) -> None:
     if len(owner_files(names)) == len(names):
         discard(claim.work)
     else:
-        with contextlib.suppress(OSError):  # a full disk: then our process is looked for, and gone
-            release(claim.work)
+        release(claim.work)
 
 
 def _take(claim: Claim) -> None:

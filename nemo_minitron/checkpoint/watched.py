@@ -45,6 +45,10 @@ def changed_since(cfg: StageConfig, states: Mapping[str, str]) -> list[str]:
     return [key for key in now if key in states and now[key] != states[key]]
 
 
+class InputChangedError(ValueError):
+    """An input is not what it was when the stage began to read it."""
+
+
 def content_of(path: Path, identity: str, *, exact: bool) -> str:
     """All that must stay the same of an input while it is read.
 
@@ -76,7 +80,7 @@ def refuse_changed(
         exact: as for ``content_of``.
 
     Raises:
-        ValueError: names the input.
+        InputChangedError: names the input.
     """
     paths = read_paths(cfg)
     for key in changed_since(cfg, states):
@@ -84,7 +88,7 @@ def refuse_changed(
         if contents is not None:
             why = _difference(key, Path(paths[key]), contents[key], cfg.workers, exact)
         if why:
-            raise ValueError(
+            raise InputChangedError(
                 f"{key}={paths[key]} changed while it was read ({why}), and a result of both would "
                 "be a mixture; leave the inputs alone and run the same command again"
             )

@@ -1,16 +1,22 @@
 """Cache folders that several ranks and several runs share."""
 
+import json
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from nemo_minitron.checkpoint.manifest import read_manifest
+from nemo_minitron.checkpoint.manifest import FileEntry, read_manifest
+from nemo_minitron.checkpoint.seals import compare, entries_of
 from nemo_minitron.config.stages import StageConfig
 from nemo_minitron.config.training import DataConfig
+from nemo_minitron.documents import read_json_object
 
 Barrier = Callable[[], None]
+
+_SUMS = "sha256.json"
 
 
 def no_barrier() -> None:
@@ -61,7 +67,9 @@ def build_once(
     """Make a cache folder unless it is there; every rank calls this.
 
     Rank 0 fills a working folder and renames it, so a folder under its final name is complete,
-    whatever was killed when. Of two runs that fill the same folder the first to end wins.
+    whatever was killed when. Of two runs that fill the same folder the first to end wins. What is
+    there is read and compared with the hashes that were written with it; folders of earlier
+    versions have none.
 
     Args:
         folder: the final name; it must name everything its content depends on.
@@ -70,11 +78,14 @@ def build_once(
         barrier: waits for all ranks.
 
     Raises:
+        ValueError: a file of the folder is damaged.
         RuntimeError: on another rank than 0 when rank 0 failed or its files cannot be seen.
     """
     try:
-        if rank == 0 and not folder.is_dir():
-            _fill_and_rename(folder, fill)
+        if rank == 0:
+            if not folder.is_dir():
+                _fill_and_rename(folder, fill)
+            _check_content(folder)
     finally:
         barrier()
     if not folder.is_dir():
@@ -89,6 +100,8 @@ def _fill_and_rename(folder: Path, fill: Callable[[Path], None]) -> None:
     working.mkdir(parents=True)
     try:
         fill(working)
+        entries = {name: asdict(entry) for name, entry in entries_of(working).items()}
+        (working / _SUMS).write_text(json.dumps(entries))
         try:
             os.rename(working, folder)
         except OSError:
@@ -96,3 +109,16 @@ def _fill_and_rename(folder: Path, fill: Callable[[Path], None]) -> None:
                 raise
     finally:
         shutil.rmtree(working, ignore_errors=True)
+
+
+def _check_content(folder: Path) -> None:
+    """Refuse a cache of which a bit has flipped, so that it is not taken for other data."""
+    sums = folder / _SUMS
+    if not sums.is_file():
+        return
+    remedy = f"remove {folder}, then it is made again"
+    try:
+        entries = {name: FileEntry(**entry) for name, entry in read_json_object(sums).items()}
+    except (ValueError, TypeError):
+        raise ValueError(f"{sums} is damaged; {remedy}") from None
+    compare(folder, entries, remedy)

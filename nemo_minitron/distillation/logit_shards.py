@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from nemo_minitron.checkpoint.seals import seal
 from nemo_minitron.distillation.logit_index import LogitIndex, shard_name, shard_range
 from nemo_minitron.distillation.top_k import TopKTargets
 
@@ -42,6 +43,7 @@ def write_shard(path: Path, tensors: Sample) -> None:
     draft.chmod(mode)  # safetensors makes files that only their owner can read
     with open(draft, "rb") as file:
         os.fsync(file.fileno())
+    seal(path, draft)
     draft.replace(path)
 
 

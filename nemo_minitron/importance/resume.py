@@ -1,8 +1,9 @@
 """State of a calibration on disk, so that a killed one goes on where it was.
 
 ``<folder>/<number>/rank<r>.pt`` holds the accumulators of every rank, ``<folder>/latest.json``
-names the newest complete number and the layout it belongs to. Accumulators add in a fixed order, so
-a calibration that went on gives the scores of an undisturbed one, bit for bit.
+names the newest complete number, the layout it belongs to and the hashes of these files.
+Accumulators add in a fixed order, so a calibration that went on gives the scores of an undisturbed
+one, bit for bit.
 """
 
 import json
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nemo_minitron.checkpoint.manifest import digest, hash_file
 from nemo_minitron.documents import read_json_object
 
 log = logging.getLogger(__name__)
@@ -55,29 +57,57 @@ class SavedState:
         self._samples = 0
 
     def load(self) -> dict[str, Any] | None:
-        """This rank's part of the newest state; None where there is none that fits."""
+        """This rank's part of the newest state; None where there is none that fits.
+
+        Raises:
+            ValueError: it is damaged, here or on another rank.
+        """
         found: list[Any] = [self._find() if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(found, src=0)
         if found[0] is None:
             return None
-        number, samples = found[0]
+        number, samples, hashes = found[0]
         path = self._file(number)
         visible: list[bool] = [False] * dist.get_world_size()
         dist.all_gather_object(visible, path.is_file())
         if not all(visible):
             log.warning("not every rank finds its part of %s: scoring starts over", path.parent)
             return None
+        self._refuse_damage(path, hashes)
         self.number, self.resumed = number, samples
         log.info("scoring goes on after %d samples", samples)
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         return state
 
-    def _find(self) -> tuple[int, int] | None:
-        """Number of the newest complete state and samples done by then (rank 0)."""
+    def _refuse_damage(self, path: Path, hashes: list[str] | None) -> None:
+        """Compare this rank's file with its hash, on all ranks together."""
+        mine = hashes is not None and hash_file(path).sha256 != hashes[dist.get_rank()]
+        damaged: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(damaged, str(path) if mine else None, group=dist.group.WORLD)
+        for name in filter(None, damaged):
+            raise self._damage(name)
+
+    def _damage(self, name: str | Path) -> ValueError:
+        return ValueError(
+            f"{name} is damaged: it is not what was written; remove {self.folder}, then the same "
+            "command scores all samples again"
+        )
+
+    def _find(self) -> tuple[int, int, list[str] | None] | None:
+        """Newest complete state, samples done by then, hashes by rank (rank 0).
+
+        States of earlier versions have no hashes.
+        """
         path = self.folder / _LATEST
         if not path.is_file():
             return None
-        latest = read_json_object(path)
+        try:
+            latest = read_json_object(path)
+        except ValueError:
+            raise self._damage(path) from None
+        own = latest.pop("sha256", None)
+        if ("files" in latest or own is not None) and own != digest(latest):
+            raise self._damage(path)
         before = {**self.defaults, **latest["layout"]}
         changed = [
             f"{key} {before.get(key)} -> {value}"
@@ -87,7 +117,7 @@ class SavedState:
         if changed:
             log.warning("the layout changed (%s): scoring starts over", ", ".join(changed))
             return None
-        return latest["number"], latest["samples"]
+        return latest["number"], latest["samples"], latest.get("files")
 
     def _file(self, number: int) -> Path:
         return self.folder / str(number) / f"rank{dist.get_rank()}.pt"
@@ -111,9 +141,12 @@ class SavedState:
             torch.save(state(), file)
             file.flush()
             os.fsync(file.fileno())
-        dist.barrier(group=dist.group.WORLD)
+        hashes: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(hashes, hash_file(path).sha256, group=dist.group.WORLD)
         if dist.get_rank() == 0:
             latest = {"number": self.number, "samples": done, "layout": self.layout}
+            latest["files"] = hashes
+            latest["sha256"] = digest(latest)
             part = self.folder / f"{_LATEST}.part"
             part.write_text(json.dumps(latest))
             part.replace(self.folder / _LATEST)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nemo_minitron.checkpoint.seals import check_seal, seal
 from nemo_minitron.documents import json_value
 from nemo_minitron.models.inference import CachedModel, continue_prompts
 from nemo_minitron.models.sampling import Sampling, draws_of
@@ -16,9 +17,14 @@ from nemo_minitron.runtime.launch import barrier
 
 
 def read_samples(folder: Path) -> dict[int, list[int]]:
-    """New tokens of every sample that was written, by its number."""
+    """New tokens of every sample that was written, by its number.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
     found: dict[int, list[int]] = {}
     for file in sorted(folder.glob("*.jsonl")):
+        check_seal(file, "remove it, then the same command writes its samples again")
         for line in file.read_text().splitlines():
             record = json_value(line)
             found[record["index"]] = record["ids"]
@@ -124,4 +130,5 @@ class SampleWriter:
                 file.write(json.dumps({"index": index, "ids": ids}) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        seal(path, draft)
         draft.replace(path)

@@ -12,6 +12,8 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
 
+from nemo_minitron.checkpoint.manifest import FileEntry, files_in
+from nemo_minitron.checkpoint.seals import entries_of, read_seal, write_seal
 from nemo_minitron.models.weights import plain_errors
 from nemo_minitron.runtime.megatron import save_sharded
 
@@ -143,13 +145,39 @@ class MegatronStrategy(SingleDeviceStrategy):
         state[STATE] = {key: checkpoint[key] for key in _KEPT if key in checkpoint}
         with plain_errors(work):
             save_sharded(state, str(work))
+        entries = self._entries(work)
         if self.is_global_zero:
             shutil.rmtree(target, ignore_errors=True)
+            write_seal(target, entries)
             work.rename(target)
         self.barrier()
 
+    def _entries(self, folder: Path) -> dict[str, FileEntry]:
+        """Hashes of the files of a checkpoint; every rank reads its share."""
+        names: list[str] = self.broadcast(files_in(folder) if self.is_global_zero else None)
+        mine = entries_of(folder, names[self.global_rank :: self.world_size])
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, mine, group=dist.group.WORLD)
+        return {name: entry for part in found for name, entry in part.items()}
+
+    def _check(self, folder: Path) -> None:
+        """Refuse a damaged checkpoint, on all ranks together."""
+        seal: dict[str, FileEntry] = self.broadcast(
+            read_seal(folder) if self.is_global_zero else None
+        )
+        if not seal:
+            return  # by an earlier version
+        found = self._entries(folder)
+        for name, entry in seal.items():
+            if found.get(name) != entry:
+                raise ValueError(
+                    f"{folder / name} is damaged: it is not what was written; remove {folder}, "
+                    "then training goes on from the checkpoint before it, or starts over"
+                )
+
     def load_checkpoint(self, checkpoint_path: Any) -> dict[str, Any]:
         """Load weights, optimizer and scheduler in place; returns Lightning's state."""
+        self._check(Path(checkpoint_path))
         self._module.check_training_checkpoint(Path(checkpoint_path))
         state = self._module.training_state(is_loading=True)
         with plain_errors(Path(checkpoint_path)):

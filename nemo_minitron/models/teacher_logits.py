@@ -1,6 +1,7 @@
 """The teacher's largest logits of every sample, shard by shard, on any layout."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from nemo_minitron.checkpoint.seals import check_seal
 from nemo_minitron.distillation.logit_index import (
     Part,
     shard_name,
@@ -29,6 +31,8 @@ from nemo_minitron.models.build import HiddenGPTModel
 from nemo_minitron.models.schedule import Batch, gathered_hidden, on_this_cp_rank, run_schedule
 from nemo_minitron.runtime.groups import ParallelGroups
 from nemo_minitron.runtime.launch import barrier, device
+
+_READERS = 4  # threads that read shards of an earlier run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,14 +113,20 @@ class LogitWriter:
         return shard_range(number, self.storing.shard_samples, samples)
 
     def _missing(self, part: str, samples: int) -> list[int]:
-        """Shards to write, as rank 0 sees them."""
-        box: list[Any] = [
-            [
-                number
-                for number in shard_numbers(self.storing.shard_samples, samples)
-                if not (self.folder / shard_name(part, number)).exists()
-            ]
-        ]
+        """Shards to write, as rank 0 sees them; it reads those that are there.
+
+        Raises:
+            ValueError: one of them is damaged.
+        """
+        box: list[Any] = [None]
+        if dist.get_rank() == 0:
+            numbers = shard_numbers(self.storing.shard_samples, samples)
+            paths = {number: self.folder / shard_name(part, number) for number in numbers}
+            there = [path for path in paths.values() if path.exists()]
+            remedy = "remove it, then the same command writes it again"
+            with ThreadPoolExecutor(_READERS) as pool:
+                list(pool.map(lambda path: check_seal(path, remedy), there))
+            box = [[number for number, path in paths.items() if path not in there]]
         dist.broadcast_object_list(box, src=0, group=dist.group.WORLD)
         missing: list[int] = box[0]
         return missing

@@ -14,6 +14,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from nemo_minitron.checkpoint.seals import check_seal, seal
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import SearchConfig
 from nemo_minitron.documents import read_json_object
@@ -59,7 +60,7 @@ def score_candidates(cfg: SearchConfig, config: ModelConfig, work: Path) -> list
         if not seen_by_all(kept):
             log.info("candidate %d of %d: %s", number, len(shapes), one.sizes)
             _keep(kept, _zero_shot(cfg, config, one, plans[one.name], dataset))
-        records.append(read_json_object(kept))
+        records.append(_kept(kept))
     if cfg.search.distill.steps:
         best = sorted(records, key=lambda record: record["loss"])[: cfg.search.distill.top]
         for record in best:
@@ -67,8 +68,8 @@ def score_candidates(cfg: SearchConfig, config: ModelConfig, work: Path) -> list
             if not seen_by_all(kept):
                 loss = _short_distillation(cfg, config, record, plans, dataset, work)
                 _keep(kept, {"loss": loss})
-            record["distilled_loss"] = read_json_object(kept)["loss"]
-    barrier()  # rank 0 removes these files next, and they are read by all
+            record["distilled_loss"] = _kept(kept)["loss"]
+    barrier()  # rank 0 removes these files later, and they are read by all
     return records
 
 
@@ -78,8 +79,15 @@ def _keep(path: Path, values: Record) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(".part")
         draft.write_text(json.dumps(values))
+        seal(path, draft)
         draft.rename(path)
     barrier()
+
+
+def _kept(path: Path) -> Record:
+    """What ``_keep`` wrote, perhaps in an earlier run."""
+    check_seal(path, "remove it, then the same command runs this candidate again")
+    return read_json_object(path)
 
 
 def _zero_shot(

@@ -1,7 +1,6 @@
 """``minitron generate``: text that a model writes, as data for ``finetune``."""
 
 import json
-import shutil
 import time
 from collections import Counter
 from pathlib import Path
@@ -59,7 +58,7 @@ def run(cfg: GenerateConfig) -> None:
 
     with distributed(cfg.parallel, cfg.sampling.seed):
         ranks = Ranks(rank(), barrier)
-        with output_folder(cfg, "generate", resumable=True, ranks=ranks) as work:
+        with output_folder(cfg, "generate", resumable=True, temporary=(_RAW,), ranks=ranks) as work:
             model = ModelConfig.load(Path(cfg.checkpoint) / "checkpoint")
             prompts, tokenizer, stops = _prompts(cfg, model)
             speed = _sample(cfg, model, prompts, stops, work / _RAW)
@@ -67,7 +66,6 @@ def run(cfg: GenerateConfig) -> None:
             if ranks.rank == 0:
                 metrics = {**_write(cfg, prompts, tokenizer, stops, work), **speed}
                 (work / "metrics.json").write_text(json.dumps(metrics, indent=1))
-                shutil.rmtree(work / _RAW)
             ranks.barrier()
     _show(cfg, metrics)
 

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.checkpoint.seals import check_seal, seal
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import (
     BLOCK_CRITERIA,
@@ -73,8 +74,10 @@ def _scores(
     if not seen_by_all(result):
         figures = _score_here(cfg, config, plan, one, part, number)
         if rank() == 0:
+            seal(result, part)
             part.rename(result)
         barrier()
+    check_seal(result, f"remove {result}, then the same command scores this round again")
     return Scores.load(result), figures
 
 

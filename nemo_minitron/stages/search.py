@@ -7,7 +7,6 @@ that was killed goes on with the next one.
 """
 
 import json
-import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -145,7 +144,8 @@ def run(cfg: SearchConfig) -> None:
         from nemo_minitron.stages.candidates import score_candidates
 
         ranks = Ranks(rank(), barrier)
-        folder = output_folder(cfg, "search", resumable=True, ranks=ranks)
+        temporary = ("scored", "distilled")
+        folder = output_folder(cfg, "search", resumable=True, temporary=temporary, ranks=ranks)
         with folder as work:
             config = ModelConfig.load(Path(cfg.checkpoint) / "checkpoint")
             records = ranked(score_candidates(cfg, config, work), cfg.search.max_latency_ms)
@@ -180,8 +180,6 @@ def _write(
 ) -> None:
     from nemo_minitron.reporting.plots import png_bytes, search_front
 
-    for name in ("scored", "distilled"):
-        shutil.rmtree(work / name, ignore_errors=True)
     values = {"candidates": records, "winner": records[0]["name"], "search": asdict(cfg.search)}
     (work / "candidates.json").write_text(json.dumps(values, indent=1) + "\n")
     best = records[0]

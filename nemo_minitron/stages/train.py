@@ -86,7 +86,8 @@ def train(
     config = ModelConfig.load(source)
     with distributed(cfg.parallel, cfg.trainer.seed):
         ranks = Ranks(rank(), barrier)
-        folder = output_folder(cfg, stage, resumable=True, ranks=ranks)
+        temporary = (CHECKPOINTS,)
+        folder = output_folder(cfg, stage, resumable=True, temporary=temporary, ranks=ranks)
         with folder as work:
             model, samples = build(config, source)
             model.load(source, key=key)
@@ -98,7 +99,6 @@ def train(
                 entry = training_entry(cfg, stage, config, metrics)
                 record(source, work / "checkpoint", entry)
                 (work / "metrics.json").write_text(json.dumps(metrics, indent=1))
-                shutil.rmtree(work / CHECKPOINTS, ignore_errors=True)
     _show(stage, metrics)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.damage import flip_bit
 from tests.dist.generate_cases import continuations_at
 from tests.e2e.bad_input import done, edited, line, run_line
 from tests.tiny import GPT2, MIXTRAL, NEMOTRON, QWEN3, write_result
@@ -129,7 +130,13 @@ def test_a_killed_run_goes_on(ranks, home, tmp_path, written):
     arguments = command(home, out, save_every_n_samples=2)
     ending = ranks.run(1, stopped_after_first_file, arguments)[0]
     assert ending.code == 75, ending.err
-    assert [p.name for p in (tmp_path / "out.partial" / "samples").iterdir()] == ["0.jsonl"]
+    file = tmp_path / "out.partial" / "samples" / "0.jsonl"
+    assert list(file.parent.iterdir()) == [file]
+    flip_bit(file)
+    ending = ranks.run(1, run_line, arguments)[0]
+    assert ending.code == 2
+    assert "samples/0.jsonl is damaged" in ending.err
+    flip_bit(file)
     ending = ranks.run(1, run_line, [*arguments, "filters.min_tokens=1000"])[0]
     assert ending.code == 2
     assert "none of the 9 samples is kept (9 by min_tokens); loosen filters.*" in ending.err

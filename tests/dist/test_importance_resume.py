@@ -17,6 +17,7 @@ from nemo_minitron.config.stages import ImportanceConfig, ScoreConfig
 from nemo_minitron.config.training import DataConfig
 from nemo_minitron.importance.scores import Scores
 from nemo_minitron.stages import importance
+from tests.damage import flip_bit
 from tests.dist.resume_cases import score
 from tests.pool import WorkerPool
 from tests.tiny import LLAMA, token_batch, write_npy, write_result, write_weights
@@ -79,6 +80,23 @@ def test_saved_now_and_then(ranks: WorkerPool, checkpoint, ids, tmp_path) -> Non
     latest = json.loads((state / "latest.json").read_text())
     assert latest["samples"] == 4  # after the second global batch of two, not after the third
     assert [path.name for path in state.iterdir() if path.is_dir()] == [str(latest["number"])]
+
+
+def test_a_flipped_bit_in_the_state(ranks: WorkerPool, checkpoint, ids, tmp_path) -> None:
+    """On one rank of two, and in the file that says how far it was."""
+    state, two = tmp_path / "state", ParallelConfig(data_parallel_size=2)
+    args = (LLAMA, checkpoint, ids, two, SCORES, str(state))
+    assert ranks.run(2, score, *args, 6, 1) == [None, None]
+    number = json.loads((state / "latest.json").read_text())["number"]
+    for damaged in (state / str(number) / "rank1.pt", state / "latest.json"):
+        flip_bit(damaged)
+        with pytest.raises(RuntimeError, match=f"{damaged.name} is damaged"):
+            ranks.run(2, score, *args, None, 1)
+        flip_bit(damaged)
+    latest = json.loads((state / "latest.json").read_text())
+    earlier = {key: latest[key] for key in ("number", "samples", "layout")}
+    (state / "latest.json").write_text(json.dumps(earlier))  # as an earlier version leaves it
+    assert all(resumed > 0 for _, resumed in ranks.run(2, score, *args, None, 1))
 
 
 def test_another_layout_starts_over(ranks: WorkerPool, checkpoint, ids, tmp_path) -> None:

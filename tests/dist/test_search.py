@@ -5,6 +5,7 @@ import json
 import pytest
 import yaml
 
+from tests.damage import flip_bit
 from tests.dist.search_cases import killed_after, with_slow_reader
 from tests.e2e.bad_input import run_line, write_scores
 from tests.tiny import LLAMA, write_npy, write_result
@@ -80,6 +81,14 @@ def test_a_killed_search_goes_on(ranks, home, tmp_path):
     (first,) = ranks.run(1, killed_after, line, 1, 99)
     (second,) = ranks.run(1, killed_after, line, 99, 2)
     assert (first, second) == ((1, 0), (2, 2))
+    (kept, *_) = sorted((tmp_path / "killed.partial/scored").iterdir())
+    weights = next((tmp_path / "killed.partial/distilled").glob("*/checkpoints/step=2/*.distcp"))
+    for damaged in (kept, weights):
+        flip_bit(damaged)
+        (ending,) = ranks.run(1, run_line, line)
+        assert ending.code == 2, ending.err
+        assert f"{damaged} is damaged" in ending.err
+        flip_bit(damaged)
     (rest,) = ranks.run(1, killed_after, line, 99, 99)
     assert rest == (0, 4)  # of 2 x 3 steps 2 were done
     found = [

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.damage import flip_bit
 from tests.e2e.bad_input import Ending, done, run_line, write_pair
 from tests.tiny import LLAMA, read_weights, write_result
 
@@ -121,6 +122,13 @@ def test_a_run_that_was_cut_off_goes_on(ranks, folder, stored, how, code):
     work = folder / f"{how}.partial" / "logits"
     before = {path.name: path.stat().st_mtime_ns for path in work.glob("*.safetensors")}
     assert sorted(before) == ["train-00000.safetensors", "train-00001.safetensors"]
+    if how == "fails":
+        flip_bit(work / "train-00001.safetensors")
+        (ending,) = ranks.run(1, run_line, line)
+        assert ending.code == 2
+        assert "logits/train-00001.safetensors is damaged" in ending.err
+        flip_bit(work / "train-00001.safetensors")
+        os.utime(work / "train-00001.safetensors", ns=(before["train-00001.safetensors"],) * 2)
     done(*ranks.run(1, run_line, [*line, "data.micro_batch_size=2"]))
     result = folder / how / "logits"
     after = {path.name: path.stat().st_mtime_ns for path in result.iterdir()}
