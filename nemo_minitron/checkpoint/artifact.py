@@ -40,6 +40,7 @@ from nemo_minitron.checkpoint.output_checks import (
     old_of,
     partial_of,
     put_back,
+    was_a_result,
 )
 from nemo_minitron.checkpoint.ownership import (
     SIGNED,
@@ -115,9 +116,11 @@ def _check_existing(cfg: StageConfig, stage: str, output: Path) -> None:
     try:
         manifest = read_manifest(output) if output.is_dir() else None
     except ValueError:
-        if not cfg.overwrite:
+        if was_a_result(output) and not cfg.overwrite:
             raise
-        return check_additions(output, None)  # damaged, and what replaces it is this very command
+        if was_a_result(output):
+            return check_additions(output, None)  # what replaces it is this very command
+        manifest = None
     if manifest is None:
         raise ValueError(
             f"output_dir={cfg.output_dir} exists and is not a result (no {MANIFEST}); it is never "
@@ -460,7 +463,7 @@ def _replace(work: Path, output: Path) -> None:
 def _remove_replaced(old: Path) -> None:
     """Remove a result that another has replaced, unless somebody put files there meanwhile."""
     try:
-        added = added_files(old, read_manifest(old)) if (old / MANIFEST).is_file() else []
+        added = added_files(old, read_manifest(old))
     except ValueError:
         added = added_files(old, None)
     if added:

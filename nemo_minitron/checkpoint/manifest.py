@@ -122,6 +122,11 @@ def files_in(folder: Path) -> list[str]:
     )
 
 
+def input_files(folder: Path) -> list[str]:
+    """As ``files_in``, less the bytecode that Python puts beside the modules it imports."""
+    return [name for name in files_in(folder) if "__pycache__" not in Path(name).parts]
+
+
 def hash_file(path: Path, *, flush: bool = False) -> FileEntry:
     """Size and sha256 of a file; with ``flush`` it is also forced to disk."""
     sha, size = hashlib.sha256(), 0
@@ -251,7 +256,7 @@ def fingerprint(path: str | Path, workers: int = 2) -> str:
         manifest = read_manifest(path)
         if manifest is not None:
             return f"{manifest.stage}:{manifest.id}"
-        folder, names = path, files_in(path)
+        folder, names = path, input_files(path)
     else:
         folder = path.parent
         names = [path.name + end for end in (".bin", ".idx") if Path(f"{path}{end}").is_file()]

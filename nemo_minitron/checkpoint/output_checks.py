@@ -171,9 +171,21 @@ def added_files(folder: Path, manifest: Manifest | None) -> list[str]:
     if manifest is not None:
         ours |= manifest.files.keys()
     else:  # damaged: what its text still names
-        text = (folder / MANIFEST).read_text(errors="replace")
+        text = _manifest_text(folder)
         ours |= {name for name in names if f'"{name}"' in text}
     return [name for name in names if name not in ours and not Path(name).name.startswith(".nfs")]
+
+
+def was_a_result(folder: Path) -> bool:
+    """Whether a manifest that cannot be read is, or was, that of a stage."""
+    return '"config_hash": ' in _manifest_text(folder)
+
+
+def _manifest_text(folder: Path) -> str:
+    try:
+        return (folder / MANIFEST).read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def put_back(output: Path) -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 from nemo_minitron.checkpoint.manifest import (
     MANIFEST,
     digest,
-    files_in,
     fingerprint,
     hash_file,
+    input_files,
     open_result,
     read_manifest,
 )
@@ -126,7 +126,7 @@ def _files(path: Path) -> list[Path]:
             manifest = read_manifest(path)
         except ValueError:
             manifest = None
-        names = files_in(path) if manifest is None else [MANIFEST, *manifest.files]
+        names = input_files(path) if manifest is None else [MANIFEST, *manifest.files]
         return [path / name for name in names]
     return [*([path] if path.is_file() else []), *_other_half(path)]
 

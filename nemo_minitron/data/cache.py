@@ -10,6 +10,7 @@ from pathlib import Path
 
 from nemo_minitron.checkpoint.manifest import FileEntry, read_manifest
 from nemo_minitron.checkpoint.seals import compare, entries_of
+from nemo_minitron.checkpoint.watched import read_paths
 from nemo_minitron.config.stages import StageConfig
 from nemo_minitron.config.training import DataConfig
 from nemo_minitron.documents import read_json_object
@@ -38,12 +39,19 @@ def check_cache(cfg: StageConfig, outputs: Sequence[Path]) -> None:
         outputs: folders of results to come, absolute.
 
     Raises:
-        ValueError: ``data.cache_dir`` lies in one of them, or in a result that is there.
+        ValueError: ``data.cache_dir`` lies in one of them, in an input, or in a result that is
+            there.
     """
     cache = getattr(getattr(cfg, "data", None), "cache_dir", None)
     if cache is None:
         return
     path = Path(cache).resolve()
+    for key, value in read_paths(cfg).items():
+        if Path(value).resolve() in (path, *path.parents):
+            raise ValueError(
+                f"data.cache_dir={cache} lies in the input {key}={value}; set it to a folder of "
+                "its own, or leave it out: then it is beside the results"
+            )
     for folder in (path, *path.parents):
         if folder in outputs or _is_result_of_a_stage(folder):
             raise ValueError(

@@ -136,7 +136,9 @@ class NemoFileConnector(SaveRestoreConnector):
             OSError: the folder cannot be written (disk full).
         """
         target = Path(save_path)
-        work = target.with_name(target.name + ".partial")
+        shared: list[Any] = [uuid.uuid4().hex]
+        dist.broadcast_object_list(shared, src=0, group=dist.group.WORLD)
+        work = target.with_name(f".{target.name}.{shared[0]}.partial")  # nobody else's
         first = dist.get_rank() == 0
         _together(_problem(_make_empty, work) if first else None)
         try:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from nemo_minitron.checkpoint.artifact import write_manifest
 from nemo_minitron.checkpoint.manifest import MANIFEST, fingerprint, read_manifest
+from nemo_minitron.checkpoint.output_checks import check_apart, check_neighbours
 from nemo_minitron.config.stages import PipelineConfig
 from nemo_minitron.data.cache import check_cache
 from nemo_minitron.pipeline.plan import Item, read_items
@@ -43,14 +44,17 @@ def check(cfg: PipelineConfig) -> None:
     outputs = [Path(item.config.output_dir).resolve() for item in items]
     for item in items:
         _check_nodes(item)
-        _check_cache(item, outputs)
+        _check_place(item, outputs)
     check_report(cfg)
     warn_of_another_model(items, stated_model(cfg))
 
 
-def _check_cache(item: Item, outputs: list[Path]) -> None:
+def _check_place(item: Item, outputs: list[Path]) -> None:
+    output = Path(item.config.output_dir).resolve()
     try:
         check_cache(item.config, outputs)
+        check_apart(item.config, output)
+        check_neighbours(output)
     except ValueError as error:
         raise ValueError(f"{item.name} ({item.stage}): {error}") from None
 
@@ -73,7 +77,13 @@ def run(cfg: PipelineConfig) -> None:
     output = Path(cfg.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     run_items(cfg, items)
-    write_report(output, cfg)
     results = {item.name: fingerprint(item.config.output_dir) for item in items}
+    write_report(output, cfg)
+    for item in items:
+        if fingerprint(item.config.output_dir) != results[item.name]:
+            raise ValueError(
+                f"{item.name} ({item.stage}): {item.config.output_dir} was replaced while the "
+                "report was written; run the same command again"
+            )
     own = [name for name in sorted(os.listdir(output)) if name in ("report.html", "metrics.json")]
     write_manifest(cfg, "pipeline", output, results, own)

@@ -156,6 +156,17 @@ def test_an_output_inside_an_input(cfg, tmp_path, source, link):
         write(cfg)
 
 
+def test_a_cache_inside_an_input(tmp_path):
+    """Filling it would change the input."""
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus/a.txt").write_text("text")
+    data = DataConfig(path=str(tmp_path / "corpus"), cache_dir=str(tmp_path / "corpus/cache"))
+    model = str(tmp_path / "model")
+    cfg = FinetuneConfig(checkpoint=model, output_dir=str(tmp_path / "out"), data=data)
+    with pytest.raises(ValueError, match=r"data.cache_dir=.* lies in the input data.path="):
+        check_output(cfg, "finetune")
+
+
 def test_a_tokenizer_is_an_input_too(tmp_path, source):
     shutil.copytree(source, tmp_path / "out.partial")
     keys = {"source": str(source), "tokenizer": str(tmp_path / "out.partial")}
@@ -180,6 +191,16 @@ def test_files_that_a_user_added_are_named_before_a_result_is_replaced(cfg, dama
     assert (folder / "notes/ideas.md").read_text() == "mine"
     shutil.rmtree(folder / "notes")
     assert open_result(write(cfg))
+
+
+def test_a_manifest_of_another_program(cfg):
+    cfg.overwrite = True
+    Path(cfg.output_dir).mkdir(parents=True)
+    manifest = Path(cfg.output_dir) / "manifest.json"
+    manifest.write_text('{"name": "my page", "icons": []}')
+    with pytest.raises(ValueError, match="is not a result"):
+        write(cfg)
+    assert "my page" in manifest.read_text()
 
 
 def test_files_that_a_user_adds_while_a_stage_runs(cfg):
@@ -233,6 +254,24 @@ def test_an_input_that_changes_gives_no_result(cfg, source, change, resumable):
 
 def test_a_touched_input_is_the_same(cfg, source):
     assert open_result(write(cfg, lambda: os.utime(source / "model")))
+
+
+def test_bytecode_beside_tasks_is_no_change(cfg, source):
+    """Python writes it when lm-eval imports what a task names."""
+    (source / "__pycache__").mkdir()
+    assert open_result(write(cfg, lambda: (source / "__pycache__/utils.pyc").write_text("x")))
+
+
+def test_work_of_two_versions_of_an_input_is_not_resumed(cfg, source):
+    """Also when the first version is there again."""
+    before = (source / "other").read_text()
+    with pytest.raises(ValueError, match="changed while it was read"):
+        write(cfg, lambda: edit(source), resumable=True)
+    (source / "other").write_text(before)
+    with pytest.raises(ValueError, match=r"an input was another one for a time .*remove that"):
+        write(cfg, resumable=True)
+    shutil.rmtree(f"{cfg.output_dir}.partial")
+    assert open_result(write(cfg, resumable=True))
 
 
 def test_a_result_that_is_replaced_or_damaged_while_it_is_read(cfg, tmp_path, source):
