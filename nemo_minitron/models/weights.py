@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_minitron.checkpoint.megatron_args import common_state
 from nemo_minitron.checkpoint.objects import extra_states, name_on_disk
+from nemo_minitron.checkpoint.settled import settle_metadata
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.models.build import HiddenGPTModel
@@ -198,3 +199,5 @@ def save_weights(
         state["objects"] = _extra_state_objects(config)
     with plain_errors(folder):
         save_sharded({**state, **common_state(config)}, str(folder))
+    if dist.get_rank() == 0:
+        settle_metadata(folder)
