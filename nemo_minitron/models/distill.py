@@ -14,13 +14,13 @@ from nemo_minitron.config.load import read_section
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import TeacherParallelConfig
 from nemo_minitron.distillation.loss_config import LogitLossConfig
-from nemo_minitron.distillation.teacher import Teacher
 from nemo_minitron.models.build import build_gpt
 from nemo_minitron.models.gpt import MinitronGPTModel
 from nemo_minitron.models.intermediate import IntermediateLosses
 from nemo_minitron.models.intermediate_step import IntermediateStep
 from nemo_minitron.models.schedule import Batch, gathered_hidden, run_schedule
 from nemo_minitron.models.settings import frozen_settings
+from nemo_minitron.models.teacher import Teacher
 from nemo_minitron.models.weights import load_weights
 from nemo_minitron.runtime.launch import device
 

@@ -24,9 +24,9 @@ from nemo_minitron.importance.scores import Scores
 from nemo_minitron.models.build import HiddenGPTModel
 from nemo_minitron.models.distill import DistillationGPTModel
 from nemo_minitron.models.load import load_frozen
+from nemo_minitron.models.prune_live import prune_live
 from nemo_minitron.models.stage_data import stage_dataset, training_datasets
 from nemo_minitron.models.training import fit
-from nemo_minitron.pruning.live import prune_live
 from nemo_minitron.pruning.plan import Plan, make_plan, pruned_config
 from nemo_minitron.pruning.stream import prune_checkpoint
 from nemo_minitron.runtime.groups import ParallelGroups

@@ -204,7 +204,7 @@ def _write_winner(
 
 def _show(cfg: SearchConfig, records: list[dict[str, Any]]) -> None:
     from nemo_minitron.reporting.console import show_table
-    from nemo_minitron.search.pareto import pareto_front
+    from nemo_minitron.reporting.pareto import pareto_front
 
     front = {records[i]["name"] for i in pareto_front([_point(r) for r in records])}
     rows = []

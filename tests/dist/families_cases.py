@@ -23,7 +23,7 @@ def family_at(
         ids: ``[samples, s]`` tokens.
         parallel: the layout.
     """
-    from nemo_minitron.pruning.live import prune_live
+    from nemo_minitron.models.prune_live import prune_live
 
     groups = _start(parallel)
     result: dict[str, Any] = {"logits": {}}

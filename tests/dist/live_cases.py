@@ -86,7 +86,7 @@ def _held(tensors) -> int:
 @contextmanager
 def _watching_memory(chunks) -> Iterator[list[int]]:
     """Bytes of weights this rank holds whenever rows travel: old model, new model, in between."""
-    from nemo_minitron.pruning import live
+    from nemo_minitron.models import prune_live as live
 
     held: list[int] = []
     models = list(chunks)
@@ -113,7 +113,7 @@ def _prune(chunks, config: ModelConfig, plan: Plan, parallel: ParallelConfig, gr
     from nemo_minitron.families.registry import family_of
     from nemo_minitron.models.weights import save_weights
     from nemo_minitron.pruning.exchange import Traffic
-    from nemo_minitron.pruning.live import prune_live
+    from nemo_minitron.models.prune_live import prune_live
 
     traffic = Traffic()
     before = _held(p for chunk in chunks for p in chunk.parameters())
@@ -186,7 +186,7 @@ def refused(
 ) -> tuple[str, bool]:
     """What live pruning says, and whether the model is as it was."""
     from nemo_minitron.families.registry import family_of
-    from nemo_minitron.pruning.live import prune_live
+    from nemo_minitron.models.prune_live import prune_live
 
     groups = _start(parallel)
     chunks = _load(config, folder, parallel, groups)
@@ -219,7 +219,7 @@ def gradients_after_pruning(
     from nemo_minitron.families.registry import family_of
     from nemo_minitron.models.optim import wrap_ddp
     from nemo_minitron.models.schedule import run_schedule
-    from nemo_minitron.pruning.live import prune_live
+    from nemo_minitron.models.prune_live import prune_live
 
     groups = _start(parallel)
     chunks = _load(config, folder, parallel, groups)

@@ -200,8 +200,8 @@ def run(case: Case, folder: Path, rank: int, config: Any, parallel: Any, groups:
     from safetensors.torch import load_file, save_file
 
     from nemo_minitron.families.registry import family_of
+    from nemo_minitron.models.prune_live import prune_live
     from nemo_minitron.models.weights import save_weights
-    from nemo_minitron.pruning.live import prune_live
     from nemo_minitron.pruning.plan import Plan
     from tests.dist.live_cases import _load, _logits, _score
 

@@ -163,6 +163,15 @@ def test_megatron_and_nemo_stay_where_they_belong():
             assert not roots & {*heavy, "torch", "transformers", "matplotlib"}, place
 
 
+def test_tensor_work_knows_no_model():
+    """Pruning and losses are functions of tensors: what runs a model imports them, never back."""
+    for folder in ("families", "pruning", "distillation"):
+        for path in (REPO / "nemo_minitron" / folder).glob("*.py"):
+            for line in path.read_text().splitlines():
+                assert "import nemo_minitron.models" not in line, path
+                assert "from nemo_minitron.models" not in line, path
+
+
 def imported(path: Path) -> "set[str]":
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
