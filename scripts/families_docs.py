@@ -17,9 +17,10 @@ HEAD = """\
 Written by `make docs` from the tables in `nemo_minitron/families/`; do not edit.
 [adding-a-family.md](adding-a-family.md) says how to add one.
 
-A model is opened by the `architectures` entry of its `config.json`. What a table cannot hold is
-refused when it is opened, naming the field. Sizes that can be pruned are the keys
-`pruning.target.<size>`; layers can also be named (`pruning.drop_layers`).
+A model is opened by the `architectures` entry of its `config.json`, with which `model_type` has to
+agree. What a table cannot hold is refused when it is opened, naming the field; so is a field that
+no mapping knows, unless it is null or `source_ignore` names it. Sizes that can be pruned are the
+keys `pruning.target.<size>`; layers can also be named (`pruning.drop_layers`).
 """
 TABLES = """\
 ## Tables

@@ -5,7 +5,7 @@ ours: the rows of q and k are stored permuted for llama.cpp's rotary layout, and
 metadata fields, of which ``_config`` makes a config.json. Letters: n heads, d head dim, h hidden.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ from torch import Tensor
 
 from nemo_minitron.checkpoint.hf_refusals import refuse_pointer
 from nemo_minitron.checkpoint.lazy import LazyTensor, Store
+from nemo_minitron.families.config_json import words
 from nemo_minitron.families.registry import family_of_hf
 
 # Types kept as they are; all others become float32.
 _PLAIN = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
+_ARCHITECTURE = "llama."
 _QUANTISED = {
     Kind.Q4_0,
     Kind.Q4_1,
@@ -116,7 +118,68 @@ def _check_supported(path: Path, get: Callable[..., Any], head_dim: int) -> None
         _refuse(path, f"is {value_dim}, not {head_dim}", "llama.attention.value_length")
 
 
-def _config(path: Path, tensors: dict[str, ReaderTensor]) -> dict[str, Any]:
+# Metadata of the architecture: what is read here, and what says nothing of the network.
+_READ = words(
+    "block_count context_length embedding_length feed_forward_length attention.head_count "
+    "attention.head_count_kv attention.key_length attention.value_length vocab_size expert_count "
+    "attention.layer_norm_rms_epsilon rope.dimension_count rope.freq_base rope.scaling.type "
+    "rope.scale_linear rope.scaling.factor rope.scaling.original_context_length "
+    "rope.scaling.finetuned tensor_data_layout"
+)
+# Others -> the value that changes nothing.
+_NEUTRAL = {
+    "expert_used_count": 0,
+    "attention.causal": True,
+    "use_parallel_residual": False,
+    "attention.scale": 0,
+    "embedding_scale": 1,
+    "residual_scale": 1,
+    "logit_scale": 1,
+}
+
+
+def _check_metadata(path: Path, get: Callable[..., Any], passed_over: Sequence[str]) -> None:
+    """Refuse metadata of the architecture that may change the network and is not read."""
+    names = [field for field in open_reader(path).fields if field.startswith(_ARCHITECTURE)]
+    for name in passed_over:
+        if name not in names or name.removeprefix(_ARCHITECTURE) in _READ:
+            raise ValueError(
+                f"source_ignore={list(passed_over)}: {name} is no metadata field of {path} that is "
+                "not read"
+            )
+    unknown = []
+    for name in names:
+        key = name.removeprefix(_ARCHITECTURE)
+        if key in _READ or name in passed_over:
+            continue
+        if key not in _NEUTRAL or get(name) != _NEUTRAL[key]:
+            unknown.append(name)
+    if unknown:
+        said = ", ".join(f"{name}={get(name)}" for name in unknown)
+        raise ValueError(
+            f"{path} has metadata that the mapping does not know: {said}. If the network is the "
+            f"same without it, set source_ignore=[{','.join(unknown)}]; else set source to the "
+            "Hugging Face folder of this model"
+        )
+
+
+def _check_vocabulary(path: Path, get: Callable[..., Any], rows: int) -> None:
+    """Refuse embeddings of another size than the file's own tokenizer and metadata say."""
+    tokens = get("tokenizer.ggml.tokens", None)
+    for name, count in (
+        ("llama.vocab_size", get("llama.vocab_size", rows)),
+        ("tokenizer.ggml.tokens", rows if tokens is None else len(tokens)),
+    ):
+        if count != rows:
+            raise ValueError(
+                f"{path}: {name} says {count} tokens, but token_embd.weight has {rows} rows; set "
+                "source to the Hugging Face folder of this model"
+            )
+
+
+def _config(
+    path: Path, tensors: dict[str, ReaderTensor], passed_over: Sequence[str]
+) -> dict[str, Any]:
     """config.json of the model."""
     get = fields_of(path)
     kind = get("general.type", "model")
@@ -130,9 +193,11 @@ def _config(path: Path, tensors: dict[str, ReaderTensor]) -> dict[str, Any]:
         raise ValueError(f"{path}: general.architecture={arch} is not supported; supported: llama")
     hidden, heads = get("llama.embedding_length"), get("llama.attention.head_count")
     head_dim = get("llama.attention.key_length", hidden // heads)
+    _check_metadata(path, get, passed_over)
     _check_supported(path, get, head_dim)
     if "token_embd.weight" not in tensors:
         raise ValueError(f"{path} lacks the tensor token_embd.weight")
+    _check_vocabulary(path, get, int(tensors["token_embd.weight"].shape[-1]))
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -198,11 +263,12 @@ def _dtypes(path: Path, tensors: dict[str, ReaderTensor]) -> Callable[[ReaderTen
     return lambda tensor: _PLAIN[tensor.tensor_type] if uniform else torch.float32
 
 
-def open_gguf(path: Path) -> tuple[dict[str, Any], Store]:
+def open_gguf(path: Path, passed_over: Sequence[str] = ()) -> tuple[dict[str, Any], Store]:
     """Open a Llama GGUF file; weights are dequantised when read.
 
     Args:
         path: the .gguf file.
+        passed_over: metadata fields that are not looked at (``source_ignore``).
 
     Returns:
         A config.json, and the store under Hugging Face names, rows in Hugging Face order. Quantised
@@ -212,7 +278,7 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], Store]:
         ValueError: not GGUF, damaged, another architecture, or something config.json cannot say.
     """
     tensors = {tensor.name: tensor for tensor in open_reader(path).tensors}
-    hf = _config(path, tensors)
+    hf = _config(path, tensors, passed_over)
     family = family_of_hf(hf)
     config = family.from_hf(hf)
     dtype_of = _dtypes(path, tensors)

@@ -6,6 +6,7 @@ Everything a user can get wrong in a folder is found from the headers, before an
 import json
 import logging
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.documents import read_json_object
 from nemo_minitron.families.dims import DIMS
 from nemo_minitron.families.fuse import HF_FORMS, hf_shapes, rows_of_part
-from nemo_minitron.families.registry import family_of_hf
+from nemo_minitron.families.registry import family_of_hf, read_config
 from nemo_minitron.families.table import Family, Row
 
 logger = logging.getLogger(__name__)
@@ -148,23 +149,19 @@ def open_hf(folder: Path) -> tuple[dict[str, Any], Store]:
     return config, store
 
 
-def model_config(hf_config: dict[str, Any], hf_store: Store) -> tuple[Family, ModelConfig]:
+def model_config(
+    hf_config: dict[str, Any], hf_store: Store, passed_over: Sequence[str] = ()
+) -> tuple[Family, ModelConfig]:
     """Family and sizes of an opened Hugging Face model (or GGUF).
 
     ``dtype`` is that of the weights themselves, whatever config.json says.
 
     Raises:
-        ValueError: unknown architecture, a size is missing, or the table cannot hold the model.
+        ValueError: see ``families.registry.read_config``.
     """
-    family = family_of_hf(hf_config)
-    try:
-        config = family.from_hf(hf_config)
-    except KeyError as error:
-        raise ValueError(f"{CONFIG_JSON} lacks {error}") from error
-    except (TypeError, AttributeError, ZeroDivisionError) as error:
-        raise ValueError(f"a size in {CONFIG_JSON} is not a number above 0: {error}") from error
+    family, config = read_config(hf_config, passed_over)
     config.dtype = str(main_dtype(hf_store)).removeprefix("torch.")
-    declared = hf_config.get("torch_dtype") or hf_config.get("dtype") or config.dtype
+    declared = hf_config.get("dtype") or hf_config.get("torch_dtype") or config.dtype
     if declared != config.dtype:
         logger.warning("weights are %s although config.json says %s", config.dtype, declared)
     return family, config
@@ -280,7 +277,7 @@ def write_hf(
         OSError: the folder cannot be written (disk full).
     """
     split = split_shards(store, max_shard_size)
-    (folder / CONFIG_JSON).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (folder / CONFIG_JSON).write_text(json.dumps(config, indent=2) + "\n")
 
     def write(file: str) -> None:
         names = set(split.filename_to_tensors[file])

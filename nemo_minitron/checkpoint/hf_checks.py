@@ -4,11 +4,12 @@ import re
 
 import torch
 
-from nemo_minitron.checkpoint.lazy import Store, main_dtype
+from nemo_minitron.checkpoint.lazy import LazyTensor, Store, main_dtype, row_blocks
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.fuse import hf_shapes
 from nemo_minitron.families.table import Family, Row
 
+_EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 # Buffers that old checkpoints hold and that follow from the config.
 DERIVED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 _LAYERS_KEYS = ("num_hidden_layers", "n_layer")
@@ -48,7 +49,8 @@ def check_hf(family: Family, config: ModelConfig, store: Store) -> None:
 
     Raises:
         ValueError: a tensor is missing, unexpected, not of the shape that the config asks for, or
-            of another dtype than the tensors around it; names file, tensor and what was expected.
+            of another dtype than the tensors around it, or tied embeddings differ; names file,
+            tensor and what was expected.
     """
     expected = expected_tensors(family, config)
     _check_names(family, config, store, set(expected))
@@ -59,6 +61,7 @@ def check_hf(family: Family, config: ModelConfig, store: Store) -> None:
                 f"({', '.join(row.dims)})"
             )
     _check_dtypes(family, config, store)
+    _check_tied(family, config, store)
 
 
 def _at(store: Store, name: str) -> str:
@@ -77,11 +80,11 @@ def _check_names(family: Family, config: ModelConfig, store: Store, expected: se
             f"{_other_depth(family, config, store)}"
         )
     # Tied models may hold a copy of the embedding under the name an untied one would use.
-    tied_names = {name for row in family.rows if not row.when(config) for name in row.hf}
+    copies = _tied_copies(family, config)
     extra = [
         name
         for name in store
-        if name not in expected and name not in tied_names and not name.endswith(DERIVED)
+        if name not in expected and name not in copies and not name.endswith(DERIVED)
     ]
     if extra:
         extra.sort()
@@ -91,6 +94,39 @@ def _check_names(family: Family, config: ModelConfig, store: Store, expected: se
             f"{len(extra)} tensors have no row in the table of family '{family.name}': {extra[:5]}"
             f"{where}{_other_depth(family, config, store)}"
         )
+
+
+def _tied_copies(family: Family, config: ModelConfig) -> set[str]:
+    """Names under which an untied model of the family keeps its output embedding; none if it is."""
+    if not config.share_embeddings_and_output_weights:
+        return set()
+    return {name for row in family.rows if row.name == _OUTPUT for name in row.hf}
+
+
+def _check_tied(family: Family, config: ModelConfig, store: Store) -> None:
+    """Refuse an output embedding that is no copy of the one it is said to be tied to.
+
+    transformers warns, and takes both.
+    """
+    (embedding,) = next(row.hf for row in family.rows if row.name == _EMBEDDING)
+    for name in _tied_copies(family, config) & set(store):
+        if not _equal(store[embedding], store[name]):
+            raise ValueError(
+                f"{_at(store, name)} is not equal to {embedding}, although config.json ties them "
+                "(tie_word_embeddings=true, or its default); set tie_word_embeddings to false in a "
+                "copy of config.json, or take the tensor out of the file if it is a stale one"
+            )
+
+
+def _equal(one: LazyTensor, other: LazyTensor) -> bool:
+    """Whether two tensors hold the same numbers; some megabytes are in memory at a time."""
+    if one.shape != other.shape:
+        return False
+    for start, stop, read in row_blocks(one):
+        rows = other.read_rows(start, stop) if other.read_rows else other.read()[start:stop]
+        if not torch.equal(read().float(), rows.float()):
+            return False
+    return True
 
 
 def _refuse_wrapped(family: Family, missing: list[str], store: Store) -> None:

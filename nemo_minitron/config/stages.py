@@ -40,10 +40,15 @@ class ImportConfig(StageConfig):
     vocab_size: int | None = None
     """Number of tokens, where ``source`` pads its embeddings and neither its config nor a
     tokenizer says how many there are."""
+    source_ignore: list[str] = field(default_factory=list)
+    """Keys of the source's config.json (or of its GGUF metadata) that ``import`` would refuse as
+    unknown, and without which the network is the same."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         super().__post_init__()
+        if len(set(self.source_ignore)) < len(self.source_ignore):
+            raise ValueError(f"source_ignore={self.source_ignore} names a key twice")
         if self.vocab_size is not None and self.vocab_size < 1:
             raise ValueError(f"vocab_size={self.vocab_size} must be at least 1")
 

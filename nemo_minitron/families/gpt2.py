@@ -8,6 +8,7 @@ and value in one of them. Its config has no head dim, which is always ``n_embd /
 from typing import Any
 
 from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.families.config_json import check_keys, words
 from nemo_minitron.families.nemotron import norm_bias
 from nemo_minitron.families.table import Family, Row
 
@@ -77,33 +78,17 @@ ROWS = (
 # transformers' names of the activation -> ours.
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 _HF_ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu"}
-# config.json fields that follow from ModelConfig, or that only models that are refused set.
-_OWN_KEYS = {
-    "vocab_size",
-    "n_positions",
-    "n_ctx",
-    "n_embd",
-    "n_layer",
-    "n_head",
-    "n_inner",
-    "activation_function",
-    "layer_norm_epsilon",
-    "tie_word_embeddings",
-    "scale_attn_weights",
-    "scale_attn_by_inverse_layer_idx",
-    "add_cross_attention",
-    "architectures",
-    "model_type",
-    "torch_dtype",
-    "dtype",
-    "transformers_version",
-    "_name_or_path",
-}
+READS = words(
+    "vocab_size n_positions n_embd n_layer n_head n_inner activation_function layer_norm_epsilon "
+    "tie_word_embeddings scale_attn_weights scale_attn_by_inverse_layer_idx add_cross_attention "
+    "reorder_and_upcast_attn"
+)
 # Attention as every other family has it.
 _FIXED = {
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
+    "reorder_and_upcast_attn": False,
 }
 
 
@@ -113,6 +98,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     Raises:
         ValueError: the config asks for something this table does not hold.
     """
+    check_keys("gpt2", hf, READS)
     for key, value in _FIXED.items():
         if hf.get(key, value) != value:
             raise ValueError(
@@ -145,15 +131,15 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
         add_qkv_bias=True,
         position_embedding_type="learned_absolute",
         share_embeddings_and_output_weights=hf.get("tie_word_embeddings", True),
-        dtype=hf.get("torch_dtype") or hf.get("dtype") or "float32",
-        hf={key: value for key, value in hf.items() if key not in _OWN_KEYS},
+        dtype=hf.get("dtype") or hf.get("torch_dtype") or "float32",
+        hf=dict(hf),
     )
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """config.json of a (pruned) model; ``n_inner`` is always written."""
     return {
-        **config.hf,
+        **{key: value for key, value in config.hf.items() if key not in READS},
         **_FIXED,
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -172,10 +158,11 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 GPT2 = Family(
     "gpt2",
-    ("GPT2LMHeadModel",),
+    {"GPT2LMHeadModel": "gpt2"},
     ROWS,
     from_hf,
     to_hf,
+    READS,
     models="GPT-2",
     refuses=(
         "`scale_attn_by_inverse_layer_idx=true`, `scale_attn_weights=false`, cross attention",

@@ -3,10 +3,12 @@
 Mistral without a sliding window is the same network under another name.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.families.rope import Rope, read_rope
+from nemo_minitron.families.config_json import check_keys, words
+from nemo_minitron.families.rope import ROPE_KEYS, Rope, read_rope
 from nemo_minitron.families.table import Family, Row
 
 _LAYER = "decoder.layers.{layer}."
@@ -66,29 +68,12 @@ ROWS = (
     ),
 )
 
-# config.json fields that follow from the sizes; everything else is carried over untouched.
-_SIZE_KEYS = {
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-    "rope_theta",
-    "rope_scaling",
-    "rope_parameters",
-    "architectures",
-    "model_type",
-    "sliding_window",
-    "torch_dtype",
-    "dtype",
-    "transformers_version",
-    "_name_or_path",
-}
+HF_ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
+READS = ROPE_KEYS | words(
+    "num_hidden_layers hidden_size intermediate_size num_attention_heads num_key_value_heads "
+    "head_dim vocab_size max_position_embeddings rms_norm_eps hidden_act tie_word_embeddings "
+    "sliding_window attention_bias mlp_bias"
+)
 # What transformers' MistralConfig takes where config.json says nothing.
 _MISTRAL_DEFAULTS = {
     "num_key_value_heads": 8,
@@ -97,16 +82,14 @@ _MISTRAL_DEFAULTS = {
 }
 
 
-def _mistral(hf: dict[str, Any]) -> dict[str, Any]:
-    """config.json of a Mistral with its defaults; a window that no position leaves is none."""
-    known = {**_MISTRAL_DEFAULTS, **hf}
-    window, positions = known["sliding_window"], known["max_position_embeddings"]
+def refuse_window(hf: dict[str, Any]) -> None:
+    """Refuse a window that some position leaves."""
+    window, positions = hf.get("sliding_window"), hf.get("max_position_embeddings", 2048)
     if window is not None and window < positions:
         raise ValueError(
-            f"config.json sliding_window={window} (4096 where it is left out) is not supported; "
-            f"only null, or at least max_position_embeddings={positions}"
+            f"config.json sliding_window={window} (4096 where a Mistral leaves it out) is not "
+            f"supported; only null, or at least max_position_embeddings={positions}"
         )
-    return known
 
 
 def whole(rope: Rope) -> Rope:
@@ -116,8 +99,8 @@ def whole(rope: Rope) -> Rope:
     return rope
 
 
-def from_hf(hf: dict[str, Any], rope: Rope | None = None) -> ModelConfig:
-    """Megatron sizes of a Hugging Face Llama config.
+def dense(hf: dict[str, Any], rope: Rope | None = None) -> ModelConfig:
+    """Sizes of a network like Llama's, of whichever family; other keys are not looked at.
 
     Args:
         hf: config.json.
@@ -129,8 +112,6 @@ def from_hf(hf: dict[str, Any], rope: Rope | None = None) -> ModelConfig:
     for key in ("attention_bias", "mlp_bias"):
         if hf.get(key):
             raise ValueError(f"config.json {key}=true is not supported")
-    if hf.get("model_type") == "mistral":
-        hf = _mistral(hf)
     if hf.get("hidden_act", "silu") != "silu":
         raise ValueError(f"config.json hidden_act={hf['hidden_act']} is not supported; only silu")
     heads = hf["num_attention_heads"]
@@ -150,18 +131,36 @@ def from_hf(hf: dict[str, Any], rope: Rope | None = None) -> ModelConfig:
         rotary_percent=rope.share,
         rope_scaling=rope.scaling,
         share_embeddings_and_output_weights=hf.get("tie_word_embeddings", False),
-        dtype=hf.get("torch_dtype") or hf.get("dtype") or "float32",
-        hf={key: value for key, value in hf.items() if key not in _SIZE_KEYS},
+        dtype=hf.get("dtype") or hf.get("torch_dtype") or "float32",
+        hf=dict(hf),
     )
 
 
+def from_hf(hf: dict[str, Any]) -> ModelConfig:
+    """Megatron sizes of a Hugging Face Llama or Mistral config.
+
+    Raises:
+        ValueError: the config asks for something this table does not hold.
+    """
+    check_keys("llama", hf, READS)
+    known = {**_MISTRAL_DEFAULTS, **hf} if _is_mistral(hf) else hf
+    refuse_window(known)
+    return replace(dense(known), hf=dict(hf))
+
+
+def _is_mistral(hf: dict[str, Any]) -> bool:
+    named = hf.get("architectures") or [""]
+    return bool(hf.get("model_type", HF_ARCHITECTURES.get(named[0])) == "mistral")
+
+
 def _architecture(config: ModelConfig) -> dict[str, Any]:
-    """Class that ``transformers`` opens the model with.
+    """Class that ``transformers`` opens the model with: the source's, where it can.
 
     Its LlamaConfig insists on ``hidden_size % num_attention_heads == 0`` although ``head_dim`` is
     given. Mistral without a sliding window is the same network and has no such rule.
     """
-    if config.hidden_size % config.num_attention_heads == 0:
+    even = config.hidden_size % config.num_attention_heads == 0
+    if even and not _is_mistral(config.hf):
         return {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     return {
         "architectures": ["MistralForCausalLM"],
@@ -173,9 +172,9 @@ def _architecture(config: ModelConfig) -> dict[str, Any]:
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """config.json of a (pruned) model; ``head_dim`` is always written."""
     return {
-        "hidden_act": "silu",
-        **config.hf,
+        **{key: value for key, value in config.hf.items() if key not in READS},
         **_architecture(config),
+        "hidden_act": "silu",
         "num_hidden_layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.ffn_hidden_size,
@@ -195,10 +194,11 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 LLAMA = Family(
     "llama",
-    ("LlamaForCausalLM", "MistralForCausalLM"),
+    HF_ARCHITECTURES,
     ROWS,
     from_hf,
     to_hf,
+    READS,
     models="Llama 2 and 3.x, Mistral, Mistral-NeMo, SmolLM2",
     refuses=(
         "a `sliding_window` shorter than `max_position_embeddings` (Mistral 7B v0.1): attention "

@@ -9,6 +9,7 @@ from typing import Any
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families import llama
+from nemo_minitron.families.config_json import check_keys
 from nemo_minitron.families.rope import read_rope
 from nemo_minitron.families.table import Family, Row
 
@@ -46,8 +47,9 @@ ROWS = (
 )
 
 # What transformers' MixtralConfig takes where config.json says nothing.
-_DEFAULTS = {"rms_norm_eps": 1e-5, "sliding_window": None}
+_DEFAULTS = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5}
 _DEFAULT_ROPE_BASE = 1e6
+READS = llama.READS | {"num_local_experts", "num_experts_per_tok"}
 
 
 def from_hf(hf: dict[str, Any]) -> ModelConfig:
@@ -58,28 +60,30 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     Raises:
         ValueError: the config asks for something this table does not hold.
     """
+    check_keys("mixtral", hf, READS)
     if hf["num_experts_per_tok"] < 2:
         raise ValueError(
             f"config.json num_experts_per_tok={hf['num_experts_per_tok']} is not supported: "
             "Megatron-Core's router needs at least 2"
         )
-    known = {**_DEFAULTS, **hf, "model_type": "mistral"}
-    dense = llama.from_hf(known, llama.whole(read_rope(known, base=_DEFAULT_ROPE_BASE)))
-    experts = ("num_local_experts", "num_experts_per_tok")
+    known = {**_DEFAULTS, **hf}
+    llama.refuse_window(known)
+    dense = llama.dense(known, llama.whole(read_rope(known, base=_DEFAULT_ROPE_BASE)))
     return replace(
         dense,
         family="mixtral",
         num_moe_experts=hf["num_local_experts"],
         moe_router_topk=hf["num_experts_per_tok"],
         moe_ffn_hidden_size=hf["intermediate_size"],
-        hf={key: value for key, value in dense.hf.items() if key not in experts},
+        hf=dict(hf),
     )
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """config.json of a (pruned) model."""
+    carried = {key: value for key, value in config.hf.items() if key not in READS}
     return {
-        **llama.to_hf(config),
+        **llama.to_hf(replace(config, hf=carried)),
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",
         "sliding_window": None,
@@ -91,10 +95,11 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 MIXTRAL = Family(
     "mixtral",
-    ("MixtralForCausalLM",),
+    {"MixtralForCausalLM": "mixtral"},
     ROWS,
     from_hf,
     to_hf,
+    READS,
     models="Mixtral",
     refuses=(
         "a `sliding_window` shorter than `max_position_embeddings`: attention sees the whole "

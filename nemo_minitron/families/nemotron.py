@@ -9,6 +9,7 @@ from typing import Any
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families import llama
+from nemo_minitron.families.config_json import check_keys
 from nemo_minitron.families.rope import read_rope
 from nemo_minitron.families.table import Family, Row
 
@@ -38,15 +39,8 @@ ROWS = (
 # rope_percent, which the first of these models had as well.
 _DEFAULTS = {"max_position_embeddings": 4096}
 _DEFAULT_ROTARY = 0.5
-# config.json fields that follow from ModelConfig.
-_OWN_KEYS = {
-    "norm_eps",
-    "hidden_act",
-    "partial_rotary_factor",
-    "rope_percent",
-    "attention_bias",
-    "mlp_bias",
-}
+_NOT_ITS = ("rms_norm_eps", "sliding_window")
+READS = (llama.READS - {"rms_norm_eps"}) | {"norm_eps", "rope_percent"}
 
 
 def from_hf(hf: dict[str, Any]) -> ModelConfig:
@@ -55,10 +49,13 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     Raises:
         ValueError: the config asks for something this table does not hold.
     """
+    check_keys("nemotron", hf, READS)
     if hf.get("hidden_act", "relu2") != "relu2":
         raise ValueError(f"config.json hidden_act={hf['hidden_act']} is not supported; only relu2")
     rope = read_rope(hf, share=_DEFAULT_ROTARY)
-    dense = llama.from_hf({**_DEFAULTS, **hf, "hidden_act": "silu"}, rope)
+    known = {**_DEFAULTS, **hf, "hidden_act": "silu"}
+    llama.refuse_window(known)
+    dense = llama.dense(known, rope)
     return replace(
         dense,
         family="nemotron",
@@ -67,14 +64,15 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
         layernorm_epsilon=hf.get("norm_eps", 1e-5),
         gated_linear_unit=False,
         activation="squared_relu",
-        hf={key: value for key, value in dense.hf.items() if key not in _OWN_KEYS},
+        hf=dict(hf),
     )
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """config.json of a (pruned) model."""
+    carried = {key: value for key, value in config.hf.items() if key not in READS}
     written = {
-        **llama.to_hf(config),
+        **llama.to_hf(replace(config, hf=carried)),
         "architectures": ["NemotronForCausalLM"],
         "model_type": "nemotron",
         "hidden_act": "relu2",
@@ -83,17 +81,16 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "attention_bias": False,
         "mlp_bias": False,
     }
-    for key in ("rms_norm_eps", "sliding_window"):
-        written.pop(key, None)
-    return written
+    return {key: value for key, value in written.items() if key not in _NOT_ITS}
 
 
 NEMOTRON = Family(
     "nemotron",
-    ("NemotronForCausalLM",),
+    {"NemotronForCausalLM": "nemotron"},
     ROWS,
     from_hf,
     to_hf,
+    READS,
     models="Nemotron-4, Minitron",
     refuses=(
         "`attention_bias=true` or `mlp_bias=true`: the table has biases for norms only",

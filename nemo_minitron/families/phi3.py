@@ -9,6 +9,7 @@ from typing import Any
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families import llama
+from nemo_minitron.families.config_json import check_keys
 from nemo_minitron.families.rope import read_rope
 from nemo_minitron.families.table import Family, Row
 
@@ -27,14 +28,7 @@ ROWS = tuple(map(_fused, llama.ROWS))
 
 # What transformers' Phi3Config takes where config.json says nothing.
 _DEFAULTS = {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
-# config.json fields that follow from ModelConfig.
-_OWN_KEYS = {
-    "partial_rotary_factor",
-    "original_max_position_embeddings",
-    "attention_bias",
-    "mlp_bias",
-    "layer_types",
-}
+READS = llama.READS | {"rope_percent"}
 
 
 def _refuse_window(hf: dict[str, Any]) -> None:
@@ -54,6 +48,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     Raises:
         ValueError: the config asks for something this table does not hold.
     """
+    check_keys("phi3", hf, READS)
     _refuse_window(hf)
     known = {**_DEFAULTS, **hf}
     rope = read_rope(known)
@@ -61,11 +56,11 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
         raise ValueError(
             "rope_scaling type 'llama3' is not supported: transformers' Phi-3 has none"
         )
-    dense = llama.from_hf(known, rope)
+    dense = llama.dense(known, rope)
     return replace(
         dense,
         family="phi3",
-        hf={key: value for key, value in dense.hf.items() if key not in _OWN_KEYS},
+        hf=dict(hf),
     )
 
 
@@ -83,10 +78,11 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 PHI3 = Family(
     "phi3",
-    ("Phi3ForCausalLM",),
+    {"Phi3ForCausalLM": "phi3"},
     ROWS,
     from_hf,
     to_hf,
+    READS,
     models="Phi-3, Phi-3.5, Phi-4 (short context)",
     refuses=(
         "a `sliding_window` shorter than `max_position_embeddings`: attention sees the whole "

@@ -9,6 +9,7 @@ from typing import Any
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families import llama
+from nemo_minitron.families.config_json import check_keys
 from nemo_minitron.families.table import Family, Row
 
 _ATTENTION = "decoder.layers.{layer}.self_attention."
@@ -36,13 +37,7 @@ QK_NORMS = tuple(
     for x in "qk"
 )
 
-# config.json fields that follow from ModelConfig, or that only models that are refused set.
-_OWN_KEYS = {
-    "attention_bias",
-    "use_sliding_window",
-    "max_window_layers",
-    "layer_types",
-}
+READS = llama.READS | {"use_sliding_window", "layer_types"}
 REFUSES = (
     "sliding windows (`use_sliding_window=true`): attention sees the whole sequence",
     "`rope_scaling` other than `llama3` (`yarn`, `linear`, ...): the mapping has no other",
@@ -60,18 +55,22 @@ def refuse_windows(hf: dict[str, Any]) -> None:
             "config.json use_sliding_window=true is not supported; only full attention "
             "(use_sliding_window=false)"
         )
-    kinds = sorted(set(hf.get("layer_types") or []) - {"full_attention"})
+    layers = hf.get("layer_types") or []
+    kinds = sorted(set(layers) - {"full_attention"})
     if kinds:
         raise ValueError(
             f"config.json layer_types holds {kinds}, not supported; only full_attention"
         )
+    if layers and len(layers) != hf["num_hidden_layers"]:
+        raise ValueError(
+            f"config.json layer_types is of {len(layers)} layers, but num_hidden_layers="
+            f"{hf['num_hidden_layers']}"
+        )
 
 
-def _from_hf(hf: dict[str, Any], family: str, **fields: Any) -> ModelConfig:
+def _dense(hf: dict[str, Any]) -> ModelConfig:
     refuse_windows(hf)
-    dense = llama.from_hf(hf)
-    carried = {key: value for key, value in dense.hf.items() if key not in _OWN_KEYS}
-    return replace(dense, family=family, hf=carried, **fields)
+    return llama.dense(hf)
 
 
 def from_hf_qwen2(hf: dict[str, Any]) -> ModelConfig:
@@ -80,7 +79,9 @@ def from_hf_qwen2(hf: dict[str, Any]) -> ModelConfig:
     Raises:
         ValueError: the config asks for something this table does not hold.
     """
-    return _from_hf({"max_position_embeddings": 32768, **hf}, "qwen2", add_qkv_bias=True)
+    check_keys("qwen2", hf, READS)
+    known = {"max_position_embeddings": 32768, **hf}
+    return replace(_dense(known), family="qwen2", add_qkv_bias=True, hf=dict(hf))
 
 
 def from_hf_qwen3(hf: dict[str, Any]) -> ModelConfig:
@@ -89,13 +90,15 @@ def from_hf_qwen3(hf: dict[str, Any]) -> ModelConfig:
     Raises:
         ValueError: the config asks for something this table does not hold.
     """
+    check_keys("qwen3", hf, READS)
     known = {"max_position_embeddings": 32768, "head_dim": 128, **hf}
-    return _from_hf(known, "qwen3", qk_layernorm=True)
+    return replace(_dense(known), family="qwen3", qk_layernorm=True, hf=dict(hf))
 
 
 def _to_hf(config: ModelConfig, architecture: str, model_type: str) -> dict[str, Any]:
+    carried = {key: value for key, value in config.hf.items() if key not in READS}
     return {
-        **llama.to_hf(config),
+        **llama.to_hf(replace(config, hf=carried)),
         "architectures": [architecture],
         "model_type": model_type,
         "use_sliding_window": False,
@@ -115,19 +118,21 @@ def to_hf_qwen3(config: ModelConfig) -> dict[str, Any]:
 
 QWEN2 = Family(
     "qwen2",
-    ("Qwen2ForCausalLM",),
+    {"Qwen2ForCausalLM": "qwen2"},
     (*llama.ROWS, QKV_BIAS),
     from_hf_qwen2,
     to_hf_qwen2,
+    READS,
     models="Qwen2, Qwen2.5",
     refuses=REFUSES,
 )
 QWEN3 = Family(
     "qwen3",
-    ("Qwen3ForCausalLM",),
+    {"Qwen3ForCausalLM": "qwen3"},
     (*llama.ROWS, *QK_NORMS),
     from_hf_qwen3,
     to_hf_qwen3,
+    READS,
     models="Qwen3",
     refuses=(*REFUSES, "`attention_bias=true`: the table has no biases"),
 )

@@ -11,6 +11,7 @@ from typing import Any
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families import llama, mixtral, qwen
+from nemo_minitron.families.config_json import check_keys, words
 from nemo_minitron.families.table import Family, Row
 
 _MLP = "decoder.layers.{layer}.mlp."
@@ -54,22 +55,12 @@ ROWS = (
 
 # What transformers' Qwen2MoeConfig takes where config.json says nothing.
 _DEFAULTS = {"num_key_value_heads": 16, "max_position_embeddings": 32768}
-# config.json fields that follow from ModelConfig, or that only models that are refused set.
-_OWN_KEYS = {
-    "num_experts",
-    "num_local_experts",
-    "num_experts_per_tok",
-    "moe_intermediate_size",
-    "shared_expert_intermediate_size",
-    "norm_topk_prob",
-    "qkv_bias",
-    "decoder_sparse_step",
-    "mlp_only_layers",
-    "use_sliding_window",
-    "max_window_layers",
-    "layer_types",
-    "attention_bias",
-}
+ROUTED_READS = qwen.READS | words(
+    "num_experts num_local_experts num_experts_per_tok moe_intermediate_size norm_topk_prob "
+    "decoder_sparse_step mlp_only_layers"
+)
+"""Keys that every Qwen with routed experts reads."""
+READS = ROUTED_READS | {"shared_expert_intermediate_size", "qkv_bias"}
 REFUSES = (
     "dense layers among those with experts (`mlp_only_layers`, `decoder_sparse_step`)",
     "`norm_topk_prob=true` with one expert per token: Megatron-Core's router needs two",
@@ -100,20 +91,14 @@ def refuse(hf: dict[str, Any]) -> None:
         )
 
 
-def carried(hf: dict[str, Any], dense: ModelConfig) -> dict[str, Any]:
-    """Fields of config.json that are carried over untouched.
-
-    The ``intermediate_size`` that it gives for dense layers is one of them: there are none.
-    """
-    fields = {key: value for key, value in dense.hf.items() if key not in _OWN_KEYS}
-    if "intermediate_size" in hf:
-        fields["intermediate_size"] = hf["intermediate_size"]
-    return fields
-
-
 def router(hf: dict[str, Any]) -> dict[str, Any]:
     """Fields of ModelConfig that describe the router; transformers 5 may rename the first."""
-    renamed = hf.get("num_local_experts")
+    renamed, experts = hf.get("num_local_experts"), hf.get("num_experts")
+    if None not in (renamed, experts) and renamed != experts:
+        raise ValueError(
+            f"config.json num_experts={experts} and num_local_experts={renamed} disagree; leave "
+            "one out in a copy of config.json"
+        )
     return {
         "num_moe_experts": hf["num_experts"] if renamed is None else renamed,
         "moe_router_topk": hf["num_experts_per_tok"],
@@ -129,9 +114,10 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     Raises:
         ValueError: the config asks for something this table does not hold.
     """
+    check_keys("qwen2_moe", hf, READS)
     refuse(hf)
     width = hf["moe_intermediate_size"]
-    dense = llama.from_hf({**_DEFAULTS, **hf, "intermediate_size": width})
+    dense = llama.dense({**_DEFAULTS, **hf, "intermediate_size": width})
     return replace(
         dense,
         family="qwen2_moe",
@@ -139,15 +125,16 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
         moe_ffn_hidden_size=width,
         moe_shared_expert_intermediate_size=hf["shared_expert_intermediate_size"],
         moe_shared_expert_gate=True,
-        hf=carried(hf, dense),
+        hf=dict(hf),
         **router(hf),
     )
 
 
 def to_hf_routed(config: ModelConfig) -> dict[str, Any]:
     """What the config.json of every Qwen with routed experts says."""
+    carried = {key: value for key, value in config.hf.items() if key not in READS}
     return {
-        **llama.to_hf(config),
+        **llama.to_hf(replace(config, hf=carried)),
         "use_sliding_window": False,
         "sliding_window": None,
         "mlp_only_layers": [],
@@ -173,10 +160,11 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 QWEN2_MOE = Family(
     "qwen2_moe",
-    ("Qwen2MoeForCausalLM",),
+    {"Qwen2MoeForCausalLM": "qwen2_moe"},
     ROWS,
     from_hf,
     to_hf,
+    READS,
     models="Qwen1.5-MoE, Qwen2-57B-A14B",
     refuses=(*qwen.REFUSES, *REFUSES),
 )

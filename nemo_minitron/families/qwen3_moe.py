@@ -8,6 +8,7 @@ from typing import Any
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families import llama, qwen, qwen2_moe
+from nemo_minitron.families.config_json import check_keys
 from nemo_minitron.families.table import Family
 
 ROWS = (
@@ -31,15 +32,16 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     Raises:
         ValueError: the config asks for something this table does not hold.
     """
+    check_keys("qwen3_moe", hf, qwen2_moe.ROUTED_READS)
     qwen2_moe.refuse(hf)
     width = hf["moe_intermediate_size"]
-    dense = llama.from_hf({**_DEFAULTS, **hf, "intermediate_size": width})
+    dense = llama.dense({**_DEFAULTS, **hf, "intermediate_size": width})
     return replace(
         dense,
         family="qwen3_moe",
         qk_layernorm=True,
         moe_ffn_hidden_size=width,
-        hf=qwen2_moe.carried(hf, dense),
+        hf=dict(hf),
         **qwen2_moe.router(hf),
     )
 
@@ -56,10 +58,11 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 QWEN3_MOE = Family(
     "qwen3_moe",
-    ("Qwen3MoeForCausalLM",),
+    {"Qwen3MoeForCausalLM": "qwen3_moe"},
     ROWS,
     from_hf,
     to_hf,
+    qwen2_moe.ROUTED_READS,
     models="Qwen3-MoE",
     refuses=(
         *qwen.REFUSES,

@@ -1,8 +1,10 @@
 """Looks families up by name or by Hugging Face architecture."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.families.config_json import of_layers, unknown_keys
 from nemo_minitron.families.gpt2 import GPT2
 from nemo_minitron.families.llama import LLAMA
 from nemo_minitron.families.mixtral import MIXTRAL
@@ -15,6 +17,13 @@ from nemo_minitron.families.table import Family
 
 _ALL = (LLAMA, QWEN2, QWEN3, NEMOTRON, PHI3, GPT2, MIXTRAL, QWEN2_MOE, QWEN3_MOE)
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
+
+# Keys of config.json that name classes in Python files.
+_CODE = ("auto_map", "custom_pipelines")
+# What the weights are stored in, which no stage changes.
+_DTYPES = ("torch_dtype", "dtype")
+# The first finds the sizes that changed, the second what the source left out and now has to say.
+_PASSES = 4
 
 _GEMMA = (
     "embeddings are multiplied by sqrt(hidden_size), which Megatron-Core 0.16's GPT model has no "
@@ -43,16 +52,111 @@ def family_of(config: ModelConfig) -> Family:
 def family_of_hf(hf_config: dict[str, Any]) -> Family:
     """Family of a Hugging Face config.json.
 
+    transformers opens a model by ``model_type``; other programs by ``architectures``. Where both
+    are there they have to name one network. A bare model (``LlamaModel``) is of its family, too.
+
     Raises:
-        ValueError: no family lists its architecture.
+        ValueError: no family lists its architecture, or the two disagree.
     """
-    names = hf_config.get("architectures") or []
-    for family in FAMILIES.values():
-        if set(names) & set(family.hf_architectures):
-            return family
-    known = sorted(name for family in FAMILIES.values() for name in family.hf_architectures)
-    why = "".join(f" ({UNSUPPORTED[name]})" for name in names if name in UNSUPPORTED)
-    raise ValueError(
-        f"architectures={names} in config.json is not supported{why}; supported: {known}; set "
-        "source to such a model"
-    )
+    listed, kind = hf_config.get("architectures") or [], hf_config.get("model_type")
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        raise ValueError(f"architectures={listed!r} in config.json is no list of names")
+    known = {
+        name: (family, own)
+        for family in FAMILIES.values()
+        for name, own in family.hf_architectures.items()
+    }
+    bare = {_bare(name): name for name in known}
+    named = [bare.get(name, name) for name in listed]
+    named = named or [name for name, (_, own) in known.items() if own == kind]
+    found = next((known[name] for name in named if name in known), None)
+    if found is None:
+        why = "".join(f" ({UNSUPPORTED[name]})" for name in named if name in UNSUPPORTED)
+        said = f"architectures={listed}" if listed or not kind else f"model_type={kind}"
+        raise ValueError(
+            f"{said} in config.json is not supported{why}; supported: {sorted(known)}; set source "
+            "to such a model"
+        )
+    family, own = found
+    if kind is not None and kind != own:
+        raise ValueError(
+            f"model_type={kind} and architectures={listed} in config.json disagree (transformers "
+            f"goes by the first): that architecture has model_type={own}; take config.json and "
+            "weights from one model"
+        )
+    return family
+
+
+def _bare(architecture: str) -> str:
+    """Name of the class without the output layer."""
+    return architecture.replace("ForCausalLM", "Model").replace("LMHeadModel", "Model")
+
+
+def read_config(
+    hf_config: dict[str, Any], passed_over: Sequence[str] = ()
+) -> tuple[Family, ModelConfig]:
+    """Family and sizes of a config.json; ``ModelConfig.hf`` is the whole of it.
+
+    Args:
+        hf_config: config.json.
+        passed_over: keys that are not looked at (``source_ignore``).
+
+    Raises:
+        ValueError: unknown architecture, a size is missing or no number, a key that may change the
+            network is unknown, or ``passed_over`` names one that is not there or that is read.
+    """
+    family = family_of_hf(hf_config)
+    for key in passed_over:
+        if key not in hf_config:
+            raise ValueError(f"source_ignore={list(passed_over)}: config.json has no {key}")
+        if key in family.hf_reads:
+            raise ValueError(
+                f"source_ignore={list(passed_over)}: {key} is read, not unknown; change it in a "
+                "copy of config.json, or leave it out of source_ignore"
+            )
+    known = {key: value for key, value in hf_config.items() if key not in passed_over}
+    try:
+        config = family.from_hf(known)
+    except KeyError as error:
+        raise ValueError(f"config.json lacks {error}") from error
+    except (TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"a size in config.json is not a number above 0: {error}") from error
+    config.hf = dict(hf_config)
+    return family, config
+
+
+def written_config(config: ModelConfig) -> dict[str, Any]:
+    """config.json of a model: its source's, with what the stages changed and nothing else.
+
+    Keys stay as they came, also those of which transformers knows two spellings, and what the
+    source leaves out stays left out as long as it means the same. A model that was not opened from
+    a config.json gets a whole one. Python files that the source names are not carried over.
+    """
+    family = family_of(config)
+    wanted = {key: value for key, value in family.to_hf(config).items() if key not in _CODE}
+    source = {key: value for key, value in config.hf.items() if key not in _CODE}
+    if not {"model_type", "architectures"} & set(source):  # a part of one, or GGUF, or Megatron
+        return wanted
+    layers = of_layers(source)
+    wanted = {key: value for key, value in wanted.items() if key not in {*_DTYPES, *layers}}
+    written = source
+    for _ in range(_PASSES):
+        said = _said(family, written)
+        changed = {k: v for k, v in wanted.items() if k not in said or said[k] != v}
+        if not changed:
+            return written
+        written = {**written, **changed}
+        for key, neutral in of_layers(written).items():  # of layers that are gone
+            if key in source and source[key] in layers[key]:
+                written[key] = neutral[0]
+    return {**written, **wanted}
+
+
+def _said(family: Family, hf: dict[str, Any]) -> dict[str, Any]:
+    """What a config.json means, in the words of ``Family.to_hf``."""
+    passed_over = set(unknown_keys(hf, family.hf_reads))
+    known = {key: value for key, value in hf.items() if key not in passed_over}
+    try:
+        return {**hf, **family.to_hf(family.from_hf(known))}
+    except (KeyError, ValueError):
+        return {}

@@ -9,12 +9,18 @@ what is beside. Where two places disagree programs differ, and so they are refus
 from dataclasses import dataclass
 from typing import Any
 
+from nemo_minitron.families.config_json import words
+
 # What Megatron-Core's RotaryEmbedding hard-codes of Llama 3's scaling; only the factor is free.
 LLAMA3_SCALING = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+ROPE_KEYS = words(
+    "rope_theta rope_scaling rope_parameters partial_rotary_factor original_max_position_embeddings"
+)
+"""Keys of config.json that ``read_rope`` reads."""
 _ORIGINAL = "original_max_position_embeddings"
 _KNOWN = {
     *("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"),

@@ -4,7 +4,7 @@ Pruning, checkpoint import and export, parameter counting and the completeness c
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -100,10 +100,13 @@ class Family:
 
     Attributes:
         name: key in ``ModelConfig.family``.
-        hf_architectures: ``architectures`` entries of config.json that belong to it.
+        hf_architectures: ``architectures`` entries of config.json that belong to it, and the
+            ``model_type`` that goes with each.
         rows: the table.
-        from_hf: config.json dictionary -> ModelConfig.
+        from_hf: config.json dictionary -> ModelConfig; keys that may change the network and that it
+            does not read are refused (``config_json.check_keys``).
         to_hf: ModelConfig -> config.json dictionary.
+        hf_reads: keys of config.json that ``from_hf`` reads; all others are carried over.
         models: what people call them, for the documentation.
         refuses: what ``from_hf`` does not take and why, for the documentation.
         prunable: sizes that can be pruned, where not all that the model has.
@@ -113,10 +116,11 @@ class Family:
     """
 
     name: str
-    hf_architectures: tuple[str, ...]
+    hf_architectures: Mapping[str, str]
     rows: tuple[Row, ...]
     from_hf: Callable[[dict[str, Any]], ModelConfig]
     to_hf: Callable[[ModelConfig], dict[str, Any]]
+    hf_reads: frozenset[str] = frozenset()
     models: str = ""
     refuses: tuple[str, ...] = ()
     prunable: tuple[str, ...] | None = None

@@ -7,7 +7,7 @@ from typing import Any
 from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.config.stages import ImportConfig, PipelineConfig, PruneConfig, PruningConfig
 from nemo_minitron.documents import read_json_object
-from nemo_minitron.families.registry import family_of, family_of_hf
+from nemo_minitron.families.registry import family_of, read_config
 from nemo_minitron.pipeline.plan import Item
 from nemo_minitron.pruning.targets import check_pruning, target_sizes
 
@@ -116,10 +116,10 @@ def source_model(cfg: ImportConfig) -> ModelConfig:
     path = Path(cfg.source) / "config.json"
     if path.is_file():
         values = read_json_object(path)
-        return family_of_hf(values).from_hf(values)
+        return read_config(values, cfg.source_ignore)[1]
     from nemo_minitron.stages.import_ import open_source
 
-    return open_source(cfg.source, cfg.tokenizer, cfg.vocab_size).config
+    return open_source(cfg.source, cfg.tokenizer, cfg.vocab_size, cfg.source_ignore).config
 
 
 def warn_of_another_model(items: list[Item], stated: ModelConfig | None) -> None:

@@ -34,6 +34,7 @@ def model_card(title: str, config: ModelConfig, lineage: list[dict[str, Any]]) -
         family=config.family,
         after=after,
         source=source,
+        passed_over=", ".join(f"`{key}`" for key in source.get("passed_over", [])),
         rows=_rows(before, after),
         changed=before != after,
         layers=_layers(config, before["sizes"]["num_layers"] if lineage else None),

@@ -60,8 +60,13 @@ def _model(cfg: EvaluateConfig) -> ModelConfig:
     if not is_export(cfg.checkpoint):
         return ModelConfig.load(folder / "checkpoint")
     from nemo_minitron.checkpoint.hf import model_config, open_hf
+    from nemo_minitron.families.config_json import unknown_keys
+    from nemo_minitron.families.registry import family_of_hf
 
-    return model_config(*open_hf(folder))[1]
+    config, store = open_hf(folder)
+    # An export holds what its source did, also keys that import was told to pass over.
+    passed_over = unknown_keys(config, family_of_hf(config).hf_reads)
+    return model_config(config, store, list(passed_over))[1]
 
 
 def _check_export(cfg: EvaluateConfig) -> None:

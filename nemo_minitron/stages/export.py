@@ -12,7 +12,7 @@ from nemo_minitron.checkpoint.source_card import README, copy_licence_texts
 from nemo_minitron.checkpoint.tokenizer import TOKENIZER_CONFIG, save_tokenizer
 from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.config.stages import ExportConfig
-from nemo_minitron.families.registry import family_of
+from nemo_minitron.families.registry import family_of, written_config
 from nemo_minitron.families.table import parameter_count
 from nemo_minitron.reporting.console import progress, show_table
 from nemo_minitron.reporting.model_card import model_card
@@ -75,14 +75,11 @@ def run(cfg: ExportConfig) -> None:
 
     start = time.perf_counter()
     config, store = _open(cfg)
-    family = family_of(config)
     tokenizer = Path(cfg.checkpoint) / "checkpoint" / "tokenizer"
     with output_folder(cfg, "export") as work:
         with progress("exporting tensors", len(store)) as advance:
             counted = on_done(store, advance)
-            written = family.to_hf(config)
-            written.pop(AUTO_MAP, None)
-            files = write_hf(work, counted, written, cfg.max_shard_size, cfg.workers)
+            files = write_hf(work, counted, written_config(config), cfg.max_shard_size, cfg.workers)
         if tokenizer.is_dir():
             save_tokenizer(tokenizer, work)
             _drop_auto_map(work / TOKENIZER_CONFIG)

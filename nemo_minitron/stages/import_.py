@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,13 +59,19 @@ class Opened:
     save_extras: Callable[[Path], None]
 
 
-def open_source(source: str, tokenizer: str | None = None, vocab_size: int | None = None) -> Opened:
+def open_source(
+    source: str,
+    tokenizer: str | None = None,
+    vocab_size: int | None = None,
+    source_ignore: Sequence[str] = (),
+) -> Opened:
     """Open what ``source`` names; only headers are read.
 
     Args:
         source: Hugging Face folder, .gguf file, Megatron or NeMo checkpoint.
         tokenizer: folder of the tokenizer, instead of what the source has.
         vocab_size: true vocabulary, for sources that pad it.
+        source_ignore: keys of config.json, or of GGUF metadata, that are not looked at.
 
     Raises:
         ValueError: the source is missing, damaged, incomplete or of an unknown architecture.
@@ -84,10 +90,12 @@ def open_source(source: str, tokenizer: str | None = None, vocab_size: int | Non
     try:
         _refuse_results(path)
         if not (path / CONFIG_JSON).is_file() and is_megatron(path):
+            if source_ignore:
+                raise ValueError(f"{path} has no config.json; leave source_ignore out")
             return _open_megatron(path, tokenizer, vocab_size)
         if vocab_size is not None:
             raise ValueError(f"{path} pads no embeddings; leave vocab_size out")
-        return _open_hf(path, tokenizer)
+        return _open_hf(path, tokenizer, source_ignore)
     except ValueError as error:
         raise ValueError(f"source: {error}") from error
 
@@ -101,10 +109,14 @@ def _refuse_results(path: Path) -> None:
         )
 
 
-def _open_hf(path: Path, tokenizer: str | None) -> Opened:
-    hf_config, hf_store = open_hf(path) if path.is_dir() else open_gguf(path)
+def _open_hf(path: Path, tokenizer: str | None, source_ignore: Sequence[str]) -> Opened:
     tokenizer_files(path)  # refuses those that Git LFS keeps elsewhere
-    family, config = model_config(hf_config, hf_store)
+    if path.is_dir():
+        hf_config, hf_store = open_hf(path)
+        family, config = model_config(hf_config, hf_store, source_ignore)
+    else:
+        hf_config, hf_store = open_gguf(path, source_ignore)
+        family, config = model_config(hf_config, hf_store)
     store = to_megatron(family, config, on_read(hf_store, refuse_nonfinite))
 
     def save_extras(folder: Path) -> None:
@@ -136,7 +148,7 @@ def check(cfg: ImportConfig) -> None:
         ValueError: see ``open_source``; or the output folder cannot take the result.
     """
     check_output(cfg, "import")
-    opened = open_source(cfg.source, cfg.tokenizer, cfg.vocab_size)
+    opened = open_source(cfg.source, cfg.tokenizer, cfg.vocab_size, cfg.source_ignore)
     if Path(cfg.source).suffix == ".gguf" and cfg.tokenizer is None:
         check_gguf_tokenizer(Path(cfg.source))
     _check_first_weights(opened.store, cfg.workers)
@@ -163,7 +175,7 @@ def run(cfg: ImportConfig) -> None:
     from nemo_minitron.checkpoint.torch_dist import write_torch_dist  # a second to import
 
     start = time.perf_counter()
-    opened = open_source(cfg.source, cfg.tokenizer, cfg.vocab_size)
+    opened = open_source(cfg.source, cfg.tokenizer, cfg.vocab_size, cfg.source_ignore)
     family, config, store = opened.family, opened.config, opened.store
     with output_folder(cfg, "import") as work:
         folder = work / "checkpoint"

@@ -36,11 +36,10 @@ _INTERMEDIATE_KEYS = ("losses", "layer_map", "metric", "alpha")
 
 def import_entry(cfg: ImportConfig, config: ModelConfig) -> dict[str, Any]:
     """Of a model that was opened."""
-    return {
-        "stage": "import",
-        "source": read_source_card(Path(cfg.source)),
-        "model": model_facts(config),
-    }
+    source = read_source_card(Path(cfg.source))
+    if cfg.source_ignore:
+        source["passed_over"] = list(cfg.source_ignore)
+    return {"stage": "import", "source": source, "model": model_facts(config)}
 
 
 def prune_entry(

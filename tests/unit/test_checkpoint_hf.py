@@ -286,6 +286,9 @@ def test_missing_output_embedding_tells_about_tying(tmp_path):
 
 def test_tied_model_may_hold_a_copy_and_old_buffers(folder):
     rewrite(folder, lambda config: config.update(tie_word_embeddings=True))
+    name = "model.embed_tokens.weight"
+    embedding = load_file(shard_of(folder, name))[name]
+    edit_shard(folder, "lm_head.weight", lambda t: t.update({"lm_head.weight": embedding.clone()}))
     path = shard_of(folder, "lm_head.weight")
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"
@@ -293,6 +296,14 @@ def test_tied_model_may_hold_a_copy_and_old_buffers(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     edit_shard(folder, "lm_head.weight", lambda t: t.update({buffer: torch.zeros(8)}))
     assert "output_layer.weight" not in import_(folder)
+
+
+def test_tied_model_with_another_output_embedding(folder):
+    """transformers takes both, and only warns."""
+    rewrite(folder, lambda config: config.update(tie_word_embeddings=True))
+    says = r"lm_head.weight is not equal to model.embed_tokens.weight, although config.json ties"
+    with pytest.raises(ValueError, match=says):
+        import_(folder)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -110,7 +110,7 @@ def test_mixtral_config_survives():
     family = family_of(MIXTRAL)
     written = family.to_hf(MIXTRAL)
     assert family_of_hf(written) is family
-    assert family.from_hf(written) == replace(MIXTRAL, hf={"hidden_act": "silu"})
+    assert family.from_hf(written) == replace(MIXTRAL, hf=written)
 
 
 def test_qwen2_moe_config_survives():
@@ -122,8 +122,7 @@ def test_qwen2_moe_config_survives():
     ):
         written = family.to_hf(config)
         assert family_of_hf(written) is family
-        carried = {"hidden_act": "silu", "intermediate_size": 40}
-        assert family.from_hf(written) == replace(config, hf=carried)
+        assert family.from_hf(written) == replace(config, hf=written)
         # and transformers reads the same, adding fields of its own
         again = family.from_hf(Qwen2MoeConfig(**written).to_dict())
         assert replace(again, hf={}, dtype="float32") == config

@@ -66,7 +66,9 @@ def test_mistral_defaults_are_those_of_transformers() -> None:
         theirs = transformers.MistralConfig(**{k: v for k, v in hf.items() if k != key})
         mine = {k: v for k, v in hf.items() if k != key} | {"sliding_window": None}
         assert getattr(theirs, key) == family.to_hf(family.from_hf(mine))[key]
-    with pytest.raises(ValueError, match=r"sliding_window=4096 \(4096 where it is left out\)"):
+    with pytest.raises(
+        ValueError, match=r"sliding_window=4096 \(4096 where a Mistral leaves it out\)"
+    ):
         family.from_hf({**hf, "max_position_embeddings": 131072})
     assert transformers.MistralConfig(**hf).sliding_window == 4096
 
