@@ -53,11 +53,11 @@ def _object(where: Path, find: Find) -> Part | None:
     try:
         storage = read_metadata(part).storage_data
         info = next((info for index, info in storage.items() if index.fqn == COMMON_KEY), None)
+        file = None if info is None else find(info.relative_path)
     except PICKLE_ERRORS as error:
         raise ValueError(f"{where / _METADATA} is damaged: {error}") from error
     if info is None:
         return None
-    file = find(info.relative_path)
     if file is None or file.size < info.offset + info.length:
         raise ValueError(f"{where / info.relative_path} is missing or truncated")
     return Part(file.path, file.offset + info.offset, info.length)

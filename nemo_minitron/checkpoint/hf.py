@@ -23,6 +23,7 @@ from nemo_minitron.checkpoint.hf_refusals import (
     refuse_quantised,
     way_out_of_dtype,
 )
+from nemo_minitron.checkpoint.inside import inside, refuse_links_out
 from nemo_minitron.checkpoint.lazy import LazyTensor, Store, from_runs, main_dtype
 from nemo_minitron.checkpoint.safetensors_file import (
     stored_tensor,
@@ -137,13 +138,14 @@ def open_hf(folder: Path) -> tuple[dict[str, Any], Store]:
     refuse_adapter(folder)
     if not (folder / CONFIG_JSON).is_file():
         raise ValueError(f"{folder} is not a Hugging Face model folder: {CONFIG_JSON} is missing")
+    refuse_links_out(folder)
     refuse_pointer(folder / CONFIG_JSON)
     config = read_json_object(folder / CONFIG_JSON)
     refuse_quantised(folder / CONFIG_JSON, config)
     family_of_hf(config)
     store: Store = {}
     for file, names in _shard_names(folder).items():
-        store.update(_open_shard(folder / file, names))
+        store.update(_open_shard(inside(folder, file), names))
     if not store:
         raise ValueError(f"{folder}: the .safetensors files hold no tensor; download them again")
     return config, store

@@ -6,6 +6,7 @@ Megatron-LM's megatron/training/checkpointing.py, Megatron-Bridge's training/che
 NeMo's lightning/io/pl.py and collections/nlp/parts/nlp_overrides.py.
 """
 
+import logging
 import re
 from argparse import Namespace
 from collections.abc import Callable
@@ -13,11 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.checkpoint.inside import inside, is_inside
 from nemo_minitron.checkpoint.megatron_stated import Stated, of_args, of_core, of_nemo1
 from nemo_minitron.checkpoint.parts import Find, Part, archive_parts, below, in_folder
 from nemo_minitron.checkpoint.tokenizer_files import TokenizerFiles, tokenizer_files
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.documents import read_json_object, yaml_value
+
+logger = logging.getLogger(__name__)
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RUN_CONFIG = "run_config.yaml"
@@ -87,7 +91,7 @@ def iteration_folder(path: Path) -> Path:
             f"{path} holds {', '.join(folders)} but no {TRACKER}; set source to one of them"
         )
     text = tracker.read_text().strip()
-    if text != "release" and not text.isdecimal():
+    if text != "release" and not re.fullmatch(r"[0-9]{1,18}", text):
         raise ValueError(f"{tracker} holds {text!r}, not an iteration or 'release'")
     folder = path / (text if text == "release" else f"iter_{int(text):07d}")
     if not folder.is_dir():
@@ -134,10 +138,28 @@ def _megatron_lm(path: Path) -> Source:
         of_args(said, f"args in {file}"),
         folder,
         in_folder(folder),
-        tokenizer=tokenizer_files(Path(tokenizer)) if isinstance(tokenizer, str) else {},
+        tokenizer=_named_tokenizer(folder, tokenizer, file),
         # The tokenizer that has no words adds one for the end of a document.
         vocab_size=int(vocab) + 1 if null and vocab is not None else None,
     )
+
+
+def _named_tokenizer(folder: Path, named: Any, where: str) -> TokenizerFiles:
+    """The tokenizer that a checkpoint names, where it lies in the checkpoint's own folder."""
+    if not isinstance(named, str) or not named:
+        return {}
+    if is_inside(named):
+        files = tokenizer_files(inside(folder, named))
+        if files:
+            return files
+    logger.warning(
+        "%s names the tokenizer %s, which is not taken from outside the checkpoint; if it is "
+        "right, set tokenizer=%s",
+        where,
+        named,
+        named,
+    )
+    return {}
 
 
 def _generation(model: dict[str, Any]) -> dict[str, Any]:
@@ -151,7 +173,8 @@ def _bridge(path: Path) -> Source:
     _refuse_other_formats(folder)
     file = folder / RUN_CONFIG
     said = _yaml(in_folder(folder)(RUN_CONFIG), file)
-    model, tokenizer = said.get("model"), (said.get("tokenizer") or {}).get("tokenizer_model")
+    model, stated = said.get("model"), said.get("tokenizer")
+    tokenizer = stated.get("tokenizer_model") if isinstance(stated, dict) else None
     if not isinstance(model, dict):
         raise ValueError(f"{file} lacks model")
     files = tokenizer_files(folder / "tokenizer")
@@ -160,7 +183,7 @@ def _bridge(path: Path) -> Source:
         of_core(model, f"model in {file}"),
         folder,
         in_folder(folder),
-        tokenizer=files or (tokenizer_files(Path(tokenizer)) if tokenizer else {}),
+        tokenizer=files or _named_tokenizer(folder, tokenizer, str(file)),
         vocab_size=model.get("vocab_size"),
         generation=_generation(model),
     )
@@ -173,8 +196,11 @@ def _nemo2_tokenizer(context: Path, stated: Any) -> TokenizerFiles:
     """The folder or file that model.yaml names, relative to itself; else any that is there."""
     named = stated if isinstance(stated, dict) else {}
     for key in ("pretrained_model_name", "model_path", "tokenizer_model"):
-        if isinstance(named.get(key), str) and (files := tokenizer_files(context / named[key])):
-            return files
+        value = named.get(key)
+        if isinstance(value, str) and is_inside(value):
+            files = tokenizer_files(inside(context, value))
+            if files:
+                return files
     for folder in (context / "nemo_tokenizer", *sorted(context.iterdir()), context):
         if folder.is_dir() and (files := tokenizer_files(folder)):
             return files
@@ -230,11 +256,12 @@ def _nemo1_tokenizer(find: Find, stated: Any) -> TokenizerFiles:
 def _own_archive(path: Path, find: Find, within: Find, config: dict[str, Any]) -> Source:
     """What ``MinitronGPTModel.save_to`` writes."""
     files: TokenizerFiles = {}
-    for name in (config.get("tokenizer") or {}).values():
+    stated = config.get("tokenizer")
+    for name in stated.values() if isinstance(stated, dict) else ():
         unique = Path(str(name).removeprefix("nemo:")).name
-        part = find(unique)
-        if part is not None:  # NeMo puts 32 hexadecimal digits before the name
-            files[unique.partition("_")[2]] = part
+        part, plain = find(unique), unique.partition("_")[2]
+        if part is not None and is_inside(plain):  # NeMo puts 32 hexadecimal digits before it
+            files[plain] = part
     where = str(path / NEMO1_CONFIG)
     try:
         own = ModelConfig(**config["gpt"])
@@ -285,10 +312,10 @@ def _has(*names: str) -> Callable[[Path], bool]:
 
 
 def _is_megatron_lm(path: Path) -> bool:
-    inside = [path, *path.glob("iter_*"), path / "release"]
-    known = any((folder / name).exists() for folder in inside for name in (COMMON, ".metadata"))
-    legacy = any(_LEGACY.fullmatch(p.name) for d in inside if d.is_dir() for p in d.iterdir())
-    return known or legacy or bool(inside[1:-1]) or (path / TRACKER).is_file()
+    folders = [path, *path.glob("iter_*"), path / "release"]
+    known = any((folder / name).exists() for folder in folders for name in (COMMON, ".metadata"))
+    legacy = any(_LEGACY.fullmatch(p.name) for d in folders if d.is_dir() for p in d.iterdir())
+    return known or legacy or bool(folders[1:-1]) or (path / TRACKER).is_file()
 
 
 def _is_bridge(path: Path) -> bool:

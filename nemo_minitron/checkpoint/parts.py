@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.checkpoint.hf_refusals import refuse_pointer
+from nemo_minitron.checkpoint.inside import inside
 from nemo_minitron.checkpoint.page_cache import let_go, read_ahead
 
 
@@ -48,10 +49,13 @@ Find = Callable[[str], Part | None]
 
 
 def in_folder(folder: Path) -> Find:
-    """Look files up in a folder; one that Git LFS keeps elsewhere is refused."""
+    """Look files up in a folder.
+
+    What leads out of the folder, and what Git LFS keeps elsewhere, is a ``ValueError``.
+    """
 
     def find(name: str) -> Part | None:
-        path = folder / name
+        path = inside(folder, name)
         refuse_pointer(path)
         return Part(path, 0, path.stat().st_size) if path.is_file() else None
 
@@ -120,6 +124,11 @@ class FileView(io.RawIOBase):
     def tell(self) -> int:
         """Where the next read starts."""
         return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        """No more than there is, whatever is asked for."""
+        left = max(0, self._length - self._at)
+        return super().read(left if size < 0 else min(size, left)) or b""
 
     def readinto(self, buffer: Any) -> int:
         """Read no further than the end of the part."""

@@ -2,9 +2,11 @@
 
 A pickle names functions and calls them, so reading one can run any code. Here only the names of a
 short list are looked up. Every other one becomes a stand-in that does nothing but say its name, so
-a checkpoint's settings can be read whatever classes lie among them.
+a checkpoint's settings can be read whatever classes lie among them. Where Megatron itself is going
+to read a pickle, the other names are refused instead.
 """
 
+import io
 import pickle
 import struct
 import zipfile
@@ -17,11 +19,11 @@ from typing import IO, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint import filesystem, metadata, planner
 
 from nemo_minitron.checkpoint.lazy import LazyTensor
 from nemo_minitron.checkpoint.parts import FileView, Part, read_into
-from nemo_minitron.checkpoint.torch_dist_rows import READ_ERRORS, member_start
+from nemo_minitron.checkpoint.torch_dist_rows import READ_ERRORS, member_start, refuse_packed
 
 PICKLE_ERRORS = (
     *READ_ERRORS,
@@ -110,16 +112,33 @@ _METADATA: dict[str, Any] = {
     f"{_OLD}.TensorProperties": metadata.TensorProperties,
     f"{_OLD}.MEM_FORMAT_ENCODING": metadata._MEM_FORMAT_ENCODING,
     f"{filesystem.__name__}._StorageInfo": filesystem._StorageInfo,
+    # Megatron keeps the plans of its ranks, from which the next checkpoint is written.
+    **{
+        f"{planner.__name__}.{name}": getattr(planner, name)
+        for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")
+    },
     "torch.serialization._get_layout": lambda name: torch.strided,
 }
 
 
-class _Unpickler(pickle.Unpickler):
-    """Looks up the names of ``known`` and of torch's dtypes; all others are inert."""
+class _Unpickler(pickle._Unpickler):
+    """Looks up the names of ``known`` and of torch's dtypes; all others are inert.
 
-    def __init__(self, file: IO[bytes], known: dict[str, Any]) -> None:
-        super().__init__(file)
+    It is Python's own reader in Python: the one in C sets memory aside for whatever number a few
+    bytes declare.
+    """
+
+    # What Python's reader has, which is not written down for type checkers.
+    stack: list[Any]
+    memo: dict[int, Any]
+    read: Callable[[int], bytes]
+    readline: Callable[[], bytes]
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(pickle._Unpickler.dispatch)
+
+    def __init__(self, text: bytes, known: dict[str, Any]) -> None:
+        super().__init__(io.BytesIO(text))
         self._known = {**_PLAIN, **known}
+        self._most = len(text)
 
     def find_class(self, module: str, name: str) -> Any:
         dotted = f"{module}.{name}"
@@ -127,18 +146,52 @@ class _Unpickler(pickle.Unpickler):
             return self._known[dotted]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
+        return self.other(module, name)
+
+    def other(self, module: str, name: str) -> Any:
+        """What a name that is not known becomes."""
         return _inert(module, name)
 
+    def _put(self) -> None:
+        (index,) = struct.unpack("<I", self.read(4))
+        if index > self._most:
+            raise pickle.UnpicklingError(f"it numbers an object {index}, more than it has bytes")
+        self.memo[index] = self.stack[-1]
 
-def read_metadata(part: Part) -> metadata.Metadata:
+    def _put_text(self) -> None:
+        index = int(self.readline()[:-1])
+        if not 0 <= index <= self._most:
+            raise pickle.UnpicklingError(f"it numbers an object {index}, more than it has bytes")
+        self.memo[index] = self.stack[-1]
+
+    def _no_bytearray(self) -> None:
+        raise pickle.UnpicklingError("it holds a bytearray, which no checkpoint has")
+
+    dispatch[pickle.LONG_BINPUT[0]] = _put
+    dispatch[pickle.PUT[0]] = _put_text
+    dispatch[pickle.BYTEARRAY8[0]] = _no_bytearray
+
+
+class _Strict(_Unpickler):
+    """Refuses the names that are not known."""
+
+    def other(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(
+            f"it asks for {module}.{name}, which no checkpoint needs and which could run anything"
+        )
+
+
+def read_metadata(part: Part, *, strict: bool = False) -> metadata.Metadata:
     """The ``.metadata`` file of a torch.distributed.checkpoint folder.
+
+    Args:
+        part: the file.
+        strict: refuse names that a checkpoint does not need, for what others will read besides.
 
     Raises:
         OSError, ValueError, ...: one of ``PICKLE_ERRORS``, where the file is damaged.
     """
-    with part.path.open("rb") as file:
-        view = cast("IO[bytes]", FileView(file, part.offset, part.size))
-        found = _Unpickler(view, _METADATA).load()
+    found = (_Strict if strict else _Unpickler)(part.read(), _METADATA).load()
     if not isinstance(found, metadata.Metadata):
         raise ValueError(f"it holds a {type(found).__name__}, not checkpoint metadata")
     if found.storage_meta is None or isinstance(found.storage_meta, Inert):
@@ -193,13 +246,13 @@ def read_torch_file(part: Part) -> Any:
             members = {m.filename.partition("/")[2]: m for m in archive.infolist()}
             if "data.pkl" not in members:
                 raise ValueError("it is not a file of torch.save, or of a version before 1.6")
-            with archive.open(members["data.pkl"]) as pickled:
-                found = _TorchUnpickler(pickled, _TENSORS).load()
+            refuse_packed(members.values(), part.size)
+            found = _TorchUnpickler(archive.read(members["data.pkl"]), _TENSORS).load()
 
-        def place(key: str) -> int:
+        def place(key: str, needed: int) -> int:
             member = members[f"data/{key}"]
-            if member.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"its member {member.filename} is compressed")
+            if needed > member.file_size:
+                raise ValueError(f"its member {member.filename} is too short for its tensor")
             return part.offset + member_start(view, member)
 
         return _with_tensors(found, partial(_lazy, part, place))
@@ -213,13 +266,17 @@ def _with_tensors(value: Any, lazy: Callable[[_Stored], LazyTensor]) -> Any:
     return value
 
 
-def _lazy(part: Part, place: Callable[[str], int], stored: _Stored) -> LazyTensor:
+def _lazy(part: Part, place: Callable[[str, int], int], stored: _Stored) -> LazyTensor:
     itemsize = stored.dtype.itemsize
-    start = place(stored.storage) + stored.offset * itemsize
+    numbers = (stored.offset, *stored.shape, *stored.stride)
+    if not all(isinstance(number, int) and number >= 0 for number in numbers):
+        raise ValueError(f"it holds a tensor of shape {stored.shape}, stride {stored.stride}")
     steps = zip(stored.shape, stored.stride, strict=True)
     span = 1 + sum((size - 1) * step for size, step in steps)
     if 0 in stored.shape:
         span = 0
+    first = stored.offset * itemsize
+    start = place(stored.storage, first + span * itemsize) + first
 
     def read() -> Tensor:
         flat = torch.empty(span, dtype=stored.dtype)

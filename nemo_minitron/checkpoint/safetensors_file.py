@@ -17,6 +17,7 @@ from torch import Tensor
 from nemo_minitron.checkpoint.lazy import LazyTensor, Store, row_blocks
 from nemo_minitron.checkpoint.page_cache import create
 from nemo_minitron.checkpoint.parts import read_into
+from nemo_minitron.documents import json_value
 
 _LENGTH = struct.Struct("<Q")
 DTYPES = {
@@ -53,7 +54,7 @@ def value_places(path: Path) -> dict[str, int]:
     """Where in an intact file the values of each tensor start."""
     with path.open("rb") as file:
         (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
-        header = json.loads(file.read(length))
+        header = json_value(file.read(length))
     header.pop("__metadata__", None)
     start = _LENGTH.size + length
     return {name: start + entry["data_offsets"][0] for name, entry in header.items()}

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.checkpoint.inside import inside
 from nemo_minitron.documents import yaml_value
 
 logger = logging.getLogger(__name__)
@@ -66,5 +67,5 @@ def copy_licence_texts(source: Path, folder: Path) -> list[str]:
     """Copy the files that a licence may ask to be passed on; returns their names."""
     found = sorted({path for pattern in _TEXTS for path in source.glob(pattern) if path.is_file()})
     for path in found:
-        shutil.copyfile(path, folder / path.name)
+        shutil.copyfile(inside(source, path.name), folder / path.name)
     return [path.name for path in found]

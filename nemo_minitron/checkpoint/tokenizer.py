@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
+from nemo_minitron.checkpoint.inside import inside
 from nemo_minitron.documents import json_value, read_json_object
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ def save_tokenizer(source: Path, folder: Path) -> list[str]:
     if source.is_dir():
         names = [name for name in FILES if (source / name).is_file()]
         for name in names:
-            shutil.copyfile(source / name, folder / name)
+            shutil.copyfile(inside(source, name), folder / name)
         return names
     tokenizer, config = _build_from_gguf(source)
     tokenizer.save(str(folder / TOKENIZER_JSON))
@@ -207,7 +208,13 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
         )
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast.from_pretrained(str(folder))
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(str(folder))
+    except Exception as error:  # transformers and tokenizers raise whatever they come across
+        raise ValueError(
+            f"{folder} holds a tokenizer that transformers cannot load: {type(error).__name__}: "
+            f"{str(error).partition(chr(10))[0]}; import again from a source that has a right one"
+        ) from error
 
 
 def stop_ids(folder: Path, tokenizer: "PreTrainedTokenizerFast") -> frozenset[int]:

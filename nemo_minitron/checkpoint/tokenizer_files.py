@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.checkpoint.hf_refusals import refuse_pointer
-from nemo_minitron.checkpoint.parts import Part
+from nemo_minitron.checkpoint.parts import Part, in_folder
 from nemo_minitron.checkpoint.tokenizer import (
     FILES,
     SENTENCEPIECE,
@@ -33,11 +33,8 @@ def tokenizer_files(place: Path) -> TokenizerFiles:
     if place.is_file():
         name = _BY_SUFFIX.get(place.suffix)
         return {name: Part(place, 0, place.stat().st_size)} if name else {}
-    found = {
-        name: Part(place / name, 0, (place / name).stat().st_size)
-        for name in FILES
-        if (place / name).is_file()
-    }
+    find = in_folder(place)
+    found = {name: part for name in FILES if (part := find(name)) is not None}
     return found if any(name in found for name in _CORE) else {}
 
 

@@ -4,10 +4,12 @@ Keys may have a prefix, layers may be stacked or not, the vocabulary padded, and
 lie beside the weights. Nothing is read but the metadata; weights are read when asked for.
 """
 
+import math
 import re
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
@@ -17,6 +19,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from nemo_minitron.checkpoint.inside import is_inside
 from nemo_minitron.checkpoint.lazy import LazyTensor, Store
 from nemo_minitron.checkpoint.parts import Find, in_folder
 from nemo_minitron.checkpoint.safe_pickle import PICKLE_ERRORS, read_metadata
@@ -82,20 +85,59 @@ def _read_format(where: Path, find: Find) -> None:
         raise ValueError(f"{path}: sharded_backend={backend}, not torch_dist; {_WAYS_OUT}")
 
 
-def _read_metadata(where: Path, find: Find) -> tuple[Metadata, dict[str, int]]:
-    """Metadata, and the length that every file it names must have at least."""
+def checked_metadata(where: Path, find: Find, *, strict: bool = False) -> Metadata:
+    """The metadata of a checkpoint, in which every size and place is a number that can be.
+
+    Args:
+        where: the checkpoint's folder, for messages.
+        find: looks its files up.
+        strict: refuse names of functions and classes that no checkpoint needs.
+
+    Raises:
+        ValueError: it is missing or damaged, or says what cannot be.
+    """
     try:
         part = find(METADATA)
         if part is None:
             raise FileNotFoundError(METADATA)
-        metadata = read_metadata(part)
-        ends: dict[str, int] = {}
-        for info in metadata.storage_data.values():
-            end = info.offset + info.length
-            ends[info.relative_path] = max(end, ends.get(info.relative_path, 0))
+        metadata = read_metadata(part, strict=strict)
+        sizes = {
+            (key, chunk.offsets): _chunk_bytes(key, saved, chunk)
+            for key, saved in metadata.state_dict_metadata.items()
+            if isinstance(saved, TensorStorageMetadata)
+            for chunk in saved.chunks
+        }
+        for index, info in metadata.storage_data.items():
+            _check_place(info, sizes.get((index.fqn, index.offset), 0))
     except PICKLE_ERRORS as error:
         raise ValueError(f"{where / METADATA} is missing or damaged: {error}") from error
-    return metadata, ends
+    return metadata
+
+
+def _chunk_bytes(key: str, saved: TensorStorageMetadata, chunk: ChunkStorageMetadata) -> int:
+    places = list(zip(chunk.offsets, chunk.sizes, saved.size, strict=True))
+    if not all(start >= 0 and size >= 0 and start + size <= whole for start, size, whole in places):
+        raise ValueError(f"{key} has a piece {chunk.offsets} of {chunk.sizes} in {saved.size}")
+    return math.prod(chunk.sizes) * saved.properties.dtype.itemsize
+
+
+def _check_place(info: Any, needed: int) -> None:
+    name, offset, length = info.relative_path, info.offset, info.length
+    if not (isinstance(name, str) and is_inside(name)):
+        raise ValueError(f"it names the file {name!r}, which does not lie in the folder")
+    if not (isinstance(offset, int) and isinstance(length, int) and offset >= 0 and length >= 0):
+        raise ValueError(f"a piece of {name} has {length} bytes from {offset} on")
+    if needed > length and not getattr(info, "transform_descriptors", None):
+        raise ValueError(f"a tensor of {needed} bytes cannot lie in {length} bytes of {name}")
+
+
+def _ends(metadata: Metadata) -> dict[str, int]:
+    """The length that every file it names must have at least."""
+    ends: dict[str, int] = {}
+    for info in metadata.storage_data.values():
+        end = info.offset + info.length
+        ends[info.relative_path] = max(end, ends.get(info.relative_path, 0))
+    return ends
 
 
 def open_torch_dist(where: Path, find: Find | None = None) -> Checkpoint:
@@ -110,10 +152,10 @@ def open_torch_dist(where: Path, find: Find | None = None) -> Checkpoint:
     """
     find = find or in_folder(where)
     _read_format(where, find)
-    metadata, ends = _read_metadata(where, find)
+    metadata = checked_metadata(where, find)
     places: dict[str, tuple[str, int]] = {}
     root = where
-    for name, end in sorted(ends.items()):
+    for name, end in sorted(_ends(metadata).items()):
         file, part = where / name, find(name)
         if part is None:
             raise ValueError(f"{file} is missing: the checkpoint is incomplete")

@@ -9,7 +9,7 @@ import math
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -68,11 +68,21 @@ def read_region(
     planner = _IntoTensor(target)
     for item in items:  # one by one, so that an error can name the file
         try:
+            _check_piece(reader, item)
             reader.read_data(LoadPlan([item]), planner)
-        except (*READ_ERRORS, AssertionError) as error:
+        except (*READ_ERRORS, AssertionError, zipfile.BadZipFile) as error:
             file = reader.storage_data[item.storage_index].relative_path
             raise ValueError(f"{Path(reader.path) / file} is damaged at {key}: {error}") from error
     return target.view(shape)
+
+
+def _check_piece(reader: FileSystemReader, item: ReadItem) -> None:
+    info = reader.storage_data[item.storage_index]
+    with (Path(reader.path) / info.relative_path).open("rb") as file:
+        view = FileView(file, info.offset, info.length)
+        if not getattr(info, "transform_descriptors", None):
+            with zipfile.ZipFile(view) as archive:
+                refuse_packed(archive.infolist(), info.length)
 
 
 @dataclass(frozen=True)
@@ -186,16 +196,29 @@ def _values_start(
     """Where in a file the values of one saved piece start; None unless they lie there plainly."""
     with path.open("rb") as file:
         view = FileView(file, offset, length)
+        with zipfile.ZipFile(view) as archive:
+            members = archive.infolist()
+        refuse_packed(members, length)
+        view.seek(0)
         piece = torch.load(cast("IO[bytes]", view), map_location="meta", weights_only=True)
         plain = piece.is_contiguous() and piece.storage_offset() == 0
         if not plain or piece.shape != sizes or piece.dtype != dtype:
             return None
-        view.seek(0)
-        with zipfile.ZipFile(view) as archive:
-            (member,) = [m for m in archive.infolist() if "/data/" in m.filename]
-        if member.compress_type != zipfile.ZIP_STORED or member.file_size != piece.nbytes:
+        (member,) = [m for m in members if "/data/" in m.filename]
+        if member.file_size != piece.nbytes:
             return None
         return offset + member_start(view, member)
+
+
+def refuse_packed(members: Iterable[zipfile.ZipInfo], size: int) -> None:
+    """Refuse a zip file of ``size`` bytes with compressed members: torch.save never compresses.
+
+    Raises:
+        ValueError: names the member.
+    """
+    for member in members:
+        if member.compress_type != zipfile.ZIP_STORED or not 0 <= member.file_size <= size:
+            raise ValueError(f"its member {member.filename} is compressed, or larger than the file")
 
 
 def member_start(view: FileView, member: zipfile.ZipInfo) -> int:

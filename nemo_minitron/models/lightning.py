@@ -13,6 +13,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
 
 from nemo_minitron.checkpoint.manifest import FileEntry, files_in
+from nemo_minitron.checkpoint.refuse_code import refuse_code
 from nemo_minitron.checkpoint.seals import entries_of, read_seal, write_seal
 from nemo_minitron.models.weights import plain_errors
 from nemo_minitron.runtime.megatron import save_sharded
@@ -178,6 +179,7 @@ class MegatronStrategy(SingleDeviceStrategy):
     def load_checkpoint(self, checkpoint_path: Any) -> dict[str, Any]:
         """Load weights, optimizer and scheduler in place; returns Lightning's state."""
         self._check(Path(checkpoint_path))
+        refuse_code(Path(checkpoint_path))
         self._module.check_training_checkpoint(Path(checkpoint_path))
         state = self._module.training_state(is_loading=True)
         with plain_errors(Path(checkpoint_path)):

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_minitron.checkpoint.megatron_args import common_state
 from nemo_minitron.checkpoint.objects import extra_states, name_on_disk
+from nemo_minitron.checkpoint.refuse_code import refuse_code
 from nemo_minitron.checkpoint.settled import settle_metadata
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.registry import family_of
@@ -130,8 +131,10 @@ def load_weights(
         key: config key that named the result, for messages.
 
     Raises:
-        ValueError: the weights do not fit the model, or hold NaN or infinity.
+        ValueError: the weights do not fit the model, or hold NaN or infinity; or loading them could
+            run code.
     """
+    refuse_code(folder)
     wanted = _result_state(chunks, groups)
     with plain_errors(folder):
         state = dist_checkpointing.load(wanted, str(folder))

@@ -12,6 +12,7 @@ from nemo_minitron.checkpoint.source_card import README, copy_licence_texts
 from nemo_minitron.checkpoint.tokenizer import TOKENIZER_CONFIG, save_tokenizer
 from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.config.stages import ExportConfig
+from nemo_minitron.documents import read_json_object
 from nemo_minitron.families.registry import family_of, written_config
 from nemo_minitron.families.table import parameter_count
 from nemo_minitron.reporting.console import progress, show_table
@@ -40,7 +41,7 @@ def _open(cfg: ExportConfig) -> "tuple[ModelConfig, Store]":
 
 def _drop_auto_map(path: Path) -> None:
     """Drop the key that names Python files, which are not carried over, and change nothing else."""
-    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    values = read_json_object(path) if path.is_file() else {}
     if AUTO_MAP in values:
         del values[AUTO_MAP]
         text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"

@@ -240,7 +240,8 @@ def test_vocabulary(lm: Path, tmp_path: Path) -> None:
     assert opened.config.hf == {"bos_token_id": 118, "eos_token_id": 119}
     opened.save_extras(tmp_path)
     assert (tmp_path / "tokenizer_config.json").is_file()
-    set_args(lm, tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(tmp_path / "tokenizer"))
+    sources.write_tokenizer(lm / "tokenizer", 120)
+    set_args(lm, tokenizer_type="HuggingFaceTokenizer", tokenizer_model="tokenizer")
     assert open_source(str(lm)).config.vocab_size == 120
     refuses(lm, "embeddings of 128 tokens, but vocab_size says 129", vocab_size=129)
     refuses(lm, "is no folder with tokenizer.json", tokenizer=str(lm))

@@ -1,0 +1,59 @@
+"""Checks a ``torch_dist`` folder right before Megatron-Core loads it.
+
+Megatron and torch read ``.metadata``, and objects among the tensors, as pickles that may name any
+function to call. A result may come from somebody else, so whatever they will read is read here
+first, by readers that look up nothing but what a checkpoint needs.
+"""
+
+import io
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+from nemo_minitron.checkpoint.common_state import COMMON_PT
+from nemo_minitron.checkpoint.parts import Find, Part, in_folder
+from nemo_minitron.checkpoint.safe_pickle import PICKLE_ERRORS
+from nemo_minitron.checkpoint.torch_dist_read import checked_metadata
+
+_EXTRA_STATE = "_extra_state"
+"""Objects of Transformer Engine: one for every layer, and never loaded by this package."""
+
+
+def refuse_code(folder: Path) -> None:
+    """Refuse a checkpoint that asks for anything but tensors and plain values.
+
+    Raises:
+        ValueError: names the file, and the function or class that it asks for; or the file is
+            missing, damaged, or names a file outside the folder.
+    """
+    find = in_folder(folder)
+    metadata = checked_metadata(folder, find, strict=True)
+    common = find(COMMON_PT)
+    if common is not None:
+        _check_object(str(folder / COMMON_PT), common)
+    for index, info in metadata.storage_data.items():
+        saved = metadata.state_dict_metadata.get(index.fqn)
+        if isinstance(saved, BytesStorageMetadata) and _EXTRA_STATE not in index.fqn:
+            _check_object(
+                f"{index.fqn} in {folder / info.relative_path}",
+                _place(folder, find, info.relative_path, info.offset, info.length),
+            )
+
+
+def _place(folder: Path, find: Find, name: str, offset: int, length: int) -> Part:
+    file = find(name)
+    if file is None or file.size < offset + length:
+        raise ValueError(f"{folder / name} is missing or truncated")
+    return Part(file.path, file.offset + offset, length)
+
+
+def _check_object(where: str, part: Part) -> None:
+    """Read a file of ``torch.save`` as torch reads one that is not trusted."""
+    try:
+        torch.load(io.BytesIO(part.read()), map_location="meta", weights_only=True)
+    except PICKLE_ERRORS as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{where} is damaged, or asks for more than tensors and plain values: {reason}"
+        ) from error
