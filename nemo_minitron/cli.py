@@ -204,7 +204,9 @@ def _place(stage: str, config: StageConfig) -> contextlib.AbstractContextManager
 
 
 def _log_path(config: StageConfig) -> Path:
-    return Path(f"{Path(config.output_dir)}.log")
+    from nemo_minitron.checkpoint.output_checks import log_of
+
+    return log_of(config)
 
 
 def stage_module(stage: str) -> ModuleType:

@@ -103,7 +103,7 @@ def check_output(cfg: StageConfig, stage: str) -> None:
     output = Path(cfg.output_dir).resolve()
     check_cache(cfg, [output, partial_of(output), old_of(output)])
     check_apart(cfg, output)
-    check_neighbours(output)
+    check_neighbours(cfg, output)
     _check_existing(cfg, stage, output)
     parent = next(p for p in output.parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -152,7 +152,7 @@ def reserved(cfg: StageConfig, stage: str) -> Iterator[None]:
     """
     output = Path(cfg.output_dir).resolve()
     several = stage == "pipeline"
-    check_neighbours(output) if several else check_output(cfg, stage)
+    check_neighbours(cfg, output) if several else check_output(cfg, stage)
     finish_for_an_earlier_version(output)
     with claimed(partial_of(output), {} if several else input_states(cfg)):
         if not several:
@@ -390,7 +390,7 @@ def _complete(job: _Job) -> None:
     _flush_folder(work)
     job.claim.check()
     output = Path(cfg.output_dir).resolve()
-    check_neighbours(output)
+    check_neighbours(cfg, output)
     _check_existing(cfg, job.stage, output)
     _replace(work, output)
 

@@ -13,7 +13,8 @@ from nemo_minitron.config.stages import StageConfig
 
 REPLACED = "replaced.json"
 """In a result that waits under ``<output_dir>.old``: a stage put it there."""
-_LOG_LINE = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ")
+# As ``reporting.console.log_file`` writes it, which is not Python's default.
+_LOG_LINE = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+( rank \d+)? [\w.]+: ")
 _NAMED = 5  # of the user's files in a message
 
 
@@ -27,9 +28,9 @@ def old_of(output_dir: Path) -> Path:
     return output_dir.with_name(output_dir.name + ".old")
 
 
-def log_of(output_dir: Path) -> Path:
-    """Log file of a stage."""
-    return output_dir.with_name(output_dir.name + ".log")
+def log_of(cfg: StageConfig) -> Path:
+    """Log file of a stage: beside the name that was given, wherever links lead from there."""
+    return Path(f"{Path(cfg.output_dir)}.log")
 
 
 def check_apart(cfg: StageConfig, output: Path) -> None:
@@ -49,7 +50,7 @@ def check_apart(cfg: StageConfig, output: Path) -> None:
                         f"output_dir={cfg.output_dir} lies inside its own input {key}={value}; "
                         "set another output_dir"
                     )
-            if _same(path, log_of(output)):
+            if _same(path, log_of(cfg)):
                 raise ValueError(
                     f"{key}={value} is the file that the log of output_dir={cfg.output_dir} would "
                     "be written to; set another output_dir"
@@ -92,13 +93,13 @@ def _same(one: Path, other: Path) -> bool:
         return False
 
 
-def check_neighbours(output: Path) -> None:
+def check_neighbours(cfg: StageConfig, output: Path) -> None:
     """Refuse a ``.partial``, ``.old`` or ``.log`` beside the output that no stage wrote.
 
     Raises:
         ValueError: names it.
     """
-    work, old, log = partial_of(output), old_of(output), log_of(output)
+    work, old, log = partial_of(output), old_of(output), log_of(cfg)
     if os.path.lexists(work) and not (is_ours(work) or left_by_an_earlier_version(output)):
         raise ValueError(not_ours(work))
     if os.path.lexists(old) and not (was_replaced(old) or left_by_an_earlier_version(output)):
@@ -140,7 +141,7 @@ def _is_log(path: Path) -> bool:
     if not path.is_file():
         return False
     with open(path, "rb") as file:
-        start = file.read(32)
+        start = file.read(1000)
     return not start or _LOG_LINE.match(start) is not None
 
 

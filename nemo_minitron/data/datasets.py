@@ -98,8 +98,9 @@ def prepare_tokens(
 
 
 def _identity(source: Source) -> str:
-    """Key of a pair that is too large to hash: path, size and time of both files."""
-    status = [(f.absolute(), f.stat().st_size, f.stat().st_mtime_ns) for f in source.files]
+    """Key of a pair that is too large to hash: path, size and times of both files."""
+    stats = [(file.absolute(), file.stat()) for file in source.files]
+    status = [(str(f), s.st_size, s.st_mtime_ns, s.st_ctime_ns) for f, s in stats]
     return hashlib.sha256(str(status).encode()).hexdigest()[:24]
 
 

@@ -209,10 +209,14 @@ def _cache_key(source: Source, data: DataConfig, tokenizer: TextTokenizer, vocab
 
 
 def _file_identity(file: Path, whole: bool) -> list[Any]:
-    """Name and content hash; of corpora too large to hash each time, name, size and mtime."""
+    """Name and content hash; of corpora too large to hash on every rank, name, size and times.
+
+    An edit that puts the time of modification back still changes the time of the inode.
+    """
     if not whole:
         status = file.stat()
-        return [str(file.resolve()), status.st_size, status.st_mtime_ns]
+        times = [status.st_mtime_ns, status.st_ctime_ns]
+        return [str(file.resolve()), status.st_size, *times]
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while chunk := stream.read(1 << 20):

@@ -54,7 +54,7 @@ def _check_place(item: Item, outputs: list[Path]) -> None:
     try:
         check_cache(item.config, outputs)
         check_apart(item.config, output)
-        check_neighbours(output)
+        check_neighbours(item.config, output)
     except ValueError as error:
         raise ValueError(f"{item.name} ({item.stage}): {error}") from None
 

@@ -21,6 +21,7 @@ from nemo_minitron.config.stages import (
 from nemo_minitron.config.training import DataConfig, OptionalDataConfig
 from nemo_minitron.pruning.plan import Plan
 from nemo_minitron.stages import importance, prune
+from tests.damage import flip_bit
 from tests.dist.importance_cases import run_prune
 from tests.pool import WorkerPool
 from tests.tiny import LLAMA, read_weights, write_npy, write_result
@@ -144,7 +145,11 @@ def test_finished_rounds_are_not_scored_again(
     # What a job leaves that is killed in its second round.
     cfg = config(home, tmp_path / "killed", pruning)
     assert ranks.run(1, run_prune, cfg, "round 2") == ["cut off"]
-    assert (tmp_path / "killed.partial" / "rounds" / "1" / "scores.json").is_file()
+    scores = tmp_path / "killed.partial" / "rounds" / "1" / "scores.safetensors"
+    flip_bit(scores)
+    with pytest.raises(RuntimeError, match=f"{scores} is damaged"):
+        ranks.run(1, run_prune, cfg)
+    flip_bit(scores)
     shutil.copytree(home / "model" / "checkpoint", tmp_path / "killed.partial" / "checkpoint")
     ranks.run(1, run_prune, cfg)
     same(tmp_path / "killed", tmp_path / "whole")

@@ -115,6 +115,21 @@ def test_an_input_in_a_place_that_is_moved_or_removed(cfg, tmp_path, source, whe
     assert tree(place) == tree(source)
 
 
+def test_the_log_beside_a_link_and_logs_of_other_programs(cfg, tmp_path):
+    (tmp_path / "big").mkdir()
+    output = Path(cfg.output_dir)
+    output.parent.mkdir()
+    output.symlink_to(tmp_path / "big")
+    log = Path(f"{output}.log")
+    for text in ("2026-11-28 21:00:00,123 my program started\n", "notes"):
+        log.write_text(text)
+        with pytest.raises(ValueError, match=r"out.log was not written by minitron"):
+            check_output(cfg, "export")
+    for text in ("", "2026-11-28 21:00:00,123 INFO rank 3 nemo_minitron.cli: x\n"):
+        log.write_text(text)
+        check_output(cfg, "export")
+
+
 def test_files_of_an_input_that_are_links_into_the_output(cfg, tmp_path):
     """As in a folder of links to the files of an export."""
     cfg.overwrite = True
