@@ -18,6 +18,7 @@ from gguf.constants import MODEL_ARCH
 from gguf.quants import dequantize
 from torch import Tensor
 
+from nemo_minitron.checkpoint.gguf_header import check_header
 from nemo_minitron.checkpoint.hf_refusals import refuse_pointer
 from nemo_minitron.checkpoint.lazy import LazyTensor, Store
 from nemo_minitron.families.config_json import words
@@ -56,8 +57,9 @@ class _Reader(GGUFReader):
 def _parse(path: Path, size: int, mtime_ns: int) -> GGUFReader:
     """Parsing a large vocabulary takes a second, and a stage opens its source more than once."""
     try:
+        check_header(path)
         return _Reader(path)
-    except (ValueError, IndexError, KeyError, OSError, UnicodeDecodeError) as error:
+    except (ValueError, IndexError, KeyError, OSError, OverflowError, TypeError) as error:
         raise ValueError(
             f"{path} is not a GGUF file, or is truncated or damaged: {error}"
         ) from error

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.runtime.ranks import launched_world_size, rank
 
@@ -132,18 +132,26 @@ def _shown(figures: dict[str, float]) -> str:
     return " ".join(f"{name}={value:.4g}" for name, value in figures.items())
 
 
+def _cell(words: str) -> Any:
+    """Words as they stand: names of others may hold rich's markup or codes for the terminal."""
+    from rich.text import Text
+
+    return Text("".join(letter for letter in words if letter.isprintable() or letter == "\n"))
+
+
 def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table on stdout; the first column is text, the others are figures."""
     if rank() > 0:
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title)
+    table = Table(title=Text(title))
     for index, name in enumerate(header):
-        table.add_column(name, justify="right" if index else "left", no_wrap=True)
+        table.add_column(_cell(name), justify="right" if index else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(_cell, row))
     out = Console()
     if not out.is_terminal:  # a pipe has no width to fit into
         out = Console(width=200)

@@ -8,6 +8,7 @@ import yaml
 from nemo_minitron.checkpoint.lineage import model_facts
 from nemo_minitron.checkpoint.source_card import LICENCE_KEYS
 from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.reporting.markdown import code, one_line, text
 from nemo_minitron.reporting.templates import templates
 
 _TAGS = {"prune": "pruning", "distill": "distillation"}
@@ -23,18 +24,18 @@ def model_card(title: str, config: ModelConfig, lineage: list[dict[str, Any]]) -
         lineage: entries of its checkpoint (``checkpoint.lineage``), oldest first; maybe none.
     """
     environment = templates(keep_trailing_newline=True)
-    environment.filters |= {"number": _number}
+    environment.filters |= {"number": _number, "code": code, "text": text}
     sources: list[dict[str, Any]] = [entry["source"] for entry in lineage if "source" in entry]
     source = sources[0] if sources else {}
     after = model_facts(config)
     before = lineage[0]["model"] if lineage else after
     return environment.get_template("model_card.md.j2").render(
-        title=title,
+        title=text(title),
         front=_front(source, lineage),
-        family=config.family,
+        family=text(config.family),
         after=after,
         source=source,
-        passed_over=", ".join(f"`{key}`" for key in source.get("passed_over", [])),
+        passed_over=", ".join(map(code, source.get("passed_over", []))),
         rows=_rows(before, after),
         changed=before != after,
         layers=_layers(config, before["sizes"]["num_layers"] if lineage else None),
@@ -43,7 +44,7 @@ def model_card(title: str, config: ModelConfig, lineage: list[dict[str, Any]]) -
         scored=[row for entry in lineage for row in map(_score_row, entry.get("scores", []))],
         pruned=any(entry["stage"] == "prune" for entry in lineage),
         licence=", ".join(
-            f"`{key}: {_words(source[key])}`" for key in LICENCE_KEYS if key in source
+            code(f"{key}: {_words(source[key])}") for key in LICENCE_KEYS if key in source
         ),
     )
 
@@ -54,7 +55,7 @@ def _front(source: dict[str, Any], lineage: list[dict[str, Any]]) -> str:
     values = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        **{key: source[key] for key in LICENCE_KEYS if key in source},
+        **{key: _plain(source[key]) for key in LICENCE_KEYS if key in source},
         "tags": ["minitron", *(tag for stage, tag in _TAGS.items() if stage in stages)],
     }
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True).strip()
@@ -62,38 +63,43 @@ def _front(source: dict[str, Any], lineage: list[dict[str, Any]]) -> str:
 
 def _number(value: Any) -> str:
     """With thousands separators; whatever is no integer as it is."""
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) else text(value)
 
 
 def _words(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return ", ".join(map(one_line, value)) if isinstance(value, list) else one_line(value)
+
+
+def _plain(value: Any) -> Any:
+    """A licence for YAML that Hugging Face reads: a word or several, on one line."""
+    return [one_line(item) for item in value] if isinstance(value, list) else one_line(value)
 
 
 def _summary(entry: dict[str, Any]) -> str:
     """A stage in one line."""
-    text = f"`{entry['stage']}`"
+    said = code(entry["stage"])
     if "source" in entry:
-        text += f" of `{entry['source']['name']}` ({entry['source']['format']})"
+        said += f" of {code(entry['source']['name'])} ({text(entry['source']['format'])})"
     if "teacher" in entry:
-        text += f", teacher {_teacher(entry['teacher'])}"
-    text += f": {_number(entry['model']['parameters'])} parameters"
+        said += f", teacher {_teacher(entry['teacher'])}"
+    said += f": {_number(entry['model']['parameters'])} parameters"
     if entry.get("dropped_layers"):
-        text += f", without layers {_words(entry['dropped_layers'])} (counted from 1)"
-    losses = ", ".join(f"{key} {loss}" for key, loss in entry.get("losses", {}).items())
-    return f"{text}; {losses} at the end" if losses else text
+        said += f", without layers {text(_words(entry['dropped_layers']))} (counted from 1)"
+    losses = ", ".join(text(f"{key} {loss}") for key, loss in entry.get("losses", {}).items())
+    return f"{said}; {losses} at the end" if losses else said
 
 
 def _teacher(teacher: dict[str, Any]) -> str:
     if teacher.get("stored_logits"):
-        return f"`{teacher['name']}` (its stored logits)"
-    stages = "".join(f", {stage}" for stage in teacher["stages"])
-    return f"`{teacher['name']}` ({_number(teacher['parameters'])} parameters{stages})"
+        return f"{code(teacher['name'])} (its stored logits)"
+    stages = "".join(f", {text(stage)}" for stage in teacher["stages"])
+    return f"{code(teacher['name'])} ({_number(teacher['parameters'])} parameters{stages})"
 
 
 def _settings(entry: dict[str, Any]) -> str:
     """Its keys as they are typed."""
     pairs = entry.get("settings", {}).items()
-    return ", ".join(f"`{key}={_typed(value)}`" for key, value in pairs)
+    return ", ".join(code(f"{key}={_typed(value)}") for key, value in pairs)
 
 
 def _typed(value: Any) -> str:
@@ -102,11 +108,11 @@ def _typed(value: Any) -> str:
 
 def _score_row(scores: dict[str, Any]) -> list[str]:
     """What was scored, how, and on what."""
-    data = f"`{scores['data']}`" if "data" in scores else ""
-    where = f"{data} ({scores['split']})" if "split" in scores else data
+    data = code(scores["data"]) if "data" in scores else ""
+    where = f"{data} ({text(scores['split'])})" if "split" in scores else data
     keys = ("seq_aggregation", "batch_aggregation", "samples", "tokens")
     over_positions, over_samples, samples, tokens = (_number(scores.get(key, "")) for key in keys)
-    axes, round_ = _words(scores.get("axes", [])), _number(scores.get("round", ""))
+    axes, round_ = text(_words(scores.get("axes", []))), _number(scores.get("round", ""))
     return [round_, axes, over_positions, over_samples, where, samples, tokens]
 
 
@@ -114,7 +120,7 @@ def _rows(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str,
     """Size, before, after, share kept."""
     pairs = [(label, before[key], after[key]) for key, label in _COUNTS.items()]
     sizes = {**before["sizes"], **after["sizes"]}
-    pairs += [(f"`{name}`", before["sizes"].get(name), after["sizes"].get(name)) for name in sizes]
+    pairs += [(code(name), before["sizes"].get(name), after["sizes"].get(name)) for name in sizes]
     return [(label, _number(old), _number(new), _share(old, new)) for label, old, new in pairs]
 
 
@@ -129,8 +135,8 @@ def _layers(config: ModelConfig, original: int | None) -> str:
     if not config.kept_layers:
         return ""
     kept = config.kept_layers
-    text = f"Layers of the original model that were kept (0-based): {kept}."
+    said = f"Layers of the original model that were kept (0-based): [{', '.join(map(text, kept))}]."
     if original is not None:
         dropped = [index for index in range(original) if index not in kept]
-        text += f" Dropped: {dropped}."
-    return text
+        said += f" Dropped: [{', '.join(map(text, dropped))}]."
+    return said

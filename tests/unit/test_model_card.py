@@ -268,3 +268,30 @@ def test_licence_of_a_gguf_file(tmp_path: Path) -> None:
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.license_link == "https://example.org"
     assert "`model.gguf` (GGUF)" in card.text
+
+
+HOSTILE = "mit\n---\n# Hacked\n<script>alert(1)</script> `x` | y"
+
+
+def test_text_of_others_stays_text(tmp_path: Path) -> None:
+    """No heading, cell or HTML of a licence, a name or a setting gets into the card."""
+    config = ModelConfig.load(imported(tmp_path) / "checkpoint")
+    (entry,) = read_lineage(tmp_path / "whole" / "checkpoint")
+    entry["source"] |= {"license": HOSTILE, "name": HOSTILE, "format": HOSTILE}
+    entry |= {"stage": HOSTILE, "settings": {HOSTILE: HOSTILE}, "losses": {HOSTILE: HOSTILE}}
+    entry |= {"data": {"name": HOSTILE, "tokens": HOSTILE}, "scores": [{"data": HOSTILE}]}
+    card = model_card(HOSTILE, config, [entry])
+    lines = card.splitlines()
+    assert not [line for line in lines if line.startswith("# Hacked")]
+    assert [line.strip() for line in lines].count("---") == 2  # around the front matter alone
+    body = card.split("---\n", 2)[2].partition("## Use")[0]
+    assert "<script>" not in "".join(body.replace("\\`", "").split("`")[::2])
+    assert "<script>" in body
+    assert ModelCard(card).data.license == " ".join(HOSTILE.split())
+
+
+def imported(tmp_path: Path) -> Path:
+    """A model without a README."""
+    llama().save_pretrained(tmp_path / "model")
+    import_.run(ImportConfig(source=str(tmp_path / "model"), output_dir=str(tmp_path / "whole")))
+    return tmp_path / "whole"

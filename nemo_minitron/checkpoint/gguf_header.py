@@ -1,0 +1,119 @@
+"""Walks the header of a GGUF file and compares every size in it with the length of the file.
+
+The ``gguf`` package believes what a file declares: 57 bytes can declare an array of 2 ** 60
+elements. Here nothing is kept and nothing is set aside; the walk ends at the first size that cannot
+be.
+"""
+
+import math
+import mmap
+import struct
+from pathlib import Path
+
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+
+_MAGIC = 0x46554747
+_MOST_ELEMENTS = 1 << 22
+"""Of all arrays together: a vocabulary of a million tokens with its merges has three million."""
+_MOST_DIMS = 4
+_ARRAY, _STRING = GGUFValueType.ARRAY, GGUFValueType.STRING
+_WIDTHS = {
+    GGUFValueType.UINT8: 1,
+    GGUFValueType.INT8: 1,
+    GGUFValueType.BOOL: 1,
+    GGUFValueType.UINT16: 2,
+    GGUFValueType.INT16: 2,
+    GGUFValueType.UINT32: 4,
+    GGUFValueType.INT32: 4,
+    GGUFValueType.FLOAT32: 4,
+    GGUFValueType.UINT64: 8,
+    GGUFValueType.INT64: 8,
+    GGUFValueType.FLOAT64: 8,
+}
+
+
+class _Walk:
+    """A place in the file that only moves forward."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data, self.at, self.end = data, 0, len(data)
+        self.order = "<"
+        self.elements = 0
+
+    def skip(self, count: int) -> int:
+        """Move on; returns where it was."""
+        before = self.at
+        if count > self.end - before:
+            raise ValueError(
+                f"byte {before} declares {count} bytes, and {self.end - before} follow"
+            )
+        self.at += count
+        return before
+
+    def number(self, kind: str) -> int:
+        """A number of a kind of ``struct``."""
+        size = struct.calcsize(kind)
+        place = self.skip(size)
+        (found,) = struct.unpack(self.order + kind, self.data[place : place + size])
+        return int(found)
+
+    def string(self) -> None:
+        """A text with its length before it."""
+        self.skip(self.number("Q"))
+
+    def value(self, kind: int) -> None:
+        """The value of a metadata field."""
+        if kind in _WIDTHS:
+            self.skip(_WIDTHS[GGUFValueType(kind)])
+        elif kind == _STRING:
+            self.string()
+        elif kind == _ARRAY:
+            self.array()
+        else:
+            raise ValueError(f"byte {self.at} declares a value of the unknown type {kind}")
+
+    def array(self) -> None:
+        """An array, whose elements are no arrays."""
+        kind, count = self.number("I"), self.number("Q")
+        self.elements += count
+        if self.elements > _MOST_ELEMENTS:
+            raise ValueError(f"byte {self.at} declares an array of {count} elements, too many")
+        if kind == _ARRAY:
+            raise ValueError(f"byte {self.at} declares an array of arrays")
+        if kind in _WIDTHS:
+            self.skip(count * _WIDTHS[GGUFValueType(kind)])
+            return
+        for _ in range(count):
+            self.value(kind)
+
+    def tensor(self) -> int:
+        """What is said of one tensor; returns where in the data it ends."""
+        self.string()
+        dims = self.number("I")
+        if dims > _MOST_DIMS:
+            raise ValueError(f"byte {self.at} declares a tensor of {dims} dims")
+        elements = math.prod(self.number("Q") for _ in range(dims))
+        kind, offset = GGMLQuantizationType(self.number("I")), self.number("Q")
+        block, size = GGML_QUANT_SIZES[kind]
+        return offset + elements // block * size
+
+
+def check_header(path: Path) -> None:
+    """Refuse a GGUF file in which a declared size cannot be.
+
+    Raises:
+        ValueError: says at which byte.
+    """
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        walk = _Walk(data)
+        if walk.number("I") != _MAGIC:
+            raise ValueError("it does not begin with GGUF")
+        if walk.number("I") & 0xFFFF == 0:
+            walk.order = ">"
+        tensors, fields = walk.number("Q"), walk.number("Q")
+        for _ in range(fields):
+            walk.string()
+            walk.value(walk.number("I"))
+        end = max((walk.tensor() for _ in range(tensors)), default=0)
+        if end > walk.end - walk.at:
+            raise ValueError(f"its tensors need {end} bytes, and {walk.end - walk.at} follow")
