@@ -97,6 +97,12 @@ def from_runs(parts: Sequence[LazyTensor], runs: Sequence[Run]) -> LazyTensor:
     return LazyTensor(shape, first.dtype, partial(read_rows, 0, ends[-1]), read_rows)
 
 
+def first_rows(tensor: LazyTensor, count: int) -> LazyTensor:
+    """The first rows of a tensor, such as an embedding without the padding of its vocabulary."""
+    rows = tensor.read_rows or (lambda start, stop: tensor.read()[start:stop].contiguous())
+    return LazyTensor((count, *tensor.shape[1:]), tensor.dtype, lambda: rows(0, count), rows)
+
+
 def store_nbytes(store: Store) -> int:
     """Bytes of all tensors of a store."""
     return sum(tensor.nbytes for tensor in store.values())

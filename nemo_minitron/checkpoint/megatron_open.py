@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.checkpoint.hf_refusals import refuse_adapter_names
-from nemo_minitron.checkpoint.lazy import LazyTensor, Store, main_dtype
+from nemo_minitron.checkpoint.lazy import LazyTensor, Store, first_rows, main_dtype
 from nemo_minitron.checkpoint.megatron_fields import match_family, model_fields
 from nemo_minitron.checkpoint.megatron_sources import Source, find_source
 from nemo_minitron.checkpoint.parts import Part
@@ -121,7 +121,7 @@ def _single_store(
             raise ValueError(f"{where} lacks {name}, which a model of this configuration has")
         shape = row.shape(config)
         if row.dims[0] == "vocab" and found.shape[0] > shape[0]:
-            found = _first_rows(found, shape[0])
+            found = first_rows(found, shape[0])
         if found.shape != shape:
             raise ValueError(
                 f"{where} holds {name} of shape {found.shape}; its config asks for {shape}"
@@ -130,12 +130,6 @@ def _single_store(
     if left:
         raise ValueError(f"{where} holds {sorted(left)[:5]}, which this model does not have")
     return store
-
-
-def _first_rows(tensor: LazyTensor, count: int) -> LazyTensor:
-    """Without the padding of the vocabulary."""
-    rows = tensor.read_rows or (lambda start, stop: tensor.read()[start:stop].contiguous())
-    return LazyTensor((count, *tensor.shape[1:]), tensor.dtype, lambda: rows(0, count), rows)
 
 
 def _true_vocabulary(source: Source, rows: int, asked: int | None) -> int:

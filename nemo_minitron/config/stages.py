@@ -39,7 +39,8 @@ class ImportConfig(StageConfig):
     """Folder of the tokenizer, where ``source`` has none (or to take another)."""
     vocab_size: int | None = None
     """Number of tokens, where ``source`` pads its embeddings and neither its config nor a
-    tokenizer says how many there are."""
+    tokenizer says how many there are; or rows of the embeddings of a Hugging Face model that are
+    kept, where those beyond its tokenizer shall go."""
     source_ignore: list[str] = field(default_factory=list)
     """Keys of the source's config.json (or of its GGUF metadata) that ``import`` would refuse as
     unknown, and without which the network is the same."""

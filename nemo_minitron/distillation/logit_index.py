@@ -131,7 +131,9 @@ def _problems(cfg: DistillConfig, index: LogitIndex, vocab_size: int) -> Iterato
     if index.vocab_size != vocab_size:
         yield (
             f"holds logits over a vocabulary of {index.vocab_size} but student has vocab_size="
-            f"{vocab_size}; set student= and teacher_logits= to models of one tokenizer"
+            f"{vocab_size}; set student= and teacher_logits= to models of one tokenizer; if they "
+            "are, and one is padded to more rows, import that one again with vocab_size="
+            f"{min(index.vocab_size, vocab_size)}"
         )
     if losses.top_k is not None and losses.top_k > index.top_k:
         yield (

@@ -62,6 +62,10 @@ def read_rope(hf: dict[str, Any], base: float = 10000.0, share: float = 1.0) -> 
         "rope_theta": _one(hf, given, "rope_theta", base),
         "partial_rotary_factor": _one(hf, given, "partial_rotary_factor", share),
     }
+    if float(found["rope_theta"]) % 1:
+        raise ValueError(
+            f"config.json rope_theta={found['rope_theta']} is not supported; only whole numbers"
+        )
     rotated = found["partial_rotary_factor"]
     return Rope(
         base=float(found["rope_theta"]),

@@ -7,6 +7,7 @@ from typing import Any
 from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.config.stages import ImportConfig, PipelineConfig, PruneConfig, PruningConfig
 from nemo_minitron.documents import read_json_object
+from nemo_minitron.families.experts import warn_of_expert_sizes
 from nemo_minitron.families.registry import family_of, read_config
 from nemo_minitron.pipeline.plan import Item
 from nemo_minitron.pruning.targets import check_pruning, target_sizes
@@ -47,7 +48,9 @@ def target_model(config: ModelConfig, pruning: PruningConfig) -> ModelConfig:
     sizes = target_sizes(config, pruning)
     if pruning.drop_layers is not None:
         sizes["num_layers"] = config.num_layers - len(pruning.drop_layers)
-    return config.resized(sizes)
+    small = config.resized(sizes)
+    warn_of_expert_sizes(small)
+    return small
 
 
 class Models:

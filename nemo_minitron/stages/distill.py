@@ -53,7 +53,9 @@ def _check_teacher(cfg: DistillConfig, student: ModelConfig, teacher: ModelConfi
     if student.vocab_size != teacher.vocab_size:
         raise ValueError(
             f"student has vocab_size={student.vocab_size} but teacher has "
-            f"{teacher.vocab_size}; set student= and teacher= to models of one tokenizer"
+            f"{teacher.vocab_size}; set student= and teacher= to models of one tokenizer; if they "
+            "are, and one is padded to more rows, import that one again with vocab_size="
+            f"{min(student.vocab_size, teacher.vocab_size)}"
         )
     try:
         check_layout(teacher, cfg.teacher_parallel.of(cfg.parallel))

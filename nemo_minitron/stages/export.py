@@ -13,6 +13,7 @@ from nemo_minitron.checkpoint.tokenizer import TOKENIZER_CONFIG, save_tokenizer
 from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.config.stages import ExportConfig
 from nemo_minitron.documents import read_json_object
+from nemo_minitron.families.experts import warn_of_expert_sizes
 from nemo_minitron.families.registry import family_of, written_config
 from nemo_minitron.families.table import parameter_count
 from nemo_minitron.reporting.console import progress, show_table
@@ -65,7 +66,8 @@ def check(cfg: ExportConfig) -> None:
     )
     from nemo_minitron.checkpoint.hf import split_shards  # torch: what is above needs none
 
-    _, store = _open(cfg)
+    config, store = _open(cfg)
+    warn_of_expert_sizes(config)
     split_shards(store, cfg.max_shard_size)
 
 

@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from nemo_minitron.checkpoint.hf import (
 from nemo_minitron.checkpoint.lazy import (
     LazyTensor,
     Store,
+    first_rows,
     on_done,
     on_read,
     refuse_nonfinite,
@@ -30,7 +31,12 @@ from nemo_minitron.checkpoint.lineage import record
 from nemo_minitron.checkpoint.megatron_sources import is_megatron
 from nemo_minitron.checkpoint.source_card import copy_licence_texts
 from nemo_minitron.checkpoint.tokenizer import check_gguf_tokenizer, save_tokenizer
-from nemo_minitron.checkpoint.tokenizer_files import tokenizer_files, write_tokenizer
+from nemo_minitron.checkpoint.tokenizer_files import (
+    TokenizerFiles,
+    tokenizer_files,
+    vocabulary_size,
+    write_tokenizer,
+)
 from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.config.stages import ImportConfig
 from nemo_minitron.families.table import Family, parameter_count
@@ -93,9 +99,10 @@ def open_source(
             if source_ignore:
                 raise ValueError(f"{path} has no config.json; leave source_ignore out")
             return _open_megatron(path, tokenizer, vocab_size)
-        if vocab_size is not None:
-            raise ValueError(f"{path} pads no embeddings; leave vocab_size out")
-        return _open_hf(path, tokenizer, source_ignore)
+        opened = _open_hf(path, tokenizer, source_ignore)
+        if vocab_size is None or vocab_size == opened.config.vocab_size:
+            return opened
+        return _without_padding(opened, vocab_size, tokenizer_files(Path(tokenizer or path)))
     except ValueError as error:
         raise ValueError(f"source: {error}") from error
 
@@ -124,6 +131,29 @@ def _open_hf(path: Path, tokenizer: str | None, source_ignore: Sequence[str]) ->
         copy_generation_config(path, folder)
 
     return Opened(family, config, store, save_extras)
+
+
+def _without_padding(opened: Opened, vocab_size: int, tokenizer: TokenizerFiles) -> Opened:
+    """Leave the rows of the embeddings out that no token of the tokenizer has.
+
+    Models of one tokenizer may be padded to different numbers of rows (Qwen2.5 7B and 3B are);
+    distillation needs equal ones.
+    """
+    rows, tokens = opened.config.vocab_size, vocabulary_size(tokenizer)
+    if vocab_size > rows or (tokens is not None and vocab_size < tokens):
+        raise ValueError(
+            f"vocab_size={vocab_size} must be between the number of tokens of the tokenizer "
+            f"({'which has none' if tokens is None else tokens}) and the {rows} rows of the "
+            "embeddings; change vocab_size, or leave it out"
+        )
+    config = replace(opened.config, vocab_size=vocab_size)
+    store = {
+        name: first_rows(opened.store[name], vocab_size)
+        if row.dims[0] == "vocab"
+        else opened.store[name]
+        for name, row, _ in opened.family.parameters(config)
+    }
+    return replace(opened, config=config, store=store)
 
 
 def _open_megatron(path: Path, tokenizer: str | None, vocab_size: int | None) -> Opened:

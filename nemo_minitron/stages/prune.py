@@ -18,10 +18,16 @@ from nemo_minitron.config.layout import check_layout
 from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.config.stages import PruneConfig, PruningConfig
 from nemo_minitron.data.checks import check_batches, check_data
+from nemo_minitron.families.experts import warn_of_expert_sizes
 from nemo_minitron.importance.scores import META_FILE, read_meta
 from nemo_minitron.pruning.plan import Plan, make_plan, pruned_config
 from nemo_minitron.pruning.rounds import ROUNDS, pruning_rounds
-from nemo_minitron.pruning.targets import check_compensation, check_importance, needed_scores
+from nemo_minitron.pruning.targets import (
+    check_compensation,
+    check_importance,
+    needed_scores,
+    target_sizes,
+)
 from nemo_minitron.runtime.ranks import launched_world_size, rank
 from nemo_minitron.stages.recipe import prune_entry
 from nemo_minitron.stages.settings import check_settings
@@ -46,6 +52,7 @@ def check(cfg: PruneConfig) -> None:
     folder = Path(cfg.checkpoint) / "checkpoint"
     config = ModelConfig.load(folder)
     rounds = pruning_rounds(config, cfg.pruning, cfg.parallel)
+    warn_of_expert_sizes(config.resized(target_sizes(config, cfg.pruning)))
     meta = None if cfg.importance is None else read_meta(Path(cfg.importance))
     if meta is not None:
         check_importance(config, rounds[0], meta)

@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from nemo_minitron import cli
+from nemo_minitron.families.registry import written_config
 from nemo_minitron.stages.import_ import open_source
+from tests.sources import write_tokenizer
 from tests.unit.test_families import hf_llama
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 497669\n"
@@ -186,3 +188,25 @@ def test_an_export_names_no_code(folder, tmp_path, monkeypatch):
         assert "auto_map" not in json.loads((tmp_path / "hf" / name).read_text())
     for trusted in (False, True):
         AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=trusted)
+
+
+# ---------------------------------------------------------------- rows beyond the tokenizer
+
+
+def test_rows_beyond_the_tokenizer_can_be_left_out(good, folder):
+    """Two models of one tokenizer that are padded differently get equal sizes."""
+    write_tokenizer(folder, 97)
+    opened, whole = (open_source(str(folder), vocab_size=size) for size in (97, None))
+    assert (opened.config.vocab_size, whole.config.vocab_size) == (97, 101)
+    name = "embedding.word_embeddings.weight"
+    assert opened.store[name].shape == (97, 48)
+    assert torch.equal(opened.store[name].read(), whole.store[name].read()[:97])
+    assert written_config(opened.config)["vocab_size"] == 97
+
+
+@pytest.mark.parametrize("size", [96, 102])
+def test_rows_of_tokens_stay_and_none_are_made(folder, size):
+    write_tokenizer(folder, 97)
+    says = rf"vocab_size={size} must be between .* tokenizer \(97\) and the 101 rows"
+    with pytest.raises(ValueError, match=says):
+        open_source(str(folder), vocab_size=size)
