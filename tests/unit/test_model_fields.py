@@ -1,0 +1,128 @@
+"""Every field of ModelConfig is known wherever a model is described: none can be forgotten.
+
+A new field fails ``test_every_field_is_here`` until it has a row here, and then each of the places
+that does not know it.
+"""
+
+from dataclasses import fields, replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_minitron.checkpoint.megatron_args import megatron_lm_args
+from nemo_minitron.checkpoint.megatron_fields import match_family, model_fields
+from nemo_minitron.checkpoint.megatron_stated import of_args
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.families.registry import read_config, written_config
+from nemo_minitron.models import build
+from tests.tiny import GPT2, LLAMA, MIXTRAL, NEMOTRON, QWEN2_MOE, QWEN3
+from tests.unit.test_families import LLAMA3_ROPE
+from tests.unit.test_family_configs import QWEN2
+
+# Field -> a model in which it says something, and what else it could say there.
+FIELDS: dict[str, tuple[ModelConfig, Any]] = {
+    "num_layers": (LLAMA, 3),
+    "hidden_size": (LLAMA, 32),
+    "ffn_hidden_size": (LLAMA, 48),
+    "num_attention_heads": (LLAMA, 4),
+    "num_query_groups": (LLAMA, 2),
+    "kv_channels": (LLAMA, 16),
+    "vocab_size": (LLAMA, 90),
+    "max_position_embeddings": (GPT2, 256),
+    "normalization": (GPT2, "RMSNorm"),
+    "layernorm_epsilon": (replace(LLAMA, layernorm_epsilon=1e-6), 1e-5),
+    "layernorm_zero_centered_gamma": (NEMOTRON, False),
+    "gated_linear_unit": (LLAMA, False),
+    "activation": (NEMOTRON, "gelu"),
+    "add_bias_linear": (GPT2, False),
+    "add_qkv_bias": (QWEN2, False),
+    "qk_layernorm": (QWEN3, False),
+    "position_embedding_type": (GPT2, "rope"),
+    "rotary_base": (replace(LLAMA, rotary_base=5e5), 1e4),
+    "rotary_percent": (NEMOTRON, 1.0),
+    "rope_scaling": (replace(LLAMA, rope_scaling=LLAMA3_ROPE), {**LLAMA3_ROPE, "factor": 32.0}),
+    "share_embeddings_and_output_weights": (GPT2, False),
+    "num_moe_experts": (MIXTRAL, 5),
+    "moe_ffn_hidden_size": (MIXTRAL, 44),
+    "moe_router_topk": (replace(MIXTRAL, moe_router_topk=3), 2),
+    "moe_router_pre_softmax": (QWEN2_MOE, False),
+    "moe_shared_expert_intermediate_size": (QWEN2_MOE, 60),
+    "moe_shared_expert_gate": (QWEN2_MOE, False),
+}
+# Fields that do not describe the network, and what they are.
+OTHERS = {
+    "family": "name of the table that all of these are read with",
+    "dtype": "of the weights; readers take it from the weights themselves",
+    "kept_layers": "where the layers come from",
+    "hf": "the source's own config.json (tests/unit/test_written_config.py)",
+}
+
+
+def test_every_field_is_here() -> None:
+    assert {*FIELDS, *OTHERS} == {field.name for field in fields(ModelConfig)}
+    for name, (model, other) in FIELDS.items():
+        assert getattr(model, name) != other
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_config_json_says_it(name: str) -> None:
+    model, _ = FIELDS[name]
+    assert getattr(read_config(written_config(model))[1], name) == getattr(model, name)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_arguments_of_megatron_lm_say_it_and_are_read(name: str) -> None:
+    """What is stored beside the weights, through the reader of foreign checkpoints."""
+    model, other = FIELDS[name]
+    assert vars(megatron_lm_args(model)) != vars(megatron_lm_args(replace(model, **{name: other})))
+    stated = of_args(vars(megatron_lm_args(model)), "here")
+    _, again = match_family(stated, model_fields(stated, model.vocab_size))
+    assert getattr(again, name) == getattr(model, name)
+
+
+def megatron(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Everything that Megatron's model class is given."""
+    parallel = ParallelConfig()
+    mcore = build.transformer_config(model, parallel, torch.float32)
+    given: dict[str, Any] = {}
+
+    class Recorder(torch.nn.Module):
+        def __init__(self, **values: Any) -> None:
+            super().__init__()
+            given.update(values)
+
+    monkeypatch.setattr(build, "HiddenGPTModel", Recorder)
+    monkeypatch.setattr(build, "block_spec", lambda *_: None)
+    groups = SimpleNamespace(
+        pp=SimpleNamespace(rank=lambda: 0),
+        is_first_stage=True,
+        is_last_stage=True,
+        collection=None,
+    )
+    longest = model.max_seq_length or 0
+    build._build_chunk(model, mcore, groups, None, longest)  # type: ignore[arg-type]
+    plain = {key: value for key, value in vars(given.pop("config")).items() if not callable(value)}
+    return {**plain, **given, "activation": mcore.activation_func}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_megatron_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, other = FIELDS[name]
+    one, another = (megatron(m, monkeypatch) for m in (model, replace(model, **{name: other})))
+    assert one != another
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_smaller_configs_keep_it(name: str) -> None:
+    """Whole, or its entries for the layers that stay."""
+    model, _ = FIELDS[name]
+    small = model.resized({}, [0, 2])
+    assert (small.num_layers, small.kept_layers) == (2, [0, 2])
+    value, kept = getattr(model, name), getattr(small, name)
+    if isinstance(value, list):
+        assert kept == [value[0], value[2]]
+    elif name != "num_layers":
+        assert kept == value
