@@ -9,30 +9,22 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
+from nemo_minitron.checkpoint.completion import flush_folder, replace, write_manifest
 from nemo_minitron.checkpoint.manifest import (
     MANIFEST,
-    FileEntry,
     Manifest,
-    config_hash,
     files_in,
     fingerprint,
-    hash_files,
-    now,
     open_result,
     read_manifest,
-    versions,
 )
 from nemo_minitron.checkpoint.output_checks import (
-    REPLACED,
-    added_files,
     check_additions,
     check_apart,
     check_neighbours,
@@ -387,97 +379,12 @@ def _complete(job: _Job) -> None:
     inputs, sealed = _read_owner(work)["inputs"], sealed_files(work)
     write_manifest(cfg, job.stage, work, inputs, names, sealed)
     remove_seals(work)
-    _flush_folder(work)
+    flush_folder(work)
     job.claim.check()
     output = Path(cfg.output_dir).resolve()
     check_neighbours(cfg, output)
     _check_existing(cfg, job.stage, output)
-    _replace(work, output)
-
-
-def write_manifest(
-    cfg: StageConfig,
-    stage: str,
-    folder: Path,
-    inputs: dict[str, str],
-    names: Sequence[str],
-    sealed: Mapping[str, FileEntry] | None = None,
-) -> None:
-    """Write ``.hydra/`` and then ``manifest.json``, which declares ``folder`` complete.
-
-    Args:
-        cfg: the stage's config.
-        stage: its name.
-        folder: where the result is.
-        inputs: config key (or item name) -> identity.
-        names: its files, relative to ``folder``.
-        sealed: hashes that some of them had when they were written.
-
-    Raises:
-        ValueError: a file is no longer what was written.
-    """
-    _write_hydra(cfg, folder / ".hydra")
-    settings = [f".hydra/{name}" for name in files_in(folder / ".hydra")]
-    names = sorted({*names, *settings})
-    files = hash_files(folder, names, cfg.workers, flush=True)
-    for name, entry in (sealed or {}).items():
-        if name in files and files[name] != entry:
-            raise ValueError(
-                f"{folder / name} is damaged: it is not what was written; remove it, then the same "
-                "command makes it again"
-            )
-    manifest = Manifest(
-        folder=folder,
-        stage=stage,
-        config_hash=config_hash(cfg),
-        inputs=inputs,
-        files=files,
-        versions=versions(),
-        created=now(),
-    )
-    manifest.save(folder)
-
-
-def _replace(work: Path, output: Path) -> None:
-    """Rename ``work`` to ``output``; what stood there goes only after that."""
-    old = old_of(output)
-    if old.exists():
-        shutil.rmtree(old)  # ``check_neighbours`` has seen that it is ours
-    if output.exists():
-        (output / REPLACED).touch()
-        output.rename(old)
-    try:
-        work.rename(output)
-    except OSError:
-        if old.exists():
-            old.rename(output)
-            (output / REPLACED).unlink()
-        raise
-    _flush_folder(output.parent)
-    for name in owner_files(os.listdir(output)):
-        (output / name).unlink()
-    if old.exists():
-        _remove_replaced(old)
-
-
-def _remove_replaced(old: Path) -> None:
-    """Remove a result that another has replaced, unless somebody put files there meanwhile."""
-    try:
-        added = added_files(old, read_manifest(old))
-    except ValueError:
-        added = added_files(old, None)
-    if added:
-        (old / REPLACED).unlink()
-        return log.warning("%s stays: it holds files that no stage wrote (%s)", old, added[0])
-    shutil.rmtree(old)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    replace(work, output)
 
 
 def _abandon(job: _Job, error: BaseException) -> None:
@@ -494,16 +401,3 @@ def _abandon(job: _Job, error: BaseException) -> None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         stands = f"; the old result in {output} still stands" if output.exists() else ""
         log.error("the disk of %s is full%s", output.parent, stands)
-
-
-def _write_hydra(cfg: StageConfig, folder: Path) -> None:
-    """What Hydra would write by itself, had it not to wait for the checks."""
-    from hydra.core.hydra_config import HydraConfig
-
-    folder.mkdir(exist_ok=True)
-    OmegaConf.save(OmegaConf.create(asdict(cfg)), folder / "config.yaml")
-    if not HydraConfig.initialized():
-        return
-    hydra = HydraConfig.get()
-    OmegaConf.save(hydra.overrides.task, folder / "overrides.yaml")
-    OmegaConf.save(OmegaConf.create({"hydra": hydra}), folder / "hydra.yaml")

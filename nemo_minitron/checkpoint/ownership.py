@@ -13,7 +13,6 @@ import glob
 import json
 import os
 import shutil
-import socket
 import threading
 import time
 import uuid
@@ -22,18 +21,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from nemo_minitron.checkpoint.owners import STALE, is_alive, is_ancestor, same_place, signature
 from nemo_minitron.documents import read_json
 from nemo_minitron.runtime.ranks import started_by_us
 
 OWNER = "owner.json"
 SIGNED = "partial.json"
 """What a working folder is for: stage, config and inputs. Earlier versions signed with it alone."""
-STALE = 300.0
-"""Seconds without a sign of life after which an owner on another host counts as gone."""
 _BEAT = 5.0
-_SAME_START = 2.0  # seconds by which two readings of one process's start may differ (clock steps)
 _ATTEMPTS = 10
 
 
@@ -83,7 +78,7 @@ def claim_of(work: Path) -> Claim | None:
     if not started_by_us():
         return None
     owner = _read(work / OWNER)
-    if not (_same_place(owner) and _is_ancestor(owner)):
+    if not (same_place(owner) and is_ancestor(owner)):
         return None
     return Claim(work, owner["token"], owner.get("states", {}))
 
@@ -169,7 +164,8 @@ def _leave(claim: Claim) -> None:
 
 def _take(claim: Claim) -> None:
     _sweep(claim.work)
-    mine = json.dumps(_signature(claim), indent=1)
+    signed = {"token": claim.token, **signature(), "states": claim.states}
+    mine = json.dumps(signed, indent=1)
     for _ in range(_ATTEMPTS):  # the folder may come and go between two looks at it
         if _create(claim, mine):
             return
@@ -213,7 +209,7 @@ def _succeed(claim: Claim, mine: str) -> bool:
         owner, signed, free = _owner(work)
         # Both times are the file server's, so clocks of hosts do not enter.
         age = draft.stat().st_mtime - signed.stat().st_mtime
-        if _alive(owner, age):
+        if is_alive(owner, age):
             raise ValueError(_taken(work, owner, age))
         if not _exclusive(draft, free, mine):
             return False
@@ -267,79 +263,6 @@ def _read(path: Path) -> dict[str, Any]:
     return owner if isinstance(owner, dict) else {}
 
 
-def _alive(owner: dict[str, Any], age: float) -> bool:
-    if "token" in owner and "pid" not in owner:
-        return False  # released
-    if _same_place(owner):
-        return _runs(owner)
-    if _is_later_start_of(owner):
-        return False
-    return age < STALE
-
-
-def _signature(claim: Claim) -> dict[str, Any]:
-    """This process: start time too, since process ids come round again."""
-    process = psutil.Process()
-    return {
-        "token": claim.token,
-        **_place(),
-        "pid": process.pid,
-        "started": process.create_time(),
-        **_job(),
-        "states": claim.states,
-    }
-
-
-def _place() -> dict[str, str]:
-    """Where process ids mean the same: a host since its start, and a container on it."""
-    return {
-        "host": socket.gethostname(),
-        "boot": _text(Path("/proc/sys/kernel/random/boot_id")),
-        "pids": os.readlink("/proc/self/ns/pid") if Path("/proc/self/ns/pid").exists() else "",
-    }
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""
-
-
-def _same_place(owner: dict[str, Any]) -> bool:
-    return bool(owner) and all(owner.get(key, value) == value for key, value in _place().items())
-
-
-def _job() -> dict[str, Any]:
-    """The SLURM job; a requeued one has the same number and has been started once more."""
-    job = os.environ.get("SLURM_JOB_ID")
-    return {} if job is None else {"job": job, "restarts": _restarts()}
-
-
-def _restarts() -> int:
-    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-
-
-def _is_later_start_of(owner: dict[str, Any]) -> bool:
-    """Whether this is the owner's own job, requeued: SLURM has then ended the owner."""
-    job = os.environ.get("SLURM_JOB_ID")
-    return job is not None and owner.get("job") == job and _restarts() > owner.get("restarts", 0)
-
-
-def _runs(owner: dict[str, Any]) -> bool:
-    try:
-        process = psutil.Process(owner["pid"])
-        if process.status() == psutil.STATUS_ZOMBIE:
-            return False
-        return abs(process.create_time() - owner["started"]) < _SAME_START
-    except (psutil.Error, KeyError, TypeError, ValueError):
-        return False
-
-
-def _is_ancestor(owner: dict[str, Any]) -> bool:
-    return owner.get("pid") in [parent.pid for parent in psutil.Process().parents()]
-
-
 def _beat(claim: Claim, stop: threading.Event) -> None:
     """Show that the owner lives, for as long as it is the owner."""
     while not stop.wait(_BEAT):
@@ -374,7 +297,7 @@ def refuse_live_owner(folder: Path) -> None:
         ValueError: a result that is just being put there.
     """
     owner = _read(folder / OWNER)
-    if owner.get("pid") not in (None, os.getpid()) and _alive(owner, 0.0):
+    if owner.get("pid") not in (None, os.getpid()) and is_alive(owner, 0.0):
         raise ValueError(_taken(folder, owner, 0.0))
 
 
@@ -391,7 +314,7 @@ def _taken(work: Path, owner: dict[str, Any], age: float) -> str:
         f"{work} is being written by process {owner.get('pid')} on {owner.get('host')}; wait for "
         "it, end it, or set another output_dir"
     )
-    if _same_place(owner):
+    if same_place(owner):
         return message
     return (
         f"{message} (its last sign of life is {max(age, 0):.0f} s old; {STALE / 60:.0f} minutes "

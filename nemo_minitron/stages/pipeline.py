@@ -4,7 +4,7 @@ import logging
 import os
 from pathlib import Path
 
-from nemo_minitron.checkpoint.artifact import write_manifest
+from nemo_minitron.checkpoint.completion import write_manifest
 from nemo_minitron.checkpoint.manifest import MANIFEST, fingerprint, read_manifest
 from nemo_minitron.checkpoint.output_checks import check_apart, check_neighbours
 from nemo_minitron.config.stages import PipelineConfig

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.checkpoint import artifact, ownership
+from nemo_minitron.checkpoint import artifact, owners
 from nemo_minitron.checkpoint.artifact import check_output, open_result, output_folder, reserved
 from nemo_minitron.config.stages import ExportConfig, FinetuneConfig, ImportConfig
 from nemo_minitron.config.training import DataConfig
@@ -380,7 +380,7 @@ def test_the_owner_on_another_host_is_gone(cfg, hold):
     other.wait()
     with pytest.raises(ValueError, match="on node-7"):
         write(cfg, resumable=True)
-    long_ago = time.time() - ownership.STALE - 1
+    long_ago = time.time() - owners.STALE - 1
     os.utime(f"{cfg.output_dir}.partial/owner.json", (long_ago, long_ago))
     assert (write(cfg, resumable=True) / "step").read_text() == "7"
 

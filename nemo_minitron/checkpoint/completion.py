@@ -1,0 +1,125 @@
+"""A working folder becomes a result: hashes, manifest, and two renames that lose nothing."""
+
+import logging
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from nemo_minitron.checkpoint.manifest import (
+    FileEntry,
+    Manifest,
+    config_hash,
+    files_in,
+    hash_files,
+    now,
+    read_manifest,
+    versions,
+)
+from nemo_minitron.checkpoint.output_checks import REPLACED, added_files, old_of
+from nemo_minitron.checkpoint.ownership import owner_files
+from nemo_minitron.config.stages import StageConfig
+
+log = logging.getLogger(__name__)
+
+
+def write_manifest(
+    cfg: StageConfig,
+    stage: str,
+    folder: Path,
+    inputs: dict[str, str],
+    names: Sequence[str],
+    sealed: Mapping[str, FileEntry] | None = None,
+) -> None:
+    """Write ``.hydra/`` and then ``manifest.json``, which declares ``folder`` complete.
+
+    Args:
+        cfg: the stage's config.
+        stage: its name.
+        folder: where the result is.
+        inputs: config key (or item name) -> identity.
+        names: its files, relative to ``folder``.
+        sealed: hashes that some of them had when they were written.
+
+    Raises:
+        ValueError: a file is no longer what was written.
+    """
+    _write_hydra(cfg, folder / ".hydra")
+    settings = [f".hydra/{name}" for name in files_in(folder / ".hydra")]
+    names = sorted({*names, *settings})
+    files = hash_files(folder, names, cfg.workers, flush=True)
+    for name, entry in (sealed or {}).items():
+        if name in files and files[name] != entry:
+            raise ValueError(
+                f"{folder / name} is damaged: it is not what was written; remove it, then the same "
+                "command makes it again"
+            )
+    manifest = Manifest(
+        folder=folder,
+        stage=stage,
+        config_hash=config_hash(cfg),
+        inputs=inputs,
+        files=files,
+        versions=versions(),
+        created=now(),
+    )
+    manifest.save(folder)
+
+
+def replace(work: Path, output: Path) -> None:
+    """Rename ``work`` to ``output``; what stood there goes only after that."""
+    old = old_of(output)
+    if old.exists():
+        shutil.rmtree(old)  # ``check_neighbours`` has seen that it is ours
+    if output.exists():
+        (output / REPLACED).touch()
+        output.rename(old)
+    try:
+        work.rename(output)
+    except OSError:
+        if old.exists():
+            old.rename(output)
+            (output / REPLACED).unlink()
+        raise
+    flush_folder(output.parent)
+    for name in owner_files(os.listdir(output)):
+        (output / name).unlink()
+    if old.exists():
+        _remove_replaced(old)
+
+
+def _remove_replaced(old: Path) -> None:
+    """Remove a result that another has replaced, unless somebody put files there meanwhile."""
+    try:
+        added = added_files(old, read_manifest(old))
+    except ValueError:
+        added = added_files(old, None)
+    if added:
+        (old / REPLACED).unlink()
+        return log.warning("%s stays: it holds files that no stage wrote (%s)", old, added[0])
+    shutil.rmtree(old)
+
+
+def flush_folder(folder: Path) -> None:
+    """Force the names in a folder to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_hydra(cfg: StageConfig, folder: Path) -> None:
+    """What Hydra would write by itself, had it not to wait for the checks."""
+    from hydra.core.hydra_config import HydraConfig
+
+    folder.mkdir(exist_ok=True)
+    OmegaConf.save(OmegaConf.create(asdict(cfg)), folder / "config.yaml")
+    if not HydraConfig.initialized():
+        return
+    hydra = HydraConfig.get()
+    OmegaConf.save(hydra.overrides.task, folder / "overrides.yaml")
+    OmegaConf.save(OmegaConf.create({"hydra": hydra}), folder / "hydra.yaml")

@@ -1,0 +1,86 @@
+"""Whether the process that signed a working folder is still there, on this host or on another."""
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+STALE = 300.0
+"""Seconds without a sign of life after which an owner on another host counts as gone."""
+_SAME_START = 2.0  # seconds by which two readings of one process's start may differ (clock steps)
+
+
+def signature() -> dict[str, Any]:
+    """This process: start time too, since process ids come round again."""
+    process = psutil.Process()
+    return {**_place(), "pid": process.pid, "started": process.create_time(), **_job()}
+
+
+def is_alive(owner: dict[str, Any], age: float) -> bool:
+    """Whether an owner still works.
+
+    Args:
+        owner: its signature; without a process it has released the folder.
+        age: seconds since its last sign of life, by the clock of the file system.
+    """
+    if "token" in owner and "pid" not in owner:
+        return False  # released
+    if same_place(owner):
+        return _runs(owner)
+    if _is_later_start_of(owner):
+        return False
+    return age < STALE
+
+
+def _place() -> dict[str, str]:
+    """Where process ids mean the same: a host since its start, and a container on it."""
+    return {
+        "host": socket.gethostname(),
+        "boot": _text(Path("/proc/sys/kernel/random/boot_id")),
+        "pids": os.readlink("/proc/self/ns/pid") if Path("/proc/self/ns/pid").exists() else "",
+    }
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def same_place(owner: dict[str, Any]) -> bool:
+    """Whether the process ids of an owner are those of this machine and container."""
+    return bool(owner) and all(owner.get(key, value) == value for key, value in _place().items())
+
+
+def _job() -> dict[str, Any]:
+    """The SLURM job; a requeued one has the same number and has been started once more."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return {} if job is None else {"job": job, "restarts": _restarts()}
+
+
+def _restarts() -> int:
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+
+
+def _is_later_start_of(owner: dict[str, Any]) -> bool:
+    """Whether this is the owner's own job, requeued: SLURM has then ended the owner."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return job is not None and owner.get("job") == job and _restarts() > owner.get("restarts", 0)
+
+
+def _runs(owner: dict[str, Any]) -> bool:
+    try:
+        process = psutil.Process(owner["pid"])
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        return abs(process.create_time() - owner["started"]) < _SAME_START
+    except (psutil.Error, KeyError, TypeError, ValueError):
+        return False
+
+
+def is_ancestor(owner: dict[str, Any]) -> bool:
+    """Whether the owner started this process, perhaps through others."""
+    return owner.get("pid") in [parent.pid for parent in psutil.Process().parents()]
