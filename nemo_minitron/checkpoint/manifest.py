@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import nemo_minitron
+from nemo_minitron.checkpoint.inside import is_inside
 from nemo_minitron.config.identity import config_values
 from nemo_minitron.config.schema import flatten
 from nemo_minitron.config.stages import StageConfig
@@ -163,11 +164,28 @@ def read_manifest(folder: Path) -> Manifest | None:
         complete, identity = values.pop("complete"), values.pop("id")
         values["files"] = {name: FileEntry(**entry) for name, entry in values["files"].items()}
         manifest = Manifest(folder=folder, **values)
+        _check_names(manifest)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}); run the stage that made it again") from None
     if manifest.id != identity:
         raise ValueError(f"{path} was changed; run the stage that made it again")
     return manifest if complete is True else None
+
+
+def _check_names(manifest: Manifest) -> None:
+    """Refuse a manifest that names files outside its folder, or is of other types than ours."""
+    outside = [name for name in manifest.files if not is_inside(name)]
+    if outside:
+        raise ValueError(f"it names {outside[0]!r}, which does not lie in the folder")
+    mappings = (manifest.inputs, manifest.versions)
+    texts = [manifest.stage, manifest.config_hash, manifest.created]
+    texts += [text for mapping in mappings for pair in mapping.items() for text in pair]
+    texts += [entry.sha256 for entry in manifest.files.values()]
+    sizes = [entry.size for entry in manifest.files.values()]
+    if not all(isinstance(text, str) for text in texts) or not all(
+        isinstance(size, int) for size in sizes
+    ):
+        raise ValueError("it holds values of other types than a stage writes")
 
 
 def open_result(
