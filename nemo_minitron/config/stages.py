@@ -7,7 +7,7 @@ from omegaconf import MISSING
 from nemo_minitron.config.base import StageConfig
 from nemo_minitron.config.distillation import TOP_K_LOSSES, DistillationConfig
 from nemo_minitron.config.inference import BenchmarkConfig, EvaluateConfig, GenerateConfig
-from nemo_minitron.config.meaning import INPUT, MAY_CHANGE, NEUTRAL, may_change
+from nemo_minitron.config.meaning import ADDED, INPUT, MAY_CHANGE, NEUTRAL, may_change
 from nemo_minitron.config.megatron import (
     ForwardMegatronConfig,
     MegatronConfig,
@@ -41,7 +41,7 @@ class ImportConfig(StageConfig):
     """Number of tokens, where ``source`` pads its embeddings and neither its config nor a
     tokenizer says how many there are; or rows of the embeddings of a Hugging Face model that are
     kept, where those beyond its tokenizer shall go."""
-    source_ignore: list[str] = field(default_factory=list)
+    source_ignore: list[str] = field(default_factory=list, metadata=ADDED)
     """Keys of the source's config.json (or of its GGUF metadata) that ``import`` would refuse as
     unknown, and without which the network is the same."""
 
