@@ -1,8 +1,27 @@
-"""``python -m nemo_minitron <stage> key=value ...``."""
+"""``minitron <stage> key=value ...``, also as ``python -m nemo_minitron``."""
 
 import sys
 
-from nemo_minitron.cli import main
+from nemo_minitron.runtime import endings
+
+
+def main() -> int:
+    """Run the command line of this process; signals are taken before anything else is imported."""
+    command = " ".join(["minitron", *sys.argv[1:2]])
+    endings.begin(command)
+    try:
+        from nemo_minitron import cli
+
+        return cli.main()
+    except (KeyboardInterrupt, *endings.ENDINGS) as error:
+        return endings.say(command, error)
+    except Exception as error:
+        if endings.asked() is None:
+            raise
+        return endings.say(command, error)  # what a library made of it
+    finally:
+        endings.end()
+
 
 if __name__ == "__main__":
     sys.exit(main())

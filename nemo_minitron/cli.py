@@ -9,10 +9,10 @@ import logging
 import os
 import signal
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import nemo_minitron
@@ -29,11 +29,14 @@ from nemo_minitron.errors import (
     PREEMPTED,
     TERMINATED,
     Preempted,
+    RankKilled,
     StageFailed,
     Terminated,
     verdict,
 )
-from nemo_minitron.runtime import ranks, versions
+from nemo_minitron.runtime import endings, peers, ranks, versions
+from nemo_minitron.runtime.scratch import scratch
+from nemo_minitron.runtime.supervise import die_with_parent, killed_by
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -125,9 +128,9 @@ def _run_hydra(stage: str, arguments: list[str]) -> int:
     before = sys.argv
     try:
         load.check_overrides(stage, flags.overrides, flags.config_dir)
-        with tempfile.TemporaryDirectory(prefix="minitron-") as scratch:
+        with scratch() as temporary:
             others = [a for a in arguments if a not in flags.overrides]
-            sweep = sweeps.sweep_settings(flags, scratch)
+            sweep = sweeps.sweep_settings(flags, str(temporary))
             overrides = load.opened(flags.overrides)
             sys.argv = [f"minitron {stage}", *overrides, *sweep, *others]
             folder = str(schema.conf_dir())
@@ -151,27 +154,56 @@ def run_job(stage: str, composed: "DictConfig") -> tuple[int, str]:
     Returns:
         Exit code, and the line that said why it is not 0.
     """
-    config = None
-    try:
-        config = load.stage_config(stage, composed)
-        config.output_dir = sweeps.job_folder(config.output_dir)
-        with _stoppable(stage, config):
-            _run(stage, config)
-    except (Exception, KeyboardInterrupt, Preempted, Terminated) as error:
-        log_path = _log_path(config) if config and _log_path(config).exists() else None
-        code, message = verdict(stage, error, log_path)
-        if code == 1 and not isinstance(error, StageFailed):
-            log.exception("%s failed", stage)
-        ranks.leave_verdict(code, message)
-        sys.stderr.write(f"minitron {stage}: {message}\n")
-        return code, message
+    known: list[StageConfig] = []
+    with endings.taken(f"minitron {stage}", partial(_asked_to_stop, stage, known)):
+        try:
+            known.append(load.stage_config(stage, composed))
+            known[0].output_dir = sweeps.job_folder(known[0].output_dir)
+            with scratch():
+                _run(stage, known[0])
+        except (Exception, KeyboardInterrupt, *endings.ENDINGS) as happened:
+            endings.close()  # the launcher of a rank that was killed asks the others to stop
+            return _said(stage, _cause(happened), known)
     return 0, ""
+
+
+def _said(stage: str, error: BaseException, known: Sequence[StageConfig]) -> tuple[int, str]:
+    """Say how a job ended, with its traceback where that may help; as ``run_job``."""
+    log_path = next((path for path in map(_log_path, known) if path.exists()), None)
+    code, message = verdict(stage, error, log_path)
+    if code == 1 and not isinstance(error, StageFailed | RankKilled):
+        log.error("%s failed", stage, exc_info=error)
+    ranks.leave_verdict(code, message)
+    sys.stderr.write(f"minitron {stage}: {message}\n")
+    return code, message
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Why a job really ended: of a signal, or of another rank, whatever a library made of it."""
+    peers.leave()
+    if isinstance(error, StageFailed):
+        return error
+    if endings.asked() is not None:
+        return endings.asked() or error
+    if isinstance(error, Exception) and not isinstance(error, ValueError):
+        return _killed(peers.killed(wait=1.0)) or error
+    return error
+
+
+def _killed(rank: int | None) -> RankKilled | None:
+    return None if rank is None else RankKilled(f"rank {rank} {killed_by(signal.SIGKILL)}")
+
+
+def _asked_to_stop(stage: str, known: Sequence[StageConfig]) -> endings.Ending:
+    """What a stop signal means at the moment it comes."""
+    gone = _killed(peers.killed())
+    return gone or (_stopped(stage, known[0]) if known else Terminated("a signal asked to stop"))
 
 
 def _run(stage: str, config: StageConfig) -> None:
     """Check, then run here or in ranks of our own."""
     if ranks.started_by_us():
-        ranks.die_with_parent()
+        die_with_parent()
     ranks.adopt_slurm()
     launched = ranks.launched_world_size()
     ranks.check_nodes(getattr(getattr(config, "trainer", None), "num_nodes", None))
@@ -233,27 +265,6 @@ def _start_ranks(stage: str, config: StageConfig, world: int) -> None:
         if failure.code == TERMINATED:
             raise _stopped(stage, config) from None
         raise
-
-
-@contextlib.contextmanager
-def _stoppable(stage: str, config: StageConfig) -> Iterator[None]:
-    """Let stop signals unwind the stack, so that working folders are removed or kept to resume.
-
-    Training takes the signals over once there is something to save.
-    """
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
-
-    def leave(number: int, _: FrameType | None) -> None:
-        for again in numbers:  # SLURM and torchrun both send it: clean up in peace
-            signal.signal(again, signal.SIG_IGN)
-        raise _stopped(stage, config)
-
-    before = {number: signal.signal(number, leave) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _stopped(stage: str, config: StageConfig) -> Preempted | Terminated:

@@ -24,6 +24,14 @@ class Terminated(BaseException):
     """A stage was told to stop, and has no work that could be saved half done."""
 
 
+class Interrupted(BaseException):
+    """Ctrl-C. Not ``KeyboardInterrupt``, which Lightning answers with an ending of its own."""
+
+
+class RankKilled(BaseException):
+    """Another rank of the job was killed; the launcher then asks the others to stop."""
+
+
 class StageFailed(Exception):  # noqa: N818
     """A stage that ran in another process ended badly.
 
@@ -48,11 +56,13 @@ def verdict(stage: str, error: BaseException, log_path: Path | None) -> tuple[in
     text = str(error) or type(error).__name__
     if isinstance(error, StageFailed):
         return error.code, text
+    if isinstance(error, RankKilled):
+        return 1, text
     if isinstance(error, Preempted):
         return PREEMPTED, f"stopped early ({text}); run the same command again to go on"
     if isinstance(error, Terminated):
         return TERMINATED, "ended by a signal; run the same command again"
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt | Interrupted):
         return INTERRUPTED, "interrupted; run the same command again"
     if isinstance(error, ValueError):
         return BAD_INPUT, text

@@ -20,6 +20,7 @@ EXIT_CODES = (
     ("0", "done"),
     ("2", "bad input: the last line says which key to change"),
     ("75", "stopped early, work saved: the same command goes on from there"),
+    ("130", "interrupted by Ctrl-C: the same command goes on from what was saved, or starts over"),
     ("143", "ended by a signal, nothing saved: the same command starts over"),
     ("1", "anything else: the traceback is in <output_dir>.log"),
 )

@@ -55,6 +55,7 @@ from nemo_minitron.config.identity import changes, config_values, input_paths, s
 from nemo_minitron.config.stages import StageConfig
 from nemo_minitron.data.cache import check_cache
 from nemo_minitron.documents import read_json
+from nemo_minitron.runtime import endings
 
 __all__ = [
     "Manifest",
@@ -205,6 +206,7 @@ def output_folder(
             if job is not None:
                 _complete(job)
         except BaseException as error:
+            endings.arrived()  # what follows is not to be interrupted
             if job is None:
                 raise
             mixed = _mixed(job, error)

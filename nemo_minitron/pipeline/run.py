@@ -3,7 +3,6 @@
 import logging
 import os
 import shlex
-import sys
 from pathlib import Path
 
 from nemo_minitron.checkpoint.manifest import (
@@ -17,7 +16,7 @@ from nemo_minitron.checkpoint.manifest import (
 from nemo_minitron.config import load
 from nemo_minitron.config.identity import changes, input_paths, said
 from nemo_minitron.config.stages import PipelineConfig, StageConfig
-from nemo_minitron.errors import PREEMPTED, TERMINATED, StageFailed
+from nemo_minitron.errors import INTERRUPTED, PREEMPTED, TERMINATED, Interrupted, StageFailed
 from nemo_minitron.pipeline.plan import Item
 from nemo_minitron.runtime import ranks
 
@@ -79,8 +78,10 @@ def _run_item(item: Item) -> None:
     arguments = command(item)
     log.info("minitron %s", shlex.join(arguments))
     try:
-        ranks.run_minitron([sys.executable], arguments, ranks.alone(os.environ))
+        ranks.run_minitron(arguments, ranks.alone(os.environ))
     except StageFailed as failure:
+        if failure.code == INTERRUPTED:
+            raise Interrupted from None
         # Its finished stages are the pipeline's saved work, also when this stage saves none.
         code = PREEMPTED if failure.code == TERMINATED else failure.code
         raise StageFailed(

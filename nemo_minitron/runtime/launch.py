@@ -1,6 +1,7 @@
 """Starts and ends the process group and Megatron's model-parallel state."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -10,9 +11,9 @@ import torch
 import torch.distributed as dist
 
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.runtime import cpu
+from nemo_minitron.runtime import cpu, peers
 from nemo_minitron.runtime.extensions import before_megatron
-from nemo_minitron.runtime.ranks import launched_world_size
+from nemo_minitron.runtime.ranks import launched_world_size, rank, store_address
 
 
 def device() -> torch.device:
@@ -48,7 +49,31 @@ def init_process_group(timeout_minutes: int = 30) -> None:
             backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
         )
     else:
-        dist.init_process_group(backend, timeout=timeout)
+        address = store_address()
+        if address is None:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            store, size = _store(address, timeout), launched_world_size() or 1
+            dist.init_process_group(
+                backend, store=store, rank=rank(), world_size=size, timeout=timeout
+            )
+        peers.introduce()
+
+
+def _store(address: Path, timeout: timedelta) -> dist.Store:
+    """Where ranks of this machine meet: rank 0 takes a port that is free and says which."""
+    if rank() == 0:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        draft = address.with_suffix(".draft")
+        draft.write_text(str(store.port))
+        draft.replace(address)
+        return store
+    end = time.monotonic() + timeout.total_seconds()
+    while not address.exists():
+        if time.monotonic() > end:
+            raise RuntimeError(f"rank {rank()} waited for rank 0 in vain")
+        time.sleep(0.02)
+    return dist.TCPStore("127.0.0.1", int(address.read_text()), is_master=False, timeout=timeout)
 
 
 def init_model_parallel(parallel: ParallelConfig, seed: int = 1234) -> None:

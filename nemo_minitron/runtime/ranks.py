@@ -1,29 +1,33 @@
 """Who started this process, and starting the ranks when nobody did. Imports no torch."""
 
 import contextlib
-import ctypes
 import json
 import logging
 import os
 import re
-import signal
 import socket
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 
-from nemo_minitron.errors import TERMINATED, StageFailed
+from nemo_minitron.errors import (
+    BAD_INPUT,
+    INTERRUPTED,
+    PREEMPTED,
+    TERMINATED,
+    StageFailed,
+)
+from nemo_minitron.runtime.supervise import killed_by, supervise
 
 log = logging.getLogger(__name__)
 
 _STARTED = "MINITRON_STARTED"
 """Set in ranks that ``start_ranks`` started: their input is checked already."""
 _VERDICT_FILE = "MINITRON_VERDICT_FILE"
-"""Where a process that another minitron started says why it failed. The first rank to fail does:
-torchrun itself only ever exits with 0 or 1."""
+"""Where a process that another minitron started says why it failed. The first rank to fail does."""
+_STORE = "MINITRON_STORE"
+"""File that says where ranks started by ``start_ranks`` meet."""
 _LAUNCHER_KEYS = (
     "RANK",
     "LOCAL_RANK",
@@ -32,7 +36,6 @@ _LAUNCHER_KEYS = (
     "MASTER_ADDR",
     "MASTER_PORT",
 )
-_PR_SET_PDEATHSIG = 1
 
 
 def rank() -> int:
@@ -133,84 +136,54 @@ def start_ranks(world_size: int, arguments: Sequence[str]) -> None:
     Raises:
         StageFailed: with the exit code and the message of the first rank that failed.
     """
-    env = {**os.environ, _STARTED: "1"}
-    if not visible_gpus():
-        cores = len(os.sched_getaffinity(0))
-        env.setdefault("OMP_NUM_THREADS", str(max(1, cores // world_size)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--local-addr", "127.0.0.1", f"--nproc-per-node={world_size}"]
+    cores = 1 if visible_gpus() else max(1, len(os.sched_getaffinity(0)) // world_size)
+    shared = {"OMP_NUM_THREADS": str(cores), **os.environ, _STARTED: "1"}
+    shared |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    ranks = [{**shared, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world_size)]
     log.info("starting %d ranks", world_size)
-    run_minitron(command, arguments, env)
+    _run(arguments, ranks, "rank {}")
 
 
-def run_minitron(launcher: Sequence[str], arguments: Sequence[str], env: Mapping[str, str]) -> None:
-    """Run ``<launcher> -m nemo_minitron <arguments>`` to its end.
+def run_minitron(arguments: Sequence[str], env: Mapping[str, str]) -> None:
+    """Run ``minitron <arguments>`` to its end, in a process of its own.
 
     Raises:
-        StageFailed: with the exit code and the message of the process that failed (first).
+        StageFailed: with the exit code and the message of the process.
     """
-    with tempfile.TemporaryDirectory(prefix="minitron-") as folder:
+    _run(arguments, [env], "it")
+
+
+def _run(arguments: Sequence[str], environments: Sequence[Mapping[str, str]], name: str) -> None:
+    with tempfile.TemporaryDirectory(prefix="minitron-", ignore_cleanup_errors=True) as folder:
         verdict = Path(folder) / "verdict.json"
-        command = [*launcher, "-m", "nemo_minitron", *arguments]
-        code = supervise(command, {**env, _VERDICT_FILE: str(verdict)})
-        if code and verdict.exists():
-            said = json.loads(verdict.read_text())
-            raise StageFailed(said["message"], said["code"])
-        if code == TERMINATED:  # before it could say so
-            raise StageFailed("ended by a signal; run the same command again", code)
-        if code:
-            raise StageFailed(f"it was killed (exit code {code}); run the same command again", 1)
+        here = {_VERDICT_FILE: str(verdict), _STORE: str(Path(folder) / "store")}
+        command = [sys.executable, "-m", "nemo_minitron", *arguments]
+        outcome = supervise(command, [{**env, **here} for env in environments])
+        said = json.loads(verdict.read_text()) if verdict.exists() else {}
+    if outcome.killed is not None:
+        number, by = outcome.killed
+        raise StageFailed(f"{name.format(number)} {killed_by(by)}", 1)
+    if not outcome.code:
+        return
+    # Told to end, ranks may see first that another one has gone.
+    if said and (not outcome.told or said["code"] in (BAD_INPUT, PREEMPTED, outcome.code)):
+        raise StageFailed(said["message"], said["code"])
+    if outcome.code == INTERRUPTED:
+        raise StageFailed("interrupted; run the same command again", INTERRUPTED)
+    if outcome.code == TERMINATED:  # before it could say so
+        raise StageFailed("ended by a signal; run the same command again", TERMINATED)
+    raise StageFailed(f"ended with exit code {outcome.code} without saying why", outcome.code)
 
 
 def leave_verdict(code: int, message: str) -> None:
     """Tell the minitron that started this process why it failed, unless another rank did."""
     if _VERDICT_FILE in os.environ:
-        with contextlib.suppress(OSError), open(os.environ[_VERDICT_FILE], "x") as file:
-            json.dump({"code": code, "message": message}, file)
+        draft = Path(f"{os.environ[_VERDICT_FILE]}.{os.getpid()}")
+        with contextlib.suppress(OSError):
+            draft.write_text(json.dumps({"code": code, "message": message}))
+            os.link(draft, os.environ[_VERDICT_FILE])  # whole, and only if there is none
 
 
-def supervise(command: Sequence[str], env: Mapping[str, str]) -> int:
-    """Run a command to its end; what would end this process ends the command first.
-
-    Returns:
-        Its exit code, 128 + n when signal n killed it; 143 when it failed after SIGTERM was passed
-        on to it (torchrun answers that with 1).
-    """
-    # Its own session: Ctrl-C then reaches it once, from here, and not also from the terminal.
-    child = subprocess.Popen(
-        command, env=dict(env), start_new_session=True, preexec_fn=die_with_parent
-    )
-    with _forwarded_signals(child) as passed_on:
-        code = child.wait()
-    if code and signal.SIGTERM in passed_on:
-        return TERMINATED
-    return code if code >= 0 else 128 - code
-
-
-@contextlib.contextmanager
-def _forwarded_signals(child: "subprocess.Popen[bytes]") -> Iterator[set[int]]:
-    """Pass signals on. All but Ctrl-C become SIGTERM: the one that torchrun passes on in turn.
-
-    Yields:
-        Those that were passed on.
-    """
-    passed_on: set[int] = set()
-
-    def forward(number: int, _: FrameType | None) -> None:
-        sent = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
-        passed_on.add(sent)
-        child.send_signal(sent)
-
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-    before = {number: signal.signal(number, forward) for number in numbers}
-    try:
-        yield passed_on
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent dies, so that no rank outlives a kill -9."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def store_address() -> Path | None:
+    """File in which rank 0 says where the others find it; None where a launcher says that."""
+    return Path(os.environ[_STORE]) if started_by_us() and _STORE in os.environ else None

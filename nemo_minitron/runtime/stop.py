@@ -1,15 +1,17 @@
 """Stopping between two steps of work when a scheduler asks for it."""
 
+import os
 import signal
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 
-from nemo_minitron.errors import Preempted
+from nemo_minitron.errors import Preempted, RankKilled
+from nemo_minitron.runtime import endings, peers
 from nemo_minitron.runtime.launch import device
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = endings.STOP
 
 
 class StopOnRequest:
@@ -22,6 +24,7 @@ class StopOnRequest:
         keep its trainer, the model and the groups alive.
         """
         self._asked = False
+        self._process = os.getpid()
         self._before = {number: signal.getsignal(number) or signal.SIG_DFL for number in SIGNALS}
 
     def __enter__(self) -> "StopOnRequest":
@@ -36,6 +39,11 @@ class StopOnRequest:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a writer that was forked goes on
+        gone = peers.killed()
+        if gone is not None:  # its launcher ends this one too; there is nobody to agree with
+            raise RankKilled(f"rank {gone} was killed; run the same command again")
         self._asked = True
 
     def asked(self) -> bool:

@@ -9,8 +9,9 @@ import multiprocessing
 import signal
 from multiprocessing.managers import SyncManager
 
+from nemo_minitron.runtime import endings
 from nemo_minitron.runtime.extensions import before_megatron
-from nemo_minitron.runtime.ranks import die_with_parent
+from nemo_minitron.runtime.supervise import die_with_parent
 
 
 def start_writer_helper() -> None:
@@ -22,12 +23,13 @@ def start_writer_helper() -> None:
     module = writer_module()
     if module._results_queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-        manager.start(initializer=_stay)
+        with endings.held():  # it starts with signals held back, and never takes them
+            manager.start(initializer=_stay)
         module._results_queue = manager.Queue()  # it holds the manager
 
 
 def _stay() -> None:
     """Outlive the signals that ask to stop, but not the process that writes checkpoints."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+    for number in endings.ALL:
         signal.signal(number, signal.SIG_IGN)
     die_with_parent()

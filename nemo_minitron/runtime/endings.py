@@ -1,0 +1,164 @@
+"""How this process takes the signals that ask it to end: at any moment, and without a traceback.
+
+A signal becomes an exception that is no ``Exception``, so that it unwinds the stack through
+libraries and working folders are removed, or kept to resume. Ctrl-C does not become
+``KeyboardInterrupt``: Lightning takes that one for its own and ends the process. A library that
+swallows even this one, or turns it into an error of its own, does not change how the job ends.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+from nemo_minitron.errors import (
+    INTERRUPTED,
+    Interrupted,
+    Preempted,
+    RankKilled,
+    Terminated,
+    verdict,
+)
+
+STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+ALL = (signal.SIGINT, *STOP)
+_PATIENCE = 5.0
+"""Seconds after which an exception that did not arrive is raised again."""
+
+Ending = Interrupted | Preempted | RankKilled | Terminated
+ENDINGS = (Interrupted, Preempted, RankKilled, Terminated)
+Meaning = Callable[[], Ending]
+
+
+class _Request:
+    """What a signal asked for in this process."""
+
+    def __init__(self) -> None:
+        """Nothing yet."""
+        self.process = os.getpid()
+        self.meaning: Meaning = _terminated
+        self.error: Ending | None = None
+        self.since = 0.0
+        self.again: threading.Timer | None = None
+        self.command = "minitron"
+        self.closed = False
+
+
+def _terminated() -> Ending:
+    return Terminated("a signal asked to stop")
+
+
+_request = _Request()
+
+
+def begin(command: str) -> None:
+    """Take the signals from the first moment of a command line.
+
+    Args:
+        command: what the last line starts with.
+    """
+    _request.command = command
+    for number in ALL:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, _ask)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ALL)  # whoever started this one held them back
+
+
+def end() -> None:
+    """Be deaf from now on: the exit code is decided, and Python shuts down."""
+    for number in ALL:
+        signal.signal(number, signal.SIG_IGN)
+    arrived()
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Signals wait; a process that is started here starts with them waiting, for its ``begin``."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ALL)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def taken(command: str, meaning: Meaning) -> Iterator[None]:
+    """Inside, a signal that asks to stop means what the job says.
+
+    Args:
+        command: what the last line starts with.
+        meaning: gives the exception to raise.
+    """
+    kept = vars(_request).copy()
+    _request.process, _request.command, _request.meaning = os.getpid(), command, meaning
+    _request.error, _request.closed = None, False
+    before = {n: signal.signal(n, _ask) for n in ALL if signal.getsignal(n) is not signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        arrived()
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        error = _request.error
+        vars(_request).update(kept)
+        _request.error = error
+
+
+def close() -> None:
+    """How the job ends is decided: until it is over a signal changes nothing any more."""
+    arrived()
+    _request.closed = True
+
+
+def asked() -> Ending | None:
+    """What a signal asked for, whatever became of the exception."""
+    return _request.error
+
+
+def say(command: str, error: BaseException) -> int:
+    """The last line of a command that did not get as far as its job; gives the exit code."""
+    code, message = verdict(command.rpartition(" ")[2], asked() or error, None)
+    sys.stderr.write(f"{command}: {message}\n")
+    return code
+
+
+def _ask(number: int, _: FrameType | None) -> None:
+    if os.getpid() != _request.process:  # a copy made by fork; its parent says what is to be said
+        os._exit(128 + number)
+    if _request.closed:
+        return
+    if _request.error is None:
+        _request.error = Interrupted("Ctrl-C") if number == signal.SIGINT else _request.meaning()
+        _raise_again(number)
+        raise _request.error
+    if not _overdue():  # SLURM sends several: clean up in peace
+        return
+    if _request.again is not None:
+        _raise_again(number)
+        raise _request.error
+    if number == signal.SIGINT:  # pressed again, while it cleans up
+        sys.stderr.write(f"{_request.command}: interrupted; run the same command again\n")
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
+
+
+def _overdue() -> bool:
+    return time.monotonic() - _request.since >= _PATIENCE
+
+
+def _raise_again(number: int) -> None:
+    _request.again = threading.Timer(_PATIENCE + 0.1, os.kill, (os.getpid(), number))
+    _request.again.daemon = True
+    _request.again.start()
+    _request.since = time.monotonic()
+
+
+def arrived() -> None:
+    """Say that the exception reached somebody who ends the job: it need not be raised again."""
+    again, _request.again = _request.again, None
+    if again is not None:
+        again.cancel()
