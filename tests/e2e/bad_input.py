@@ -186,7 +186,8 @@ def write_scores(folder: Path, model: Path, **axes: torch.Tensor | None) -> None
         "layer": (config.num_layers,),
     }
     random = {axis: torch.rand(shape) for axis, shape in shapes.items()}
-    scores = Scores(**{**random, **axes}, meta={"model": model_meta(config)})
+    given = {axis: values for axis, values in {**random, **axes}.items() if values is not None}
+    scores = Scores(**given, meta={"model": model_meta(config)})
     data = DataConfig(path=str(model))
     cfg = ImportanceConfig(checkpoint=str(model), data=data, output_dir=str(folder))
     with output_folder(cfg, "importance", {"checkpoint": model}) as work:
