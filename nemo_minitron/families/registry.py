@@ -22,6 +22,8 @@ FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 _CODE = ("auto_map", "custom_pipelines")
 # What the weights are stored in, which no stage changes.
 _DTYPES = ("torch_dtype", "dtype")
+# Of a Qwen; transformers 5 writes the second.
+_EXPERTS, _RENAMED = "num_experts", "num_local_experts"
 # The first finds the sizes that changed, the second what the source left out and now has to say.
 _PASSES = 4
 
@@ -138,10 +140,11 @@ def written_config(config: ModelConfig) -> dict[str, Any]:
     if not {"model_type", "architectures"} & set(source):  # a part of one, or GGUF, or Megatron
         return wanted
     layers = of_layers(source)
+    wanted = _spelled(wanted, source)
     wanted = {key: value for key, value in wanted.items() if key not in {*_DTYPES, *layers}}
     written = source
     for _ in range(_PASSES):
-        said = _said(family, written)
+        said = _spelled(_said(family, written), source)
         changed = {k: v for k, v in wanted.items() if k not in said or said[k] != v}
         if not changed:
             return written
@@ -150,6 +153,16 @@ def written_config(config: ModelConfig) -> dict[str, Any]:
             if key in source and source[key] in layers[key]:
                 written[key] = neutral[0]
     return {**written, **wanted}
+
+
+def _spelled(values: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
+    """The same with the number of experts under the name that the source has for it."""
+    if _RENAMED not in source or _EXPERTS not in values:
+        return values
+    spelled = {**values, _RENAMED: values[_EXPERTS]}
+    if _EXPERTS not in source:
+        del spelled[_EXPERTS]
+    return spelled
 
 
 def _said(family: Family, hf: dict[str, Any]) -> dict[str, Any]:

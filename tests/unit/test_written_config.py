@@ -30,6 +30,10 @@ SOURCES: dict[str, dict[str, Any]] = {
     **PUBLISHED,
     "of transformers 5": NEW_ROPE,
     "with a key that was passed over": {**LLAMA31_8B, "embedding_multiplier": 12.0},
+    "experts under their other name": {
+        **{key: value for key, value in PUBLISHED["Qwen3-30B-A3B"].items() if key != "num_experts"},
+        "num_local_experts": 128,
+    },
     "a window that nothing leaves": {**MISTRAL_NEMO, "sliding_window": 128000},
 }
 
