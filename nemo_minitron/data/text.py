@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nemo_minitron.checkpoint.manifest import MANIFEST, read_manifest
 from nemo_minitron.config.training import DataConfig
 from nemo_minitron.data.formats import COMPRESSIONS, FORMS, form_of, texts_of
 
@@ -72,8 +73,21 @@ def find_source(path: str | Path) -> Source:
     raise ValueError(f"data.path={path} does not exist; set data.path to {_FORMS}")
 
 
+# In a result of ``generate`` these are about its data, and none.
+_ABOUT_A_RESULT = (MANIFEST, "metrics.json")
+
+
+def _is_result(path: Path) -> bool:
+    try:
+        return read_manifest(path) is not None
+    except ValueError:  # somebody's own manifest.json
+        return False
+
+
 def _folder(path: Path) -> Source:
-    entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+    about = _ABOUT_A_RESULT if _is_result(path) else ()
+    named = (entry for entry in path.iterdir() if entry.name not in about)
+    entries = sorted(entry for entry in named if not entry.name.startswith("."))
     files = tuple(entry for entry in entries if form_of(entry) and not entry.is_dir())
     lost = [entry for entry in files if not entry.is_file()]
     if lost:
