@@ -297,7 +297,8 @@ class Ended:
     def wrong(self) -> str:
         """What is wrong with it; nothing when nothing is."""
         if self.code < 0:
-            return f"no end within {SECONDS} s" if self.code == -signal.SIGALRM else "killed"
+            late = self.code in (-signal.SIGALRM, -signal.SIGPROF)
+            return f"no end within {SECONDS} s" if late else "killed"
         if "Traceback" in self.said:
             return "traceback"
         if self.memory > MEMORY:
@@ -312,8 +313,10 @@ def _child(make: Callable[[], tuple[str, list[str]]], report: Path) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
     kind, words = make()
     report.write_text(json.dumps([kind, words]))
-    signal.alarm(SECONDS)
-    faulthandler.dump_traceback_later(SECONDS - 1)
+    # Of the processor, since the machine may be busy with other things; and six times as long at all.
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.alarm(6 * SECONDS)
+    faulthandler.dump_traceback_later(6 * SECONDS - 1)
     ending = run_line(words)
     report.write_text(json.dumps([kind, words, ending.code, ending.err[-4000:]]))
 

@@ -23,6 +23,10 @@ _TOO_DEEP = f"it is nested more than {DEEPEST} deep"
 _TOO_MANY = f"it stands for more than {_MOST_VALUES} values"
 
 
+class TooMuchError(ValueError):
+    """A text that is larger, deeper or stands for more values than any that is meant to be read."""
+
+
 def json_value(text: str | bytes) -> Any:
     """What a JSON text says.
 
@@ -32,7 +36,7 @@ def json_value(text: str | bytes) -> Any:
     try:
         value = json.loads(text)
     except RecursionError:
-        raise ValueError(_TOO_DEEP) from None
+        raise TooMuchError(_TOO_DEEP) from None
     opened = text.count("[") + text.count("{") if isinstance(text, str) else _opened(text)
     if opened > DEEPEST:
         _check_depth(value)
@@ -50,7 +54,7 @@ def _check_depth(value: Any) -> None:
         level = [item for items in inside for item in items if isinstance(item, dict | list)]
         if not level:
             return
-    raise ValueError(_TOO_DEEP)
+    raise TooMuchError(_TOO_DEEP)
 
 
 def _bounded(path: Path, largest: int) -> bytes:
@@ -120,13 +124,13 @@ class _Loader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             node = super().compose_node(parent, index)
             if id(node) not in self._values:
-                raise ValueError("an alias stands inside the part that it repeats")
+                raise TooMuchError("an alias stands inside the part that it repeats")
             return node
         self._composed += 1
         if self._depth > DEEPEST:
-            raise ValueError(_TOO_DEEP)
+            raise TooMuchError(_TOO_DEEP)
         if self._composed > _MOST_VALUES:
-            raise ValueError(_TOO_MANY)
+            raise TooMuchError(_TOO_MANY)
         self._depth += 1
         node = super().compose_node(parent, index)
         self._depth -= 1
@@ -134,7 +138,7 @@ class _Loader(yaml.SafeLoader):
         parts = [part for item in inside for part in (item if isinstance(item, tuple) else (item,))]
         count = 1 + sum(self._values[id(part)] for part in parts)
         if count > _MOST_VALUES:
-            raise ValueError(_TOO_MANY)
+            raise TooMuchError(_TOO_MANY)
         self._values[id(node)] = count
         return node
 
@@ -155,7 +159,9 @@ def yaml_value(text: str | bytes) -> Any:
         finally:
             loader.dispose()
     except RecursionError:
-        raise ValueError(_TOO_DEEP) from None
+        raise TooMuchError(_TOO_DEEP) from None
+    except TooMuchError:
+        raise
     except _YAML_ERRORS as error:
         raise ValueError(" ".join(f"it is no plain YAML: {error}".split())) from error
 
@@ -170,6 +176,22 @@ def read_yaml(path: Path) -> Any:
         return yaml_value(_bounded(path, LARGEST_YAML))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def refuse_too_much(path: Path) -> None:
+    """Refuse a YAML file that another reader is going to read, and that would keep it busy.
+
+    What else may be wrong with it is left to that reader.
+
+    Raises:
+        ValueError: names the file and what there is too much of.
+    """
+    try:
+        yaml_value(path.read_bytes())
+    except TooMuchError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    except (OSError, ValueError):
+        return
 
 
 def read_yaml_mapping(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_minitron.config import schema
 from nemo_minitron.config.stages import StageConfig
+from nemo_minitron.documents import refuse_too_much
 
 T = TypeVar("T")
 _PLAIN = re.compile(r"[A-Za-z_./][A-Za-z0-9_./-]*")
@@ -122,6 +123,10 @@ def opened(overrides: Iterable[str]) -> list[str]:
     return [f"++{o}" if o.startswith("megatron.") else o for o in overrides]
 
 
+_MOST_BRACKETS = 1000
+"""Of an override; Hydra's parser takes a few hundred inside each other."""
+
+
 def check_overrides(stage: str, overrides: Iterable[str], config_dir: str | None = None) -> None:
     """Refuse keys that the stage does not have, before Hydra composes anything.
 
@@ -136,12 +141,24 @@ def check_overrides(stage: str, overrides: Iterable[str], config_dir: str | None
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
+    overrides = list(overrides)
+    for override in overrides:
+        if sum(override.count(bracket) for bracket in "[{(") > _MOST_BRACKETS:
+            raise ValueError(f"{override[:40]}... has more than {_MOST_BRACKETS} brackets")
     known_groups = {*groups(stage), *_folders(config_dir)}
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
-        key = override.key_or_group
-        grouped = "/" in key or override.package is not None or key in known_groups
+    _check_files(config_dir, known_groups)
+    for parsed in OverridesParser.create().parse_overrides(overrides):
+        key = parsed.key_or_group
+        grouped = "/" in key or parsed.package is not None or key in known_groups
         if not grouped and key.split(".")[0] != "hydra":
             _check_key(stage, key)
+
+
+def _check_files(config_dir: str | None, known_groups: Iterable[str]) -> None:
+    """Refuse config files of the user that would keep Hydra busy for ever."""
+    for folder in ("", *sorted(known_groups)) if config_dir else ():
+        for path in sorted((Path(str(config_dir)) / folder).glob("*.yaml")):
+            refuse_too_much(path)
 
 
 def _folders(config_dir: str | None) -> list[str]:

@@ -101,3 +101,23 @@ def test_files_are_named(tmp_path):
         read_yaml(path)
     with pytest.raises(ValueError, match="cannot be read"):
         read_json_object(tmp_path)
+
+
+def test_experiment_files(tmp_path, capsys):
+    """Hydra reads them by itself, so they are looked at before it does."""
+    from nemo_minitron.cli import main
+
+    (tmp_path / "experiment").mkdir()
+    path = tmp_path / "experiment" / "mine.yaml"
+    for text in (bomb("[x,x,x,x,x,x,x,x,x]", "[{}]"), "a: " + "[" * 100_000):
+        path.write_text(text)
+        command = ["pipeline", "--config-dir", str(tmp_path), "experiment=mine"]
+        assert main([*command, f"output_dir={tmp_path / 'out'}"]) == 2
+        assert f"{path} cannot be read: it " in capsys.readouterr().err
+
+
+def test_overrides(capsys):
+    from nemo_minitron.cli import main
+
+    assert main(["import", "source=" + "[" * 100_000]) == 2
+    assert "has more than 1000 brackets" in capsys.readouterr().err
