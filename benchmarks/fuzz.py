@@ -313,7 +313,7 @@ def _child(make: Callable[[], tuple[str, list[str]]], report: Path) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
     kind, words = make()
     report.write_text(json.dumps([kind, words]))
-    # Of the processor, since the machine may be busy with other things; and six times as long at all.
+    # Of the processor, since the machine may be busy with other things.
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     signal.alarm(6 * SECONDS)
     faulthandler.dump_traceback_later(6 * SECONDS - 1)
