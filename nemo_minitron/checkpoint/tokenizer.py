@@ -4,30 +4,34 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from nemo_minitron.checkpoint.inside import inside
-from nemo_minitron.documents import json_value, read_json_object
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from nemo_minitron.documents import json_value
 
 logger = logging.getLogger(__name__)
 
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SENTENCEPIECE = "tokenizer.model"
-FILES = (
-    TOKENIZER_JSON,
-    TOKENIZER_CONFIG,
-    SENTENCEPIECE,
+AS_READ = "as_read"
+"""Folder in the tokenizer's of a result; see ``tokenizer_read``."""
+_PATTERNS = (
+    "tokenizer*.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
+    "*.model",
+    "tokenizer.model.*",
+    "*.tiktoken",
+    "tekken.json",
     "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
 )
 # Kinds of tokens in tokenizer.ggml.token_type
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
@@ -51,6 +55,12 @@ _PRE_TOKENIZERS: dict[str, list[Any]] = {
 }
 
 
+def names_in(folder: Path) -> list[str]:
+    """Names of the tokenizer's files in a Hugging Face folder, chat templates included."""
+    found = {path for pattern in _PATTERNS for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path.relative_to(folder).as_posix() for path in found)
+
+
 def check_same_tokens(one: Path, other: Path) -> None:
     """Refuse a student and a teacher whose tokenizers give the same id to different tokens.
 
@@ -61,7 +71,7 @@ def check_same_tokens(one: Path, other: Path) -> None:
     Raises:
         ValueError: names an id and its two tokens.
     """
-    files = [folder / TOKENIZER_JSON for folder in (one, other)]
+    files = [tokenizer_json(folder) for folder in (one, other)]
     if not all(file.is_file() for file in files):
         return
     texts = [file.read_bytes() for file in files]
@@ -76,6 +86,12 @@ def check_same_tokens(one: Path, other: Path) -> None:
             f"other tokens, such as {index}: {ours[index]!r} and {theirs[index]!r}; set student "
             "and teacher to models of one tokenizer"
         )
+
+
+def tokenizer_json(folder: Path) -> Path:
+    """The tokenizer.json that says which ids a text gets: as it was read at import, if kept."""
+    kept = folder / AS_READ / TOKENIZER_JSON
+    return kept if kept.is_file() else folder / TOKENIZER_JSON
 
 
 def tokens_by_id(text: bytes) -> dict[int, str]:
@@ -182,8 +198,9 @@ def save_tokenizer(source: Path, folder: Path) -> list[str]:
         ValueError: the GGUF tokenizer is of a kind that cannot be rebuilt.
     """
     if source.is_dir():
-        names = [name for name in FILES if (source / name).is_file()]
+        names = names_in(source)
         for name in names:
+            (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(inside(source, name), folder / name)
         return names
     tokenizer, config = _build_from_gguf(source)
@@ -191,46 +208,3 @@ def save_tokenizer(source: Path, folder: Path) -> list[str]:
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (folder / TOKENIZER_CONFIG).write_text(text, encoding="utf-8")
     return [TOKENIZER_JSON, TOKENIZER_CONFIG]
-
-
-def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
-    """Tokenizer that ``save_tokenizer`` put into ``folder``.
-
-    tokenizer.json is taken as it is: ``AutoTokenizer`` may rebuild it after its class name.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if not (folder / TOKENIZER_JSON).is_file():
-        raise ValueError(
-            f"{folder} holds no {TOKENIZER_JSON}: the model was imported without a tokenizer; "
-            f"import again from a source that has one, or set data.path to .npy token ids"
-        )
-    from transformers import PreTrainedTokenizerFast
-
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(str(folder))
-    except Exception as error:  # transformers and tokenizers raise whatever they come across
-        raise ValueError(
-            f"{folder} holds a tokenizer that transformers cannot load: {type(error).__name__}: "
-            f"{str(error).partition(chr(10))[0]}; import again from a source that has a right one"
-        ) from error
-
-
-def stop_ids(folder: Path, tokenizer: "PreTrainedTokenizerFast") -> frozenset[int]:
-    """Tokens that end a text: the tokenizer's, and those of ``generation_config.json``.
-
-    Raises:
-        ValueError: there is none.
-    """
-    found = {tokenizer.eos_token_id} - {None}
-    file = folder / "generation_config.json"
-    if file.is_file():
-        named = read_json_object(file).get("eos_token_id")
-        found |= {*(named if isinstance(named, list) else [named])} - {None}
-    if not found:
-        raise ValueError(
-            f"the tokenizer in {folder} names no end-of-sequence token (eos_token); set it in its "
-            "tokenizer_config.json and import the model again"
-        )
-    return frozenset(found)

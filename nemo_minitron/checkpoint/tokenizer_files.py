@@ -6,10 +6,10 @@ from typing import Any
 from nemo_minitron.checkpoint.hf_refusals import refuse_pointer
 from nemo_minitron.checkpoint.parts import Part, in_folder
 from nemo_minitron.checkpoint.tokenizer import (
-    FILES,
     SENTENCEPIECE,
     TOKENIZER_CONFIG,
     TOKENIZER_JSON,
+    names_in,
     tokens_by_id,
 )
 from nemo_minitron.documents import json_value
@@ -18,7 +18,7 @@ TokenizerFiles = dict[str, Part]
 """Name as in a Hugging Face folder -> where its bytes are."""
 _VOCAB_JSON = "vocab.json"
 # One of them makes a tokenizer; the others go with it.
-_CORE = (TOKENIZER_JSON, SENTENCEPIECE, _VOCAB_JSON)
+_CORE = (TOKENIZER_JSON, _VOCAB_JSON, "vocab.txt", "tekken.json", ".model", ".tiktoken")
 _BY_SUFFIX = {".json": TOKENIZER_JSON, ".model": SENTENCEPIECE}
 
 
@@ -28,19 +28,21 @@ def tokenizer_files(place: Path) -> TokenizerFiles:
     Raises:
         ValueError: one of them is kept elsewhere by Git LFS.
     """
-    for path in (place, *(place / name for name in FILES)):
+    names = names_in(place) if place.is_dir() else []
+    for path in (place, *(place / name for name in names)):
         refuse_pointer(path)
     if place.is_file():
         name = _BY_SUFFIX.get(place.suffix)
         return {name: Part(place, 0, place.stat().st_size)} if name else {}
     find = in_folder(place)
-    found = {name: part for name in FILES if (part := find(name)) is not None}
-    return found if any(name in found for name in _CORE) else {}
+    found = {name: part for name in names if (part := find(name)) is not None}
+    return found if any(name.endswith(_CORE) for name in found) else {}
 
 
 def write_tokenizer(files: TokenizerFiles, folder: Path) -> None:
     """Put the files into an existing folder."""
     for name, part in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(part.read())
 
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from nemo_minitron.checkpoint.tokenizer import AS_READ, TOKENIZER_CONFIG, tokenizer_json
+from nemo_minitron.checkpoint.tokenizer_read import has_as_read, load_tokenizer
 from nemo_minitron.config.training import DataConfig
 from nemo_minitron.data.cache import Barrier, build_once, no_barrier
 from nemo_minitron.data.formats import suffix_of
@@ -79,49 +81,44 @@ class TextTokenizer:
     """The checkpoint's tokenizer as plain text -> ids, no special tokens added by itself."""
 
     def __init__(self, folder: Path) -> None:
-        """Read ``tokenizer.json`` and the end-of-sequence token beside it.
+        """Read what import kept, or the files of a result of an earlier version.
 
         Args:
-            folder: a Hugging Face fast-tokenizer folder.
+            folder: ``checkpoint/tokenizer`` of a result.
 
         Raises:
-            ValueError: a file is missing, or no end-of-sequence token is named.
+            ValueError: there is no usable tokenizer, or it names no end-of-sequence token.
         """
         from tokenizers import Tokenizer
 
-        file = folder / "tokenizer.json"
-        if not file.is_file():
-            raise ValueError(
-                f"{folder} holds no tokenizer.json, which text needs; use a checkpoint that was "
-                "imported with its fast tokenizer, or set data.path to a .bin/.idx prefix or .npy"
-            )
-        self._tokenizer = Tokenizer.from_file(str(file))
+        if has_as_read(folder):  # which takes no transformers
+            self._tokenizer = Tokenizer.from_file(str(tokenizer_json(folder)))
+            config = read_json_object(folder / AS_READ / TOKENIZER_CONFIG)
+            whole, token = not config.get("split_special_tokens"), config.get("eos_token")
+            token = token.get("content") if isinstance(token, dict) else token
+        else:
+            loaded = load_tokenizer(folder)
+            self._tokenizer = loaded.backend_tokenizer
+            whole, token = not loaded.split_special_tokens, loaded.eos_token
+        self._tokenizer.encode_special_tokens = not whole
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        token = _eos_token(folder)
         eod = None if token is None else self._tokenizer.token_to_id(token)
         if eod is None:
             raise ValueError(
                 f"the tokenizer in {folder} names no end-of-sequence token of its vocabulary "
-                f"(eos_token={token!r}); set eos_token in its tokenizer_config.json"
+                f"(eos_token={token!r}); set eos_token in its tokenizer_config.json and import the "
+                "model again"
             )
         self.eod: int = eod
         """Id that ends every document."""
-        self.digest = hashlib.sha256(file.read_bytes() + str(eod).encode()).hexdigest()
+        text = f"{eod} {whole} {self._tokenizer.to_str()}"
+        self.digest = hashlib.sha256(text.encode()).hexdigest()
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, the end-of-document id appended. int64, ``[tokens + 1]`` each."""
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array([*encoding.ids, self.eod], dtype=np.int64) for encoding in encodings]
-
-
-def _eos_token(folder: Path) -> str | None:
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if (folder / name).is_file():
-            token = read_json_object(folder / name).get("eos_token")
-            if token is not None:
-                return str(token["content"] if isinstance(token, dict) else token)
-    return None
 
 
 def document_order(count: int, seed: int) -> np.ndarray:

@@ -26,11 +26,13 @@ class Answers:
         groups: ParallelGroups,
         vocab_size: int,
         tokenizer: Any,
+        stops: frozenset[int],
         *,
         batch_size: int,
         multiple: int,
     ) -> None:
-        """Arguments are those of ``RequestScorer``, and the model's tokenizer."""
+        """Arguments are those of ``RequestScorer``, the tokenizer and tokens that end a text."""
+        self.stops = stops
         self.chunks, self.groups, self.vocab_size = chunks, groups, vocab_size
         self.tokenizer, self.batch_size = tokenizer, batch_size
         self.scorer = RequestScorer(
@@ -62,14 +64,14 @@ class Answers:
         model = CachedModel(self.chunks[0], self.groups, self.vocab_size)
         dp, count = self.groups.dp, len(asked.prompts)
         mine = range(count)[dp.rank() :: dp.size()]
-        stops, ended = frozenset([self.tokenizer.eos_token_id]), self._ended(asked.stop)
+        ended = self._ended(asked.stop)
         texts: dict[int, list[int]] = {}
         with progress("writing answers", len(mine)) as advance:
             for start in range(0, len(mine), self.batch_size):
                 rows = mine[start : start + self.batch_size]
                 prompts = [asked.prompts[row] for row in rows]
                 draws = torch.zeros(len(rows), asked.max_new_tokens, dtype=torch.float64)
-                found = continue_prompts(model, prompts, GREEDY, draws, stops, ended)
+                found = continue_prompts(model, prompts, GREEDY, draws, self.stops, ended)
                 texts |= dict(zip(rows, found, strict=True))
                 advance(len(rows))
         shares: list[Any] = [None] * dp.size()

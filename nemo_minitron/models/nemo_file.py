@@ -45,7 +45,7 @@ def result_config(result: Path, parallel: ParallelConfig) -> DictConfig:
         parallel: the initialised layout.
     """
     checkpoint = result / "checkpoint"
-    tokenizer = sorted((checkpoint / "tokenizer").glob("*"))
+    tokenizer = sorted(p for p in (checkpoint / "tokenizer").glob("*") if p.is_file())
     return OmegaConf.create(
         {
             "gpt": asdict(ModelConfig.load(checkpoint)),

@@ -4,7 +4,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.checkpoint.tokenizer import TOKENIZER_JSON
+from nemo_minitron.checkpoint.tokenizer_files import tokenizer_files
+from nemo_minitron.checkpoint.tokenizer_read import load_tokenizer, stop_ids
 from nemo_minitron.config.inference import EvaluateConfig
 from nemo_minitron.config.layout import check_cached
 from nemo_minitron.config.model import ModelConfig
@@ -27,11 +28,13 @@ def check_tasks(cfg: EvaluateConfig, model: ModelConfig, *, export: bool) -> Non
         ValueError: names the task or key, and the way out.
     """
     folder = Path(cfg.checkpoint) if export else Path(cfg.checkpoint) / "checkpoint" / "tokenizer"
-    if not (folder / TOKENIZER_JSON).is_file():
+    if not tokenizer_files(folder):
         raise ValueError(
             f"tasks={','.join(cfg.tasks)} are text, and checkpoint={cfg.checkpoint} has no "
-            f"{TOKENIZER_JSON}; import the model from a source that has its tokenizer"
+            "tokenizer; import the model from a source that has one"
         )
+    if not export:
+        load_tokenizer(folder)
     check_installed()
     limit = model.max_seq_length
     if limit is not None and max_length(cfg, model) > limit:
@@ -73,18 +76,19 @@ def answer_tasks(
     groups: "ParallelGroups",
 ) -> dict[str, Any]:
     """Metrics of a Megatron model; rank 0 runs lm-eval, and every rank the model (collective)."""
-    from nemo_minitron.checkpoint.tokenizer import load_tokenizer
     from nemo_minitron.evaluation.answers import Answers
     from nemo_minitron.evaluation.lm_eval_models import MegatronLM
     from nemo_minitron.evaluation.lockstep import led_by_first
 
-    tokenizer = load_tokenizer(Path(cfg.checkpoint) / "checkpoint" / "tokenizer")
+    folder = Path(cfg.checkpoint) / "checkpoint" / "tokenizer"
+    tokenizer = load_tokenizer(folder)
     start = time.monotonic()
     answers = Answers(
         chunks,
         groups,
         model.vocab_size,
         tokenizer,
+        stop_ids(folder, tokenizer, model.hf.get("eos_token_id")),
         batch_size=cfg.lm_eval.batch_size,
         multiple=cfg.parallel.sequence_multiple,
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.checkpoint.artifact import check_output
-from nemo_minitron.checkpoint.tokenizer import load_tokenizer, stop_ids
+from nemo_minitron.checkpoint.tokenizer_read import load_tokenizer, stop_ids
 from nemo_minitron.config.inference import GenerateConfig
 from nemo_minitron.config.layout import check_cached, check_layout
 from nemo_minitron.config.model import ModelConfig
@@ -46,7 +46,7 @@ def _prompts(cfg: GenerateConfig, model: ModelConfig) -> tuple[list[Prompt], Any
     """Prompts, tokenizer, and the tokens that end a text."""
     folder = Path(cfg.checkpoint) / "checkpoint" / "tokenizer"
     tokenizer = load_tokenizer(folder)
-    stops = stop_ids(folder, tokenizer)
+    stops = stop_ids(folder, tokenizer, model.hf.get("eos_token_id"))
     return read_prompts(cfg, tokenizer, model.max_position_embeddings), tokenizer, stops
 
 

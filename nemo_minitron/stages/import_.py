@@ -37,8 +37,10 @@ from nemo_minitron.checkpoint.tokenizer_files import (
     vocabulary_size,
     write_tokenizer,
 )
+from nemo_minitron.checkpoint.tokenizer_read import keep_as_read
 from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.config.stages import ImportConfig
+from nemo_minitron.documents import read_json_object
 from nemo_minitron.families.table import Family, parameter_count
 from nemo_minitron.reporting.console import progress, show_table
 from nemo_minitron.stages.recipe import import_entry
@@ -91,7 +93,8 @@ def open_source(
         )
     if tokenizer is not None and not tokenizer_files(Path(tokenizer)):
         raise ValueError(
-            f"tokenizer={tokenizer} is no folder with tokenizer.json, tokenizer.model or vocab.json"
+            f"tokenizer={tokenizer} is no folder with tokenizer.json, tokenizer.model or another "
+            "vocabulary of a tokenizer"
         )
     try:
         _refuse_results(path)
@@ -128,6 +131,7 @@ def _open_hf(path: Path, tokenizer: str | None, source_ignore: Sequence[str]) ->
 
     def save_extras(folder: Path) -> None:
         save_tokenizer(Path(tokenizer or path), folder)
+        keep_as_read(folder, read_json_object(path / CONFIG_JSON) if path.is_dir() else hf_config)
         copy_generation_config(path, folder)
 
     return Opened(family, config, store, save_extras)
@@ -163,6 +167,7 @@ def _open_megatron(path: Path, tokenizer: str | None, vocab_size: int | None) ->
 
     def save_extras(folder: Path) -> None:
         write_tokenizer(found.tokenizer, folder)
+        keep_as_read(folder, found.family.to_hf(found.config))
         if found.generation:
             text = json.dumps(found.generation, indent=2, sort_keys=True) + "\n"
             (folder / GENERATION_JSON).write_text(text)

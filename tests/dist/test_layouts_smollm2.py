@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_minitron.checkpoint.tokenizer import load_tokenizer
+from nemo_minitron.checkpoint.tokenizer_read import load_tokenizer
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import ImportConfig, PruningConfig, TargetConfig
 from nemo_minitron.stages import import_

@@ -11,7 +11,7 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nemo_minitron.checkpoint.tokenizer import load_tokenizer
+from nemo_minitron.checkpoint.tokenizer_read import load_tokenizer
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.stages import ImportConfig
 from nemo_minitron.stages import import_

@@ -31,7 +31,7 @@ def save_tokenizer(folder: Path, texts: list[str], vocab_size: int = 400) -> int
     )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": EOS}}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOS}))
     return int(tokenizer.get_vocab_size())
 
 

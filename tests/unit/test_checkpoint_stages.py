@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_minitron.checkpoint.artifact import open_result
-from nemo_minitron.checkpoint.tokenizer import load_tokenizer, save_tokenizer
+from nemo_minitron.checkpoint.tokenizer import save_tokenizer
+from nemo_minitron.checkpoint.tokenizer_read import load_tokenizer
 from nemo_minitron.config.stages import ExportConfig, ImportConfig
 from nemo_minitron.stages import export, import_
 from tests.unit.gguf_fixtures import TEXT, llama, write_gguf

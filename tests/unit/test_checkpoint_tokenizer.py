@@ -4,7 +4,8 @@ import pytest
 from gguf import GGUFWriter
 from transformers import AutoTokenizer
 
-from nemo_minitron.checkpoint.tokenizer import load_tokenizer, save_tokenizer
+from nemo_minitron.checkpoint.tokenizer import save_tokenizer
+from nemo_minitron.checkpoint.tokenizer_read import load_tokenizer
 from tests.unit.gguf_fixtures import SPECIAL, TEXT, llama, tokenizer, write_gguf
 
 TRICKY = [
