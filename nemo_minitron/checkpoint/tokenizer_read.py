@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from nemo_minitron.checkpoint.inside import inside
 from nemo_minitron.checkpoint.tokenizer import (
     AS_READ,
     TOKENIZER_CONFIG,
@@ -173,7 +174,7 @@ def _opened(
         for name in names:
             link = Path(scratch, name)
             link.parent.mkdir(exist_ok=True)
-            link.symlink_to((folder / name).resolve())
+            link.symlink_to(inside(folder, name).resolve())
         plain = {key: value for key, value in config.items() if key != _CODE}
         Path(scratch, "config.json").write_text(json.dumps(plain))
         if tokenizer_config is not None:
