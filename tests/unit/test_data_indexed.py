@@ -1,5 +1,6 @@
 """Text -> .bin/.idx -> GPTDataset: exact, leak-free, cached, checked."""
 
+import json
 import threading
 
 import numpy as np
@@ -207,7 +208,8 @@ def test_too_short_and_wrong_tokenizers_are_refused(tmp_path, corpus):
     with pytest.raises(ValueError, match=r"holds no tokenizer.json"):
         check_data(data_config(path), tokenizer_dir=tmp_path)
     (tmp_path / "tokenizer.json").write_bytes((tokenizer_dir / "tokenizer.json").read_bytes())
-    (tmp_path / "tokenizer_config.json").write_text("{}")
+    plain = {"tokenizer_class": "PreTrainedTokenizerFast"}  # others have an end token by default
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(plain))
     with pytest.raises(ValueError, match=r"names no end-of-sequence token"):
         check_data(data_config(path), tokenizer_dir=tmp_path)
 
