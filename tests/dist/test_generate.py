@@ -231,7 +231,8 @@ def test_keys_that_cannot_be(home, tmp_path, keys, says):
 def test_a_chat_template(ranks, home, tmp_path):
     def add(folder: Path) -> None:
         template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[answer] "
-        (folder / "tokenizer" / "chat_template.jinja").write_text(template)
+        for place in (folder / "tokenizer", folder / "tokenizer" / "as_read"):
+            (place / "chat_template.jinja").write_text(template)
 
     model = edited(home / "model", tmp_path / "chat", add)
     messages = [{"role": "system", "content": "be"}, {"role": "user", "content": "d1w1"}]
