@@ -8,7 +8,8 @@ import numpy as np
 
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.training import DataConfig
-from nemo_minitron.data.indexed import Index, TextTokenizer, check_ids, check_text, read_index
+from nemo_minitron.data.indexed import TextTokenizer, check_ids, check_text
+from nemo_minitron.data.pair import Index, read_index
 from nemo_minitron.data.splits import (
     check_num_samples,
     check_tokens,

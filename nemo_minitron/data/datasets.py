@@ -21,7 +21,8 @@ from torch.utils.data import Dataset
 from nemo_minitron.config.training import DataConfig
 from nemo_minitron.data.cache import Barrier, build_once, no_barrier
 from nemo_minitron.data.checks import check_index, check_npy, scan_ids
-from nemo_minitron.data.indexed import TextTokenizer, build_indexed, read_index
+from nemo_minitron.data.indexed import TextTokenizer, build_indexed
+from nemo_minitron.data.pair import read_index
 from nemo_minitron.data.splits import (
     SPLITS,
     check_num_samples,

@@ -1,17 +1,16 @@
 """Text -> Megatron's ``.bin``/``.idx`` pair, kept in a cache folder named by what went into it.
 
-The pair is written in two passes, both with Megatron's own builder: documents are tokenised in
-file order, then copied in the order that ``data.seed`` draws, so that Megatron's split into
-contiguous runs is a random split of documents. Memory holds a batch of texts, never the corpus.
+The pair is written in two passes: documents are tokenised in file order, then copied in the order
+that ``data.seed`` draws, so that Megatron's split into contiguous runs is a random split of
+documents. Memory holds a batch of texts, never the corpus.
 """
 
 import hashlib
 import json
 import logging
-import struct
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,59 +21,20 @@ from nemo_minitron.checkpoint.tokenizer_read import has_as_read, load_tokenizer
 from nemo_minitron.config.training import DataConfig
 from nemo_minitron.data.cache import Barrier, build_once, no_barrier
 from nemo_minitron.data.formats import suffix_of
+from nemo_minitron.data.long_texts import PIECE, encode_long
+from nemo_minitron.data.pair import write_index
 from nemo_minitron.data.splits import check_documents, check_tokens
 from nemo_minitron.data.text import Source, no_documents, read_documents, unique_documents
 from nemo_minitron.documents import read_json_object
 from nemo_minitron.reporting.console import progress
-from nemo_minitron.runtime.extensions import before_megatron
 
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1  # part of every cache key: raise it when the content of a cache folder changes
 _PREFIX = "tokens"
 _BATCH_CHARACTERS = 1 << 20
+_COPIED = 1 << 16  # documents between two steps of the progress bar
 _HASH_CONTENT_UP_TO = 1 << 30
-_HEADER = b"MMIDIDX\x00\x00"
-_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
-
-
-@dataclass(frozen=True)
-class Index:
-    """The ``.idx`` of a Megatron pair, read without Megatron."""
-
-    dtype: np.dtype
-    lengths: np.ndarray
-    """Tokens of each sequence."""
-    documents: np.ndarray
-    """First sequence of each document, and one past the last sequence at the end."""
-
-
-def read_index(prefix: Path) -> Index:
-    """Read and check the ``.idx`` of a ``.bin``/``.idx`` pair.
-
-    Raises:
-        ValueError: not such an index, of a token type that is not integer, or cut short, or the
-            ``.bin`` has another size than the index says.
-    """
-    path = Path(f"{prefix}.idx")
-    raw = path.read_bytes()
-    if len(raw) < 34 or raw[:9] != _HEADER:
-        raise ValueError(f"data.path: {path} is not a Megatron index (wrong header)")
-    version, code, sequences, documents = struct.unpack_from("<QBQQ", raw, 9)
-    if version != 1 or code not in _DTYPES:
-        raise ValueError(f"data.path: {path} has version {version}, token type {code}: unknown")
-    if len(raw) < 34 + 12 * sequences + 8 * documents:
-        raise ValueError(f"data.path: {path} is cut short; write the .bin/.idx pair again")
-    lengths = np.frombuffer(raw, np.int32, sequences, 34)
-    starts = np.frombuffer(raw, np.int64, documents, 34 + 12 * sequences)
-    dtype = np.dtype(_DTYPES[code])
-    size, wanted = Path(f"{prefix}.bin").stat().st_size, int(lengths.sum(dtype=np.int64))
-    if size != wanted * dtype.itemsize:
-        raise ValueError(
-            f"data.path: {prefix}.bin has {size} bytes but its index names {wanted} tokens of "
-            f"{dtype.itemsize} bytes; the pair is damaged, write it again"
-        )
-    return Index(dtype, lengths, starts)
 
 
 class TextTokenizer:
@@ -116,9 +76,14 @@ class TextTokenizer:
         self.digest = hashlib.sha256(text.encode()).hexdigest()
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, the end-of-document id appended. int64, ``[tokens + 1]`` each."""
+        """Ids of each text, the end-of-document id appended. int32, ``[tokens + 1]`` each."""
+        if max(map(len, texts), default=0) > PIECE:
+            return [np.append(encode_long(text, self._ids), np.int32(self.eod)) for text in texts]
+        return [np.array([*ids, self.eod], dtype=np.int32) for ids in self._ids(texts)]
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array([*encoding.ids, self.eod], dtype=np.int64) for encoding in encodings]
+        return [encoding.ids for encoding in encodings]
 
 
 def document_order(count: int, seed: int) -> np.ndarray:
@@ -233,7 +198,8 @@ def _build(
     texts = unique_documents(read_documents(source, data), dropped)
     unordered = folder / "unordered"
     lengths = _tokenise(unordered, texts, source, tokenizer, vocab_size)
-    _reorder(unordered, folder / _PREFIX, document_order(len(lengths), data.seed))
+    order = document_order(len(lengths), data.seed)
+    _reorder(unordered, folder / _PREFIX, lengths, order, _dtype(vocab_size))
     logger.info("%s: %d documents, %d tokens", source.path, len(lengths), lengths.sum())
     if dropped["duplicates"]:
         logger.warning(
@@ -247,28 +213,25 @@ def _tokenise(
     prefix: Path, texts: Iterator[str], source: Source, tokenizer: TextTokenizer, vocab_size: int
 ) -> np.ndarray:
     """First pass: documents in reading order. Returns their lengths in tokens."""
-    before_megatron()
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=_dtype(vocab_size))
-    lengths: list[int] = []
+    where, dtype = f"the tokenizer gives data.path={source.path}", _dtype(vocab_size)
+    lengths = array("q")
     total, done = -(-source.size // 1024), 0
-    with progress("Tokenising (kB of text)", total) as advance:
+    with (
+        Path(f"{prefix}.bin").open("wb") as file,
+        progress("Tokenising (kB of text)", total) as advance,
+    ):
         while batch := _next_batch(texts):
             for ids in tokenizer.encode(batch):
-                check_ids(
-                    int(ids.max()), vocab_size, f"the tokenizer gives data.path={source.path}"
-                )
-                builder.add_document(ids, [len(ids)])
+                check_ids(int(ids.max()), vocab_size, where)
+                file.write(ids.astype(dtype).data)
                 lengths.append(len(ids))
-            read = min(sum(len(text.encode()) for text in batch) // 1024, total - done)
+            read = min(sum(map(len, batch)) // 1024, total - done)
             done += read
             advance(read)
         if done < total:
             advance(total - done)  # blanks, separators and repeats that no document holds
     if not lengths:
         raise no_documents(source)
-    builder.finalize(f"{prefix}.idx")
     return np.array(lengths, dtype=np.int64)
 
 
@@ -284,22 +247,25 @@ def _next_batch(texts: Iterator[str]) -> list[str]:
     return batch
 
 
-def _reorder(source: Path, target: Path, order: np.ndarray) -> None:
-    """Second pass: copy documents in ``order``, then drop the unordered pair."""
-    before_megatron()
-    from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
-
-    documents = IndexedDataset(str(source))
-    builder = IndexedDatasetBuilder(f"{target}.bin", dtype=documents.index.dtype)
-    with progress("Shuffling documents", len(order)) as advance:
-        for position in order:
-            ids = documents[int(position)]
-            builder.add_document(ids, [len(ids)])
-            advance()
-    builder.finalize(f"{target}.idx")
-    del documents
-    for suffix in (".bin", ".idx"):
-        Path(f"{source}{suffix}").unlink()
+def _reorder(
+    source: Path, target: Path, lengths: np.ndarray, order: np.ndarray, dtype: type[np.generic]
+) -> None:
+    """Second pass: copy documents in ``order``, then drop what the first wrote."""
+    ids = np.asarray(np.memmap(f"{source}.bin", dtype=dtype, mode="r"))
+    ends = np.cumsum(lengths)
+    with (
+        Path(f"{target}.bin").open("wb") as file,
+        progress("Shuffling documents", len(order)) as advance,
+    ):
+        for start in range(0, len(order), _COPIED):
+            chosen = order[start : start + _COPIED]
+            bounds = zip((ends - lengths)[chosen].tolist(), ends[chosen].tolist(), strict=True)
+            for begin, end in bounds:
+                file.write(ids[begin:end].data)
+            advance(len(chosen))
+    write_index(target, dtype, lengths[order])
+    del ids
+    Path(f"{source}.bin").unlink()
 
 
 def check_ids(largest: int, vocab_size: int, where: str, smallest: int = 0) -> None:

@@ -1,6 +1,7 @@
 """Text -> .bin/.idx -> GPTDataset: exact, leak-free, cached, checked."""
 
 import json
+import struct
 import threading
 
 import numpy as np
@@ -12,7 +13,8 @@ from tokenizers import Tokenizer
 from nemo_minitron.data.cache import build_once, cache_folder
 from nemo_minitron.data.checks import check_data
 from nemo_minitron.data.datasets import build_datasets, build_split, prepare_tokens
-from nemo_minitron.data.indexed import document_order, read_index
+from nemo_minitron.data.indexed import document_order
+from nemo_minitron.data.pair import read_index, write_index
 from tests.unit.data_fixtures import EOS, data_config, make_texts, save_tokenizer, write_jsonl
 
 TEXTS = make_texts(40)
@@ -310,3 +312,40 @@ def test_bad_npy_is_refused(tmp_path, ids, message):
     data = data_config(tmp_path / "a.npy", num_samples=3 if "num_samples" in message else None)
     with pytest.raises(ValueError, match=message):
         check_data(data, vocab_size=9)
+
+
+# ---- hostile and damaged indices
+
+
+@pytest.mark.parametrize(
+    ("at", "form", "value", "says"),
+    [
+        (18, "<Q", 1 << 60, r"cut short: it declares 1152921504606846976 sequences"),
+        (26, "<Q", (1 << 64) - 1, r"cut short: it declares 10 sequences and 18446744073709551615"),
+        (34, "<i", -50, r"a sequence of negative length"),
+        (34, "<i", 51, r"its index names 501 tokens"),
+        (34 + 40, "<q", -4, r"names tokens outside of"),
+        (34 + 40 + 72, "<q", 1 << 40, r"names tokens outside of"),
+        (34 + 120, "<q", 3, r"does not share its 10 sequences among documents"),
+        (34 + 120 + 16, "<q", 9, r"does not share its 10 sequences among documents"),
+        (26, "<Q", 0, r"does not share its 10 sequences among documents"),
+    ],
+)
+def test_what_an_index_declares_is_checked(tmp_path, at, form, value, says):
+    _write_pair(tmp_path / "a", [list(range(50)) for _ in range(10)])
+    path = tmp_path / "a.idx"
+    raw = bytearray(path.read_bytes())
+    struct.pack_into(form, raw, at, value)
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match=says):
+        read_index(tmp_path / "a")
+
+
+def test_the_pair_is_the_one_that_megatron_writes(tmp_path):
+    documents = [np.arange(n, dtype=np.int32) for n in (5, 1, 7)]
+    _write_pair(tmp_path / "theirs", documents)
+    (tmp_path / "ours.bin").write_bytes(b"".join(ids.tobytes() for ids in documents))
+    write_index(tmp_path / "ours", np.int32, np.array([5, 1, 7]))
+    for suffix in (".bin", ".idx"):
+        ours, theirs = (tmp_path / f"{name}{suffix}" for name in ("ours", "theirs"))
+        assert ours.read_bytes() == theirs.read_bytes()
