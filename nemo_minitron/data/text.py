@@ -129,7 +129,7 @@ def warn_unread(source: Source) -> None:
             _suffixes(),
         )
     empty = [file for file in source.files if file.stat().st_size == 0]
-    if empty and len(empty) < len(source.files):
+    if source.kind == TEXT and empty and len(empty) < len(source.files):
         logger.warning(
             "data.path=%s: %d files are empty: %s", source.path, len(empty), _named(empty)
         )

@@ -283,11 +283,11 @@ def test_data_keys_reach_every_check(refuses, tmp_path, stage):
 @pytest.mark.parametrize(
     ("write", "says"),
     [
-        (_no_data, "nowhere does not exist; set data.path to a .txt file, a folder of"),
+        (_no_data, "nowhere does not exist; set data.path to a file of one of the forms .txt"),
         (_empty_text, "holds no documents: every text in it is empty"),
         (_blank_text, "holds no documents: every text in it is empty"),
         (_empty_jsonl, "holds no documents: every text in it is empty"),
-        (_folder_without_text, "is a folder without .txt or .jsonl files"),
+        (_folder_without_text, "is a folder without a file of the forms .txt .jsonl"),
         (_no_rows, "has shape [0, 16]; it must be [samples, data.seq_length] with at least one"),
         (_empty_pair, "holds no documents"),
         (_short_text, "less than one sequence of data.seq_length=16 plus one; lower data.seq_len"),
@@ -395,11 +395,11 @@ def test_student_and_teacher_of_different_vocabularies(refuses, home, tmp_path):
     refuses("distill", "teacher has 999", says, teacher=larger)
 
     def swap(folder: Path) -> None:
-        path = folder / "tokenizer" / "tokenizer.json"
-        values = json.loads(path.read_text())
-        vocab = values["model"]["vocab"]
-        vocab["A"], vocab["B"] = vocab["B"], vocab["A"]
-        path.write_text(json.dumps(values))
+        for path in (folder / "tokenizer").rglob("tokenizer.json"):  # as_read/ too
+            values = json.loads(path.read_text())
+            vocab = values["model"]["vocab"]
+            vocab["A"], vocab["B"] = vocab["B"], vocab["A"]
+            path.write_text(json.dumps(values))
 
     other = edited(home / "model", tmp_path / "other", swap)
     says = "different vocabularies: 2 ids stand for other tokens, such as "
