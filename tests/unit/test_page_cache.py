@@ -1,6 +1,7 @@
 """Big files pass the page cache and come out whole."""
 
 import os
+import time
 
 import pytest
 import torch
@@ -67,7 +68,12 @@ def test_what_has_been_read_does_not_stay_in_memory(tmp_path):
     assert torch.equal(target, values)
     if before != 64:
         pytest.skip("this file system keeps nothing in memory")
-    assert cached_pages(path) == 0
+    for _ in range(20):  # the kernel keeps pages that it is just looking at itself
+        if cached_pages(path) == 0:
+            return
+        time.sleep(0.2)
+        read_into(path, 0, target)
+    pytest.fail("the file stays in memory")
 
 
 def test_nothing_to_read_lets_go_of_nothing(tmp_path, asked):
