@@ -7,7 +7,7 @@ among the tensors, ``common_state``. Both are pickles of one dictionary.
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.checkpoint.parts import Find, Part
+from nemo_minitron.checkpoint.parts import Find, Part, piece_of
 from nemo_minitron.checkpoint.safe_pickle import PICKLE_ERRORS, read_metadata, read_torch_file
 
 COMMON_PT = "common.pt"
@@ -58,6 +58,4 @@ def _object(where: Path, find: Find) -> Part | None:
         raise ValueError(f"{where / _METADATA} is damaged: {error}") from error
     if info is None:
         return None
-    if file is None or file.size < info.offset + info.length:
-        raise ValueError(f"{where / info.relative_path} is missing or truncated")
-    return Part(file.path, file.offset + info.offset, info.length)
+    return piece_of(where / info.relative_path, file, info.offset, info.length)

@@ -16,7 +16,7 @@ from nemo_minitron.checkpoint.manifest import (
     files_in,
     hash_files,
     now,
-    read_manifest,
+    result_in,
     versions,
 )
 from nemo_minitron.checkpoint.output_checks import REPLACED, added_files, old_of
@@ -93,10 +93,7 @@ def replace(work: Path, output: Path) -> None:
 
 def _remove_replaced(old: Path) -> None:
     """Remove a result that another has replaced, unless somebody put files there meanwhile."""
-    try:
-        added = added_files(old, read_manifest(old))
-    except ValueError:
-        added = added_files(old, None)
+    added = added_files(old, result_in(old))
     if added:
         (old / REPLACED).unlink()
         return log.warning("%s stays: it holds files that no stage wrote (%s)", old, added[0])

@@ -201,7 +201,8 @@ def _config(
         raise ValueError(f"{path} lacks the tensor token_embd.weight")
     _check_vocabulary(path, get, int(tensors["token_embd.weight"].shape[-1]))
     config = {
-        **_class_of(hidden, get("llama.attention.head_count")),
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
@@ -262,14 +263,6 @@ def _dtypes(path: Path, tensors: dict[str, ReaderTensor]) -> Callable[[ReaderTen
     kinds = {t.tensor_type for t in tensors.values() if len(t.shape) > 1}
     uniform = len(kinds) == 1 and kinds <= set(_PLAIN)
     return lambda tensor: _PLAIN[tensor.tensor_type] if uniform else torch.float32
-
-
-def _class_of(hidden: int, heads: int) -> dict[str, Any]:
-    """The class that transformers opens these sizes with; its Llama wants them to divide."""
-    if hidden % heads == 0:
-        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-    mistral = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
-    return {**mistral, "sliding_window": None}
 
 
 def open_gguf(path: Path, passed_over: Sequence[str] = ()) -> tuple[dict[str, Any], Store]:

@@ -172,6 +172,17 @@ def read_manifest(folder: Path) -> Manifest | None:
     return manifest if complete is True else None
 
 
+def result_in(folder: Path) -> Manifest | None:
+    """The manifest of a complete result; None where there is none, or none of ours that is whole.
+
+    For those who only ask what a folder is; a stage that reads it calls ``open_result``.
+    """
+    try:
+        return read_manifest(folder)
+    except ValueError:  # damaged, or the manifest.json of another program
+        return None
+
+
 def _check_names(manifest: Manifest) -> None:
     """Refuse a manifest that names files outside its folder, or is of other types than ours."""
     outside = [name for name in manifest.files if not is_inside(name)]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from nemo_minitron.checkpoint.manifest import MANIFEST, Manifest, files_in, read_manifest
+from nemo_minitron.checkpoint.manifest import MANIFEST, Manifest, files_in, result_in
 from nemo_minitron.checkpoint.ownership import is_ours, not_ours, owner_files
 from nemo_minitron.checkpoint.watched import read_paths
 from nemo_minitron.config.stages import StageConfig
@@ -128,11 +128,7 @@ def left_by_an_earlier_version(output: Path) -> bool:
     """
     if os.path.lexists(output):
         return False
-    try:
-        both = [read_manifest(folder) for folder in (partial_of(output), old_of(output))]
-    except ValueError:
-        return False
-    new, before = both
+    new, before = (result_in(folder) for folder in (partial_of(output), old_of(output)))
     return new is not None and before is not None and new.stage == before.stage
 
 

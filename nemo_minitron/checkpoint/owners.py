@@ -7,9 +7,10 @@ from typing import Any
 
 import psutil
 
+from nemo_minitron.runtime.peers import is_running
+
 STALE = 300.0
 """Seconds without a sign of life after which an owner on another host counts as gone."""
-_SAME_START = 2.0  # seconds by which two readings of one process's start may differ (clock steps)
 
 
 def signature() -> dict[str, Any]:
@@ -73,11 +74,8 @@ def _is_later_start_of(owner: dict[str, Any]) -> bool:
 
 def _runs(owner: dict[str, Any]) -> bool:
     try:
-        process = psutil.Process(owner["pid"])
-        if process.status() == psutil.STATUS_ZOMBIE:
-            return False
-        return abs(process.create_time() - owner["started"]) < _SAME_START
-    except (psutil.Error, KeyError, TypeError, ValueError):
+        return is_running(owner["pid"], owner["started"])
+    except (KeyError, TypeError, ValueError):  # not as this package signs
         return False
 
 

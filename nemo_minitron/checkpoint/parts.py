@@ -48,6 +48,23 @@ Find = Callable[[str], Part | None]
 """Name relative to some folder, with slashes -> the file, None when there is none."""
 
 
+def piece_of(path: Path, file: Part | None, offset: int, length: int) -> Part:
+    """A run of bytes of a file that something in a checkpoint names.
+
+    Args:
+        path: what to call the file in messages.
+        file: the file, None where it was not found.
+        offset: where the run starts.
+        length: bytes of the run.
+
+    Raises:
+        ValueError: the file is not there, or ends before the run does.
+    """
+    if file is None or file.size < offset + length:
+        raise ValueError(f"{path} is missing or truncated")
+    return Part(file.path, file.offset + offset, length)
+
+
 def in_folder(folder: Path) -> Find:
     """Look files up in a folder.
 

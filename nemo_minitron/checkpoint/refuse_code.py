@@ -12,7 +12,7 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from nemo_minitron.checkpoint.common_state import COMMON_PT
-from nemo_minitron.checkpoint.parts import Find, Part, in_folder
+from nemo_minitron.checkpoint.parts import Part, in_folder, piece_of
 from nemo_minitron.checkpoint.safe_pickle import PICKLE_ERRORS
 from nemo_minitron.checkpoint.torch_dist_read import checked_metadata
 
@@ -35,17 +35,8 @@ def refuse_code(folder: Path) -> None:
     for index, info in metadata.storage_data.items():
         saved = metadata.state_dict_metadata.get(index.fqn)
         if isinstance(saved, BytesStorageMetadata) and _EXTRA_STATE not in index.fqn:
-            _check_object(
-                f"{index.fqn} in {folder / info.relative_path}",
-                _place(folder, find, info.relative_path, info.offset, info.length),
-            )
-
-
-def _place(folder: Path, find: Find, name: str, offset: int, length: int) -> Part:
-    file = find(name)
-    if file is None or file.size < offset + length:
-        raise ValueError(f"{folder / name} is missing or truncated")
-    return Part(file.path, file.offset + offset, length)
+            path, file = folder / info.relative_path, find(info.relative_path)
+            _check_object(f"{index.fqn} in {path}", piece_of(path, file, info.offset, info.length))
 
 
 def _check_object(where: str, part: Part) -> None:

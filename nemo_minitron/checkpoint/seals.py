@@ -41,10 +41,27 @@ def write_seal(path: Path, entries: Mapping[str, FileEntry]) -> None:
     target.parent.mkdir(exist_ok=True)
     draft = target.with_name(f".{target.name}.draft")
     with open(draft, "w") as file:
-        json.dump({name: asdict(entry) for name, entry in entries.items()}, file)
+        file.write(dumped(entries))
         file.flush()
         os.fsync(file.fileno())
     draft.replace(target)
+
+
+def dumped(entries: Mapping[str, FileEntry]) -> str:
+    """Sizes and hashes by name as JSON."""
+    return json.dumps({name: asdict(entry) for name, entry in entries.items()})
+
+
+def loaded(path: Path) -> dict[str, FileEntry]:
+    """Read a file that holds what ``dumped`` gave.
+
+    Raises:
+        ValueError: the file cannot be read, or holds something else.
+    """
+    try:
+        return {name: FileEntry(**entry) for name, entry in read_json_object(path).items()}
+    except TypeError as error:
+        raise ValueError(f"{path} holds no sizes and hashes: {error}") from error
 
 
 def read_seal(path: Path) -> dict[str, FileEntry]:
@@ -111,8 +128,8 @@ def _seal_of(path: Path) -> Path:
 
 def _entries(sums: Path) -> dict[str, FileEntry]:
     try:
-        return {name: FileEntry(**entry) for name, entry in read_json_object(sums).items()}
-    except (OSError, ValueError, TypeError):
+        return loaded(sums)
+    except ValueError:
         raise ValueError(
             f"{sums} is damaged; remove it together with what it is about, and run the same "
             "command again"

@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SENTENCEPIECE = "tokenizer.model"
+AUTO_MAP = "auto_map"
+"""Key of a config that names classes in Python files beside it."""
 AS_READ = "as_read"
 """Folder in the tokenizer's of a result; see ``tokenizer_read``."""
 _PATTERNS = (

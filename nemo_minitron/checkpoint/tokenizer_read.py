@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from nemo_minitron.checkpoint.inside import inside
 from nemo_minitron.checkpoint.tokenizer import (
     AS_READ,
+    AUTO_MAP,
     TOKENIZER_CONFIG,
     TOKENIZER_JSON,
     names_in,
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_CODE = "auto_map"
 _WAY_OUT = (
     "import again with tokenizer= set to a folder that AutoTokenizer opens to a fast tokenizer, or "
     "set data.path to .npy token ids or a Megatron .bin/.idx prefix"
@@ -131,7 +131,7 @@ def _read(folder: Path, config: dict[str, Any]) -> "PreTrainedTokenizerFast":
             f"without a tokenizer; {_WAY_OUT}"
         )
     what = f"the tokenizer files {', '.join(names)} of {folder}"
-    if _CODE in _tokenizer_config(folder):
+    if AUTO_MAP in _tokenizer_config(folder):
         return _without_code(folder, names, config, what)
     return _opened(folder, names, config, what)
 
@@ -149,9 +149,8 @@ def _without_code(
     ``auto_map`` may be stale: the class is one of transformers by now. It is not where transformers
     reads the folder only with the files, or otherwise than an export, which has none of them.
     """
-    values = _tokenizer_config(folder)
-    found = _opened(folder, names, config, what, {**values, _CODE: values[_CODE]})
-    dropped = {key: value for key, value in values.items() if key != _CODE}
+    found = _opened(folder, names, config, what)
+    dropped = {key: v for key, v in _tokenizer_config(folder).items() if key != AUTO_MAP}
     if ids_of(found) != ids_of(_opened(folder, names, config, what, dropped)):
         raise ValueError(
             f"{what}: {TOKENIZER_CONFIG} names Python files (auto_map), without which transformers "
@@ -175,7 +174,7 @@ def _opened(
             link = Path(scratch, name)
             link.parent.mkdir(exist_ok=True)
             link.symlink_to(inside(folder, name).resolve())
-        plain = {key: value for key, value in config.items() if key != _CODE}
+        plain = {key: value for key, value in config.items() if key != AUTO_MAP}
         Path(scratch, "config.json").write_text(json.dumps(plain))
         if tokenizer_config is not None:
             Path(scratch, TOKENIZER_CONFIG).unlink()

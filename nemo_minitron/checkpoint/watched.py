@@ -18,6 +18,7 @@ from nemo_minitron.checkpoint.manifest import (
     input_files,
     open_result,
     read_manifest,
+    result_in,
 )
 from nemo_minitron.config.identity import input_paths
 from nemo_minitron.config.stages import StageConfig
@@ -122,10 +123,7 @@ def _state(path: Path) -> str:
 def _files(path: Path) -> list[Path]:
     """The files of an input: of a result those it lists, else all that are there."""
     if path.is_dir():
-        try:
-            manifest = read_manifest(path)
-        except ValueError:
-            manifest = None
+        manifest = result_in(path)
         names = input_files(path) if manifest is None else [MANIFEST, *manifest.files]
         return [path / name for name in names]
     return [*([path] if path.is_file() else []), *_other_half(path)]

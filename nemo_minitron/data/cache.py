@@ -1,19 +1,16 @@
 """Cache folders that several ranks and several runs share."""
 
-import json
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
-from nemo_minitron.checkpoint.manifest import FileEntry, read_manifest
-from nemo_minitron.checkpoint.seals import compare, entries_of
+from nemo_minitron.checkpoint.manifest import result_in
+from nemo_minitron.checkpoint.seals import compare, dumped, entries_of, loaded
 from nemo_minitron.checkpoint.watched import read_paths
 from nemo_minitron.config.stages import StageConfig
 from nemo_minitron.config.training import DataConfig
-from nemo_minitron.documents import read_json_object
 
 Barrier = Callable[[], None]
 
@@ -62,10 +59,7 @@ def check_cache(cfg: StageConfig, outputs: Sequence[Path]) -> None:
 
 def _is_result_of_a_stage(folder: Path) -> bool:
     """Whether a result is there; that of a pipeline is just the folder around its results."""
-    try:
-        manifest = read_manifest(folder)
-    except ValueError:  # somebody else's manifest.json
-        return False
+    manifest = result_in(folder)
     return manifest is not None and manifest.stage != "pipeline"
 
 
@@ -90,10 +84,10 @@ def build_once(
         RuntimeError: on another rank than 0 when rank 0 failed or its files cannot be seen.
     """
     try:
-        if rank == 0:
-            if not folder.is_dir():
-                _fill_and_rename(folder, fill)
+        if rank == 0 and folder.is_dir():
             _check_content(folder)
+        elif rank == 0:
+            _fill_and_rename(folder, fill)
     finally:
         barrier()
     if not folder.is_dir():
@@ -108,8 +102,7 @@ def _fill_and_rename(folder: Path, fill: Callable[[Path], None]) -> None:
     working.mkdir(parents=True)
     try:
         fill(working)
-        entries = {name: asdict(entry) for name, entry in entries_of(working).items()}
-        (working / _SUMS).write_text(json.dumps(entries))
+        (working / _SUMS).write_text(dumped(entries_of(working)))
         try:
             os.rename(working, folder)
         except OSError:
@@ -126,7 +119,7 @@ def _check_content(folder: Path) -> None:
         return
     remedy = f"remove {folder}, then it is made again"
     try:
-        entries = {name: FileEntry(**entry) for name, entry in read_json_object(sums).items()}
-    except (ValueError, TypeError):
+        entries = loaded(sums)
+    except ValueError:
         raise ValueError(f"{sums} is damaged; {remedy}") from None
     compare(folder, entries, remedy)

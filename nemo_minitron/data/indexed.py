@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from nemo_minitron.checkpoint.manifest import hash_file
 from nemo_minitron.checkpoint.tokenizer import AS_READ, TOKENIZER_CONFIG, tokenizer_json
 from nemo_minitron.checkpoint.tokenizer_read import has_as_read, load_tokenizer
 from nemo_minitron.config.training import DataConfig
@@ -179,11 +180,7 @@ def _file_identity(file: Path, whole: bool) -> list[Any]:
         status = file.stat()
         times = [status.st_mtime_ns, status.st_ctime_ns]
         return [str(file.resolve()), status.st_size, *times]
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return [suffix_of(file), digest.hexdigest()]
+    return [suffix_of(file), hash_file(file).sha256]
 
 
 def _dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:

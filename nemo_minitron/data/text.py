@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_minitron.checkpoint.manifest import MANIFEST, read_manifest
+from nemo_minitron.checkpoint.manifest import MANIFEST, result_in
 from nemo_minitron.config.training import DataConfig
 from nemo_minitron.data.formats import COMPRESSIONS, FORMS, form_of, texts_of
 
@@ -20,12 +20,15 @@ logger = logging.getLogger(__name__)
 TEXT = "text"
 INDEXED = "indexed"
 NPY = "npy"
+_SUFFIXES = " ".join(FORMS)
 _FORMS = (
-    f"a file of one of the forms {' '.join(FORMS)} (all but .parquet also with one of "
+    f"a file of one of the forms {_SUFFIXES} (all but .parquet also with one of "
     f"{' '.join(COMPRESSIONS)} behind), a folder of such files, the prefix of a Megatron .bin/.idx "
     "pair, or a .npy of token ids"
 )
 _NAMES = 10  # of the entries of a folder, in a message
+# In a result of ``generate`` these are about its data, and none.
+_ABOUT_A_RESULT = (MANIFEST, "metrics.json")
 
 
 @dataclass(frozen=True)
@@ -73,19 +76,8 @@ def find_source(path: str | Path) -> Source:
     raise ValueError(f"data.path={path} does not exist; set data.path to {_FORMS}")
 
 
-# In a result of ``generate`` these are about its data, and none.
-_ABOUT_A_RESULT = (MANIFEST, "metrics.json")
-
-
-def _is_result(path: Path) -> bool:
-    try:
-        return read_manifest(path) is not None
-    except ValueError:  # somebody's own manifest.json
-        return False
-
-
 def _folder(path: Path) -> Source:
-    about = _ABOUT_A_RESULT if _is_result(path) else ()
+    about = _ABOUT_A_RESULT if result_in(path) else ()
     named = (entry for entry in path.iterdir() if entry.name not in about)
     entries = sorted(entry for entry in named if not entry.name.startswith("."))
     files = tuple(entry for entry in entries if form_of(entry) and not entry.is_dir())
@@ -98,15 +90,11 @@ def _folder(path: Path) -> Source:
     others = tuple(entry for entry in entries if entry not in set(files))
     if not files:
         raise ValueError(
-            f"data.path={path} is a folder without a file of the forms {_suffixes()} (subfolders "
+            f"data.path={path} is a folder without a file of the forms {_SUFFIXES} (subfolders "
             f"are not searched); it holds {_named(others) or 'nothing'}; set data.path to a folder "
             "that holds some"
         )
     return Source(TEXT, path, files, others)
-
-
-def _suffixes() -> str:
-    return " ".join(FORMS)
 
 
 def _named(entries: Sequence[Path]) -> str:
@@ -126,7 +114,7 @@ def warn_unread(source: Source) -> None:
             len(source.unread),
             len(source.unread) + len(source.files),
             _named(source.unread),
-            _suffixes(),
+            _SUFFIXES,
         )
     empty = [file for file in source.files if file.stat().st_size == 0]
     if source.kind == TEXT and empty and len(empty) < len(source.files):

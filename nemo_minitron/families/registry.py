@@ -166,10 +166,16 @@ def _spelled(values: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
 
 
 def _said(family: Family, hf: dict[str, Any]) -> dict[str, Any]:
-    """What a config.json means, in the words of ``Family.to_hf``."""
+    """What a config.json means, in the words of ``Family.to_hf``.
+
+    Nothing if it cannot be read, or if transformers opens its sizes with another class only.
+    """
     passed_over = set(unknown_keys(hf, family.hf_reads))
     known = {key: value for key, value in hf.items() if key not in passed_over}
     try:
-        return {**hf, **family.to_hf(family.from_hf(known))}
+        means = family.to_hf(family.from_hf(known))
     except (KeyError, ValueError):
         return {}
+    if hf.get("model_type", means["model_type"]) != means["model_type"]:
+        return {}
+    return {**hf, **means}

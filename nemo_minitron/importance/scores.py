@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_minitron.config.axes import AXES, has_axis
 from nemo_minitron.config.stages import BLOCK_CRITERIA, SCORE_AXES, ScoreConfig
 from nemo_minitron.documents import read_json_object
 
@@ -177,10 +178,8 @@ def check_axes(config: ModelConfig, axes: list[str]) -> None:
         ValueError: none of the axes exists in this model.
     """
     dense, shared = config.num_moe_experts is None, config.moe_shared_expert_intermediate_size
-    lacking = ["expert", "expert_ffn"] if dense else ["ffn"]
-    if shared is None:
-        lacking.append("shared_expert_ffn")
-    if set(axes) <= set(lacking):
+    lacking = {axis.name for axis in AXES.values() if not has_axis(config, axis)}
+    if lacking.issuperset(axes):
         what = "no experts" if dense else "experts in every layer"
         if not dense and shared is None:
             what += ", none of them shared"

@@ -115,25 +115,25 @@ class Plan(Mapping[str, Any]):
 
 def full_plan(config: ModelConfig) -> Plan:
     """The plan that keeps everything."""
-    layers = list(range(config.num_layers))
-    return Plan({"layer": layers, **_everything(config, layers)})
+    kept: dict[str, Any] = {"layer": list(range(config.num_layers))}
+    for axis in _inner_axes(config):
+        kept[axis.name] = _everything(axis, config, kept)
+    return Plan(kept)
 
 
-def _everything(config: ModelConfig, layers: list[int]) -> dict[str, Any]:
-    """All indices of every axis but that of the layers."""
-    repeats = {Scope.MODEL: (), Scope.LAYER: (len(layers),)}
-    repeats[Scope.EXPERT] = (len(layers), axis_size(config, "expert"))
-    return {
-        axis.name: _repeated(axis_size(config, axis.name), repeats[axis.scope])
-        for axis in axes_of(config)
-        if axis.name != "layer"
-    }
+def _inner_axes(config: ModelConfig) -> list[Axis]:
+    """The axes inside the layers and across them, an axis that others depend on before them."""
+    return [axis for axis in axes_of(config) if axis.name != "layer"]
 
 
-def _repeated(size: int, repeats: tuple[int, ...]) -> list[Any]:
-    if not repeats:
+def _everything(axis: Axis, config: ModelConfig, kept: dict[str, Any]) -> list[Any]:
+    """All indices of an axis, for the layers and experts that are kept."""
+    size = axis_size(config, axis.name)
+    if axis.scope is Scope.MODEL:
         return list(range(size))
-    return [_repeated(size, repeats[1:]) for _ in range(repeats[0])]
+    if axis.scope is Scope.LAYER:
+        return [list(range(size)) for _ in kept["layer"]]
+    return [[list(range(size)) for _ in experts] for experts in kept["expert"]]
 
 
 # ---------------------------------------------------------------- scores -> plan
@@ -223,17 +223,14 @@ def make_plan(config: ModelConfig, pruning: PruningConfig, scores: Scores | None
     check_importance(config, pruning, meta)
     sizes, needed = target_sizes(config, pruning), needed_scores(config, pruning)
     layers = _keep_layers(config, pruning, scores)
-    kept: dict[str, Any] = {"layer": layers, **_everything(config, layers)}
-    if scores is None:
-        return Plan(kept)
-    for axis in axes_of(config):  # an axis that others are nested in comes before them
-        if axis.name != "layer" and axis.scored_as in needed:
+    kept: dict[str, Any] = {"layer": layers}
+    for axis in _inner_axes(config):
+        if scores is not None and axis.scored_as in needed:
             kept[axis.name] = _keep(axis, config, sizes, kept, scores)
-            if axis.name == "expert" and "expert_ffn" in kept:
-                count = sizes[axis.size]
-                kept["expert_ffn"] = [rows[:count] for rows in kept["expert_ffn"]]
+        else:
+            kept[axis.name] = _everything(axis, config, kept)
     merge: list[Terms] = []
-    if pruning.merge_heads and "head" in needed:
+    if scores is not None and pruning.merge_heads and "head" in needed:
         rows = scores["head"][layers].tolist()
         terms = zip(rows, kept["query_group"], kept["head"], strict=True)
         merge = [merge_terms(config, *layer) for layer in terms]

@@ -11,6 +11,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+_SAME_START = 2.0  # seconds by which two readings of one process's start may differ (clock steps)
+
 
 @dataclass
 class _Known:
@@ -59,7 +61,7 @@ def killed(wait: float = 0.0) -> int | None:
 def _gone() -> int | None:
     host = socket.gethostname()
     for number, (where, process, started) in enumerate(_known.processes):
-        if where == host and not _lives(process, started) and not _left(number):
+        if where == host and not is_running(process, started) and not _left(number):
             return number
     return None
 
@@ -74,11 +76,13 @@ def _left(rank: int) -> bool:
     return False
 
 
-def _lives(process: int, started: float) -> bool:
+def is_running(process: int, started: float) -> bool:
+    """Whether a process still runs; its start time tells it from a later one of the same number."""
     import psutil
 
     try:
         found = psutil.Process(process)
-        return found.create_time() == started and found.status() != psutil.STATUS_ZOMBIE
+        same = abs(found.create_time() - started) < _SAME_START
+        return same and found.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False

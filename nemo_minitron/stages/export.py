@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron.checkpoint.artifact import check_output, open_result, output_folder
 from nemo_minitron.checkpoint.lineage import model_sizes, read_lineage
 from nemo_minitron.checkpoint.source_card import README, copy_licence_texts
-from nemo_minitron.checkpoint.tokenizer import TOKENIZER_CONFIG, save_tokenizer
+from nemo_minitron.checkpoint.tokenizer import AUTO_MAP, TOKENIZER_CONFIG, save_tokenizer
 from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.config.stages import ExportConfig
 from nemo_minitron.documents import read_json_object
@@ -21,9 +21,6 @@ from nemo_minitron.reporting.model_card import model_card
 
 if TYPE_CHECKING:
     from nemo_minitron.checkpoint.lazy import Store
-
-# Names classes in Python files beside config.json. All architectures here are transformers' own.
-AUTO_MAP = "auto_map"
 
 
 def _open(cfg: ExportConfig) -> "tuple[ModelConfig, Store]":
