@@ -12,14 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from nemo_minitron.checkpoint.page_cache import BLOCK_BYTES
 from nemo_minitron.families.dims import Run
-
-BLOCK_BYTES = 16 << 20
-"""Larger tensors are moved in blocks of rows where their source can give rows.
-
-Few enough bytes for malloc to give the same pages again and again. Pages that come fresh from the
-kernel are zeroed first, which takes longer than filling them from a fast disk.
-"""
 
 
 @dataclass(frozen=True)

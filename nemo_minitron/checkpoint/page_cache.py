@@ -12,8 +12,12 @@ import io
 import os
 from typing import Any
 
-from nemo_minitron.checkpoint.lazy import BLOCK_BYTES
+BLOCK_BYTES = 16 << 20
+"""Larger tensors are moved in blocks of rows where their source can give rows.
 
+Few enough bytes for malloc to give the same pages again and again. Pages that come fresh from the
+kernel are zeroed first, which takes longer than filling them from a fast disk.
+"""
 _ADVICE = hasattr(os, "posix_fadvise")
 _BEHIND = 2 * BLOCK_BYTES
 """How far back written bytes are looked at again: by then they have reached the disk."""

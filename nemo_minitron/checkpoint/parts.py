@@ -9,14 +9,14 @@ import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.checkpoint.hf_refusals import refuse_pointer
 from nemo_minitron.checkpoint.inside import inside
 from nemo_minitron.checkpoint.page_cache import let_go, read_ahead
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class FileView(io.RawIOBase):
         return count
 
 
-def read_into(path: Path, offset: int, target: Tensor) -> None:
+def read_into(path: Path, offset: int, target: "Tensor") -> None:
     """Fill a flat tensor with the bytes of a file from ``offset`` on.
 
     As many bytes again are asked for in advance: whoever reads a tensor in runs of rows works on
@@ -165,6 +165,8 @@ def read_into(path: Path, offset: int, target: Tensor) -> None:
     Raises:
         ValueError: the file ends before that.
     """
+    import torch  # files of a folder are also looked up where nothing has imported torch
+
     buffer = memoryview(target.view(torch.uint8).numpy())  # type: ignore[arg-type]
     end, size = offset + len(buffer), len(buffer)
     with path.open("rb", buffering=0) as file:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nemo_minitron.checkpoint import page_cache
-from nemo_minitron.checkpoint.lazy import BLOCK_BYTES
+from nemo_minitron.checkpoint.page_cache import BLOCK_BYTES
 from nemo_minitron.checkpoint.parts import read_into
 
 PAGE = 4096
