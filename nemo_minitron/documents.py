@@ -6,6 +6,7 @@ here, so that each kind of wrong text is one ``ValueError`` that says what is wr
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,23 @@ def read_json_object(path: Path, largest: int = LARGEST_JSON) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object")
     return value
+
+
+def check_kinds(path: Path, values: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
+    """Refuse values of other kinds than whoever wrote the file gives them.
+
+    Args:
+        path: the file, for the message.
+        values: what it holds.
+        kinds: key -> type of its value; keys that are missing are left to the caller.
+
+    Raises:
+        ValueError: names the file, the key and what stands there.
+    """
+    for key, kind in kinds.items():
+        if key in values and not isinstance(values[key], kind):
+            found = type(values[key]).__name__
+            raise ValueError(f"{path} is damaged: {key} is of type {found}, not {kind.__name__}")
 
 
 # What PyYAML raises for text that is YAML but gives no value, such as "!!timestamp x".

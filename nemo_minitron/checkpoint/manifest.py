@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ from nemo_minitron.documents import json_value, read_yaml_mapping
 
 MANIFEST = "manifest.json"
 CONFIG = ".hydra/config.yaml"
+_TOLD = ("metrics.json", "checkpoint/lineage.json")
+_CARD = "README.md"
+"""Files that tell about a result; what it is does not depend on them."""
 _BLOCK = 1 << 20
 _VERSIONS = ("torch", "megatron-core", "nemo_toolkit", "transformers", "lm_eval")
 
@@ -44,6 +47,8 @@ class Manifest:
         files: path inside the folder -> entry; every file but the manifest.
         versions: package -> version.
         created: UTC time, ISO 8601.
+        counts_card: whether the model card of an export is part of the identity, as it was in the
+            first versions; not stored.
     """
 
     folder: Path
@@ -53,32 +58,32 @@ class Manifest:
     files: dict[str, FileEntry]
     versions: dict[str, str]
     created: str
+    counts_card: bool = False
 
     @property
     def id(self) -> str:
         """Identity: a function of the stage, its config, its inputs and the files it made.
 
-        Times and versions do not enter, nor does ``metrics.json`` (it holds timings), a log or
-        ``lineage.json`` (it holds names of inputs), so a stage run twice on the same inputs keeps
-        its identity and what depends on it stays current.
+        Times and versions do not enter, nor does ``metrics.json`` (it holds timings), a log,
+        ``lineage.json`` or a model card (they hold names of folders), so a stage run twice on the
+        same inputs keeps its identity and what depends on it stays current.
         """
-        content = {n: [e.size, e.sha256] for n, e in self.files.items() if _is_content(n)}
+        told = _TOLD if self.counts_card else (*_TOLD, _CARD)
+        content = {n: [e.size, e.sha256] for n, e in self.files.items() if _is_content(n, told)}
         return digest([self.stage, self.config_hash, self.inputs, content])
 
     def save(self, folder: Path) -> None:
         """Write ``manifest.json`` into ``folder`` and flush it to disk."""
         values = {"complete": True, "id": self.id, **asdict(self)}
-        del values["folder"]
+        del values["folder"], values["counts_card"]
         with open(folder / MANIFEST, "w") as file:
             json.dump(values, file, indent=1, sort_keys=True)
             file.flush()
             os.fsync(file.fileno())
 
 
-def _is_content(name: str) -> bool:
-    if name in ("metrics.json", "checkpoint/lineage.json"):
-        return False
-    return name.split("/")[0] not in (".hydra", "logs")
+def _is_content(name: str, told: tuple[str, ...]) -> bool:
+    return name not in told and name.split("/")[0] not in (".hydra", "logs")
 
 
 def digest(value: Any) -> str:
@@ -165,6 +170,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         values["files"] = {name: FileEntry(**entry) for name, entry in values["files"].items()}
         manifest = Manifest(folder=folder, **values)
         _check_names(manifest)
+        manifest = replace(manifest, counts_card=manifest.id != identity)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}); run the stage that made it again") from None
     if manifest.id != identity:

@@ -9,25 +9,29 @@ import io
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from nemo_minitron.checkpoint.common_state import COMMON_PT
 from nemo_minitron.checkpoint.parts import Part, in_folder, piece_of
 from nemo_minitron.checkpoint.safe_pickle import PICKLE_ERRORS
-from nemo_minitron.checkpoint.torch_dist_read import checked_metadata
+from nemo_minitron.checkpoint.torch_dist_read import check_format, checked_metadata
 
 _EXTRA_STATE = "_extra_state"
 """Objects of Transformer Engine: one for every layer, and never loaded by this package."""
 
 
-def refuse_code(folder: Path) -> None:
+def refuse_code(folder: Path) -> Metadata:
     """Refuse a checkpoint that asks for anything but tensors and plain values.
+
+    Returns:
+        What the checkpoint holds.
 
     Raises:
         ValueError: names the file, and the function or class that it asks for; or the file is
             missing, damaged, or names a file outside the folder.
     """
     find = in_folder(folder)
+    check_format(folder, find)
     metadata = checked_metadata(folder, find, strict=True)
     common = find(COMMON_PT)
     if common is not None:
@@ -37,6 +41,7 @@ def refuse_code(folder: Path) -> None:
         if isinstance(saved, BytesStorageMetadata) and _EXTRA_STATE not in index.fqn:
             path, file = folder / info.relative_path, find(info.relative_path)
             _check_object(f"{index.fqn} in {path}", piece_of(path, file, info.offset, info.length))
+    return metadata
 
 
 def _check_object(where: str, part: Part) -> None:

@@ -72,7 +72,16 @@ class Checkpoint:
         return saved if isinstance(saved, TensorStorageMetadata) else None
 
 
-def _read_format(where: Path, find: Find) -> None:
+def check_format(where: Path, find: Find) -> None:
+    """Refuse a folder that Megatron-Core did not write, or in a format that it no longer reads.
+
+    Args:
+        where: the checkpoint's folder, for messages.
+        find: looks its files up.
+
+    Raises:
+        ValueError: names the file and the way out.
+    """
     path, part = where / FORMAT_JSON, find(FORMAT_JSON)
     if part is None:
         raise ValueError(f"{where} is not a Megatron checkpoint: {FORMAT_JSON} is missing")
@@ -80,7 +89,7 @@ def _read_format(where: Path, find: Find) -> None:
         found = json_value(part.read())
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    backend = found.get("sharded_backend")
+    backend = found.get("sharded_backend") if isinstance(found, dict) else None
     if backend != "torch_dist":
         raise ValueError(f"{path}: sharded_backend={backend}, not torch_dist; {_WAYS_OUT}")
 
@@ -151,7 +160,7 @@ def open_torch_dist(where: Path, find: Find | None = None) -> Checkpoint:
         ValueError: a file is missing, damaged or truncated, or of another format.
     """
     find = find or in_folder(where)
-    _read_format(where, find)
+    check_format(where, find)
     metadata = checked_metadata(where, find)
     places: dict[str, tuple[str, int]] = {}
     root = where

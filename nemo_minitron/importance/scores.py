@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.config.axes import AXES, has_axis
 from nemo_minitron.config.stages import BLOCK_CRITERIA, SCORE_AXES, ScoreConfig
-from nemo_minitron.documents import read_json_object
+from nemo_minitron.documents import check_kinds, read_json_object
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -225,10 +225,11 @@ def read_meta(folder: Path) -> dict[str, Any]:
             "minitron importance"
         )
     meta = read_json_object(path)
-    if meta.get("format") != _FORMAT or not isinstance(meta.get("model"), dict):
+    if meta.get("format") != _FORMAT or not meta.keys() >= {"model", "axes"}:
         raise ValueError(
             f"{path} is not a format-{_FORMAT} scores file; run minitron importance again"
         )
+    check_kinds(path, meta, {"model": dict, "axes": list, "aggregation": dict, "data": dict})
     return meta
 
 

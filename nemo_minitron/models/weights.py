@@ -15,6 +15,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from nemo_minitron.checkpoint.megatron_args import common_state
 from nemo_minitron.checkpoint.objects import extra_states, name_on_disk
@@ -113,6 +114,25 @@ def _result_state(chunks: list[HiddenGPTModel], groups: ParallelGroups) -> dict[
     }
 
 
+def _check_shapes(folder: Path, wanted: dict[str, Any], metadata: Metadata) -> None:
+    """Refuse weights of other sizes than the model.yaml beside them says."""
+    tensors = [
+        tensor
+        for state in wanted.values()
+        for tensor in state.values()
+        if isinstance(tensor, ShardedTensor)
+    ]
+    for tensor in tensors:
+        saved = metadata.state_dict_metadata.get(tensor.key)
+        shape = tuple(saved.size) if isinstance(saved, TensorStorageMetadata) else None
+        if shape != tensor.global_shape and not (shape and tensor.allow_shape_mismatch):
+            found = "not among them" if shape is None else f"of shape {shape}"
+            raise ValueError(
+                f"{folder}: the weights are not those of its model.yaml: {tensor.key} should be "
+                f"of shape {tensor.global_shape} and is {found}; run the stage that wrote it again"
+            )
+
+
 def load_weights(
     chunks: list[HiddenGPTModel],
     groups: ParallelGroups,
@@ -134,8 +154,9 @@ def load_weights(
         ValueError: the weights do not fit the model, or hold NaN or infinity; or loading them could
             run code.
     """
-    refuse_code(folder)
+    metadata = refuse_code(folder)
     wanted = _result_state(chunks, groups)
+    _check_shapes(folder, wanted, metadata)
     with plain_errors(folder):
         state = dist_checkpointing.load(wanted, str(folder))
     for index, chunk in enumerate(chunks):

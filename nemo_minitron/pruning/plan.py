@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.config.axes import AXES, Axis, Scope, axes_of, axis_size
 from nemo_minitron.config.stages import BLOCK_CRITERIA, PruningConfig
-from nemo_minitron.documents import read_json_object
+from nemo_minitron.documents import check_kinds, read_json_object
 from nemo_minitron.importance.scores import layer_scores
 from nemo_minitron.pruning.merge import Terms, merge_terms
 from nemo_minitron.pruning.targets import (
@@ -106,6 +106,7 @@ class Plan(Mapping[str, Any]):
         needed, known = {"layers", *_ALWAYS_STORED}, {"layers", "merge", *AXES} - {"layer"}
         if not needed <= values.keys() <= known:
             raise ValueError(f"{path} must hold {sorted(needed)}, not {sorted(values)}")
+        check_kinds(path, values, dict.fromkeys(values, list))
         merge = values.pop("merge", [])
         layers = values.pop("layers")
         # A list for each layer, all of them empty: an axis that the model lacks.

@@ -7,6 +7,7 @@ swallows even this one, or turns it into an error of its own, does not change ho
 """
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -69,7 +70,11 @@ def begin(command: str) -> None:
 
 
 def end() -> None:
-    """Be deaf from now on: the exit code is decided, and Python shuts down."""
+    """Be deaf and quiet from now on: the last line is said, and Python shuts down.
+
+    Torch logs figures of its caches as it goes, where a signal interrupted its import.
+    """
+    logging.disable()
     for number in ALL:
         signal.signal(number, signal.SIG_IGN)
     arrived()

@@ -77,7 +77,7 @@ def _scores(cfg: PruneConfig, rounds: Path) -> list[dict[str, Any]]:
     found = []
     if cfg.importance is not None:
         folder = Path(cfg.importance)
-        found.append(_provenance(folder, _settings_of(folder).get("data", {}).get("path")))
+        found.append(_provenance(folder, _settings_of(folder).get("data.path")))
     numbers = sorted(int(path.name) for path in rounds.glob("*") if path.name.isdigit())
     for number in numbers:
         folder = rounds / str(number)
@@ -86,7 +86,7 @@ def _scores(cfg: PruneConfig, rounds: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _provenance(folder: Path, data: str | None) -> dict[str, Any]:
+def _provenance(folder: Path, data: Any) -> dict[str, Any]:
     """Of one scores folder; ``data`` is the path of the calibration text."""
     meta = read_meta(folder)
     aggregation, how = meta.get("aggregation", {}), meta.get("data", {})
@@ -94,7 +94,7 @@ def _provenance(folder: Path, data: str | None) -> dict[str, Any]:
         "axes": meta.get("axes"),
         "batch_aggregation": aggregation.get("batch"),
         "seq_aggregation": aggregation.get("seq"),
-        "data": None if data is None else Path(data).name,
+        "data": None if data is None else Path(str(data)).name,
         "split": how.get("split_name"),
         "samples": meta.get("num_samples"),
         "tokens": meta.get("num_tokens"),
@@ -105,10 +105,9 @@ def _provenance(folder: Path, data: str | None) -> dict[str, Any]:
 
 
 def _settings_of(result: Path) -> dict[str, Any]:
-    """The config that made a result, as it is stored beside it."""
+    """The config that made a result, dotted keys, as it is stored beside it."""
     path = result / ".hydra" / "config.yaml"
-    values = read_yaml(path) if path.is_file() else None
-    return values if isinstance(values, dict) else {}
+    return flatten(read_yaml(path)) if path.is_file() else {}
 
 
 def training_entry(
@@ -145,7 +144,7 @@ def _teacher(cfg: DistillConfig) -> dict[str, Any]:
     if cfg.teacher is None:
         folder = Path(str(cfg.teacher_logits))
         name = _settings_of(folder).get("checkpoint") or folder
-        return {"name": Path(name).name, "stored_logits": True}
+        return {"name": Path(str(name)).name, "stored_logits": True}
     folder = Path(cfg.teacher) / "checkpoint"
     facts = model_facts(ModelConfig.load(folder))
     stages = [entry["stage"] for entry in read_lineage(folder)]

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from nemo_minitron.checkpoint.common_state import COMMON_KEY
 from nemo_minitron.checkpoint.parts import Part
 from nemo_minitron.checkpoint.safe_pickle import read_metadata
-from tests.e2e.bad_input import build, done, edited, line, run_line
+from tests.e2e.bad_input import build, done, edited, line, resized, run_line
 from tests.unit.data_fixtures import EOS
 
 
@@ -119,6 +119,28 @@ def test_code_in_a_result(home, tmp_path, stage, key, place):
         assert ending.code == 2, ending.err
         assert says(place) in ending.err
         assert not (tmp_path / "out").exists()
+
+
+def _other_format(folder: Path) -> None:
+    (folder / "metadata.json").write_text('{"another": "torch_dist"}')
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "generate", "teacher_logits"])
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (resized(ffn_hidden_size=64), "weights are not those of its model.yaml: decoder.layers.ml"),
+        (resized(num_layers=3), "weights are not those of its model.yaml: "),
+        (_other_format, "metadata.json: sharded_backend=None, not torch_dist"),
+    ],
+)
+def test_a_checkpoint_that_contradicts_itself(home, tmp_path, stage, edit, words):
+    """Its manifest is right, as whoever edited it can write one."""
+    model = edited(home / "model", tmp_path / "model", edit)
+    ending = run_line(line(stage, home, tmp_path / "out", checkpoint=model))
+    assert ending.code == 2, ending.err
+    assert words in ending.err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -12,7 +12,7 @@ import pytest
 
 from nemo_minitron.checkpoint import artifact
 from nemo_minitron.checkpoint.artifact import Ranks, check_output, open_result, output_folder
-from nemo_minitron.checkpoint.manifest import config_hash, fingerprint, read_manifest
+from nemo_minitron.checkpoint.manifest import config_hash, digest, fingerprint, read_manifest
 from nemo_minitron.config.stages import STAGE_CONFIGS, ExportConfig, PruneConfig, PruningConfig
 
 
@@ -321,6 +321,24 @@ def test_identity_follows_content_config_and_inputs_not_time(cfg, source):
     cfg.max_shard_size = "5GB"
     (source / "model").write_text("other")
     assert identity() != first
+
+
+def test_a_model_card_is_not_part_of_the_identity(cfg):
+    """It holds the name of the folder. Results of versions in which it was a part keep theirs."""
+    path = write(cfg) / "manifest.json"
+    values = json.loads(path.read_text())
+
+    def identity(card, *, counts):
+        files = {**values["files"], "README.md": {"size": 1, "sha256": card}}
+        content = {"sub/file": [files["sub/file"][name] for name in ("size", "sha256")]}
+        content |= {"README.md": [1, card]} if counts else {}
+        its = digest([values["stage"], values["config_hash"], values["inputs"], content])
+        path.write_text(json.dumps({**values, "files": files, "id": its}))
+        assert read_manifest(path.parent).id == its
+        return its
+
+    assert identity("a", counts=False) == identity("b", counts=False) == values["id"]
+    assert len({values["id"], identity("a", counts=True), identity("b", counts=True)}) == 3
 
 
 def test_fingerprints(tmp_path, cfg):

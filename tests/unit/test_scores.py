@@ -1,6 +1,7 @@
 """Aggregations against naive formulas; score files."""
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -113,6 +114,23 @@ def test_files_round_trip(tmp_path) -> None:
     assert read_meta(tmp_path)["axes"] == ["hidden", "layer"]
     assert read_meta(tmp_path)["num_samples"] == 3
     check_model(LLAMA, read_meta(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("axes", 7, "axes is of type int, not list"),
+        ("axes", None, "axes is of type NoneType, not list"),
+        ("model", [], "model is of type list, not dict"),
+        ("aggregation", "mean", "aggregation is of type str, not dict"),
+    ],
+)
+def test_values_of_other_kinds(tmp_path, key, value, words) -> None:
+    make_scores().save(tmp_path)
+    path = tmp_path / "scores.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(ValueError, match=rf"scores.json is damaged: {words}"):
+        read_meta(tmp_path)
 
 
 def test_layer_scores_round_trip(tmp_path) -> None:
