@@ -388,6 +388,8 @@ def main() -> None:
     parser.add_argument("--cases", type=int, help="of each; 300 command lines and 500 files")
     parser.add_argument("--only", choices=["lines", "files"])
     given = parser.parse_args()
+    # The threads of the tokenizers library are not copied by a fork, and would be waited for.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     ended: list[Ended] = []
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         home = Path(folder) / "home"
