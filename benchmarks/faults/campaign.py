@@ -1,5 +1,6 @@
 """The folder that a campaign works in: inputs, undisturbed runs, and what holds after a fault."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -106,18 +107,25 @@ class Campaign:
         return digest(found)
 
     def start(self, case: Case, output: str, **more: Any) -> "subprocess.Popen[str]":
-        """The command of a case, its output in a file."""
-        log = open(self.work / "said", "w")  # noqa: SIM115
-        return subprocess.Popen(
+        """The command of a case; its output goes to a file by way of another process.
+
+        So what it says is kept where no file may grow.
+        """
+        with open(self.work / "said", "w") as log:
+            self._copying = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=log, text=True)
+        process = subprocess.Popen(
             self.line(case.stage, case.layout, output),
             cwd=self.work,
             env=self.env,
-            stdout=log,
-            stderr=log,
+            stdout=self._copying.stdin,
+            stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
             **more,
         )
+        assert self._copying.stdin is not None
+        self._copying.stdin.close()
+        return process
 
     def finish(self, case: Case, process: "subprocess.Popen[str]", limit: float = 200) -> None:
         """Wait for a disturbed command and note how it ended."""
@@ -127,8 +135,14 @@ class Campaign:
             case.wrong.append(f"no end within {limit:.0f} s")
             _kill_family(process.pid)
             case.code = process.wait()
+        self._end_of_output()
         text = (self.work / "said").read_text()
         case.last = text.strip().splitlines()[-1][:200] if text.strip() else ""
+
+    def _end_of_output(self) -> None:
+        """Wait until all is copied; a process that outlives the command is found by the judge."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._copying.wait(15)
 
     def said(self) -> str:
         """What the last command wrote."""
