@@ -169,7 +169,7 @@ def run_job(stage: str, composed: "DictConfig") -> tuple[int, str]:
 
 def _said(stage: str, error: BaseException, known: Sequence[StageConfig]) -> tuple[int, str]:
     """Say how a job ended, with its traceback where that may help; as ``run_job``."""
-    log_path = next((path for path in map(_log_path, known) if path.exists()), None)
+    log_path = next((path for path in map(_log_path, known) if os.path.exists(path)), None)
     code, message = verdict(stage, error, log_path)
     if code == 1 and not isinstance(error, StageFailed | RankKilled):
         log.error("%s failed", stage, exc_info=error)

@@ -10,6 +10,13 @@ PREEMPTED = 75
 INTERRUPTED = 130
 TERMINATED = 143
 """128 + SIGTERM: the same command starts over."""
+_WRONG_PATH = (
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR),
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+)
+"""Errors of the file system that the same path gives again."""
+_SHOWN = 200
+"""Characters of a path in a message."""
 
 
 class Preempted(BaseException):
@@ -71,6 +78,8 @@ def verdict(stage: str, error: BaseException, log_path: Path | None) -> tuple[in
             f"the disk is full ({error.filename or log_path}): free some space or set another "
             "output_dir, then run the same command again"
         )
+    if isinstance(error, OSError) and error.errno in _WRONG_PATH:
+        return BAD_INPUT, f"{error.strerror}: {str(error.filename)[:_SHOWN]}; give another path"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return 1, (
             "out of memory: lower data.micro_batch_size or data.seq_length, or raise "

@@ -47,6 +47,7 @@ from nemo_minitron.checkpoint.seals import is_seal, remove_seals, sealed_files
 from nemo_minitron.checkpoint.watched import (
     InputChangedError,
     content_of,
+    identity_of,
     input_states,
     read_paths,
     refuse_changed,
@@ -320,7 +321,7 @@ def _contents(job: _Job, identities: Mapping[str, str]) -> dict[str, str]:
         if key in identities:
             identity = identities[key]
         elif Path(value).exists() and identities:
-            identity = fingerprint(value, job.cfg.workers)
+            identity = identity_of(key, Path(value), job.cfg.workers)
         else:
             continue
         found[key] = content_of(Path(value), identity, exact=not job.resumable)

@@ -6,7 +6,7 @@ first byte is read and compared after the last one. Only where that differs is c
 file that was merely touched changes nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from nemo_minitron.checkpoint.manifest import (
     digest,
     fingerprint,
     hash_file,
+    hash_files,
     input_files,
     open_result,
     read_manifest,
@@ -24,6 +25,7 @@ from nemo_minitron.config.identity import input_paths
 from nemo_minitron.config.stages import StageConfig
 
 # Read by a stage, but no part of the identity of its result: what it holds is in the files made.
+# The folder may hold much besides, such as the weights that the tokenizer came with.
 _ALSO_READ = ("tokenizer",)
 _PAIR = (".bin", ".idx")
 
@@ -37,7 +39,21 @@ def read_paths(cfg: StageConfig) -> dict[str, str]:
 
 def input_states(cfg: StageConfig) -> dict[str, str]:
     """Key -> what the file system says of the files of that input, as one hash."""
-    return {key: _state(Path(value)) for key, value in read_paths(cfg).items()}
+    return {key: _state(_files(key, Path(value))) for key, value in read_paths(cfg).items()}
+
+
+def identity_of(key: str, path: Path, workers: int) -> str:
+    """Identity of the content of an input, by the files of it that are read.
+
+    Args:
+        key: config key of the input.
+        path: the input, which exists.
+        workers: threads that hash.
+    """
+    if key in _ALSO_READ and path.is_dir():
+        hashed = hash_files(path, _names_of_tokenizer(path), workers)
+        return digest({name: entry.sha256 for name, entry in hashed.items()})
+    return fingerprint(path, workers)
 
 
 def changed_since(cfg: StageConfig, states: Mapping[str, str]) -> list[str]:
@@ -100,16 +116,16 @@ def _difference(key: str, path: Path, before: str, workers: int, exact: bool) ->
     try:
         if path.is_dir() and read_manifest(path) is not None:
             open_result(path, "full", key=key, workers=workers)
-        now = content_of(path, fingerprint(path, workers), exact=exact)
+        now = content_of(path, identity_of(key, path, workers), exact=exact)
     except (ValueError, OSError) as error:
         return str(error)
     return "" if now == before else "it was replaced or edited"
 
 
-def _state(path: Path) -> str:
+def _state(files: Iterable[Path]) -> str:
     """Hash over the files of an input: names, inodes, sizes and times."""
     found = []
-    for file in _files(path):
+    for file in files:
         try:
             s = file.stat()
         except OSError:
@@ -120,8 +136,16 @@ def _state(path: Path) -> str:
     return digest(found)
 
 
-def _files(path: Path) -> list[Path]:
+def _names_of_tokenizer(folder: Path) -> list[str]:
+    from nemo_minitron.checkpoint.tokenizer import names_in
+
+    return [*names_in(folder), *(["config.json"] if (folder / "config.json").is_file() else [])]
+
+
+def _files(key: str, path: Path) -> list[Path]:
     """The files of an input: of a result those it lists, else all that are there."""
+    if key in _ALSO_READ and path.is_dir():
+        return [path / name for name in _names_of_tokenizer(path)]
     if path.is_dir():
         manifest = result_in(path)
         names = input_files(path) if manifest is None else [MANIFEST, *manifest.files]

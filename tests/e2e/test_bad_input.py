@@ -534,6 +534,12 @@ def test_damaged_source(refuses, sharded, tmp_path, damage, says):
     refuses("import", "source: ", *says, source=source)
 
 
+@pytest.mark.parametrize("key", ["checkpoint", "data.path", "output_dir"])
+def test_a_name_that_no_file_can_have(refuses, home, key):
+    """The file system refuses it; that is wrong input, not a failure of the stage."""
+    refuses("evaluate", "File name too long: ", **{key: f"{home}/{'x' * 5000}"})
+
+
 def test_gguf_kind_that_cannot_be_read(refuses, tmp_path):
     from gguf import GGMLQuantizationType as Kind
 

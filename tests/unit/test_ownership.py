@@ -12,6 +12,7 @@ import pytest
 
 from nemo_minitron.checkpoint import artifact, owners
 from nemo_minitron.checkpoint.artifact import check_output, open_result, output_folder, reserved
+from nemo_minitron.checkpoint.watched import changed_since, identity_of, input_states
 from nemo_minitron.config.stages import ExportConfig, FinetuneConfig, ImportConfig
 from nemo_minitron.config.training import DataConfig
 
@@ -269,6 +270,24 @@ def test_an_input_that_changes_gives_no_result(cfg, source, change, resumable):
 
 def test_a_touched_input_is_the_same(cfg, source):
     assert open_result(write(cfg, lambda: os.utime(source / "model")))
+
+
+def test_of_a_tokenizers_folder_only_its_files_are_watched(tmp_path, source):
+    """The weights that it came with may be large, and are not read."""
+    tokenizer = tmp_path / "whole model"
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer.json").write_text("{}")
+    cfg = ImportConfig(
+        output_dir=str(tmp_path / "out"), source=str(source), tokenizer=str(tokenizer)
+    )
+    weights = tokenizer / "model.safetensors"
+    before = input_states(cfg), identity_of("tokenizer", tokenizer, 1)
+    weights.write_text("weights")
+    weights.chmod(0)
+    assert (input_states(cfg), identity_of("tokenizer", tokenizer, 1)) == before
+    (tokenizer / "tokenizer.json").write_text("{ }")
+    assert changed_since(cfg, before[0]) == ["tokenizer"]
+    assert identity_of("tokenizer", tokenizer, 1) != before[1]
 
 
 def test_bytecode_beside_tasks_is_no_change(cfg, source):
