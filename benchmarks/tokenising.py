@@ -143,6 +143,7 @@ def rows(megabytes: int) -> list[list[Any]]:
                 speed.append(path.stat().st_size / 1e6 / both[-1]["seconds"])
             peak = [one["peak"] / 1e9 for one in both]
             found.append([shape, *speed, speed[1] / speed[0], *peak, both[1]["tokens"]])
+            print(f"{shape}: {speed[1] / speed[0]:.2f}", file=sys.stderr, flush=True)
             path.unlink()
     return found
 

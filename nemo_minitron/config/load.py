@@ -124,7 +124,9 @@ def opened(overrides: Iterable[str]) -> list[str]:
 
 
 _MOST_BRACKETS = 1000
-"""Of an override; Hydra's parser takes a few hundred inside each other."""
+"""Of an override."""
+_DEEPEST = 40
+"""Brackets inside each other; Hydra and OmegaConf end in Python's recursion limit above hundred."""
 
 
 def check_overrides(stage: str, overrides: Iterable[str], config_dir: str | None = None) -> None:
@@ -145,6 +147,8 @@ def check_overrides(stage: str, overrides: Iterable[str], config_dir: str | None
     for override in overrides:
         if sum(override.count(bracket) for bracket in "[{(") > _MOST_BRACKETS:
             raise ValueError(f"{override[:40]}... has more than {_MOST_BRACKETS} brackets")
+        if _depth(override) > _DEEPEST:
+            raise ValueError(f"{override[:40]}... is nested more than {_DEEPEST} deep")
     known_groups = {*groups(stage), *_folders(config_dir)}
     _check_files(config_dir, known_groups)
     for parsed in OverridesParser.create().parse_overrides(overrides):
@@ -152,6 +156,15 @@ def check_overrides(stage: str, overrides: Iterable[str], config_dir: str | None
         grouped = "/" in key or parsed.package is not None or key in known_groups
         if not grouped and key.split(".")[0] != "hydra":
             _check_key(stage, key)
+
+
+def _depth(override: str) -> int:
+    """How many brackets are open at once in the text of an override."""
+    depth = deepest = 0
+    for letter in override:
+        depth += (letter in "[{(") - (letter in "]})")
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _check_files(config_dir: str | None, known_groups: Iterable[str]) -> None:

@@ -88,6 +88,11 @@ def check_part(part: str, values: Mapping[str, Any]) -> None:
     Raises:
         ValueError: names the field, and the nearest one or what sets it.
     """
+    if not isinstance(values, Mapping):
+        raise ValueError(
+            f"megatron.{part}={values} must be a mapping of fields to values; set "
+            f"megatron.{part}.<field>=<value>"
+        )
     for name, value in values.items():
         if name in PARTS[part]:
             raise ValueError(

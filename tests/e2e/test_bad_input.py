@@ -74,6 +74,21 @@ def test_unknown_stage():
     )
 
 
+def test_a_value_that_is_nested_too_deep(refuses):
+    deep = "[" * 100 + "]" * 100
+    refuses("import", "source_ignore=[[[", "... is nested more than 40 deep", source_ignore=deep)
+
+
+def test_a_reference_in_place_of_a_mapping(refuses):
+    """OmegaConf takes any reference where a mapping belongs, and gives what it stands for."""
+    says = (
+        "megatron.transformer=5 must be a mapping of fields to values; set megatron.transformer.<"
+    )
+    refuses(
+        "evaluate", says, **{"megatron.transformer": "${data.num_samples}", "data.num_samples": 5}
+    )
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_unknown_key(refuses, stage):
     refuses(stage, f"overwrit is not a key of {stage}; did you mean overwrite?", overwrit="true")
