@@ -220,7 +220,7 @@ def _run(stage: str, config: StageConfig) -> None:
             return _start_ranks(stage, config, world)
         if ranks.rank() and stage not in schema.RANKED_STAGES:
             return log.debug("rank 0 alone runs %s", stage)
-        from nemo_minitron.reporting.console import log_file
+        from nemo_minitron.runtime.console import log_file
 
         with log_file(_log_path(config)) if stage != "plan" else contextlib.nullcontext():
             module.run(config)

@@ -27,6 +27,7 @@ from nemo_minitron.checkpoint.manifest import (
 from nemo_minitron.checkpoint.output_checks import (
     check_additions,
     check_apart,
+    check_cache,
     check_neighbours,
     finish_for_an_earlier_version,
     old_of,
@@ -54,7 +55,6 @@ from nemo_minitron.checkpoint.watched import (
 )
 from nemo_minitron.config.identity import changes, config_values, input_paths, said
 from nemo_minitron.config.stages import StageConfig
-from nemo_minitron.data.cache import check_cache
 from nemo_minitron.documents import read_json
 from nemo_minitron.runtime import endings
 

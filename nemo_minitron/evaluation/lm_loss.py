@@ -22,7 +22,7 @@ from nemo_minitron.models.schedule import (
     run_schedule,
     tokens_first,
 )
-from nemo_minitron.reporting.console import progress
+from nemo_minitron.runtime.console import progress
 from nemo_minitron.runtime.groups import ParallelGroups
 from nemo_minitron.runtime.launch import device
 

@@ -21,7 +21,9 @@ from nemo_minitron.importance.hooks import NORMS_PER_LAYER, ChunkRecorder, recor
 from nemo_minitron.importance.moments import save_moments
 from nemo_minitron.importance.removal import Removal, removed_blocks
 from nemo_minitron.importance.resume import SavedState
-from nemo_minitron.importance.scores import (
+from nemo_minitron.models.build import HiddenGPTModel
+from nemo_minitron.models.schedule import Batch, run_schedule
+from nemo_minitron.pruning.scores import (
     Scores,
     check_block_sizes,
     check_finite,
@@ -29,8 +31,6 @@ from nemo_minitron.importance.scores import (
     model_meta,
     stored_order,
 )
-from nemo_minitron.models.build import HiddenGPTModel
-from nemo_minitron.models.schedule import Batch, run_schedule
 from nemo_minitron.runtime.groups import ParallelGroups
 
 Samples = Dataset[dict[str, Tensor]]

@@ -26,9 +26,13 @@ from nemo_minitron.distillation.logit_loss import logit_loss
 from nemo_minitron.distillation.loss_config import LogitLossConfig
 from nemo_minitron.distillation.vocab import VocabShard
 from nemo_minitron.models.build import DTYPES, HiddenGPTModel, build_gpt, unwrap
-from nemo_minitron.models.lightning import MegatronOptimizerAdapter
 from nemo_minitron.models.nemo_file import NemoFileConnector
-from nemo_minitron.models.optim import build_optimizer, free_training, wrap_ddp
+from nemo_minitron.models.optim import (
+    MegatronOptimizerAdapter,
+    build_optimizer,
+    free_training,
+    wrap_ddp,
+)
 from nemo_minitron.models.optim_state import load_optimizer, optimizer_state
 from nemo_minitron.models.overlap import await_weight, gather_all
 from nemo_minitron.models.schedule import (

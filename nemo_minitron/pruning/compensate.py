@@ -21,7 +21,7 @@ from torch import Tensor
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import PruningConfig
 from nemo_minitron.families.table import Row
-from nemo_minitron.importance.scores import moment_file
+from nemo_minitron.pruning.scores import moment_file
 
 _OUTPUT = "output_layer.weight"
 
@@ -72,7 +72,7 @@ class Compensation:
         Args:
             axes: out of ``config.stages.COMPENSATED_AXES``; each is cut by the plan.
             ridge: of all least squares.
-            moment: axis, index (``importance.scores.moment_file``) -> second moments.
+            moment: axis, index (``pruning.scores.moment_file``) -> second moments.
             maps: column maps in memory at a time.
         """
         self.axes, self.ridge, self.moment = axes, ridge, moment

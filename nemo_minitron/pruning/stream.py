@@ -11,7 +11,7 @@ from nemo_minitron.families.registry import family_of
 from nemo_minitron.pruning.compensate import Compensation
 from nemo_minitron.pruning.plan import Plan, pruned_config
 from nemo_minitron.pruning.slicing import prune_store
-from nemo_minitron.reporting.console import progress
+from nemo_minitron.runtime.console import progress
 
 
 def prune_checkpoint(

@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nemo_minitron.checkpoint.common_state import COMMON_PT
 from nemo_minitron.runtime.extensions import before_megatron
 
 before_megatron()
+
+_COMMON_PT = "common.pt"
 
 
 @cache
@@ -121,7 +122,7 @@ def save_sharded(state: dict[str, Any], folder: str) -> None:
     else:
         nvrx: dict[str, Any] = {"async_sharded_save": True, "async_strategy": "nvrx"}
         dist_checkpointing.save(state, folder, **nvrx).execute_sync()
-    common = Path(folder) / COMMON_PT
+    common = Path(folder) / _COMMON_PT
     if dist.get_rank() == 0 and not common.exists():
         # From 0.19 on Megatron stores it among the tensors, where older releases do not look.
         torch.save(dist_checkpointing.load_common_state_dict(folder), common)

@@ -82,7 +82,7 @@ def run(cfg: BenchmarkConfig) -> None:
 
 def _measure(cfg: BenchmarkConfig) -> dict[str, Any]:
     from nemo_minitron.evaluation.speed import EQUAL, LARGEST, Work, largest_batch, take_turns
-    from nemo_minitron.reporting.console import progress
+    from nemo_minitron.runtime.console import progress
 
     found = [_candidate(cfg, path) for path in cfg.checkpoint]
     work = Work(cfg.batch_size, cfg.prompt_length, cfg.new_tokens, cfg.seed)
@@ -151,7 +151,7 @@ def _device() -> str:
 
 
 def _show(metrics: dict[str, Any]) -> None:
-    from nemo_minitron.reporting.console import show_table
     from nemo_minitron.reporting.speed import SPEED_HEADER, speed_rows
+    from nemo_minitron.runtime.console import show_table
 
     show_table(f"benchmark ({metrics['device']})", SPEED_HEADER, speed_rows(metrics))

@@ -146,8 +146,8 @@ def _evaluate(cfg: EvaluateConfig, model: ModelConfig) -> dict[str, Any]:
 
 
 def _show(cfg: EvaluateConfig, metrics: dict[str, Any]) -> None:
-    from nemo_minitron.reporting.console import show_table
     from nemo_minitron.reporting.results import task_scores
+    from nemo_minitron.runtime.console import show_table
 
     rows = [("parameters", f"{metrics['parameters']['total']:,}")]
     if "lm_loss" in metrics:

@@ -83,7 +83,7 @@ def _sample(
     from nemo_minitron.models.inference import CachedModel
     from nemo_minitron.models.load import load_frozen
     from nemo_minitron.models.sampling import Sampling
-    from nemo_minitron.reporting.console import progress
+    from nemo_minitron.runtime.console import progress
     from nemo_minitron.runtime.groups import ParallelGroups
     from nemo_minitron.runtime.stop import StopOnRequest
 
@@ -174,8 +174,8 @@ def _generated(
 
 
 def _show(cfg: GenerateConfig, metrics: dict[str, Any]) -> None:
-    from nemo_minitron.reporting.console import show_table
     from nemo_minitron.reporting.speed import generation_rows
+    from nemo_minitron.runtime.console import show_table
 
     if metrics:  # rank 0
         show_table("generate", ("", Path(cfg.checkpoint).name), generation_rows(metrics))

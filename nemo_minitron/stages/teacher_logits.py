@@ -74,7 +74,7 @@ def run(cfg: TeacherLogitsConfig) -> None:
 def _store(cfg: TeacherLogitsConfig, folder: Path) -> dict[str, Any]:
     from nemo_minitron.models.stage_data import training_datasets
     from nemo_minitron.models.teacher_logits import read_part
-    from nemo_minitron.reporting.console import progress
+    from nemo_minitron.runtime.console import progress
     from nemo_minitron.runtime.ranks import rank
     from nemo_minitron.runtime.stop import StopOnRequest
 
@@ -145,7 +145,7 @@ def _metrics(cfg: TeacherLogitsConfig, samples: dict[str, int], seconds: float) 
 
 
 def _show(cfg: TeacherLogitsConfig, metrics: dict[str, Any]) -> None:
-    from nemo_minitron.reporting.console import show_table
+    from nemo_minitron.runtime.console import show_table
 
     rows = [(f"{name} samples", f"{count:,}") for name, count in metrics["samples"].items()]
     rows += [("tokens", f"{metrics['tokens']:,}"), ("bytes", f"{metrics['bytes']:,}")]

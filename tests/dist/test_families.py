@@ -237,7 +237,7 @@ def transformers_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
 def write_scores(folder: Path, config: ModelConfig) -> None:
     """Random scores of every axis as a result folder."""
     from nemo_minitron.checkpoint.artifact import output_folder
-    from nemo_minitron.importance.scores import Scores, model_meta
+    from nemo_minitron.pruning.scores import Scores, model_meta
 
     torch.manual_seed(1)
     layers, experts = config.num_layers, config.num_moe_experts

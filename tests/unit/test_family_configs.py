@@ -188,7 +188,7 @@ def test_forms_are_exact_inverses(form: str) -> None:
 
 def test_biases_are_merged_with_their_heads() -> None:
     """A bias is one more input of the matrix, whose value is always 1."""
-    from nemo_minitron.importance.scores import Scores, model_meta
+    from nemo_minitron.pruning.scores import Scores, model_meta
 
     torch.manual_seed(0)
     layers, heads = QWEN2.num_layers, QWEN2.num_attention_heads

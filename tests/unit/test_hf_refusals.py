@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from nemo_minitron import cli
+from nemo_minitron.checkpoint.source import open_source
 from nemo_minitron.families.registry import written_config
-from nemo_minitron.stages.import_ import open_source
 from tests.sources import write_tokenizer
 from tests.unit.test_families import hf_llama
 

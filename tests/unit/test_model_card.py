@@ -28,7 +28,7 @@ from nemo_minitron.config.stages import (
     TeacherLogitsConfig,
 )
 from nemo_minitron.config.training import DataConfig
-from nemo_minitron.importance.scores import Scores, model_meta
+from nemo_minitron.pruning.scores import Scores, model_meta
 from nemo_minitron.reporting.model_card import model_card
 from nemo_minitron.stages import export, import_, prune
 from nemo_minitron.stages.recipe import training_entry
