@@ -41,7 +41,7 @@ help:
 	@echo "make test        all tests; on Python 3.11 and 3.10 the part that is run on the older stack"
 	@echo "make test-older  the same part, in .venv-older on Python 3.11 or 3.10"
 	@echo "make slurm       SLURM for the tests that need one, by apt-get, as root"
-	@echo "make lint        ruff, mypy, shellcheck, hadolint"
+	@echo "make lint        ruff, mypy, import-linter, shellcheck, hadolint"
 	@echo "make format      let ruff rewrite files"
 	@echo "make docs        write docs/keys.md and docs/families.md from the code"
 	@echo "make site        build/site, the documentation as web pages"
@@ -96,6 +96,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/hadolint docker/*Dockerfile
 	$(BIN)/shellcheck --external-sources .ci/run launch/lib.sh launch/*.sbatch
 

@@ -24,7 +24,8 @@ from nemo_minitron.config.stages import (
     PruneConfig,
     StageConfig,
 )
-from nemo_minitron.errors import (
+from nemo_minitron.runtime import endings, peers, ranks, versions
+from nemo_minitron.runtime.errors import (
     BAD_INPUT,
     PREEMPTED,
     TERMINATED,
@@ -34,7 +35,6 @@ from nemo_minitron.errors import (
     Terminated,
     verdict,
 )
-from nemo_minitron.runtime import endings, peers, ranks, versions
 from nemo_minitron.runtime.scratch import scratch
 from nemo_minitron.runtime.supervise import die_with_parent, killed_by
 

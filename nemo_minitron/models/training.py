@@ -16,10 +16,10 @@ from nemo.utils.exp_manager import exp_manager
 
 from nemo_minitron.config.training import DataConfig, ExpManagerConfig, TrainerConfig
 from nemo_minitron.data.sampler import build_dataloader
-from nemo_minitron.errors import Preempted
 from nemo_minitron.models.gpt import MinitronGPTModel
 from nemo_minitron.models.lightning import UNFINISHED, MegatronStrategy
 from nemo_minitron.runtime.console import progress
+from nemo_minitron.runtime.errors import Preempted
 from nemo_minitron.runtime.launch import device
 from nemo_minitron.runtime.stop import StopOnRequest
 from nemo_minitron.runtime.writer import start_writer_helper

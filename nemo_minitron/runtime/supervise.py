@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from nemo_minitron.errors import INTERRUPTED, PREEMPTED, TERMINATED
 from nemo_minitron.runtime import endings
+from nemo_minitron.runtime.errors import INTERRUPTED, PREEMPTED, TERMINATED
 
 _ORDERLY = (PREEMPTED, INTERRUPTED, TERMINATED)
 _CRASHED_SECONDS = 3.0

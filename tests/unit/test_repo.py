@@ -1,6 +1,5 @@
-"""What surrounds the code: documents that must stay true, launch scripts, pins, layers."""
+"""What surrounds the code: documents that must stay true, launch scripts, pins."""
 
-import ast
 import json
 import os
 import re
@@ -94,7 +93,7 @@ def test_commands_are_found():
     assert {line.split()[0] for _, line in COMMANDS} == {*STAGE_CONFIGS}
 
 
-# ------------------------------------------------------------------------- packaging and layers
+# ------------------------------------------------------------------------------------ packaging
 
 
 TESTED = ["tested-3.11.txt", "tested-3.12.txt"]
@@ -146,40 +145,6 @@ def test_dockerfiles_are_clean(path):
     tool = Path(sys.executable).parent / "hadolint"
     done = subprocess.run([tool, path], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_megatron_and_nemo_stay_where_they_belong():
-    """And torch out of what help and refusals go through."""
-    heavy = {"megatron", "nemo", "lightning"}
-    package = REPO / "nemo_minitron"
-    light = ("config/", "cli.py", "usage.py", "errors.py", "documents.py", "runtime/ranks.py", "__")
-    light = (*light, "runtime/console.py", "runtime/versions.py")
-    for path in package.rglob("*.py"):
-        place = path.relative_to(package).as_posix()
-        roots = imported(path)
-        if not place.startswith(("runtime/", "models/", "data/")):
-            assert not roots & heavy, place
-        if place.startswith(light):
-            assert not roots & {*heavy, "torch", "transformers", "matplotlib"}, place
-
-
-def test_tensor_work_knows_no_model():
-    """Pruning and losses are functions of tensors: what runs a model imports them, never back."""
-    for folder in ("families", "pruning", "distillation"):
-        for path in (REPO / "nemo_minitron" / folder).glob("*.py"):
-            for line in path.read_text().splitlines():
-                assert "import nemo_minitron.models" not in line, path
-                assert "from nemo_minitron.models" not in line, path
-
-
-def imported(path: Path) -> "set[str]":
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module.split(".")[0])
-    return names
 
 
 def test_quick_start_reads_what_is_fetched():
