@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from nemo_minitron.checkpoint.foreign.megatron_sources import is_megatron
 from nemo_minitron.checkpoint.gguf import open_gguf
 from nemo_minitron.checkpoint.hf import (
     CONFIG_JSON,
@@ -15,7 +16,6 @@ from nemo_minitron.checkpoint.hf import (
     to_megatron,
 )
 from nemo_minitron.checkpoint.lazy import Store, first_rows, on_read, refuse_nonfinite
-from nemo_minitron.checkpoint.megatron_sources import is_megatron
 from nemo_minitron.checkpoint.tokenizer import save_tokenizer
 from nemo_minitron.checkpoint.tokenizer_files import (
     TokenizerFiles,
@@ -141,7 +141,7 @@ def _without_padding(opened: Opened, vocab_size: int, tokenizer: TokenizerFiles)
 
 
 def _open_megatron(path: Path, tokenizer: str | None, vocab_size: int | None) -> Opened:
-    from nemo_minitron.checkpoint.megatron_open import open_megatron  # a second to import
+    from nemo_minitron.checkpoint.foreign.megatron_open import open_megatron  # a second to import
 
     found = open_megatron(path, Path(tokenizer) if tokenizer else None, vocab_size)
 

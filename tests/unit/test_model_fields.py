@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_minitron.checkpoint.foreign.megatron_fields import match_family, model_fields
+from nemo_minitron.checkpoint.foreign.megatron_stated import of_args
 from nemo_minitron.checkpoint.megatron_args import megatron_lm_args
-from nemo_minitron.checkpoint.megatron_fields import match_family, model_fields
-from nemo_minitron.checkpoint.megatron_stated import of_args
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.families.registry import read_config, written_config

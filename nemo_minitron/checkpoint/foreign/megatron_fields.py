@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nemo_minitron.checkpoint.megatron_stated import Stated
+from nemo_minitron.checkpoint.foreign.megatron_stated import Stated
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.registry import FAMILIES
 from nemo_minitron.families.rope import LLAMA3_SCALING

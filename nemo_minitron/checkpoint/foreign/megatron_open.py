@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.checkpoint.foreign.megatron_fields import match_family, model_fields
+from nemo_minitron.checkpoint.foreign.megatron_sources import Source, find_source
 from nemo_minitron.checkpoint.hf_refusals import refuse_adapter_names
 from nemo_minitron.checkpoint.lazy import LazyTensor, Store, first_rows, main_dtype
-from nemo_minitron.checkpoint.megatron_fields import match_family, model_fields
-from nemo_minitron.checkpoint.megatron_sources import Source, find_source
 from nemo_minitron.checkpoint.parts import Part
 from nemo_minitron.checkpoint.safe_pickle import PICKLE_ERRORS, read_torch_file
 from nemo_minitron.checkpoint.tokenizer_files import (
