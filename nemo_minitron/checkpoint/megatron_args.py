@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.families.registry import family_of
+from nemo_minitron.families.table import COMMON_SPEC
 
 # Whole multiples of it can be split over any usual number of tensor-parallel ranks.
 _VOCAB_STEP = 128
@@ -37,7 +39,6 @@ _NEUTRAL: dict[str, Any] = {
     "moe_use_legacy_grouped_gemm": False,
     "use_legacy_models": False,
     "init_model_with_meta_device": False,
-    "spec": None,
     "hybrid_layer_pattern": None,
     # Knows nothing but its size; the tokenizer's files are in the folder tokenizer/.
     "tokenizer_type": "NullTokenizer",
@@ -78,8 +79,10 @@ def megatron_lm_args(config: ModelConfig) -> Namespace:
     positions = config.max_position_embeddings
     multiple = _vocab_multiple(config.vocab_size)
     padded = -(-config.vocab_size // multiple) * multiple
+    spec = family_of(config).layer_spec
     return Namespace(
         **_NEUTRAL,
+        spec=None if spec == COMMON_SPEC else spec.split(":"),
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
         ffn_hidden_size=config.ffn_hidden_size,
@@ -95,6 +98,7 @@ def megatron_lm_args(config: ModelConfig) -> Namespace:
         position_embedding_type=config.position_embedding_type,
         rotary_base=int(config.rotary_base),
         rotary_percent=config.rotary_percent,
+        no_rope_freq=config.no_rope_freq,
         use_rope_scaling=config.rope_scaling is not None,
         rope_scaling_factor=(config.rope_scaling or {}).get("factor", 8.0),
         normalization=config.normalization,

@@ -24,6 +24,8 @@ from nemo_minitron.families.table import Row
 from nemo_minitron.pruning.scores import moment_file
 
 _OUTPUT = "output_layer.weight"
+# Norms whose output the moments of ``hidden`` are of; others (OLMo-2's) are only cut.
+_INPUT_NORMS = ("input_layernorm.weight", "pre_mlp_layernorm.weight")
 
 
 def column_map(moment: Tensor, kept: Tensor, ridge: float) -> Tensor:
@@ -137,7 +139,7 @@ def _norm_index(row: Row, layer: int, config: ModelConfig) -> int | None:
     """Index of the norm that a tensor belongs to, or whose output it reads; None for others."""
     if row.name in ("decoder.final_layernorm.weight", _OUTPUT):
         return 2 * config.num_layers
-    writes = row.dims[0] == "hidden" and not row.name.endswith("layernorm.weight")
+    writes = row.dims[0] == "hidden" and not row.name.endswith(_INPUT_NORMS)
     if writes or not row.per_layer:
         return None
     if "self_attention." in row.name or "input_layernorm." in row.name:

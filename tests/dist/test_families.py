@@ -154,6 +154,12 @@ CASES = {
         {**LLAMA_DIMS, r"q_proj\.bias": ("q",), r"[kv]_proj\.bias": ("kv",)},
     ),
     "qwen3": Case("Qwen3", SIZES, {**LLAMA_DIMS, r"[qk]_norm\.weight": (None,)}),
+    "smollm3": Case(
+        "SmolLM3",
+        {**SIZES, "no_rope_layers": [1, 0, 1, 0], "pad_token_id": None, "bos_token_id": 0,
+         "eos_token_id": 0},
+        LLAMA_DIMS,
+    ),
     "nemotron": Case("Nemotron", SIZES, LLAMA_DIMS, sequence_parallel=True),
     "phi3": Case(
         "Phi3",
