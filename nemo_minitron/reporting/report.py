@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from nemo_minitron.reporting import plots
 from nemo_minitron.reporting.results import Pruning, Results, Row, StageResult, read_results
 from nemo_minitron.reporting.speed import SPEED_HEADER, generation_rows, speed_rows
 from nemo_minitron.reporting.templates import templates
+from nemo_minitron.runtime.atomic import atomic_file
 from nemo_minitron.runtime.console import show_table
 
 log = logging.getLogger(__name__)
@@ -48,9 +48,8 @@ def write_report(output_dir: str | Path, cfg: PipelineConfig) -> Path:
     """
     results = read_results(Path(output_dir), cfg)
     page = Path(output_dir) / REPORT
-    working = page.with_suffix(".html.partial")
-    working.write_text(render(results), encoding="utf-8")
-    os.replace(working, page)
+    with atomic_file(page) as draft:
+        draft.write_text(render(results), encoding="utf-8")
     for warning in results.warnings:
         log.warning("%s", warning)
     if results.rows:

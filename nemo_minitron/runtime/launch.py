@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_minitron.runtime import cpu, peers
+from nemo_minitron.runtime.atomic import atomic_file
 from nemo_minitron.runtime.extensions import before_megatron
 from nemo_minitron.runtime.ranks import launched_world_size, rank, store_address
 
@@ -67,9 +68,8 @@ def _store(address: Path, timeout: timedelta) -> dist.Store:
     """Where ranks of this machine meet: rank 0 takes a port that is free and says which."""
     if rank() == 0:
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        draft = address.with_suffix(".draft")
-        draft.write_text(str(store.port))
-        draft.replace(address)
+        with atomic_file(address) as draft:
+            draft.write_text(str(store.port))
         return store
     end = time.monotonic() + timeout.total_seconds()
     while not address.exists():

@@ -14,7 +14,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from nemo_minitron.checkpoint.seals import check_seal, seal
+from nemo_minitron.checkpoint.seals import check_seal, sealed_file
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import SearchConfig
 from nemo_minitron.documents import read_json_object
@@ -77,10 +77,8 @@ def _keep(path: Path, values: Record) -> None:
     """Write a file whole, by rank 0, and wait for it."""
     if rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(".part")
-        draft.write_text(json.dumps(values))
-        seal(path, draft)
-        draft.rename(path)
+        with sealed_file(path) as draft:
+            draft.write_text(json.dumps(values))
     barrier()
 
 
