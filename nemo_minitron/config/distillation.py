@@ -104,6 +104,11 @@ class DistillationConfig:
         if self.top_k < 1:
             raise ValueError(f"distillation.top_k={self.top_k} must be at least 1")
 
+    @property
+    def kd_scale(self) -> float:
+        """Factor of the distillation loss itself: temperature^2 where that was asked for."""
+        return self.temperature**2 if self.temperature_scaling == "square" else 1.0
+
     def check_vocabulary(self, vocab_size: int) -> None:
         """Refuse a ``top_k`` above the vocabulary.
 
