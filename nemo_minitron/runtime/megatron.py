@@ -5,7 +5,7 @@ no other module asks for a version. ``docs/versions.md`` says which release brou
 """
 
 import inspect
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,11 @@ def _wrapper_config(chunk: Any, batch: int, length: int, vocab_size: int) -> Any
         inference_max_requests=batch,
         inference_max_seq_length=length,
     )
+
+
+def mlp_submodules(mlp: Any) -> Any:
+    """The submodules in a layer spec's MLP: 0.16 has a ``ModuleSpec`` there, 0.19 a ``partial``."""
+    return mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
 
 
 @cache

@@ -160,6 +160,16 @@ CASES = {
          "eos_token_id": 0},
         LLAMA_DIMS,
     ),
+    "olmo2": Case(
+        "Olmo2",
+        {**SIZES, "pad_token_id": None, "eos_token_id": 0},
+        {
+            **LLAMA_DIMS,
+            r"q_norm\.weight": ("q",),
+            r"k_norm\.weight": ("kv",),
+        },
+        sequence_parallel=True,
+    ),
     "nemotron": Case("Nemotron", SIZES, LLAMA_DIMS, sequence_parallel=True),
     "phi3": Case(
         "Phi3",

@@ -19,7 +19,7 @@ from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.families.registry import FAMILIES, read_config, written_config
 from nemo_minitron.models import build
-from tests.tiny import GPT2, LLAMA, MIXTRAL, NEMOTRON, QWEN2_MOE, QWEN3, SMOLLM3
+from tests.tiny import GPT2, LLAMA, MIXTRAL, NEMOTRON, OLMO2, QWEN2_MOE, QWEN3, SMOLLM3
 from tests.unit.test_families import LLAMA3_ROPE
 from tests.unit.test_family_configs import QWEN2
 
@@ -155,6 +155,13 @@ def test_every_nth_layer_of_megatron_is_a_list(said: int, read: list[int] | None
     stated = of_args({**vars(megatron_lm_args(SMOLLM3)), "no_rope_freq": 3}, "here")
     with pytest.raises(ValueError, match=r"no_rope_freq=3 .* only a divisor of num_layers=4"):
         model_fields(stated, SMOLLM3.vocab_size)
+
+
+@pytest.mark.parametrize("model", [OLMO2, LLAMA], ids=["olmo2", "llama"])
+def test_modules_of_a_family_are_named_and_read(model: ModelConfig) -> None:
+    """All else that the arguments say of the two is the same."""
+    stated = of_args(vars(megatron_lm_args(model)), "here")
+    assert match_family(stated, model_fields(stated, model.vocab_size))[1] == model
 
 
 def test_settings_of_a_family_reach_megatron(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,6 +146,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "nemotron": TINY,
     "phi3": TINY,
     "smollm3": TINY,
+    "olmo2": TINY,
     "gpt2": {"vocab_size": 64, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4},
     "mixtral": TINY | {"num_local_experts": 4},
     "qwen2_moe": TINY | ROUTED | {"shared_expert_intermediate_size": 48},
