@@ -19,7 +19,7 @@ from nemo_minitron.config import load
 from nemo_minitron.config.stages import STAGE_CONFIGS, TargetConfig
 from nemo_minitron.families.registry import FAMILIES
 from nemo_minitron.planning.command import of_one_stage
-from scripts import config_docs, families_docs, quickstart_assets
+from scripts import config_docs, families_docs, map_docs, quickstart_assets
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -47,6 +47,22 @@ def test_the_page_of_keys_is_up_to_date():
 def test_the_page_of_families_is_up_to_date():
     message = "the family tables changed; run `make docs`"
     assert (REPO / "docs" / "families.md").read_text() == families_docs.page(), message
+
+
+def test_the_map_is_up_to_date():
+    message = "files of the package or their docstrings changed; run `make docs`"
+    assert (REPO / "docs" / "map.md").read_text() == map_docs.page(), message
+
+
+def test_what_the_tour_names_exists():
+    text = (REPO / "docs" / "contributing-tour.md").read_text()
+    named = re.findall(r"`([\w/]+\.py)(?:::([\w.]+))?`", text)
+    assert len(named) > 30
+    for file, symbol in named:
+        source = (REPO / "nemo_minitron" / file).read_text()
+        for part in symbol.split(".") if symbol else ():
+            pattern = rf"^ *(def|class) {part}\b|^{part}\b.*="
+            assert re.search(pattern, source, re.MULTILINE), f"{file}::{symbol}"
 
 
 def test_the_page_of_families_knows_every_size():
