@@ -1,12 +1,17 @@
 """A Megatron-Core GPT as a NeMo model."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from nemo.core.classes import ModelPT
 from nemo.core.classes.common import PretrainedModelInfo
 from omegaconf import DictConfig
@@ -84,6 +89,10 @@ class MinitronGPTModel(ModelPT):
     Megatron's groups must be initialised (``runtime.launch.distributed``).
     """
 
+    _megatron: MegatronOptimizer
+    _lr_scheduler: OptimizerParamScheduler
+    _optimizer: MegatronOptimizerAdapter
+
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
         super().__init__(cfg=cfg, trainer=trainer)
         self.automatic_optimization = False
@@ -114,8 +123,6 @@ class MinitronGPTModel(ModelPT):
         # fp64 counts beyond 2**24 exactly.
         self._tokens = torch.zeros((), dtype=torch.float64, device=device())
         self._validation_sums: list[StepSums[Tensor]] = []
-        self._megatron: Any = None
-        self._lr_scheduler: Any = None
         for key, path in dict(cfg.get("tokenizer") or {}).items():
             self.register_artifact(f"tokenizer.{key}", path)
 
@@ -176,10 +183,10 @@ class MinitronGPTModel(ModelPT):
 
     # ---- data
 
-    def setup_training_data(self, train_data_config: Any) -> None:
+    def setup_training_data(self, train_data_config: object) -> None:
         """Nothing at construction: stages give loaders through ``set_loaders``."""
 
-    def setup_validation_data(self, val_data_config: Any) -> None:
+    def setup_validation_data(self, val_data_config: object) -> None:
         """Nothing at construction: stages give loaders through ``set_loaders``."""
 
     def micro_batches_per_step(self) -> int:
@@ -188,7 +195,7 @@ class MinitronGPTModel(ModelPT):
             self.data_cfg.micro_batch_size * self.groups.dp.size()
         )
 
-    def set_loaders(self, train: Any, validation: Any | None) -> None:
+    def set_loaders(self, train: Iterable[Batch], validation: Iterable[Batch] | None) -> None:
         """Attach loaders of micro-batches (``data.sampler.build_dataloader``)."""
         count = self.micro_batches_per_step()
         self._train_dl = StepLoader(train, count)
@@ -202,7 +209,8 @@ class MinitronGPTModel(ModelPT):
         self._megatron, self._lr_scheduler = build_optimizer(
             list(self.model), self.optim_cfg, self.trainer_cfg, self.megatron_cfg
         )
-        return [MegatronOptimizerAdapter(self._megatron)]
+        self._optimizer = MegatronOptimizerAdapter(self._megatron)
+        return [self._optimizer]
 
     def on_fit_end(self) -> None:
         """Training is over: what it held can be freed with the model."""
@@ -303,9 +311,10 @@ class MinitronGPTModel(ModelPT):
         A batch without a target token counts as a step with loss 0 that changes neither weights
         nor optimizer state; the learning-rate schedule goes on.
         """
-        optimizer: Any = self.optimizers()
-        chunks: Any = self.model
-        for chunk in chunks:
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
+        for chunk in self.model:
+            assert isinstance(chunk, DistributedDataParallel)
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         micro_batches = [on_this_cp_rank(micro_batch, self.groups) for micro_batch in batch]
@@ -321,11 +330,11 @@ class MinitronGPTModel(ModelPT):
         if not all(map(math.isfinite, values)):
             raise diverged(f"the loss sums are {list(values)}", step)
         # No target token: Adam's moments and the weight decay would still move the weights.
-        optimizer.optimizer.skip = values.tokens == 0
+        self._optimizer.skip = values.tokens == 0
         optimizer.step()
         self._lr_scheduler.step(increment=1)
         self.consumed_samples += self.data_cfg.global_batch_size
-        grad_norm = optimizer.optimizer.grad_norm
+        grad_norm = self._optimizer.grad_norm
         if grad_norm is not None and not math.isfinite(grad_norm):
             raise diverged(f"the gradient norm is {grad_norm}", step)
         if logged:

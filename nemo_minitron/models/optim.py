@@ -104,12 +104,12 @@ class MegatronOptimizerAdapter(torch.optim.Optimizer):
         self._optimizer_step_post_hooks = {}
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]  # an attribute there
         """Megatron's parameter groups."""
         return self.megatron.param_groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> dict[str, Any]:  # type: ignore[override]  # an attribute there
         """Kept by Megatron; Lightning asks only to move it to a device."""
         return {}
 
