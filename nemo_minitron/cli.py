@@ -69,7 +69,7 @@ def _plan_one(stage: str, *arguments: str) -> int:
     """``minitron plan <stage> key=value ...``: a pipeline of that stage alone."""
     from hydra.errors import HydraException
 
-    from nemo_minitron.planning.command import of_one_stage
+    from nemo_minitron.pipeline.plan import of_one_stage
 
     try:
         return _run_hydra("plan", of_one_stage(stage, arguments))

@@ -179,7 +179,7 @@ def output_folder(
             inputs that ``cfg`` names (``config.identity``).
         resumable: keep the working folder on failure and find it again next time, if config and
             inputs are the same (with other ones it is refused, or cleared under overwrite=true);
-            keys that say so (``config.meaning.MAY_CHANGE``) may differ.
+            keys that say so (``config.base.MAY_CHANGE``) may differ.
         temporary: names in the folder that are there to resume, and are no part of the result.
         ranks: for several ranks that write one result; every rank enters and leaves together.
 

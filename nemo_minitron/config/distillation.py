@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from nemo_minitron.config.base import NEUTRAL
 from nemo_minitron.config.intermediate import IntermediateConfig
-from nemo_minitron.config.meaning import NEUTRAL
 
 DENSE_LOSSES = ("forward_kl", "reverse_kl", "js", "mse", "cosine")
 # Those that read only the teacher's k largest logits of each token.

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from nemo_minitron.config.meaning import INPUT, MAY_CHANGE, NEUTRAL, TOKENS
+from nemo_minitron.config.base import INPUT, MAY_CHANGE, NEUTRAL, TOKENS
 
 RECOMPUTE_KEYS = (
     "recompute_granularity",

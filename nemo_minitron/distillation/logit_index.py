@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.config.meaning import TOKENS
+from nemo_minitron.config.base import TOKENS
 from nemo_minitron.config.stages import DistillConfig
 from nemo_minitron.config.training import DataConfig
 from nemo_minitron.documents import read_json_object

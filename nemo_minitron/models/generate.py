@@ -10,8 +10,7 @@ import torch.distributed as dist
 
 from nemo_minitron.checkpoint.seals import check_seal, sealed_file
 from nemo_minitron.documents import json_value
-from nemo_minitron.models.inference import CachedModel, continue_prompts
-from nemo_minitron.models.sampling import Sampling, draws_of
+from nemo_minitron.models.inference import CachedModel, Sampling, continue_prompts, draws_of
 from nemo_minitron.runtime.launch import barrier
 
 

@@ -64,11 +64,11 @@ from nemo_minitron.models.weights import (
     nonfinite_parameter,
     save_weights,
 )
-from nemo_minitron.runtime import quiet
+from nemo_minitron.runtime.extensions import quiet_nemo
 from nemo_minitron.runtime.groups import ParallelGroups
 from nemo_minitron.runtime.launch import device
 
-quiet.after_imports()
+quiet_nemo()
 
 
 def diverged(what: str, step: int) -> ValueError:

@@ -12,8 +12,8 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from megatron.core import dist_checkpointing
 
 from nemo_minitron.checkpoint.manifest import FileEntry, files_in
-from nemo_minitron.checkpoint.refuse_code import refuse_code
 from nemo_minitron.checkpoint.seals import entries_of, read_seal, write_seal
+from nemo_minitron.checkpoint.torch_dist_read import refuse_code
 from nemo_minitron.models.weights import plain_errors
 from nemo_minitron.runtime.megatron import save_sharded
 

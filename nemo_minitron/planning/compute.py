@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from nemo_minitron.config.cluster import ClusterConfig
 from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.pipeline import ClusterConfig
 from nemo_minitron.config.stages import (
     DistillConfig,
     ImportanceConfig,

@@ -12,9 +12,9 @@ from nemo_minitron.documents import json_value
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import parameter_count
 from nemo_minitron.reporting import plots
+from nemo_minitron.reporting.model_card import templates
 from nemo_minitron.reporting.results import Pruning, Results, Row, StageResult, read_results
 from nemo_minitron.reporting.speed import SPEED_HEADER, generation_rows, speed_rows
-from nemo_minitron.reporting.templates import templates
 from nemo_minitron.runtime.atomic import atomic_file
 from nemo_minitron.runtime.console import show_table
 

@@ -109,7 +109,7 @@ def _candidate(cfg: BenchmarkConfig, path: str) -> "Candidate":
     from nemo_minitron.evaluation.speed import Candidate
     from nemo_minitron.models.build import PRECISION_DTYPES
     from nemo_minitron.models.inference import CachedModel
-    from nemo_minitron.models.load import load_frozen
+    from nemo_minitron.models.weights import load_frozen
     from nemo_minitron.runtime.groups import ParallelGroups
 
     folder, groups = Path(path) / "checkpoint", ParallelGroups.current()

@@ -11,8 +11,7 @@ from nemo_minitron.config.stages import ImportanceConfig
 from nemo_minitron.data.checks import check_batches, check_data
 from nemo_minitron.pruning.scores import check_axes, check_block_sizes, check_moments
 from nemo_minitron.runtime.ranks import launched_world_size
-from nemo_minitron.stages.inputs import open_checkpoint
-from nemo_minitron.stages.settings import check_settings
+from nemo_minitron.stages.settings import check_settings, open_checkpoint
 
 if TYPE_CHECKING:
     from nemo_minitron.pruning.scores import Scores

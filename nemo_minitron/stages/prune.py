@@ -174,7 +174,7 @@ def _write(
 ) -> dict[str, Any]:
     """Files of the result; returns the metrics."""
     from nemo_minitron.pruning.compensate import Compensation
-    from nemo_minitron.pruning.stream import prune_checkpoint
+    from nemo_minitron.pruning.slicing import prune_checkpoint
 
     plan.save(work)
     source, target = Path(cfg.checkpoint) / "checkpoint", work / "checkpoint"

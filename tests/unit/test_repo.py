@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from nemo_minitron.config import load
 from nemo_minitron.config.stages import STAGE_CONFIGS, TargetConfig
 from nemo_minitron.families.registry import FAMILIES
-from nemo_minitron.planning.command import of_one_stage
+from nemo_minitron.pipeline.plan import of_one_stage
 from scripts import config_docs, families_docs, map_docs, quickstart_assets
 
 if sys.version_info >= (3, 11):
