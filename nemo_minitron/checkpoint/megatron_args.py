@@ -43,6 +43,7 @@ _NEUTRAL: dict[str, Any] = {
     "moe_use_legacy_grouped_gemm": False,
     "use_legacy_models": False,
     "init_model_with_meta_device": False,
+    "spec": None,
     "hybrid_layer_pattern": None,
     # Knows nothing but its size; the tokenizer's files are in the folder tokenizer/.
     "tokenizer_type": "NullTokenizer",
@@ -84,9 +85,12 @@ def megatron_lm_args(config: ModelConfig) -> Namespace:
     multiple = _vocab_multiple(config.vocab_size)
     padded = -(-config.vocab_size // multiple) * multiple
     spec = family_of(config).layer_spec
+    # What a model does not use is left as it is without it: the same model has the same bytes.
+    used: dict[str, Any] = {} if spec == COMMON_SPEC else {"spec": spec.split(":")}
+    if config.no_rope_freq is not None:
+        used["no_rope_freq"] = config.no_rope_freq
     return Namespace(
-        **_NEUTRAL,
-        spec=None if spec == COMMON_SPEC else spec.split(":"),
+        **{**_NEUTRAL, **used},
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
         ffn_hidden_size=config.ffn_hidden_size,
@@ -102,7 +106,6 @@ def megatron_lm_args(config: ModelConfig) -> Namespace:
         position_embedding_type=config.position_embedding_type,
         rotary_base=int(config.rotary_base),
         rotary_percent=config.rotary_percent,
-        no_rope_freq=config.no_rope_freq,
         use_rope_scaling=config.rope_scaling is not None,
         rope_scaling_factor=(config.rope_scaling or {}).get("factor", 8.0),
         normalization=config.normalization,
