@@ -59,7 +59,7 @@ class DataConfig:
 class OptionalDataConfig(DataConfig):
     """Data of a stage that can do without."""
 
-    path: str | None = field(default=None, metadata=INPUT)  # type: ignore[assignment]
+    path: str | None = field(default=None, metadata=INPUT)  # type: ignore[assignment]  # here it may be missing
     """As in the stages that need it; null when there is no text to read (``prune`` that scores
     nothing, ``evaluate`` of tasks alone)."""
 

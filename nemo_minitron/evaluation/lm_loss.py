@@ -105,7 +105,7 @@ def evaluate_lm(
         "lm_loss": loss / tokens,
         "perplexity": math.exp(loss / tokens),
         "tokens": int(tokens),
-        "samples": len(dataset),  # type: ignore[arg-type]
+        "samples": len(dataset),  # type: ignore[arg-type]  # torch's Dataset declares no length
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
     }

@@ -168,7 +168,7 @@ class ChunkRecorder:
     ) -> None:
         before, after = args[0] if args else kwargs["hidden_states"], output[0]
         known = self._state is not None and self._state[0] is before
-        before = self._state[1] if known else self._share(before)  # type: ignore[index]
+        before = self._state[1] if known else self._share(before)  # type: ignore[index]  # `known` says that it is there
         self._state = after, self._share(after)
         after = self._state[1]
         if self.influence is not None:

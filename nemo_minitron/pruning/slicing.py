@@ -104,7 +104,7 @@ def dim_indices(
     }
     if all(len(kept[axis]) == axis_size(config, axis) for axis in kept):
         return None
-    return _kept_rows(held, config, kept)  # type: ignore[return-value]
+    return _kept_rows(held, config, kept)  # type: ignore[return-value]  # torch types every result as Tensor
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ def _read_pruned_run(
     rows = kept[start:stop]
     first = int(rows.min())
     block = tensor.read_rows(first, int(rows.max()) + 1)
-    source.cut(block, None if len(rows) == block.size(0) else rows - first, out)  # type: ignore[arg-type]
+    source.cut(block, None if len(rows) == block.size(0) else rows - first, out)  # type: ignore[arg-type]  # torch types every result as Tensor
 
 
 def _pruned(tensor: LazyTensor, config: ModelConfig, source: Source) -> LazyTensor:

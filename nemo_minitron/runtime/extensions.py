@@ -143,7 +143,7 @@ def _set_aside(extension: Extension, reason: str, repair: str = "") -> None:
     for name in list(sys.modules):
         if name.split(".")[0] == extension.package:
             del sys.modules[name]
-    sys.modules[extension.package] = None  # type: ignore[assignment]
+    sys.modules[extension.package] = None  # type: ignore[assignment]  # None ends its import
     if rank() == 0:
         log.warning(
             "%s %s; Megatron-Core runs without it%s",

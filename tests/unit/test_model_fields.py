@@ -105,7 +105,7 @@ def megatron(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, A
         collection=None,
     )
     longest = model.max_seq_length or 0
-    build._build_chunk(model, mcore, groups, None, longest)  # type: ignore[arg-type]
+    build._build_chunk(model, mcore, groups, None, longest)  # type: ignore[arg-type]  # no groups are needed on one rank
     plain = {key: value for key, value in vars(given.pop("config")).items() if not callable(value)}
     return {**plain, **given, "activation": mcore.activation_func}
 

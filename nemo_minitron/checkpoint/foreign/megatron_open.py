@@ -90,7 +90,7 @@ def _distributed(source: Source) -> _Weights:
     refuse_adapter_names(source.weights, map(str, checkpoint.metadata.state_dict_metadata))
     prefix = _prefix(source.weights, checkpoint.tensor)
     _refuse_hybrid(source, checkpoint, prefix)
-    rows = checkpoint.metadata.state_dict_metadata[prefix + _EMBEDDING].size[0]  # type: ignore[union-attr]
+    rows = checkpoint.metadata.state_dict_metadata[prefix + _EMBEDDING].size[0]  # type: ignore[union-attr]  # `_prefix` found a tensor there
     return _Weights(rows, partial(stored_weights, checkpoint, prefix=prefix))
 
 
