@@ -45,7 +45,7 @@ class Part:
 
 
 Find = Callable[[str], Part | None]
-"""Name relative to some folder, with slashes -> the file, None when there is none."""
+"""Finds a file by its name relative to some folder; None if it does not exist."""
 
 
 def piece_of(path: Path, file: Part | None, offset: int, length: int) -> Part:

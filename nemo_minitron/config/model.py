@@ -54,11 +54,11 @@ class ModelConfig:
     rope_scaling: dict[str, Any] | None = None
     """The Hugging Face ``rope_scaling`` dictionary, or None."""
     no_rope_freq: list[int] | None = field(default=None, metadata=PER_LAYER)
-    """For each layer 1 if its queries and keys are not rotated, else 0; None: all are rotated."""
+    """One entry per layer: 1 if its queries and keys are not rotated, else 0. None if all are."""
     share_embeddings_and_output_weights: bool = False
     """Tied input and output embeddings."""
     num_moe_experts: int | None = None
-    """Experts of every layer; None: a dense model."""
+    """Number of experts in every layer, or None for a dense model."""
     moe_ffn_hidden_size: int | None = None
     """FFN width of each expert."""
     moe_router_topk: int = 2
@@ -66,7 +66,7 @@ class ModelConfig:
     moe_router_pre_softmax: bool = False
     """Softmax over all experts before some are picked, else over the picked ones."""
     moe_shared_expert_intermediate_size: int | None = None
-    """FFN width of the expert that every token goes through; None: there is none."""
+    """FFN width of the expert that every token goes through, or None without such an expert."""
     moe_shared_expert_gate: bool = False
     """Multiplies the shared expert's output by the sigmoid of a learned gate."""
     dtype: str = "float32"
@@ -124,7 +124,7 @@ class ModelConfig:
 
     @property
     def max_seq_length(self) -> int | None:
-        """Longest sequence that there are positions for; None: any."""
+        """Longest sequence the model has positions for, or None if any length is possible."""
         learned = self.position_embedding_type == "learned_absolute"
         return self.max_position_embeddings if learned else None
 

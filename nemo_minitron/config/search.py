@@ -146,7 +146,7 @@ class SearchConfig(StageConfig):
     distilled with all of it."""
 
     def __post_init__(self) -> None:
-        """Refuse settings of a training that there is none of."""
+        """Refuse settings of the short training when no candidate is trained."""
         super().__post_init__()
         if not self.search.distill.steps:
             # As a stage that trains nothing would.

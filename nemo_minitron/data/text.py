@@ -54,7 +54,7 @@ def find_source(path: str | Path) -> Source:
     """Tell what ``data.path`` is, without reading it.
 
     Raises:
-        ValueError: nothing is there, or it is none of the forms that can be read.
+        ValueError: the path does not exist, or its form cannot be read.
     """
     path = Path(path)
     if path.is_dir():

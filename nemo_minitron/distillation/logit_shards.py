@@ -103,7 +103,7 @@ class StoredTeacher(Dataset[Sample]):
         return len(self.dataset)
 
     def __getitem__(self, index: int | None) -> Sample:
-        """Sample ``index``; None: filler.
+        """Return sample ``index``, or a filler for None.
 
         Raises:
             ValueError: the stored outputs belong to other tokens.

@@ -33,7 +33,7 @@ class Row:
         tp_dim: dim that tensor parallelism splits, None when replicated.
         hf: Hugging Face names; several are fused into one Megatron tensor along dim 0.
         hf_form: how the one Hugging Face tensor differs from Megatron's, a key of
-            ``families.fuse.HF_FORMS``; None: not at all.
+            ``families.fuse.HF_FORMS``, or None if it is stored as it is.
         te_name: name under the Transformer Engine spec where it differs.
         stored_as: one more name that other programs may store it under; never written.
         when: whether a model with this config has the parameter.

@@ -57,7 +57,7 @@ class SavedState:
         self._samples = 0
 
     def load(self) -> dict[str, Any] | None:
-        """This rank's part of the newest state; None where there is none that fits.
+        """Return this rank's part of the newest state, or None if no saved state fits.
 
         Raises:
             ValueError: it is damaged, here or on another rank.

@@ -377,5 +377,5 @@ class MinitronGPTModel(ModelPT):
 
     @classmethod
     def list_available_models(cls) -> list[PretrainedModelInfo]:
-        """None: models come from ``minitron import``."""
+        """Return nothing: models come from ``minitron import``."""
         return []

@@ -178,7 +178,7 @@ class IntermediateLosses:
             chunks: the student's chunks without wrappers.
             micro_batches: of this global batch, on this rank.
             weight: scalar, what the losses weigh in the backward; the states of the teacher are
-                let go one by one. None: a pass without gradients, which only counts.
+                let go one by one. None measures the losses without gradients.
         """
         self.sums = torch.zeros_like(self.sums)
         with ExitStack() as handles:

@@ -29,7 +29,7 @@ def wrap_ddp(
     Args:
         chunks: this rank's part of the model.
         optim: says whether the optimizer is distributed.
-        megatron: Megatron's own settings; None: the defaults.
+        megatron: Megatron's own settings, or None for the defaults.
     """
     replicas = ParallelGroups.current().dp_cp.size()
     config = ddp_config(optim, megatron or MegatronConfig(), replicas)

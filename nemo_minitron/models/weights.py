@@ -245,7 +245,7 @@ def load_frozen(
         parallel: the initialised layout.
         groups: this rank's process groups.
         dtype: of the weights in memory.
-        megatron: Megatron's own settings; None: the defaults.
+        megatron: Megatron's own settings, or None for the defaults.
 
     Returns:
         Chunks in eval mode that return hidden states, on this rank's device.

@@ -20,7 +20,7 @@ class Work:
     """What a stage computes.
 
     Attributes:
-        tokens: that go through the model, validation left out; None: as many as the data hold.
+        tokens: number that go through the model without validation, or None for all of the data.
         flops: of all ranks together, recomputation included.
     """
 

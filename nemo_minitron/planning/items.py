@@ -38,7 +38,7 @@ class ItemPlan:
     Attributes:
         name: of the item.
         stage: what runs.
-        before: sizes of the model it reads; None: it reads none.
+        before: sizes of the model it reads, or None if it reads no model.
         after: sizes of the model it leaves.
         run: None for an item that runs no model (import, prune, export).
     """

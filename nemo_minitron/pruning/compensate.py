@@ -99,7 +99,7 @@ class Compensation:
             row: of the tensor.
             config: the model before pruning.
             layer: of the tensor, before pruning; None for tensors outside the layers.
-            kept: indices that stay of its last dim; None: all.
+            kept: indices of its last dim that stay, or None if all stay.
 
         Returns:
             ``[r, w]`` -> ``[r, k]``, or ``[k]`` -> ``[k]`` for the weight of a norm; None for a

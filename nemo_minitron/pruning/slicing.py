@@ -113,10 +113,10 @@ class Source:
 
     Attributes:
         name: Megatron name in the model before pruning.
-        indices: per tensor dim the global indices kept, None: all.
+        indices: the global indices kept of each tensor dim, None where all are.
         merge: query heads to merge before that (``merge.merge_qkv``).
         change: makes rows of the pruned tensor from rows of the old one, in place of cutting the
-            last dim (``compensate.Compensation.change``); None: it is cut.
+            last dim (``compensate.Compensation.change``), or None to cut it.
     """
 
     name: str
@@ -125,7 +125,7 @@ class Source:
     change: Callable[[Tensor], Tensor] | None = None
 
     def cut(self, tensor: Tensor, rows: LongTensor | None, out: Tensor) -> None:
-        """Put rows ``rows`` (None: all) of an old tensor in ``out`` as the pruned one has them."""
+        """Write ``rows`` of an old tensor (None for all) to ``out`` as the pruned one has them."""
         if self.change is None:
             slice_tensor(tensor, (rows, *self.indices[1:]), out)
         else:
@@ -151,7 +151,7 @@ def sources(
         family: the table.
         config: the model before pruning.
         plan: what to keep.
-        compensation: how what is left makes up for what is cut; None: not at all.
+        compensation: how the rest makes up for what is cut, or None to leave it as it is.
     """
     result = {}
     for name, row, position in family.parameters(pruned_config(config, plan)):
@@ -175,7 +175,7 @@ def slice_tensor(
 
     Args:
         tensor: global.
-        indices: per dim; None: all stay.
+        indices: those that stay of each dim, None where all do.
         out: contiguous; gets what is kept.
 
     Returns:
@@ -273,7 +273,7 @@ def prune_store(
         config: the model before pruning.
         plan: what to keep.
         store: all its parameters.
-        compensation: how what is left makes up for what is cut; None: not at all.
+        compensation: how the rest makes up for what is cut, or None to leave it as it is.
 
     Returns:
         Store of the pruned model; dtypes are kept, tensors that lose nothing are passed through.

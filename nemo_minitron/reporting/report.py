@@ -112,7 +112,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _task_table(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]] | None:
-    """Header and rows: a model per row, a metric per column; None: no tasks were evaluated."""
+    """Header and rows, a model per row and a metric per column, or None without any task."""
     names = list(dict.fromkeys(name for row in rows for name in row.tasks))
     if not names:
         return None

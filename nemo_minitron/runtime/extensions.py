@@ -139,7 +139,7 @@ def _settle(extension: Extension) -> None:
 
 
 def _set_aside(extension: Extension, reason: str, repair: str = "") -> None:
-    """Let every later import of the package say that there is none."""
+    """Make every later import of the package fail as if it were not installed."""
     for name in list(sys.modules):
         if name.split(".")[0] == extension.package:
             del sys.modules[name]

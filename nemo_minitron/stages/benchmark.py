@@ -132,7 +132,7 @@ def _parameters(path: str) -> int:
 
 
 def _limit(cfg: BenchmarkConfig) -> int | None:
-    """Bytes of a rank that a batch must fit into; None: no largest batch is measured."""
+    """Bytes per rank that a batch must fit into, or None if the largest batch is not measured."""
     import torch
 
     if cfg.memory_limit_gb is not None:

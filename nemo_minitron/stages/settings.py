@@ -19,7 +19,7 @@ def check_settings(
     Args:
         cfg: config of a stage with the section.
         model: sizes of the model.
-        parallel: its layout; None: that of the stage.
+        parallel: its layout, or None for that of the stage.
         precision: of its forward pass.
 
     Raises:

@@ -136,7 +136,7 @@ def _experts(stated: Stated, ffn: int) -> dict[str, Any]:
         return {"ffn_hidden_size": ffn}
     width = stated.get("moe_ffn_hidden_size", ffn)
     return {
-        # The width of dense layers, of which there are none.
+        # The width of dense layers, which this model does not have.
         "ffn_hidden_size": width,
         "num_moe_experts": experts,
         "moe_ffn_hidden_size": width,

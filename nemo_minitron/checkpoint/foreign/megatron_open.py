@@ -39,8 +39,8 @@ class Found:
         family: its table.
         config: its sizes; the vocabulary true, without padding.
         store: Megatron names, global shapes.
-        tokenizer: files of its tokenizer; empty when there is none.
-        generation: generation_config.json; empty when there is none.
+        tokenizer: files of its tokenizer; empty if it has no tokenizer.
+        generation: generation_config.json; empty if it does not exist.
     """
 
     family: Family
