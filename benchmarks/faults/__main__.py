@@ -15,6 +15,7 @@ at the end counts by fault.
 
 import argparse
 import json
+import signal
 import sys
 from collections import Counter, defaultdict
 from dataclasses import asdict
@@ -56,6 +57,8 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path(".faults"))
     parser.add_argument("--again", action="store_true", help="run again those that went wrong")
     args = parser.parse_args()
+    # A shell ignores Ctrl-C for what it starts in the background, and children would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     first, stop = map(int, args.cases.split(":"))
     campaign = Campaign(args.work, [sys.executable, "-m", "nemo_minitron"], args.seed)
     record = campaign.work / "cases.jsonl"

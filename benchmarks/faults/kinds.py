@@ -20,6 +20,10 @@ from nemo_minitron.checkpoint.manifest import read_manifest
 SAVING = ("importance", "distill", "finetune", "teacher_logits", "search")
 
 
+_EARLY = 0.4
+"""Share of the usual seconds before which a command cannot have been about to end."""
+
+
 def _wait(case: Case, process: "subprocess.Popen[str]", usual: dict[str, Any]) -> None:
     """Until the moment of the case: a share of the seconds that the command usually takes.
 
@@ -51,6 +55,8 @@ def _signal(number: int, codes: Callable[[Case], tuple[int, ...]]) -> Callable[.
         if process.poll() is None:
             process.send_signal(number)
         campaign.finish(case, process)
+        if case.code == 0 and case.moment < _EARLY:
+            case.wrong.append("the signal changed nothing")
         _check_ending(campaign, case, codes(case))
 
     return fault
