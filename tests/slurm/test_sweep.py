@@ -76,7 +76,8 @@ def test_a_job_that_is_told_to_stop_is_requeued_and_one_that_fails_gives_its_cod
     sweep = start(slurm, folder, "finetune", *LAUNCHER, *keys, **env)
     wait((folder / "notes").exists, "the job to start", (folder / "said").read_text, 300)
     (good,) = [job for job in slurm.jobs("minitron-finetune") if job["ArrayTaskId"] == "1"]
-    slurm.scancel("--signal=TERM", good["JobId"])
+    # By its place in the array: the id of one task of an array is also the id of the whole array.
+    slurm.scancel("--signal=TERM", f"{good['ArrayJobId']}_{good['ArrayTaskId']}")
     assert sweep.wait(timeout=600) == 2, (folder / "said").read_text()
     assert "trainer.max_steps=0 must be at least 1" in (folder / "said").read_text()
     done = slurm.wait(good["JobId"], "COMPLETED")
