@@ -219,7 +219,10 @@ def _read_config(path: Path, name: str, override: str | DictConfig | None) -> Di
         part = archive_parts(path).get(name)
         if part is None:
             raise ValueError(f"{path} holds no {name}: it is not a .nemo archive")
-        loaded = OmegaConf.create(yaml_value(part.read()))
+        values = yaml_value(part.read())
+        if "${" in str(values):  # this package writes none; a stranger's could read the environment
+            raise ValueError(f"{path}: {name} must hold values, but it refers to others with ${{}}")
+        loaded = OmegaConf.create(values)
     found: Any = OmegaConf.to_container(loaded, resolve=True)
     found = found.get("model", found) if isinstance(found, dict) else {}
     if "gpt" not in found:
