@@ -295,3 +295,21 @@ def imported(tmp_path: Path) -> Path:
     llama().save_pretrained(tmp_path / "model")
     import_.run(ImportConfig(source=str(tmp_path / "model"), output_dir=str(tmp_path / "whole")))
     return tmp_path / "whole"
+
+
+def test_card_names_the_keys_that_were_passed_over(tmp_path: Path) -> None:
+    source = tmp_path / "Some-Model"
+    llama(tie_word_embeddings=True).save_pretrained(source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "scale_of_nothing": 1.5}))
+    cfg = ImportConfig(source=str(source), output_dir=str(tmp_path / "whole"))
+    with pytest.raises(ValueError, match=r"source_ignore=\[scale_of_nothing\]"):
+        import_.check(cfg)
+    cfg.source_ignore = ["scale_of_nothing"]
+    import_.check(cfg)
+    import_.run(cfg)
+    export.run(
+        ExportConfig(checkpoint=str(tmp_path / "whole"), output_dir=str(tmp_path / "exported"))
+    )
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "without: `scale_of_nothing`." in card
