@@ -41,9 +41,9 @@ help:
 	@echo "make test        all tests; on Python 3.11 and 3.10 the part that is run on the older stack"
 	@echo "make test-older  the same part, in .venv-older on Python 3.11 or 3.10"
 	@echo "make slurm       SLURM for the tests that need one, by apt-get, as root"
-	@echo "make lint        ruff, mypy, shellcheck, hadolint"
+	@echo "make lint        ruff, mypy, import-linter, shellcheck, hadolint"
 	@echo "make format      let ruff rewrite files"
-	@echo "make docs        write docs/keys.md and docs/families.md from the code"
+	@echo "make docs        write docs/keys.md, families.md and map.md from the code"
 	@echo "make site        build/site, the documentation as web pages"
 	@echo "make look        look at build/site in headless Chromium (apt-get install chromium-driver)"
 	@echo "make pins        write requirements/tested-<version of Python>.txt from .venv"
@@ -96,6 +96,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/hadolint docker/*Dockerfile
 	$(BIN)/shellcheck --external-sources .ci/run launch/lib.sh launch/*.sbatch
 
@@ -106,6 +107,7 @@ format: setup
 docs: setup
 	$(BIN)/python scripts/config_docs.py docs/keys.md
 	$(BIN)/python scripts/families_docs.py docs/families.md
+	$(BIN)/python scripts/map_docs.py docs/map.md
 
 site: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

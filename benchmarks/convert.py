@@ -34,12 +34,12 @@ from benchmarks.prune import (
 )
 from nemo_minitron.checkpoint.hf import to_hf, write_hf
 from nemo_minitron.checkpoint.lazy import on_read, refuse_nonfinite
+from nemo_minitron.checkpoint.source import open_source
 from nemo_minitron.checkpoint.torch_dist import read_torch_dist, write_torch_dist
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import parameter_count
-from nemo_minitron.reporting.console import show_table
-from nemo_minitron.stages.import_ import open_source
+from nemo_minitron.runtime.console import show_table
 
 # Beside 2x the largest tensor: Python, torch and what the page cache maps of files being read.
 BUFFERS_GB = 0.8

@@ -27,7 +27,7 @@ from nemo_minitron.config.stages import DistillationConfig
 from nemo_minitron.config.training import DataConfig, OptimConfig, TrainerConfig
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import parameter_count
-from nemo_minitron.reporting.console import show_table
+from nemo_minitron.runtime.console import show_table
 from nemo_minitron.runtime.launch import device
 from tests.pool import WorkerPool
 

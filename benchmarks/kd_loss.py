@@ -21,7 +21,7 @@ import torch
 from benchmarks.docs_block import markdown_table, write_block
 from benchmarks.kd_loss_worker import STUDENT, TEACHER, TIMED_CALLS
 from nemo_minitron.config.distillation import DistillationConfig
-from nemo_minitron.reporting.console import show_table
+from nemo_minitron.runtime.console import show_table
 from tests.oracle.environment import MODELOPT, ROOT, oracle_python
 
 WORKER = Path(__file__).with_name("kd_loss_worker.py")

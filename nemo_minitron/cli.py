@@ -24,7 +24,8 @@ from nemo_minitron.config.stages import (
     PruneConfig,
     StageConfig,
 )
-from nemo_minitron.errors import (
+from nemo_minitron.runtime import endings, peers, ranks, versions
+from nemo_minitron.runtime.errors import (
     BAD_INPUT,
     PREEMPTED,
     TERMINATED,
@@ -34,7 +35,6 @@ from nemo_minitron.errors import (
     Terminated,
     verdict,
 )
-from nemo_minitron.runtime import endings, peers, ranks, versions
 from nemo_minitron.runtime.scratch import scratch
 from nemo_minitron.runtime.supervise import die_with_parent, killed_by
 
@@ -69,7 +69,7 @@ def _plan_one(stage: str, *arguments: str) -> int:
     """``minitron plan <stage> key=value ...``: a pipeline of that stage alone."""
     from hydra.errors import HydraException
 
-    from nemo_minitron.planning.command import of_one_stage
+    from nemo_minitron.pipeline.plan import of_one_stage
 
     try:
         return _run_hydra("plan", of_one_stage(stage, arguments))
@@ -220,7 +220,7 @@ def _run(stage: str, config: StageConfig) -> None:
             return _start_ranks(stage, config, world)
         if ranks.rank() and stage not in schema.RANKED_STAGES:
             return log.debug("rank 0 alone runs %s", stage)
-        from nemo_minitron.reporting.console import log_file
+        from nemo_minitron.runtime.console import log_file
 
         with log_file(_log_path(config)) if stage != "plan" else contextlib.nullcontext():
             module.run(config)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.config import load
-from nemo_minitron.errors import PREEMPTED
 from nemo_minitron.runtime import ranks
+from nemo_minitron.runtime.errors import PREEMPTED
 
 
 def is_sweep_job() -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_minitron.distillation.loss_config import LogitLossConfig
+from nemo_minitron.config.distillation import DistillationConfig
 from nemo_minitron.distillation.top_k import TopKTargets
 
 # One configuration per kind, at a temperature other than 1 where there is one.
@@ -27,7 +27,7 @@ def loss_keys(kind: str) -> dict[str, Any]:
     return {"loss": kind.removesuffix("_square").removesuffix("_skewed"), **KINDS[kind]}
 
 
-def kd_per_token(config: LogitLossConfig, student: Tensor, teacher: Tensor) -> Tensor:
+def kd_per_token(config: DistillationConfig, student: Tensor, teacher: Tensor) -> Tensor:
     """``[N]`` distillation loss from whole logits ``[N, v]``, as a textbook writes it."""
     s, t = student / config.temperature, teacher / config.temperature
     q, p = s.softmax(-1), t.softmax(-1)
@@ -55,7 +55,7 @@ def kd_per_token(config: LogitLossConfig, student: Tensor, teacher: Tensor) -> T
 
 
 def reference(
-    config: LogitLossConfig, student: Tensor, teacher: Tensor, labels: Tensor, mask: Tensor
+    config: DistillationConfig, student: Tensor, teacher: Tensor, labels: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor]:
     """``[KD, CE]`` sums of masked tokens and their weighted total."""
     scale = config.temperature**2 if config.temperature_scaling == "square" else 1.0

@@ -41,6 +41,10 @@ QWEN2_MOE = replace(
 
 QWEN3 = replace(LLAMA, family="qwen3", qk_layernorm=True)
 
+SMOLLM3 = replace(LLAMA, family="smollm3", no_rope_freq=[0, 1, 1, 0])
+
+OLMO2 = replace(LLAMA, family="olmo2")
+
 NEMOTRON = replace(
     LLAMA,
     family="nemotron",

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.docs_block import markdown_table, write_block
-from nemo_minitron.reporting.console import show_table
+from nemo_minitron.runtime.console import show_table
 
 ROOT = Path(__file__).resolve().parents[2]
 # Part -> seconds it may take; all together stay below twenty minutes.

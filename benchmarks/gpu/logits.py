@@ -71,7 +71,7 @@ def _theirs(source: Path, how: dict[str, str], ids: Tensor, dtype: torch.dtype, 
 
 @torch.no_grad()
 def _ours(checkpoint: Path, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    from nemo_minitron.models.load import load_frozen
+    from nemo_minitron.models.weights import load_frozen
     from nemo_minitron.runtime.groups import ParallelGroups
 
     groups = ParallelGroups.current()

@@ -68,7 +68,7 @@ def gradients(teacher: ModelConfig, student: ModelConfig) -> tuple[Tensor, Tenso
         clear_gradients(both)
         sums = both.forward_backward(micro_batches(2, 64, teacher.vocab_size))
         found = [p.main_grad.flatten() for chunk in both.chunks for p in chunk.parameters()]
-        return sums.cpu(), torch.cat(found).cpu()
+        return torch.stack(sums).cpu(), torch.cat(found).cpu()
 
 
 def _counts(both: Any, batches: list[Any], trace: Path) -> Counter[str]:

@@ -27,6 +27,7 @@ from nemo_minitron.checkpoint.manifest import (
 from nemo_minitron.checkpoint.output_checks import (
     check_additions,
     check_apart,
+    check_cache,
     check_neighbours,
     finish_for_an_earlier_version,
     old_of,
@@ -54,7 +55,6 @@ from nemo_minitron.checkpoint.watched import (
 )
 from nemo_minitron.config.identity import changes, config_values, input_paths, said
 from nemo_minitron.config.stages import StageConfig
-from nemo_minitron.data.cache import check_cache
 from nemo_minitron.documents import read_json
 from nemo_minitron.runtime import endings
 
@@ -179,7 +179,7 @@ def output_folder(
             inputs that ``cfg`` names (``config.identity``).
         resumable: keep the working folder on failure and find it again next time, if config and
             inputs are the same (with other ones it is refused, or cleared under overwrite=true);
-            keys that say so (``config.meaning.MAY_CHANGE``) may differ.
+            keys that say so (``config.base.MAY_CHANGE``) may differ.
         temporary: names in the folder that are there to resume, and are no part of the result.
         ranks: for several ranks that write one result; every rank enters and leaves together.
 

@@ -26,7 +26,7 @@ def read_common(where: Path, find: Find) -> tuple[str, dict[str, Any]]:
         What to call the place in messages, and the dictionary.
 
     Raises:
-        ValueError: there is none, or it is damaged.
+        ValueError: the common state is missing or damaged.
     """
     name, part = str(where / COMMON_PT), find(COMMON_PT)
     if part is None:

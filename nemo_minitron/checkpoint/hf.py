@@ -69,7 +69,7 @@ def _indexed(folder: Path) -> dict[str, set[str]]:
 
 
 def _shard_names(folder: Path) -> dict[str, set[str] | None]:
-    """Safetensors files of a folder and the tensors the index puts in each (None: no index)."""
+    """Safetensors files of a folder, each with its tensors by the index (None without an index)."""
     if (folder / INDEX_JSON).is_file():
         return dict(_indexed(folder))
     names = sorted(path.name for path in folder.glob("*.safetensors"))

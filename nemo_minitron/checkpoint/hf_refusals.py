@@ -1,4 +1,4 @@
-"""Folders and files that look like a model and are none, or not all of it: what to do instead.
+"""Refusals of folders and files that look like a model but are not one, or only a part of one.
 
 Everything here looks at names, headers and the first bytes of files, before a weight is read.
 """

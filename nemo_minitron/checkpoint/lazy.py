@@ -83,7 +83,7 @@ def from_runs(parts: Sequence[LazyTensor], runs: Sequence[Run]) -> LazyTensor:
         for (part, begin, end), place in zip(runs, ends, strict=False):
             low, high = max(start - place, 0) + begin, min(stop - place + begin, end)
             if low < high:
-                found.append(parts[part].read_rows(low, high))  # type: ignore[misc]
+                found.append(parts[part].read_rows(low, high))  # type: ignore[misc]  # given out only where all parts can
         return found[0] if len(found) == 1 else torch.cat(found)
 
     if any(part.read_rows is None for part in parts):

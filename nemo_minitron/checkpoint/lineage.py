@@ -76,7 +76,7 @@ def record(source: Path | None, folder: Path, entry: dict[str, Any]) -> None:
     """Write the lineage of a new model.
 
     Args:
-        source: ``checkpoint/`` folder of the model that it was made from; None: there is none.
+        source: ``checkpoint/`` folder of the model it was made from, or None if it was imported.
         folder: its own.
         entry: of the stage that made it.
     """

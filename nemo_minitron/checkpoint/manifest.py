@@ -156,7 +156,7 @@ def hash_files(
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a folder; None when there is none or it does not say "complete".
+    """Return the manifest of a folder, or None if it is missing or does not say "complete".
 
     Raises:
         ValueError: the manifest was damaged or edited.
@@ -179,7 +179,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def result_in(folder: Path) -> Manifest | None:
-    """The manifest of a complete result; None where there is none, or none of ours that is whole.
+    """Return the manifest of a complete result, or None if the folder is not one.
 
     For those who only ask what a folder is; a stage that reads it calls ``open_result``.
     """

@@ -1,17 +1,23 @@
-"""What Megatron-LM and Megatron-Bridge look for in the common state beside the weights.
+"""What Megatron-LM and Megatron-Bridge look for beside the weights: arguments and empty objects.
 
 Megatron-LM's ``--use-checkpoint-args`` and Bridge's ``load_megatron_model`` build the model from
 the arguments that a checkpoint holds. Names are those of megatron/training/arguments.py; values
 that say nothing of the model are what a run with default arguments has.
 """
 
+import io
+import re
 from argparse import Namespace
+from collections.abc import Iterator
 from itertools import count
 from typing import Any
 
 import torch
 
+from nemo_minitron.checkpoint.torch_dist_read import stack_axes, stacked_name
 from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.families.registry import family_of
+from nemo_minitron.families.table import COMMON_SPEC, Family, Row
 
 # Whole multiples of it can be split over any usual number of tensor-parallel ranks.
 _VOCAB_STEP = 128
@@ -78,8 +84,13 @@ def megatron_lm_args(config: ModelConfig) -> Namespace:
     positions = config.max_position_embeddings
     multiple = _vocab_multiple(config.vocab_size)
     padded = -(-config.vocab_size // multiple) * multiple
+    spec = family_of(config).layer_spec
+    # What a model does not use is left as it is without it: the same model has the same bytes.
+    used: dict[str, Any] = {} if spec == COMMON_SPEC else {"spec": spec.split(":")}
+    if config.no_rope_freq is not None:
+        used["no_rope_freq"] = config.no_rope_freq
     return Namespace(
-        **_NEUTRAL,
+        **{**_NEUTRAL, **used},
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
         ffn_hidden_size=config.ffn_hidden_size,
@@ -126,3 +137,46 @@ def megatron_lm_args(config: ModelConfig) -> Namespace:
 def common_state(config: ModelConfig) -> dict[str, Any]:
     """What is saved beside the weights, the same at any layout."""
     return {"args": megatron_lm_args(config), "checkpoint_version": 3.0, "iteration": 0}
+
+
+Place = tuple[str, tuple[int, ...], tuple[int, ...]]
+"""Key, and where in a grid of what shape the object lies: a layer, or a layer and an expert."""
+
+# Modules of Transformer Engine that have a state. Megatron takes the output layer's away itself.
+_WITH_STATE = re.compile(r"linear_\w+|\w*layernorm|core_attention")
+_QKV, _ATTENTION = ".self_attention.linear_qkv", ".self_attention.core_attention"
+
+
+def _modules(row: Row) -> list[str]:
+    """Modules that hold a row under Transformer Engine; attention has no parameter of its own."""
+    module = stacked_name(row.te_name or row.name).replace("{layer}.", "").rpartition(".")[0]
+    modules = [module, module.replace(_QKV, _ATTENTION)] if module.endswith(_QKV) else [module]
+    return [name for name in modules if _WITH_STATE.fullmatch(name.rpartition(".")[2])]
+
+
+def extra_states(family: Family, config: ModelConfig) -> Iterator[Place]:
+    """Places of the objects that a model has under Transformer Engine, each once."""
+    seen = set()
+    for _, row, layer in family.parameters(config):
+        axes = stack_axes(row, layer, config) or [(0, 1)]
+        for module in _modules(row):
+            place = (
+                f"{module}._extra_state",
+                tuple(index for index, _ in axes),
+                tuple(count for _, count in axes),
+            )
+            if place not in seen:
+                seen.add(place)
+                yield place
+
+
+def name_on_disk(key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> str:
+    """What Megatron calls an object in the metadata: ``linear_qkv._extra_state/shard_3_16``."""
+    return f"{key}/shard_{'.'.join(map(str, offset))}_{'.'.join(map(str, shape))}"
+
+
+def stored(value: Any) -> io.BytesIO:
+    """An object as Megatron stores it: pickled, in a list of one."""
+    stream = io.BytesIO()
+    torch.save([value], stream)
+    return stream

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nemo_minitron.checkpoint.manifest import MANIFEST, Manifest, files_in, result_in
@@ -13,7 +13,7 @@ from nemo_minitron.config.stages import StageConfig
 
 REPLACED = "replaced.json"
 """In a result that waits under ``<output_dir>.old``: a stage put it there."""
-# As ``reporting.console.log_file`` writes it, which is not Python's default.
+# As ``runtime.console.log_file`` writes it, which is not Python's default.
 _LOG_LINE = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+( rank \d+)? [\w.]+: ")
 _NAMED = 5  # of the user's files in a message
 
@@ -201,3 +201,38 @@ def finish_for_an_earlier_version(output: Path) -> None:
         (old_of(output) / REPLACED).touch()
         with contextlib.suppress(OSError):  # another process was first
             partial_of(output).rename(output)
+
+
+def check_cache(cfg: StageConfig, outputs: Sequence[Path]) -> None:
+    """Refuse tokenised data in a result, which is replaced as a whole and whose files are hashed.
+
+    Args:
+        cfg: of a stage, with ``data`` or without.
+        outputs: folders of results to come, absolute.
+
+    Raises:
+        ValueError: ``data.cache_dir`` lies in one of them, in an input, or in a result that is
+            there.
+    """
+    cache = getattr(getattr(cfg, "data", None), "cache_dir", None)
+    if cache is None:
+        return
+    path = Path(cache).resolve()
+    for key, value in read_paths(cfg).items():
+        if Path(value).resolve() in (path, *path.parents):
+            raise ValueError(
+                f"data.cache_dir={cache} lies in the input {key}={value}; set it to a folder of "
+                "its own, or leave it out: then it is beside the results"
+            )
+    for folder in (path, *path.parents):
+        if folder in outputs or _is_result_of_a_stage(folder):
+            raise ValueError(
+                f"data.cache_dir={cache} lies in the result folder {folder}; set it to a folder of "
+                "its own, or leave it out: then it is beside the results"
+            )
+
+
+def _is_result_of_a_stage(folder: Path) -> bool:
+    """Whether a result is there; that of a pipeline is just the folder around its results."""
+    manifest = result_in(folder)
+    return manifest is not None and manifest.stage != "pipeline"

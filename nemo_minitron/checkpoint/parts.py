@@ -45,7 +45,7 @@ class Part:
 
 
 Find = Callable[[str], Part | None]
-"""Name relative to some folder, with slashes -> the file, None when there is none."""
+"""Finds a file by its name relative to some folder; None if it does not exist."""
 
 
 def piece_of(path: Path, file: Part | None, offset: int, length: int) -> Part:
@@ -167,7 +167,7 @@ def read_into(path: Path, offset: int, target: "Tensor") -> None:
     """
     import torch  # files of a folder are also looked up where nothing has imported torch
 
-    buffer = memoryview(target.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    buffer = memoryview(target.view(torch.uint8).numpy())  # type: ignore[arg-type]  # arrays are buffers since Python 3.12 only, to mypy
     end, size = offset + len(buffer), len(buffer)
     with path.open("rb", buffering=0) as file:
         file.seek(offset)

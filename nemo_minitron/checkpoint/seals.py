@@ -6,14 +6,15 @@ none and is taken as it is. Where sealed files become part of a result, its mani
 """
 
 import json
-import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 from nemo_minitron.checkpoint.manifest import FileEntry, files_in, hash_file, hash_files
 from nemo_minitron.documents import read_json_object
+from nemo_minitron.runtime.atomic import DRAFT, atomic_file
 
 _SUMS = ".sums"
 
@@ -28,6 +29,14 @@ def seal(path: Path, content: Path) -> None:
     write_seal(path, entries_of(content))
 
 
+@contextmanager
+def sealed_file(path: Path) -> Iterator[Path]:
+    """Yield a draft that becomes ``path`` once its hashes are written: see ``atomic_file``."""
+    with atomic_file(path) as draft:
+        yield draft
+        seal(path, draft)
+
+
 def entries_of(content: Path, names: Iterable[str] | None = None) -> dict[str, FileEntry]:
     """Size and hash by name: of a file under ``""``, of a folder those of its files, or of some."""
     if not content.is_dir():
@@ -39,12 +48,8 @@ def write_seal(path: Path, entries: Mapping[str, FileEntry]) -> None:
     """Write hashes that are known already; all or nothing."""
     target = _seal_of(path)
     target.parent.mkdir(exist_ok=True)
-    draft = target.with_name(f".{target.name}.draft")
-    with open(draft, "w") as file:
-        file.write(dumped(entries))
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(target)
+    with atomic_file(target) as draft:
+        draft.write_text(dumped(entries))
 
 
 def dumped(entries: Mapping[str, FileEntry]) -> str:
@@ -99,7 +104,7 @@ def sealed_files(work: Path) -> dict[str, FileEntry]:
     found = {}
     for folder in _sums_folders(work):
         for sums in folder.iterdir():
-            if sums.name.startswith("."):
+            if sums.name.startswith(".") or sums.name.endswith(DRAFT):
                 continue
             path = folder.with_name(folder.name[: -len(_SUMS)]) / sums.name
             for name, entry in _entries(sums).items():

@@ -6,7 +6,6 @@ whose files differ from run to run would have another identity every time.
 """
 
 import io
-import os
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from nemo_minitron.checkpoint.parts import in_folder
 from nemo_minitron.checkpoint.safe_pickle import read_metadata
+from nemo_minitron.runtime.atomic import atomic_file
 
 _METADATA = ".metadata"
 
@@ -29,12 +29,8 @@ def settle_metadata(folder: Path) -> None:
     part = in_folder(folder)(_METADATA)
     assert part is not None, folder
     found = read_metadata(part)
-    draft = folder / f"{_METADATA}.part"
-    with open(draft, "wb") as file:
-        file.write(_pickled(_settled(found)))
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(folder / _METADATA)
+    with atomic_file(folder / _METADATA) as draft:
+        draft.write_bytes(_pickled(_settled(found)))
 
 
 def _settled(found: Metadata) -> Metadata:

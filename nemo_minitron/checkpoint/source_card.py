@@ -48,7 +48,7 @@ def _licence(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def front_matter(readme: Path) -> dict[str, Any]:
-    """YAML between the ``---`` lines that a model card begins with; nothing where there is none."""
+    """Return the YAML between the ``---`` lines that a model card begins with, if it has any."""
     if not readme.is_file():
         return {}
     lines = readme.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -23,7 +23,7 @@ _BY_SUFFIX = {".json": TOKENIZER_JSON, ".model": SENTENCEPIECE}
 
 
 def tokenizer_files(place: Path) -> TokenizerFiles:
-    """Files of the tokenizer in a folder, or that a file is; empty when there is none.
+    """Files of the tokenizer that a folder holds or a file is; empty without a tokenizer.
 
     Raises:
         ValueError: one of them is kept elsewhere by Git LFS.

@@ -81,7 +81,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
             ``as_read/``; their files are read now.
 
     Raises:
-        ValueError: there is none, or none that can be used; the message names what is there.
+        ValueError: no usable tokenizer is there; the message names what is.
     """
     if has_as_read(folder):
         return _stored(folder)
@@ -122,7 +122,7 @@ def _read(folder: Path, config: dict[str, Any]) -> "PreTrainedTokenizerFast":
     """What ``AutoTokenizer`` makes of the files, with the model's config.json beside them.
 
     Raises:
-        ValueError: there are none, they are no fast tokenizer, or need code.
+        ValueError: the files are missing, are not those of a fast tokenizer, or need code.
     """
     names = names_in(folder)
     if not names:
@@ -220,7 +220,7 @@ def stop_ids(
         in_config: ``eos_token_id`` of the model's config.json.
 
     Raises:
-        ValueError: there is none, or what stands there is no token id.
+        ValueError: no end token is named, or what is named is not a token id.
     """
     named: Any = in_config
     file, where = folder / "generation_config.json", "config.json"

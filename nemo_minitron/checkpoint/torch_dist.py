@@ -48,8 +48,7 @@ from torch.distributed.checkpoint.planner import (
 
 from nemo_minitron.checkpoint.common_state import COMMON_KEY, COMMON_PT
 from nemo_minitron.checkpoint.lazy import LazyTensor, Store, row_blocks
-from nemo_minitron.checkpoint.megatron_args import common_state
-from nemo_minitron.checkpoint.objects import extra_states, name_on_disk, stored
+from nemo_minitron.checkpoint.megatron_args import common_state, extra_states, name_on_disk, stored
 from nemo_minitron.checkpoint.page_cache import create
 from nemo_minitron.checkpoint.torch_dist_read import (
     FORMAT_JSON,

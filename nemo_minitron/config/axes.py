@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from nemo_minitron.config.layers import ATTENTION, EXPERTS, MLP, layers_of
+
 if TYPE_CHECKING:
     from nemo_minitron.config.model import ModelConfig
 
@@ -27,6 +29,8 @@ class Axis:
         name: what scores, plans and messages call it.
         size: field of ``ModelConfig`` that holds its size.
         scope: how many lists of kept indices it has.
+        kind: what a layer has to be made of to have it (``config.layers``); empty for the axes of
+            the model.
         nested_in: the axis whose indices each own an equal, contiguous run of this one's indices.
             Every kept index of that axis keeps the same number of its own.
         scores: name of the scores that rank it, where they are not its own: a query group is
@@ -39,6 +43,7 @@ class Axis:
     name: str
     size: str
     scope: Scope
+    kind: str = ""
     nested_in: str | None = None
     scores: str = ""
     seen_at: str = ""
@@ -52,21 +57,23 @@ class Axis:
 _TABLE = (
     Axis("layer", "num_layers", Scope.MODEL),
     Axis("hidden", "hidden_size", Scope.MODEL),
-    Axis("ffn", "ffn_hidden_size", Scope.LAYER, seen_at="mlp.linear_fc2"),
-    Axis("query_group", "num_query_groups", Scope.LAYER, scores="head"),
+    Axis("ffn", "ffn_hidden_size", Scope.LAYER, MLP, seen_at="mlp.linear_fc2"),
+    Axis("query_group", "num_query_groups", Scope.LAYER, ATTENTION, scores="head"),
     Axis(
         "head",
         "num_attention_heads",
         Scope.LAYER,
+        ATTENTION,
         nested_in="query_group",
         seen_at="self_attention.linear_proj",
     ),
-    Axis("expert", "num_moe_experts", Scope.LAYER),
-    Axis("expert_ffn", "moe_ffn_hidden_size", Scope.EXPERT),
+    Axis("expert", "num_moe_experts", Scope.LAYER, EXPERTS),
+    Axis("expert_ffn", "moe_ffn_hidden_size", Scope.EXPERT, EXPERTS),
     Axis(
         "shared_expert_ffn",
         "moe_shared_expert_intermediate_size",
         Scope.LAYER,
+        EXPERTS,
         seen_at="mlp.shared_experts.linear_fc2",
     ),
 )
@@ -85,7 +92,6 @@ def axes_of(config: "ModelConfig") -> list[Axis]:
 
 
 def has_axis(config: "ModelConfig", axis: Axis) -> bool:
-    """Whether a model has an axis. No layer has both experts and an MLP of its own."""
-    if axis.name == "ffn" and config.num_moe_experts is not None:
-        return False
-    return axis_size(config, axis.name) > 0
+    """Whether a model has an axis: the size, and a layer of the kind that it belongs to."""
+    found = not axis.kind or any(axis.kind in layer.kinds for layer in layers_of(config))
+    return found and axis_size(config, axis.name) > 0

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from nemo_minitron.config.base import NEUTRAL
 from nemo_minitron.config.intermediate import IntermediateConfig
-from nemo_minitron.config.meaning import NEUTRAL
 
 DENSE_LOSSES = ("forward_kl", "reverse_kl", "js", "mse", "cosine")
 # Those that read only the teacher's k largest logits of each token.
@@ -103,6 +103,11 @@ class DistillationConfig:
             )
         if self.top_k < 1:
             raise ValueError(f"distillation.top_k={self.top_k} must be at least 1")
+
+    @property
+    def kd_scale(self) -> float:
+        """Factor of the distillation loss itself: temperature^2 where that was asked for."""
+        return self.temperature**2 if self.temperature_scaling == "square" else 1.0
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Refuse a ``top_k`` above the vocabulary.

@@ -10,8 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nemo_minitron.config.base import StageConfig
-from nemo_minitron.config.meaning import IDENTITY, RESUME
+from nemo_minitron.config.base import IDENTITY, RESUME, StageConfig
 from nemo_minitron.config.schema import default_of, flatten
 
 # Keys of earlier versions that are no more -> the value at which they changed nothing.
@@ -24,7 +23,7 @@ class Meaning:
     """What one key means.
 
     Attributes:
-        role: ``counts``, ``added``, ``neutral`` or ``input`` (see ``config/meaning.py``).
+        role: ``counts``, ``added``, ``neutral`` or ``input`` (see ``config/base.py``).
         default: its default.
         may_change: beginnings of what may differ on resume: "" is the key and all in it.
     """

@@ -5,8 +5,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from nemo_minitron.config.base import StageConfig
-from nemo_minitron.config.meaning import INPUT, MAY_CHANGE, NEUTRAL
+from nemo_minitron.config.base import INPUT, MAY_CHANGE, NEUTRAL, StageConfig
 from nemo_minitron.config.megatron import ForwardMegatronConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.training import OptionalDataConfig

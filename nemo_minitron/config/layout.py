@@ -1,8 +1,8 @@
-"""Which layouts a model can be split into. Imports neither torch nor Megatron."""
+"""Which layouts and which activation recomputation a model can take. Imports no torch."""
 
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.config.pipeline_layout import layers_per_chunk
+from nemo_minitron.config.parallel import ParallelConfig, layers_per_chunk
+from nemo_minitron.config.training import RECOMPUTE_KEYS, TrainerConfig
 
 
 def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
@@ -147,3 +147,41 @@ def layers_of_stages(config: ModelConfig, parallel: ParallelConfig) -> list[list
     stages[0] = each if first is None else first
     stages[-1] = stages[-1] if last is None else last
     return [[size // chunks] * chunks for size in stages]
+
+
+def recompute_settings(trainer: TrainerConfig) -> dict[str, object]:
+    """The keyword arguments of Megatron's ``TransformerConfig``."""
+    return {key: getattr(trainer, key) for key in RECOMPUTE_KEYS}
+
+
+def check_recompute(trainer: TrainerConfig, model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Refuse settings that this model, split like this, cannot take.
+
+    Megatron itself accepts some of them and then fails in the first step (``uniform`` runs past
+    the last layer of a stage) or recomputes nothing (``mlp`` where there are only experts).
+
+    Raises:
+        ValueError: names the key, the model's size and the values that fit.
+    """
+    moe = model.num_moe_experts is not None
+    absent = "mlp" if moe else "moe"
+    if absent in (trainer.recompute_modules or ()):
+        raise ValueError(
+            f"trainer.recompute_modules names {absent}, but the layers of family '{model.family}' "
+            f"{'are all experts: use moe' if moe else 'have no experts: use mlp'}"
+        )
+    layers = trainer.recompute_num_layers
+    chunk = {size for sizes in layers_of_stages(model, parallel) for size in sizes}
+    if layers is None:
+        return
+    if trainer.recompute_method == "block" and layers > max(chunk):
+        raise ValueError(
+            f"trainer.recompute_num_layers={layers} is more than the {max(chunk)} layers of a "
+            "pipeline stage (model chunk); make it smaller"
+        )
+    if trainer.recompute_method == "uniform" and any(size % layers for size in chunk):
+        sizes = ", ".join(map(str, sorted(chunk)))
+        raise ValueError(
+            f"trainer.recompute_num_layers={layers} must divide the layers of every pipeline stage "
+            f"(model chunk), here {sizes}; 1 always does"
+        )

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from nemo_minitron.config import megatron_owned as owned
-from nemo_minitron.config.meaning import ADDED, may_change
+from nemo_minitron.config.base import ADDED, may_change
 from nemo_minitron.config.training import RECOMPUTE_KEYS, OptimConfig, TrainerConfig
 
 PARTS: Mapping[str, owned.Owned] = {

@@ -7,6 +7,12 @@ from typing import Any
 
 import yaml
 
+from nemo_minitron.config.layers import (
+    PER_LAYER,
+    check_lengths,
+    entries_of,
+    per_layer_fields,
+)
 from nemo_minitron.documents import read_yaml_mapping
 
 MODEL_YAML = "model.yaml"
@@ -47,10 +53,12 @@ class ModelConfig:
     rotary_percent: float = 1.0
     rope_scaling: dict[str, Any] | None = None
     """The Hugging Face ``rope_scaling`` dictionary, or None."""
+    no_rope_freq: list[int] | None = field(default=None, metadata=PER_LAYER)
+    """One entry per layer: 1 if its queries and keys are not rotated, else 0. None if all are."""
     share_embeddings_and_output_weights: bool = False
     """Tied input and output embeddings."""
     num_moe_experts: int | None = None
-    """Experts of every layer; None: a dense model."""
+    """Number of experts in every layer, or None for a dense model."""
     moe_ffn_hidden_size: int | None = None
     """FFN width of each expert."""
     moe_router_topk: int = 2
@@ -58,7 +66,7 @@ class ModelConfig:
     moe_router_pre_softmax: bool = False
     """Softmax over all experts before some are picked, else over the picked ones."""
     moe_shared_expert_intermediate_size: int | None = None
-    """FFN width of the expert that every token goes through; None: there is none."""
+    """FFN width of the expert that every token goes through, or None without such an expert."""
     moe_shared_expert_gate: bool = False
     """Multiplies the shared expert's output by the sigmoid of a learned gate."""
     dtype: str = "float32"
@@ -78,6 +86,9 @@ class ModelConfig:
         for name in ("num_layers", "hidden_size", "ffn_hidden_size", "kv_channels", "vocab_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        check_lengths(self)
+        if not any(self.no_rope_freq or []):
+            self.no_rope_freq = None  # one way to say that every layer rotates
         if self.layernorm_zero_centered_gamma and self.normalization != "LayerNorm":
             raise ValueError(
                 f"layernorm_zero_centered_gamma=true with normalization={self.normalization} is "
@@ -113,7 +124,7 @@ class ModelConfig:
 
     @property
     def max_seq_length(self) -> int | None:
-        """Longest sequence that there are positions for; None: any."""
+        """Longest sequence the model has positions for, or None if any length is possible."""
         learned = self.position_embedding_type == "learned_absolute"
         return self.max_position_embeddings if learned else None
 
@@ -124,7 +135,8 @@ class ModelConfig:
 
         Args:
             sizes: name of a size -> its new value.
-            layers: 0-based layers that stay; None where it is not known which do.
+            layers: 0-based layers that stay. None where it is not known which do: then the first
+                ones stand for them, for counting and for checks.
         """
         changed: dict[str, Any] = dict(sizes)
         if self.num_moe_experts is not None:
@@ -132,6 +144,8 @@ class ModelConfig:
             changed["ffn_hidden_size"] = changed.get(
                 "moe_ffn_hidden_size", self.moe_ffn_hidden_size
             )
+        first = range(changed.get("num_layers", self.num_layers))
+        changed |= entries_of(self, first if layers is None else layers)
         if layers is not None:
             changed["num_layers"] = len(layers)
             if len(layers) < self.num_layers:
@@ -140,8 +154,16 @@ class ModelConfig:
         return replace(self, **changed)
 
     def save(self, folder: Path) -> None:
-        """Write ``model.yaml`` into ``folder``."""
-        (folder / MODEL_YAML).write_text(yaml.safe_dump(asdict(self), sort_keys=False))
+        """Write ``model.yaml`` into ``folder``.
+
+        A per-layer field that is not set is left out, so that a model whose layers are all alike
+        has the file that versions without the field write.
+        """
+        values = asdict(self)
+        for name in per_layer_fields(self):
+            if values[name] is None:
+                del values[name]
+        (folder / MODEL_YAML).write_text(yaml.safe_dump(values, sort_keys=False))
 
     @classmethod
     def load(cls, folder: Path) -> "ModelConfig":

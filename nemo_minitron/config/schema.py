@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import MISSING
 
 import nemo_minitron
-from nemo_minitron.config.cluster import SubmitConfig
+from nemo_minitron.config.pipeline import SubmitConfig
 from nemo_minitron.config.stages import STAGE_CONFIGS
 
 # Everything with keys of its own.

@@ -5,8 +5,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from nemo_minitron.config.base import StageConfig
-from nemo_minitron.config.meaning import INPUT, MAY_CHANGE, NEUTRAL
+from nemo_minitron.config.base import INPUT, MAY_CHANGE, NEUTRAL, StageConfig
 from nemo_minitron.config.megatron import ForwardMegatronConfig, MegatronConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.training import DataConfig, TrainerConfig
@@ -147,7 +146,7 @@ class SearchConfig(StageConfig):
     distilled with all of it."""
 
     def __post_init__(self) -> None:
-        """Refuse settings of a training that there is none of."""
+        """Refuse settings of the short training when no candidate is trained."""
         super().__post_init__()
         if not self.search.distill.steps:
             # As a stage that trains nothing would.

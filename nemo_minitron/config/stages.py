@@ -4,10 +4,9 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from nemo_minitron.config.base import StageConfig
+from nemo_minitron.config.base import ADDED, INPUT, MAY_CHANGE, NEUTRAL, StageConfig, may_change
 from nemo_minitron.config.distillation import TOP_K_LOSSES, DistillationConfig
 from nemo_minitron.config.inference import BenchmarkConfig, EvaluateConfig, GenerateConfig
-from nemo_minitron.config.meaning import ADDED, INPUT, MAY_CHANGE, NEUTRAL, may_change
 from nemo_minitron.config.megatron import (
     ForwardMegatronConfig,
     MegatronConfig,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from nemo_minitron.config.meaning import INPUT, MAY_CHANGE, NEUTRAL, TOKENS
+from nemo_minitron.config.base import INPUT, MAY_CHANGE, NEUTRAL, TOKENS
 
 RECOMPUTE_KEYS = (
     "recompute_granularity",
@@ -59,7 +59,7 @@ class DataConfig:
 class OptionalDataConfig(DataConfig):
     """Data of a stage that can do without."""
 
-    path: str | None = field(default=None, metadata=INPUT)  # type: ignore[assignment]
+    path: str | None = field(default=None, metadata=INPUT)  # type: ignore[assignment]  # here it may be missing
     """As in the stages that need it; null when there is no text to read (``prune`` that scores
     nothing, ``evaluate`` of tasks alone)."""
 

@@ -3,13 +3,10 @@
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-from nemo_minitron.checkpoint.manifest import result_in
 from nemo_minitron.checkpoint.seals import compare, dumped, entries_of, loaded
-from nemo_minitron.checkpoint.watched import read_paths
-from nemo_minitron.config.stages import StageConfig
 from nemo_minitron.config.training import DataConfig
 
 Barrier = Callable[[], None]
@@ -26,41 +23,6 @@ def cache_folder(data: DataConfig, output_dir: str | Path) -> Path:
     if data.cache_dir is not None:
         return Path(data.cache_dir).absolute()
     return Path(output_dir).absolute().parent / ".data-cache"
-
-
-def check_cache(cfg: StageConfig, outputs: Sequence[Path]) -> None:
-    """Refuse tokenised data in a result, which is replaced as a whole and whose files are hashed.
-
-    Args:
-        cfg: of a stage, with ``data`` or without.
-        outputs: folders of results to come, absolute.
-
-    Raises:
-        ValueError: ``data.cache_dir`` lies in one of them, in an input, or in a result that is
-            there.
-    """
-    cache = getattr(getattr(cfg, "data", None), "cache_dir", None)
-    if cache is None:
-        return
-    path = Path(cache).resolve()
-    for key, value in read_paths(cfg).items():
-        if Path(value).resolve() in (path, *path.parents):
-            raise ValueError(
-                f"data.cache_dir={cache} lies in the input {key}={value}; set it to a folder of "
-                "its own, or leave it out: then it is beside the results"
-            )
-    for folder in (path, *path.parents):
-        if folder in outputs or _is_result_of_a_stage(folder):
-            raise ValueError(
-                f"data.cache_dir={cache} lies in the result folder {folder}; set it to a folder of "
-                "its own, or leave it out: then it is beside the results"
-            )
-
-
-def _is_result_of_a_stage(folder: Path) -> bool:
-    """Whether a result is there; that of a pipeline is just the folder around its results."""
-    manifest = result_in(folder)
-    return manifest is not None and manifest.stage != "pipeline"
 
 
 def build_once(

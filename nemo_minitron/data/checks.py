@@ -53,7 +53,7 @@ def check_data(
         splits: splits a training stage reads; None for a stage that reads ``data.split_name``.
         vocab_size: true vocabulary of the model, to check the ids of a ``.npy``.
         tokenizer_dir: the checkpoint's tokenizer, to count the tokens of text.
-        max_seq_length: longest sequence that the model has positions for; None: any.
+        max_seq_length: longest sequence the model has positions for, or None for any length.
 
     Raises:
         ValueError: the message names the key to change and how.

@@ -174,7 +174,7 @@ class FirstSamples(Dataset[Sample]):
         return self.size
 
     def __getitem__(self, index: int | None) -> Sample:
-        """Sample ``index``; None: filler, its loss mask all 0."""
+        """Return sample ``index``, or for None a filler whose loss mask is all 0."""
         return cast(Sample, self.dataset[index])
 
 
@@ -200,7 +200,7 @@ class NpyDataset(Dataset[Sample]):
         return self.size
 
     def __getitem__(self, index: int | None) -> Sample:
-        """Sample ``index``; None: filler, its loss mask all 0."""
+        """Return sample ``index``, or for None a filler whose loss mask is all 0."""
         tokens = torch.from_numpy(self.ids[(index or 0) % len(self.ids)].astype(np.int64))
         labels = torch.zeros_like(tokens)
         labels[:-1] = tokens[1:]

@@ -91,7 +91,7 @@ class _Duplicates:
             self._index = MinHashLSH(threshold=cfg.near_duplicates, num_perm=_PERMUTATIONS)
 
     def found(self, index: int, text: str) -> str | None:
-        """Why a text is a duplicate; None: it is none, and is remembered."""
+        """Return why a text is rejected as a duplicate, or None after recording it."""
         digest = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()
         if digest in self._seen:
             return "duplicates"

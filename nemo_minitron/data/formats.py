@@ -26,7 +26,7 @@ CHUNK = 1 << 20
 
 
 def form_of(path: Path) -> str | None:
-    """How a file is read, after its name: one of ``FORMS``; None: it is not read.
+    """Form of a file by its name: one of ``FORMS``, or None for a file that is not read.
 
     Capital letters in a suffix mean the same as small ones.
     """
@@ -57,7 +57,7 @@ def texts_of(file: Path, key: str, separator: str | None) -> Iterator[str]:
     Args:
         file: of a form that :func:`form_of` knows.
         key: holds the text in a JSON record, and names the column of a Parquet file.
-        separator: between two documents of a plain text file; None: the file is one document.
+        separator: what stands between two documents of a text file, or None for one document.
 
     Raises:
         ValueError: the file cannot be read, is damaged, or a record has no text.
@@ -100,7 +100,7 @@ def _damages() -> tuple[type[Exception], ...]:
 
 
 def line_that_is_no_text(file: Path) -> str:
-    """``, line N`` of the first line that is not UTF-8; empty when there is none."""
+    """``, line N`` for the first line that is not UTF-8, or an empty text."""
     if form_of(file) == ".parquet":
         return ""
     with _open_bytes(file) as stream:

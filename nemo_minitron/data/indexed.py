@@ -27,7 +27,7 @@ from nemo_minitron.data.pair import write_index
 from nemo_minitron.data.splits import check_documents, check_tokens
 from nemo_minitron.data.text import Source, no_documents, read_documents, unique_documents
 from nemo_minitron.documents import read_json_object
-from nemo_minitron.reporting.console import progress
+from nemo_minitron.runtime.console import progress
 
 logger = logging.getLogger(__name__)
 

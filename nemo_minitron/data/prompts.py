@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_minitron.checkpoint.hf_refusals import refuse_pointer
 from nemo_minitron.config.inference import GenerateConfig
 from nemo_minitron.data.formats import line_that_is_no_text
 from nemo_minitron.data.records import check_characters, parse_record
@@ -48,6 +49,7 @@ def read_prompts(
         raise ValueError(
             f"prompts={path} must be a .txt file (one prompt per line) or a .jsonl file; it {why}"
         )
+    refuse_pointer(path)
     if cfg.chat_template and not tokenizer.chat_template:
         raise ValueError(
             "chat_template=true, but the tokenizer of checkpoint="

@@ -104,7 +104,7 @@ def build_dataloader(
     """
     check_batch_sizes(data, dp_size)
     sampler = GlobalBatchSampler(
-        total_samples=len(dataset),  # type: ignore[arg-type]
+        total_samples=len(dataset),  # type: ignore[arg-type]  # torch's Dataset declares no length
         consumed_samples=consumed_samples,
         micro_batch_size=data.micro_batch_size,
         global_batch_size=data.global_batch_size,

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nemo_minitron.checkpoint.hf_refusals import refuse_pointer
 from nemo_minitron.checkpoint.manifest import MANIFEST, result_in
 from nemo_minitron.config.training import DataConfig
 from nemo_minitron.data.formats import COMPRESSIONS, FORMS, form_of, texts_of
@@ -51,12 +52,19 @@ class Source:
 
 
 def find_source(path: str | Path) -> Source:
-    """Tell what ``data.path`` is, without reading it.
+    """Tell what ``data.path`` is, without reading more than the first bytes of its files.
 
     Raises:
-        ValueError: nothing is there, or it is none of the forms that can be read.
+        ValueError: the path does not exist, its form cannot be read, or a file of it is a pointer
+            of Git LFS, which would else be taken for a text.
     """
-    path = Path(path)
+    source = _source(Path(path))
+    for file in source.files:
+        refuse_pointer(file)
+    return source
+
+
+def _source(path: Path) -> Source:
     if path.is_dir():
         return _folder(path)
     if path.is_file() and form_of(path):

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_minitron.distillation.loss_config import LogitLossConfig
+from nemo_minitron.config.distillation import DistillationConfig
 from nemo_minitron.distillation.top_k import top_k, top_k_tail
 from nemo_minitron.distillation.vocab import VocabShard, all_reduce, softmax_
 
-LossFunction = Callable[[Tensor, Any, Tensor, LogitLossConfig, VocabShard], tuple[Tensor, Tensor]]
+LossFunction = Callable[
+    [Tensor, Any, Tensor, DistillationConfig, VocabShard], tuple[Tensor, Tensor]
+]
 """``(student, teacher, weight, config, shard) -> (loss, gradient)``.
 
 ``student``: ``[c, v]`` local logits, fp32 or fp64, overwritten; ``teacher``: the same, or a
@@ -26,7 +28,7 @@ tokens' losses; ``gradient``: ``[c, v]`` of that sum by the student logits, mayb
 """
 
 
-def _tempered(student: Tensor, teacher: Tensor, config: LogitLossConfig) -> None:
+def _tempered(student: Tensor, teacher: Tensor, config: DistillationConfig) -> None:
     if config.temperature != 1.0:
         student.div_(config.temperature)
         teacher.div_(config.temperature)
@@ -38,7 +40,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def forward_kl(
-    student: Tensor, teacher: Tensor, weight: Tensor, config: LogitLossConfig, shard: VocabShard
+    student: Tensor, teacher: Tensor, weight: Tensor, config: DistillationConfig, shard: VocabShard
 ) -> tuple[Tensor, Tensor]:
     """KL(t || s) = sum_v p (log p - log q) (2407.14679, section 3); d/ds = (q - p) / T."""
     _tempered(student, teacher, config)
@@ -51,7 +53,7 @@ def forward_kl(
 
 
 def reverse_kl(
-    student: Tensor, teacher: Tensor, weight: Tensor, config: LogitLossConfig, shard: VocabShard
+    student: Tensor, teacher: Tensor, weight: Tensor, config: DistillationConfig, shard: VocabShard
 ) -> tuple[Tensor, Tensor]:
     """KL(s || t) = sum_v q (log q - log p); d/ds_j = q_j (log q_j - log p_j - KL) / T."""
     _tempered(student, teacher, config)
@@ -65,7 +67,7 @@ def reverse_kl(
 
 
 def js(
-    student: Tensor, teacher: Tensor, weight: Tensor, config: LogitLossConfig, shard: VocabShard
+    student: Tensor, teacher: Tensor, weight: Tensor, config: DistillationConfig, shard: VocabShard
 ) -> tuple[Tensor, Tensor]:
     """Jensen-Shannon: b KL(p || m) + (1 - b) KL(q || m), m = b p + (1 - b) q.
 
@@ -87,7 +89,7 @@ def js(
 
 
 def mse(
-    student: Tensor, teacher: Tensor, weight: Tensor, config: LogitLossConfig, shard: VocabShard
+    student: Tensor, teacher: Tensor, weight: Tensor, config: DistillationConfig, shard: VocabShard
 ) -> tuple[Tensor, Tensor]:
     """Mean over the true (unpadded, global) vocabulary of (s - t)^2, raw logits."""
     difference = student.sub_(teacher)
@@ -96,7 +98,7 @@ def mse(
 
 
 def cosine(
-    student: Tensor, teacher: Tensor, weight: Tensor, config: LogitLossConfig, shard: VocabShard
+    student: Tensor, teacher: Tensor, weight: Tensor, config: DistillationConfig, shard: VocabShard
 ) -> tuple[Tensor, Tensor]:
     """1 - cos(s, t) of the raw logits; d/ds = -(t / (|s| |t|) - cos s / |s|^2)."""
     dots = torch.stack([_dot(student, teacher), _dot(student, student), _dot(teacher, teacher)])

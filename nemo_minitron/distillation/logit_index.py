@@ -14,10 +14,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.config.meaning import TOKENS
+from nemo_minitron.config.base import TOKENS
 from nemo_minitron.config.stages import DistillConfig
 from nemo_minitron.config.training import DataConfig
-from nemo_minitron.data.text import NPY, find_source
 from nemo_minitron.documents import read_json_object
 
 FOLDER = "logits"
@@ -159,8 +158,9 @@ def _lacking(cfg: DistillConfig, index: LogitIndex) -> Iterator[str]:
             f"x data.global_batch_size={cfg.data.global_batch_size}; lower trainer.max_steps, or "
             "run teacher_logits again with these keys"
         )
-    validates = cfg.trainer.limit_val_batches and find_source(cfg.data.path).kind != NPY
-    if validates and "validation" not in index.parts:
+    samples = Path(cfg.data.path)  # token ids as they are have no validation split
+    validates = not (samples.suffix == ".npy" and samples.is_file())
+    if cfg.trainer.limit_val_batches and validates and "validation" not in index.parts:
         yield (
             "holds no validation samples; set trainer.limit_val_batches=0, or run teacher_logits "
             f"again with trainer.limit_val_batches={cfg.trainer.limit_val_batches}"

@@ -15,13 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_minitron.config.distillation import DistillationConfig
 from nemo_minitron.distillation.divergences import LOSSES
-from nemo_minitron.distillation.loss_config import LogitLossConfig
 from nemo_minitron.distillation.top_k import TopKTargets, top_k_targets
 from nemo_minitron.distillation.vocab import VocabShard, all_reduce, log_normalizer
 
 # Elements of logits that a CPU works on at a time, so that a loss's passes over them hit the cache.
 _CACHED = 1 << 17
+
+
+@dataclass(frozen=True)
+class TeacherStates:
+    """A teacher whose logits are made as they are needed."""
+
+    hidden: Tensor
+    """``[N, H]`` final hidden state, the same on every rank of the group."""
+    weight: Tensor
+    """``[rows, H]`` local rows of the output layer, over the student's vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -32,36 +42,29 @@ class _Job:
     """``[N]``."""
     mask: Tensor
     """``[N]``."""
-    config: LogitLossConfig
+    config: DistillationConfig
     shard: VocabShard
-    teacher_hidden: Tensor | None
-    """``[N, H]``, with ``teacher_weight`` ``[v, H]``."""
-    teacher_weight: Tensor | None
+    resident: TeacherStates | None
     stored: TopKTargets | None
-    """Instead of a resident teacher; None as well leaves the language-model loss alone."""
+    """Instead of ``resident``; without both only the language-model loss is left."""
     need_grad: bool
+    reduce_grad: bool
 
     @property
     def with_teacher(self) -> bool:
-        return self.teacher_hidden is not None or self.stored is not None
+        return self.resident is not None or self.stored is not None
 
     @property
     def with_ce(self) -> bool:
         return bool(self.config.ce_weight) or not self.with_teacher or not self.need_grad
 
-    def teacher(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """Hidden states of some tokens and the output layer of the resident teacher."""
-        assert self.teacher_hidden is not None
-        assert self.teacher_weight is not None
-        return self.teacher_hidden[rows], self.teacher_weight
-
-    def targets(self, tokens: slice, logits: Tensor | None) -> Any:
+    def targets(self, tokens: slice, logits: Tensor | None) -> Tensor | TopKTargets:
         """What the loss reads of the teacher: ``[c, v]`` logits or ``TopKTargets``."""
-        if self.config.top_k is None:
-            return logits
-        if self.stored is not None:
+        if self.config.top_k is not None and self.stored is not None:
             return self.stored.rows(tokens, self.config.top_k)
         assert logits is not None
+        if self.config.top_k is None:
+            return logits
         return top_k_targets(logits, self.config.top_k, self.config.temperature, self.shard)
 
 
@@ -173,13 +176,15 @@ class _LogitLoss(torch.autograd.Function):
         parts = hidden.new_zeros(2, dtype=accumulate)
         size = (min(config.chunk_size, hidden.size(0)), shard.valid)
         buffer = hidden.new_empty(size, dtype=accumulate)
-        teacher_buffer = None if job.teacher_hidden is None else torch.empty_like(buffer)
+        resident = job.resident
+        teacher_buffer = None if resident is None else torch.empty_like(buffer)
         for start in range(0, hidden.size(0), config.chunk_size):
             rows = slice(start, min(start + config.chunk_size, hidden.size(0)))
             student = _output_layer(hidden[rows], weight, buffer)
             teacher = None
-            if teacher_buffer is not None:
-                teacher = _output_layer(*job.teacher(rows), teacher_buffer)
+            if resident is not None and teacher_buffer is not None:
+                shown = resident.weight[: shard.valid]
+                teacher = _output_layer(resident.hidden[rows], shown, teacher_buffer)
             _chunk_losses(job, rows, student, teacher, parts)
             if grad_hidden is not None and grad_weight is not None:
                 grad = student.to(weight.dtype)
@@ -188,7 +193,7 @@ class _LogitLoss(torch.autograd.Function):
         all_reduce(parts, shard.group)
         if job.need_grad:
             ctx.save_for_backward(grad_hidden, grad_weight)
-            ctx.group = shard.group if config.reduce_grad else None
+            ctx.group = shard.group if job.reduce_grad else None
         ctx.mark_non_differentiable(parts)
         # No tensor of the weights: making one would have the host wait for the device.
         return config.kd_weight * parts[0] + config.ce_weight * parts[1], parts
@@ -211,12 +216,11 @@ def logit_loss(
     weight: Tensor,
     labels: Tensor,
     mask: Tensor,
-    config: LogitLossConfig,
+    config: DistillationConfig,
     shard: VocabShard,
+    teacher: TeacherStates | TopKTargets | None = None,
     *,
-    teacher_hidden: Tensor | None = None,
-    teacher_weight: Tensor | None = None,
-    teacher_topk: TopKTargets | None = None,
+    reduce_grad: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Masked sum of the distillation and language-model losses, differentiable by the student.
 
@@ -227,9 +231,10 @@ def logit_loss(
         mask: ``[N]`` 1.0 where a token counts, 0.0 elsewhere.
         config: loss, weights, temperature and chunk size.
         shard: the local vocabulary rows.
-        teacher_hidden: ``[N, H]``; without any teacher only the language-model loss is left.
-        teacher_weight: ``[rows', H]`` local rows of the teacher's output layer, same vocabulary.
-        teacher_topk: instead of the two, for ``top_k`` and ``top_k_tail``: N tokens.
+        teacher: N tokens of a resident teacher, or stored targets for ``top_k`` and
+            ``top_k_tail``. Without a teacher only the language-model loss is left.
+        reduce_grad: whether to sum the gradient of the hidden state over the group; False where the
+            caller does (the backward of Megatron's sequence-parallel gather is a reduce-scatter).
 
     Returns:
         Scalar ``kd_weight * KD + ce_weight * CE`` summed over this rank's tokens (the same on
@@ -237,13 +242,13 @@ def logit_loss(
         asked for).
 
     Raises:
-        ValueError: ``teacher_topk`` cannot give the loss of ``config``.
+        ValueError: stored targets cannot give the loss of ``config``.
     """
-    if teacher_topk is not None:
-        teacher_topk.check(config)
+    stored = teacher if isinstance(teacher, TopKTargets) else None
+    resident = teacher if isinstance(teacher, TeacherStates) else None
+    if stored is not None:
+        stored.check(config)
     need_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    if teacher_weight is not None:
-        teacher_weight = teacher_weight[: shard.valid]
-    job = _Job(labels, mask, config, shard, teacher_hidden, teacher_weight, teacher_topk, need_grad)
+    job = _Job(labels, mask, config, shard, resident, stored, need_grad, reduce_grad)
     total, parts = _LogitLoss.apply(hidden, weight, job)
     return total, parts

@@ -6,7 +6,6 @@ tokens of each sample. Torch only.
 """
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from nemo_minitron.checkpoint.seals import seal
+from nemo_minitron.checkpoint.seals import sealed_file
 from nemo_minitron.distillation.logit_index import LogitIndex, shard_name, shard_range
 from nemo_minitron.distillation.top_k import TopKTargets
 
@@ -36,15 +35,11 @@ def shard_hash(hashes: Tensor) -> str:
 
 def write_shard(path: Path, tensors: Sample) -> None:
     """Write a shard; it appears under its name complete and on disk, or not at all."""
-    draft = path.with_name(path.name + ".draft")
-    draft.touch()
-    mode = draft.stat().st_mode
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, draft)
-    draft.chmod(mode)  # safetensors makes files that only their owner can read
-    with open(draft, "rb") as file:
-        os.fsync(file.fileno())
-    seal(path, draft)
-    draft.replace(path)
+    with sealed_file(path) as draft:
+        draft.touch()
+        mode = draft.stat().st_mode
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, draft)
+        draft.chmod(mode)  # safetensors makes files that only their owner can read
 
 
 def read_hashes(path: Path) -> Tensor:
@@ -108,7 +103,7 @@ class StoredTeacher(Dataset[Sample]):
         return len(self.dataset)
 
     def __getitem__(self, index: int | None) -> Sample:
-        """Sample ``index``; None: filler.
+        """Return sample ``index``, or a filler for None.
 
         Raises:
             ValueError: the stored outputs belong to other tokens.

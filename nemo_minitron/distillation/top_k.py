@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_minitron.distillation.loss_config import LogitLossConfig
+from nemo_minitron.config.distillation import DistillationConfig
 from nemo_minitron.distillation.vocab import VocabShard, all_reduce, log_normalizer
 
 
@@ -38,7 +38,7 @@ class TopKTargets:
             self.values[rows, :k], self.ids[rows, :k], self.log_z[rows], self.temperature
         )
 
-    def check(self, config: LogitLossConfig) -> None:
+    def check(self, config: DistillationConfig) -> None:
         """Refuse losses that these targets cannot give.
 
         Raises:
@@ -137,7 +137,7 @@ def top_k(
     student: Tensor,
     teacher: TopKTargets,
     weight: Tensor,
-    config: LogitLossConfig,
+    config: DistillationConfig,
     shard: VocabShard,
 ) -> tuple[Tensor, Tensor]:
     """Forward KL over the teacher's k largest logits, both distributions renormalised over them.
@@ -158,7 +158,7 @@ def top_k_tail(
     student: Tensor,
     teacher: TopKTargets,
     weight: Tensor,
-    config: LogitLossConfig,
+    config: DistillationConfig,
     shard: VocabShard,
 ) -> tuple[Tensor, Tensor]:
     """Forward KL over the teacher's k largest logits and one entry that holds the rest of both.

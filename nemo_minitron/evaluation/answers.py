@@ -8,9 +8,8 @@ import torch.distributed as dist
 
 from nemo_minitron.evaluation.requests import Continuations, Request, RequestScorer
 from nemo_minitron.models.build import HiddenGPTModel
-from nemo_minitron.models.inference import CachedModel, continue_prompts
-from nemo_minitron.models.sampling import GREEDY
-from nemo_minitron.reporting.console import progress
+from nemo_minitron.models.inference import GREEDY, CachedModel, continue_prompts
+from nemo_minitron.runtime.console import progress
 from nemo_minitron.runtime.groups import ParallelGroups
 
 # A stop text may begin inside a token: so many tokens more than it has characters are read again.

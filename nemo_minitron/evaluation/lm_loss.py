@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset
 
+from nemo_minitron.config.distillation import DistillationConfig
 from nemo_minitron.config.training import DataConfig
 from nemo_minitron.data.sampler import build_dataloader
 from nemo_minitron.distillation.logit_loss import logit_loss
-from nemo_minitron.distillation.loss_config import LogitLossConfig
 from nemo_minitron.distillation.vocab import VocabShard
 from nemo_minitron.models.build import HiddenGPTModel
 from nemo_minitron.models.schedule import (
@@ -22,7 +22,7 @@ from nemo_minitron.models.schedule import (
     run_schedule,
     tokens_first,
 )
-from nemo_minitron.reporting.console import progress
+from nemo_minitron.runtime.console import progress
 from nemo_minitron.runtime.groups import ParallelGroups
 from nemo_minitron.runtime.launch import device
 
@@ -42,7 +42,7 @@ def batch_sums(
     chunks: list[HiddenGPTModel], micro_batches: list[Batch], shard: VocabShard | None
 ) -> list[torch.Tensor]:
     """``[CE, tokens]`` fp64 sums of each of this rank's micro-batches; empty off the last stage."""
-    config = LogitLossConfig(kd_weight=0.0, ce_weight=1.0, chunk_size=_CHUNK_SIZE)
+    config = DistillationConfig(kd_weight=0.0, ce_weight=1.0, chunk_size=_CHUNK_SIZE)
 
     def loss_func(index: int, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
         assert shard is not None
@@ -105,7 +105,7 @@ def evaluate_lm(
         "lm_loss": loss / tokens,
         "perplexity": math.exp(loss / tokens),
         "tokens": int(tokens),
-        "samples": len(dataset),  # type: ignore[arg-type]
+        "samples": len(dataset),  # type: ignore[arg-type]  # torch's Dataset declares no length
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
     }

@@ -69,7 +69,7 @@ def run_once(candidate: Candidate, work: Work, steps: int | None = None) -> tupl
     Args:
         candidate: whose ``memory`` this fills too.
         work: what to do.
-        steps: tokens that are decoded; None: all. There is room for all either way.
+        steps: number of tokens to decode, or None for all. Memory is reserved for all.
     """
     steps = work.new_tokens - 1 if steps is None else steps
     vocab = candidate.model.vocab_size

@@ -28,7 +28,7 @@ MAX_GEN_TOKS = 256
 """Tokens of an answer where the task does not say; lm-eval's default."""
 
 Metrics = dict[str, dict[str, dict[str, float | None]]]
-"""Task -> metric -> ``value`` and ``stderr`` (None: lm-eval has none)."""
+"""Task -> metric -> ``value`` and ``stderr`` (None where lm-eval reports none)."""
 
 
 def check_installed() -> None:
@@ -55,7 +55,7 @@ def find_tasks(tasks: Sequence[str], path: str | None) -> "TaskManager":
         path: the user's folder of task files.
 
     Raises:
-        ValueError: an unknown task (with near names), or a folder that is none.
+        ValueError: an unknown task (with near names), or ``tasks_path`` is not a folder.
     """
     from lm_eval.tasks import TaskManager
 

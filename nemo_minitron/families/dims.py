@@ -105,6 +105,7 @@ DIMS: dict[str, Dim] = {
     "ffn": Dim((Part("ffn"),)),
     "gate_up": _gate_up("ffn"),
     "head": Dim((Part("head", _head_rows),)),
+    "query_group": Dim((Part("query_group", _head_rows),)),
     # Megatron interleaves linear_qkv: per query group its query heads, its key, its value.
     "qkv": Dim(
         (

@@ -9,13 +9,15 @@ from nemo_minitron.families.gpt2 import GPT2
 from nemo_minitron.families.llama import LLAMA
 from nemo_minitron.families.mixtral import MIXTRAL
 from nemo_minitron.families.nemotron import NEMOTRON
+from nemo_minitron.families.olmo2 import OLMO2
 from nemo_minitron.families.phi3 import PHI3
 from nemo_minitron.families.qwen import QWEN2, QWEN3
 from nemo_minitron.families.qwen2_moe import QWEN2_MOE
 from nemo_minitron.families.qwen3_moe import QWEN3_MOE
+from nemo_minitron.families.smollm3 import SMOLLM3
 from nemo_minitron.families.table import Family
 
-_ALL = (LLAMA, QWEN2, QWEN3, NEMOTRON, PHI3, GPT2, MIXTRAL, QWEN2_MOE, QWEN3_MOE)
+_ALL = (LLAMA, QWEN2, QWEN3, NEMOTRON, PHI3, GPT2, MIXTRAL, QWEN2_MOE, QWEN3_MOE, SMOLLM3, OLMO2)
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 
 # Keys of config.json that name classes in Python files.
@@ -141,7 +143,11 @@ def written_config(config: ModelConfig) -> dict[str, Any]:
         return wanted
     layers = of_layers(source)
     wanted = _spelled(wanted, source)
-    wanted = {key: value for key, value in wanted.items() if key not in {*_DTYPES, *layers}}
+    wanted = {
+        key: value
+        for key, value in wanted.items()
+        if key not in _DTYPES and (key not in layers or key in family.hf_reads)
+    }
     written = source
     for _ in range(_PASSES):
         said = _spelled(_said(family, written), source)

@@ -5,7 +5,7 @@ Pruning, checkpoint import and export, parameter counting and the completeness c
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nemo_minitron.config.model import ModelConfig
@@ -13,6 +13,9 @@ from nemo_minitron.families.dims import DIMS
 
 _INDEX = re.compile(r"\\\{(layer|expert)\\\}")
 _OF_EXPERT = re.compile(r"local_experts\.(\{expert\}|\d+)\.(linear_fc[12]\.(?:weight|bias))")
+
+COMMON_SPEC = "nemo_minitron.models.spec:block_spec"
+"""The function that makes the layers of families without modules of their own."""
 
 
 def _always(_: ModelConfig) -> bool:
@@ -30,7 +33,7 @@ class Row:
         tp_dim: dim that tensor parallelism splits, None when replicated.
         hf: Hugging Face names; several are fused into one Megatron tensor along dim 0.
         hf_form: how the one Hugging Face tensor differs from Megatron's, a key of
-            ``families.fuse.HF_FORMS``; None: not at all.
+            ``families.fuse.HF_FORMS``, or None if it is stored as it is.
         te_name: name under the Transformer Engine spec where it differs.
         stored_as: one more name that other programs may store it under; never written.
         when: whether a model with this config has the parameter.
@@ -113,6 +116,12 @@ class Family:
         why_not_prunable: why not the others.
         hf_prefix: what Hugging Face names start with, which checkpoints of the bare model leave
             out.
+        layer_spec: what makes the layers of a pipeline stage, as ``module:function``. It is
+            imported only where a model is built, so that the tables do not need Megatron, and is
+            called with Megatron's configuration, the virtual stage (None without interleaving) and
+            the pipeline rank.
+        megatron: fields of Megatron's ``TransformerConfig`` that every model of the family needs
+            and that ``ModelConfig`` does not hold; the user cannot set them.
     """
 
     name: str
@@ -126,6 +135,8 @@ class Family:
     prunable: tuple[str, ...] | None = None
     why_not_prunable: str = ""
     hf_prefix: str = "model."
+    layer_spec: str = COMMON_SPEC
+    megatron: Mapping[str, Any] = field(default_factory=dict)
 
     def parameters(self, config: ModelConfig) -> Iterator[tuple[str, Row, int | None]]:
         """Yield (Megatron name, row, layer index or None) of every parameter, layers in order.

@@ -14,14 +14,16 @@ from nemo_minitron.config.axes import AXES, axis_size
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import ScoreConfig
 from nemo_minitron.config.training import DataConfig
+from nemo_minitron.importance.ablation import LayerAblation, ablated_blocks
 from nemo_minitron.importance.aggregate import TokenSums, all_reduce_flat, reduce_sums
 from nemo_minitron.importance.calibration import Calibration, calibrating, calibration_runs
 from nemo_minitron.importance.experts import gather
 from nemo_minitron.importance.hooks import NORMS_PER_LAYER, ChunkRecorder, record
 from nemo_minitron.importance.moments import save_moments
-from nemo_minitron.importance.removal import Removal, removed_blocks
 from nemo_minitron.importance.resume import SavedState
-from nemo_minitron.importance.scores import (
+from nemo_minitron.models.build import HiddenGPTModel
+from nemo_minitron.models.schedule import Batch, run_schedule
+from nemo_minitron.pruning.scores import (
     Scores,
     check_block_sizes,
     check_finite,
@@ -29,8 +31,6 @@ from nemo_minitron.importance.scores import (
     model_meta,
     stored_order,
 )
-from nemo_minitron.models.build import HiddenGPTModel
-from nemo_minitron.models.schedule import Batch, run_schedule
 from nemo_minitron.runtime.groups import ParallelGroups
 
 Samples = Dataset[dict[str, Tensor]]
@@ -45,7 +45,7 @@ def forward_passes(config: ModelConfig, scores: ScoreConfig, samples: int) -> tu
         samples: of the calibration set.
     """
     recorded = samples if _records(scores) else 0
-    blocks = len(removed_blocks(config.num_layers, scores))
+    blocks = len(ablated_blocks(config.num_layers, scores))
     return recorded, blocks * min(scores.lm_loss_samples, samples)
 
 
@@ -76,22 +76,22 @@ class _Calibrator:
         self.dataset, self.data = dataset, data
         self.on_samples, self.saved = on_samples, saved
         self.runs = self.done = 0
-        samples = len(dataset)  # type: ignore[arg-type]
+        samples = len(dataset)  # type: ignore[arg-type]  # torch's Dataset has no len
         interleaved = len(chunks) > 1
         # A micro-batch is many passes there, enough to keep a pipeline busy.
         least = data.micro_batch_size * groups.dp.size() * (groups.pp.size() if interleaved else 1)
-        self.removal_data = replace(data, global_batch_size=least)
+        self.ablation_data = replace(data, global_batch_size=least)
         self.plan = Calibration.of(
             samples if _records(scores) else 0, data, groups, interleaved=interleaved
         )
-        self.removal_plan = Calibration.of(
+        self.ablation_plan = Calibration.of(
             min(samples, scores.lm_loss_samples),
-            self.removal_data,
+            self.ablation_data,
             groups,
             interleaved=interleaved,
         )
-        blocks = removed_blocks(config.num_layers, scores)
-        self.removal = Removal(chunks, groups, blocks) if blocks else None
+        blocks = ablated_blocks(config.num_layers, scores)
+        self.ablation = LayerAblation(chunks, groups, blocks) if blocks else None
         self.recorders: list[ChunkRecorder] = []
 
     def run(self, scores: ScoreConfig, vocab_size: int) -> None:
@@ -102,9 +102,9 @@ class _Calibrator:
                 if state is not None:
                     self._load(state)
                 self._record()
-            if self.removal is not None:
-                plan, data = self.removal_plan, self.removal_data
-                self.removal.run(self.dataset, data, plan, vocab_size, self._advance)
+            if self.ablation is not None:
+                plan, data = self.ablation_plan, self.ablation_data
+                self.ablation.run(self.dataset, data, plan, vocab_size, self._advance)
 
     def _record(self) -> None:
         runs = calibration_runs(
@@ -129,15 +129,15 @@ class _Calibrator:
             "runs": self.runs,
             "done": self.done,
             "recorders": [recorder.state_dict() for recorder in self.recorders],
-            "removal": None if self.removal is None else self.removal.state_dict(),
+            "removal": None if self.ablation is None else self.ablation.state_dict(),
         }
 
     def _load(self, state: dict[str, Any]) -> None:
         self.runs, self.done = state["runs"], state["done"]
         for recorder, values in zip(self.recorders, state["recorders"], strict=True):
             recorder.load_state_dict(values)
-        if self.removal is not None:
-            self.removal.load_state_dict(state["removal"])
+        if self.ablation is not None:
+            self.ablation.load_state_dict(state["removal"])
         self.on_samples(self.done)
 
 
@@ -182,7 +182,7 @@ def estimate_scores(
     result = Scores()
     if calibrator.plan.samples:
         result = gather_scores(calibrator.recorders, config, groups)
-    samples = len(dataset)  # type: ignore[arg-type]
+    samples = len(dataset)  # type: ignore[arg-type]  # torch's Dataset has no len
     result.meta = {
         "model": model_meta(config),
         "aggregation": {"batch": scores.batch_aggregation, "seq": scores.seq_aggregation},
@@ -195,16 +195,16 @@ def estimate_scores(
         moments = [r.moments for r in calibrator.recorders if r.moments is not None]
         save_moments(moments, groups, result.meta["num_tokens"], folder)
         result.meta["moments"] = scores.moments
-    if calibrator.removal is not None:
-        _add_losses(result, calibrator.removal, scores)
-        result.meta["lm_loss_samples"] = calibrator.removal_plan.samples
+    if calibrator.ablation is not None:
+        _add_losses(result, calibrator.ablation, scores)
+        result.meta["lm_loss_samples"] = calibrator.ablation_plan.samples
     check_finite(result)
     return result
 
 
-def _add_losses(result: Scores, removal: Removal, scores: ScoreConfig) -> None:
+def _add_losses(result: Scores, ablation: LayerAblation, scores: ScoreConfig) -> None:
     """Fill in the scores by LM loss."""
-    losses = removal.losses()
+    losses = ablation.losses()
     by_size: dict[int, list[float]] = {}
     for (first, stop), loss in losses.items():  # in the order of ``first``
         by_size.setdefault(stop - first, []).append(loss)

@@ -2,7 +2,8 @@
 
 What is scored where (2407.14679, section 2.2):
 
-- ``hidden``: output of each layer's input norm and pre-MLP norm,
+- ``hidden``: output of each layer's input norm and pre-MLP norm (what attention and the MLP read,
+  in a family that has no norms there),
 - ``ffn``, ``head``, ``shared_expert_ffn``: input of the module that ``Axis.seen_at`` names,
 - ``layer``: input and output of the transformer layer,
 - ``expert`` and ``expert_ffn``: see ``importance/experts.py``; with experts there is no ``ffn``.
@@ -167,7 +168,7 @@ class ChunkRecorder:
     ) -> None:
         before, after = args[0] if args else kwargs["hidden_states"], output[0]
         known = self._state is not None and self._state[0] is before
-        before = self._state[1] if known else self._share(before)  # type: ignore[index]
+        before = self._state[1] if known else self._share(before)  # type: ignore[index]  # `known` says that it is there
         self._state = after, self._share(after)
         after = self._state[1]
         if self.influence is not None:

@@ -26,8 +26,8 @@ from torch.utils.hooks import RemovableHandle
 from nemo_minitron.config.axes import AXES, Axis
 from nemo_minitron.families.dims import DIMS
 from nemo_minitron.importance.experts import gather
-from nemo_minitron.importance.scores import MOMENTS, moment_file
 from nemo_minitron.models.norms import norms_and_readers, on_normed
+from nemo_minitron.pruning.scores import MOMENTS, moment_file
 from nemo_minitron.runtime.groups import ParallelGroups
 
 

@@ -8,7 +8,6 @@ one, bit for bit.
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch.distributed as dist
 
 from nemo_minitron.checkpoint.manifest import digest, hash_file
 from nemo_minitron.documents import read_json_object
+from nemo_minitron.runtime.atomic import atomic_file
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class SavedState:
         self._samples = 0
 
     def load(self) -> dict[str, Any] | None:
-        """This rank's part of the newest state; None where there is none that fits.
+        """Return this rank's part of the newest state, or None if no saved state fits.
 
         Raises:
             ValueError: it is damaged, here or on another rank.
@@ -137,19 +137,16 @@ class SavedState:
         before, self.number = self.number, self.number + 1
         path = self._file(self.number)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "wb") as file:
-            torch.save(state(), file)
-            file.flush()
-            os.fsync(file.fileno())
+        with atomic_file(path) as draft:
+            torch.save(state(), draft)
         hashes: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(hashes, hash_file(path).sha256, group=dist.group.WORLD)
         if dist.get_rank() == 0:
             latest = {"number": self.number, "samples": done, "layout": self.layout}
             latest["files"] = hashes
             latest["sha256"] = digest(latest)
-            part = self.folder / f"{_LATEST}.part"
-            part.write_text(json.dumps(latest))
-            part.replace(self.folder / _LATEST)
+            with atomic_file(self.folder / _LATEST) as draft:
+                draft.write_text(json.dumps(latest))
             shutil.rmtree(self.folder / str(before), ignore_errors=True)
 
     def remove(self) -> None:

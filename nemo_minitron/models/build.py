@@ -1,7 +1,8 @@
 """ModelConfig + layout -> Megatron-Core model on this rank."""
 
 import functools
-from collections.abc import Mapping
+import importlib
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -22,8 +23,10 @@ from torch import Tensor
 from nemo_minitron.config.layout import check_layout, padded_vocab_size
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.families.registry import family_of
+from nemo_minitron.families.table import Family
 from nemo_minitron.models.settings import transformer_defaults
-from nemo_minitron.models.spec import HAVE_GROUPED_GEMM, HAVE_TE, block_spec
+from nemo_minitron.models.spec import HAVE_GROUPED_GEMM, HAVE_TE
 from nemo_minitron.runtime.groups import ParallelGroups
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -69,7 +72,16 @@ def transformer_config(
     """Megatron's configuration of this model at this layout; ``settings`` as in ``build_gpt``.
 
     What is set by name here is what ``config/megatron_owned.py`` lists as set elsewhere.
+
+    Raises:
+        ValueError: ``settings`` holds a field that the family sets.
     """
+    family, given = family_of(config), settings or {}
+    for name in sorted(family.megatron.keys() & given.keys()):
+        raise ValueError(
+            f"megatron.transformer.{name}={given[name]} is not supported for family "
+            f"'{family.name}', which needs {name}={family.megatron[name]}; leave it out"
+        )
     on_gpu = torch.cuda.is_available()
     defaults = transformer_defaults(
         config, on_gpu=on_gpu, have_te=HAVE_TE, have_grouped_gemm=HAVE_GROUPED_GEMM
@@ -98,6 +110,7 @@ def transformer_config(
         add_bias_linear=config.add_bias_linear,
         add_qkv_bias=config.add_qkv_bias,
         qk_layernorm=config.qk_layernorm,
+        no_rope_freq=config.no_rope_freq,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -118,8 +131,16 @@ def transformer_config(
         # The loss is a sum over tokens; Megatron divides gradients by the global token count.
         calculate_per_token_loss=True,
         masked_softmax_fusion=False,
-        **{**defaults, **(settings or {})},
+        **{**defaults, **given, **family.megatron},
     )
+
+
+def layer_spec(family: Family) -> Callable[[TransformerConfig, int | None, int], Any]:
+    """The function that makes the layers of a family (``Family.layer_spec``)."""
+    module, _, name = family.layer_spec.partition(":")
+    found: Callable[[TransformerConfig, int | None, int], Any]
+    found = getattr(importlib.import_module(module), name)
+    return found
 
 
 def _build_chunk(
@@ -132,9 +153,10 @@ def _build_chunk(
     chunks = mcore.virtual_pipeline_model_parallel_size or 1
     stage = vp_stage or 0
     scaling = config.rope_scaling or {}
+    spec = layer_spec(family_of(config))
     model = HiddenGPTModel(
         config=mcore,
-        transformer_layer_spec=block_spec(mcore, vp_stage, groups.pp.rank()),
+        transformer_layer_spec=spec(mcore, vp_stage, groups.pp.rank()),
         vocab_size=padded_vocab_size(config.vocab_size, mcore.tensor_model_parallel_size),
         max_sequence_length=max_sequence_length,
         pre_process=groups.is_first_stage and stage == 0,

@@ -1,24 +1,23 @@
-"""A GPT that learns from a frozen teacher inside Megatron's schedule."""
+"""GPT models that learn from a teacher inside Megatron's schedule."""
 
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import torch
 from lightning.pytorch import Trainer
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
 from nemo_minitron.config.distillation import DistillationConfig
 from nemo_minitron.config.load import read_section
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import TeacherParallelConfig
-from nemo_minitron.distillation.loss_config import LogitLossConfig
+from nemo_minitron.models.alpha import AlphaSchedule
 from nemo_minitron.models.build import build_gpt
 from nemo_minitron.models.gpt import MinitronGPTModel
-from nemo_minitron.models.intermediate import IntermediateLosses
-from nemo_minitron.models.intermediate_step import IntermediateStep
-from nemo_minitron.models.schedule import Batch, gathered_hidden, run_schedule
+from nemo_minitron.models.intermediate import START_AGAIN, IntermediateLosses
+from nemo_minitron.models.objective import ResidentTeacher, StepSums, StoredOutputs
+from nemo_minitron.models.optim import MegatronOptimizerAdapter
+from nemo_minitron.models.schedule import Batch
 from nemo_minitron.models.settings import frozen_settings
 from nemo_minitron.models.teacher import Teacher
 from nemo_minitron.models.weights import load_weights
@@ -30,37 +29,37 @@ class DistillationGPTModel(MinitronGPTModel):
 
     More config entries: ``teacher`` (ModelConfig of the teacher), ``teacher_parallel`` (its split
     over the pipeline) and ``distillation``.
+
+    Attributes:
+        teacher: the frozen model. It is no submodule, so it has no place in checkpoints or in the
+            optimizer.
+        intermediate: losses between inner states, if any are asked for.
+        alpha: weight of those losses.
     """
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
         super().__init__(cfg=cfg, trainer=trainer)
         self.distillation = read_section(DistillationConfig, cfg.distillation)
-        self.teacher_gpt = ModelConfig(**OmegaConf.to_container(cfg.teacher))  # type: ignore[arg-type]
-        parallel = TeacherParallelConfig(**cfg.teacher_parallel).of(self.parallel)
+        self.teacher_gpt = read_section(ModelConfig, cfg.teacher)
+        parallel = read_section(TeacherParallelConfig, cfg.teacher_parallel).of(self.parallel)
         settings = frozen_settings(self.megatron_cfg)
         chunks = build_gpt(
             self.teacher_gpt, parallel, self.groups, dtype=self.dtype_, settings=settings
         )
-        # Not a registered submodule: the teacher has no place in checkpoints or optimizers.
         offload = self.distillation.offload_teacher
-        self._teacher = [Teacher([chunk.to(device()) for chunk in chunks], offload=offload)]
-        self.intermediate = self._build_intermediate()
-
-    def _build_intermediate(self) -> IntermediateStep | None:
+        self.teacher = Teacher([chunk.to(device()) for chunk in chunks], offload=offload)
         config = self.distillation.intermediate
-        if not config.losses:
-            return None
-        student, teacher = (self.gpt, self.chunks), (self.teacher_gpt, self.teacher.chunks)
-        losses = IntermediateLosses(config, student, teacher, self.parallel, self.groups)
-        return IntermediateStep(losses, self.distillation.kd_weight)
-
-    @property
-    def teacher(self) -> Teacher:
-        """The frozen model."""
-        return self._teacher[0]
+        self.intermediate: IntermediateLosses | None = None
+        if config.losses:
+            student, teacher = (self.gpt, self.chunks), (self.teacher_gpt, self.teacher.chunks)
+            self.intermediate = IntermediateLosses(
+                config, student, teacher, self.parallel, self.groups
+            )
+        self.alpha = AlphaSchedule(config, self.distillation.kd_weight, device())
+        self.objective = ResidentTeacher(self.teacher, self.intermediate)
 
     @classmethod
-    def restore_from(cls, restore_path: str, *args: Any, **kwargs: Any) -> Any:
+    def restore_from(cls, restore_path: str, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse: what ``save_to`` writes is the student, which is a MinitronGPTModel.
 
         Raises:
@@ -75,74 +74,53 @@ class DistillationGPTModel(MinitronGPTModel):
         load_weights(self.teacher.chunks, self.groups, folder, key="teacher")
         self.teacher.release()
 
-    def loss_config(self) -> LogitLossConfig:
-        """Weights of the distillation and the language-model loss."""
-        reduce_grad = not self.parallel.sequence_parallel
-        return LogitLossConfig.of(self.distillation, reduce_grad=reduce_grad)
-
-    def _teacher_inputs(self, states: list[Tensor], index: int) -> dict[str, Tensor]:
-        hidden = gathered_hidden(states[index], self.teacher.chunks[-1])
-        return {"teacher_hidden": hidden, "teacher_weight": self.teacher.output_weight}
-
-    def forward_backward(self, micro_batches: list[Batch]) -> Tensor:
-        """Teacher pass over the global batch, then the student's ordinary schedule."""
-        config = self.loss_config()
-        inner = self.intermediate
-        with inner.captured(micro_batches) if inner else nullcontext():
-            states = self.teacher.hidden_states(micro_batches)
-        if inner and inner.measures_first:
-            with inner.measured(self.chunks, micro_batches):
-                inner.follow(self._evaluate(micro_batches, states))
-
-        def loss_func(index: int, batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            total, sums = self.loss(batch, hidden, config, **self._teacher_inputs(states, index))
-            states[index] = None  # type: ignore[call-overload]
-            return total, batch["loss_mask"].sum().int(), sums
-
-        with inner.trained(self.chunks, micro_batches) if inner else nullcontext():
-            outputs = run_schedule(list(self.model), micro_batches, loss_func, forward_only=False)
-        sums = self._reduced(outputs)
-        if inner:
-            inner.follow(sums)
-        return sums
-
-    @torch.no_grad()
-    def evaluate_batch(self, micro_batches: list[Batch]) -> Tensor:
-        """``[KD, CE, tokens]`` sums of one global batch, forward only."""
-        return self._evaluate(micro_batches, self.teacher.hidden_states(micro_batches))
-
-    @torch.no_grad()
-    def _evaluate(self, micro_batches: list[Batch], states: list[Tensor]) -> Tensor:
-        config = self.loss_config()
-
-        def loss_func(index: int, batch: Batch, hidden: Tensor) -> Tensor:
-            return self.loss(batch, hidden, config, **self._teacher_inputs(states, index))[1]
-
-        return self._reduced(
-            run_schedule(
-                list(self.model), micro_batches, loss_func, forward_only=True, collect_outputs=True
-            )
-        )
-
     # ---- intermediate losses
 
-    def configure_optimizers(self) -> list[Any]:
+    def student_pass(
+        self, micro_batches: list[Batch], *, train: bool, keep: bool = False
+    ) -> StepSums[Tensor]:
+        """Run the student as the base does; in training the intermediate losses join in."""
+        if self.intermediate is None or not train:
+            return super().student_pass(micro_batches, train=train, keep=keep)
+        if self.alpha.value is None:
+            self._pass_with(self.intermediate, micro_batches, None)
+        weight, scale = self.alpha.begin_step(), self.last_chunk.config.grad_scale_func
+        if scale is not None:
+            weight = scale(weight).reshape(())
+        return self._pass_with(self.intermediate, micro_batches, weight)
+
+    def _pass_with(
+        self, losses: IntermediateLosses, micro_batches: list[Batch], weight: Tensor | None
+    ) -> StepSums[Tensor]:
+        """One pass with intermediate losses of this weight; None only measures them."""
+        train = weight is not None
+        with losses.attached(self.chunks, micro_batches, weight):
+            sums = super().student_pass(micro_batches, train=train, keep=not train)
+        self.alpha.update_alpha(sums, losses.reduced())
+        return sums
+
+    def configure_optimizers(self) -> list[MegatronOptimizerAdapter]:
         """As the base; gradients of the projection's copies are added up with the others."""
-        optimizers: list[Any] = super().configure_optimizers()
+        optimizers = super().configure_optimizers()
         if self.intermediate:
             self.intermediate.finalize_with(self.last_chunk.config)
         return optimizers
 
-    def step_losses(self, kd: float, ce: float, tokens: float) -> dict[str, float]:
+    def step_losses(self, sums: StepSums[float]) -> dict[str, float]:
         """The weighted intermediate losses are part of ``loss``; all parts are logged too."""
-        losses = super().step_losses(kd, ce, tokens)
-        return self.intermediate.add_to(losses, kd, tokens) if self.intermediate else losses
+        losses = super().step_losses(sums)
+        if self.intermediate is None:
+            return losses
+        tokens, alpha = max(sums.tokens, 1.0), self.alpha.used.item()
+        parts = self.intermediate.per_token(tokens)
+        loss = losses["loss"] + alpha * sum(parts.values())
+        return {**losses, "loss": loss, "kd_loss": sums.kd / tokens, "alpha": alpha, **parts}
 
     def training_state(self, *, is_loading: bool) -> dict[str, Any]:
-        """Also what the weight of the intermediate losses follows."""
+        """As the base, and the weight of the intermediate losses."""
         state = super().training_state(is_loading=is_loading)
         if self.intermediate and not is_loading:
-            state["intermediate"] = self.intermediate.state_dict()
+            state["intermediate"] = self.alpha.state_dict()
         return state
 
     def check_training_checkpoint(self, folder: Path) -> None:
@@ -151,7 +129,30 @@ class DistillationGPTModel(MinitronGPTModel):
             self.intermediate.check_checkpoint(folder)
 
     def load_training_state(self, state: dict[str, Any]) -> None:
-        """Also what the weight of the intermediate losses follows."""
+        """As the base, and the weight of the intermediate losses.
+
+        Raises:
+            ValueError: the checkpoint was written without intermediate losses.
+        """
         super().load_training_state(state)
-        if self.intermediate:
-            self.intermediate.load_state_dict(state.get("intermediate"))
+        if self.intermediate is None:
+            return
+        if "intermediate" not in state:
+            raise ValueError(
+                f"the training checkpoint was written without {self.intermediate.keys}; "
+                f"{START_AGAIN}"
+            )
+        self.alpha.load_state_dict(state["intermediate"])
+
+
+class OfflineDistillationGPTModel(MinitronGPTModel):
+    """A student that learns from stored teacher outputs; no teacher is built.
+
+    Two more config entries: ``distillation``, and ``stored_temperature``, the softmax temperature
+    of the stored normalisers.
+    """
+
+    def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
+        super().__init__(cfg=cfg, trainer=trainer)
+        self.distillation = read_section(DistillationConfig, cfg.distillation)
+        self.objective = StoredOutputs(cfg.stored_temperature)

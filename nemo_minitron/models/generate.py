@@ -1,7 +1,6 @@
 """Continuations of many prompts, file by file, on any layout that can generate."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nemo_minitron.checkpoint.seals import check_seal, seal
+from nemo_minitron.checkpoint.seals import check_seal, sealed_file
 from nemo_minitron.documents import json_value
-from nemo_minitron.models.inference import CachedModel, continue_prompts
-from nemo_minitron.models.sampling import Sampling, draws_of
+from nemo_minitron.models.inference import CachedModel, Sampling, continue_prompts, draws_of
 from nemo_minitron.runtime.launch import barrier
 
 
@@ -123,12 +121,6 @@ class SampleWriter:
         return self.model.groups.tp.rank() == 0 and self.model.groups.pp.rank() == 0
 
     def _save(self, found: dict[int, list[int]]) -> None:
-        path = self.folder / f"{min(found)}.jsonl"
-        draft = path.with_suffix(".draft")
-        with draft.open("w") as file:
-            for index, ids in sorted(found.items()):
-                file.write(json.dumps({"index": index, "ids": ids}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        seal(path, draft)
-        draft.replace(path)
+        lines = [json.dumps({"index": index, "ids": ids}) for index, ids in sorted(found.items())]
+        with sealed_file(self.folder / f"{min(found)}.jsonl") as draft:
+            draft.write_text("\n".join([*lines, ""]))

@@ -1,17 +1,23 @@
 """A Megatron-Core GPT as a NeMo model."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from nemo.core.classes import ModelPT
 from nemo.core.classes.common import PretrainedModelInfo
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
+from nemo_minitron.config.distillation import DistillationConfig
 from nemo_minitron.config.load import read_section
 from nemo_minitron.config.megatron import MegatronConfig
 from nemo_minitron.config.model import ModelConfig
@@ -22,13 +28,25 @@ from nemo_minitron.config.training import (
     OptimConfig,
     TrainerConfig,
 )
-from nemo_minitron.distillation.logit_loss import logit_loss
-from nemo_minitron.distillation.loss_config import LogitLossConfig
+from nemo_minitron.distillation.logit_loss import TeacherStates, logit_loss
+from nemo_minitron.distillation.top_k import TopKTargets
 from nemo_minitron.distillation.vocab import VocabShard
-from nemo_minitron.models.build import DTYPES, HiddenGPTModel, build_gpt, unwrap
-from nemo_minitron.models.lightning import MegatronOptimizerAdapter
+from nemo_minitron.models.build import HiddenGPTModel, build_gpt, unwrap
 from nemo_minitron.models.nemo_file import NemoFileConnector
-from nemo_minitron.models.optim import build_optimizer, free_training, wrap_ddp
+from nemo_minitron.models.objective import (
+    LabelsAlone,
+    Objective,
+    StepSums,
+    add_up,
+    on_host,
+    reduced,
+)
+from nemo_minitron.models.optim import (
+    MegatronOptimizerAdapter,
+    build_optimizer,
+    free_training,
+    wrap_ddp,
+)
 from nemo_minitron.models.optim_state import load_optimizer, optimizer_state
 from nemo_minitron.models.overlap import await_weight, gather_all
 from nemo_minitron.models.schedule import (
@@ -46,11 +64,11 @@ from nemo_minitron.models.weights import (
     nonfinite_parameter,
     save_weights,
 )
-from nemo_minitron.runtime import quiet
+from nemo_minitron.runtime.extensions import quiet_nemo
 from nemo_minitron.runtime.groups import ParallelGroups
 from nemo_minitron.runtime.launch import device
 
-quiet.after_imports()
+quiet_nemo()
 
 
 def diverged(what: str, step: int) -> ValueError:
@@ -71,16 +89,25 @@ class MinitronGPTModel(ModelPT):
     Megatron's groups must be initialised (``runtime.launch.distributed``).
     """
 
+    _megatron: MegatronOptimizer
+    _lr_scheduler: OptimizerParamScheduler
+    _optimizer: MegatronOptimizerAdapter
+
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
         super().__init__(cfg=cfg, trainer=trainer)
         self.automatic_optimization = False
-        self.gpt = ModelConfig(**OmegaConf.to_container(cfg.gpt))  # type: ignore[arg-type]
-        self.parallel = ParallelConfig(**cfg.parallel)
-        self.data_cfg = DataConfig(**cfg.data)
+        self.gpt = read_section(ModelConfig, cfg.gpt)
+        self.parallel = read_section(ParallelConfig, cfg.parallel)
+        self.data_cfg = read_section(DataConfig, cfg.data)
         self.trainer_cfg = read_section(TrainerConfig, cfg.trainer)
-        self.optim_cfg = OptimConfig(**cfg.optim)
+        self.optim_cfg = read_section(OptimConfig, cfg.optim)
         self.exp_manager_cfg = read_section(ExpManagerConfig, cfg.get("exp_manager", {}))
         self.megatron_cfg = read_section(MegatronConfig, cfg.get("megatron", {}))
+        # Subclasses have a teacher and weights of their own.
+        self.objective: Objective = LabelsAlone()
+        self.distillation = DistillationConfig(
+            kd_weight=0.0, ce_weight=1.0, chunk_size=cfg.chunk_size
+        )
         self.groups = ParallelGroups.current()
         bf16 = self.trainer_cfg.precision == "bf16-mixed"
         self.dtype_ = torch.bfloat16 if bf16 else torch.float32
@@ -95,9 +122,7 @@ class MinitronGPTModel(ModelPT):
         self.last_metrics: dict[str, float] = {}
         # fp64 counts beyond 2**24 exactly.
         self._tokens = torch.zeros((), dtype=torch.float64, device=device())
-        self._validation_sums: list[Tensor] = []
-        self._megatron: Any = None
-        self._lr_scheduler: Any = None
+        self._validation_sums: list[StepSums[Tensor]] = []
         for key, path in dict(cfg.get("tokenizer") or {}).items():
             self.register_artifact(f"tokenizer.{key}", path)
 
@@ -158,10 +183,10 @@ class MinitronGPTModel(ModelPT):
 
     # ---- data
 
-    def setup_training_data(self, train_data_config: Any) -> None:
+    def setup_training_data(self, train_data_config: object) -> None:
         """Nothing at construction: stages give loaders through ``set_loaders``."""
 
-    def setup_validation_data(self, val_data_config: Any) -> None:
+    def setup_validation_data(self, val_data_config: object) -> None:
         """Nothing at construction: stages give loaders through ``set_loaders``."""
 
     def micro_batches_per_step(self) -> int:
@@ -170,7 +195,7 @@ class MinitronGPTModel(ModelPT):
             self.data_cfg.micro_batch_size * self.groups.dp.size()
         )
 
-    def set_loaders(self, train: Any, validation: Any | None) -> None:
+    def set_loaders(self, train: Iterable[Batch], validation: Iterable[Batch] | None) -> None:
         """Attach loaders of micro-batches (``data.sampler.build_dataloader``)."""
         count = self.micro_batches_per_step()
         self._train_dl = StepLoader(train, count)
@@ -184,7 +209,8 @@ class MinitronGPTModel(ModelPT):
         self._megatron, self._lr_scheduler = build_optimizer(
             list(self.model), self.optim_cfg, self.trainer_cfg, self.megatron_cfg
         )
-        return [MegatronOptimizerAdapter(self._megatron)]
+        self._optimizer = MegatronOptimizerAdapter(self._megatron)
+        return [self._optimizer]
 
     def on_fit_end(self) -> None:
         """Training is over: what it held can be freed with the model."""
@@ -218,55 +244,66 @@ class MinitronGPTModel(ModelPT):
 
     # ---- steps
 
-    def loss_config(self) -> LogitLossConfig:
-        """Language-model loss; subclasses add a teacher."""
-        return LogitLossConfig(
-            kd_weight=0.0,
-            ce_weight=1.0,
-            chunk_size=self.cfg.chunk_size,
-            reduce_grad=not self.parallel.sequence_parallel,
-        )
-
     def loss(
-        self, batch: Batch, hidden: Tensor, config: LogitLossConfig, **teacher: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Summed loss of a micro-batch and ``[KD, CE, tokens]`` sums (last stage)."""
+        self,
+        batch: Batch,
+        hidden: Tensor,
+        teacher: TeacherStates | TopKTargets | None,
+    ) -> tuple[Tensor, StepSums[Tensor]]:
+        """Summed loss of a micro-batch, and its parts (last stage)."""
         labels, mask = tokens_first(batch)
         weight = self.last_chunk.output_weight()
         await_weight(self.model[-1], weight)
-        total, parts = logit_loss(
-            gathered_hidden(hidden, self.last_chunk),
+        rows = gathered_hidden(hidden, self.last_chunk)
+        total, (kd, ce) = logit_loss(
+            rows,
             weight,
             labels,
             mask.to(torch.float32),
-            config,
+            self.distillation,
             self.shard,
-            **teacher,
+            teacher,
+            reduce_grad=not self.parallel.sequence_parallel,
         )
-        return total, torch.cat([parts, mask.sum().to(parts)[None]])
+        return total, StepSums(kd, ce, mask.sum().to(kd))
 
-    def _reduced(self, sums: list[Tensor]) -> Tensor:
-        """``[KD, CE, tokens]`` over the whole global batch, the same on every rank."""
-        out = torch.stack(sums).sum(0) if sums else torch.zeros(3, device=device())
-        dist.all_reduce(out, group=self.groups.dp_cp)
-        dist.broadcast(out, src=self.groups.last_stage_global_rank, group=self.groups.pp)
-        return out
+    def forward_backward(self, micro_batches: list[Batch]) -> StepSums[Tensor]:
+        """One global batch forward and backward; gradients are left in Megatron's buffers."""
+        self.objective.prepare(micro_batches, train=True)
+        return self.student_pass(micro_batches, train=True)
 
-    def forward_backward(self, micro_batches: list[Batch]) -> Tensor:
-        """One global batch forward and backward; gradients are left in Megatron's buffers.
+    def evaluate_batch(self, micro_batches: list[Batch]) -> StepSums[Tensor]:
+        """Sums of one global batch, forward only."""
+        self.objective.prepare(micro_batches, train=False)
+        return self.student_pass(micro_batches, train=False)
 
-        Returns:
-            ``[KD, CE, tokens]`` sums of the global batch.
+    def student_pass(
+        self, micro_batches: list[Batch], *, train: bool, keep: bool = False
+    ) -> StepSums[Tensor]:
+        """Run the trained model over a global batch through Megatron's schedule.
+
+        Args:
+            micro_batches: this rank's part of the batch.
+            train: whether to run the backward too.
+            keep: whether the objective's targets are needed for another pass.
         """
-        config = self.loss_config()
 
-        def loss_func(index: int, batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            total, sums = self.loss(batch, hidden, config)
-            return total, batch["loss_mask"].sum().int(), sums
+        def loss_func(
+            index: int, batch: Batch, hidden: Tensor
+        ) -> tuple[Tensor, Tensor, StepSums[Tensor]] | StepSums[Tensor]:
+            teacher = self.objective.targets(index, batch, keep=keep)
+            total, sums = self.loss(batch, hidden, teacher)
+            return (total, batch["loss_mask"].sum().int(), sums) if train else sums
 
-        return self._reduced(
-            run_schedule(list(self.model), micro_batches, loss_func, forward_only=False)
-        )
+        with torch.set_grad_enabled(train):
+            parts = run_schedule(
+                list(self.model),
+                micro_batches,
+                loss_func,
+                forward_only=not train,
+                collect_outputs=not train,
+            )
+        return reduced(parts, self.groups)
 
     def training_step(self, batch: list[Batch], batch_idx: int) -> None:
         """One optimizer step over a global batch (this rank's micro-batches).
@@ -274,66 +311,53 @@ class MinitronGPTModel(ModelPT):
         A batch without a target token counts as a step with loss 0 that changes neither weights
         nor optimizer state; the learning-rate schedule goes on.
         """
-        optimizer: Any = self.optimizers()
-        chunks: Any = self.model
-        for chunk in chunks:
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
+        for chunk in self.model:
+            assert isinstance(chunk, DistributedDataParallel)
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         micro_batches = [on_this_cp_rank(micro_batch, self.groups) for micro_batch in batch]
         sums = self.forward_backward(micro_batches)
-        self._tokens += sums[2]
+        self._tokens += sums.tokens
         lr = next(g["lr"] for g in self._megatron.param_groups if g["params"] is not None)
         step = self.trainer.global_step + 1
         logged = step % self.trainer_cfg.log_every_n_steps == 0
         logged = logged or step == self.trainer_cfg.max_steps
         # Here the host waits for the device, once per global batch; Megatron's optimizer does so
         # once more for the gradient norm.
-        values = sums.tolist()  # the same on every rank
+        values = on_host(sums)  # the same on every rank
         if not all(map(math.isfinite, values)):
-            raise diverged(f"the loss sums are {values}", step)
+            raise diverged(f"the loss sums are {list(values)}", step)
         # No target token: Adam's moments and the weight decay would still move the weights.
-        optimizer.optimizer.skip = values[2] == 0
+        self._optimizer.skip = values.tokens == 0
         optimizer.step()
         self._lr_scheduler.step(increment=1)
         self.consumed_samples += self.data_cfg.global_batch_size
-        grad_norm = optimizer.optimizer.grad_norm
+        grad_norm = self._optimizer.grad_norm
         if grad_norm is not None and not math.isfinite(grad_norm):
             raise diverged(f"the gradient norm is {grad_norm}", step)
         if logged:
             self._log_step(values, lr, grad_norm)
 
-    def step_losses(self, kd: float, ce: float, tokens: float) -> dict[str, float]:
-        """What a step logs per token: ``loss`` is the one that was trained on, parts follow."""
-        config, count = self.loss_config(), max(tokens, 1.0)
-        losses = {"loss": (config.kd_weight * kd + config.ce_weight * ce) / count}
+    def step_losses(self, sums: StepSums[float]) -> dict[str, float]:
+        """Losses per token of a step: ``loss`` is what was trained on, its parts follow."""
+        config, count = self.distillation, max(sums.tokens, 1.0)
+        losses = {"loss": (config.kd_weight * sums.kd + config.ce_weight * sums.ce) / count}
         if config.kd_weight:
-            losses["kd_loss"] = kd / count
+            losses["kd_loss"] = sums.kd / count
         if config.ce_weight:
-            losses["lm_loss"] = ce / count
+            losses["lm_loss"] = sums.ce / count
         return losses
 
-    def _log_step(self, sums: list[float], lr: float, grad_norm: float | None) -> None:
+    def _log_step(self, sums: StepSums[float], lr: float, grad_norm: float | None) -> None:
         """Log a step; ``tokens`` are those since the last logged one."""
-        metrics = self.step_losses(*sums[:3])
+        metrics = self.step_losses(sums)
         metrics |= {"lr": lr, "grad_norm": float(grad_norm or 0.0), "tokens": self._tokens.item()}
         self._tokens.zero_()
         self.last_metrics = metrics
         for name, value in metrics.items():
             self.log(f"train/{name}", value, prog_bar=name == "loss", batch_size=1)
-
-    @torch.no_grad()
-    def evaluate_batch(self, micro_batches: list[Batch]) -> Tensor:
-        """``[KD, CE, tokens]`` sums of one global batch, forward only."""
-        config = self.loss_config()
-
-        def loss_func(index: int, batch: Batch, hidden: Tensor) -> Tensor:
-            return self.loss(batch, hidden, config)[1]
-
-        return self._reduced(
-            run_schedule(
-                list(self.model), micro_batches, loss_func, forward_only=True, collect_outputs=True
-            )
-        )
 
     def validation_step(self, batch: list[Batch], batch_idx: int) -> None:
         """Collect the sums of one global batch."""
@@ -344,19 +368,14 @@ class MinitronGPTModel(ModelPT):
         """Log the losses per token."""
         if not self._validation_sums:
             return
-        kd, ce, tokens = torch.stack(self._validation_sums).sum(0).tolist()
+        kd, ce, tokens = on_host(add_up(self._validation_sums))
         self._validation_sums.clear()
         tokens = max(tokens, 1.0)
         self.log("val_loss", ce / tokens, prog_bar=True, batch_size=1)
-        if self.loss_config().kd_weight:
+        if self.distillation.kd_weight:
             self.log("val_kd_loss", kd / tokens, batch_size=1)
 
     @classmethod
     def list_available_models(cls) -> list[PretrainedModelInfo]:
-        """None: models come from ``minitron import``."""
+        """Return nothing: models come from ``minitron import``."""
         return []
-
-
-def storage_dtype(config: ModelConfig) -> torch.dtype:
-    """Torch dtype the weights are stored in."""
-    return DTYPES[config.dtype]

@@ -1,18 +1,22 @@
 """Intermediate losses inside Megatron's schedule: capture, transport, attach, count.
 
-Per global batch: hooks on the teacher keep the mapped states of its forward-only pass
-(``capture``), the states travel to the stages of the mapped student layers (``deliver``), and hooks
-on the student compute each loss on its activation and attach it to the backward (``attached``).
+Per global batch: hooks on the teacher keep the mapped states of its forward-only pass and the
+states travel to the stages of the mapped student layers (``captured``); hooks on the student
+compute each loss on its activation and attach it to the backward (``attached``).
 See docs/design/intermediate.md.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from nemo_minitron.config.intermediate import STATE_LOSSES, IntermediateConfig
@@ -23,11 +27,13 @@ from nemo_minitron.distillation.layer_map import Pair, make_pairs, relation_head
 from nemo_minitron.models.attention import causal_mask, gather_sequence
 from nemo_minitron.models.build import HiddenGPTModel
 from nemo_minitron.models.places import States, Use, watch
-from nemo_minitron.models.projection import PROJECTION, Projection
+from nemo_minitron.models.projection import PROJECTION, Projection, sum_gradients
 from nemo_minitron.models.schedule import Batch
 from nemo_minitron.models.transport import Kept, Route, deliver, owners
 from nemo_minitron.runtime.groups import ParallelGroups
 from nemo_minitron.runtime.launch import device
+
+START_AGAIN = "set overwrite=true to start again, or distillation.intermediate.losses=[]"
 
 
 def loss_name(pair: Pair) -> str:
@@ -114,8 +120,11 @@ class IntermediateLosses:
     # ---- teacher
 
     @contextmanager
-    def capture(self) -> Iterator[None]:
-        """Keep the mapped states of every micro-batch of the teacher's pass inside the context."""
+    def captured(self, micro_batches: Sequence[Batch]) -> Iterator[None]:
+        """Keep the mapped states of the teacher's pass inside the context, then send them.
+
+        The states reach the stages that need them (collective).
+        """
         captured: Kept = {}
         with ExitStack() as handles:
             for pair, chunk in self._here(self._teacher_places, self._teacher_chunks, teacher=True):
@@ -124,17 +133,13 @@ class IntermediateLosses:
                 handle = watch(chunk, pair.kind, pair.teacher, use)
                 handles.callback(handle.remove)
             yield
-        self._kept = captured
-
-    def deliver(self, micro_batches: Sequence[Batch]) -> None:
-        """Send what ``capture`` kept to the stages that need it (collective)."""
 
         def shapes(pair: Pair, index: int) -> list[tuple[int, ...]]:
             return self._shapes(pair, micro_batches[index])
 
         count, pp = len(micro_batches), self.groups.pp
         empty = partial(torch.empty, dtype=self._dtype, device=self._device)
-        self._kept = deliver(self.routes, self._kept, shapes, count, pp, empty)
+        self._kept = deliver(self.routes, captured, shapes, count, pp, empty)
 
     def _shapes(self, pair: Pair, batch: Batch) -> list[tuple[int, ...]]:
         b, s = batch["tokens"].shape
@@ -173,7 +178,7 @@ class IntermediateLosses:
             chunks: the student's chunks without wrappers.
             micro_batches: of this global batch, on this rank.
             weight: scalar, what the losses weigh in the backward; the states of the teacher are
-                let go one by one. None: a pass without gradients, which only counts.
+                let go one by one. None measures the losses without gradients.
         """
         self.sums = torch.zeros_like(self.sums)
         with ExitStack() as handles:
@@ -256,6 +261,46 @@ class IntermediateLosses:
         dist.all_reduce(self.sums, group=self.groups.model)
         dist.all_reduce(self.sums, group=self.groups.dp_cp)
         return self.sums
+
+    def per_token(self, tokens: float) -> dict[str, float]:
+        """Losses of the pass that ran last, in the order in which they are logged."""
+        sums = zip(self.pairs, self.sums.tolist(), strict=True)
+        return {f"intermediate/{loss_name(pair)}": value / tokens for pair, value in sums}
+
+    # ---- training
+
+    def finalize_with(self, config: TransformerConfig) -> None:
+        """Add up the projection's gradients when Megatron finalises those of a batch.
+
+        Args:
+            config: the one config that all student chunks share.
+        """
+        if self.projected:
+            before = config.finalize_model_grads_func
+            config.finalize_model_grads_func = partial(self._finalize, before)
+
+    def _finalize(self, before: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        before(*args, **kwargs)
+        shape = (self.teacher.hidden_size, self.student.hidden_size)
+        sum_gradients(self.projections, shape, self.groups.pp, self._device)
+
+    @property
+    def keys(self) -> str:
+        """The losses as they are set on the command line."""
+        return f"distillation.intermediate.losses=[{','.join(self.config.losses)}]"
+
+    def check_checkpoint(self, folder: Path) -> None:
+        """Refuse a training checkpoint without the projection.
+
+        Raises:
+            ValueError: it was written by a run that had none.
+        """
+        key = f"{PROJECTION}.weight"
+        if self.projected and key not in dist_checkpointing.load_tensors_metadata(str(folder)):
+            raise ValueError(
+                f"{folder} has no {key}, which {self.keys} trains because student and teacher "
+                f"differ in hidden_size; {START_AGAIN}"
+            )
 
 
 def _keep_in(kept: list[States | None], dtype: torch.dtype) -> Use:

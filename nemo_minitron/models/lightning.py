@@ -1,26 +1,26 @@
-"""What Lightning needs to drive a model that Megatron parallelises: strategy and optimizer."""
+"""The Lightning strategy of a model that Megatron parallelises, with its training checkpoints."""
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from megatron.core import dist_checkpointing
-from megatron.core.optimizer import MegatronOptimizer
 
 from nemo_minitron.checkpoint.manifest import FileEntry, files_in
-from nemo_minitron.checkpoint.refuse_code import refuse_code
 from nemo_minitron.checkpoint.seals import entries_of, read_seal, write_seal
+from nemo_minitron.checkpoint.torch_dist_read import refuse_code
 from nemo_minitron.models.weights import plain_errors
 from nemo_minitron.runtime.megatron import save_sharded
 
 if TYPE_CHECKING:
     from nemo_minitron.models.gpt import MinitronGPTModel
 
+T = TypeVar("T")
 STATE = "state"
 """Key of Lightning's own state in a training checkpoint."""
 UNFINISHED = ".tmp"
@@ -37,51 +37,6 @@ _KEPT = (
     "optimizer_states",
     "lr_schedulers",
 )
-
-
-class MegatronOptimizerAdapter(torch.optim.Optimizer):
-    """Shows Megatron's optimizer to Lightning as a torch optimizer."""
-
-    def __init__(self, optimizer: MegatronOptimizer) -> None:
-        self.megatron = optimizer
-        self.defaults: dict[str, Any] = {}
-        self.grad_norm: float | None = None
-        self.skip = False
-        """Whether the next step changes nothing (the global batch has no target token)."""
-        self._optimizer_step_pre_hooks = {}
-        self._optimizer_step_post_hooks = {}
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """Megatron's parameter groups."""
-        return self.megatron.param_groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        """Kept by Megatron; Lightning asks only to move it to a device."""
-        return {}
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear gradients (Megatron's buffers are cleared by its DDP)."""
-        self.megatron.zero_grad(set_to_none)
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Clip and update; keeps the gradient norm. Lightning counts a skipped step too."""
-        result = closure() if closure is not None else None
-        if self.skip:
-            self.grad_norm = 0.0
-            return result
-        success, self.grad_norm, _ = self.megatron.step()
-        if not success:
-            raise RuntimeError("the optimizer step failed: gradients hold inf or NaN")
-        return result
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: optimizer state is saved sharded by ``MegatronStrategy.save_checkpoint``."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing: see ``state_dict``."""
 
 
 class MegatronStrategy(SingleDeviceStrategy):
@@ -114,11 +69,11 @@ class MegatronStrategy(SingleDeviceStrategy):
         """The optimizer must exist when its state is loaded."""
         return True
 
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
+    def barrier(self, *args: object, **kwargs: object) -> None:
         """Wait for every rank."""
         dist.barrier(group=dist.group.WORLD)
 
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
+    def broadcast(self, obj: T, src: int = 0) -> T:
         """Send an object from global rank ``src`` to every rank."""
         box = [obj]
         dist.broadcast_object_list(box, src=src, group=dist.group.WORLD)
@@ -128,12 +83,12 @@ class MegatronStrategy(SingleDeviceStrategy):
         """Nothing: weights are saved sharded."""
         return {}
 
-    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Nothing: optimizer state is saved sharded."""
         return {}
 
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: object = None
     ) -> None:
         """Write weights, optimizer, scheduler and Lightning's state to a folder (collective)."""
         target = Path(filepath)
@@ -155,7 +110,7 @@ class MegatronStrategy(SingleDeviceStrategy):
 
     def _entries(self, folder: Path) -> dict[str, FileEntry]:
         """Hashes of the files of a checkpoint; every rank reads its share."""
-        names: list[str] = self.broadcast(files_in(folder) if self.is_global_zero else None)
+        names: list[str] = self.broadcast(files_in(folder) if self.is_global_zero else [])
         mine = entries_of(folder, names[self.global_rank :: self.world_size])
         found: list[Any] = [None] * self.world_size
         dist.all_gather_object(found, mine, group=dist.group.WORLD)
@@ -164,7 +119,7 @@ class MegatronStrategy(SingleDeviceStrategy):
     def _check(self, folder: Path) -> None:
         """Refuse a damaged checkpoint, on all ranks together."""
         seal: dict[str, FileEntry] = self.broadcast(
-            read_seal(folder) if self.is_global_zero else None
+            read_seal(folder) if self.is_global_zero else {}
         )
         if not seal:
             return  # by an earlier version
@@ -176,7 +131,7 @@ class MegatronStrategy(SingleDeviceStrategy):
                     "then training goes on from the checkpoint before it, or starts over"
                 )
 
-    def load_checkpoint(self, checkpoint_path: Any) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: str | Path) -> dict[str, Any]:
         """Load weights, optimizer and scheduler in place; returns Lightning's state."""
         self._check(Path(checkpoint_path))
         refuse_code(Path(checkpoint_path))
@@ -187,14 +142,14 @@ class MegatronStrategy(SingleDeviceStrategy):
         self._module.load_training_state(loaded)
         return loaded[STATE]
 
-    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Nothing left to do after ``load_checkpoint``."""
 
-    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Nothing left to do after ``load_checkpoint``."""
 
-    def remove_checkpoint(self, filepath: Any) -> None:
-        """Delete a training checkpoint; from the first moment it is none."""
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        """Delete a training checkpoint; renamed first, so that half of one is never read."""
         path = Path(filepath)
         if self.is_global_zero and path.exists():
             shutil.rmtree(path.rename(path.with_name(path.name + UNFINISHED)), ignore_errors=True)

@@ -19,10 +19,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch import Trainer
+from nemo.core.classes import ModelPT
 from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_minitron.checkpoint.parts import archive_parts
+from nemo_minitron.config.load import read_section
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.stages import FinetuneConfig
@@ -128,7 +131,7 @@ def _layout(stored: ParallelConfig, config: ModelConfig) -> ParallelConfig:
 class NemoFileConnector(SaveRestoreConnector):
     """Saves and restores MinitronGPTModel at any layout; both are calls of every rank."""
 
-    def save_to(self, model: Any, save_path: str) -> None:
+    def save_to(self, model: ModelPT, save_path: str) -> None:
         """Write an archive; it appears complete or not at all.
 
         Raises:
@@ -148,7 +151,7 @@ class NemoFileConnector(SaveRestoreConnector):
             if first:
                 shutil.rmtree(work, ignore_errors=True)
 
-    def _pack(self, model: Any, work: Path, target: Path) -> None:
+    def _pack(self, model: ModelPT, work: Path, target: Path) -> None:
         config = work / self.model_config_yaml
         model.to_config_file(path2yaml_file=str(config))
         if model.has_native_or_submodules_artifacts():
@@ -165,11 +168,11 @@ class NemoFileConnector(SaveRestoreConnector):
         self,
         calling_cls: Any,
         restore_path: str,
-        override_config_path: Any = None,
+        override_config_path: str | DictConfig | None = None,
         map_location: torch.device | None = None,
         strict: bool = True,
         return_config: bool = False,
-        trainer: Any = None,
+        trainer: Trainer | None = None,
         validate_access_integrity: bool = True,
     ) -> Any:
         """Rebuild a model from an archive, at the layout of the running ranks.
@@ -193,8 +196,8 @@ class NemoFileConnector(SaveRestoreConnector):
             return config
         if not strict:
             raise ValueError("strict=False is not supported: an archive holds all weights")
-        stored = ParallelConfig(**config.parallel)
-        gpt = ModelConfig(**OmegaConf.to_container(config.gpt))  # type: ignore[arg-type]
+        stored = read_section(ParallelConfig, config.parallel)
+        gpt = read_section(ModelConfig, config.gpt)
         with open_dict(config):
             config.pop("target", None)
             config.parallel = asdict(_layout(stored, gpt))
@@ -209,14 +212,17 @@ class NemoFileConnector(SaveRestoreConnector):
         return model if map_location is None else model.to(map_location)
 
 
-def _read_config(path: Path, name: str, override: Any) -> DictConfig:
+def _read_config(path: Path, name: str, override: str | DictConfig | None) -> DictConfig:
     if override is not None:
         loaded = override if isinstance(override, DictConfig) else OmegaConf.load(override)
     else:
         part = archive_parts(path).get(name)
         if part is None:
             raise ValueError(f"{path} holds no {name}: it is not a .nemo archive")
-        loaded = OmegaConf.create(yaml_value(part.read()))
+        values = yaml_value(part.read())
+        if "${" in str(values):  # this package writes none; a stranger's could read the environment
+            raise ValueError(f"{path}: {name} must hold values, but it refers to others with ${{}}")
+        loaded = OmegaConf.create(values)
     found: Any = OmegaConf.to_container(loaded, resolve=True)
     found = found.get("model", found) if isinstance(found, dict) else {}
     if "gpt" not in found:

@@ -29,7 +29,13 @@ def normed_input(linear: Any, x: Tensor) -> Tensor:
 
 
 def norms_and_readers(block: Any) -> list[tuple[nn.Module, nn.Module | None]]:
-    """The two norms of a layer, each with the one linear layer that reads it (None: several)."""
+    """What attention and the MLP of a layer read, each with its one reader.
+
+    Returns:
+        The module that makes it, and the linear layer that reads it or None if several do. The
+        module is an identity where the norm is fused into the reader, and in a family without norms
+        there (OLMo-2), whose layers read the residual stream itself.
+    """
     return [
         (block.input_layernorm, block.self_attention.linear_qkv),
         (block.pre_mlp_layernorm, getattr(block.mlp, "linear_fc1", None)),

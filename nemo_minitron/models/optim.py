@@ -1,5 +1,9 @@
 """Megatron's DDP, optimizer and learning-rate schedule for a list of model chunks."""
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import (
     MegatronOptimizer,
@@ -25,7 +29,7 @@ def wrap_ddp(
     Args:
         chunks: this rank's part of the model.
         optim: says whether the optimizer is distributed.
-        megatron: Megatron's own settings; None: the defaults.
+        megatron: Megatron's own settings, or None for the defaults.
     """
     replicas = ParallelGroups.current().dp_cp.size()
     config = ddp_config(optim, megatron or MegatronConfig(), replicas)
@@ -85,3 +89,48 @@ def build_optimizer(
         chunk.config.grad_scale_func = optimizer.scale_loss
     connect(chunks)
     return optimizer, scheduler
+
+
+class MegatronOptimizerAdapter(torch.optim.Optimizer):
+    """Shows Megatron's optimizer to Lightning as a torch optimizer."""
+
+    def __init__(self, optimizer: MegatronOptimizer) -> None:
+        self.megatron = optimizer
+        self.defaults: dict[str, Any] = {}
+        self.grad_norm: float | None = None
+        self.skip = False
+        """Whether the next step changes nothing (the global batch has no target token)."""
+        self._optimizer_step_pre_hooks = {}
+        self._optimizer_step_post_hooks = {}
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]  # an attribute there
+        """Megatron's parameter groups."""
+        return self.megatron.param_groups
+
+    @property
+    def state(self) -> dict[str, Any]:  # type: ignore[override]  # an attribute there
+        """Kept by Megatron; Lightning asks only to move it to a device."""
+        return {}
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear gradients (Megatron's buffers are cleared by its DDP)."""
+        self.megatron.zero_grad(set_to_none)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Clip and update; keeps the gradient norm. Lightning counts a skipped step too."""
+        result = closure() if closure is not None else None
+        if self.skip:
+            self.grad_norm = 0.0
+            return result
+        success, self.grad_norm, _ = self.megatron.step()
+        if not success:
+            raise RuntimeError("the optimizer step failed: gradients hold inf or NaN")
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: optimizer state is saved sharded by ``MegatronStrategy.save_checkpoint``."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing: see ``state_dict``."""

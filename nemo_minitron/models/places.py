@@ -1,7 +1,8 @@
 """Where inner states of a Megatron chunk can be seen and joined by a loss.
 
 ``distillation/layer_map.py`` says what a place is. Hidden states are read at the norm that their
-reader starts with, queries, keys and values as attention reads them (after rotary embedding).
+reader starts with (an identity in families without norms there), queries, keys and values as
+attention reads them (after rotary embedding).
 """
 
 from collections.abc import Callable

@@ -76,7 +76,10 @@ class Projection(torch.nn.Module):
 
 
 def sum_gradients(
-    copies: Sequence[Projection], shape: tuple[int, int], group: Any, device: torch.device
+    copies: Sequence[Projection],
+    shape: tuple[int, int],
+    group: dist.ProcessGroup,
+    device: torch.device,
 ) -> None:
     """Give every copy the sum of the gradients of all copies (collective over the pipeline).
 
@@ -88,7 +91,7 @@ def sum_gradients(
     """
     if group.size() == 1 and len(copies) == 1:
         return
-    grads: list[Tensor] = [copy.weight.main_grad for copy in copies]  # type: ignore[attr-defined]
+    grads: list[Tensor] = [copy.weight.main_grad for copy in copies]  # type: ignore[attr-defined]  # Megatron's DDP adds it
     # Gradient buffers are fp32 (models/optim.py, grad_reduce_in_fp32).
     total = torch.zeros(shape, dtype=torch.float32, device=device)
     for grad in grads:

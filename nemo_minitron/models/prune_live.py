@@ -176,7 +176,7 @@ def _take_parameter(parameter: nn.Parameter, kept: tuple[Tensor | None, ...]) ->
     """The kept part of a parameter, whose own memory is given up."""
     device = parameter.device
     indices = tuple(None if index is None else index.to(device) for index in kept)
-    tensor = slice_tensor(parameter.data, indices)  # type: ignore[arg-type]
+    tensor = slice_tensor(parameter.data, indices)  # type: ignore[arg-type]  # indices are Tensor to torch
     parameter.data = parameter.data.new_empty(0)
     return tensor
 

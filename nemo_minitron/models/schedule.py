@@ -47,7 +47,9 @@ def run_schedule(
     config = unwrap(chunks[0]).config
     b, s = micro_batches[0]["tokens"].shape
 
-    def forward_step(iterator: Any, model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+    def forward_step(
+        iterator: Iterator[tuple[int, Batch]], model: torch.nn.Module
+    ) -> tuple[Tensor, Callable[..., Any]]:
         index, batch = next(iterator)
         kwargs = {"fp32_output": False} if config.bf16 and _is_wrapped(model) else {}
         hidden = model(batch["tokens"], batch["position_ids"], None, **kwargs)
@@ -106,13 +108,13 @@ class StepLoader:
     resume in the middle of an epoch.
     """
 
-    def __init__(self, loader: Iterable[Any], micro_batches: int) -> None:
+    def __init__(self, loader: Iterable[Batch], micro_batches: int) -> None:
         self.loader = loader
         self.micro_batches = micro_batches
 
-    def __iter__(self) -> Iterator[list[Any]]:
+    def __iter__(self) -> Iterator[list[Batch]]:
         """Lists of ``micro_batches`` items; a shorter rest is dropped."""
-        step: list[Any] = []
+        step: list[Batch] = []
         for micro_batch in self.loader:
             step.append(micro_batch)
             if len(step) == self.micro_batches:

@@ -10,10 +10,10 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.tensor_parallel import layers as megatron_layers
 
+from nemo_minitron.config.layout import recompute_settings
 from nemo_minitron.config.megatron import ForwardMegatronConfig, MegatronConfig, merged_recompute
 from nemo_minitron.config.megatron_owned import TRAINING_ONLY
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.config.recompute import recompute_settings
 from nemo_minitron.config.training import OptimConfig, TrainerConfig
 from nemo_minitron.runtime.megatron_fields import resolved
 

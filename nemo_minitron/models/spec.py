@@ -41,7 +41,7 @@ class LocalNorm:
     the gradients of the weight over the tensor-parallel ranks.
     """
 
-    def __new__(  # type: ignore[misc]
+    def __new__(  # type: ignore[misc]  # it makes a norm of torch, as Megatron's wrapper does
         cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any
     ) -> torch.nn.Module:
         """Build the norm the way Megatron's spec system asks for one."""
@@ -50,7 +50,7 @@ class LocalNorm:
             norm = LayerNorm1P
         module = norm(hidden_size, eps=eps)
         for parameter in module.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # Megatron's mark on a parameter
         return module
 
 

@@ -9,23 +9,27 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from megatron.core import dist_checkpointing
 from nemo.utils.exp_manager import exp_manager
+from torch.utils.data import Dataset
 
 from nemo_minitron.config.training import DataConfig, ExpManagerConfig, TrainerConfig
 from nemo_minitron.data.sampler import build_dataloader
-from nemo_minitron.errors import Preempted
 from nemo_minitron.models.gpt import MinitronGPTModel
 from nemo_minitron.models.lightning import UNFINISHED, MegatronStrategy
-from nemo_minitron.reporting.console import progress
+from nemo_minitron.models.schedule import Batch
+from nemo_minitron.runtime.console import progress
+from nemo_minitron.runtime.errors import Preempted
 from nemo_minitron.runtime.launch import device
 from nemo_minitron.runtime.stop import StopOnRequest
 from nemo_minitron.runtime.writer import start_writer_helper
 
 log = logging.getLogger(__name__)
 
+Samples = tuple[Dataset[Batch], Dataset[Batch] | None]
+"""Training and validation samples."""
 CHECKPOINTS = "checkpoints"
 """Sub-folder of resumable training checkpoints."""
 
@@ -53,13 +57,15 @@ class History(Callback):
         """From the checkpoint."""
         self.records = list(state_dict["records"])
 
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock and the bar."""
         self._since = time.monotonic()
         self._bar = progress("training", self.total_steps, trainer.global_step)
         self._advance = self._bar.__enter__()
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *args: object
+    ) -> None:
         """Keep what the step logged."""
         metrics = pl_module.last_metrics
         if metrics:
@@ -75,11 +81,11 @@ class History(Callback):
         else:
             self._advance(1)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock: validation is not training time."""
         self._paused = time.monotonic()
 
-    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the validation losses to the record of this step."""
         values = {
             name: float(trainer.callback_metrics[name])
@@ -95,7 +101,7 @@ class History(Callback):
             figures = " ".join(f"{name}={value:.4f}" for name, value in values.items())
             log.info("validation at step %d: %s", trainer.global_step, figures)
 
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the bar."""
         self._bar.__exit__(None, None, None)
 
@@ -107,12 +113,14 @@ class StopOnSignal(Callback):
         self.checkpoint = checkpoint
         self._request = StopOnRequest()
 
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the signals over from Lightning, and keep them from what writes checkpoints."""
         start_writer_helper()
         self._request.__enter__()
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *args: object
+    ) -> None:
         """Agree on stopping: ranks get the signal at different moments."""
         asked = self._request.asked()
         if not asked or trainer.global_step >= pl_module.trainer_cfg.max_steps:
@@ -223,12 +231,12 @@ def _close_logs(folder: Path) -> None:
         for handler in list(getattr(logger, "handlers", [])):
             path = Path(getattr(handler, "baseFilename", "/"))
             if path.resolve().is_relative_to(folder.resolve()):
-                logger.removeHandler(handler)  # type: ignore[union-attr]
+                logger.removeHandler(handler)  # type: ignore[union-attr]  # a PlaceHolder has no handlers
                 handler.close()
 
 
 def _loaders(
-    model: MinitronGPTModel, data: DataConfig, datasets: tuple[Any, Any], consumed: int
+    model: MinitronGPTModel, data: DataConfig, datasets: Samples, consumed: int
 ) -> tuple[Any, Any]:
     share = {"dp_rank": model.groups.dp.rank(), "dp_size": model.groups.dp.size()}
     train = build_dataloader(datasets[0], data, consumed_samples=consumed, drop_last=True, **share)
@@ -237,7 +245,7 @@ def _loaders(
     return train, build_dataloader(datasets[1], data, drop_last=False, **share)
 
 
-def fit(model: MinitronGPTModel, datasets: tuple[Any, Any], work: Path) -> list[dict[str, float]]:
+def fit(model: MinitronGPTModel, datasets: Samples, work: Path) -> list[dict[str, float]]:
     """Train to ``trainer.max_steps``, going on from the newest checkpoint in ``work`` if any.
 
     Args:

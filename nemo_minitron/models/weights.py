@@ -17,15 +17,18 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from nemo_minitron.checkpoint.megatron_args import common_state
-from nemo_minitron.checkpoint.objects import extra_states, name_on_disk
-from nemo_minitron.checkpoint.refuse_code import refuse_code
+from nemo_minitron.checkpoint.megatron_args import common_state, extra_states, name_on_disk
 from nemo_minitron.checkpoint.settled import settle_metadata
+from nemo_minitron.checkpoint.torch_dist_read import refuse_code
+from nemo_minitron.config.megatron import ForwardMegatronConfig
 from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.families.registry import family_of
-from nemo_minitron.models.build import HiddenGPTModel
+from nemo_minitron.models.build import HiddenGPTModel, build_gpt
 from nemo_minitron.models.projection import is_projection, without_projection
+from nemo_minitron.models.settings import frozen_settings
 from nemo_minitron.runtime.groups import ParallelGroups
+from nemo_minitron.runtime.launch import device
 from nemo_minitron.runtime.megatron import save_sharded
 
 _ALMOST_FULL = 1 << 20
@@ -225,3 +228,39 @@ def save_weights(
         save_sharded({**state, **common_state(config)}, str(folder))
     if dist.get_rank() == 0:
         settle_metadata(folder)
+
+
+def load_frozen(
+    folder: Path,
+    parallel: ParallelConfig,
+    groups: ParallelGroups,
+    *,
+    dtype: torch.dtype = torch.float32,
+    megatron: ForwardMegatronConfig | None = None,
+) -> list[HiddenGPTModel]:
+    """Build and fill this rank's part of a model (collective).
+
+    Args:
+        folder: ``checkpoint/`` of a result.
+        parallel: the initialised layout.
+        groups: this rank's process groups.
+        dtype: of the weights in memory.
+        megatron: Megatron's own settings, or None for the defaults.
+
+    Returns:
+        Chunks in eval mode that return hidden states, on this rank's device.
+
+    Raises:
+        ValueError: a weight is NaN or infinite.
+    """
+    settings = frozen_settings(megatron or ForwardMegatronConfig())
+    config = ModelConfig.load(folder)
+    chunks = [
+        chunk.to(device())
+        for chunk in build_gpt(config, parallel, groups, dtype=dtype, settings=settings)
+    ]
+    load_weights(chunks, groups, folder)
+    for chunk in chunks:
+        chunk.eval()
+        chunk.return_hidden = True
+    return chunks

@@ -16,9 +16,15 @@ from nemo_minitron.checkpoint.manifest import (
 from nemo_minitron.config import load
 from nemo_minitron.config.identity import changes, input_paths, said
 from nemo_minitron.config.stages import PipelineConfig, StageConfig
-from nemo_minitron.errors import INTERRUPTED, PREEMPTED, TERMINATED, Interrupted, StageFailed
 from nemo_minitron.pipeline.plan import Item
 from nemo_minitron.runtime import ranks
+from nemo_minitron.runtime.errors import (
+    INTERRUPTED,
+    PREEMPTED,
+    TERMINATED,
+    Interrupted,
+    StageFailed,
+)
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import nemo_minitron
 from nemo_minitron import usage
 from nemo_minitron.config import load
-from nemo_minitron.config.cluster import ClusterConfig
+from nemo_minitron.config.pipeline import ClusterConfig
 from nemo_minitron.config.stages import STAGE_CONFIGS, PipelineConfig, StageConfig
 
 REPORT_FLAGS = ("--gpus-per-node=0", "--cpus-per-task=4")

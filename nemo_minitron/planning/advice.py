@@ -5,8 +5,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from nemo_minitron.config.cluster import ClusterConfig
 from nemo_minitron.config.megatron import merged_recompute
+from nemo_minitron.config.pipeline import ClusterConfig
 from nemo_minitron.config.stages import DistillConfig, TrainingStageConfig
 from nemo_minitron.config.training import RECOMPUTE_KEYS
 from nemo_minitron.data.checks import check_batches

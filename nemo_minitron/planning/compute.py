@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from nemo_minitron.config.cluster import ClusterConfig
 from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.pipeline import ClusterConfig
 from nemo_minitron.config.stages import (
     DistillConfig,
     ImportanceConfig,
@@ -20,7 +20,7 @@ class Work:
     """What a stage computes.
 
     Attributes:
-        tokens: that go through the model, validation left out; None: as many as the data hold.
+        tokens: number that go through the model without validation, or None for all of the data.
         flops: of all ranks together, recomputation included.
     """
 
@@ -81,13 +81,13 @@ def _tokens(job: Job) -> int | None:
         return None
     samples = cfg.data.num_samples
     if isinstance(cfg, ImportanceConfig):
-        samples += _removal_passes(cfg, job.model.num_layers) * cfg.scores.lm_loss_samples
+        samples += _ablation_passes(cfg, job.model.num_layers) * cfg.scores.lm_loss_samples
     if isinstance(cfg, PruneConfig):
         samples *= cfg.pruning.iterations
     return int(samples * cfg.data.seq_length)
 
 
-def _removal_passes(cfg: ImportanceConfig, layers: int) -> float:
+def _ablation_passes(cfg: ImportanceConfig, layers: int) -> float:
     """Passes through the whole model that losses without layers take.
 
     One for each layer or block, through the layers from it on: half of them on average.

@@ -3,11 +3,9 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nemo_minitron.config.cluster import ClusterConfig
-from nemo_minitron.config.layout import check_layout
+from nemo_minitron.config.layout import check_layout, check_recompute
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.config.pipeline import PlanConfig
-from nemo_minitron.config.recompute import check_recompute
+from nemo_minitron.config.pipeline import ClusterConfig, PlanConfig
 from nemo_minitron.config.stages import DistillConfig, PruneConfig, TrainingStageConfig
 from nemo_minitron.data.checks import check_batches
 from nemo_minitron.pipeline.plan import Item
@@ -40,7 +38,7 @@ class ItemPlan:
     Attributes:
         name: of the item.
         stage: what runs.
-        before: sizes of the model it reads; None: it reads none.
+        before: sizes of the model it reads, or None if it reads no model.
         after: sizes of the model it leaves.
         run: None for an item that runs no model (import, prune, export).
     """

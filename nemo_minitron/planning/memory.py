@@ -3,10 +3,10 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from nemo_minitron.config.cluster import ClusterConfig
 from nemo_minitron.config.megatron import merged_recompute
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.config.pipeline import ClusterConfig
 from nemo_minitron.config.stages import DistillConfig, ImportanceConfig, TrainingStageConfig
 from nemo_minitron.config.training import TrainerConfig
 from nemo_minitron.planning import activations

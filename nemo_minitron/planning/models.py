@@ -120,7 +120,7 @@ def source_model(cfg: ImportConfig) -> ModelConfig:
     if path.is_file():
         values = read_json_object(path)
         return read_config(values, cfg.source_ignore)[1]
-    from nemo_minitron.stages.import_ import open_source
+    from nemo_minitron.checkpoint.source import open_source
 
     return open_source(cfg.source, cfg.tokenizer, cfg.vocab_size, cfg.source_ignore).config
 

@@ -1,7 +1,7 @@
 """What each rank of a layout holds of a model: layers and parameters of every pipeline stage."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from nemo_minitron.config.layout import layers_of_stages, padded_vocab_size
 from nemo_minitron.config.model import ModelConfig
@@ -47,7 +47,9 @@ def shares(config: ModelConfig, parallel: ParallelConfig) -> list[Share]:
         parallel: the layout.
     """
     tp = parallel.tensor_model_parallel_size
-    padded = replace(config, num_layers=1, vocab_size=padded_vocab_size(config.vocab_size, tp))
+    padded = config.resized(
+        {"num_layers": 1, "vocab_size": padded_vocab_size(config.vocab_size, tp)}
+    )
     family = family_of(config)
     layer = {"dense": 0, "expert": 0}
     outer: dict[str, int] = {}
@@ -89,7 +91,7 @@ def matmul_parameters(config: ModelConfig) -> dict[str, float]:
     Returns:
         ``attention`` and ``mlp`` of all layers, and ``output``, tied to the embeddings or not.
     """
-    one = replace(config, num_layers=1)
+    one = config.resized({"num_layers": 1})
     active = config.moe_router_topk / (config.num_moe_experts or 1)
     found = {"attention": 0.0, "mlp": 0.0}
     for name, row, index in family_of(config).parameters(one):

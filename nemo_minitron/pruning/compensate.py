@@ -21,9 +21,11 @@ from torch import Tensor
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import PruningConfig
 from nemo_minitron.families.table import Row
-from nemo_minitron.importance.scores import moment_file
+from nemo_minitron.pruning.scores import moment_file
 
 _OUTPUT = "output_layer.weight"
+# Norms whose output the moments of ``hidden`` are of; others (OLMo-2's) are only cut.
+_INPUT_NORMS = ("input_layernorm.weight", "pre_mlp_layernorm.weight")
 
 
 def column_map(moment: Tensor, kept: Tensor, ridge: float) -> Tensor:
@@ -72,7 +74,7 @@ class Compensation:
         Args:
             axes: out of ``config.stages.COMPENSATED_AXES``; each is cut by the plan.
             ridge: of all least squares.
-            moment: axis, index (``importance.scores.moment_file``) -> second moments.
+            moment: axis, index (``pruning.scores.moment_file``) -> second moments.
             maps: column maps in memory at a time.
         """
         self.axes, self.ridge, self.moment = axes, ridge, moment
@@ -97,7 +99,7 @@ class Compensation:
             row: of the tensor.
             config: the model before pruning.
             layer: of the tensor, before pruning; None for tensors outside the layers.
-            kept: indices that stay of its last dim; None: all.
+            kept: indices of its last dim that stay, or None if all stay.
 
         Returns:
             ``[r, w]`` -> ``[r, k]``, or ``[k]`` -> ``[k]`` for the weight of a norm; None for a
@@ -137,7 +139,7 @@ def _norm_index(row: Row, layer: int, config: ModelConfig) -> int | None:
     """Index of the norm that a tensor belongs to, or whose output it reads; None for others."""
     if row.name in ("decoder.final_layernorm.weight", _OUTPUT):
         return 2 * config.num_layers
-    writes = row.dims[0] == "hidden" and not row.name.endswith("layernorm.weight")
+    writes = row.dims[0] == "hidden" and not row.name.endswith(_INPUT_NORMS)
     if writes or not row.per_layer:
         return None
     if "self_attention." in row.name or "input_layernorm." in row.name:

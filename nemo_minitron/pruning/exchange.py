@@ -28,8 +28,8 @@ class Transfer:
     Attributes:
         source: rank that owns them.
         target: rank that is to own them.
-        take: ``[rows]`` their positions in the source's local tensor; None: all of it.
-        put: ``[rows]`` their positions in the target's local tensor; None: all of it.
+        take: ``[rows]`` their positions in the source's local tensor, or None for all of it.
+        put: ``[rows]`` their positions in the target's local tensor, or None for all of it.
     """
 
     source: int

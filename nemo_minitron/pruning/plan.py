@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron.config.axes import AXES, Axis, Scope, axes_of, axis_size
 from nemo_minitron.config.stages import BLOCK_CRITERIA, PruningConfig
 from nemo_minitron.documents import check_kinds, read_json_object
-from nemo_minitron.importance.scores import layer_scores
 from nemo_minitron.pruning.merge import Terms, merge_terms
+from nemo_minitron.pruning.scores import layer_scores
 from nemo_minitron.pruning.targets import (
     check_importance,
     check_pruning,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from nemo_minitron.config.model import ModelConfig
-    from nemo_minitron.importance.scores import Scores
+    from nemo_minitron.pruning.scores import Scores
 
 PLAN_FILE = "plan.json"
 LARGEST_PLAN = 1 << 30

@@ -7,7 +7,6 @@ of size d_s - i (d_s - d_t) / T and prunes it to d_s - (i + 1) (d_s - d_t) / T.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from fractions import Fraction
 from typing import Any, TypeVar
 
@@ -95,7 +94,7 @@ def _sizes_between(
 
     def pipeline(size: int) -> bool:
         try:
-            check_pipeline(replace(current, num_layers=size), parallel)
+            check_pipeline(current.resized({"num_layers": size}), parallel)
         except ValueError:
             return False
         return True

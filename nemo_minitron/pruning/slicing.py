@@ -4,22 +4,27 @@ Everything here is about *global* tensors; the table says which axis each tensor
 plan which indices of that axis stay.
 """
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import LongTensor, Tensor
 
-from nemo_minitron.checkpoint.lazy import LazyTensor, Store
+from nemo_minitron.checkpoint.lazy import LazyTensor, Store, on_done, on_read, refuse_nonfinite
+from nemo_minitron.checkpoint.torch_dist import read_torch_dist, write_torch_dist
 from nemo_minitron.config.axes import AXES, Axis, Scope, axis_size
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.dims import DIMS, Dim
+from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import Family, Row
 from nemo_minitron.pruning.compensate import Compensation
 from nemo_minitron.pruning.merge import Terms, merge_qkv
 from nemo_minitron.pruning.plan import Plan, pruned_config
+from nemo_minitron.runtime.console import progress
 
 
 def _blocks(starts: Tensor, length: int) -> Tensor:
@@ -99,7 +104,7 @@ def dim_indices(
     }
     if all(len(kept[axis]) == axis_size(config, axis) for axis in kept):
         return None
-    return _kept_rows(held, config, kept)  # type: ignore[return-value]
+    return _kept_rows(held, config, kept)  # type: ignore[return-value]  # torch types every result as Tensor
 
 
 @dataclass(frozen=True)
@@ -108,10 +113,10 @@ class Source:
 
     Attributes:
         name: Megatron name in the model before pruning.
-        indices: per tensor dim the global indices kept, None: all.
+        indices: the global indices kept of each tensor dim, None where all are.
         merge: query heads to merge before that (``merge.merge_qkv``).
         change: makes rows of the pruned tensor from rows of the old one, in place of cutting the
-            last dim (``compensate.Compensation.change``); None: it is cut.
+            last dim (``compensate.Compensation.change``), or None to cut it.
     """
 
     name: str
@@ -120,7 +125,7 @@ class Source:
     change: Callable[[Tensor], Tensor] | None = None
 
     def cut(self, tensor: Tensor, rows: LongTensor | None, out: Tensor) -> None:
-        """Put rows ``rows`` (None: all) of an old tensor in ``out`` as the pruned one has them."""
+        """Write ``rows`` of an old tensor (None for all) to ``out`` as the pruned one has them."""
         if self.change is None:
             slice_tensor(tensor, (rows, *self.indices[1:]), out)
         else:
@@ -146,7 +151,7 @@ def sources(
         family: the table.
         config: the model before pruning.
         plan: what to keep.
-        compensation: how what is left makes up for what is cut; None: not at all.
+        compensation: how the rest makes up for what is cut, or None to leave it as it is.
     """
     result = {}
     for name, row, position in family.parameters(pruned_config(config, plan)):
@@ -170,7 +175,7 @@ def slice_tensor(
 
     Args:
         tensor: global.
-        indices: per dim; None: all stay.
+        indices: those that stay of each dim, None where all do.
         out: contiguous; gets what is kept.
 
     Returns:
@@ -239,7 +244,7 @@ def _read_pruned_run(
     rows = kept[start:stop]
     first = int(rows.min())
     block = tensor.read_rows(first, int(rows.max()) + 1)
-    source.cut(block, None if len(rows) == block.size(0) else rows - first, out)  # type: ignore[arg-type]
+    source.cut(block, None if len(rows) == block.size(0) else rows - first, out)  # type: ignore[arg-type]  # torch types every result as Tensor
 
 
 def _pruned(tensor: LazyTensor, config: ModelConfig, source: Source) -> LazyTensor:
@@ -268,7 +273,7 @@ def prune_store(
         config: the model before pruning.
         plan: what to keep.
         store: all its parameters.
-        compensation: how what is left makes up for what is cut; None: not at all.
+        compensation: how the rest makes up for what is cut, or None to leave it as it is.
 
     Returns:
         Store of the pruned model; dtypes are kept, tensors that lose nothing are passed through.
@@ -289,3 +294,35 @@ def prune_store(
             continue
         result[name] = _pruned(tensor, config, source)
     return result
+
+
+def prune_checkpoint(
+    source: Path,
+    config: ModelConfig,
+    plan: Plan,
+    folder: Path,
+    workers: int,
+    compensation: Compensation | None = None,
+) -> None:
+    """Lazy store in, lazy store out, one writer: no model is built, no process group needed.
+
+    Args:
+        source: ``checkpoint/`` of a result.
+        config: its model.
+        plan: what to keep.
+        folder: to create; gets weights, ``model.yaml`` and the tokenizer.
+        workers: tensors in flight.
+        compensation: how what is left makes up for what is cut.
+    """
+    family, small = family_of(config), pruned_config(config, plan)
+    whole = on_read(
+        read_torch_dist(source, family, config), partial(refuse_nonfinite, key="checkpoint")
+    )
+    store = prune_store(family, config, plan, whole, compensation)
+    folder.mkdir()
+    with progress("pruning tensors", len(store)) as advance:
+        counted = on_done(store, advance)
+        write_torch_dist(folder, counted, family, small, workers=workers)
+    small.save(folder)
+    if (source / "tokenizer").is_dir():
+        shutil.copytree(source / "tokenizer", folder / "tokenizer")

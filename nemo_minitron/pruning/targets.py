@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron.config.axes import AXES, axes_of, axis_size, has_axis
 from nemo_minitron.config.stages import BLOCK_CRITERIA, PruningConfig
 from nemo_minitron.families.registry import FAMILIES
-from nemo_minitron.importance.scores import check_model, how_to_score, layer_scores
+from nemo_minitron.pruning.scores import check_model, how_to_score, layer_scores
 
 if TYPE_CHECKING:
     from nemo_minitron.config.model import ModelConfig

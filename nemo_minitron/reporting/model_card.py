@@ -1,15 +1,15 @@
 """README.md of an exported model: what it is, what it was, and everything that was done to it."""
 
+import html
 import json
-from typing import Any
+import re
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from nemo_minitron.checkpoint.lineage import model_facts
 from nemo_minitron.checkpoint.source_card import LICENCE_KEYS
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.reporting.markdown import code, one_line, text
-from nemo_minitron.reporting.templates import templates
 
 _TAGS = {"prune": "pruning", "distill": "distillation"}
 _COUNTS = {"parameters": "parameters", "non_embedding_parameters": "without embeddings"}
@@ -140,3 +140,46 @@ def _layers(config: ModelConfig, original: int | None) -> str:
         dropped = [index for index in range(original) if index not in kept]
         said += f" Dropped: [{', '.join(map(text, dropped))}]."
     return said
+
+
+_LONGEST = 300
+"""Characters; a licence that is a whole text belongs into a file."""
+
+
+def one_line(value: Any) -> str:
+    """The value as text without line breaks and control characters, cut where it is very long."""
+    words = "".join(c if c.isprintable() else " " for c in str(value)).split()
+    line = " ".join(words)
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
+
+
+def code(value: Any) -> str:
+    """The value between backticks, which show it letter by letter, also in a cell of a table."""
+    return "`" + one_line(value).replace("`", "'").replace("|", "\\|") + "`"
+
+
+def text(value: Any) -> str:
+    """The value between other words."""
+    plain = re.sub(r"([\\`*\[\]|#~])", r"\\\1", one_line(value))
+    return html.escape(plain, quote=False)
+
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+
+def templates(**settings: Any) -> "Environment":
+    """The templates below ``templates/``; a value that is missing is an error.
+
+    Args:
+        settings: further ones of ``jinja2.Environment``.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    return Environment(
+        loader=PackageLoader("nemo_minitron.reporting"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        **settings,
+    )

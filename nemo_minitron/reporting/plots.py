@@ -109,7 +109,7 @@ def search_front(records: Sequence[dict[str, Any]]) -> Picture:
     Args:
         records: as in ``candidates.json``.
     """
-    from nemo_minitron.reporting.pareto import pareto_front
+    from nemo_minitron.search.space import pareto_front
 
     losses = [r["loss"] if r["distilled_loss"] is None else r["distilled_loss"] for r in records]
     distilled = [record["distilled_loss"] is not None for record in records]

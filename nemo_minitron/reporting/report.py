@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,11 @@ from nemo_minitron.documents import json_value
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import parameter_count
 from nemo_minitron.reporting import plots
-from nemo_minitron.reporting.console import show_table
+from nemo_minitron.reporting.model_card import templates
 from nemo_minitron.reporting.results import Pruning, Results, Row, StageResult, read_results
 from nemo_minitron.reporting.speed import SPEED_HEADER, generation_rows, speed_rows
-from nemo_minitron.reporting.templates import templates
+from nemo_minitron.runtime.atomic import atomic_file
+from nemo_minitron.runtime.console import show_table
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +48,8 @@ def write_report(output_dir: str | Path, cfg: PipelineConfig) -> Path:
     """
     results = read_results(Path(output_dir), cfg)
     page = Path(output_dir) / REPORT
-    working = page.with_suffix(".html.partial")
-    working.write_text(render(results), encoding="utf-8")
-    os.replace(working, page)
+    with atomic_file(page) as draft:
+        draft.write_text(render(results), encoding="utf-8")
     for warning in results.warnings:
         log.warning("%s", warning)
     if results.rows:
@@ -113,7 +112,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _task_table(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]] | None:
-    """Header and rows: a model per row, a metric per column; None: no tasks were evaluated."""
+    """Header and rows, a model per row and a metric per column, or None without any task."""
     names = list(dict.fromkeys(name for row in rows for name in row.tasks))
     if not names:
         return None

@@ -50,13 +50,13 @@ class Row:
 
     label: str
     loss: float | None
-    """None: only tasks were evaluated; so are the next three."""
+    """This and the next three are None if only tasks were evaluated."""
     perplexity: float | None
     tokens: int | None
     tokens_per_second: float | None
     parameters: int
     closed: float | None
-    """Share of the loss gap between pruned and teacher that is closed; None: not defined."""
+    """Share of the loss gap between pruned and teacher that was closed; None without a gap."""
     tasks: dict[str, "TaskScore"] = field(default_factory=dict)
     """As ``task_scores``."""
 

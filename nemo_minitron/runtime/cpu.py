@@ -109,9 +109,9 @@ class _NoStream:
 
 
 def _patch_torch() -> None:
-    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
-    torch.cuda.Stream = _NoStream  # type: ignore[misc,assignment]
-    torch.cuda.Event = _NoStream  # type: ignore[misc,assignment]
+    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]  # a device in place of a number
+    torch.cuda.Stream = _NoStream  # type: ignore[misc,assignment]  # a stand-in
+    torch.cuda.Event = _NoStream  # type: ignore[misc,assignment]  # a stand-in
     for name in ("current_stream", "default_stream"):
         setattr(torch.cuda, name, lambda *args, **kwargs: _NoStream())
     setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
@@ -124,7 +124,7 @@ def _patch_random() -> None:
     """The CUDA generator is the default CPU generator, so Megatron's tracker works as it is."""
     torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     torch.cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
+    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]  # it returns a generator
 
 
 def _patch_megatron() -> None:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from nemo_minitron.errors import (
+from nemo_minitron.runtime.errors import (
     INTERRUPTED,
     Interrupted,
     Preempted,

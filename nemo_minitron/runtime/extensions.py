@@ -11,6 +11,7 @@ and fail at the first step.
 import importlib
 import logging
 import sys
+import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +20,6 @@ from importlib.util import find_spec
 
 from packaging.version import Version
 
-from nemo_minitron.runtime import quiet
 from nemo_minitron.runtime.ranks import rank
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def before_megatron() -> None:
     Raises:
         ValueError: Transformer Engine is installed on a machine with CUDA, but does not work.
     """
-    quiet.before_imports()
+    quiet_imports()
     if "megatron.core" in sys.modules:  # the process has gone past the point already
         return
     for extension in EXTENSIONS:
@@ -139,11 +139,11 @@ def _settle(extension: Extension) -> None:
 
 
 def _set_aside(extension: Extension, reason: str, repair: str = "") -> None:
-    """Let every later import of the package say that there is none."""
+    """Make every later import of the package fail as if it were not installed."""
     for name in list(sys.modules):
         if name.split(".")[0] == extension.package:
             del sys.modules[name]
-    sys.modules[extension.package] = None  # type: ignore[assignment]
+    sys.modules[extension.package] = None  # type: ignore[assignment]  # None ends its import
     if rank() == 0:
         log.warning(
             "%s %s; Megatron-Core runs without it%s",
@@ -172,3 +172,37 @@ def _version(extension: Extension) -> Version | None:
     with suppress(PackageNotFoundError):
         return Version(version(extension.package.replace("_", "-")))
     return None
+
+
+_LOGGERS = (
+    "megatron",
+    "megatron_fsdp",
+    "lightning",
+    "lightning.pytorch",
+    "pytorch_lightning",
+    "nv_one_logger",
+    "torch.distributed",
+    "torch.utils",
+)
+
+
+def quiet_imports() -> None:
+    """Call before NeMo or Megatron is imported: both warn and log while they are imported."""
+    warnings.filterwarnings("ignore", module=r"(megatron|nemo|lightning|torch|nv_one_logger)\b")
+    warnings.filterwarnings("ignore", message=r".*\.grad attribute of a Tensor that is not a leaf")
+    warnings.filterwarnings("ignore", message=r"Please use DTensor instead")
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def quiet_nemo() -> None:
+    """Call once NeMo is imported: it has a logger of its own kind, and telemetry.
+
+    The telemetry leaves ``onelogger.*`` in the current folder and, where one training failed,
+    refuses the next one of the same process.
+    """
+    from nemo.lightning.callback_group import CallbackGroup
+    from nemo.utils import logging as nemo_logging
+
+    nemo_logging.setLevel(nemo_logging.ERROR)
+    CallbackGroup.get_instance().callbacks.clear()

@@ -6,14 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.runtime import cpu, peers
+from nemo_minitron.runtime.atomic import atomic_file
 from nemo_minitron.runtime.extensions import before_megatron
 from nemo_minitron.runtime.ranks import launched_world_size, rank, store_address
+
+if TYPE_CHECKING:
+    from nemo_minitron.config.parallel import ParallelConfig
 
 
 def device() -> torch.device:
@@ -64,9 +68,8 @@ def _store(address: Path, timeout: timedelta) -> dist.Store:
     """Where ranks of this machine meet: rank 0 takes a port that is free and says which."""
     if rank() == 0:
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        draft = address.with_suffix(".draft")
-        draft.write_text(str(store.port))
-        draft.replace(address)
+        with atomic_file(address) as draft:
+            draft.write_text(str(store.port))
         return store
     end = time.monotonic() + timeout.total_seconds()
     while not address.exists():
@@ -76,7 +79,7 @@ def _store(address: Path, timeout: timedelta) -> dist.Store:
     return dist.TCPStore("127.0.0.1", int(address.read_text()), is_master=False, timeout=timeout)
 
 
-def init_model_parallel(parallel: ParallelConfig, seed: int = 1234) -> None:
+def init_model_parallel(parallel: "ParallelConfig", seed: int = 1234) -> None:
     """Create Megatron's groups for ``parallel`` over the initialised world."""
     before_megatron()
     from megatron.core import parallel_state, tensor_parallel
@@ -95,7 +98,7 @@ def init_model_parallel(parallel: ParallelConfig, seed: int = 1234) -> None:
 
 
 @contextmanager
-def distributed(parallel: ParallelConfig, seed: int = 1234) -> Iterator[None]:
+def distributed(parallel: "ParallelConfig", seed: int = 1234) -> Iterator[None]:
     """Everything a stage needs around a model: stand-in, process group, model-parallel groups."""
     before_megatron()
     from megatron.core import parallel_state

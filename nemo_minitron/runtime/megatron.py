@@ -5,7 +5,7 @@ no other module asks for a version. ``docs/versions.md`` says which release brou
 """
 
 import inspect
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nemo_minitron.checkpoint.common_state import COMMON_PT
 from nemo_minitron.runtime.extensions import before_megatron
 
 before_megatron()
+
+_COMMON_PT = "common.pt"
 
 
 @cache
@@ -91,6 +92,11 @@ def _wrapper_config(chunk: Any, batch: int, length: int, vocab_size: int) -> Any
     )
 
 
+def mlp_submodules(mlp: Any) -> Any:
+    """The submodules in a layer spec's MLP: 0.16 has a ``ModuleSpec`` there, 0.19 a ``partial``."""
+    return mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
+
+
 @cache
 def _writes_by_nvrx() -> bool:
     """Whether ``nvidia-resiliency-ext`` is there and new enough to write Megatron's checkpoints.
@@ -121,7 +127,7 @@ def save_sharded(state: dict[str, Any], folder: str) -> None:
     else:
         nvrx: dict[str, Any] = {"async_sharded_save": True, "async_strategy": "nvrx"}
         dist_checkpointing.save(state, folder, **nvrx).execute_sync()
-    common = Path(folder) / COMMON_PT
+    common = Path(folder) / _COMMON_PT
     if dist.get_rank() == 0 and not common.exists():
         # From 0.19 on Megatron stores it among the tensors, where older releases do not look.
         torch.save(dist_checkpointing.load_common_state_dict(folder), common)

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from nemo_minitron.errors import (
+from nemo_minitron.runtime.errors import (
     BAD_INPUT,
     INTERRUPTED,
     PREEMPTED,

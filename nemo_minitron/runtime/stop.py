@@ -7,8 +7,8 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from nemo_minitron.errors import Preempted, RankKilled
 from nemo_minitron.runtime import endings, peers
+from nemo_minitron.runtime.errors import Preempted, RankKilled
 from nemo_minitron.runtime.launch import device
 
 SIGNALS = endings.STOP

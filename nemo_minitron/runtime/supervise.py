@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from nemo_minitron.errors import INTERRUPTED, PREEMPTED, TERMINATED
 from nemo_minitron.runtime import endings
+from nemo_minitron.runtime.errors import INTERRUPTED, PREEMPTED, TERMINATED
 
 _ORDERLY = (PREEMPTED, INTERRUPTED, TERMINATED)
 _CRASHED_SECONDS = 3.0
@@ -121,7 +121,7 @@ class _Family:
         self._look()
 
     def _steps(self) -> Iterator[float | None]:
-        """Seconds to wait before the next harder way; None: until one fails."""
+        """Seconds to wait before the next, harder signal, or None to wait until a process fails."""
         yield None
         orderly = all(code in _ORDERLY for code in self._failed())
         yield _ORDERLY_SECONDS if orderly else _CRASHED_SECONDS

@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from nemo_minitron.reporting.console import show_table
+from nemo_minitron.runtime.console import show_table
 
 log = logging.getLogger(__name__)
 

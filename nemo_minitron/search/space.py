@@ -1,11 +1,15 @@
 """Shapes of a search space that keep the rules and the budget."""
 
 import itertools
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
+from nemo_minitron.config.balance import balanced_layout
 from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.parallel import TeacherParallelConfig
 from nemo_minitron.config.search import SEARCHED, SearchSpaceConfig
+from nemo_minitron.config.stages import DistillConfig, PruningConfig, SearchConfig, TargetConfig
+from nemo_minitron.config.training import DataConfig, OptimConfig, TrainerConfig
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import parameter_count
 
@@ -175,3 +179,62 @@ def _nearest(known: list[Candidate], space: SearchSpaceConfig) -> str:
         f"nearest is {sizes} with {near.parameters:,} parameters and {near.memory_gib:.3g} GiB; "
         "change the budget, or add sizes to search.<size>"
     )
+
+
+def pruning_of(cfg: SearchConfig, config: ModelConfig, one: Candidate) -> PruningConfig:
+    """What ``prune`` has to be told to make a candidate."""
+    changed = {name: size for name, size in one.sizes.items() if size != getattr(config, name)}
+    default = PruningConfig.layer_criterion
+    criterion = cfg.layer_criterion if "num_layers" in changed else default
+    return PruningConfig(target=TargetConfig(**changed), layer_criterion=criterion)
+
+
+def training_data(cfg: SearchConfig) -> DataConfig:
+    """What candidates are distilled on: the other splits of ``data``."""
+    return replace(cfg.data, num_samples=None)
+
+
+def distill_config(cfg: SearchConfig, config: ModelConfig, small: ModelConfig) -> DistillConfig:
+    """The ``distill`` stage that a candidate goes through."""
+    short, whole = cfg.search.distill, cfg.parallel
+    teacher = TeacherParallelConfig(
+        num_layers_in_first_pipeline_stage=whole.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=whole.num_layers_in_last_pipeline_stage,
+        pipeline_model_parallel_layout=whole.pipeline_model_parallel_layout,
+    )
+    return DistillConfig(
+        output_dir=cfg.output_dir,
+        student=cfg.checkpoint,
+        teacher=cfg.checkpoint,
+        data=training_data(cfg),
+        parallel=balanced_layout(config, small, whole),
+        teacher_parallel=teacher,
+        trainer=TrainerConfig(
+            max_steps=short.steps,
+            limit_val_batches=0,
+            precision=short.precision,
+            save_every_n_steps=short.save_every_n_steps,
+            save_top_k=1,
+            seed=cfg.data.seed,
+        ),
+        megatron=cfg.megatron,
+        optim=OptimConfig(lr=short.lr, min_lr=short.min_lr, lr_warmup_steps=short.lr_warmup_steps),
+    )
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other point beats, both figures being better when lower.
+
+    A point is beaten by one that is as low in both and lower in one. Of equal points all stay.
+
+    Returns:
+        In the order of the first figure.
+    """
+    order = sorted(range(len(points)), key=lambda index: points[index])
+    front: list[int] = []
+    for index in order:
+        last = points[front[-1]] if front else None
+        if last is not None and points[index] != last and points[index][1] >= last[1]:
+            continue
+        front.append(index)
+    return front

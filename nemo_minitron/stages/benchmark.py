@@ -82,7 +82,7 @@ def run(cfg: BenchmarkConfig) -> None:
 
 def _measure(cfg: BenchmarkConfig) -> dict[str, Any]:
     from nemo_minitron.evaluation.speed import EQUAL, LARGEST, Work, largest_batch, take_turns
-    from nemo_minitron.reporting.console import progress
+    from nemo_minitron.runtime.console import progress
 
     found = [_candidate(cfg, path) for path in cfg.checkpoint]
     work = Work(cfg.batch_size, cfg.prompt_length, cfg.new_tokens, cfg.seed)
@@ -109,7 +109,7 @@ def _candidate(cfg: BenchmarkConfig, path: str) -> "Candidate":
     from nemo_minitron.evaluation.speed import Candidate
     from nemo_minitron.models.build import PRECISION_DTYPES
     from nemo_minitron.models.inference import CachedModel
-    from nemo_minitron.models.load import load_frozen
+    from nemo_minitron.models.weights import load_frozen
     from nemo_minitron.runtime.groups import ParallelGroups
 
     folder, groups = Path(path) / "checkpoint", ParallelGroups.current()
@@ -132,7 +132,7 @@ def _parameters(path: str) -> int:
 
 
 def _limit(cfg: BenchmarkConfig) -> int | None:
-    """Bytes of a rank that a batch must fit into; None: no largest batch is measured."""
+    """Bytes per rank that a batch must fit into, or None if the largest batch is not measured."""
     import torch
 
     if cfg.memory_limit_gb is not None:
@@ -151,7 +151,7 @@ def _device() -> str:
 
 
 def _show(metrics: dict[str, Any]) -> None:
-    from nemo_minitron.reporting.console import show_table
     from nemo_minitron.reporting.speed import SPEED_HEADER, speed_rows
+    from nemo_minitron.runtime.console import show_table
 
     show_table(f"benchmark ({metrics['device']})", SPEED_HEADER, speed_rows(metrics))

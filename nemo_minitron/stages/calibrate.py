@@ -14,12 +14,12 @@ from nemo_minitron.config.stages import ScoreConfig
 from nemo_minitron.config.training import DataConfig
 from nemo_minitron.importance.estimate import estimate_scores, forward_passes
 from nemo_minitron.importance.resume import SavedState
-from nemo_minitron.importance.scores import Scores
 from nemo_minitron.models.build import DTYPES, build_gpt
 from nemo_minitron.models.settings import frozen_settings
 from nemo_minitron.models.stage_data import stage_dataset
 from nemo_minitron.models.weights import load_weights
-from nemo_minitron.reporting.console import progress
+from nemo_minitron.pruning.scores import Scores
+from nemo_minitron.runtime.console import progress
 from nemo_minitron.runtime.groups import ParallelGroups
 from nemo_minitron.runtime.launch import device
 

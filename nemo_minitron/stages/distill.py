@@ -109,7 +109,7 @@ def _with_stored_teacher(
     from omegaconf import OmegaConf
 
     from nemo_minitron.distillation.logit_shards import StoredTeacher
-    from nemo_minitron.models.offline import OfflineDistillationGPTModel
+    from nemo_minitron.models.distill import OfflineDistillationGPTModel
     from nemo_minitron.runtime.groups import ParallelGroups
 
     folder = Path(str(cfg.teacher_logits)) / FOLDER

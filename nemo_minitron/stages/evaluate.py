@@ -13,8 +13,7 @@ from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.data.checks import check_batches, check_data
 from nemo_minitron.runtime.ranks import launched_world_size
 from nemo_minitron.stages.evaluate_tasks import answer_tasks, check_tasks, tasks_of_export
-from nemo_minitron.stages.inputs import is_export, open_checkpoint
-from nemo_minitron.stages.settings import check_settings
+from nemo_minitron.stages.settings import check_settings, is_export, open_checkpoint
 
 
 def check(cfg: EvaluateConfig) -> None:
@@ -127,8 +126,8 @@ def run(cfg: EvaluateConfig) -> None:
 
 def _evaluate(cfg: EvaluateConfig, model: ModelConfig) -> dict[str, Any]:
     from nemo_minitron.evaluation.lm_loss import evaluate_lm
-    from nemo_minitron.models.load import load_frozen
     from nemo_minitron.models.stage_data import stage_dataset
+    from nemo_minitron.models.weights import load_frozen
     from nemo_minitron.runtime.groups import ParallelGroups
 
     folder = Path(cfg.checkpoint) / "checkpoint"
@@ -146,8 +145,8 @@ def _evaluate(cfg: EvaluateConfig, model: ModelConfig) -> dict[str, Any]:
 
 
 def _show(cfg: EvaluateConfig, metrics: dict[str, Any]) -> None:
-    from nemo_minitron.reporting.console import show_table
     from nemo_minitron.reporting.results import task_scores
+    from nemo_minitron.runtime.console import show_table
 
     rows = [("parameters", f"{metrics['parameters']['total']:,}")]
     if "lm_loss" in metrics:

@@ -16,8 +16,8 @@ from nemo_minitron.documents import read_json_object
 from nemo_minitron.families.experts import warn_of_expert_sizes
 from nemo_minitron.families.registry import family_of, written_config
 from nemo_minitron.families.table import parameter_count
-from nemo_minitron.reporting.console import progress, show_table
 from nemo_minitron.reporting.model_card import model_card
+from nemo_minitron.runtime.console import progress, show_table
 
 if TYPE_CHECKING:
     from nemo_minitron.checkpoint.lazy import Store

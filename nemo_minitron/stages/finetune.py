@@ -10,7 +10,7 @@ from typing import Any
 from nemo_minitron.checkpoint.artifact import check_output
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import FinetuneConfig
-from nemo_minitron.stages.inputs import open_checkpoint
+from nemo_minitron.stages.settings import open_checkpoint
 from nemo_minitron.stages.train import check_training, datasets, sections, train
 
 

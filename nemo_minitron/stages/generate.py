@@ -13,8 +13,7 @@ from nemo_minitron.config.layout import check_cached, check_layout
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.data.prompts import Prompt, read_prompts
 from nemo_minitron.runtime.ranks import launched_world_size
-from nemo_minitron.stages.inputs import open_checkpoint
-from nemo_minitron.stages.settings import check_settings
+from nemo_minitron.stages.settings import check_settings, open_checkpoint
 
 if TYPE_CHECKING:
     from nemo_minitron.data.filters import Generated
@@ -80,10 +79,9 @@ def _sample(
     """Fill ``folder`` with the samples that are missing (collective); how fast that went."""
     from nemo_minitron.models.build import PRECISION_DTYPES
     from nemo_minitron.models.generate import SampleWriter
-    from nemo_minitron.models.inference import CachedModel
-    from nemo_minitron.models.load import load_frozen
-    from nemo_minitron.models.sampling import Sampling
-    from nemo_minitron.reporting.console import progress
+    from nemo_minitron.models.inference import CachedModel, Sampling
+    from nemo_minitron.models.weights import load_frozen
+    from nemo_minitron.runtime.console import progress
     from nemo_minitron.runtime.groups import ParallelGroups
     from nemo_minitron.runtime.stop import StopOnRequest
 
@@ -174,8 +172,8 @@ def _generated(
 
 
 def _show(cfg: GenerateConfig, metrics: dict[str, Any]) -> None:
-    from nemo_minitron.reporting.console import show_table
     from nemo_minitron.reporting.speed import generation_rows
+    from nemo_minitron.runtime.console import show_table
 
     if metrics:  # rank 0
         show_table("generate", ("", Path(cfg.checkpoint).name), generation_rows(metrics))

@@ -9,13 +9,12 @@ from nemo_minitron.config.layout import check_layout
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import ImportanceConfig
 from nemo_minitron.data.checks import check_batches, check_data
-from nemo_minitron.importance.scores import check_axes, check_block_sizes, check_moments
+from nemo_minitron.pruning.scores import check_axes, check_block_sizes, check_moments
 from nemo_minitron.runtime.ranks import launched_world_size
-from nemo_minitron.stages.inputs import open_checkpoint
-from nemo_minitron.stages.settings import check_settings
+from nemo_minitron.stages.settings import check_settings, open_checkpoint
 
 if TYPE_CHECKING:
-    from nemo_minitron.importance.scores import Scores
+    from nemo_minitron.pruning.scores import Scores
     from nemo_minitron.stages.calibrate import Calibrated
 
 
@@ -91,7 +90,7 @@ def _metrics(calibrated: "Calibrated") -> dict[str, Any]:
 
 
 def _report(cfg: ImportanceConfig, scores: "Scores", metrics: dict[str, Any]) -> None:
-    from nemo_minitron.reporting.console import show_table
+    from nemo_minitron.runtime.console import show_table
 
     rows = [
         [

@@ -15,10 +15,10 @@ from nemo_minitron.config.stages import (
     PruningConfig,
     ScoreConfig,
 )
-from nemo_minitron.importance.scores import Scores
 from nemo_minitron.pruning.plan import Plan, full_plan, make_plan, pruned_config
 from nemo_minitron.pruning.rounds import ROUNDS, compose
-from nemo_minitron.pruning.stream import prune_checkpoint
+from nemo_minitron.pruning.scores import Scores
+from nemo_minitron.pruning.slicing import prune_checkpoint
 from nemo_minitron.pruning.targets import needed_scores, target_sizes
 from nemo_minitron.runtime.launch import barrier, seen_by_all
 from nemo_minitron.runtime.ranks import rank

@@ -6,9 +6,8 @@ from pathlib import Path
 
 from nemo_minitron.checkpoint.completion import write_manifest
 from nemo_minitron.checkpoint.manifest import MANIFEST, fingerprint, read_manifest
-from nemo_minitron.checkpoint.output_checks import check_apart, check_neighbours
+from nemo_minitron.checkpoint.output_checks import check_apart, check_cache, check_neighbours
 from nemo_minitron.config.stages import PipelineConfig
-from nemo_minitron.data.cache import check_cache
 from nemo_minitron.pipeline.plan import Item, read_items
 from nemo_minitron.pipeline.run import run_items
 from nemo_minitron.planning.models import stated_model, warn_of_another_model

@@ -13,7 +13,7 @@ from nemo_minitron.families.table import parameter_count
 from nemo_minitron.pipeline.plan import read_items
 from nemo_minitron.planning.advice import advice
 from nemo_minitron.planning.items import ItemPlan, Run, plan_items, room
-from nemo_minitron.reporting.console import show_table
+from nemo_minitron.runtime.console import show_table
 
 _SIZES = (
     "num_layers",

@@ -19,9 +19,9 @@ from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.config.stages import PruneConfig, PruningConfig
 from nemo_minitron.data.checks import check_batches, check_data
 from nemo_minitron.families.experts import warn_of_expert_sizes
-from nemo_minitron.importance.scores import META_FILE, read_meta
 from nemo_minitron.pruning.plan import Plan, make_plan, pruned_config
 from nemo_minitron.pruning.rounds import ROUNDS, pruning_rounds
+from nemo_minitron.pruning.scores import META_FILE, read_meta
 from nemo_minitron.pruning.targets import (
     check_compensation,
     check_importance,
@@ -135,7 +135,7 @@ def run(cfg: PruneConfig) -> None:
         return _score_and_prune(cfg, config, rounds, start)
     if rank():
         return log.debug("rank 0 alone prunes a checkpoint")
-    from nemo_minitron.importance.scores import Scores
+    from nemo_minitron.pruning.scores import Scores
 
     scores = None if cfg.importance is None else Scores.load(Path(cfg.importance))
     plan = make_plan(config, rounds[0], scores)
@@ -174,7 +174,7 @@ def _write(
 ) -> dict[str, Any]:
     """Files of the result; returns the metrics."""
     from nemo_minitron.pruning.compensate import Compensation
-    from nemo_minitron.pruning.stream import prune_checkpoint
+    from nemo_minitron.pruning.slicing import prune_checkpoint
 
     plan.save(work)
     source, target = Path(cfg.checkpoint) / "checkpoint", work / "checkpoint"
@@ -219,7 +219,7 @@ def _sizes(config: ModelConfig) -> dict[str, int]:
 
 
 def _report(cfg: PruneConfig, metrics: dict[str, Any]) -> None:
-    from nemo_minitron.reporting.console import show_table
+    from nemo_minitron.runtime.console import show_table
 
     def row(name: str, before: int, after: int) -> list[str]:
         return [name, f"{before:,}", f"{after:,}", f"{after / before:.1%}"]

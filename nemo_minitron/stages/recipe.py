@@ -16,7 +16,7 @@ from nemo_minitron.config.stages import (
     TrainingStageConfig,
 )
 from nemo_minitron.documents import read_yaml
-from nemo_minitron.importance.scores import META_FILE, read_meta
+from nemo_minitron.pruning.scores import META_FILE, read_meta
 
 _TRAINING_KEYS = (
     "trainer.max_steps",

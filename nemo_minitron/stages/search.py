@@ -7,7 +7,7 @@ that was killed goes on with the next one.
 """
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,56 +17,13 @@ from nemo_minitron.checkpoint.artifact import check_output, open_result
 from nemo_minitron.config.balance import balanced_layout
 from nemo_minitron.config.layout import check_layout
 from nemo_minitron.config.model import MODEL_YAML, ModelConfig
-from nemo_minitron.config.parallel import TeacherParallelConfig
-from nemo_minitron.config.stages import DistillConfig, PruningConfig, SearchConfig, TargetConfig
-from nemo_minitron.config.training import DataConfig, OptimConfig, TrainerConfig
+from nemo_minitron.config.stages import SearchConfig
 from nemo_minitron.data.checks import check_batches, check_data
-from nemo_minitron.importance.scores import META_FILE, read_meta
+from nemo_minitron.pruning.scores import META_FILE, read_meta
 from nemo_minitron.pruning.targets import check_importance, check_pruning
 from nemo_minitron.runtime.ranks import launched_world_size
-from nemo_minitron.search.space import Candidate, candidates
+from nemo_minitron.search.space import candidates, distill_config, pruning_of, training_data
 from nemo_minitron.stages.settings import check_settings, check_training_settings
-
-
-def pruning_of(cfg: SearchConfig, config: ModelConfig, one: Candidate) -> PruningConfig:
-    """What ``prune`` has to be told to make a candidate."""
-    changed = {name: size for name, size in one.sizes.items() if size != getattr(config, name)}
-    default = PruningConfig.layer_criterion
-    criterion = cfg.layer_criterion if "num_layers" in changed else default
-    return PruningConfig(target=TargetConfig(**changed), layer_criterion=criterion)
-
-
-def training_data(cfg: SearchConfig) -> DataConfig:
-    """What candidates are distilled on: the other splits of ``data``."""
-    return replace(cfg.data, num_samples=None)
-
-
-def distill_config(cfg: SearchConfig, config: ModelConfig, small: ModelConfig) -> DistillConfig:
-    """The ``distill`` stage that a candidate goes through."""
-    short, whole = cfg.search.distill, cfg.parallel
-    teacher = TeacherParallelConfig(
-        num_layers_in_first_pipeline_stage=whole.num_layers_in_first_pipeline_stage,
-        num_layers_in_last_pipeline_stage=whole.num_layers_in_last_pipeline_stage,
-        pipeline_model_parallel_layout=whole.pipeline_model_parallel_layout,
-    )
-    return DistillConfig(
-        output_dir=cfg.output_dir,
-        student=cfg.checkpoint,
-        teacher=cfg.checkpoint,
-        data=training_data(cfg),
-        parallel=balanced_layout(config, small, whole),
-        teacher_parallel=teacher,
-        trainer=TrainerConfig(
-            max_steps=short.steps,
-            limit_val_batches=0,
-            precision=short.precision,
-            save_every_n_steps=short.save_every_n_steps,
-            save_top_k=1,
-            seed=cfg.data.seed,
-        ),
-        megatron=cfg.megatron,
-        optim=OptimConfig(lr=short.lr, min_lr=short.min_lr, lr_warmup_steps=short.lr_warmup_steps),
-    )
 
 
 def check(cfg: SearchConfig) -> None:
@@ -203,8 +160,8 @@ def _write_winner(
 
 
 def _show(cfg: SearchConfig, records: list[dict[str, Any]]) -> None:
-    from nemo_minitron.reporting.console import show_table
-    from nemo_minitron.reporting.pareto import pareto_front
+    from nemo_minitron.runtime.console import show_table
+    from nemo_minitron.search.space import pareto_front
 
     front = {records[i]["name"] for i in pareto_front([_point(r) for r in records])}
     rows = []

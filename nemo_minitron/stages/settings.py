@@ -1,11 +1,13 @@
-"""Checks of the section ``megatron:`` before a stage runs; Megatron is imported if it holds any."""
+"""Checks that stages share: the model they read, and the section ``megatron:``."""
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
+from nemo_minitron.checkpoint.artifact import open_result
+from nemo_minitron.config.layout import check_recompute
 from nemo_minitron.config.megatron import given_keys, merged_recompute, named_as_given
-from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.config.recompute import check_recompute
 from nemo_minitron.config.stages import TrainingStageConfig
 
 
@@ -17,7 +19,7 @@ def check_settings(
     Args:
         cfg: config of a stage with the section.
         model: sizes of the model.
-        parallel: its layout; None: that of the stage.
+        parallel: its layout, or None for that of the stage.
         precision: of its forward pass.
 
     Raises:
@@ -45,3 +47,30 @@ def check_training_settings(cfg: TrainingStageConfig, model: ModelConfig) -> Non
     from nemo_minitron.models.settings_check import check_training_with_megatron
 
     check_training_with_megatron(cfg.megatron, model, cfg.parallel, cfg.trainer, cfg.optim)
+
+
+class _ReadsModel(Protocol):
+    """Config of a stage that reads one model."""
+
+    checkpoint: str
+    workers: int
+
+
+def open_checkpoint(cfg: _ReadsModel, verify: str) -> None:
+    """Refuse a ``checkpoint`` that is no intact result with a model.
+
+    Args:
+        cfg: config of the stage.
+        verify: ``full`` or ``size``, as ``verify_inputs``.
+
+    Raises:
+        ValueError: names the key and what is wrong with the folder.
+    """
+    needs = f"checkpoint/{MODEL_YAML}"
+    open_result(cfg.checkpoint, verify, key="checkpoint", needs=needs, workers=cfg.workers)
+
+
+def is_export(checkpoint: str) -> bool:
+    """Whether a result folder holds a Hugging Face model instead of a ``checkpoint/``."""
+    folder = Path(checkpoint)
+    return (folder / "config.json").is_file() and not (folder / "checkpoint").exists()

@@ -13,8 +13,7 @@ from nemo_minitron.config.stages import TeacherLogitsConfig
 from nemo_minitron.data.checks import check_data, check_sequence
 from nemo_minitron.distillation.logit_index import FOLDER, PARTS, LogitIndex, data_keys
 from nemo_minitron.runtime.ranks import launched_world_size
-from nemo_minitron.stages.inputs import open_checkpoint
-from nemo_minitron.stages.settings import check_settings
+from nemo_minitron.stages.settings import check_settings, open_checkpoint
 
 
 def _splits(cfg: TeacherLogitsConfig) -> tuple[str, ...]:
@@ -74,7 +73,7 @@ def run(cfg: TeacherLogitsConfig) -> None:
 def _store(cfg: TeacherLogitsConfig, folder: Path) -> dict[str, Any]:
     from nemo_minitron.models.stage_data import training_datasets
     from nemo_minitron.models.teacher_logits import read_part
-    from nemo_minitron.reporting.console import progress
+    from nemo_minitron.runtime.console import progress
     from nemo_minitron.runtime.ranks import rank
     from nemo_minitron.runtime.stop import StopOnRequest
 
@@ -101,8 +100,8 @@ def _writer(cfg: TeacherLogitsConfig, model: ModelConfig, source: Path, folder: 
     import torch
 
     from nemo_minitron.models.build import DTYPES
-    from nemo_minitron.models.load import load_frozen
     from nemo_minitron.models.teacher_logits import LogitWriter, Storing
+    from nemo_minitron.models.weights import load_frozen
     from nemo_minitron.runtime.groups import ParallelGroups
 
     groups = ParallelGroups.current()
@@ -145,7 +144,7 @@ def _metrics(cfg: TeacherLogitsConfig, samples: dict[str, int], seconds: float) 
 
 
 def _show(cfg: TeacherLogitsConfig, metrics: dict[str, Any]) -> None:
-    from nemo_minitron.reporting.console import show_table
+    from nemo_minitron.runtime.console import show_table
 
     rows = [(f"{name} samples", f"{count:,}") for name, count in metrics["samples"].items()]
     rows += [("tokens", f"{metrics['tokens']:,}"), ("bytes", f"{metrics['bytes']:,}")]

@@ -123,7 +123,7 @@ def _fit(
 
 
 def _show(stage: str, metrics: dict[str, Any]) -> None:
-    from nemo_minitron.reporting.console import show_table
+    from nemo_minitron.runtime.console import show_table
 
     names = {"loss": "training loss", "val_loss": "validation LM loss"}
     rows = []

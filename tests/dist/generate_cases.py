@@ -14,8 +14,8 @@ Ids = list[int]
 def continuations_at(folder: str, degrees: dict[str, int], prompts: list[Ids], new: int) -> list[Ids]:
     """Greedy continuations by the model of a ``checkpoint/`` at a layout, without stop tokens."""
     from nemo_minitron.models.inference import CachedModel, continue_prompts
-    from nemo_minitron.models.load import load_frozen
-    from nemo_minitron.models.sampling import GREEDY
+    from nemo_minitron.models.weights import load_frozen
+    from nemo_minitron.models.inference import GREEDY
     from nemo_minitron.runtime.groups import ParallelGroups
 
     parallel = ParallelConfig(**degrees)

@@ -36,8 +36,9 @@ def built(student: Member, teacher: Member, parallel: ParallelConfig, over: dict
     return model
 
 
-def step(model: Any, seed: int = 0, targets: float = 1.0) -> list[float]:
-    """Gradients of one global batch; ``[KD, CE, tokens]``. ``targets=0`` masks every token."""
+def step(model: Any, seed: int = 0, targets: float = 1.0) -> Any:
+    """Gradients of one global batch; returns its ``StepSums``. ``targets=0`` masks every token."""
+    from nemo_minitron.models.objective import on_host
     from nemo_minitron.models.schedule import on_this_cp_rank
 
     for chunk in model.model:
@@ -48,7 +49,7 @@ def step(model: Any, seed: int = 0, targets: float = 1.0) -> list[float]:
     for batch in mine:
         batch["loss_mask"] *= targets
     sums = model.forward_backward([on_this_cp_rank(batch, model.groups) for batch in mine])
-    return sums.tolist()
+    return on_host(sums)
 
 
 def inter_gradients(
@@ -63,7 +64,7 @@ def inter_gradients(
     model = built(student, teacher, parallel, over)
     sums = step(model)
     copies = [
-        (copy.copy, copy.weight.main_grad.clone()) for copy in model.intermediate.losses.projections
+        (copy.copy, copy.weight.main_grad.clone()) for copy in model.intermediate.projections
     ]
     for chunk in model.chunks:
         for parameter in chunk.parameters():
@@ -73,7 +74,7 @@ def inter_gradients(
         folder.mkdir(parents=True)
     torch.distributed.barrier()
     save_weights(model.chunks, model.groups, student[0], folder)
-    return {"sums": sums, "losses": model.step_losses(*sums), "copies": copies}
+    return {"sums": list(sums), "losses": model.step_losses(sums), "copies": copies}
 
 
 def without_targets(
@@ -81,12 +82,12 @@ def without_targets(
 ) -> tuple[tuple[dict[str, float], float], tuple[float, float]]:
     """What a batch without targets logs, its gradient norm; alpha after and before a later one."""
     model = built(student, teacher, parallel, over)
-    logged = model.step_losses(*step(model, targets=0.0))
+    logged = model.step_losses(step(model, targets=0.0))
     norm = sum(float(p.main_grad.norm()) for chunk in model.chunks for p in chunk.parameters())
     step(model)
-    before = model.intermediate.alpha.item()
+    before = model.alpha.value.item()
     step(model, targets=0.0)
-    return (logged, norm), (model.intermediate.alpha.item(), before)
+    return (logged, norm), (model.alpha.value.item(), before)
 
 
 def train(
@@ -117,9 +118,9 @@ def train(
         sums = step(model, seed=number)
         _, norm, _ = model._megatron.step()
         model._lr_scheduler.step(increment=1)
-        projections = model.intermediate.losses.projections if model.intermediate else []
+        projections = model.intermediate.projections if model.intermediate else []
         copies = [copy.weight.detach().clone() for copy in projections]
-        records.append({**model.step_losses(*sums), "norm": norm, "copies": copies})
+        records.append({**model.step_losses(sums), "norm": norm, "copies": copies})
         if number + 1 == save_after:
             if torch.distributed.get_rank() == 0:
                 path.mkdir(parents=True)

@@ -85,6 +85,7 @@ def kd_gradients_of_kinds(
     Other keys (``precision``) are those of the first entry.
     """
     from nemo_minitron.models.distill import DistillationGPTModel
+    from nemo_minitron.models.objective import on_host
     from nemo_minitron.models.optim import build_optimizer, wrap_ddp
     from nemo_minitron.models.schedule import on_this_cp_rank
     from nemo_minitron.runtime.launch import init_model_parallel
@@ -106,7 +107,7 @@ def kd_gradients_of_kinds(
             model.distillation = DistillationConfig(**{"chunk_size": 7, **over})
         for chunk in model.model:
             chunk.zero_grad_buffer()
-        found.append(model.forward_backward(mine).tolist())
+        found.append(list(on_host(model.forward_backward(mine))))
         _save_gradients(model, Path(out), student[0])
     return found
 

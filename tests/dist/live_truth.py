@@ -12,7 +12,7 @@ from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.stages import PruningConfig
 from nemo_minitron.families.registry import family_of
-from nemo_minitron.importance.scores import Scores, model_meta
+from nemo_minitron.pruning.scores import Scores, model_meta
 from nemo_minitron.pruning.plan import Plan, make_plan, pruned_config
 from nemo_minitron.pruning.slicing import prune_store
 from tests.dist.live_cases import Result, logits_at, score_and_prune

@@ -7,17 +7,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_minitron.config.distillation import DistillationConfig
-from nemo_minitron.distillation.logit_loss import logit_loss
-from nemo_minitron.distillation.loss_config import LogitLossConfig
+from nemo_minitron.distillation.logit_loss import TeacherStates, logit_loss
 from nemo_minitron.distillation.top_k import TopKTargets
 from nemo_minitron.distillation.vocab import VocabShard
 from tests.losses import KINDS, loss_keys, problem, stored_targets
 
 
-def config_of(kind: str) -> LogitLossConfig:
+def config_of(kind: str) -> DistillationConfig:
     """Both losses, in chunks that do not divide the tokens."""
     keys = {"chunk_size": 13, "ce_weight": 0.5, "kd_weight": 0.7, **loss_keys(kind)}
-    return LogitLossConfig.of(DistillationConfig(**keys), reduce_grad=True)
+    return DistillationConfig(**keys)
 
 
 def sharded_losses(vocabularies: list[int]) -> dict[tuple[int, str], list[Tensor]]:
@@ -46,7 +45,7 @@ def _run(vocab: int, kind: str, *, stored: bool) -> list[Tensor]:
 def run_loss(
     inputs: dict[str, Tensor],
     vocab: int,
-    config: LogitLossConfig,
+    config: DistillationConfig,
     stored: TopKTargets | None = None,
 ) -> list[Tensor]:
     """``[KD, CE]`` and the gradients of half the loss by hidden state and local rows of the weight.
@@ -62,13 +61,8 @@ def run_loss(
     mine = slice(shard.start, shard.start + shard.rows)
     hidden = inputs["hidden"].clone().requires_grad_()
     weight = inputs["weight"][mine].clone().requires_grad_()
-    teacher: dict[str, Any] = {
-        "teacher_hidden": inputs["teacher_hidden"],
-        "teacher_weight": inputs["teacher_weight"][mine],
-    }
-    if stored is not None:
-        teacher = {"teacher_topk": stored}
+    teacher = stored or TeacherStates(inputs["teacher_hidden"], inputs["teacher_weight"][mine])
     labels, mask = inputs["labels"], inputs["mask"]
-    total, parts = logit_loss(hidden, weight, labels, mask, config, shard, **teacher)
+    total, parts = logit_loss(hidden, weight, labels, mask, config, shard, teacher)
     (total / 2).backward()
     return [parts, hidden.grad, weight.grad]

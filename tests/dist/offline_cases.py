@@ -16,6 +16,7 @@ TOP_K = 6
 
 def gradients(model: Any, micro_batches: list[dict[str, torch.Tensor]]) -> tuple[list, list]:
     """``[KD, CE, tokens]`` sums and this rank's gradients of one global batch."""
+    from nemo_minitron.models.objective import on_host
     from nemo_minitron.models.optim import build_optimizer, wrap_ddp
     from nemo_minitron.models.schedule import on_this_cp_rank
 
@@ -26,7 +27,7 @@ def gradients(model: Any, micro_batches: list[dict[str, torch.Tensor]]) -> tuple
         chunk.zero_grad_buffer()
     sums = model.forward_backward([on_this_cp_rank(batch, model.groups) for batch in micro_batches])
     grads = [p.main_grad.clone() for chunk in model.chunks for p in chunk.parameters()]
-    return sums.tolist(), grads
+    return list(on_host(sums)), grads
 
 
 def offload(
@@ -121,8 +122,7 @@ def offline(
     """Store 5 samples in ``folder``; train on 4 online and from what lies in ``stored``."""
     from nemo_minitron.data.sampler import build_dataloader
     from nemo_minitron.distillation.logit_shards import StoredTeacher
-    from nemo_minitron.models.distill import DistillationGPTModel
-    from nemo_minitron.models.offline import OfflineDistillationGPTModel
+    from nemo_minitron.models.distill import DistillationGPTModel, OfflineDistillationGPTModel
 
     store(teacher, parallel, folder, 5)
     dataset = _dataset(4, student[0].vocab_size)

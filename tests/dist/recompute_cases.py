@@ -62,7 +62,7 @@ def _step(
         key: count / MICRO_BATCHES / (here if key.startswith("student") else there)
         for key, count in counts.items()
     }
-    return sums, gradients, passes
+    return torch.stack(sums), gradients, passes
 
 
 def with_and_without(

@@ -97,6 +97,13 @@ def restore_nemo(archive: str, parallel: ParallelConfig) -> tuple[dict[str, Any]
     return weights, model.gpt, OmegaConf.to_container(config)
 
 
+def nemo_config(archive: str) -> Any:
+    """The config of an archive, without its weights."""
+    from nemo_minitron.models.gpt import MinitronGPTModel
+
+    return MinitronGPTModel.restore_from(archive, return_config=True)
+
+
 def local_weights(
     config: ModelConfig, parallel: ParallelConfig, source: str
 ) -> dict[str, torch.Tensor]:

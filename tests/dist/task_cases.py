@@ -14,7 +14,7 @@ def scores_at(
 ) -> list[tuple[float, bool]]:
     """Scores of requests by the model of a ``checkpoint/`` at a layout."""
     from nemo_minitron.evaluation.requests import Request, RequestScorer
-    from nemo_minitron.models.load import load_frozen
+    from nemo_minitron.models.weights import load_frozen
     from nemo_minitron.runtime.groups import ParallelGroups
 
     parallel = ParallelConfig(**degrees)

@@ -154,6 +154,22 @@ CASES = {
         {**LLAMA_DIMS, r"q_proj\.bias": ("q",), r"[kv]_proj\.bias": ("kv",)},
     ),
     "qwen3": Case("Qwen3", SIZES, {**LLAMA_DIMS, r"[qk]_norm\.weight": (None,)}),
+    "smollm3": Case(
+        "SmolLM3",
+        {**SIZES, "no_rope_layers": [1, 0, 1, 0], "pad_token_id": None, "bos_token_id": 0,
+         "eos_token_id": 0},
+        LLAMA_DIMS,
+    ),
+    "olmo2": Case(
+        "Olmo2",
+        {**SIZES, "pad_token_id": None, "eos_token_id": 0},
+        {
+            **LLAMA_DIMS,
+            r"q_norm\.weight": ("q",),
+            r"k_norm\.weight": ("kv",),
+        },
+        sequence_parallel=True,
+    ),
     "nemotron": Case("Nemotron", SIZES, LLAMA_DIMS, sequence_parallel=True),
     "phi3": Case(
         "Phi3",
@@ -237,7 +253,7 @@ def transformers_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
 def write_scores(folder: Path, config: ModelConfig) -> None:
     """Random scores of every axis as a result folder."""
     from nemo_minitron.checkpoint.artifact import output_folder
-    from nemo_minitron.importance.scores import Scores, model_meta
+    from nemo_minitron.pruning.scores import Scores, model_meta
 
     torch.manual_seed(1)
     layers, experts = config.num_layers, config.num_moe_experts

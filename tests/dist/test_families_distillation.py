@@ -1,7 +1,8 @@
 """What other families have that Llama has not gets the same gradients at every layout.
 
 Weights of query and key norms see only a rank's own heads; biases and norm biases only a rank's
-part of the sequence under sequence parallelism; learned positions are added before it is split.
+part of the sequence under sequence parallelism; OLMo-2's norms have weights of both kinds, and a
+mean square that is a sum over ranks; learned positions are added before it is split.
 """
 
 from dataclasses import replace
@@ -17,17 +18,19 @@ from nemo_minitron.families.registry import family_of
 from tests.dist.kd_cases import kd_gradients
 from tests.dist.live_truth import layout
 from tests.pool import WorkerPool
-from tests.tiny import GPT2, LLAMA, NEMOTRON, QWEN3, write_weights
+from tests.tiny import GPT2, LLAMA, NEMOTRON, OLMO2, QWEN3, write_weights
 
 TEACHER = replace(LLAMA, num_layers=2, hidden_size=48)
 STUDENTS = {
     "qwen3": replace(QWEN3, num_layers=2),
+    "olmo2": replace(OLMO2, num_layers=2),
     "nemotron": replace(NEMOTRON, num_layers=2),
     "gpt2": replace(GPT2, num_layers=2),
 }
 TP2, TP2_SP = layout(tp=2), layout(tp=2, sp=True)
 RUNS = {
     "qwen3": {"tp2": TP2, "tp2_sp": TP2_SP},
+    "olmo2": {"tp2": TP2, "tp2_sp": TP2_SP},
     "nemotron": {"tp2_sp": TP2_SP},
     "gpt2": {"tp2_sp": TP2_SP, "pp2": layout(pp=2), "cp2": layout(cp=2)},
 }

@@ -9,7 +9,7 @@ import torch
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import ImportConfig
 from nemo_minitron.stages import import_
-from nemo_minitron.stages.import_ import open_source
+from nemo_minitron.checkpoint.source import open_source
 from tests import foreign
 from tests.dist.live_truth import layout
 from tests.dist.source_cases import logits_of

@@ -1,5 +1,6 @@
 """Hooks on layers whose norms stand alone (local spec) or are fused (Transformer Engine)."""
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -12,22 +13,24 @@ from nemo_minitron.config.stages import ScoreConfig
 H, FFN, HEADS, D, LAYERS = 12, 20, 3, 4, 2
 
 
-def make_config(normalization: str, zero_centered: bool) -> SimpleNamespace:
-    return SimpleNamespace(
-        hidden_size=H,
-        ffn_hidden_size=FFN,
-        num_attention_heads=HEADS,
-        num_moe_experts=None,
-        moe_shared_expert_intermediate_size=None,
-        kv_channels=D,
-        sequence_parallel=False,
-        normalization=normalization,
-        layernorm_epsilon=1e-5,
-        layernorm_zero_centered_gamma=zero_centered,
-    )
+@dataclass
+class Config:
+    """Of Megatron's TransformerConfig what the layers below and the hooks read."""
+
+    normalization: str
+    layernorm_zero_centered_gamma: bool
+    num_layers: int = LAYERS
+    hidden_size: int = H
+    ffn_hidden_size: int = FFN
+    num_attention_heads: int = HEADS
+    kv_channels: int = D
+    num_moe_experts: int | None = None
+    moe_shared_expert_intermediate_size: int | None = None
+    sequence_parallel: bool = False
+    layernorm_epsilon: float = 1e-5
 
 
-def normalise(x: Tensor, weight: Tensor, bias: Tensor | None, config: SimpleNamespace) -> Tensor:
+def normalise(x: Tensor, weight: Tensor, bias: Tensor | None, config: Config) -> Tensor:
     """By the definition, not by torch's functions."""
     if config.layernorm_zero_centered_gamma:
         weight = weight + 1
@@ -39,7 +42,7 @@ def normalise(x: Tensor, weight: Tensor, bias: Tensor | None, config: SimpleName
 
 
 class Norm(nn.Module):
-    def __init__(self, config: SimpleNamespace) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.randn(H))
@@ -66,7 +69,7 @@ class FusedNormLinear(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, number: int, config: SimpleNamespace) -> None:
+    def __init__(self, number: int, config: Config) -> None:
         super().__init__()
         self.layer_number = number
         self.input_layernorm: nn.Module = Norm(config)
@@ -94,7 +97,7 @@ class Layer(nn.Module):
 
 
 class Chunk(nn.Module):
-    def __init__(self, config: SimpleNamespace) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.config = config
@@ -126,7 +129,7 @@ def scores(chunk: Chunk) -> dict[str, Tensor]:
 @pytest.mark.parametrize("normalization", ["RMSNorm", "LayerNorm"])
 @pytest.mark.parametrize("zero_centered", [False, True])
 def test_fused_norms_score_as_norms_that_stand_alone(normalization, zero_centered) -> None:
-    config = make_config(normalization, zero_centered)
+    config = Config(normalization, zero_centered)
     local, fused = Chunk(config), Chunk(config)
     for layer in fused.decoder.layers:
         layer.fuse()
@@ -143,7 +146,7 @@ def hook_count(chunk: Chunk) -> int:
 def test_hooks_go_away_when_the_forward_fails() -> None:
     from nemo_minitron.importance.hooks import record
 
-    chunk = Chunk(make_config("RMSNorm", False))
+    chunk = Chunk(Config("RMSNorm", False))
     chunk.decoder.layers[1].mlp.linear_fc2 = nn.Linear(FFN + 1, H)
     with record([chunk], groups(), ScoreConfig(), lambda k: 1):
         assert hook_count(chunk) == 2 + 5 * LAYERS
@@ -156,7 +159,7 @@ def test_hooks_go_away_when_the_forward_fails() -> None:
 def test_hooks_go_away_when_the_body_fails() -> None:
     from nemo_minitron.importance.hooks import record
 
-    chunk = Chunk(make_config("RMSNorm", False))
+    chunk = Chunk(Config("RMSNorm", False))
     context = record([chunk], groups(), ScoreConfig(), lambda k: 1)
     context.__enter__()
     error = RuntimeError("stopped")
@@ -167,7 +170,7 @@ def test_hooks_go_away_when_the_body_fails() -> None:
 def test_a_layer_that_cannot_be_scored_is_named_and_leaves_no_hooks() -> None:
     from nemo_minitron.importance.hooks import record
 
-    chunk = Chunk(make_config("RMSNorm", False))
+    chunk = Chunk(Config("RMSNorm", False))
     del chunk.decoder.layers[1].mlp.linear_fc2
     with (
         pytest.raises(ValueError, match=r"layer 2 .*leave ffn out of scores\.axes"),

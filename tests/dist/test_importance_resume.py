@@ -15,7 +15,7 @@ from nemo_minitron.checkpoint.artifact import output_folder
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.stages import ImportanceConfig, ScoreConfig
 from nemo_minitron.config.training import DataConfig
-from nemo_minitron.importance.scores import Scores
+from nemo_minitron.pruning.scores import Scores
 from nemo_minitron.stages import importance
 from tests.damage import flip_bit
 from tests.dist.resume_cases import score

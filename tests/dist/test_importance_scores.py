@@ -12,7 +12,7 @@ from nemo_minitron.checkpoint.torch_dist import write_torch_dist
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.stages import PruningConfig, ScoreConfig, TargetConfig
 from nemo_minitron.families.llama import LLAMA as FAMILY
-from nemo_minitron.importance.scores import Scores, model_meta
+from nemo_minitron.pruning.scores import Scores, model_meta
 from nemo_minitron.pruning.plan import make_plan
 from tests.dist.importance_cases import score
 from tests.pool import WorkerPool

@@ -14,7 +14,7 @@ from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.stages import ImportanceConfig, ImportConfig, ScoreConfig
 from nemo_minitron.config.training import DataConfig
 from nemo_minitron.families.llama import LLAMA as FAMILY
-from nemo_minitron.importance.scores import Scores, read_meta
+from nemo_minitron.pruning.scores import Scores, read_meta
 from nemo_minitron.stages import import_, importance
 from tests.dist.importance_cases import run_stage
 from tests.pool import WorkerPool

@@ -91,7 +91,7 @@ def _scores(folder: Path, model: Path) -> Path:
     from nemo_minitron.checkpoint.artifact import output_folder
     from nemo_minitron.config.model import ModelConfig
     from nemo_minitron.config.stages import ImportanceConfig
-    from nemo_minitron.importance.scores import Scores, model_meta
+    from nemo_minitron.pruning.scores import Scores, model_meta
 
     config = ModelConfig.load(model / "checkpoint")
     layers, heads = config.num_layers, config.num_attention_heads

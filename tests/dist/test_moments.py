@@ -25,7 +25,7 @@ from nemo_minitron.config.stages import (
 )
 from nemo_minitron.config.training import DataConfig
 from nemo_minitron.families.llama import LLAMA as FAMILY
-from nemo_minitron.importance.scores import MOMENTS, check_moments, moment_file
+from nemo_minitron.pruning.scores import MOMENTS, check_moments, moment_file
 from nemo_minitron.pruning.compensate import column_map
 from nemo_minitron.pruning.plan import Plan
 from nemo_minitron.stages import import_, prune

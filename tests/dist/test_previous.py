@@ -15,7 +15,7 @@ from nemo_minitron.checkpoint.manifest import open_result
 from nemo_minitron.config import load, schema
 from nemo_minitron.config import stages as config_stages
 from nemo_minitron.config.identity import changes, input_paths
-from nemo_minitron.config.meaning import ADDED, NEUTRAL
+from nemo_minitron.config.base import ADDED, NEUTRAL
 from nemo_minitron.config.stages import STAGE_CONFIGS
 from nemo_minitron.pipeline import run as pipeline_run
 from nemo_minitron.pipeline.plan import read_items

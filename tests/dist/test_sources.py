@@ -22,6 +22,7 @@ from tests.dist.live_truth import layout
 from tests.dist.source_cases import (
     local_weights,
     logits_of,
+    nemo_config,
     restore_nemo,
     save_as,
     save_nemo,
@@ -185,3 +186,12 @@ def test_own_archives(ranks: WorkerPool, home: Path, tmp_path: Path) -> None:
     compare(imported, LLAMA)
     ours = (Path(checkpoint) / "tokenizer" / "tokenizer.json").read_bytes()
     assert (imported / "checkpoint" / "tokenizer" / "tokenizer.json").read_bytes() == ours
+
+
+def test_an_archive_reads_nothing_of_the_environment(ranks: WorkerPool, tmp_path: Path) -> None:
+    text = yaml.safe_dump({"gpt": {"hidden_size": "${oc.env:HOME}"}})
+    (tmp_path / "model_config.yaml").write_text(text)
+    with tarfile.open(tmp_path / "model.nemo", "w:") as tar:
+        tar.add(tmp_path / "model_config.yaml", arcname="./model_config.yaml")
+    with pytest.raises(RuntimeError, match="model_config.yaml must hold values, but it refers"):
+        ranks.run(1, nemo_config, str(tmp_path / "model.nemo"))

@@ -17,7 +17,7 @@ import torch
 from nemo_minitron.cli import main
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.llama import LLAMA as FAMILY
-from nemo_minitron.importance.scores import Scores, model_meta
+from nemo_minitron.pruning.scores import Scores, model_meta
 from tests.tiny import LLAMA, write_npy
 from tests.unit.data_fixtures import make_texts, save_tokenizer
 

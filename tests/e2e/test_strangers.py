@@ -155,8 +155,8 @@ def test_code_in_a_checkpoint_to_import(home, tmp_path, place):
 @pytest.mark.parametrize("place", [None, *PLACES])
 def test_code_in_unfinished_training(home, tmp_path, place, monkeypatch):
     """The folder of a stopped training, from somebody else, that the same command goes on from."""
-    from nemo_minitron.errors import Preempted
     from nemo_minitron.models import training
+    from nemo_minitron.runtime.errors import Preempted
 
     keys = {"trainer.max_steps": 2, "trainer.save_every_n_steps": 1}
     command = line("finetune", home, tmp_path / "out", **keys)

@@ -26,7 +26,7 @@ RMSNORM = LLAMA
 # As Nemotron-4: LayerNorm with biases, squared ReLU without a gate, half of each head rotated; and
 # tied embeddings.
 LAYERNORM = ModelConfig(
-    family="layernorm",
+    family="llama",  # its layers, with other norms
     num_layers=4,
     hidden_size=64,
     ffn_hidden_size=128,
@@ -43,5 +43,5 @@ LAYERNORM = ModelConfig(
 )
 MODELS = {
     "rmsnorm": (RMSNORM, LLAMA_FAMILY),
-    "layernorm": (LAYERNORM, replace(LLAMA_FAMILY, name="layernorm", rows=_layernorm_rows())),
+    "layernorm": (LAYERNORM, replace(LLAMA_FAMILY, rows=_layernorm_rows())),
 }

@@ -17,8 +17,8 @@ from nemo_minitron.checkpoint.torch_dist import write_torch_dist
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.stages import PruningConfig, ScoreConfig, TargetConfig
-from nemo_minitron.importance.scores import Scores, model_meta
 from nemo_minitron.pruning.plan import Plan, make_plan
+from nemo_minitron.pruning.scores import Scores, model_meta
 from nemo_minitron.pruning.slicing import prune_store
 from tests.dist.importance_cases import score
 from tests.oracle.environment import OracleUnavailableError, run_oracle

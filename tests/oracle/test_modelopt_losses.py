@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nemo_minitron.distillation.loss_config import LogitLossConfig
+from nemo_minitron.config.distillation import DistillationConfig
 from tests.dist.loss_cases import run_loss
 from tests.losses import problem
 from tests.oracle.environment import OracleUnavailableError, run_oracle
@@ -53,7 +53,7 @@ def ours(ranks) -> Found:
     """The same of this package."""
     found = {}
     for kind, keys in KEYS.items():
-        config = LogitLossConfig(loss=kind, temperature=TEMPERATURE, chunk_size=9, **keys)
+        config = DistillationConfig(loss=kind, temperature=TEMPERATURE, chunk_size=9, **keys)
         for tp in TP:
             by_rank = ranks.run(tp, run_loss, inputs(), VOCAB, config)
             # ``run_loss`` differentiates half the loss.

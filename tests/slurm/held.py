@@ -9,11 +9,12 @@ import time
 from pathlib import Path
 
 from nemo_minitron.cli import main
-from nemo_minitron.runtime import cpu, quiet
+from nemo_minitron.runtime import cpu
+from nemo_minitron.runtime.extensions import quiet_imports
 
 
 def _hold() -> None:
-    quiet.before_imports()
+    quiet_imports()
     cpu.install()
     from nemo_minitron.models.gpt import MinitronGPTModel
 

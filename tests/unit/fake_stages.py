@@ -87,7 +87,7 @@ def _note(stage: str) -> None:
 
 def _do(what: str, stage: str) -> None:
     """``<stage>:<what>`` of FAKE_CHECK and FAKE_RUN."""
-    from nemo_minitron.errors import Preempted
+    from nemo_minitron.runtime.errors import Preempted
 
     wanted, _, action = what.partition(":")
     if wanted != stage:

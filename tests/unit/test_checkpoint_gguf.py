@@ -7,7 +7,7 @@ from gguf.quants import dequantize
 
 from nemo_minitron.checkpoint.gguf import open_gguf
 from nemo_minitron.checkpoint.hf import model_config, to_megatron
-from nemo_minitron.stages import import_
+from nemo_minitron.checkpoint.source import open_source
 from tests.unit.gguf_fixtures import llama, write_gguf
 
 
@@ -140,7 +140,7 @@ def test_other_kinds_are_named(tmp_path, kind):
 def test_metadata_that_do_not_fit(tmp_path, name, value, message):
     write_gguf(tmp_path / "model.gguf", llama(), changed={name: value})
     with pytest.raises(ValueError, match=message):
-        import_.open_source(str(tmp_path / "model.gguf"))
+        open_source(str(tmp_path / "model.gguf"))
 
 
 def test_damaged_files(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from nemo_minitron.config.cluster import ClusterConfig
+from nemo_minitron.config.pipeline import ClusterConfig
 from nemo_minitron.config.schema import conf_dir
 
 SHIPPED = {"dgx_h100": (8, 80, 989), "dgx_a100": (8, 80, 312), "cpu": (0, 8, 0.19)}

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nemo_minitron.errors import Interrupted, Preempted, Terminated
 from nemo_minitron.runtime import endings, scratch
+from nemo_minitron.runtime.errors import Interrupted, Preempted, Terminated
 from tests.unit import fake_stages
 
 DATA = ("data.path=model", "output_dir=out")

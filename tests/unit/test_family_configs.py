@@ -18,12 +18,12 @@ from nemo_minitron.families.registry import FAMILIES, UNSUPPORTED, family_of, fa
 from nemo_minitron.pruning.plan import make_plan
 from nemo_minitron.pruning.slicing import prune_store
 from nemo_minitron.pruning.targets import check_pruning
-from tests.tiny import GPT2, LLAMA, MIXTRAL, NEMOTRON, QWEN3, random_weights
+from tests.tiny import GPT2, LLAMA, MIXTRAL, NEMOTRON, OLMO2, QWEN3, SMOLLM3, random_weights
 
 QWEN2 = replace(LLAMA, family="qwen2", add_qkv_bias=True)
 PHI3 = replace(LLAMA, family="phi3", rotary_percent=0.5)
 QWEN3_MOE = replace(MIXTRAL, family="qwen3_moe", qk_layernorm=True, moe_router_pre_softmax=True)
-CONFIGS = [QWEN2, QWEN3, QWEN3_MOE, NEMOTRON, PHI3, GPT2]
+CONFIGS = [QWEN2, QWEN3, QWEN3_MOE, NEMOTRON, PHI3, GPT2, SMOLLM3, OLMO2]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.family)
@@ -39,8 +39,8 @@ def test_config_survives(config: ModelConfig) -> None:
     assert replace(again, hf={}, dtype="float32") == config
     # what was carried over says nothing about the sizes
     sizes = {"num_layers": 1, "ffn_hidden_size": 40}
-    smaller = family.to_hf(replace(again, **sizes))
-    assert replace(family.from_hf(smaller), hf={}, dtype="float32") == replace(config, **sizes)
+    smaller = family.to_hf(again.resized(sizes))
+    assert replace(family.from_hf(smaller), hf={}, dtype="float32") == config.resized(sizes)
 
 
 MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
@@ -188,7 +188,7 @@ def test_forms_are_exact_inverses(form: str) -> None:
 
 def test_biases_are_merged_with_their_heads() -> None:
     """A bias is one more input of the matrix, whose value is always 1."""
-    from nemo_minitron.importance.scores import Scores, model_meta
+    from nemo_minitron.pruning.scores import Scores, model_meta
 
     torch.manual_seed(0)
     layers, heads = QWEN2.num_layers, QWEN2.num_attention_heads

@@ -11,8 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from nemo_minitron import cli
+from nemo_minitron.checkpoint.source import open_source
+from nemo_minitron.config.inference import GenerateConfig
+from nemo_minitron.data.prompts import read_prompts
+from nemo_minitron.data.text import find_source
 from nemo_minitron.families.registry import written_config
-from nemo_minitron.stages.import_ import open_source
 from tests.sources import write_tokenizer
 from tests.unit.test_families import hf_llama
 
@@ -109,6 +112,28 @@ def test_pointers_in_a_megatron_checkpoint(tmp_path):
     (tmp_path / "metadata.json").write_text("{}")
     (tmp_path / "common.pt").write_text(POINTER)
     refused(tmp_path, SAYS_POINTER)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet", "a.npy", "a.bin"])
+def test_pointers_in_place_of_data(tmp_path, name):
+    (tmp_path / name).write_text(POINTER)
+    (tmp_path / "a.idx").write_text("")
+    with pytest.raises(ValueError, match=rf"{name} {SAYS_POINTER}"):
+        find_source(tmp_path / name)
+
+
+def test_a_pointer_in_a_folder_of_data(tmp_path):
+    (tmp_path / "a.txt").write_text("Some text.")
+    (tmp_path / "b.jsonl").write_text(POINTER)
+    with pytest.raises(ValueError, match=rf"b.jsonl {SAYS_POINTER}"):
+        find_source(tmp_path)
+
+
+def test_a_pointer_in_place_of_prompts(tmp_path):
+    (tmp_path / "prompts.txt").write_text(POINTER)
+    cfg = GenerateConfig(checkpoint="c", prompts=str(tmp_path / "prompts.txt"), output_dir="o")
+    with pytest.raises(ValueError, match=rf"prompts.txt {SAYS_POINTER}"):
+        read_prompts(cfg, None, context=8)
 
 
 # ---------------------------------------------------------------- dtypes and formats

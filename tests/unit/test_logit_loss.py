@@ -7,8 +7,7 @@ import torch
 
 from nemo_minitron.config.distillation import LOSS_KINDS, DistillationConfig
 from nemo_minitron.distillation.divergences import LOSSES
-from nemo_minitron.distillation.logit_loss import logit_loss
-from nemo_minitron.distillation.loss_config import LogitLossConfig
+from nemo_minitron.distillation.logit_loss import TeacherStates, logit_loss
 from nemo_minitron.distillation.top_k import TopKTargets, top_k_targets
 from nemo_minitron.distillation.vocab import VocabShard
 from tests.losses import KINDS, loss_keys, problem, reference, stored_targets
@@ -29,16 +28,15 @@ class _Alone:
 SHARD = VocabShard(_Alone(), VOCAB, ROWS)
 
 
-def _config(kind: str, **over) -> LogitLossConfig:
+def _config(kind: str, **over) -> DistillationConfig:
     keys = {"chunk_size": 5, **loss_keys(kind), **over}
-    return LogitLossConfig.of(DistillationConfig(**keys), reduce_grad=True)
+    return DistillationConfig(**keys)
 
 
-def _fused(config: LogitLossConfig, inputs, *, stored: TopKTargets | None = None):
+def _fused(config: DistillationConfig, inputs, *, stored: TopKTargets | None = None):
     """``[KD, CE]`` and the gradients of half the total by hidden state and weight."""
     hidden, weight = (inputs[name].clone().requires_grad_() for name in ("hidden", "weight"))
-    names = ("teacher_hidden", "teacher_weight") if stored is None else ()
-    teacher = {name: inputs[name] for name in names}
+    teacher = stored or TeacherStates(inputs["teacher_hidden"], inputs["teacher_weight"])
     total, parts = logit_loss(
         hidden,
         weight,
@@ -46,8 +44,7 @@ def _fused(config: LogitLossConfig, inputs, *, stored: TopKTargets | None = None
         inputs["mask"],
         config,
         SHARD,
-        teacher_topk=stored,
-        **teacher,
+        teacher,
     )
     (total / 2).backward()
     return total.detach(), parts, hidden.grad, weight.grad
@@ -58,7 +55,7 @@ def _bf16(logits: torch.Tensor) -> torch.Tensor:
     return logits + (logits.bfloat16().double() - logits).detach()
 
 
-def _plain(config: LogitLossConfig, inputs, rounding=lambda logits: logits):
+def _plain(config: DistillationConfig, inputs, rounding=lambda logits: logits):
     hidden, weight = (inputs[name].clone().requires_grad_() for name in ("hidden", "weight"))
     teacher = rounding(inputs["teacher_hidden"] @ inputs["teacher_weight"][:VOCAB].t())
     student = rounding(hidden @ weight[:VOCAB].t())
@@ -151,7 +148,7 @@ def test_extreme_logits_stay_finite(kind):
 def test_a_second_backward_is_refused():
     inputs = problem(VOCAB, rows=ROWS)
     hidden = inputs["hidden"].requires_grad_()
-    config = LogitLossConfig(kd_weight=0.0, ce_weight=1.0)
+    config = DistillationConfig(kd_weight=0.0, ce_weight=1.0)
     weight, labels = inputs["weight"], inputs["labels"]
     total, _ = logit_loss(hidden, weight, labels, inputs["mask"], config, SHARD)
     total.backward(retain_graph=True)

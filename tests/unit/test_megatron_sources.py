@@ -13,15 +13,14 @@ import torch
 import yaml
 
 from nemo_minitron.checkpoint.common_state import COMMON_KEY
-from nemo_minitron.checkpoint.megatron_args import megatron_lm_args
-from nemo_minitron.checkpoint.megatron_fields import match_family, model_fields
-from nemo_minitron.checkpoint.megatron_stated import of_args, of_core, of_nemo1
-from nemo_minitron.checkpoint.objects import stored
+from nemo_minitron.checkpoint.foreign.megatron_fields import match_family, model_fields
+from nemo_minitron.checkpoint.foreign.megatron_stated import of_args, of_core, of_nemo1
+from nemo_minitron.checkpoint.megatron_args import megatron_lm_args, stored
 from nemo_minitron.checkpoint.parts import Part, archive_parts
 from nemo_minitron.checkpoint.safe_pickle import Inert, read_metadata, read_torch_file
+from nemo_minitron.checkpoint.source import open_source
 from nemo_minitron.checkpoint.tokenizer_files import special_ids, tokenizer_files, vocabulary_size
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.stages.import_ import open_source
 from tests import sources, tiny
 from tests.tiny import LLAMA, write_weights
 

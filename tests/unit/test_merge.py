@@ -9,9 +9,9 @@ from nemo_minitron.checkpoint.lazy import from_tensor
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import PruningConfig, TargetConfig
 from nemo_minitron.families.llama import LLAMA as FAMILY
-from nemo_minitron.importance.scores import Scores, model_meta
 from nemo_minitron.pruning.merge import compose_terms, merge_pairs, merge_qkv, merge_terms
 from nemo_minitron.pruning.plan import Plan, make_plan
+from nemo_minitron.pruning.scores import Scores, model_meta
 from nemo_minitron.pruning.slicing import prune_store
 from nemo_minitron.pruning.targets import check_pruning
 from tests.tiny import LLAMA, random_weights

@@ -28,7 +28,7 @@ from nemo_minitron.config.stages import (
     TeacherLogitsConfig,
 )
 from nemo_minitron.config.training import DataConfig
-from nemo_minitron.importance.scores import Scores, model_meta
+from nemo_minitron.pruning.scores import Scores, model_meta
 from nemo_minitron.reporting.model_card import model_card
 from nemo_minitron.stages import export, import_, prune
 from nemo_minitron.stages.recipe import training_entry
@@ -295,3 +295,21 @@ def imported(tmp_path: Path) -> Path:
     llama().save_pretrained(tmp_path / "model")
     import_.run(ImportConfig(source=str(tmp_path / "model"), output_dir=str(tmp_path / "whole")))
     return tmp_path / "whole"
+
+
+def test_card_names_the_keys_that_were_passed_over(tmp_path: Path) -> None:
+    source = tmp_path / "Some-Model"
+    llama(tie_word_embeddings=True).save_pretrained(source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "scale_of_nothing": 1.5}))
+    cfg = ImportConfig(source=str(source), output_dir=str(tmp_path / "whole"))
+    with pytest.raises(ValueError, match=r"source_ignore=\[scale_of_nothing\]"):
+        import_.check(cfg)
+    cfg.source_ignore = ["scale_of_nothing"]
+    import_.check(cfg)
+    import_.run(cfg)
+    export.run(
+        ExportConfig(checkpoint=str(tmp_path / "whole"), output_dir=str(tmp_path / "exported"))
+    )
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "without: `scale_of_nothing`." in card

@@ -5,20 +5,21 @@ that does not know it.
 """
 
 from dataclasses import fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from nemo_minitron.checkpoint.foreign.megatron_fields import match_family, model_fields
+from nemo_minitron.checkpoint.foreign.megatron_stated import of_args
 from nemo_minitron.checkpoint.megatron_args import megatron_lm_args
-from nemo_minitron.checkpoint.megatron_fields import match_family, model_fields
-from nemo_minitron.checkpoint.megatron_stated import of_args
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.families.registry import read_config, written_config
+from nemo_minitron.families.registry import FAMILIES, read_config, written_config
 from nemo_minitron.models import build
-from tests.tiny import GPT2, LLAMA, MIXTRAL, NEMOTRON, QWEN2_MOE, QWEN3
+from tests.tiny import GPT2, LLAMA, MIXTRAL, NEMOTRON, OLMO2, QWEN2_MOE, QWEN3, SMOLLM3
 from tests.unit.test_families import LLAMA3_ROPE
 from tests.unit.test_family_configs import QWEN2
 
@@ -43,6 +44,7 @@ FIELDS: dict[str, tuple[ModelConfig, Any]] = {
     "position_embedding_type": (GPT2, "rope"),
     "rotary_base": (replace(LLAMA, rotary_base=5e5), 1e4),
     "rotary_percent": (NEMOTRON, 1.0),
+    "no_rope_freq": (SMOLLM3, [1, 0, 0, 1]),
     "rope_scaling": (replace(LLAMA, rope_scaling=LLAMA3_ROPE), {**LLAMA3_ROPE, "factor": 32.0}),
     "share_embeddings_and_output_weights": (GPT2, False),
     "num_moe_experts": (MIXTRAL, 5),
@@ -95,7 +97,7 @@ def megatron(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, A
             given.update(values)
 
     monkeypatch.setattr(build, "HiddenGPTModel", Recorder)
-    monkeypatch.setattr(build, "block_spec", lambda *_: None)
+    monkeypatch.setattr(build, "layer_spec", lambda _: lambda *_: None)
     groups = SimpleNamespace(
         pp=SimpleNamespace(rank=lambda: 0),
         is_first_stage=True,
@@ -103,7 +105,7 @@ def megatron(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, A
         collection=None,
     )
     longest = model.max_seq_length or 0
-    build._build_chunk(model, mcore, groups, None, longest)  # type: ignore[arg-type]
+    build._build_chunk(model, mcore, groups, None, longest)  # type: ignore[arg-type]  # no groups are needed on one rank
     plain = {key: value for key, value in vars(given.pop("config")).items() if not callable(value)}
     return {**plain, **given, "activation": mcore.activation_func}
 
@@ -126,3 +128,48 @@ def test_smaller_configs_keep_it(name: str) -> None:
         assert kept == [value[0], value[2]]
     elif name != "num_layers":
         assert kept == value
+
+
+def test_alike_layers_are_not_in_model_yaml(tmp_path: Path) -> None:
+    """The file stays as versions without per-layer fields write it, and theirs is read."""
+    LLAMA.save(tmp_path)
+    assert "no_rope_freq" not in (tmp_path / "model.yaml").read_text()
+    assert ModelConfig.load(tmp_path) == LLAMA
+    SMOLLM3.save(tmp_path)
+    assert ModelConfig.load(tmp_path) == SMOLLM3
+    assert replace(SMOLLM3, no_rope_freq=[0] * 4).no_rope_freq is None
+
+
+def test_a_per_layer_field_has_an_entry_for_each_layer() -> None:
+    with pytest.raises(ValueError, match="no_rope_freq has 3 entries, but num_layers=4"):
+        replace(SMOLLM3, no_rope_freq=[0, 1, 0])
+    hf = {**written_config(SMOLLM3), "no_rope_layers": [1, 0, 1]}
+    with pytest.raises(ValueError, match="no_rope_layers is of 3 layers, but num_hidden_layers=4"):
+        read_config(hf)
+
+
+@pytest.mark.parametrize(("said", "read"), [(4, [0, 0, 0, 1]), (2, [0, 1, 0, 1]), (0, None)])
+def test_every_nth_layer_of_megatron_is_a_list(said: int, read: list[int] | None) -> None:
+    stated = of_args({**vars(megatron_lm_args(SMOLLM3)), "no_rope_freq": said}, "here")
+    assert model_fields(stated, SMOLLM3.vocab_size)["no_rope_freq"] == read
+    stated = of_args({**vars(megatron_lm_args(SMOLLM3)), "no_rope_freq": 3}, "here")
+    with pytest.raises(ValueError, match=r"no_rope_freq=3 .* only a divisor of num_layers=4"):
+        model_fields(stated, SMOLLM3.vocab_size)
+
+
+@pytest.mark.parametrize("model", [OLMO2, LLAMA], ids=["olmo2", "llama"])
+def test_modules_of_a_family_are_named_and_read(model: ModelConfig) -> None:
+    """All else that the arguments say of the two is the same."""
+    stated = of_args(vars(megatron_lm_args(model)), "here")
+    assert match_family(stated, model_fields(stated, model.vocab_size))[1] == model
+
+
+def test_settings_of_a_family_reach_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And cannot be overridden: a model that runs but is not the model is the worst outcome."""
+    family = replace(FAMILIES["llama"], megatron={"attention_output_gate": True})
+    monkeypatch.setitem(FAMILIES, "llama", family)
+    given = LLAMA, ParallelConfig(), torch.float32
+    assert build.transformer_config(*given).attention_output_gate
+    says = "attention_output_gate=False is not supported for family 'llama', which needs .*=True"
+    with pytest.raises(ValueError, match=says):
+        build.transformer_config(*given, {"attention_output_gate": False})

@@ -18,9 +18,9 @@ from nemo_minitron.config.stages import PruningConfig, TargetConfig
 from nemo_minitron.families.mixtral import MIXTRAL as FAMILY
 from nemo_minitron.families.qwen2_moe import QWEN2_MOE as SHARED_FAMILY
 from nemo_minitron.families.registry import family_of
-from nemo_minitron.importance.scores import Scores, check_axes, model_meta
 from nemo_minitron.pruning.plan import Plan, full_plan, make_plan, pruned_config
 from nemo_minitron.pruning.rounds import compose, pruning_rounds
+from nemo_minitron.pruning.scores import Scores, check_axes, model_meta
 from nemo_minitron.pruning.slicing import dim_indices, prune_store
 from nemo_minitron.pruning.targets import check_pruning
 from tests.tiny import LLAMA, MIXTRAL, QWEN2_MOE, random_weights

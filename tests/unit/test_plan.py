@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from nemo_minitron.config.stages import PruningConfig, ScoreConfig, TargetConfig
-from nemo_minitron.importance.scores import Scores, model_meta
 from nemo_minitron.pruning.plan import Plan, full_plan, make_plan, pruned_config
+from nemo_minitron.pruning.scores import Scores, model_meta
 from nemo_minitron.pruning.targets import check_pruning
 from tests.tiny import LLAMA
 

@@ -91,8 +91,7 @@ def test_weights_in_fp8():
 
 def test_whole_plans(tmp_path):
     """Through the command line's road; Transformer Engine need not be there to plan."""
-    from nemo_minitron.pipeline.plan import read_items
-    from nemo_minitron.planning.command import of_one_stage
+    from nemo_minitron.pipeline.plan import of_one_stage, read_items
     from nemo_minitron.planning.items import plan_items
 
     found = {}

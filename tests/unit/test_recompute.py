@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from nemo_minitron.config.layout import check_recompute
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.config.recompute import check_recompute
 from nemo_minitron.config.training import TrainerConfig
 from tests.tiny import LLAMA, MIXTRAL
 

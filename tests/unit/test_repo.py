@@ -1,6 +1,5 @@
-"""What surrounds the code: documents that must stay true, launch scripts, pins, layers."""
+"""What surrounds the code: documents that must stay true, launch scripts, pins."""
 
-import ast
 import json
 import os
 import re
@@ -19,8 +18,8 @@ from packaging.requirements import Requirement
 from nemo_minitron.config import load
 from nemo_minitron.config.stages import STAGE_CONFIGS, TargetConfig
 from nemo_minitron.families.registry import FAMILIES
-from nemo_minitron.planning.command import of_one_stage
-from scripts import config_docs, families_docs, quickstart_assets
+from nemo_minitron.pipeline.plan import of_one_stage
+from scripts import config_docs, families_docs, map_docs, quickstart_assets
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -48,6 +47,22 @@ def test_the_page_of_keys_is_up_to_date():
 def test_the_page_of_families_is_up_to_date():
     message = "the family tables changed; run `make docs`"
     assert (REPO / "docs" / "families.md").read_text() == families_docs.page(), message
+
+
+def test_the_map_is_up_to_date():
+    message = "files of the package or their docstrings changed; run `make docs`"
+    assert (REPO / "docs" / "map.md").read_text() == map_docs.page(), message
+
+
+def test_what_the_tour_names_exists():
+    text = (REPO / "docs" / "contributing-tour.md").read_text()
+    named = re.findall(r"`([\w/]+\.py)(?:::([\w.]+))?`", text)
+    assert len(named) > 30
+    for file, symbol in named:
+        source = (REPO / "nemo_minitron" / file).read_text()
+        for part in symbol.split(".") if symbol else ():
+            pattern = rf"^ *(def|class) {part}\b|^{part}\b.*="
+            assert re.search(pattern, source, re.MULTILINE), f"{file}::{symbol}"
 
 
 def test_the_page_of_families_knows_every_size():
@@ -94,7 +109,7 @@ def test_commands_are_found():
     assert {line.split()[0] for _, line in COMMANDS} == {*STAGE_CONFIGS}
 
 
-# ------------------------------------------------------------------------- packaging and layers
+# ------------------------------------------------------------------------------------ packaging
 
 
 TESTED = ["tested-3.11.txt", "tested-3.12.txt"]
@@ -146,40 +161,6 @@ def test_dockerfiles_are_clean(path):
     tool = Path(sys.executable).parent / "hadolint"
     done = subprocess.run([tool, path], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_megatron_and_nemo_stay_where_they_belong():
-    """And torch out of what help and refusals go through."""
-    heavy = {"megatron", "nemo", "lightning"}
-    package = REPO / "nemo_minitron"
-    light = ("config/", "cli.py", "usage.py", "errors.py", "documents.py", "runtime/ranks.py", "__")
-    light = (*light, "reporting/console.py", "runtime/versions.py")
-    for path in package.rglob("*.py"):
-        place = path.relative_to(package).as_posix()
-        roots = imported(path)
-        if not place.startswith(("runtime/", "models/", "data/")):
-            assert not roots & heavy, place
-        if place.startswith(light):
-            assert not roots & {*heavy, "torch", "transformers", "matplotlib"}, place
-
-
-def test_tensor_work_knows_no_model():
-    """Pruning and losses are functions of tensors: what runs a model imports them, never back."""
-    for folder in ("families", "pruning", "distillation"):
-        for path in (REPO / "nemo_minitron" / folder).glob("*.py"):
-            for line in path.read_text().splitlines():
-                assert "import nemo_minitron.models" not in line, path
-                assert "from nemo_minitron.models" not in line, path
-
-
-def imported(path: Path) -> "set[str]":
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module.split(".")[0])
-    return names
 
 
 def test_quick_start_reads_what_is_fetched():

@@ -17,8 +17,8 @@ from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import PipelineConfig, PruningConfig, TargetConfig
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import parameter_count
-from nemo_minitron.importance.scores import Scores, model_meta
 from nemo_minitron.pruning.plan import make_plan, pruned_config
+from nemo_minitron.pruning.scores import Scores, model_meta
 from nemo_minitron.reporting.report import REPORT, millions, render, write_report
 from nemo_minitron.reporting.results import check_report, read_results
 

@@ -10,9 +10,9 @@ from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.stages import PruningConfig, TargetConfig
 from nemo_minitron.families.llama import LLAMA as FAMILY
-from nemo_minitron.importance.scores import Scores, model_meta
 from nemo_minitron.pruning.plan import Plan, full_plan, make_plan, pruned_config
 from nemo_minitron.pruning.rounds import compose, pruning_rounds
+from nemo_minitron.pruning.scores import Scores, model_meta
 from nemo_minitron.pruning.slicing import prune_store
 from tests.tiny import LLAMA, random_weights
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nemo_minitron.models.sampling import GREEDY, Sampling, draws_of, sample_tokens
+from nemo_minitron.models.inference import GREEDY, Sampling, draws_of, sample_tokens
 
 
 def nucleus(logits: torch.Tensor, sampling: Sampling) -> dict[int, float]:

@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 
 from nemo_minitron.config.search import SearchSpaceConfig
-from nemo_minitron.reporting.pareto import pareto_front
-from nemo_minitron.search.space import candidates
+from nemo_minitron.search.space import candidates, pareto_front
 from nemo_minitron.stages.search import ranked
 from tests.tiny import LLAMA
 

@@ -20,8 +20,8 @@ from nemo_minitron.config.stages import (
 )
 from nemo_minitron.config.training import DataConfig
 from nemo_minitron.families.llama import LLAMA as FAMILY
-from nemo_minitron.importance.scores import Scores, model_meta
 from nemo_minitron.pruning.plan import Plan
+from nemo_minitron.pruning.scores import Scores, model_meta
 from nemo_minitron.stages import import_, prune
 from tests.tiny import LLAMA
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from nemo_minitron.cli import main
-from nemo_minitron.config.cluster import SlurmConfig
+from nemo_minitron.config.pipeline import SlurmConfig
 from nemo_minitron.runtime import ranks
 
 REPO = Path(__file__).parents[2]

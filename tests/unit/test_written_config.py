@@ -34,6 +34,12 @@ SOURCES: dict[str, dict[str, Any]] = {
         **{key: value for key, value in PUBLISHED["Qwen3-30B-A3B"].items() if key != "num_experts"},
         "num_local_experts": 128,
     },
+    "layers that do not rotate": {
+        **transformers.SmolLM3Config(
+            num_hidden_layers=8, no_rope_layers=[1, 0, 1, 1, 0, 1, 1, 1], dtype="bfloat16"
+        ).to_diff_dict(),
+        "architectures": ["SmolLM3ForCausalLM"],
+    },
     "a window that nothing leaves": {**MISTRAL_NEMO, "sliding_window": 128000},
 }
 
@@ -55,7 +61,7 @@ def test_nothing_changes_without_pruning(name: str) -> None:
 def test_only_sizes_change_with_pruning(name: str) -> None:
     """And head_dim, where it no longer follows from the others."""
     hf, config = SOURCES[name], read(SOURCES[name])
-    sizes: dict[str, Any] = {"num_layers": 5, "kept_layers": [0, 1, 2, 3, 4]}
+    sizes: dict[str, Any] = {}
     width = config.ffn_hidden_size // 2
     if config.num_moe_experts:
         sizes |= {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": width}
@@ -63,7 +69,7 @@ def test_only_sizes_change_with_pruning(name: str) -> None:
     if config.family != "gpt2":
         groups = config.num_query_groups
         sizes |= {"hidden_size": config.hidden_size // 2, "num_attention_heads": groups}
-    small = replace(config, **sizes)
+    small = config.resized(sizes, [0, 1, 2, 4, 5])
     written = written_config(small)
     assert replace(read(written), hf={}, kept_layers=[], dtype="") == replace(
         small, hf={}, kept_layers=[], dtype=""
@@ -72,13 +78,15 @@ def test_only_sizes_change_with_pruning(name: str) -> None:
     allowed = (
         *("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"),
         *("head_dim", "num_local_experts", "num_experts", "num_experts_per_tok", "layer_types"),
-        *("moe_intermediate_size", "n_layer", "n_inner", *CODE),
+        *("moe_intermediate_size", "n_layer", "n_inner", "no_rope_layers", *CODE),
     )
     uneven = small.hidden_size % small.num_attention_heads
     moved = {"architectures", "model_type"} if uneven and config.family == "llama" else set()
     assert changed <= {*allowed, *moved}
     if "layer_types" in hf:
         assert written["layer_types"] == ["full_attention"] * 5
+    if "no_rope_layers" in hf:
+        assert written["no_rope_layers"] == [1, 0, 1, 0, 1]
 
 
 def test_mistral_stays_mistral() -> None:
@@ -137,6 +145,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3": TINY | {"head_dim": 16},
     "nemotron": TINY,
     "phi3": TINY,
+    "smollm3": TINY,
+    "olmo2": TINY,
     "gpt2": {"vocab_size": 64, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4},
     "mixtral": TINY | {"num_local_experts": 4},
     "qwen2_moe": TINY | ROUTED | {"shared_expert_intermediate_size": 48},

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from nemo_minitron import cli
-from nemo_minitron.errors import Preempted
+from nemo_minitron.runtime.errors import Preempted
 
 VOCAB = 259
 CONFIG = {

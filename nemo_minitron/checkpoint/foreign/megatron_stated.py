@@ -31,7 +31,7 @@ class Stated:
         """A value.
 
         Raises:
-            ValueError: there is none.
+            ValueError: the file does not say it.
         """
         if self.values.get(key) is None:
             raise ValueError(f"{self.where} does not say {self.name(key)}")

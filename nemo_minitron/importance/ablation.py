@@ -1,4 +1,4 @@
-"""LM loss of the model without some of its layers (2407.14679, section 2.2; 2408.11796, section 4).
+"""Layer ablation: the LM loss without some layers (2407.14679 and 2408.11796).
 
 Nothing is rebuilt. Every micro-batch goes through Megatron's schedule once whole and then once per
 block of layers, that block bypassed on the ranks that hold it; in a pipeline these passes follow
@@ -28,8 +28,8 @@ Block = tuple[int, int]
 """Layers ``first .. stop - 1``, global and 0-based; empty when both are equal."""
 
 
-def removed_blocks(num_layers: int, scores: ScoreConfig) -> list[Block]:
-    """Blocks to measure the LM loss without, the empty one first; empty when there are none."""
+def ablated_blocks(num_layers: int, scores: ScoreConfig) -> list[Block]:
+    """The blocks to ablate, the empty one first; an empty list if no score needs any."""
     sizes = set(scores.block_sizes) if scores.layers_by("block_lm_loss") else set()
     sizes |= {1} if scores.layers_by("lm_loss") else set()
     blocks = [
@@ -69,8 +69,8 @@ class _Bypass:
 
 
 @contextmanager
-def leaving_out(chunks: Sequence[HiddenGPTModel], blocks: Sequence[Block]) -> Iterator[None]:
-    """Make forward pass k of every chunk leave out block ``k % len(blocks)``.
+def ablating(chunks: Sequence[HiddenGPTModel], blocks: Sequence[Block]) -> Iterator[None]:
+    """Make forward pass k of every chunk skip the layers of block ``k % len(blocks)``.
 
     Args:
         chunks: this rank's model chunks.
@@ -86,8 +86,12 @@ def leaving_out(chunks: Sequence[HiddenGPTModel], blocks: Sequence[Block]) -> It
         yield
 
 
-class Removal:
-    """``[blocks, 2]`` sums of LM loss and tokens on this rank; zeros off the last stage."""
+class LayerAblation:
+    """Measures the LM loss of the model without each block.
+
+    Attributes:
+        sums: ``[blocks, 2]`` LM loss and tokens of this rank; zeros off the last stage.
+    """
 
     def __init__(
         self, chunks: list[HiddenGPTModel], groups: ParallelGroups, blocks: Sequence[Block]
@@ -97,7 +101,7 @@ class Removal:
         Args:
             chunks: this rank's model chunks.
             groups: this rank's process groups.
-            blocks: see ``removed_blocks``.
+            blocks: see ``ablated_blocks``.
         """
         self.chunks, self.groups, self.blocks = chunks, groups, blocks
         self.runs = 0
@@ -133,7 +137,7 @@ class Removal:
         """
         shard = vocab_shard(self.chunks, self.groups, vocab_size)
         args = (self.chunks, self.groups, dataset, data, plan, self.runs)
-        with leaving_out(self.chunks, self.blocks):
+        with ablating(self.chunks, self.blocks):
             for batches in calibration_runs(*args):
                 passes = [batch for batch in batches for _ in self.blocks]
                 sums = batch_sums(self.chunks, passes, shard)

@@ -53,7 +53,7 @@ def log_file(path: Path) -> Iterator[None]:
     who = f" rank {rank()}" if (launched_world_size() or 1) > 1 else ""
     handler = logging.FileHandler(path)
     # On a full disk the error that ends the body says it all; the log must not hide or repeat it.
-    handler.handleError = lambda record: None  # type: ignore[method-assign]
+    handler.handleError = lambda record: None  # type: ignore[method-assign]  # as logging suggests
     handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s{who} %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     try:

@@ -8,11 +8,11 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nemo_minitron.checkpoint.megatron_stated import Stated
+from nemo_minitron.checkpoint.foreign.megatron_stated import Stated
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.registry import FAMILIES
 from nemo_minitron.families.rope import LLAMA3_SCALING
-from nemo_minitron.families.table import Family
+from nemo_minitron.families.table import COMMON_SPEC, Family
 
 _Allowed = Callable[[Any], bool]
 
@@ -37,7 +37,6 @@ _ONLY: dict[str, tuple[_Allowed, str]] = {
     "seq_len_interpolation_factor": (_one_of(None, 1), "null"),
     "window_size": (_no_window, "null"),
     "qk_l2_norm": (_one_of(None, False), "false"),
-    "no_rope_freq": (_one_of(None), "null"),
     "attention_output_gate": (_one_of(None, False), "false"),
     "experimental_attention_variant": (_one_of(None), "null"),
     "softmax_type": (_one_of(None, "vanilla"), "vanilla"),
@@ -116,7 +115,19 @@ def _positions(stated: Stated) -> dict[str, Any]:
         found["rotary_base"] = float(stated.get("rotary_base", 10000))
         found["rotary_percent"] = float(stated.get("rotary_percent", 1.0))
         found["rope_scaling"] = _scaling(stated)
+        found["no_rope_freq"] = _without_rotation(stated)
     return found
+
+
+def _without_rotation(stated: Stated) -> list[int] | None:
+    """For each layer whether it is not rotated; Megatron also takes a number, of every n-th."""
+    value, layers = stated.get("no_rope_freq", None), stated.need("num_layers")
+    if not isinstance(value, int):
+        return None if value is None else [int(bool(entry)) for entry in value]
+    if value and (value < 0 or layers % value):
+        raise stated.refuse("no_rope_freq", f"a divisor of num_layers={layers}")
+    every = [0] * (value - 1) + [1]
+    return every * (layers // value) if value else None
 
 
 def _experts(stated: Stated, ffn: int) -> dict[str, Any]:
@@ -125,7 +136,7 @@ def _experts(stated: Stated, ffn: int) -> dict[str, Any]:
         return {"ffn_hidden_size": ffn}
     width = stated.get("moe_ffn_hidden_size", ffn)
     return {
-        # The width of dense layers, of which there are none.
+        # The width of dense layers, which this model does not have.
         "ffn_hidden_size": width,
         "num_moe_experts": experts,
         "moe_ffn_hidden_size": width,
@@ -198,6 +209,13 @@ def _differences(family: Family, fields: dict[str, Any]) -> dict[str, Any]:
     return {name: getattr(again, name) for name in fields if getattr(again, name) != fields[name]}
 
 
+def _with_the_spec(stated: Stated) -> list[Family]:
+    """Families whose layers are built by the spec that is stated, else those with Megatron's."""
+    spec = ":".join(stated.get("spec", None) or ())
+    own = [family for family in FAMILIES.values() if family.layer_spec == spec]
+    return own or [family for family in FAMILIES.values() if family.layer_spec == COMMON_SPEC]
+
+
 def match_family(stated: Stated, fields: dict[str, Any]) -> tuple[Family, ModelConfig]:
     """The first family that can express these fields, and the config.
 
@@ -209,7 +227,7 @@ def match_family(stated: Stated, fields: dict[str, Any]) -> tuple[Family, ModelC
     except ValueError as error:
         raise ValueError(f"{stated.where}: {error}") from error
     nearest: tuple[Family, dict[str, Any]] | None = None
-    for family in FAMILIES.values():
+    for family in _with_the_spec(stated):
         differ = _differences(family, fields)
         if not differ:
             return family, ModelConfig(family=family.name, **fields)

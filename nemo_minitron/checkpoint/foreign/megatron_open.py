@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.checkpoint.foreign.megatron_fields import match_family, model_fields
+from nemo_minitron.checkpoint.foreign.megatron_sources import Source, find_source
 from nemo_minitron.checkpoint.hf_refusals import refuse_adapter_names
 from nemo_minitron.checkpoint.lazy import LazyTensor, Store, first_rows, main_dtype
-from nemo_minitron.checkpoint.megatron_fields import match_family, model_fields
-from nemo_minitron.checkpoint.megatron_sources import Source, find_source
 from nemo_minitron.checkpoint.parts import Part
 from nemo_minitron.checkpoint.safe_pickle import PICKLE_ERRORS, read_torch_file
 from nemo_minitron.checkpoint.tokenizer_files import (
@@ -39,8 +39,8 @@ class Found:
         family: its table.
         config: its sizes; the vocabulary true, without padding.
         store: Megatron names, global shapes.
-        tokenizer: files of its tokenizer; empty when there is none.
-        generation: generation_config.json; empty when there is none.
+        tokenizer: files of its tokenizer; empty if it has no tokenizer.
+        generation: generation_config.json; empty if it does not exist.
     """
 
     family: Family
@@ -90,7 +90,7 @@ def _distributed(source: Source) -> _Weights:
     refuse_adapter_names(source.weights, map(str, checkpoint.metadata.state_dict_metadata))
     prefix = _prefix(source.weights, checkpoint.tensor)
     _refuse_hybrid(source, checkpoint, prefix)
-    rows = checkpoint.metadata.state_dict_metadata[prefix + _EMBEDDING].size[0]  # type: ignore[union-attr]
+    rows = checkpoint.metadata.state_dict_metadata[prefix + _EMBEDDING].size[0]  # type: ignore[union-attr]  # `_prefix` found a tensor there
     return _Weights(rows, partial(stored_weights, checkpoint, prefix=prefix))
 
 

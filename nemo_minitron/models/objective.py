@@ -1,0 +1,123 @@
+"""What a model learns from: labels alone, a resident teacher, or stored teacher outputs."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nemo_minitron.distillation.logit_loss import TeacherStates
+from nemo_minitron.distillation.logit_shards import stored_targets
+from nemo_minitron.distillation.top_k import TopKTargets
+from nemo_minitron.models.intermediate import IntermediateLosses
+from nemo_minitron.models.schedule import Batch, gathered_hidden
+from nemo_minitron.models.teacher import Teacher
+from nemo_minitron.runtime.groups import ParallelGroups
+from nemo_minitron.runtime.launch import device
+
+Number = TypeVar("Number")
+
+
+class StepSums(NamedTuple, Generic[Number]):
+    """Sums over target tokens: tensors on the device, or numbers on the host.
+
+    Attributes:
+        kd: the distillation loss on the logits.
+        ce: the cross entropy.
+        tokens: the number of target tokens.
+    """
+
+    kd: Number
+    ce: Number
+    tokens: Number
+
+
+def on_host(sums: StepSums[Tensor]) -> StepSums[float]:
+    """Copy the sums to the host, which waits for the device once."""
+    return StepSums(*torch.stack(sums).tolist())
+
+
+def add_up(parts: Sequence[StepSums[Tensor]]) -> StepSums[Tensor]:
+    """Add up the sums of several passes; no passes add up to zeros."""
+    if not parts:
+        return StepSums(*torch.zeros(3, device=device()))
+    return StepSums(*torch.stack([torch.stack(part) for part in parts]).sum(0))
+
+
+def reduced(parts: Sequence[StepSums[Tensor]], groups: ParallelGroups) -> StepSums[Tensor]:
+    """Sums of the global batch, the same on every rank (collective).
+
+    Args:
+        parts: the sums of this rank's micro-batches on the last pipeline stage, else empty.
+        groups: this rank's process groups.
+    """
+    total = torch.stack(add_up(parts))
+    dist.all_reduce(total, group=groups.dp_cp)
+    dist.broadcast(total, src=groups.last_stage_global_rank, group=groups.pp)
+    return StepSums(*total)
+
+
+class Objective(Protocol):
+    """Gives the teacher's side of the loss for every micro-batch of a global batch."""
+
+    def prepare(self, micro_batches: list[Batch], *, train: bool) -> None:
+        """Do what comes before the student's pass over a global batch (a call of every rank)."""
+
+    def targets(
+        self, index: int, batch: Batch, *, keep: bool
+    ) -> TeacherStates | TopKTargets | None:
+        """What the student's logits of a micro-batch are compared with (last stage only).
+
+        Args:
+            index: number of the micro-batch in its global batch.
+            batch: the micro-batch.
+            keep: whether the same targets are asked for again.
+        """
+
+
+class LabelsAlone:
+    """No teacher: the loss is the cross entropy of the labels."""
+
+    def prepare(self, micro_batches: list[Batch], *, train: bool) -> None:
+        """Nothing has to be prepared."""
+
+    def targets(self, index: int, batch: Batch, *, keep: bool) -> None:
+        """There is no teacher to compare with."""
+
+
+class StoredOutputs:
+    """A teacher that ran before: its largest logits come with the samples (``StoredTeacher``)."""
+
+    def __init__(self, temperature: float) -> None:
+        """Remember the softmax temperature of the stored normalisers."""
+        self.temperature = temperature
+
+    def prepare(self, micro_batches: list[Batch], *, train: bool) -> None:
+        """Nothing has to be prepared: the batches hold the targets."""
+
+    def targets(self, index: int, batch: Batch, *, keep: bool) -> TopKTargets:
+        """Read the targets from the batch."""
+        return stored_targets(batch, self.temperature)
+
+
+class ResidentTeacher:
+    """A teacher on the same ranks, which sees the whole global batch before the student."""
+
+    def __init__(self, teacher: Teacher, intermediate: IntermediateLosses | None) -> None:
+        """Take the frozen model and the losses that also read its inner states."""
+        self.teacher, self.intermediate = teacher, intermediate
+        self._states: dict[int, Tensor] = {}
+
+    def prepare(self, micro_batches: list[Batch], *, train: bool) -> None:
+        """Run the teacher; in training its inner states travel to the stages that need them."""
+        inner = self.intermediate if train else None
+        with inner.captured(micro_batches) if inner else nullcontext():
+            self._states = dict(enumerate(self.teacher.hidden_states(micro_batches)))
+
+    def targets(self, index: int, batch: Batch, *, keep: bool) -> TeacherStates:
+        """Final hidden state of a micro-batch; its memory is freed after the last use."""
+        hidden = self._states[index] if keep else self._states.pop(index)
+        rows = gathered_hidden(hidden, self.teacher.chunks[-1])
+        return TeacherStates(rows, self.teacher.output_weight)
