@@ -44,7 +44,7 @@ TEACHER = ModelConfig(
     max_position_embeddings=8192,
     share_embeddings_and_output_weights=True,
 )
-STUDENT = {"hidden_size": 448, "ffn_hidden_size": 1024}
+STUDENT = replace(TEACHER, hidden_size=448, ffn_hidden_size=1024)
 LAYOUTS = {
     "TP=1": (1, ParallelConfig()),
     "PP=2": (2, ParallelConfig(pipeline_model_parallel_size=2)),
@@ -65,7 +65,7 @@ def _config(
     precision: str,
 ) -> Any:
     data = DataConfig(path="-", seq_length=seq, global_batch_size=samples)
-    sections = {
+    sections: dict[str, Any] = {
         "gpt": student,
         "parallel": parallel,
         "data": data,
@@ -238,7 +238,7 @@ def main() -> int:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     args = parse()
     teacher = replace(TEACHER, num_layers=args.layers)
-    student = replace(teacher, **STUDENT)
+    student = replace(STUDENT, num_layers=args.layers)
     pool, results = WorkerPool(), {}
     try:
         for layout, (size, parallel) in LAYOUTS.items():

@@ -343,7 +343,7 @@ def run_case(make: Callable[[Path], tuple[str, list[str]]], work: Path) -> Ended
         finally:
             os._exit(code)
     _, status, used = os.wait4(child, 0)
-    found = json.loads(report.read_text()) if report.exists() else ["?", []]
+    found: list[Any] = json.loads(report.read_text()) if report.exists() else ["?", []]
     kind, words, *rest = found
     kept = [work / name for name in ("raised", "stderr") if (work / name).exists()]
     said = "".join(path.read_text(errors="replace") for path in kept)
@@ -368,11 +368,11 @@ def prepare(home: Path) -> None:
     if isinstance(words["eos_token"], dict):
         words["eos_token"] = words["eos_token"]["content"]
     fixed = json.dumps(words)
-    edited(
-        home / "before",
-        home / "model",
-        lambda f: (f / "tokenizer" / "tokenizer_config.json").write_text(fixed) and None,
-    )
+
+    def fix(checkpoint: Path) -> None:
+        (checkpoint / "tokenizer" / "tokenizer_config.json").write_text(fixed)
+
+    edited(home / "before", home / "model", fix)
     write_gguf(home / "m.gguf", llama())
     write_pair(home / "pair", [17] * 40)
     texts = [{"text": f"Some words, {np.base_repr(n, 36)}."} for n in range(200)]

@@ -16,10 +16,12 @@ import platform
 import sys
 import time
 from contextlib import ExitStack
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from benchmarks.docs_block import markdown_table, write_block
 from nemo_minitron.config.model import ModelConfig
@@ -76,13 +78,18 @@ def time_passes(tp: int, batches: int, seq_length: int) -> Passes:
         for kind in order:
             with ExitStack() as handles:
                 if kind == "hooked":
-                    recorder.register(lambda handle, keep=handles: keep.callback(handle.remove))
+                    recorder.register(partial(_keep, handles))
                 torch.distributed.barrier(group=groups.tp)
                 start = time.perf_counter(), time.process_time()
                 run_schedule([chunk], [batch], _nothing, forward_only=True, collect_outputs=True)
                 spent = time.perf_counter() - start[0], time.process_time() - start[1]
             seconds[kind].append(spent)
     return {kind: passes[1:] for kind, passes in seconds.items()}
+
+
+def _keep(handles: ExitStack, handle: RemovableHandle) -> None:
+    """Remove a hook at the end of the context."""
+    handles.callback(handle.remove)
 
 
 def _nothing(index: int, batch: Any, hidden: torch.Tensor) -> None:

@@ -38,6 +38,7 @@ def ours(chunk_size: int | None) -> Loss:
     def loss(hidden: Tensor, weight: Tensor, t_hidden: Tensor, t_weight: Tensor) -> Tensor:
         labels = torch.zeros(len(hidden), dtype=torch.int64, device=DEVICE)
         mask = torch.ones(len(hidden), device=DEVICE)
+        assert dist.group.WORLD is not None, "the worker has initialised it"
         shard = VocabShard(dist.group.WORLD, len(weight), len(weight))
         teacher = TeacherStates(t_hidden, t_weight)
         total, _ = logit_loss(hidden, weight, labels, mask, config, shard, teacher)
@@ -177,9 +178,10 @@ def main() -> None:
             tensors = inputs(args.vocab, args.tokens, widths, dtype)
         found.append(measure(loss, tensors, args.calls))
         if index == 0:
-            torch.save(
-                [tensors[0].grad.cpu(), tensors[1].grad[:: args.every].cpu()], f"{args.out}.pt"
-            )
+            hidden, weight = (tensor.grad for tensor in tensors[:2])
+            assert hidden is not None
+            assert weight is not None
+            torch.save([hidden.cpu(), weight[:: args.every].cpu()], f"{args.out}.pt")
     Path(args.out).write_text(json.dumps(found))
 
 

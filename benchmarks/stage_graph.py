@@ -7,11 +7,13 @@ inside long-lived processes. Results stay in a folder: what is there is not run 
 import contextlib
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from nemo_minitron.runtime.console import progress
 
@@ -102,10 +104,12 @@ def run_graph(
     seconds: dict[str, float] = {}
     running: dict[Future[float], str] = {}
     context = multiprocessing.get_context("spawn")
+    # Python 3.10 keeps a process for as many stages as there are.
+    renewed: dict[str, Any] = {}
+    if sys.version_info >= (3, 11):
+        renewed["max_tasks_per_child"] = stages_each
     with (
-        ProcessPoolExecutor(
-            processes, context, initializer=_one_thread, max_tasks_per_child=stages_each
-        ) as pool,
+        ProcessPoolExecutor(processes, context, initializer=_one_thread, **renewed) as pool,
         progress("stages", len(waiting)) as advance,
     ):
         while waiting or running:

@@ -69,7 +69,8 @@ def kill_in(line: list[str], partial: Path, log: Path) -> None:
             if process.poll() is not None:
                 raise RuntimeError(f"the pipeline ended before {partial.name} began, see {log}")
             time.sleep(0.01)
-        for member in (*psutil.Process(process.pid).children(recursive=True), process):
+        started = psutil.Process(process.pid)
+        for member in (*started.children(recursive=True), started):
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
         process.wait()

@@ -122,7 +122,8 @@ class WorkerPool:
                 os.unlink(store)
 
     def _collect(self, size: int, name: str) -> list[Any]:
-        results, errors = [], []
+        results: list[Any] = []
+        errors: list[str] = []
         for rank in range(size):
             connection = self._workers[rank][1]
             if not connection.poll(TIMEOUT_SECONDS + 60):

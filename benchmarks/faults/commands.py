@@ -17,8 +17,10 @@ SIZES = {
     "vocab_size": VOCAB,
 }
 DATA = ("data.path=tokens.npy", "data.seq_length=16", "data.micro_batch_size=1")
-TRAIN = ("trainer.limit_val_batches=0", "trainer.max_steps=6", "trainer.save_every_n_steps=2")
-TRAIN += ("optim.lr_warmup_steps=0", "data.global_batch_size=2")
+TRAIN = (
+    *("trainer.limit_val_batches=0", "trainer.max_steps=6", "trainer.save_every_n_steps=2"),
+    *("optim.lr_warmup_steps=0", "data.global_batch_size=2"),
+)
 STAGES: Mapping[str, tuple[str, ...]] = {
     "import": ("source=source",),
     "importance": (

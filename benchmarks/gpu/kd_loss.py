@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,14 @@ from nemo_minitron.config.distillation import DistillationConfig
 from tests.oracle.environment import ROOT, OracleUnavailableError, oracle_python
 
 # Vocabulary of Llama 3, tokens; widths of Llama-3.1-Minitron-4B (width-pruned) and its teacher.
-FULL = {"vocab": 128_256, "tokens": 4096, "widths": (3072, 4096), "every": 16, "calls": 10}
-SMALL = {"vocab": 2000, "tokens": 96, "widths": (32, 48), "every": 1, "calls": 1}
+FULL: Mapping[str, Any] = {
+    "vocab": 128_256,
+    "tokens": 4096,
+    "widths": (3072, 4096),
+    "every": 16,
+    "calls": 10,
+}
+SMALL: Mapping[str, Any] = {"vocab": 2000, "tokens": 96, "widths": (32, 48), "every": 1, "calls": 1}
 CHUNKS = {False: (64, 128, 256, 512, 1024, 2048, 4096), True: (32, 64)}
 DEFAULT = DistillationConfig().chunk_size
 LIMITS = {"value": 1e-5, "gradients": 1e-5, "half": 1.5}

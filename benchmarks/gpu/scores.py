@@ -122,7 +122,8 @@ def run(options: Options) -> Result:
     with distributed(ParallelConfig()):
         found, plan = scored(config, samples, length)
         cost = _cost(config, length, 3 if options.small else 20)
-    rows, figures = [], {"cost": cost, "axes": {}}
+    rows: list[list[str]] = []
+    figures: dict[str, Any] = {"cost": cost, "axes": {}}
     for axis, kept in _kept(plan).items():
         theirs = _kept(wanted_plan)[axis]
         differ = sum(len(set(a) ^ set(b)) for a, b in zip(kept, theirs, strict=True))

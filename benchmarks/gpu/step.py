@@ -40,9 +40,9 @@ BIG = replace(
     num_query_groups=8,
     vocab_size=128_256,
 )
-BIG_STUDENT = {"hidden_size": 1536, "ffn_hidden_size": 6144}
+BIG_STUDENT = replace(BIG, hidden_size=1536, ffn_hidden_size=6144)
 TINY = replace(TEACHER, num_layers=2, hidden_size=96, ffn_hidden_size=192, vocab_size=1024)
-TINY_STUDENT = {"hidden_size": 72, "ffn_hidden_size": 128}
+TINY_STUDENT = replace(TINY, hidden_size=72, ffn_hidden_size=128)
 RATIO_LIMIT = 1.05
 GRADIENT_LIMIT = 1e-4
 # Calls of the runtime that return when the device has caught up, and copies that do the same
@@ -123,12 +123,10 @@ def _precision(options: Options) -> str:
 
 def run(options: Options) -> Result:
     """Gradients first, then times, then the trace."""
-    tiny = replace(TINY, **TINY_STUDENT)
-    wanted, found = on_cpu(gradients, TINY, tiny), gradients(TINY, tiny)
+    wanted, found = on_cpu(gradients, TINY, TINY_STUDENT), gradients(TINY, TINY_STUDENT)
     errors = [relative(a, b) for a, b in zip(found, wanted, strict=True)]
-    teacher, cut = (TINY, TINY_STUDENT) if options.small else (BIG, BIG_STUDENT)
+    teacher, student = (TINY, TINY_STUDENT) if options.small else (BIG, BIG_STUDENT)
     samples, seq, rounds = (2, 32, 2) if options.small else (8, 2048, 7)
-    student = replace(teacher, **cut)
     with distributed(ParallelConfig()):
         sizes = (samples, seq, rounds)
         times = measure(teacher, student, ParallelConfig(), *sizes, _precision(options))

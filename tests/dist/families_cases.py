@@ -1,4 +1,4 @@
-"""Tasks for the rank pool: everything a model family must show at one layout."""
+"""Tasks for the rank pool: everything that a model family is tested for at one layout."""
 
 from pathlib import Path
 from typing import Any

@@ -1,6 +1,7 @@
 """What the tests of generation run on the ranks."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,11 +12,12 @@ from nemo_minitron.runtime.launch import init_model_parallel
 Ids = list[int]
 
 
-def continuations_at(folder: str, degrees: dict[str, int], prompts: list[Ids], new: int) -> list[Ids]:
+def continuations_at(
+    folder: str, degrees: dict[str, Any], prompts: list[Ids], new: int
+) -> list[Ids]:
     """Greedy continuations by the model of a ``checkpoint/`` at a layout, without stop tokens."""
-    from nemo_minitron.models.inference import CachedModel, continue_prompts
+    from nemo_minitron.models.inference import GREEDY, CachedModel, continue_prompts
     from nemo_minitron.models.weights import load_frozen
-    from nemo_minitron.models.inference import GREEDY
     from nemo_minitron.runtime.groups import ParallelGroups
 
     parallel = ParallelConfig(**degrees)

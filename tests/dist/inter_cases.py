@@ -63,9 +63,7 @@ def inter_gradients(
 
     model = built(student, teacher, parallel, over)
     sums = step(model)
-    copies = [
-        (copy.copy, copy.weight.main_grad.clone()) for copy in model.intermediate.projections
-    ]
+    copies = [(copy.copy, copy.weight.main_grad.clone()) for copy in model.intermediate.projections]
     for chunk in model.chunks:
         for parameter in chunk.parameters():
             parameter.data = parameter.main_grad.clone()

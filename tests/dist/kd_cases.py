@@ -60,6 +60,12 @@ def batches(samples: int, seq: int, vocab: int, seed: int = 0) -> list[dict[str,
     return out
 
 
+def zero_gradients(model: Any) -> None:
+    """What Megatron's DDP asks for before the first micro-batch of a step."""
+    for chunk in model.model:
+        chunk.zero_grad_buffer()
+
+
 def kd_gradients(
     student: tuple[ModelConfig, str],
     teacher: tuple[ModelConfig, str],
@@ -105,8 +111,7 @@ def kd_gradients_of_kinds(
     for out, over in kinds.items():
         if over is not first:
             model.distillation = DistillationConfig(**{"chunk_size": 7, **over})
-        for chunk in model.model:
-            chunk.zero_grad_buffer()
+        zero_gradients(model)
         found.append(list(on_host(model.forward_backward(mine))))
         _save_gradients(model, Path(out), student[0])
     return found

@@ -111,9 +111,9 @@ def _watching_memory(chunks) -> Iterator[list[int]]:
 
 def _prune(chunks, config: ModelConfig, plan: Plan, parallel: ParallelConfig, groups, folder: str):
     from nemo_minitron.families.registry import family_of
+    from nemo_minitron.models.prune_live import prune_live
     from nemo_minitron.models.weights import save_weights
     from nemo_minitron.pruning.exchange import Traffic
-    from nemo_minitron.models.prune_live import prune_live
 
     traffic = Traffic()
     before = _held(p for chunk in chunks for p in chunk.parameters())
@@ -218,8 +218,8 @@ def gradients_after_pruning(
     from nemo_minitron.config.training import OptimConfig
     from nemo_minitron.families.registry import family_of
     from nemo_minitron.models.optim import wrap_ddp
-    from nemo_minitron.models.schedule import run_schedule
     from nemo_minitron.models.prune_live import prune_live
+    from nemo_minitron.models.schedule import run_schedule
 
     groups = _start(parallel)
     chunks = _load(config, folder, parallel, groups)
@@ -243,6 +243,7 @@ def exchange_rows(dtype: torch.dtype) -> None:
     from nemo_minitron.pruning.exchange import Move, Traffic, Transfer, plan_transfers, redistribute
 
     me, group = dist.get_rank(), dist.group.WORLD
+    assert group is not None
     rows = torch.arange(8)
     table = rows[:, None] * torch.ones(1, 3, dtype=torch.long)
     owned = {0: rows[:4], 1: rows[4:]}

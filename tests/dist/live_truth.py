@@ -12,8 +12,8 @@ from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.stages import PruningConfig
 from nemo_minitron.families.registry import family_of
-from nemo_minitron.pruning.scores import Scores, model_meta
 from nemo_minitron.pruning.plan import Plan, make_plan, pruned_config
+from nemo_minitron.pruning.scores import Scores, model_meta
 from nemo_minitron.pruning.slicing import prune_store
 from tests.dist.live_cases import Result, logits_at, score_and_prune
 from tests.layout_table import LayoutTable
@@ -140,6 +140,7 @@ def owners(name: str, shape: torch.Size, config: ModelConfig, parallel: Parallel
         result[part.flatten()] = rank
     if ".local_experts." in name:
         expert = int(name.split(".local_experts.")[1].split(".")[0])
+        assert config.num_moe_experts is not None
         result += tp * (expert * parallel.expert_model_parallel_size // config.num_moe_experts)
     return result.view(shape)
 

@@ -1,8 +1,5 @@
 """Tasks for the rank pool: distillation losses on vocabulary shards."""
 
-from typing import Any
-
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -36,9 +33,12 @@ def sharded_losses(vocabularies: list[int]) -> dict[tuple[int, str], list[Tensor
 
 
 def _run(vocab: int, kind: str, *, stored: bool) -> list[Tensor]:
-    size, config = dist.group.WORLD.size(), config_of(kind)
+    size, config = dist.get_world_size(), config_of(kind)
     inputs = problem(vocab, rows=-(-vocab // size) * size)
-    targets = stored_targets(inputs, vocab, config.top_k, config.temperature) if stored else None
+    if not stored:
+        return run_loss(inputs, vocab, config)
+    assert config.top_k is not None
+    targets = stored_targets(inputs, vocab, config.top_k, config.temperature)
     return run_loss(inputs, vocab, config, targets)
 
 
@@ -57,6 +57,7 @@ def run_loss(
         stored: instead of the teacher's hidden state and weight.
     """
     group = dist.group.WORLD
+    assert group is not None
     shard = VocabShard(group, vocab, inputs["weight"].size(0) // group.size())
     mine = slice(shard.start, shard.start + shard.rows)
     hidden = inputs["hidden"].clone().requires_grad_()
@@ -65,4 +66,6 @@ def run_loss(
     labels, mask = inputs["labels"], inputs["mask"]
     total, parts = logit_loss(hidden, weight, labels, mask, config, shard, teacher)
     (total / 2).backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
     return [parts, hidden.grad, weight.grad]

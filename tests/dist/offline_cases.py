@@ -8,7 +8,7 @@ import torch
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from tests.dist.kd_cases import batches, model_cfg
+from tests.dist.kd_cases import batches, model_cfg, zero_gradients
 from tests.tiny import token_batch
 
 TOP_K = 6
@@ -23,8 +23,7 @@ def gradients(model: Any, micro_batches: list[dict[str, torch.Tensor]]) -> tuple
     optim = replace(model.optim_cfg, use_distributed_optimizer=False)
     model.model = torch.nn.ModuleList(wrap_ddp(model.chunks, optim))
     build_optimizer(list(model.model), optim, model.trainer_cfg)
-    for chunk in model.model:
-        chunk.zero_grad_buffer()
+    zero_gradients(model)
     sums = model.forward_backward([on_this_cp_rank(batch, model.groups) for batch in micro_batches])
     grads = [p.main_grad.clone() for chunk in model.chunks for p in chunk.parameters()]
     return list(on_host(sums)), grads

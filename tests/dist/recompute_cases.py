@@ -8,7 +8,7 @@ import torch
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from tests.dist.kd_cases import batches, model_cfg
+from tests.dist.kd_cases import batches, model_cfg, zero_gradients
 
 _COUNTED = {
     "core_attention": "core_attn",
@@ -48,8 +48,7 @@ def _step(
     model.model = torch.nn.ModuleList(wrap_ddp(model.chunks, model.optim_cfg))
     build_optimizer(list(model.model), model.optim_cfg, model.trainer_cfg)
     model.train()
-    for chunk in model.model:
-        chunk.zero_grad_buffer()
+    zero_gradients(model)
     sums = model.forward_backward(batches(MICRO_BATCHES, 16, student[0].vocab_size))
     gradients = {
         f"{index}.{name}": parameter.main_grad.clone()

@@ -11,7 +11,7 @@ from nemo_minitron.config.stages import ScoreConfig
 from nemo_minitron.config.training import DataConfig
 
 
-class Cut(Exception):
+class CutError(Exception):
     """Stands for whatever ends a job."""
 
 
@@ -49,12 +49,12 @@ def score(
         nonlocal done
         done += count
         if cut_after is not None and done >= cut_after:
-            raise Cut
+            raise CutError
 
     dataset = NpyDataset(ids.numpy(), len(ids))
     try:
         result = estimate_scores(chunks, config, groups, dataset, data, scores, advance, saved)
-    except Cut:
+    except CutError:
         return None
     saved.remove()
     return result, saved.resumed

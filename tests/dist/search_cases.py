@@ -8,7 +8,7 @@ from unittest.mock import patch
 from tests.e2e.bad_input import Ending, run_line
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """Stands for a job that ends without warning."""
 
 
@@ -26,13 +26,13 @@ def killed_after(line: list[str], candidates: int, steps: int) -> tuple[int, int
 
     def counted_score(*args):
         if done["scored"] == candidates:
-            raise Killed
+            raise KilledError
         done["scored"] += 1
         return score(*args)
 
     def counted_step(*args):
         if done["steps"] == steps:
-            raise Killed
+            raise KilledError
         done["steps"] += 1
         return step(*args)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from tests.dist.kd_cases import batches, model_cfg
+from tests.dist.kd_cases import batches, model_cfg, zero_gradients
 from tests.dist.training_cases import left_in_memory, train
 
 Pair = tuple[ModelConfig, str]
@@ -75,8 +75,7 @@ def _two_batches(
     model.train()
     passes, dp, gradients = _count_layers(model), model.groups.dp, []
     for seed in (0, 1):
-        for chunk in model.model:
-            chunk.zero_grad_buffer()
+        zero_gradients(model)
         mine = batches(GLOBAL_BATCH, 16, student[0].vocab_size, seed)[dp.rank() :: dp.size()]
         model.forward_backward(mine)
         gradients.append(
@@ -86,7 +85,8 @@ def _two_batches(
                 for name, parameter in chunk.named_parameters()
             }
         )
-    buckets = sum(len(chunk.bucket_groups) for chunk in model.model)
+    chunks: list[Any] = list(model.model)
+    buckets = sum(len(chunk.bucket_groups) for chunk in chunks)
     return gradients, Found(0.0, passes, buckets, _student_alone(model))
 
 

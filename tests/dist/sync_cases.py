@@ -3,6 +3,7 @@
 import sys
 from collections import Counter
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from tests.dist.kd_cases import batches, model_cfg
+from tests.dist.kd_cases import batches, model_cfg, zero_gradients
 
 # Operators whose result has a size or a Python value that only the device knows, and the one that
 # makes a tensor of Python numbers: copying it to a GPU waits for the stream.
@@ -36,7 +37,7 @@ _STAND_IN = ("runtime", "cpu.py")  # every call passes through it where there is
 
 
 def _by_mask(args: tuple[Any, ...]) -> bool:
-    """Whether an index operator has to count what a mask selects; filling with one value has not."""
+    """Whether an index operator counts what a mask selects; filling with one value does not."""
     indices = args[1] if isinstance(args[1], list | tuple) else []
     masks = any(index is not None and index.dtype == torch.bool for index in indices)
     return masks and not (len(args) > 2 and args[2].numel() == 1)
@@ -44,12 +45,12 @@ def _by_mask(args: tuple[Any, ...]) -> bool:
 
 def _caller() -> str:
     """``file:line`` of the innermost frame of our package or Megatron."""
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         parts = Path(frame.f_code.co_filename).parts
         for package in _PACKAGES:
             if package in parts and parts[-2:] != _STAND_IN:
-                return f"{'/'.join(parts[parts.index(package):])}:{frame.f_lineno}"
+                return f"{'/'.join(parts[parts.index(package) :])}:{frame.f_lineno}"
         frame = frame.f_back
     return "torch"
 
@@ -92,8 +93,7 @@ def waits(
     model.train()
     found = []
     for count in counts:
-        for chunk in model.model:
-            chunk.zero_grad_buffer()
+        zero_gradients(model)
         micro_batches = batches(count, 16, student[0].vocab_size)
         with Waits() as mode:
             model.forward_backward(micro_batches)

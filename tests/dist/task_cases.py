@@ -1,6 +1,7 @@
 """What the tests of tasks run on the ranks."""
 
 from pathlib import Path
+from typing import Any
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
@@ -10,7 +11,7 @@ Ids = list[int]
 
 
 def scores_at(
-    folder: str, degrees: dict[str, int], requests: list[tuple[Ids, Ids]]
+    folder: str, degrees: dict[str, Any], requests: list[tuple[Ids, Ids]]
 ) -> list[tuple[float, bool]]:
     """Scores of requests by the model of a ``checkpoint/`` at a layout."""
     from nemo_minitron.evaluation.requests import Request, RequestScorer

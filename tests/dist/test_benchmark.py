@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.config.stages import BenchmarkConfig
 from nemo_minitron.config.identity import input_paths
+from nemo_minitron.config.stages import BenchmarkConfig
 from nemo_minitron.reporting.speed import speed_rows
 from tests.e2e.bad_input import build, done, line, run_line
 
@@ -75,7 +75,9 @@ def test_layouts(ranks, home, tmp_path, degree):
     share = 1 if degree == "data" else 2
     assert model["equal"]["memory"]["kv_cache"] == cache_bytes(4, 4, 12, 1) // share
     assert "largest" not in model
-    step, rate = (model["equal"][k]["median"] for k in ("token_seconds", "decode_tokens_per_second"))
+    step, rate = (
+        model["equal"][k]["median"] for k in ("token_seconds", "decode_tokens_per_second")
+    )
     assert rate == pytest.approx((2 if degree == "data" else 1) / step)
 
 

@@ -39,7 +39,9 @@ def layout(tp: int = 1, pp: int = 1, vpp: int | None = None, sp: bool = False) -
 def test_megatron_reads_and_writes_the_same_weights(
     ranks: WorkerPool, tmp_path, monkeypatch, ranks_used, parallel, config
 ):
-    monkeypatch.setattr("nemo_minitron.checkpoint.lazy.BLOCK_BYTES", 20_000)  # of the embedding's 25,856
+    monkeypatch.setattr(
+        "nemo_minitron.checkpoint.lazy.BLOCK_BYTES", 20_000
+    )  # of the embedding's 25,856
     family, weights = family_of(config), random_weights(config)
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     ours.mkdir()

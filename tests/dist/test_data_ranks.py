@@ -11,6 +11,10 @@ from nemo_minitron.data.sampler import build_dataloader
 from tests.unit.data_fixtures import data_config, make_texts, save_tokenizer, write_jsonl
 
 
+def _barrier() -> None:
+    dist.barrier()
+
+
 def _rank(rank: int, world: int, folder: Path, vocab_size: int) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
@@ -23,9 +27,9 @@ def _rank(rank: int, world: int, folder: Path, vocab_size: int) -> None:
         tokenizer_dir=folder / "tokenizer",
         splits=("train", "validation"),
         rank=rank,
-        barrier=dist.barrier,
+        barrier=_barrier,
     )
-    train, _, _ = build_datasets(data, tokens, (24, 8, 0), rank, dist.barrier)
+    train, _, _ = build_datasets(data, tokens, (24, 8, 0), rank, _barrier)
     assert train is not None
     loader = build_dataloader(train, data, dp_rank=rank, dp_size=world, drop_last=True)
     mine = torch.stack([batch["tokens"] for batch in loader])  # [micro-batches, 2, s]
@@ -52,5 +56,6 @@ def test_ranks_read_what_one_rank_would(tmp_path):
         splits=("train",),
     )
     train = build_datasets(data, tokens, (24, 0, 0))[0]
+    assert train is not None
     alone = torch.stack([train[i]["tokens"] for i in range(24)])
     assert torch.equal(batches.transpose(0, 1).reshape(24, -1), alone)

@@ -79,14 +79,14 @@ def _hf_model(pair_member, folder: Path):
     "over", [{}, {"ce_weight": 0.5, "temperature": 2.0}], ids=["kd", "kd_ce_t2"]
 )
 def test_gradients_equal_transformers(ranks, pair, over):
-    """Must-show 5 of issue 1: loss and gradients of a plain transformers + torch computation."""
+    """Loss and gradients are those of a plain computation with transformers and torch."""
     from nemo_minitron.checkpoint.hf import to_megatron
     from nemo_minitron.checkpoint.lazy import from_tensor
 
     sums, got = _run(ranks, pair, "single", **over)
     student, teacher = _hf_model(pair[0], pair[2]), _hf_model(pair[1], pair[2])
     temperature, ce_weight = over.get("temperature", 1.0), over.get("ce_weight", 0.0)
-    kd = ce = tokens = 0.0
+    kd, ce, tokens = (torch.zeros(()) for _ in range(3))
     for batch in batches(4, 16, STUDENT.vocab_size):
         logits = student(batch["tokens"]).logits
         with torch.no_grad():
@@ -130,7 +130,7 @@ def test_gradients_do_not_depend_on_the_layout(ranks, pair, layout):
 
 
 def test_a_step_without_target_tokens_changes_nothing(ranks, tmp_path):
-    """Must-show 7 of issue 7: weights and Adam's moments stay; the steps around it are ordinary."""
+    """A step without target tokens leaves weights and Adam's moments as they are."""
     write_weights(tmp_path / "student", STUDENT, 1)
     write_weights(tmp_path / "teacher", TEACHER, 2)
     models = (STUDENT, str(tmp_path / "student")), (TEACHER, str(tmp_path / "teacher"))

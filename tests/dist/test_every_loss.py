@@ -66,8 +66,13 @@ def found(ranks, tmp_path_factory) -> Callable[[str, str], Found]:
             size, parallel = LAYOUTS[model].get(layout, (1, {}))
             student, teacher = MODELS[model]
             folder = home / model / layout
-            outs = {str(folder / kind): {"chunk_size": 11, **loss_keys(kind)} for kind in LOSS_KINDS}
-            pair = (student, str(home / model / "student")), (teacher, str(home / model / "teacher"))
+            outs = {
+                str(folder / kind): {"chunk_size": 11, **loss_keys(kind)} for kind in LOSS_KINDS
+            }
+            pair = (
+                (student, str(home / model / "student")),
+                (teacher, str(home / model / "teacher")),
+            )
             sums = ranks.run(size, kd_gradients_of_kinds, *pair, ParallelConfig(**parallel), outs)
             assert all(s == sums[0] for s in sums), "ranks disagree about a loss"
             known[model, layout] = {

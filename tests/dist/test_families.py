@@ -1,6 +1,6 @@
 """Every family in and out, pruned along every axis, alone and at TP 2 and PP 2.
 
-Issue 8, must-show 1. What a pruned export must hold is written here in Hugging Face terms, by hand,
+What a pruned export must hold is written here in Hugging Face terms, by hand,
 without the parameter tables. Expert parallelism: ``test_moe.py``, ``test_moe_shared.py``.
 """
 

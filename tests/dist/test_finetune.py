@@ -23,7 +23,7 @@ KEYS = {
     "optim.lr_decay_style": "constant",
     "optim.weight_decay": 0,
 }
-LAYOUTS = {
+LAYOUTS: dict[int, dict[str, object]] = {
     1: {},
     4: {
         "parallel.tensor_model_parallel_size": 2,
@@ -53,8 +53,9 @@ def by_torch(home) -> tuple[list[float], dict[str, torch.Tensor]]:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(home / "hf", dtype=torch.float32)
-    keys = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, **keys)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0
+    )
     ids = torch.from_numpy(np.load(home / "ids.npy").astype(np.int64))
     losses = []
     for step in range(STEPS):
@@ -72,7 +73,9 @@ def by_torch(home) -> tuple[list[float], dict[str, torch.Tensor]]:
 def test_losses_and_weights_are_those_of_torch(ranks, home, tmp_path, by_torch, world):
     losses, weights = by_torch
     out = tmp_path / "out"
-    for ending in ranks.run(world, run_line, line("finetune", home, out, **{**KEYS, **LAYOUTS[world]})):
+    for ending in ranks.run(
+        world, run_line, line("finetune", home, out, **{**KEYS, **LAYOUTS[world]})
+    ):
         done(ending)
     history = json.loads((out / "metrics.json").read_text())["history"]
     assert [record["loss"] for record in history] == pytest.approx(losses, rel=1e-5)

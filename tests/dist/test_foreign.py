@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemo_minitron.checkpoint.source import open_source
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import ImportConfig
 from nemo_minitron.stages import import_
-from nemo_minitron.checkpoint.source import open_source
 from tests import foreign
 from tests.dist.live_truth import layout
 from tests.dist.source_cases import logits_of
@@ -44,7 +44,9 @@ CHECKPOINTS: dict[str, dict[str, object]] = {
 
 # Megatron-LM of core 0.16.1, models that no family here is.
 REFUSED = {
-    "gpt2_rope": "no supported family has this position_embedding_type (position_embedding_type=rope)",
+    "gpt2_rope": (
+        "no supported family has this position_embedding_type (position_embedding_type=rope)"
+    ),
     "swiglu_bias": "no supported family has this add_bias_linear (add_bias_linear=True)",
     "mtp": "mtp_num_layers=1 is not supported; only null",
     "qkl2": "qk_l2_norm=True is not supported; only false",
@@ -58,8 +60,8 @@ def test_refused(tmp_path: Path, name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def opened(ranks: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """Imported one after another; a forward pass of each."""
+def opened(ranks: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders of the checkpoints, imported one after another."""
     home = tmp_path_factory.mktemp("foreign")
     results = {}
     for name in CHECKPOINTS:

@@ -99,7 +99,11 @@ def test_text_depends_on_the_seed_alone(ranks, home, tmp_path, written, world, k
 def test_what_is_written(ranks, home, tmp_path, written):
     metrics = {}
     for name, keys in {
-        "more": {"prompts": home / "prompts.jsonl", "samples_per_prompt": 3, "keep_prompt": "false"},
+        "more": {
+            "prompts": home / "prompts.jsonl",
+            "samples_per_prompt": 3,
+            "keep_prompt": "false",
+        },
         "seed": {"sampling__seed": 2},
         "bf16": {"precision": "bf16-mixed", "sampling__temperature": 0},
     }.items():

@@ -1,4 +1,4 @@
-"""A bf16 model that Megatron does not wrap (a teacher, a model that is scored) is bf16 throughout."""
+"""A bf16 model without Megatron's wrapper (a teacher, a scored model) is bf16 throughout."""
 
 import pytest
 import torch

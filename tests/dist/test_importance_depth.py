@@ -1,6 +1,8 @@
 """Depth criteria against transformers models that really lack the layers, and on every layout."""
 
 import math
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +14,8 @@ from nemo_minitron.checkpoint.torch_dist import write_torch_dist
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.stages import PruningConfig, ScoreConfig, TargetConfig
 from nemo_minitron.families.llama import LLAMA as FAMILY
-from nemo_minitron.pruning.scores import Scores, model_meta
 from nemo_minitron.pruning.plan import make_plan
+from nemo_minitron.pruning.scores import Scores, model_meta
 from tests.dist.importance_cases import score
 from tests.pool import WorkerPool
 from tests.tiny import LLAMA, random_weights, token_batch
@@ -114,7 +116,7 @@ def assert_scores(found: dict[str, torch.Tensor], expected: dict[str, torch.Tens
     assert found.keys() == {*expected, "layer"}
     for name, tensor in expected.items():
         torch.testing.assert_close(
-            found[name], tensor, rtol=1e-5, atol=0, msg=lambda m, n=name: f"{n}: {m}"
+            found[name], tensor, rtol=1e-5, atol=0, msg=partial("{}: {}".format, name)
         )
     for criterion in ("lm_loss", "block_angular", "block_lm_loss"):
         for kept in (1, 2, 3):
@@ -129,7 +131,7 @@ def test_losses_tell_the_layers_apart(model, ids, expected) -> None:
     assert (expected["block_angular.2"] > 0.01).all()
 
 
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "1": {},
     "TP2": {"tensor_model_parallel_size": 2},
     "TP2 SP": {"tensor_model_parallel_size": 2, "sequence_parallel": True},

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -38,6 +39,7 @@ def normalise(x: Tensor, weight: Tensor, bias: Tensor | None, config: Config) ->
         return x / (x.square().mean(-1, keepdim=True) + config.layernorm_epsilon).sqrt() * weight
     centred = x - x.mean(-1, keepdim=True)
     scale = (centred.square().mean(-1, keepdim=True) + config.layernorm_epsilon).sqrt()
+    assert bias is not None
     return centred / scale * weight + bias
 
 
@@ -72,12 +74,12 @@ class Layer(nn.Module):
     def __init__(self, number: int, config: Config) -> None:
         super().__init__()
         self.layer_number = number
-        self.input_layernorm: nn.Module = Norm(config)
-        self.pre_mlp_layernorm: nn.Module = Norm(config)
-        self.self_attention = nn.Module()
+        self.input_layernorm: Any = Norm(config)
+        self.pre_mlp_layernorm: Any = Norm(config)
+        self.self_attention: Any = nn.Module()
         self.self_attention.linear_qkv = nn.Linear(H, HEADS * D, bias=False)
         self.self_attention.linear_proj = nn.Linear(HEADS * D, H)
-        self.mlp = nn.Module()
+        self.mlp: Any = nn.Module()
         self.mlp.linear_fc1 = nn.Linear(H, FFN, bias=False)
         self.mlp.linear_fc2 = nn.Linear(FFN, H)
 
@@ -101,7 +103,7 @@ class Chunk(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.config = config
-        self.decoder = nn.Module()
+        self.decoder: Any = nn.Module()
         self.decoder.layers = nn.ModuleList(Layer(i + 1, config) for i in range(LAYERS))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,7 +112,7 @@ class Chunk(nn.Module):
         return x
 
 
-def groups() -> SimpleNamespace:
+def groups() -> Any:
     one = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
     return SimpleNamespace(tp=one, cp=one)
 
@@ -123,6 +125,7 @@ def scores(chunk: Chunk) -> dict[str, Tensor]:
         for _ in range(3):
             chunk(torch.randn(5, 2, H))
     found = {axis: acc.scores() for axis, acc in recorder.channels.items()}
+    assert recorder.influence is not None
     return {**found, "layer": recorder.influence.scores()}
 
 

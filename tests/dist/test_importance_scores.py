@@ -1,6 +1,8 @@
 """Scores against transformers with hooks of its own; scores at other layouts against one rank."""
 
 import itertools
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +14,8 @@ from nemo_minitron.checkpoint.torch_dist import write_torch_dist
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.stages import PruningConfig, ScoreConfig, TargetConfig
 from nemo_minitron.families.llama import LLAMA as FAMILY
-from nemo_minitron.pruning.scores import Scores, model_meta
 from nemo_minitron.pruning.plan import make_plan
+from nemo_minitron.pruning.scores import Scores, model_meta
 from tests.dist.importance_cases import score
 from tests.pool import WorkerPool
 from tests.tiny import LLAMA, random_weights, token_batch
@@ -66,7 +68,7 @@ def activations(weights, ids) -> dict[str, torch.Tensor]:
         layer.post_attention_layernorm.register_forward_hook(output)
         layer.mlp.down_proj.register_forward_pre_hook(lambda m, a: seen["ffn"].append(a[0]))
         layer.self_attn.o_proj.register_forward_pre_hook(lambda m, a: seen["head"].append(a[0]))
-    states: list[torch.Tensor] = []
+    states: list[Any] = []  # some versions of transformers return a tuple
     for layer in model.model.layers:
         layer.register_forward_pre_hook(
             lambda m, a, k: states.append((*a, *k.values())[0]), with_kwargs=True
@@ -111,12 +113,12 @@ def assert_scores(
             tensor.double(),
             rtol=rtol,
             atol=0,
-            msg=lambda m, a=axis: f"{a}: {m}",
+            msg=partial("{}: {}".format, axis),
         )
 
 
 def plan_of(scores: dict[str, torch.Tensor]):
-    return make_plan(LLAMA, TARGETS, Scores(**scores, meta={"model": model_meta(LLAMA)}))
+    return make_plan(LLAMA, TARGETS, Scores(scores, meta={"model": model_meta(LLAMA)}))
 
 
 def test_equal_transformers(ranks: WorkerPool, checkpoint, ids, activations) -> None:
@@ -148,7 +150,7 @@ def test_batch_sizes_do_not_matter(
     assert_scores(found, expected_scores(activations, "l2", "mean"), rtol=1e-5)
 
 
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2": {"tensor_model_parallel_size": 2},
     "TP2 SP": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
     "PP2": {"pipeline_model_parallel_size": 2},

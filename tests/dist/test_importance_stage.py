@@ -66,8 +66,10 @@ def test_files_do_not_depend_on_the_layout(ranks: WorkerPool, home: Path, tmp_pa
     metrics = json.loads((tmp_path / "one" / "metrics.json").read_text())
     assert metrics["num_tokens"] == 80
     assert metrics["tokens_per_second"] > 0
-    several = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
-    ranks.run(4, run_stage, stage(home, tmp_path / "four", **several))
+    four = stage(
+        home, tmp_path / "four", tensor_model_parallel_size=2, pipeline_model_parallel_size=2
+    )
+    ranks.run(4, run_stage, four)
     assert_same(tmp_path / "four", tmp_path / "one")
 
 

@@ -1,10 +1,11 @@
 """Import is exact, and what is exported after pruning is the model Megatron runs.
 
-Must-show 2 of issue 1: Megatron's logits equal transformers' within 1e-4 in fp32.
+Megatron's logits equal transformers' within 1e-4 in fp32.
 """
 
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 8192,
     "rope_theta": 500000.0,
 }
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "gqa_untied": {},
     "gqa_tied": {"tie_word_embeddings": True},
     "mha": {"num_key_value_heads": 4, "head_dim": 12},
@@ -121,7 +122,7 @@ def _scores(folder: Path, model: Path) -> Path:
     ids=lambda target: "_".join(target),
 )
 def test_pruned_export_is_what_megatron_runs(ranks, tmp_path, target):
-    """Also where hidden_size is no multiple of the heads, which transformers' LlamaConfig refuses."""
+    """Also where the heads do not divide hidden_size, which transformers' LlamaConfig refuses."""
     torch.manual_seed(1)
     source, ids, _ = _hf(tmp_path / "hf")
     model = _import(source, tmp_path / "model")

@@ -1,6 +1,7 @@
 """Mixture of experts: Mixtral in and out, and the same at every layout."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from tests.dist.logits_cases import megatron_logits
 from tests.pool import WorkerPool
 from tests.tiny import token_batch
 
-LAYOUTS = {
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
     "ep2": (2, {"expert_model_parallel_size": 2}),
     "tp2_sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
@@ -195,7 +196,7 @@ def test_scores_do_not_depend_on_the_layout(
 @pytest.mark.parametrize("seq", ["l2", "var"])
 def test_other_aggregations(ranks: WorkerPool, home: Path, alone, seq: str) -> None:
     keys = {"expert_model_parallel_size": 2}
-    scores = {"seq_aggregation": seq, "axes": ["expert_ffn"]}
+    scores: dict[str, Any] = {"seq_aggregation": seq, "axes": ["expert_ffn"]}
     (one,) = score_layout(ranks, home, 1, {}, **scores)
     for found in score_layout(ranks, home, 2, keys, 2, **scores):
         torch.testing.assert_close(found["expert_ffn"], one["expert_ffn"], rtol=1e-5, atol=0)

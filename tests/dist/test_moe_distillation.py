@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,16 +14,14 @@ from tests.dist.kd_cases import kd_gradients
 from tests.pool import WorkerPool
 from tests.tiny import MIXTRAL, QWEN2_MOE, write_weights
 
-SMALL = {"num_moe_experts": 2, "ffn_hidden_size": 24, "moe_ffn_hidden_size": 24}
+SMALL: dict[str, Any] = {"num_moe_experts": 2, "ffn_hidden_size": 24, "moe_ffn_hidden_size": 24}
 TEACHERS = {
     "mixtral": replace(MIXTRAL, num_layers=2),
     "qwen2_moe": replace(QWEN2_MOE, num_layers=2),
 }
 STUDENTS = {
     "mixtral": replace(TEACHERS["mixtral"], **SMALL),
-    "qwen2_moe": replace(
-        TEACHERS["qwen2_moe"], **SMALL, moe_shared_expert_intermediate_size=32
-    ),
+    "qwen2_moe": replace(TEACHERS["qwen2_moe"], **SMALL, moe_shared_expert_intermediate_size=32),
 }
 LAYOUTS = {
     "ep2": (2, {"expert_model_parallel_size": 2}),

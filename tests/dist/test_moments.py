@@ -1,7 +1,9 @@
 """Second moments against transformers with hooks of its own; at other layouts the same."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,9 +27,9 @@ from nemo_minitron.config.stages import (
 )
 from nemo_minitron.config.training import DataConfig
 from nemo_minitron.families.llama import LLAMA as FAMILY
-from nemo_minitron.pruning.scores import MOMENTS, check_moments, moment_file
 from nemo_minitron.pruning.compensate import column_map
 from nemo_minitron.pruning.plan import Plan
+from nemo_minitron.pruning.scores import MOMENTS, check_moments, moment_file
 from nemo_minitron.stages import import_, prune
 from tests.dist.importance_cases import run_stage, score
 from tests.pool import WorkerPool
@@ -35,7 +37,7 @@ from tests.tiny import LLAMA, random_weights, token_batch
 
 SAMPLES, LENGTH = 7, 16
 AXES = ["ffn", "head", "hidden"]
-LAYOUTS = {
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one rank, micro-batches of 3": (1, {}),
     "TP 2": (2, {"tensor_model_parallel_size": 2}),
     "TP 2, SP": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
@@ -102,7 +104,11 @@ def test_equal_transformers(
     for name, matrix in expected.items():
         scale = matrix.diagonal().max().item()
         torch.testing.assert_close(
-            found[name].double(), matrix, rtol=1e-5, atol=1e-6 * scale, msg=lambda m, n=name: n + m
+            found[name].double(),
+            matrix,
+            rtol=1e-5,
+            atol=1e-6 * scale,
+            msg=partial("{}: {}".format, name),
         )
 
 

@@ -20,7 +20,7 @@ LOSSES = {"kd": {}, "kd_ce": {"ce_weight": 0.5, "temperature": 2.0, "precision":
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("losses", LOSSES)
 def test_no_wait_per_micro_batch(ranks, tmp_path, layout, losses):
-    """Must-show 4, by reading what the step calls, Megatron's code included."""
+    """Every operator that the step calls is looked at, those of Megatron's code included."""
     write_weights(tmp_path / "student", STUDENT, 1)
     write_weights(tmp_path / "teacher", LLAMA, 2)
     pair = ((STUDENT, str(tmp_path / "student")), (LLAMA, str(tmp_path / "teacher")))

@@ -8,14 +8,16 @@ import shutil
 import tarfile
 from dataclasses import field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nemo_minitron.checkpoint.manifest import open_result
 from nemo_minitron.config import load, schema
 from nemo_minitron.config import stages as config_stages
-from nemo_minitron.config.identity import changes, input_paths
 from nemo_minitron.config.base import ADDED, NEUTRAL
+from nemo_minitron.config.identity import changes, input_paths
+from nemo_minitron.config.pipeline import PipelineConfig
 from nemo_minitron.config.stages import STAGE_CONFIGS
 from nemo_minitron.pipeline import run as pipeline_run
 from nemo_minitron.pipeline.plan import read_items
@@ -44,6 +46,7 @@ def tree(unpacked, tmp_path, monkeypatch):
 def items(*overrides: str):
     with load.hydra_for("conf"):
         cfg = load.compose("pipeline", ["experiment=previous", *overrides], "conf")
+        assert isinstance(cfg, PipelineConfig)
         return read_items(cfg)
 
 
@@ -56,9 +59,10 @@ def with_key(stage: str, monkeypatch, **metadata) -> type:
     """The config of a stage with one more key, in a section and at its top."""
     before = STAGE_CONFIGS[stage]
     made_up = ("made_up", int, field(default=3, metadata=metadata))
-    fields = [made_up]
+    fields: list[tuple[str, type, Any]] = [made_up]
     if "data" in before.__dataclass_fields__:
         old = before.__dataclass_fields__["data"]
+        assert callable(old.default_factory)
         default = old.default_factory()
         data = dataclasses.make_dataclass("Data", [made_up], bases=(type(default),), kw_only=True)
         new = field(default_factory=lambda: data(**vars(default)), metadata=old.metadata)
@@ -85,7 +89,9 @@ def test_a_new_key_at_its_default_makes_nothing_stale(tree, monkeypatch, metadat
         with_key(stage, monkeypatch, **metadata)
     assert stale() == {}
     changed = stale("+stages.1.config.made_up=4")
-    assert changed == ({} if metadata == NEUTRAL else {"scores": "its config changed (made_up 3 -> 4)"})
+    assert changed == (
+        {} if metadata == NEUTRAL else {"scores": "its config changed (made_up 3 -> 4)"}
+    )
 
 
 def test_what_changed_is_run_again(tree):

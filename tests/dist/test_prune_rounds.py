@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from tests.tiny import LLAMA, read_weights, write_npy, write_result
 
 CONFIG = replace(LLAMA, num_attention_heads=16)  # four query heads in each of four groups
 TARGET = TargetConfig(num_layers=2, hidden_size=48, ffn_hidden_size=64, num_attention_heads=8)
-DATA = {"seq_length": 16, "num_samples": 5, "global_batch_size": 4}
+DATA: dict[str, Any] = {"seq_length": 16, "num_samples": 5, "global_batch_size": 4}
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,7 @@ def by_hand(ranks: WorkerPool, home: Path, out: Path, targets: list[TargetConfig
     """importance -> prune -> importance -> prune, each a stage of its own."""
     model = home / "model"
     for number, target in enumerate(targets):
+        assert target.num_layers is not None
         dropped = ModelConfig.load(model / "checkpoint").num_layers - target.num_layers
         scores = ImportanceConfig(
             checkpoint=str(model),

@@ -17,7 +17,7 @@ SETTINGS = {
     "mlp": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
 }
 # Forward passes of a student layer's parts per micro-batch, with 2 layers per chunk.
-PASSES = {
+PASSES: dict[str, dict[str, float]] = {
     "uniform": {"core_attn": 2, "mlp": 2, "layer": 2},
     "uniform_2": {"core_attn": 2, "mlp": 2, "layer": 2},
     "block_1": {"core_attn": 1.5, "mlp": 1.5, "layer": 1.5},

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,7 +47,8 @@ class Runs:
     """Training runs below one folder."""
 
     def __init__(self, ranks, folder: Path, models) -> None:
-        self.ranks, self.folder, self.models, self.done = ranks, folder, models, {}
+        self.ranks, self.folder, self.models = ranks, folder, models
+        self.done: dict[Any, Any] = {}
 
     def run(self, model: str, layout: str, work: Path, **over):
         """Histories and weights of every rank."""
@@ -103,9 +105,10 @@ PAIRS = [
 
 @pytest.mark.parametrize(("model", "source", "layout"), PAIRS)
 def test_goes_on_at_another_layout(runs, model, source, layout):
-    """Must-show 6: the loss curve is that of the undisturbed run within 1e-5, validation included.
+    """The loss curve is that of the undisturbed run within 1e-5, validation included.
 
-    So are the gradient norms, which clipping depends on. The vocabulary of 101 is padded at TP 2 and not elsewhere; the optimizer is distributed.
+    So are the gradient norms, which clipping depends on. The vocabulary of 101 is padded at TP 2
+    and not elsewhere; the optimizer is distributed.
     """
     (want, _), got = runs.undisturbed(model, source), runs.resumed(model, source, layout)
     assert got[0][0][-1]["step"] == STEPS
@@ -119,7 +122,10 @@ def test_goes_on_at_another_layout(runs, model, source, layout):
 def test_optimizer_that_is_not_distributed(runs):
     """Its state has another shape in Megatron; it too goes on at another layout."""
     over = {"optim": {"use_distributed_optimizer": False}}
-    (want, _), got = runs.undisturbed("dense", "tp2", **over), runs.resumed("dense", "tp2", "pp2", **over)
+    (want, _), got = (
+        runs.undisturbed("dense", "tp2", **over),
+        runs.resumed("dense", "tp2", "pp2", **over),
+    )
     torch.testing.assert_close(_curve(got), _curve(want), rtol=0, atol=1e-5)
 
 
@@ -138,7 +144,7 @@ SAME = [
 
 @pytest.mark.parametrize(("layout", "at", "over"), SAME)
 def test_goes_on_bit_for_bit(runs, layout, at, over):
-    """Must-show 6: whichever step was the last one saved, history and weights are the same."""
+    """History and weights are the same whichever step was the last one saved."""
     want, _ = runs.undisturbed("dense", layout, **over)
     got = runs.resumed("dense", layout, layout, at, **over)
     for (history, weights), (want_history, want_weights) in zip(got, want, strict=True):

@@ -62,7 +62,7 @@ def test_losses_are_those_of_prune_and_evaluate(ranks, home, tmp_path):
     for record in two["candidates"]:
         assert record["loss"] == pytest.approx(losses[record["name"]], rel=1e-6)
     assert [r["rank"] for r in one["candidates"]] == [1, 2, 3]
-    assert one["winner"] == min(losses, key=losses.get)
+    assert one["winner"] == min(losses, key=losses.__getitem__)
     winner = yaml.safe_load((tmp_path / "one/pruning/winner.yaml").read_text())["target"]
     by_hand = loss_by_hand(ranks, home, tmp_path, winner)
     assert losses[one["winner"]] == pytest.approx(by_hand, rel=1e-6)

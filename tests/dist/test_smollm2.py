@@ -75,7 +75,7 @@ def _by_hand(path: Path) -> LlamaForCausalLM:
 
 @pytest.mark.timeout(240)
 def test_logits_equal_transformers(ranks, gguf_file, tmp_path):
-    """Must-show 2 of issue 1, for the real model, alone and at its natural TP=3."""
+    """Logits of the real model, alone and at its natural TP=3."""
     cfg = ImportConfig(source=str(gguf_file), output_dir=str(tmp_path / "model"))
     import_.check(cfg)
     import_.run(cfg)

@@ -1,6 +1,6 @@
 """Checkpoints of Megatron-LM, Megatron-Bridge, NeMo 2 and NeMo 1, and .nemo archives of our own.
 
-Issue 8, must-show 3. Weights are written by Megatron-Core's own API at TP 2 x PP 2.
+Weights are written by Megatron-Core's own API at TP 2 x PP 2.
 """
 
 import json
@@ -193,5 +193,5 @@ def test_an_archive_reads_nothing_of_the_environment(ranks: WorkerPool, tmp_path
     (tmp_path / "model_config.yaml").write_text(text)
     with tarfile.open(tmp_path / "model.nemo", "w:") as tar:
         tar.add(tmp_path / "model_config.yaml", arcname="./model_config.yaml")
-    with pytest.raises(RuntimeError, match="model_config.yaml must hold values, but it refers"):
+    with pytest.raises(RuntimeError, match=r"model_config.yaml must hold values, but it refers"):
         ranks.run(1, nemo_config, str(tmp_path / "model.nemo"))

@@ -41,7 +41,11 @@ def written_by(folder: Path) -> Callable[[str], str]:
 
 
 def evaluate(home: Path, out: Path, checkpoint: str, *more: str) -> list[str]:
-    keys = {"data.path": None, "data.num_samples": None, "tasks_path": home / "tasks"}
+    keys: dict[str, object] = {
+        "data.path": None,
+        "data.num_samples": None,
+        "tasks_path": home / "tasks",
+    }
     keys |= {"data.seq_length": None, "data.global_batch_size": None, "lm_eval.batch_size": 3}
     return [*line("evaluate", home, out, **keys, checkpoint=home / checkpoint), *more]
 
@@ -58,7 +62,9 @@ def by_hf(home, tmp_path_factory) -> dict:
     return tasks_of(out)
 
 
-@pytest.mark.parametrize("layout", [(), (f"{TP}=2",), (f"{PP}=2",), ("parallel.data_parallel_size=2",)])
+@pytest.mark.parametrize(
+    "layout", [(), (f"{TP}=2",), (f"{PP}=2",), ("parallel.data_parallel_size=2",)]
+)
 def test_both_adapters_agree(ranks, home, tmp_path, by_hf, layout):
     endings: list[Ending] = ranks.run(
         2 if layout else 1, run_line, evaluate(home, tmp_path / "out", "model", TASKS, *layout)
@@ -133,7 +139,9 @@ def by_transformers(home, requests) -> list[tuple[float, bool]]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_scores_of_requests_are_those_of_transformers(ranks, home, requests, by_transformers, layout):
+def test_scores_of_requests_are_those_of_transformers(
+    ranks, home, requests, by_transformers, layout
+):
     world, degrees = LAYOUTS[layout]
     for found in ranks.run(world, scores_at, str(home / "model" / "checkpoint"), degrees, requests):
         assert len(found) == len(requests)

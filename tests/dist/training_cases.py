@@ -108,6 +108,8 @@ def decayed(config: ModelConfig, parallel: ParallelConfig) -> tuple[list[str], l
     for group in adapter.param_groups:
         ids = {id(parameter) for parameter in group["params"]}
         decay = group["wd_mult"] * cfg.optim.weight_decay
-        names = [name for chunk in model.chunks for name, p in chunk.named_parameters() if id(p) in ids]
+        names = [
+            name for chunk in model.chunks for name, p in chunk.named_parameters() if id(p) in ids
+        ]
         found[decay == 0].extend(names)
     return found

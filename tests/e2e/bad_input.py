@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -187,7 +188,7 @@ def write_scores(folder: Path, model: Path, **axes: torch.Tensor | None) -> None
     }
     random = {axis: torch.rand(shape) for axis, shape in shapes.items()}
     given = {axis: values for axis, values in {**random, **axes}.items() if values is not None}
-    scores = Scores(**given, meta={"model": model_meta(config)})
+    scores = Scores(given, meta={"model": model_meta(config)})
     data = DataConfig(path=str(model))
     cfg = ImportanceConfig(checkpoint=str(model), data=data, output_dir=str(folder))
     with output_folder(cfg, "importance", {"checkpoint": model}) as work:
@@ -220,7 +221,7 @@ def put_nan(folder: Path) -> None:
     write_torch_dist(folder, lazy, FAMILY, config, workers=1)
 
 
-def resized(**sizes: int) -> Callable[[Path], None]:
+def resized(**sizes: Any) -> Callable[[Path], None]:
     """An edit that changes sizes in ``model.yaml`` alone."""
 
     def edit(folder: Path) -> None:

@@ -543,7 +543,7 @@ _DAMAGES = [
 
 @pytest.mark.parametrize(("damage", "says"), _DAMAGES)
 def test_damaged_source(refuses, sharded, tmp_path, damage, says):
-    """Issue 8, must-show 5: named, and nothing half-written."""
+    """The refusal names what is wrong, and nothing half-written stays."""
     source = shutil.copytree(sharded, tmp_path / "hf")
     damage(source)
     refuses("import", "source: ", *says, source=source)
@@ -561,8 +561,12 @@ def test_gguf_kind_that_cannot_be_read(refuses, tmp_path):
     from tests.unit.gguf_fixtures import llama, write_gguf
 
     name, raw = "blk.1.attn_q.weight", np.zeros((64, 36), np.uint8)
-    keys = {"drop": "layers.1.self_attn.q_proj", "raw": {name: (raw, Kind.IQ4_NL)}}
-    write_gguf(tmp_path / "model.gguf", llama(), **keys)
+    write_gguf(
+        tmp_path / "model.gguf",
+        llama(),
+        drop="layers.1.self_attn.q_proj",
+        raw={name: (raw, Kind.IQ4_NL)},
+    )
     says = f"model.gguf: {name} is IQ4_NL; supported: "
     refuses("import", says, source=tmp_path / "model.gguf")
 

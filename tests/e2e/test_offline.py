@@ -95,7 +95,8 @@ def cut_off(arguments: list[str], shards: int, how: str) -> Ending:
     """
     from nemo_minitron.models import teacher_logits
 
-    whole, written = teacher_logits.write_shard, []
+    whole = teacher_logits.write_shard
+    written: list[Path] = []
 
     def write_shard(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         if len(written) == shards:

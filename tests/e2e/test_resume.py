@@ -104,7 +104,7 @@ STOPS = {
 
 @pytest.mark.parametrize("place", STOPS)
 def test_stopped_and_started_again(folder, undisturbed, place):
-    """Must-show 6: bit for bit; SIGTERM exits with 75, SIGKILL loses what was not yet saved."""
+    """It ends bit for bit as an undisturbed run, stopped by SIGTERM or by SIGKILL."""
     number, code = STOPS[place]
     name = f"stopped{len(list(folder.iterdir()))}"
     command, work = _command(folder, name), folder / f"{name}.partial"

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -67,7 +68,7 @@ def run_in(folder: Path, arguments: "list[str]") -> Ending:
 
 
 def ranks_of(arguments: "list[str]") -> int:
-    config = load.compose(arguments[0], arguments[1:])
+    config: Any = load.compose(arguments[0], arguments[1:])  # every stage that has ranks
     return config.parallel.world_size(None)
 
 

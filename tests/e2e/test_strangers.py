@@ -73,6 +73,11 @@ PLACES: dict[str, Callable[[Path, Evil], None]] = {
 }
 
 
+def put_in(place: Callable[[Path, Evil], None], evil: Evil) -> Callable[[Path], None]:
+    """An edit of a checkpoint."""
+    return lambda folder: place(folder, evil)
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Good inputs, and results in which there is code: evil-metadata, evil-common, evil-object."""
@@ -84,7 +89,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (home / "prompts.txt").write_text("one two\n")
     for name, place in PLACES.items():
         evil = Evil(home / "marker")
-        edited(home / "model", home / f"evil-{name}", lambda f, p=place, e=evil: p(f, e))
+        edited(home / "model", home / f"evil-{name}", put_in(place, evil))
     return home
 
 

@@ -52,7 +52,7 @@ def oracle_python() -> Path:
 
 
 def _pip_install(python: Path) -> None:
-    command = [python, "-m", "pip", "install", "--quiet", "--retries=1", MODELOPT]
+    command = [str(python), "-m", "pip", "install", "--quiet", "--retries=1", MODELOPT]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_PIP_SECONDS)
     except subprocess.TimeoutExpired as error:

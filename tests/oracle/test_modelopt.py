@@ -5,6 +5,7 @@ ascending order before they are compared. It runs at TP=1 only, with one or two 
 """
 
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ TARGETS: dict[str, dict[str, int]] = {
         "num_layers": 3,
     },
 }
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "one rank": {},
     "TP2": {"tensor_model_parallel_size": 2},
     "PP2": {"pipeline_model_parallel_size": 2},
@@ -114,7 +115,7 @@ def test_scores(peer: Peer, ours, model: str, layout: str) -> None:
             tensor.double(),
             rtol=1e-5,
             atol=0,
-            msg=lambda text, axis=axis: f"{axis}: {text}",
+            msg=partial("{}: {}".format, axis),
         )
 
 

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 NODES = ("n1", "n2")
 TOOLS = ("slurmctld", "slurmd", "munged", "mungekey", "sbatch", "srun", "scontrol", "squeue")
@@ -165,9 +166,7 @@ class Cluster:
         env |= {"PYTHONPATH": str(REPO), "CONTAINER_IMAGE": "none", "MINITRON": str(minitron)}
         return {**env, **more}
 
-    def _run(
-        self, command: Sequence[str], **keywords: object
-    ) -> "subprocess.CompletedProcess[str]":
+    def _run(self, command: Sequence[str], **keywords: Any) -> "subprocess.CompletedProcess[str]":
         keywords = {"env": self.environment(), "cwd": REPO, **keywords}
         return subprocess.run(command, capture_output=True, text=True, timeout=120, **keywords)
 

@@ -46,7 +46,7 @@ def start(slurm: Cluster, folder: Path, *line: str, **env: str) -> "subprocess.P
 
 
 def test_four_pruning_targets(slurm, folder):
-    """Must-show 2 of issue 10: four jobs, four complete results."""
+    """One submission makes four jobs, and each leaves a complete result."""
     keys = (f"checkpoint={folder}/teacher", f"importance={folder}/scores", "output_dir=sweep")
     swept = f"pruning.target.ffn_hidden_size={','.join(map(str, TARGETS))}"
     sweep = start(slurm, folder, "prune", *LAUNCHER, *keys, swept)

@@ -47,7 +47,7 @@ def te_packages() -> Path:
     return FOLDER
 
 
-def run_ranks(size: int, job: dict[str, Any], folder: Path, timeout: float) -> list[Any]:
+def run_ranks(size: int, job: list[dict[str, Any]], folder: Path, timeout: float) -> list[Any]:
     """Run ``python -m tests.te.ranks`` on ``size`` processes that have Transformer Engine.
 
     Args:

@@ -209,6 +209,7 @@ def run(case: Case, folder: Path, rank: int, config: Any, parallel: Any, groups:
     ids = load_file(home.parent / "ids.safetensors")["ids"]
     chunks = _load(config, str(home), parallel, groups)
     logits = _logits(chunks, groups, ids)
+    assert logits is not None, "there is one pipeline stage"
     scores = _score(chunks, config, groups, ids, len(ids))
     tensors = {f"scores.{axis}": torch.as_tensor(values) for axis, values in scores.items()}
     save_file({"logits": logits, **tensors}, folder / f"{case.name}.{rank}.safetensors")

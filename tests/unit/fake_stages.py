@@ -35,13 +35,13 @@ def modules() -> dict[str, types.ModuleType]:
     stages = (stage for stage in STAGE_CONFIGS if stage != "pipeline")
     names = ["import_" if stage == "import" else stage for stage in stages]
     fakes = {f"nemo_minitron.stages.{stage}": fake(stage.rstrip("_")) for stage in names}
-    report = types.ModuleType("report")
+    report: Any = types.ModuleType("report")
     report.write_report = lambda folder, cfg: (folder / "report.html").write_text("report")
     return {**fakes, "nemo_minitron.reporting.report": report}
 
 
 def fake(stage: str) -> types.ModuleType:
-    module = types.ModuleType(stage)
+    module: Any = types.ModuleType(stage)
     module.check = lambda cfg: _check(stage, cfg)
     module.run = lambda cfg: _run(stage, cfg)
     return module

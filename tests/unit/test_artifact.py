@@ -7,12 +7,19 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nemo_minitron.checkpoint import artifact
 from nemo_minitron.checkpoint.artifact import Ranks, check_output, open_result, output_folder
-from nemo_minitron.checkpoint.manifest import config_hash, digest, fingerprint, read_manifest
+from nemo_minitron.checkpoint.manifest import (
+    Manifest,
+    config_hash,
+    digest,
+    fingerprint,
+    read_manifest,
+)
 from nemo_minitron.config.stages import STAGE_CONFIGS, ExportConfig, PruneConfig, PruningConfig
 
 
@@ -35,6 +42,12 @@ def write(cfg, text="new", **options):
         (folder / "sub/file").write_text(text)
         (folder / "metrics.json").write_text("{}")
     return Path(cfg.output_dir)
+
+
+def manifest_of(folder: Path) -> Manifest:
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    return manifest
 
 
 def fail(cfg, error, **options):
@@ -252,6 +265,7 @@ def test_two_processes_do_not_write_one_result(cfg):
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
+    assert other.stdout is not None
     other.stdout.readline()
     with pytest.raises(ValueError, match=f"is being written by process {other.pid}"):
         write(cfg)
@@ -310,7 +324,7 @@ def test_what_is_not_a_result(cfg, tmp_path):
 def test_identity_follows_content_config_and_inputs_not_time(cfg, source):
     def identity():
         cfg.overwrite = True
-        return read_manifest(write(cfg)).id
+        return manifest_of(write(cfg)).id
 
     first = identity()
     assert identity() == first
@@ -334,7 +348,7 @@ def test_a_model_card_is_not_part_of_the_identity(cfg):
         content |= {"README.md": [1, card]} if counts else {}
         its = digest([values["stage"], values["config_hash"], values["inputs"], content])
         path.write_text(json.dumps({**values, "files": files, "id": its}))
-        assert read_manifest(path.parent).id == its
+        assert manifest_of(path.parent).id == its
         return its
 
     assert identity("a", counts=False) == identity("b", counts=False) == values["id"]
@@ -381,7 +395,7 @@ def test_the_hash_of_a_config_survives_new_keys():
     for stage, cls in STAGE_CONFIGS.items():
         if stage in ("pipeline", "plan"):  # nothing is made from what they leave
             continue
-        keys = {key: value for key, value in given.items() if key in cls.__dataclass_fields__}
+        keys: dict[str, Any] = {key: given[key] for key in given if key in cls.__dataclass_fields__}
         found[stage] = config_hash(cls(**keys))[:8]
     assert found == {
         "import": "8d5fbaf0",

@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from nemo_minitron.config.parallel import ParallelConfig
 from tests.tiny import LLAMA, QWEN2_MOE
 
 
-def layout(pp: int = 1, vpp: int | None = None, tp: int = 1, **more: int) -> ParallelConfig:
+def layout(pp: int = 1, vpp: int | None = None, tp: int = 1, **more: Any) -> ParallelConfig:
     return ParallelConfig(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
@@ -83,7 +84,8 @@ def test_an_uneven_split_stays_when_no_layer_is_dropped() -> None:
     ("name", "size", "ways"), [("ffn_hidden_size", 50, "48 or 52"), ("num_query_groups", 2, "4")]
 )
 def test_sizes_that_do_not_split_are_refused(name: str, size: int, ways: str) -> None:
-    small = replace(LLAMA, **{name: size})
+    sizes: dict[str, Any] = {name: size}
+    small = replace(LLAMA, **sizes)
     with pytest.raises(ValueError, match=f"{name}={size} after .*pruning.target.{name} to {ways}"):
         balanced_layout(LLAMA, small, layout(tp=4))
 

@@ -77,7 +77,8 @@ def test_import_and_export_return_equal_tensors_and_logits(tmp_path, dtype, shar
 def test_fused_tensors_are_read_once_per_export(good):
     hf_config, hf_store = open_hf(good)
     family, config = model_config(hf_config, hf_store)
-    store, read = to_megatron(family, config, hf_store), Counter()
+    store = to_megatron(family, config, hf_store)
+    read: Counter[str] = Counter()
     counted = on_read(store, lambda name, part: read.update({name: part.numel()}))
     for tensor in to_hf(family, config, counted).values():
         tensor.read()

@@ -285,19 +285,19 @@ def _mentioning(text: str) -> list[str]:
 
 
 _DATA = ("data.path=model.gguf", "output_dir=out")
-STOPPED = {
-    "import": (143, "import", "source=model.gguf", "output_dir=out"),
-    "importance": (75, "importance", "checkpoint=model.gguf", *_DATA),
-    "no_state": (143, "importance", "checkpoint=model.gguf", "save_every_n_samples=0", *_DATA),
-    "distill": (75, "distill", "student=model.gguf", "teacher=model.gguf", *_DATA),
-    "ranks": (143, "evaluate", "checkpoint=model.gguf", "parallel=tp2", *_DATA),
+STOPPED: dict[str, tuple[int, tuple[str, ...]]] = {
+    "import": (143, ("import", "source=model.gguf", "output_dir=out")),
+    "importance": (75, ("importance", "checkpoint=model.gguf", *_DATA)),
+    "no_state": (143, ("importance", "checkpoint=model.gguf", "save_every_n_samples=0", *_DATA)),
+    "distill": (75, ("distill", "student=model.gguf", "teacher=model.gguf", *_DATA)),
+    "ranks": (143, ("evaluate", "checkpoint=model.gguf", "parallel=tp2", *_DATA)),
 }
 
 
 @pytest.mark.parametrize("case", STOPPED)
 def test_sigterm(tmp_path, case):
     """75 where the same command goes on, 143 where it starts over; no empty folder is left."""
-    code, stage, *keys = STOPPED[case]
+    code, (stage, *keys) = STOPPED[case]
     notes = tmp_path / "notes"
     (tmp_path / "model.gguf").write_text("x")
     env = fake_stages.environment(tmp_path, FAKE_RUN=f"{stage}:sleep", FAKE_NOTES=str(notes))

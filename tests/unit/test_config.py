@@ -3,6 +3,7 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,7 +47,9 @@ def test_every_stage_composes_to_the_defaults_of_its_dataclass(stage):
     composed = load.compose(stage, complete(stage, ["output_dir=out"]))
     cls = STAGE_CONFIGS[stage]
     assert type(composed) is cls
-    values = {k: v for k, v in REQUIRED.items() if "." not in k and k in cls.__dataclass_fields__}
+    values: dict[str, Any] = {
+        k: v for k, v in REQUIRED.items() if "." not in k and k in cls.__dataclass_fields__
+    }
     expected = cls(**values)
     if hasattr(expected, "data"):
         expected.data.path = "text"

@@ -40,7 +40,7 @@ def test_folder_is_read_in_sorted_order(tmp_path):
 
 
 def test_exact_repeats_are_left_out():
-    dropped = Counter()
+    dropped: Counter[str] = Counter()
     assert list(unique_documents(["a", "b", "a", "a"], dropped)) == ["a", "b"]
     assert dropped["duplicates"] == 2
 

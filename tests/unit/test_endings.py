@@ -56,6 +56,7 @@ def start(tmp_path, temporary):
     for process in started:
         process.kill()
         process.wait()
+        assert process.stderr is not None
         process.stderr.close()
 
 

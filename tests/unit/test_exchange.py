@@ -11,6 +11,7 @@ def carry(owned: dict[int, torch.Tensor], wanted: dict[int, torch.Tensor]):
     out = {rank: torch.full((len(rows),), -1) for rank, rows in wanted.items()}
     moved = 0
     for transfer in plan_transfers(owned, wanted):
+        assert transfer.put is not None
         out[transfer.target][transfer.put] = owned[transfer.source][transfer.take]
         moved += len(transfer.put) * (transfer.source != transfer.target)
     return out, moved

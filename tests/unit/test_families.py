@@ -91,6 +91,8 @@ def test_find_knows_experts_in_one_module(config):
         alone = family.find(f"decoder.layers.1.mlp.experts.local_experts.3.{matrix}.weight", config)
         assert (grouped, layer) == alone
         assert (grouped.expert, layer) == (3, 1)
+        assert grouped.template is not None
+        assert grouped.template.grouped_name is not None
         assert grouped.template.grouped_name.endswith(f"mlp.experts.{matrix}.weight{{expert}}")
     others = [row for row in family.rows if not row.per_expert]
     assert all(row.grouped_name is None for row in others)

@@ -1,6 +1,7 @@
 """Which generated texts are kept."""
 
 from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ def sample(index: int, completion: str, *, ended: bool = True, prompt: str = "p"
     return Generated(index, prompt, completion, len(completion.split()), ended)
 
 
-def kept(samples: list[Generated], **keys: object) -> tuple[list[int], dict[str, int]]:
+def kept(samples: list[Generated], **keys: Any) -> tuple[list[int], dict[str, int]]:
     dropped: Counter[str] = Counter()
     cfg = FilterConfig(**{"min_tokens": 0, **keys})
     found = kept_texts(samples, lambda s: s.prompt + s.completion, cfg, dropped)

@@ -8,6 +8,7 @@ from nemo_minitron.config.distillation import DistillationConfig
 from nemo_minitron.config.intermediate import IntermediateConfig
 from nemo_minitron.config.load import compose
 from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.config.stages import DistillConfig
 from nemo_minitron.distillation.layer_map import (
     Pair,
     check_intermediate,
@@ -104,13 +105,17 @@ def test_relation_heads():
             relation_heads(replace(config, num_relation_heads=heads), TEACHER, student, TP2)
 
 
-def test_presets():
+def composed(*overrides: str) -> DistillationConfig:
     given = ["student=a", "teacher=b", "data.path=c", "output_dir=d"]
-    assert compose("distill", given).distillation == DistillationConfig()
-    assert compose("distill", [*given, "distillation=logit_only"]).distillation == (
-        DistillationConfig()
-    )
-    preset = compose("distill", [*given, "distillation=logit_emb_block"]).distillation
+    config = compose("distill", [*given, *overrides])
+    assert isinstance(config, DistillConfig)
+    return config.distillation
+
+
+def test_presets():
+    assert composed() == DistillationConfig()
+    assert composed("distillation=logit_only") == DistillationConfig()
+    preset = composed("distillation=logit_emb_block")
     assert preset.intermediate == IntermediateConfig(losses=["embedding", "block_output"])
-    numbers = compose("distill", [*given, "distillation.intermediate.alpha=2"]).distillation
+    numbers = composed("distillation.intermediate.alpha=2")
     assert float(numbers.intermediate.alpha) == 2.0

@@ -56,10 +56,10 @@ def test_experts_refused(keys, words):
 
 
 def test_shared_expert_refused():
-    keys = {"tensor_model_parallel_size": 4, "sequence_parallel": True}
+    parallel = ParallelConfig(tensor_model_parallel_size=4, sequence_parallel=True)
     config = replace(QWEN2_MOE, moe_shared_expert_intermediate_size=54)
     with pytest.raises(ValueError, match="must divide moe_shared_expert_intermediate_size=54"):
-        check_layout(config, ParallelConfig(**keys))
+        check_layout(config, parallel)
 
 
 def test_experts_need_replicas_of_the_rest():

@@ -1,9 +1,11 @@
 """Fused distillation losses against plain autograd, in a group of one."""
 
 import math
+from typing import cast
 
 import pytest
 import torch
+from torch.distributed import ProcessGroup
 
 from nemo_minitron.config.distillation import LOSS_KINDS, DistillationConfig
 from nemo_minitron.distillation.divergences import LOSSES
@@ -25,7 +27,7 @@ class _Alone:
         return 1
 
 
-SHARD = VocabShard(_Alone(), VOCAB, ROWS)
+SHARD = VocabShard(cast(ProcessGroup, _Alone()), VOCAB, ROWS)
 
 
 def _config(kind: str, **over) -> DistillationConfig:
@@ -111,7 +113,7 @@ def test_top_k_of_the_whole_vocabulary_is_forward_kl():
 
 def test_equal_logits_are_taken_in_order_of_id():
     logits = torch.tensor([[1.0, 3.0, 1.0, 3.0, 1.0, 0.0]])
-    shard = VocabShard(_Alone(), 6, 6)
+    shard = VocabShard(cast(ProcessGroup, _Alone()), 6, 6)
     targets = top_k_targets(logits, 4, 1.0, shard)
     assert targets.ids.tolist() == [[1, 3, 0, 2]]
     assert targets.values.tolist() == [[3.0, 3.0, 1.0, 1.0]]

@@ -42,7 +42,7 @@ def find(home: Path, *versions: str) -> "subprocess.CompletedProcess[str]":
     if not (home / "bin" / "python3").exists():
         fake_python(home / "bin", "python3", None)
     env = {"PATH": f"{home / 'bin'}:/usr/bin:/bin", "HOME": str(home)}
-    command = ["sh", REPO / "scripts" / "find_python.sh", *versions]
+    command = ["sh", str(REPO / "scripts" / "find_python.sh"), *versions]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
 
 

@@ -3,6 +3,8 @@
 import dataclasses
 import inspect
 import re
+import sys
+from typing import Any
 
 import pytest
 
@@ -148,7 +150,7 @@ def test_what_this_package_sets_is_owned(monkeypatch):
     from nemo_minitron.models import build, settings
     from tests.tiny import LLAMA, MIXTRAL
 
-    seen = {}
+    seen: dict[str, dict[str, Any]] = {}
 
     def spy(part, module, name):
         cls = dataclass_of(part)
@@ -272,7 +274,7 @@ def test_defaults_on_a_gpu():
     from nemo_minitron.models.settings import ddp_config, ddp_defaults, transformer_defaults
     from tests.tiny import LLAMA
 
-    keys = {"on_gpu": True, "replicas": 8, "distributed_optimizer": True}
+    keys: dict[str, Any] = {"on_gpu": True, "replicas": 8, "distributed_optimizer": True}
     assert ddp_defaults(**keys) == {
         "grad_reduce_in_fp32": True,
         "overlap_grad_reduce": True,
@@ -318,5 +320,5 @@ def test_what_this_machine_cannot_do():
 
 def test_megatron_is_imported_for_a_section_alone():
     """``--help`` and stages without the section stay light."""
-    source = inspect.getsource(inspect.getmodule(MegatronConfig))
+    source = inspect.getsource(sys.modules[MegatronConfig.__module__])
     assert not re.search(r"^(import|from) (torch|megatron)", source, re.MULTILINE)

@@ -23,9 +23,9 @@ from nemo_minitron.config.stages import (
     ImportConfig,
     PruneConfig,
     PruningConfig,
-    StageConfig,
     TargetConfig,
     TeacherLogitsConfig,
+    TrainingStageConfig,
 )
 from nemo_minitron.config.training import DataConfig
 from nemo_minitron.pruning.scores import Scores, model_meta
@@ -71,8 +71,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trained(finetuning, "finetune", home / "whole", tokens=1_000_000)
     write_scores(home)
     pruning = PruningConfig(target=TargetConfig(num_layers=2, ffn_hidden_size=41))
-    keys = {"checkpoint": str(home / "teacher"), "importance": str(home / "scores")}
-    prune.run(PruneConfig(**keys, output_dir=str(home / "pruned"), pruning=pruning))
+    prune.run(
+        PruneConfig(
+            checkpoint=str(home / "teacher"),
+            importance=str(home / "scores"),
+            output_dir=str(home / "pruned"),
+            pruning=pruning,
+        )
+    )
     distilling = DistillConfig(
         student=str(home / "pruned"),
         teacher=str(home / "teacher"),
@@ -83,7 +89,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def trained(cfg: StageConfig, stage: str, source: Path, tokens: int) -> None:
+def trained(cfg: TrainingStageConfig, stage: str, source: Path, tokens: int) -> None:
     """A result of a training stage that left the weights as they are."""
     with output_folder(cfg, stage, {}) as work:
         shutil.copytree(source / "checkpoint", work / "checkpoint")
@@ -172,7 +178,7 @@ def test_an_untouched_model(home: Path, tmp_path: Path) -> None:
     text = (tmp_path / "x" / "README.md").read_text()
     assert "| `num_layers` | 3 |\n" in text
     assert "before" not in text
-    assert ModelCard(text).data.tags == ["minitron"]
+    assert ModelCard(text).data.to_dict()["tags"] == ["minitron"]
 
 
 def test_layers_without_a_lineage(home: Path) -> None:
@@ -287,7 +293,7 @@ def test_text_of_others_stays_text(tmp_path: Path) -> None:
     body = card.split("---\n", 2)[2].partition("## Use")[0]
     assert "<script>" not in "".join(body.replace("\\`", "").split("`")[::2])
     assert "<script>" in body
-    assert ModelCard(card).data.license == " ".join(HOSTILE.split())
+    assert ModelCard(card).data.to_dict()["license"] == " ".join(HOSTILE.split())
 
 
 def imported(tmp_path: Path) -> Path:

@@ -1,6 +1,7 @@
 """Experts in plans: what is chosen, what is refused, and the weights against slices by hand."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -143,7 +144,7 @@ def test_shared_expert_equals_an_independent_slice(tmp_path):
 
 def test_only_the_shared_expert():
     """Its scores are all that is needed, and all that changes."""
-    sizes = {"moe_shared_expert_intermediate_size": 8}
+    sizes: dict[str, Any] = {"moe_shared_expert_intermediate_size": 8}
     scores = random_scores(QWEN2_MOE)
     only = Scores(shared_expert_ffn=scores["shared_expert_ffn"], meta=scores.meta)
     plan = make_plan(QWEN2_MOE, targets(**sizes), only)

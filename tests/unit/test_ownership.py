@@ -185,9 +185,12 @@ def test_a_cache_inside_an_input(tmp_path):
 
 def test_a_tokenizer_is_an_input_too(tmp_path, source):
     shutil.copytree(source, tmp_path / "out.partial")
-    keys = {"source": str(source), "tokenizer": str(tmp_path / "out.partial")}
+    tokenizer = str(tmp_path / "out.partial")
     with pytest.raises(ValueError, match="would replace its own input tokenizer="):
-        check_output(ImportConfig(output_dir=str(tmp_path / "out"), **keys), "import")
+        check_output(
+            ImportConfig(output_dir=str(tmp_path / "out"), source=str(source), tokenizer=tokenizer),
+            "import",
+        )
 
 
 # What a user added to a result
@@ -322,8 +325,13 @@ def test_a_result_that_is_replaced_or_damaged_while_it_is_read(cfg, tmp_path, so
     with pytest.raises(ValueError, match="file is changed"):
         write(cfg, lambda: (folder / "file").write_text("NEW"))
     write(teacher)
+
+    def later():
+        time.sleep(1.1)  # after others: nobody can tell
+        write(teacher)
+
     with pytest.raises(ValueError, match="changed while it was read"):  # by an equal one, perhaps
-        write(cfg, lambda: (time.sleep(1.1), write(teacher)))  # after others: nobody can tell
+        write(cfg, later)
     assert open_result(write(cfg, lambda: write(teacher), resumable=True))
 
 
@@ -369,6 +377,7 @@ def hold(cfg):
         line = [sys.executable, "-c", HOLD, cfg.output_dir, cfg.checkpoint, host]
         other = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         started.append(other)
+        assert other.stdout is not None
         other.stdout.readline()
         return other
 

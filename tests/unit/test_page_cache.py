@@ -45,7 +45,7 @@ def test_a_written_file_is_whole_and_let_go_block_by_block(tmp_path, asked):
     data = torch.randint(256, (4 * BLOCK_BYTES + 5,), dtype=torch.uint8).numpy()
     with page_cache.create(tmp_path / "file") as file:
         for start in range(0, len(data), 3 << 20):
-            file.write(data[start : start + (3 << 20)])
+            file.write(data[start : start + (3 << 20)].data)
     assert (tmp_path / "file").read_bytes() == data.tobytes()
     ends = [offset + size for offset, size in asked]
     starts = [offset for offset, _ in asked]

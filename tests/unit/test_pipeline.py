@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.checkpoint.manifest import open_result, read_manifest
+from nemo_minitron.checkpoint.manifest import open_result
 from nemo_minitron.config import load
 from nemo_minitron.config.stages import PipelineConfig
 from nemo_minitron.pipeline.plan import read_items
@@ -68,7 +68,7 @@ def test_runs_skips_and_reruns_what_depends_on_a_change(pipeline, tmp_path):
     assert (code, ran) == (0, ALL), err
     manifest = open_result(tmp_path / "run")
     assert {"report.html", ".hydra/config.yaml"} <= set(manifest.files)
-    teacher = read_manifest(tmp_path / "run/teacher")
+    teacher = open_result(tmp_path / "run/teacher")
     assert manifest.inputs["teacher"] == f"import:{teacher.id}"
 
     assert pipeline("workers=3", "verify_inputs=size")[2] == []  # nothing that matters changed

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import yaml
@@ -12,7 +13,12 @@ import yaml
 from nemo_minitron.config import load, schema
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.config.stages import FinetuneConfig, PipelineConfig, PlanConfig
+from nemo_minitron.config.stages import (
+    FinetuneConfig,
+    PipelineConfig,
+    PlanConfig,
+    TrainingStageConfig,
+)
 from nemo_minitron.config.training import DataConfig, OptimConfig, TrainerConfig
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import parameter_count
@@ -42,7 +48,7 @@ NEMOTRON_SIZES = {
 }
 
 
-def model(name: str, **sizes: int) -> ModelConfig:
+def model(name: str, **sizes: Any) -> ModelConfig:
     values = yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text())
     return replace(ModelConfig(**values), **sizes)
 
@@ -103,6 +109,7 @@ PUBLISHED = {
 def test_training_is_as_published(experiment, name):
     items = read_items(plan(f"experiment={experiment}"), at_hand=False)
     cfg = next(item.config for item in items if item.name == name)
+    assert isinstance(cfg, TrainingStageConfig)
     tokens, batch, length, lr, min_lr, warmup = PUBLISHED[experiment, name]
     assert (cfg.data.global_batch_size, cfg.data.seq_length) == (batch, length)
     assert (cfg.optim.lr, cfg.optim.min_lr, cfg.optim.lr_warmup_steps) == (lr, min_lr, warmup)
@@ -199,6 +206,12 @@ def test_memory_of_weights_and_optimizer():
     assert fullest_rank(replace(whole, data_parallel_size=4)).optimizer == 12 * held
 
 
+def flops(job: Job) -> float:
+    found = work(job).flops
+    assert found is not None
+    return found
+
+
 def test_recomputation_trades_memory_for_work():
     full = TrainerConfig(
         precision="bf16-mixed",
@@ -211,8 +224,10 @@ def test_recomputation_trades_memory_for_work():
     inputs = 32 * 8192 * 4096 // 8 * 2
     assert fullest_rank(again).activations - inputs < fullest_rank(plain).activations / 16
     # Four passes for three, but for the output layer.
-    output = 2 * 128256 * 4096 * work(plain).tokens
-    assert work(again).flops - work(plain).flops == pytest.approx(work(plain).flops / 3 - output)
+    tokens = work(plain).tokens
+    assert tokens is not None
+    output = 2 * 128256 * 4096 * tokens
+    assert flops(again) - flops(plain) == pytest.approx(flops(plain) / 3 - output)
 
 
 def test_micro_batches_in_flight():

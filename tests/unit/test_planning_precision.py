@@ -6,7 +6,7 @@ import pytest
 
 from nemo_minitron.config import load
 from nemo_minitron.config.megatron import MegatronConfig
-from nemo_minitron.config.stages import FinetuneConfig
+from nemo_minitron.config.stages import DistillConfig, FinetuneConfig, PlanConfig
 from nemo_minitron.config.training import DataConfig, TrainerConfig
 from nemo_minitron.planning.advice import _changes
 from nemo_minitron.planning.compute import work
@@ -34,6 +34,12 @@ def memory(*args, **kwargs):
     return fullest_rank(job(*args, **kwargs))
 
 
+def flops(job: Job) -> float:
+    found = work(job).flops
+    assert found is not None
+    return found
+
+
 def test_bytes_of_a_parameter():
     """Megatron's own figures: 2 + 4 + 12 bytes; 8 with everything in bf16 but the weights."""
     assert TrainedBytes.of(MegatronConfig(), bf16=True) == TrainedBytes(4, 12)
@@ -42,6 +48,7 @@ def test_bytes_of_a_parameter():
     assert TrainedBytes.of(small, bf16=True) == TrainedBytes(2, 16), "Adam's copy in fp32"
     assert TrainedBytes.of(small, bf16=False) == TrainedBytes(4, 8), "there is nothing to save"
     preset = load.compose("distill", complete("distill", ["megatron=low_memory_optimizer"]))
+    assert isinstance(preset, DistillConfig)
     assert TrainedBytes.of(preset.megatron, bf16=True) == TrainedBytes(2, 6)
     whole = replace(
         preset.megatron,
@@ -57,7 +64,7 @@ def test_recomputation_of_either_section():
     assert one == other
     assert one.activations < memory().activations / 4
     recomputed = job(MegatronConfig(transformer={"recompute_granularity": "full"}))
-    assert work(recomputed).flops > work(job()).flops
+    assert flops(recomputed) > flops(job())
 
 
 def test_advice_names_the_keys_in_use():
@@ -105,7 +112,9 @@ def test_whole_plans(tmp_path):
         keys = ["nodes=1", "parallel=tp8_sp", f"megatron={name}", *line]
         with load.hydra_for(None):
             cfg = load.compose("plan", of_one_stage("finetune", keys))
+            assert isinstance(cfg, PlanConfig)
             (item,) = plan_items(cfg, read_items(cfg, at_hand=False))
+        assert item.run is not None
         found[name] = item.run.memory
     plain = found["overlap"]
     assert found["low_memory_optimizer"].total < plain.total

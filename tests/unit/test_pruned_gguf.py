@@ -1,6 +1,6 @@
 """A pruned export through the ``gguf`` writer, as llama.cpp's converter uses it, and back.
 
-Issue 8, must-show 4: head_dim is not hidden / heads, the FFN size is odd, a layer is gone. The
+head_dim is not hidden / heads, the FFN size is odd, a layer is gone. The
 converter itself, lm-eval and vLLM are not installed here: ``benchmarks/pruned_export.py``.
 """
 
@@ -56,8 +56,14 @@ def home(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     import_.run(ImportConfig(source=str(home / "source"), output_dir=str(home / "whole")))
     write_scores(home / "scores", home / "whole")
     pruning = PruningConfig(target=TargetConfig(**TARGETS[request.param]))
-    keys = {"checkpoint": str(home / "whole"), "importance": str(home / "scores")}
-    prune.run(PruneConfig(**keys, output_dir=str(home / "pruned"), pruning=pruning))
+    prune.run(
+        PruneConfig(
+            checkpoint=str(home / "whole"),
+            importance=str(home / "scores"),
+            output_dir=str(home / "pruned"),
+            pruning=pruning,
+        )
+    )
     export.run(ExportConfig(checkpoint=str(home / "pruned"), output_dir=str(home / "hf")))
     model = AutoModelForCausalLM.from_pretrained(home / "hf")
     assert model.config.model_type == request.param

@@ -7,6 +7,7 @@ import re
 import shlex
 from dataclasses import replace
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import yaml
 
 from nemo_minitron.config import load
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.config.stages import PipelineConfig, PruningConfig, TargetConfig
+from nemo_minitron.config.stages import ImportConfig, PipelineConfig, PruningConfig, TargetConfig
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import parameter_count
 from nemo_minitron.pruning.plan import make_plan, pruned_config
@@ -110,7 +111,9 @@ def _config(out):
 class _Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
-        self.tags, self.links, self.data = [], [], []
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.data: list[str] = []
         self.feed(text)
         self.text = re.sub(r"\s+", " ", " ".join(self.data))
 
@@ -187,6 +190,7 @@ def test_commands_can_be_typed_again(finished):
     words = shlex.split(commands["import"])
     assert words[:2] == ["minitron", "import"]
     composed = load.compose("import", words[2:])
+    assert isinstance(composed, ImportConfig)
     assert (composed.source, composed.output_dir) == ("my <model>.gguf", f"{out}/import")
     assert (
         commands["distill"] == f"minitron distill \"data.split='90,5,5'\" output_dir={out}/distill"
@@ -263,7 +267,7 @@ def test_plan_without_scores(tmp_path):
     config = {"checkpoint": str(tmp_path / "import"), "importance": None}
     _write(tmp_path / "prune", config, model=pruned_config(MODEL, plan))
     plan.save(tmp_path / "prune")
-    stages = [{"name": n, "stage": n, "config": {}} for n in ("import", "prune")]
+    stages: list[Any] = [{"name": n, "stage": n, "config": {}} for n in ("import", "prune")]
     write_report(tmp_path, PipelineConfig(output_dir=str(tmp_path), stages=stages))
     assert "layers 4 3 75%" in _Page((tmp_path / REPORT).read_text()).text
 
@@ -277,8 +281,10 @@ def test_tasks_before_and_after(tmp_path, capsys, caplog):
     """One evaluation of loss and tasks, one of tasks alone, one of the loss alone."""
     cfg = _make_pipeline(tmp_path)
     cfg.stages = [s for s in cfg.stages if s["stage"] == "evaluate"]
-    scores = {"arc": {"acc": {"value": 0.25, "stderr": 0.0125}}, "wiki": {"bpb": {"value": 1.5}}}
-    scores["wiki"]["bpb"]["stderr"] = None
+    scores = {
+        "arc": {"acc": {"value": 0.25, "stderr": 0.0125}},
+        "wiki": {"bpb": {"value": 1.5, "stderr": None}},
+    }
     for label, drop, limit in (("teacher", (), 10), ("pruned", ("lm_loss", "perplexity"), 20)):
         folder = tmp_path / f"eval_{label}"
         metrics = json.loads((folder / "metrics.json").read_text())
@@ -320,7 +326,13 @@ def test_speed_and_written_text(tmp_path):
     ]
     config = {"prompt_length": 512, "new_tokens": 64, "precision": "32", "rounds": 5}
     _write(tmp_path / "speed", config, {"device": "a CPU", "models": models})
-    counts = {"prompts": 3, "samples": 6, "ended": 4, "kept": 2, "kept_tokens": 1234}
+    counts: dict[str, Any] = {
+        "prompts": 3,
+        "samples": 6,
+        "ended": 4,
+        "kept": 2,
+        "kept_tokens": 1234,
+    }
     counts |= {"dropped": {"ended": 3, "near_duplicates": 1}, "tokens_per_second": 99.6}
     _write(tmp_path / "text", {"prompts": "p.txt"}, counts)
     record = {"prompt": "Why <so>?", "completion": " Because.", "text": "-"}

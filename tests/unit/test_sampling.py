@@ -10,7 +10,8 @@ def nucleus(logits: torch.Tensor, sampling: Sampling) -> dict[int, float]:
     """Probability of every token that may be drawn."""
     odds = (logits.double() / sampling.temperature).softmax(-1).tolist()
     order = sorted(range(len(odds)), key=lambda i: (-odds[i], i))
-    kept, mass = [], 0.0
+    kept: list[int] = []
+    mass = 0.0
     for index in order:
         if kept and mass >= sampling.top_p:
             break

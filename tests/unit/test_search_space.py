@@ -3,6 +3,7 @@
 import itertools
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from nemo_minitron.search.space import candidates, pareto_front
 from nemo_minitron.stages.search import ranked
 from tests.tiny import LLAMA
 
-LISTS = {
+LISTS: dict[str, Any] = {
     "num_layers": [2, 3, 4],
     "hidden_size": [32, 40, 48, 64],
     "ffn_hidden_size": [48, 64, 96],

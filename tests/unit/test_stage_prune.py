@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -108,7 +109,8 @@ def test_drop_layers_needs_no_importance(home: Path, tmp_path: Path) -> None:
 def test_scores_serve_any_target_without_a_forward_pass(home, tmp_path, monkeypatch) -> None:
     """One importance result, several targets: nothing but files is read."""
     monkeypatch.setattr("torch.nn.Module.__call__", None)
-    for name, target in {"a": {"hidden_size": 20}, "b": {"num_layers": 2}}.items():
+    targets: dict[str, dict[str, Any]] = {"a": {"hidden_size": 20}, "b": {"num_layers": 2}}
+    for name, target in targets.items():
         cfg = prune_config(home, tmp_path / name, **target)
         prune.check(cfg)
         prune.run(cfg)

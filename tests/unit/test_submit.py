@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -29,7 +30,7 @@ CLUSTER = {
         "env": {"NCCL_SOCKET_IFNAME": "ib0"},
     },
 }
-ITEMS = [
+ITEMS: list[dict[str, Any]] = [
     {"name": "teacher", "stage": "import", "config": {"source": "model"}},
     {"name": "scores", "stage": "importance"},
     {"name": "pruned", "stage": "prune"},
@@ -254,9 +255,8 @@ def test_nodes_of_a_run(monkeypatch, env, nodes):
 
 
 def test_a_pipeline_runs_on_one_machine(submit, tmp_path):
-    item = {"name": "big", "stage": "finetune"}
-    item["config"] = {"checkpoint": "model", "data": {"path": "model"}}
-    item["config"]["trainer"] = {"num_nodes": 2}
+    config = {"checkpoint": "model", "data": {"path": "model"}, "trainer": {"num_nodes": 2}}
+    item = {"name": "big", "stage": "finetune", "config": config}
     values = {"stages": [item], "output_dir": "runs/big"}
     path = tmp_path / "conf" / "experiment" / "big.yaml"
     path.write_text("# @package _global_\n" + yaml.safe_dump(values))

@@ -77,7 +77,7 @@ def home(tmp_path_factory) -> Path:
 
 
 def _cfg(home: Path, **changes: Any) -> DistillConfig:
-    sections = {
+    sections: dict[str, tuple[Any, dict[str, Any]]] = {
         "trainer": (TrainerConfig, {"max_steps": 3, "limit_val_batches": 0}),
         "distillation": (DistillationConfig, {"loss": "top_k_tail", "top_k": STORED_K}),
     }

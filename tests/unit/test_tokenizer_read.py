@@ -307,4 +307,4 @@ def test_a_stop_token_that_is_none(tmp_path):
     _plain(tmp_path / "source")
     tokenizer = load_tokenizer(tmp_path / "source")
     with pytest.raises(ValueError, match=r"eos_token_id=\['x'\] of config.json must be a token id"):
-        stop_ids(tmp_path / "source", tokenizer, ["x"])
+        stop_ids(tmp_path / "source", tokenizer, ["x"])  # type: ignore[list-item]  # as a file may say

@@ -87,7 +87,10 @@ class Pipeline:
 
 @pytest.mark.timeout(900)
 def test_killed_and_started_again(tmp_path):
-    """Must-show 4 of issue 9, with stand-ins; test_resume.py kills a real distillation."""
+    """A pipeline killed in any stage goes on to the results of an undisturbed one.
+
+    Its stages are stand-ins; test_resume.py kills a real distillation.
+    """
     undisturbed, killed = Pipeline(tmp_path / "undisturbed"), Pipeline(tmp_path / "killed")
     assert undisturbed.run() == (0, [*ITEMS])
     done = 0

@@ -106,7 +106,9 @@ def test_this_environment_fits(monkeypatch):
 @pytest.mark.parametrize("module", versions.PARTS.values())
 def test_the_parts_are_there(module):
     top, *inner = module.split(".")
-    folders = [Path(folder, *inner) for folder in find_spec(top).submodule_search_locations]
+    spec = find_spec(top)
+    assert spec is not None
+    folders = [Path(folder, *inner) for folder in spec.submodule_search_locations or ()]
     assert any(f.with_suffix(".py").exists() or (f / "__init__.py").exists() for f in folders)
 
 

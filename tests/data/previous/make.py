@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from nemo_minitron import cli
 from nemo_minitron.runtime.errors import Preempted
 
 VOCAB = 259
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "hidden_act": "silu",
@@ -85,7 +86,10 @@ def source() -> None:
     (folder / "config.json").write_text(json.dumps(CONFIG))
     draw = torch.Generator().manual_seed(0)
     hidden, ffn = CONFIG["hidden_size"], CONFIG["intermediate_size"]
-    shapes = {"model.embed_tokens": (VOCAB, hidden), "model.norm": (hidden,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens": (VOCAB, hidden),
+        "model.norm": (hidden,),
+    }
     for layer in range(CONFIG["num_hidden_layers"]):
         own = f"model.layers.{layer}."
         shapes |= {f"{own}self_attn.{x}_proj": (hidden, hidden) for x in "qkvo"}
