@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+JsonObject = dict[str, Any]
+"""A JSON object or a YAML mapping, of which only its reader knows what it holds."""
 LARGEST_JSON = 64 << 20
 """Bytes; the largest files that are read as JSON, vocabularies of tokenizers, have half of that."""
 LARGEST_YAML = 1 << 20

@@ -7,33 +7,28 @@ replaced waits until the new one stands.
 import errno
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from nemo_minitron.checkpoint.completion import flush_folder, replace, write_manifest
+from nemo_minitron.checkpoint.completion import replace, write_manifest
 from nemo_minitron.checkpoint.manifest import (
     MANIFEST,
     Manifest,
     files_in,
     fingerprint,
     open_result,
-    read_manifest,
 )
 from nemo_minitron.checkpoint.output_checks import (
-    check_additions,
-    check_apart,
-    check_cache,
+    check_existing,
     check_neighbours,
+    check_output,
     finish_for_an_earlier_version,
     old_of,
     partial_of,
     put_back,
-    was_a_result,
 )
 from nemo_minitron.checkpoint.ownership import (
     SIGNED,
@@ -42,6 +37,7 @@ from nemo_minitron.checkpoint.ownership import (
     claimed,
     discard,
     owner_files,
+    read_signed,
     refuse_live_owner,
 )
 from nemo_minitron.checkpoint.seals import is_seal, remove_seals, sealed_files
@@ -55,8 +51,9 @@ from nemo_minitron.checkpoint.watched import (
 )
 from nemo_minitron.config.identity import changes, config_values, input_paths, said
 from nemo_minitron.config.stages import StageConfig
-from nemo_minitron.documents import read_json
+from nemo_minitron.documents import JsonObject
 from nemo_minitron.runtime import endings
+from nemo_minitron.runtime.atomic import atomic_file
 
 __all__ = [
     "Manifest",
@@ -86,53 +83,6 @@ class Ranks:
     barrier: Callable[[], None] = lambda: None
 
 
-def check_output(cfg: StageConfig, stage: str) -> None:
-    """Refuse an output folder that cannot take the result. Reads only; cheap; any rank.
-
-    Raises:
-        ValueError: a complete result is there and overwrite is false, something else is there (also
-            under ``.partial``, ``.old`` and ``.log``), somebody added files to the result; the
-            folder is, holds or lies in one of the inputs; the cache of data lies in a result.
-    """
-    output = Path(cfg.output_dir).resolve()
-    check_cache(cfg, [output, partial_of(output), old_of(output)])
-    check_apart(cfg, output)
-    check_neighbours(cfg, output)
-    _check_existing(cfg, stage, output)
-    parent = next(p for p in output.parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"output_dir={cfg.output_dir} cannot be made: {parent} is not writable")
-
-
-def _check_existing(cfg: StageConfig, stage: str, output: Path) -> None:
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    try:
-        manifest = read_manifest(output) if output.is_dir() else None
-    except ValueError:
-        if was_a_result(output) and not cfg.overwrite:
-            raise
-        if was_a_result(output):
-            return check_additions(output, None)  # what replaces it is this very command
-        manifest = None
-    if manifest is None:
-        raise ValueError(
-            f"output_dir={cfg.output_dir} exists and is not a result (no {MANIFEST}); it is never "
-            "replaced: set another output_dir, or remove it yourself"
-        )
-    if not cfg.overwrite:
-        raise ValueError(
-            f"output_dir={cfg.output_dir} already holds a complete result; "
-            "set overwrite=true or another output_dir"
-        )
-    if manifest.stage != stage:
-        raise ValueError(
-            f"output_dir={cfg.output_dir} holds a result of stage '{manifest.stage}', which "
-            f"'{stage}' does not overwrite; set another output_dir"
-        )
-    check_additions(output, manifest)
-
-
 @contextmanager
 def reserved(cfg: StageConfig, stage: str) -> Iterator[None]:
     """Own the place of a result from before its inputs are checked until the stage has ended.
@@ -159,7 +109,7 @@ def reserved(cfg: StageConfig, stage: str) -> Iterator[None]:
 def output_folder(
     cfg: StageConfig,
     stage: str,
-    inputs: Mapping[str, str | Path | Manifest] | None = None,
+    inputs: Mapping[str, str | Path] | None = None,
     *,
     resumable: bool = False,
     temporary: tuple[str, ...] = (),
@@ -175,8 +125,8 @@ def output_folder(
     Args:
         cfg: the stage's config.
         stage: its name.
-        inputs: config key -> path or manifest of what the result is made from; by default the
-            inputs that ``cfg`` names (``config.identity``).
+        inputs: config key -> path of what the result is made from; by default the inputs that
+            ``cfg`` names (``config.identity``).
         resumable: keep the working folder on failure and find it again next time, if config and
             inputs are the same (with other ones it is refused, or cleared under overwrite=true);
             keys that say so (``config.base.MAY_CHANGE``) may differ.
@@ -250,28 +200,27 @@ def _claim(work: Path) -> Claim:
     return claim
 
 
-def _open_work(job: _Job, inputs: Mapping[str, str | Path | Manifest] | None) -> None:
+def _open_work(job: _Job, inputs: Mapping[str, str | Path] | None) -> None:
     """Find out what the result is made from, and whether earlier work on it is at hand."""
     cfg, work = job.cfg, job.claim.work
     check_output(cfg, job.stage)
     refuse_live_owner(Path(cfg.output_dir).resolve())
-    named: Mapping[str, str | Path | Manifest] = input_paths(cfg) if inputs is None else inputs
-    identities = {key: _identity(value, cfg.workers) for key, value in named.items()}
+    named = input_paths(cfg) if inputs is None else inputs
+    identities = {key: fingerprint(value, cfg.workers) for key, value in named.items()}
     mine = {"stage": job.stage, "config": config_values(cfg), "inputs": identities}
     job.contents = _contents(job, identities)
     job.states = {key: s for key, s in input_states(cfg).items() if key in job.contents}
     refuse_changed(cfg, {key: s for key, s in job.claim.states.items() if key in job.contents})
-    before, left = _read_owner(work), _left_in(work)
+    before = read_signed(work / SIGNED)
+    left = [path for path in work.iterdir() if not owner_files([path.name])]
     if left and not (job.resumable and _resumes(cfg, work, before, mine)):
         _clear(work, left)
-    elif left:
-        _refuse_mixed(work, before)
+    elif left and "mixed" in before:
+        raise ValueError(
+            f"{work} holds unfinished work during which an input was another one for a time "
+            f"({before['mixed']}); remove that folder to start over"
+        )
     _sign(work, mine)
-
-
-def _left_in(work: Path) -> list[Path]:
-    """What an earlier job left in the working folder."""
-    return [path for path in work.iterdir() if not owner_files([path.name])]
 
 
 def _clear(work: Path, left: list[Path]) -> None:
@@ -280,11 +229,10 @@ def _clear(work: Path, left: list[Path]) -> None:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def _sign(work: Path, mine: dict[str, Any]) -> None:
-    """Write what the folder is for; all or nothing."""
-    draft = work / f"{SIGNED}.draft"
-    draft.write_text(json.dumps(mine, indent=1))
-    draft.replace(work / SIGNED)
+def _sign(work: Path, mine: JsonObject) -> None:
+    """Write what the folder is for."""
+    with atomic_file(work / SIGNED) as draft:
+        draft.write_text(json.dumps(mine, indent=1))
 
 
 def _mixed(job: _Job, error: BaseException) -> InputChangedError | None:
@@ -297,21 +245,8 @@ def _mixed(job: _Job, error: BaseException) -> InputChangedError | None:
             found = changed
     if found is not None and job.claim.begun and job.claim.stands():
         with suppress(OSError):
-            _sign(job.claim.work, {**_read_owner(job.claim.work), "mixed": str(found)})
+            _sign(job.claim.work, {**read_signed(job.claim.work / SIGNED), "mixed": str(found)})
     return found
-
-
-def _refuse_mixed(work: Path, signed: dict[str, Any]) -> None:
-    """Refuse to resume work that may be of two versions of an input.
-
-    Raises:
-        ValueError: says which.
-    """
-    if "mixed" in signed:
-        raise ValueError(
-            f"{work} holds unfinished work during which an input was another one for a time "
-            f"({signed['mixed']}); remove that folder to start over"
-        )
 
 
 def _contents(job: _Job, identities: Mapping[str, str]) -> dict[str, str]:
@@ -328,26 +263,7 @@ def _contents(job: _Job, identities: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def _identity(value: str | Path | Manifest, workers: int) -> str:
-    if isinstance(value, Manifest):
-        return f"{value.stage}:{value.id}"
-    return fingerprint(value, workers)
-
-
-def _read_owner(work: Path) -> dict[str, Any]:
-    try:
-        owner = read_json(work / SIGNED)
-    except (OSError, ValueError):  # killed before it was written whole
-        return {}
-    return owner if isinstance(owner, dict) else {}
-
-
-def _resumes(
-    cfg: StageConfig,
-    work: Path,
-    owner: dict[str, Any],
-    mine: dict[str, Any],
-) -> bool:
+def _resumes(cfg: StageConfig, work: Path, owner: JsonObject, mine: JsonObject) -> bool:
     """Whether the working folder belongs to this very job.
 
     Raises:
@@ -379,14 +295,13 @@ def _complete(job: _Job) -> None:
     there = files_in(work)
     ours = {MANIFEST, *owner_files(there)}
     names = [name for name in there if name not in ours and not is_seal(name)]
-    inputs, sealed = _read_owner(work)["inputs"], sealed_files(work)
+    inputs, sealed = read_signed(work / SIGNED)["inputs"], sealed_files(work)
     write_manifest(cfg, job.stage, work, inputs, names, sealed)
     remove_seals(work)
-    flush_folder(work)
     job.claim.check()
     output = Path(cfg.output_dir).resolve()
     check_neighbours(cfg, output)
-    _check_existing(cfg, job.stage, output)
+    check_existing(cfg, job.stage, output)
     replace(work, output)
 
 

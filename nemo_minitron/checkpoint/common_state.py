@@ -5,17 +5,17 @@ among the tensors, ``common_state``. Both are pickles of one dictionary.
 """
 
 from pathlib import Path
-from typing import Any
 
 from nemo_minitron.checkpoint.parts import Find, Part, piece_of
 from nemo_minitron.checkpoint.safe_pickle import PICKLE_ERRORS, read_metadata, read_torch_file
+from nemo_minitron.documents import JsonObject
 
 COMMON_PT = "common.pt"
 COMMON_KEY = "common_state/shard_0_1"
 _METADATA = ".metadata"
 
 
-def read_common(where: Path, find: Find) -> tuple[str, dict[str, Any]]:
+def read_common(where: Path, find: Find) -> tuple[str, JsonObject]:
     """Read it without running anything that is in it.
 
     Args:

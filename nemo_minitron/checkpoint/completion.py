@@ -22,6 +22,7 @@ from nemo_minitron.checkpoint.manifest import (
 from nemo_minitron.checkpoint.output_checks import REPLACED, added_files, old_of
 from nemo_minitron.checkpoint.ownership import owner_files
 from nemo_minitron.config.stages import StageConfig
+from nemo_minitron.runtime.atomic import rename_folder
 
 log = logging.getLogger(__name__)
 
@@ -78,13 +79,12 @@ def replace(work: Path, output: Path) -> None:
         (output / REPLACED).touch()
         output.rename(old)
     try:
-        work.rename(output)
+        rename_folder(work, output)
     except OSError:
-        if old.exists():
+        if old.exists() and not output.exists():
             old.rename(output)
             (output / REPLACED).unlink()
         raise
-    flush_folder(output.parent)
     for name in owner_files(os.listdir(output)):
         (output / name).unlink()
     if old.exists():
@@ -98,15 +98,6 @@ def _remove_replaced(old: Path) -> None:
         (old / REPLACED).unlink()
         return log.warning("%s stays: it holds files that no stage wrote (%s)", old, added[0])
     shutil.rmtree(old)
-
-
-def flush_folder(folder: Path) -> None:
-    """Force the names in a folder to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_hydra(cfg: StageConfig, folder: Path) -> None:

@@ -21,24 +21,14 @@ from torch import Tensor
 from nemo_minitron.checkpoint.gguf_header import check_header
 from nemo_minitron.checkpoint.hf_refusals import refuse_pointer
 from nemo_minitron.checkpoint.lazy import LazyTensor, Store
+from nemo_minitron.documents import JsonObject
 from nemo_minitron.families.config_json import words
 from nemo_minitron.families.registry import family_of_hf
 
 # Types kept as they are; all others become float32.
 _PLAIN = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
 _ARCHITECTURE = "llama."
-_QUANTISED = {
-    Kind.Q4_0,
-    Kind.Q4_1,
-    Kind.Q5_0,
-    Kind.Q5_1,
-    Kind.Q8_0,
-    Kind.Q2_K,
-    Kind.Q3_K,
-    Kind.Q4_K,
-    Kind.Q5_K,
-    Kind.Q6_K,
-}
+_QUANTISED = {Kind[name] for name in words("Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K")}
 
 
 class _Reader(GGUFReader):
@@ -179,9 +169,7 @@ def _check_vocabulary(path: Path, get: Callable[..., Any], rows: int) -> None:
             )
 
 
-def _config(
-    path: Path, tensors: dict[str, ReaderTensor], passed_over: Sequence[str]
-) -> dict[str, Any]:
+def _config(path: Path, tensors: dict[str, ReaderTensor], passed_over: Sequence[str]) -> JsonObject:
     """config.json of the model."""
     get = fields_of(path)
     kind = get("general.type", "model")
@@ -265,7 +253,7 @@ def _dtypes(path: Path, tensors: dict[str, ReaderTensor]) -> Callable[[ReaderTen
     return lambda tensor: _PLAIN[tensor.tensor_type] if uniform else torch.float32
 
 
-def open_gguf(path: Path, passed_over: Sequence[str] = ()) -> tuple[dict[str, Any], Store]:
+def open_gguf(path: Path, passed_over: Sequence[str] = ()) -> tuple[JsonObject, Store]:
     """Open a Llama GGUF file; weights are dequantised when read.
 
     Args:

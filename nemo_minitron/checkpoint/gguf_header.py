@@ -10,6 +10,8 @@ import mmap
 import struct
 from pathlib import Path
 
+import numpy as np
+from gguf import GGUFReader
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 _MAGIC = 0x46554747
@@ -17,19 +19,8 @@ _MOST_ELEMENTS = 1 << 22
 """Of all arrays together: a vocabulary of a million tokens with its merges has three million."""
 _MOST_DIMS = 4
 _ARRAY, _STRING = GGUFValueType.ARRAY, GGUFValueType.STRING
-_WIDTHS = {
-    GGUFValueType.UINT8: 1,
-    GGUFValueType.INT8: 1,
-    GGUFValueType.BOOL: 1,
-    GGUFValueType.UINT16: 2,
-    GGUFValueType.INT16: 2,
-    GGUFValueType.UINT32: 4,
-    GGUFValueType.INT32: 4,
-    GGUFValueType.FLOAT32: 4,
-    GGUFValueType.UINT64: 8,
-    GGUFValueType.INT64: 8,
-    GGUFValueType.FLOAT64: 8,
-}
+_WIDTHS = {kind: np.dtype(kept).itemsize for kind, kept in GGUFReader.gguf_scalar_to_np.items()}
+"""Bytes of a value of each type that has a fixed size."""
 
 
 class _Walk:

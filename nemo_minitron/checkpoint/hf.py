@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
@@ -31,7 +30,7 @@ from nemo_minitron.checkpoint.safetensors_file import (
     write_safetensors,
 )
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.documents import read_json_object
+from nemo_minitron.documents import JsonObject, read_json_object
 from nemo_minitron.families.dims import DIMS
 from nemo_minitron.families.fuse import HF_FORMS, hf_shapes, rows_of_part
 from nemo_minitron.families.registry import family_of_hf, read_config
@@ -122,7 +121,7 @@ def _open_shard(path: Path, expected: set[str] | None) -> Store:
     return store
 
 
-def open_hf(folder: Path) -> tuple[dict[str, Any], Store]:
+def open_hf(folder: Path) -> tuple[JsonObject, Store]:
     """Open a Hugging Face model folder; only headers are read.
 
     Args:
@@ -152,7 +151,7 @@ def open_hf(folder: Path) -> tuple[dict[str, Any], Store]:
 
 
 def model_config(
-    hf_config: dict[str, Any], hf_store: Store, passed_over: Sequence[str] = ()
+    hf_config: JsonObject, hf_store: Store, passed_over: Sequence[str] = ()
 ) -> tuple[Family, ModelConfig]:
     """Family and sizes of an opened Hugging Face model (or GGUF).
 
@@ -260,7 +259,7 @@ def split_shards(store: Store, max_shard_size: str) -> StateDictSplit:
 
 
 def write_hf(
-    folder: Path, store: Store, config: dict[str, Any], max_shard_size: str, workers: int = 1
+    folder: Path, store: Store, config: JsonObject, max_shard_size: str, workers: int = 1
 ) -> list[str]:
     """Write config.json and safetensors; a tensor per worker is in memory at a time.
 

@@ -5,7 +5,8 @@ Everything here looks at names, headers and the first bytes of files, before a w
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+
+from nemo_minitron.documents import JsonObject
 
 # What PEFT leaves in the folder of an adapter, or beside the weights of its base model.
 ADAPTER_CONFIG = "adapter_config.json"
@@ -81,7 +82,7 @@ def refuse_pointer(path: Path) -> None:
         )
 
 
-def refuse_quantised(path: Path, config: dict[str, Any]) -> None:
+def refuse_quantised(path: Path, config: JsonObject) -> None:
     """Refuse a model whose config.json says that it is quantised.
 
     Raises:

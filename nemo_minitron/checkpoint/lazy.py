@@ -110,50 +110,38 @@ def main_dtype(store: Store) -> torch.dtype:
     return max(sizes, key=lambda dtype: sizes[dtype])
 
 
-def on_read(store: Store, visit: Callable[[str, Tensor], None]) -> Store:
-    """The same store, calling ``visit(name, part)`` after every read, in the reading thread.
+def _after_read(store: Store, after: Callable[[str, Tensor, bool], None]) -> Store:
+    """The same store, calling ``after(name, part, is_last)`` after every read."""
 
-    ``part`` is the whole tensor or the rows that were read of it.
-    """
-
-    def visited(name: str, read: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def read_and_visit(*rows: int) -> Tensor:
-            value = read(*rows)
-            visit(name, value)
-            return value
-
-        return read_and_visit
-
-    return {
-        name: replace(
-            tensor,
-            read=visited(name, tensor.read),
-            read_rows=None if tensor.read_rows is None else visited(name, tensor.read_rows),
-        )
-        for name, tensor in store.items()
-    }
-
-
-def on_done(store: Store, done: Callable[[], None]) -> Store:
-    """The same store, calling ``done()`` when a tensor, or the last row of it, has been read."""
-
-    def counted(tensor: LazyTensor) -> LazyTensor:
+    def wrapped(name: str, tensor: LazyTensor) -> LazyTensor:
         def read() -> Tensor:
             value = tensor.read()
-            done()
+            after(name, value, True)
             return value
 
         def read_rows(start: int, stop: int) -> Tensor:
             assert tensor.read_rows is not None
             value = tensor.read_rows(start, stop)
-            if stop == tensor.shape[0]:
-                done()
+            after(name, value, stop == tensor.shape[0])
             return value
 
         rows = None if tensor.read_rows is None else read_rows
         return replace(tensor, read=read, read_rows=rows)
 
-    return {name: counted(tensor) for name, tensor in store.items()}
+    return {name: wrapped(name, tensor) for name, tensor in store.items()}
+
+
+def on_read(store: Store, visit: Callable[[str, Tensor], None]) -> Store:
+    """The same store, calling ``visit(name, part)`` after every read, in the reading thread.
+
+    ``part`` is the whole tensor or the rows that were read of it.
+    """
+    return _after_read(store, lambda name, part, _: visit(name, part))
+
+
+def on_done(store: Store, done: Callable[[], None]) -> Store:
+    """The same store, calling ``done()`` when a tensor, or the last row of it, has been read."""
+    return _after_read(store, lambda _, __, is_last: done() if is_last else None)
 
 
 def refuse_nonfinite(name: str, tensor: Tensor, key: str = "source") -> None:

@@ -7,10 +7,9 @@ names of folders and files, and is no part of a result's identity (``manifest.py
 
 import json
 from pathlib import Path
-from typing import Any
 
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.documents import read_json_object
+from nemo_minitron.documents import JsonObject, read_json_object
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import parameter_count
 
@@ -33,14 +32,14 @@ SIZES = (
 )
 
 
-def model_sizes(config: ModelConfig) -> dict[str, Any]:
+def model_sizes(config: ModelConfig) -> JsonObject:
     """The sizes that a model has, in the order of ``SIZES``; nothing about experts for others."""
     names = [name for name in SIZES if config.num_moe_experts or "moe" not in name]
     sizes = {name: getattr(config, name) for name in names}
     return {name: size for name, size in sizes.items() if size is not None}
 
 
-def model_facts(config: ModelConfig) -> dict[str, Any]:
+def model_facts(config: ModelConfig) -> JsonObject:
     """What an entry says about the model that its stage wrote."""
     count = parameter_count(family_of(config), config)
     return {
@@ -51,7 +50,7 @@ def model_facts(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def read_lineage(folder: Path) -> list[dict[str, Any]]:
+def read_lineage(folder: Path) -> list[JsonObject]:
     """Entries of a ``checkpoint/`` folder, oldest first; none where none were kept.
 
     Raises:
@@ -63,16 +62,17 @@ def read_lineage(folder: Path) -> list[dict[str, Any]]:
     values = read_json_object(path)
     if values.get("format") != _FORMAT or not _are_entries(values.get("stages")):
         raise ValueError(f"{path} is not a format-{_FORMAT} lineage; run the stage again")
-    entries: list[dict[str, Any]] = values["stages"]
+    entries: list[JsonObject] = values["stages"]
     return entries
 
 
-def _are_entries(stages: Any) -> bool:
-    known = isinstance(stages, list) and all(isinstance(entry, dict) for entry in stages)
-    return known and all(isinstance(entry.get("stage"), str) for entry in stages)
+def _are_entries(stages: object) -> bool:
+    return isinstance(stages, list) and all(
+        isinstance(entry, dict) and isinstance(entry.get("stage"), str) for entry in stages
+    )
 
 
-def record(source: Path | None, folder: Path, entry: dict[str, Any]) -> None:
+def record(source: Path | None, folder: Path, entry: JsonObject) -> None:
     """Write the lineage of a new model.
 
     Args:

@@ -9,14 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import nemo_minitron
 from nemo_minitron.checkpoint.inside import is_inside
 from nemo_minitron.config.identity import config_values
 from nemo_minitron.config.schema import flatten
 from nemo_minitron.config.stages import StageConfig
-from nemo_minitron.documents import json_value, read_yaml_mapping
+from nemo_minitron.documents import JsonObject, json_value, read_yaml_mapping
 
 MANIFEST = "manifest.json"
 CONFIG = ".hydra/config.yaml"
@@ -86,7 +85,7 @@ def _is_content(name: str, told: tuple[str, ...]) -> bool:
     return name not in told and name.split("/")[0] not in (".hydra", "logs")
 
 
-def digest(value: Any) -> str:
+def digest(value: object) -> str:
     """sha256 (hex) of a JSON value, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
@@ -96,7 +95,7 @@ def config_hash(cfg: StageConfig) -> str:
     return digest(config_values(cfg))
 
 
-def stored_config(manifest: Manifest) -> dict[str, Any] | None:
+def stored_config(manifest: Manifest) -> JsonObject | None:
     """The flat config that made a result; None where it was not written by a stage of ours."""
     if CONFIG not in manifest.files:
         return None

@@ -10,19 +10,19 @@ import re
 from argparse import Namespace
 from collections.abc import Iterator
 from itertools import count
-from typing import Any
 
 import torch
 
 from nemo_minitron.checkpoint.torch_dist_read import stack_axes, stacked_name
 from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.documents import JsonObject
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import COMMON_SPEC, Family, Row
 
 # Whole multiples of it can be split over any usual number of tensor-parallel ranks.
 _VOCAB_STEP = 128
 
-_NEUTRAL: dict[str, Any] = {
+_NEUTRAL: JsonObject = {
     "multi_latent_attention": False,
     "heterogeneous_layers_config_path": None,
     "experimental_attention_variant": None,
@@ -86,7 +86,7 @@ def megatron_lm_args(config: ModelConfig) -> Namespace:
     padded = -(-config.vocab_size // multiple) * multiple
     spec = family_of(config).layer_spec
     # What a model does not use is left as it is without it: the same model has the same bytes.
-    used: dict[str, Any] = {} if spec == COMMON_SPEC else {"spec": spec.split(":")}
+    used: JsonObject = {} if spec == COMMON_SPEC else {"spec": spec.split(":")}
     if config.no_rope_freq is not None:
         used["no_rope_freq"] = config.no_rope_freq
     return Namespace(
@@ -134,7 +134,7 @@ def megatron_lm_args(config: ModelConfig) -> Namespace:
     )
 
 
-def common_state(config: ModelConfig) -> dict[str, Any]:
+def common_state(config: ModelConfig) -> JsonObject:
     """What is saved beside the weights, the same at any layout."""
     return {"args": megatron_lm_args(config), "checkpoint_version": 3.0, "iteration": 0}
 
@@ -175,7 +175,7 @@ def name_on_disk(key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> s
     return f"{key}/shard_{'.'.join(map(str, offset))}_{'.'.join(map(str, shape))}"
 
 
-def stored(value: Any) -> io.BytesIO:
+def stored(value: object) -> io.BytesIO:
     """An object as Megatron stores it: pickled, in a list of one."""
     stream = io.BytesIO()
     torch.save([value], stream)

@@ -6,7 +6,13 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from nemo_minitron.checkpoint.manifest import MANIFEST, Manifest, files_in, result_in
+from nemo_minitron.checkpoint.manifest import (
+    MANIFEST,
+    Manifest,
+    files_in,
+    read_manifest,
+    result_in,
+)
 from nemo_minitron.checkpoint.ownership import is_ours, not_ours, owner_files
 from nemo_minitron.checkpoint.watched import read_paths
 from nemo_minitron.config.stages import StageConfig
@@ -31,6 +37,58 @@ def old_of(output_dir: Path) -> Path:
 def log_of(cfg: StageConfig) -> Path:
     """Log file of a stage: beside the name that was given, wherever links lead from there."""
     return Path(f"{Path(cfg.output_dir)}.log")
+
+
+def check_output(cfg: StageConfig, stage: str) -> None:
+    """Refuse an output folder that cannot take the result. Reads only; cheap; any rank.
+
+    Raises:
+        ValueError: a complete result is there and overwrite is false, something else is there (also
+            under ``.partial``, ``.old`` and ``.log``), somebody added files to the result; the
+            folder is, holds or lies in one of the inputs; the cache of data lies in a result.
+    """
+    output = Path(cfg.output_dir).resolve()
+    check_cache(cfg, [output, partial_of(output), old_of(output)])
+    check_apart(cfg, output)
+    check_neighbours(cfg, output)
+    check_existing(cfg, stage, output)
+    parent = next(p for p in output.parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"output_dir={cfg.output_dir} cannot be made: {parent} is not writable")
+
+
+def check_existing(cfg: StageConfig, stage: str, output: Path) -> None:
+    """Refuse what stands in the place of the result, unless it is a result to be replaced.
+
+    Raises:
+        ValueError: says what is there and what to do.
+    """
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    try:
+        manifest = read_manifest(output) if output.is_dir() else None
+    except ValueError:
+        if was_a_result(output) and not cfg.overwrite:
+            raise
+        if was_a_result(output):
+            return check_additions(output, None)  # what replaces it is this very command
+        manifest = None
+    if manifest is None:
+        raise ValueError(
+            f"output_dir={cfg.output_dir} exists and is not a result (no {MANIFEST}); it is never "
+            "replaced: set another output_dir, or remove it yourself"
+        )
+    if not cfg.overwrite:
+        raise ValueError(
+            f"output_dir={cfg.output_dir} already holds a complete result; "
+            "set overwrite=true or another output_dir"
+        )
+    if manifest.stage != stage:
+        raise ValueError(
+            f"output_dir={cfg.output_dir} holds a result of stage '{manifest.stage}', which "
+            f"'{stage}' does not overwrite; set another output_dir"
+        )
+    check_additions(output, manifest)
 
 
 def check_apart(cfg: StageConfig, output: Path) -> None:

@@ -3,23 +3,23 @@
 import os
 import socket
 from pathlib import Path
-from typing import Any
 
 import psutil
 
+from nemo_minitron.documents import JsonObject
 from nemo_minitron.runtime.peers import is_running
 
 STALE = 300.0
 """Seconds without a sign of life after which an owner on another host counts as gone."""
 
 
-def signature() -> dict[str, Any]:
+def signature() -> JsonObject:
     """This process: start time too, since process ids come round again."""
     process = psutil.Process()
     return {**_place(), "pid": process.pid, "started": process.create_time(), **_job()}
 
 
-def is_alive(owner: dict[str, Any], age: float) -> bool:
+def is_alive(owner: JsonObject, age: float) -> bool:
     """Whether an owner still works.
 
     Args:
@@ -51,12 +51,12 @@ def _text(path: Path) -> str:
         return ""
 
 
-def same_place(owner: dict[str, Any]) -> bool:
+def same_place(owner: JsonObject) -> bool:
     """Whether the process ids of an owner are those of this machine and container."""
     return bool(owner) and all(owner.get(key, value) == value for key, value in _place().items())
 
 
-def _job() -> dict[str, Any]:
+def _job() -> JsonObject:
     """The SLURM job; a requeued one has the same number and has been started once more."""
     job = os.environ.get("SLURM_JOB_ID")
     return {} if job is None else {"job": job, "restarts": _restarts()}
@@ -66,19 +66,19 @@ def _restarts() -> int:
     return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 
-def _is_later_start_of(owner: dict[str, Any]) -> bool:
+def _is_later_start_of(owner: JsonObject) -> bool:
     """Whether this is the owner's own job, requeued: SLURM has then ended the owner."""
     job = os.environ.get("SLURM_JOB_ID")
     return job is not None and owner.get("job") == job and _restarts() > owner.get("restarts", 0)
 
 
-def _runs(owner: dict[str, Any]) -> bool:
+def _runs(owner: JsonObject) -> bool:
     try:
         return is_running(owner["pid"], owner["started"])
     except (KeyError, TypeError, ValueError):  # not as this package signs
         return False
 
 
-def is_ancestor(owner: dict[str, Any]) -> bool:
+def is_ancestor(owner: JsonObject) -> bool:
     """Whether the owner started this process, perhaps through others."""
     return owner.get("pid") in [parent.pid for parent in psutil.Process().parents()]

@@ -19,10 +19,9 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from nemo_minitron.checkpoint.owners import STALE, is_alive, is_ancestor, same_place, signature
-from nemo_minitron.documents import read_json
+from nemo_minitron.documents import JsonObject, read_json
 from nemo_minitron.runtime.ranks import started_by_us
 
 OWNER = "owner.json"
@@ -52,7 +51,7 @@ class Claim:
 
     def stands(self) -> bool:
         """Whether nobody has taken the folder over since."""
-        return _read(self.work / OWNER).get("token") == self.token
+        return read_signed(self.work / OWNER).get("token") == self.token
 
     def check(self) -> None:
         """Refuse to go on with a folder that somebody else works in.
@@ -61,7 +60,7 @@ class Claim:
             ValueError: it was taken over, because this process gave no sign of life for long.
         """
         if not self.stands():
-            owner = _read(self.work / OWNER)
+            owner = read_signed(self.work / OWNER)
             raise ValueError(
                 f"{self.work} was taken over by process {owner.get('pid')} on "
                 f"{owner.get('host')} while this one gave no sign of life; end one of them"
@@ -77,7 +76,7 @@ def claim_of(work: Path) -> Claim | None:
         return _HELD[work]
     if not started_by_us():
         return None
-    owner = _read(work / OWNER)
+    owner = read_signed(work / OWNER)
     if not (same_place(owner) and is_ancestor(owner)):
         return None
     return Claim(work, owner["token"], owner.get("states", {}))
@@ -242,23 +241,24 @@ def _exclusive(draft: Path, path: Path, text: str) -> bool:
     return True
 
 
-def _owner(work: Path) -> tuple[dict[str, Any], Path, Path]:
+def _owner(work: Path) -> tuple[JsonObject, Path, Path]:
     """Who owns a folder, the file that says so, and the one that a successor has to create."""
     path = work / OWNER
     if not path.is_file():  # by an earlier version
-        return _read(work / SIGNED), work / SIGNED, path
+        return read_signed(work / SIGNED), work / SIGNED, path
     while True:
-        owner = _read(path)
+        owner = read_signed(path)
         following = work / f"{OWNER}.to-{owner.get('token', 'unreadable')}"
         if not following.is_file():
             return owner, path, following
         path = following
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_signed(path: Path) -> JsonObject:
+    """What a file in a working folder says of its owner or its work; empty where it is damaged."""
     try:
         owner = read_json(path)
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # killed before it was written whole
         return {}
     return owner if isinstance(owner, dict) else {}
 
@@ -296,7 +296,7 @@ def refuse_live_owner(folder: Path) -> None:
     Raises:
         ValueError: a result that is just being put there.
     """
-    owner = _read(folder / OWNER)
+    owner = read_signed(folder / OWNER)
     if owner.get("pid") not in (None, os.getpid()) and is_alive(owner, 0.0):
         raise ValueError(_taken(folder, owner, 0.0))
 
@@ -309,7 +309,7 @@ def not_ours(work: Path) -> str:
     )
 
 
-def _taken(work: Path, owner: dict[str, Any], age: float) -> str:
+def _taken(work: Path, owner: JsonObject, age: float) -> str:
     message = (
         f"{work} is being written by process {owner.get('pid')} on {owner.get('host')}; wait for "
         "it, end it, or set another output_dir"

@@ -12,7 +12,7 @@ import struct
 import zipfile
 from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import IO, Any, ClassVar, cast
@@ -24,6 +24,7 @@ from torch.distributed.checkpoint import filesystem, metadata, planner
 from nemo_minitron.checkpoint.lazy import LazyTensor
 from nemo_minitron.checkpoint.parts import FileView, Part, read_into
 from nemo_minitron.checkpoint.torch_dist_rows import READ_ERRORS, member_start, refuse_packed
+from nemo_minitron.documents import JsonObject
 
 PICKLE_ERRORS = (
     *READ_ERRORS,
@@ -56,29 +57,29 @@ class Inert:
     dotted: ClassVar[str] = ""
     """Module and name that the pickle asked for."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> "Inert":
+    def __new__(cls, *args: object, **kwargs: object) -> "Inert":
         """Any arguments; they are dropped."""
         return super().__new__(cls)
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
 
-    def __call__(self, *args: Any, **kwargs: Any) -> "Inert":
+    def __call__(self, *args: object, **kwargs: object) -> "Inert":
         """As a function whose name was put together by another takes them."""
         return Inert()
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: object) -> None:
         """Dropped."""
 
-    def __setitem__(self, key: Any, value: Any) -> None:
+    def __setitem__(self, key: object, value: object) -> None:
         """As a dictionary takes it."""
 
-    def append(self, value: Any) -> None:
+    def append(self, value: object) -> None:
         """As a list takes it."""
 
-    def extend(self, values: Any) -> None:
+    def extend(self, values: object) -> None:
         """As a list takes them."""
 
-    def add(self, value: Any) -> None:
+    def add(self, value: object) -> None:
         """As a set takes it."""
 
 
@@ -86,7 +87,7 @@ def _inert(module: str, name: str) -> type[Inert]:
     return type(name.rpartition(".")[2], (Inert,), {"dotted": f"{module}.{name}"})
 
 
-_PLAIN: dict[str, Any] = {
+_PLAIN: JsonObject = {
     "argparse.Namespace": Namespace,
     "types.SimpleNamespace": Namespace,
     "collections.OrderedDict": OrderedDict,
@@ -95,7 +96,7 @@ _PLAIN: dict[str, Any] = {
 }
 # Old versions of torch kept the last two elsewhere.
 _OLD = "torch.distributed._shard.sharded_tensor.metadata"
-_METADATA: dict[str, Any] = {
+_METADATA: JsonObject = {
     **{
         f"{metadata.__name__}.{name}": getattr(metadata, name)
         for name in (
@@ -135,7 +136,7 @@ class _Unpickler(pickle._Unpickler):
     readline: Callable[[], bytes]
     dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(pickle._Unpickler.dispatch)
 
-    def __init__(self, text: bytes, known: dict[str, Any]) -> None:
+    def __init__(self, text: bytes, known: JsonObject) -> None:
         super().__init__(io.BytesIO(text))
         self._known = {**_PLAIN, **known}
         self._most = len(text)
@@ -210,12 +211,18 @@ class _Stored:
     stride: tuple[int, ...]
 
 
-def _stored(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> _Stored:
+def _stored(
+    storage: tuple[str, torch.dtype],
+    offset: int,
+    size: Iterable[int],
+    stride: Iterable[int],
+    *_: object,
+) -> _Stored:
     key, dtype = storage
     return _Stored(key, dtype, offset, tuple(size), tuple(stride))
 
 
-_TENSORS: dict[str, Any] = {
+_TENSORS: JsonObject = {
     "torch._utils._rebuild_tensor_v2": _stored,
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
     **{f"torch.{name}": dtype for name, dtype in _DTYPES.items()},
@@ -225,14 +232,14 @@ _TENSORS: dict[str, Any] = {
 class _TorchUnpickler(_Unpickler):
     """Records where tensors lie instead of reading them."""
 
-    def persistent_load(self, pid: Any) -> Any:
+    def persistent_load(self, pid: tuple[str, object, str, str, int]) -> tuple[str, torch.dtype]:
         kind, dtype, key, _, _ = pid
         if kind != "storage" or not isinstance(dtype, torch.dtype):
             raise ValueError(f"it holds a {dtype}, which no weight is stored in")
         return key, dtype
 
 
-def read_torch_file(part: Part) -> Any:
+def read_torch_file(part: Part) -> object:
     """What ``torch.save`` wrote; tensors become ``LazyTensor``, unknown objects ``Inert``.
 
     Only dictionaries are searched for tensors.
@@ -258,7 +265,7 @@ def read_torch_file(part: Part) -> Any:
         return _with_tensors(found, partial(_lazy, part, place))
 
 
-def _with_tensors(value: Any, lazy: Callable[[_Stored], LazyTensor]) -> Any:
+def _with_tensors(value: object, lazy: Callable[[_Stored], LazyTensor]) -> object:
     if isinstance(value, _Stored):
         return lazy(value)
     if isinstance(value, dict):

@@ -3,10 +3,9 @@
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
 
 from nemo_minitron.checkpoint.inside import inside
-from nemo_minitron.documents import yaml_value
+from nemo_minitron.documents import JsonObject, yaml_value
 
 logger = logging.getLogger(__name__)
 
@@ -16,7 +15,7 @@ LICENCE_KEYS = ("license", "license_name", "license_link")
 _TEXTS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
 
-def read_source_card(source: Path) -> dict[str, Any]:
+def read_source_card(source: Path) -> JsonObject:
     """Name, format and licence of a model.
 
     Args:
@@ -42,12 +41,12 @@ def read_source_card(source: Path) -> dict[str, Any]:
     return {"name": source.name, "format": "GGUF", **_licence(fields)}
 
 
-def _licence(fields: dict[str, Any]) -> dict[str, Any]:
+def _licence(fields: JsonObject) -> JsonObject:
     """A licence is a word, or several."""
     return {key: fields[key] for key in LICENCE_KEYS if isinstance(fields.get(key), str | list)}
 
 
-def front_matter(readme: Path) -> dict[str, Any]:
+def front_matter(readme: Path) -> JsonObject:
     """Return the YAML between the ``---`` lines that a model card begins with, if it has any."""
     if not readme.is_file():
         return {}

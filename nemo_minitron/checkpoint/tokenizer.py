@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from nemo_minitron.checkpoint.inside import inside
-from nemo_minitron.documents import json_value
+from nemo_minitron.documents import JsonObject, json_value
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ def _template(tokens: dict[str, tuple[str, int]], bos: bool, eos: bool) -> Any:
     return processors.TemplateProcessing(single=single, pair=pair, special_tokens=used)
 
 
-def _build_from_gguf(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
+def _build_from_gguf(path: Path) -> tuple[Tokenizer, JsonObject]:
     """Tokenizer and tokenizer_config.json of a GGUF file."""
     from nemo_minitron.checkpoint.gguf import fields_of
 
@@ -171,7 +171,7 @@ def _build_from_gguf(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
     eos = get("tokenizer.ggml.add_eos_token", False) and "eos" in special
     if bos or eos:
         tokenizer.post_processor = _template(special, bos, eos)
-    config: dict[str, Any] = {
+    config: JsonObject = {
         # Not LlamaTokenizer: transformers would rebuild the cutting rules of Llama 2.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,

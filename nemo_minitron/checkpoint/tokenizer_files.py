@@ -85,6 +85,6 @@ def special_ids(files: TokenizerFiles) -> dict[str, int]:
     return {}
 
 
-def _content(token: Any) -> Any:
+def _content(token: object) -> object:
     """A special token of tokenizer_config.json, which may be a dictionary that describes it."""
     return token.get("content") if isinstance(token, dict) else token

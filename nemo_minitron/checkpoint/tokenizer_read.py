@@ -22,7 +22,7 @@ from nemo_minitron.checkpoint.tokenizer import (
     TOKENIZER_JSON,
     names_in,
 )
-from nemo_minitron.documents import read_json_object
+from nemo_minitron.documents import JsonObject, read_json_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -35,7 +35,7 @@ _WAY_OUT = (
 )
 
 
-def keep_as_read(folder: Path, config: dict[str, Any]) -> None:
+def keep_as_read(folder: Path, config: JsonObject) -> None:
     """Read the tokenizer files in ``folder`` and keep the result in ``as_read/`` inside it.
 
     What cannot be read is named in a warning: a model is of use without its tokenizer.
@@ -107,7 +107,7 @@ def _stored(folder: Path) -> "PreTrainedTokenizerFast":
     return cast("PreTrainedTokenizerFast", found)
 
 
-def _config_beside(folder: Path) -> dict[str, Any]:
+def _config_beside(folder: Path) -> JsonObject:
     """config.json of the model whose tokenizer it is, as an export would have it."""
     from nemo_minitron.config.model import MODEL_YAML, ModelConfig
     from nemo_minitron.families.registry import family_of
@@ -118,7 +118,7 @@ def _config_beside(folder: Path) -> dict[str, Any]:
     return family_of(config).to_hf(config)
 
 
-def _read(folder: Path, config: dict[str, Any]) -> "PreTrainedTokenizerFast":
+def _read(folder: Path, config: JsonObject) -> "PreTrainedTokenizerFast":
     """What ``AutoTokenizer`` makes of the files, with the model's config.json beside them.
 
     Raises:
@@ -136,13 +136,13 @@ def _read(folder: Path, config: dict[str, Any]) -> "PreTrainedTokenizerFast":
     return _opened(folder, names, config, what)
 
 
-def _tokenizer_config(folder: Path) -> dict[str, Any]:
+def _tokenizer_config(folder: Path) -> JsonObject:
     path = folder / TOKENIZER_CONFIG
     return read_json_object(path) if path.is_file() else {}
 
 
 def _without_code(
-    folder: Path, names: list[str], config: dict[str, Any], what: str
+    folder: Path, names: list[str], config: JsonObject, what: str
 ) -> "PreTrainedTokenizerFast":
     """A tokenizer whose config names Python files, if transformers reads it without them.
 
@@ -162,9 +162,9 @@ def _without_code(
 def _opened(
     folder: Path,
     names: list[str],
-    config: dict[str, Any],
+    config: JsonObject,
     what: str,
-    tokenizer_config: dict[str, Any] | None = None,
+    tokenizer_config: JsonObject | None = None,
 ) -> "PreTrainedTokenizerFast":
     """``AutoTokenizer`` on a folder of links to the files, with config.json and no Python file."""
     from transformers import AutoTokenizer

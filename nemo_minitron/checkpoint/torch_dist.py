@@ -17,13 +17,14 @@ import io
 import json
 import logging
 import os
-from collections.abc import Callable, Generator
+import pickle
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ from torch.distributed.checkpoint.default_planner import (
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
+    Metadata,
     MetadataIndex,
     StorageMeta,
     TensorProperties,
@@ -47,18 +49,23 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from nemo_minitron.checkpoint.common_state import COMMON_KEY, COMMON_PT
-from nemo_minitron.checkpoint.lazy import LazyTensor, Store, row_blocks
+from nemo_minitron.checkpoint.lazy import Store, row_blocks
 from nemo_minitron.checkpoint.megatron_args import common_state, extra_states, name_on_disk, stored
 from nemo_minitron.checkpoint.page_cache import create
+from nemo_minitron.checkpoint.parts import in_folder
+from nemo_minitron.checkpoint.safe_pickle import read_metadata
 from nemo_minitron.checkpoint.torch_dist_read import (
     FORMAT_JSON,
+    METADATA,
     open_torch_dist,
     stack_axes,
     stacked_name,
     stored_weights,
 )
 from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.documents import JsonObject
 from nemo_minitron.families.table import Family, Row
+from nemo_minitron.runtime.atomic import atomic_file
 
 logger = logging.getLogger(__name__)
 
@@ -105,8 +112,8 @@ class _LazySavePlanner(DefaultSavePlanner):
 
     def __init__(
         self,
-        reads: dict[MetadataIndex, Callable[[], Tensor]],
-        objects: dict[str, Any] | None = None,
+        reads: Mapping[MetadataIndex, Callable[[], Tensor]],
+        objects: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__()
         self.reads = reads
@@ -115,9 +122,7 @@ class _LazySavePlanner(DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         if write_item.type == WriteItemType.BYTE_IO:
             return stored(self.objects[write_item.index.fqn])
-        data = write_item.tensor_data
-        assert data is not None
-        return self.reads[write_item.index]().reshape(data.chunk.sizes)
+        return self.reads[write_item.index]().reshape(_tensor_data(write_item).chunk.sizes)
 
 
 def _write_item(
@@ -147,44 +152,31 @@ def _check_store(store: Store, family: Family, config: ModelConfig) -> None:
             raise ValueError(f"{name} has shape {store[name].shape}; model.yaml asks for {shape}")
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """What is written as one: a tensor or a block of its rows."""
-
-    item: WriteItem
-    read: Callable[[], Tensor]
-    nbytes: int
-    dtype: torch.dtype
+_Piece = tuple[WriteItem, Callable[[], Tensor]]
+"""What is written as one, a tensor or a block of its rows, and how it is read."""
 
 
-def _pieces(
-    key: str, row: Row, layer: int | None, config: ModelConfig, lazy: LazyTensor
-) -> list[_Piece]:
-    """One piece, or several where the tensor is large and its rows can be read alone."""
-    axes = stack_axes(row, layer, config)
-    return [
-        _Piece(
-            _write_item(key, lazy.shape, axes, slice(start, stop), lazy.dtype),
-            read,
-            lazy.nbytes // lazy.shape[0] * (stop - start),
-            lazy.dtype,
-        )
-        for start, stop, read in row_blocks(lazy)
-    ]
+def _tensor_data(item: WriteItem) -> TensorWriteData:
+    assert item.tensor_data is not None
+    return item.tensor_data
 
 
 def _write_pieces(store: Store, family: Family, config: ModelConfig) -> dict[str, list[_Piece]]:
-    """What to write under each key, layers in order."""
+    """What to write under each key, layers in order; large tensors in several pieces."""
     pieces: dict[str, list[_Piece]] = {}
     for name, row, layer in family.parameters(config):
         key, lazy = disk_key(row), store[name]
         group = pieces.setdefault(key, [])
-        if group and group[0].dtype != lazy.dtype:
+        dtype = _tensor_data(group[0][0]).properties.dtype if group else lazy.dtype
+        if dtype != lazy.dtype:
             raise ValueError(
-                f"{name} is {lazy.dtype} but its first layer is {group[0].dtype}; convert the "
-                "source to one dtype"
+                f"{name} is {lazy.dtype} but its first layer is {dtype}; convert the source to one "
+                "dtype"
             )
-        group.extend(_pieces(key, row, layer, config, lazy))
+        axes = stack_axes(row, layer, config)
+        for start, stop, read in row_blocks(lazy):
+            rows = slice(start, stop)
+            group.append((_write_item(key, lazy.shape, axes, rows, dtype), read))
     return pieces
 
 
@@ -196,22 +188,17 @@ def _files(pieces: dict[str, list[_Piece]]) -> list[SavePlan]:
     files: list[tuple[int, list[WriteItem]]] = []
     for group in pieces.values():
         size, batch = 0, list[WriteItem]()
-        for piece in group:
-            if batch and size + piece.nbytes > _MAX_FILE_BYTES:
+        for item, _ in group:
+            data = _tensor_data(item)
+            nbytes = data.chunk.sizes.numel() * data.properties.dtype.itemsize
+            if batch and size + nbytes > _MAX_FILE_BYTES:
                 files.append((size, batch))
                 size, batch = 0, []
-            batch.append(piece.item)
-            size += piece.nbytes
+            batch.append(item)
+            size += nbytes
         files.append((size, batch))
     files.sort(key=lambda file: -file[0])
     return [SavePlan(batch) for _, batch in files]
-
-
-def _object_file(objects: dict[str, Any]) -> SavePlan:
-    """The plan of the file that holds all objects."""
-    return SavePlan(
-        [WriteItem(index=MetadataIndex(name), type=WriteItemType.BYTE_IO) for name in objects]
-    )
 
 
 def _write_file(writer: FileSystemWriter, planner: DefaultSavePlanner, plan: SavePlan) -> list:
@@ -247,14 +234,16 @@ def write_torch_dist(
     _check_store(store, family, config)
     pieces = _write_pieces(store, family, config)
     common = {**common_state(config), "content_metadata": CONTENT_METADATA}
-    objects: dict[str, Any] = {name_on_disk(*place): None for place in extra_states(family, config)}
+    objects: JsonObject = {name_on_disk(*place): None for place in extra_states(family, config)}
     objects[COMMON_KEY] = common
     planner = _LazySavePlanner(
-        {piece.item.index: piece.read for group in pieces.values() for piece in group}, objects
+        {item.index: read for group in pieces.values() for item, read in group}, objects
     )
     writer = _Writer(folder)
-    files = [*_files(pieces), _object_file(objects)]
-    plans, metadata = create_default_global_save_plan(files)
+    object_file = SavePlan(
+        [WriteItem(index=MetadataIndex(name), type=WriteItemType.BYTE_IO) for name in objects]
+    )
+    plans, metadata = create_default_global_save_plan([*_files(pieces), object_file])
     plans = writer.prepare_global_plan(plans)
     with ThreadPoolExecutor(workers) as pool:
         results = list(pool.map(partial(_write_file, writer, planner), plans))
@@ -282,3 +271,41 @@ def read_torch_dist(folder: Path, family: Family, config: ModelConfig) -> Store:
             damaged file is found when its tensor is read.
     """
     return stored_weights(open_torch_dist(folder), family, config)
+
+
+def settle_metadata(folder: Path) -> None:
+    """Make the ``.metadata`` of a complete checkpoint a function of what the checkpoint holds.
+
+    torch writes a random id and the path of the folder into it, Megatron the plans of its ranks,
+    and entries stand in the order in which writers ended. Nobody reads any of that again; but a
+    result whose files differ from run to run would have another identity every time.
+
+    Args:
+        folder: of a ``torch_dist`` checkpoint that this process may change.
+    """
+    part = in_folder(folder)(METADATA)
+    assert part is not None, folder
+    found = read_metadata(part)
+    storage = sorted(found.storage_data.items(), key=lambda entry: _place(entry[0]))
+    settled = replace(
+        found,
+        state_dict_metadata=dict(sorted(found.state_dict_metadata.items())),
+        storage_data=dict(storage),
+        storage_meta=None,
+    )
+    with atomic_file(folder / METADATA) as draft, draft.open("wb") as file:
+        _dump(settled, file)
+
+
+def _place(index: MetadataIndex) -> tuple[str, tuple[int, ...], int]:
+    return index.fqn, tuple(index.offset or ()), index.index or 0
+
+
+def _dump(metadata: Metadata, file: IO[bytes]) -> None:
+    """Write a pickle without references to what came before.
+
+    Those tell which equal strings were one object in memory, which differs from run to run.
+    """
+    pickler = pickle.Pickler(file, protocol=4)
+    pickler.fast = True
+    pickler.dump(metadata)

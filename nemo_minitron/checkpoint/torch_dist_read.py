@@ -10,10 +10,10 @@ import re
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -133,7 +133,7 @@ def _chunk_bytes(key: str, saved: TensorStorageMetadata, chunk: ChunkStorageMeta
     return math.prod(chunk.sizes) * saved.properties.dtype.itemsize
 
 
-def _check_place(info: Any, needed: int) -> None:
+def _check_place(info: _StorageInfo, needed: int) -> None:
     name, offset, length = info.relative_path, info.offset, info.length
     if not (isinstance(name, str) and is_inside(name)):
         raise ValueError(f"it names the file {name!r}, which does not lie in the folder")

@@ -1,6 +1,5 @@
 """Cache folders that several ranks and several runs share."""
 
-import os
 import shutil
 import uuid
 from collections.abc import Callable
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from nemo_minitron.checkpoint.seals import compare, dumped, entries_of, loaded
 from nemo_minitron.config.training import DataConfig
+from nemo_minitron.runtime.atomic import rename_folder
 
 Barrier = Callable[[], None]
 
@@ -66,7 +66,7 @@ def _fill_and_rename(folder: Path, fill: Callable[[Path], None]) -> None:
         fill(working)
         (working / _SUMS).write_text(dumped(entries_of(working)))
         try:
-            os.rename(working, folder)
+            rename_folder(working, folder)
         except OSError:
             if not folder.is_dir():
                 raise

@@ -15,6 +15,7 @@ from nemo_minitron.checkpoint.manifest import FileEntry, files_in
 from nemo_minitron.checkpoint.seals import entries_of, read_seal, write_seal
 from nemo_minitron.checkpoint.torch_dist_read import refuse_code
 from nemo_minitron.models.weights import plain_errors
+from nemo_minitron.runtime.atomic import rename_folder
 from nemo_minitron.runtime.megatron import save_sharded
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class MegatronStrategy(SingleDeviceStrategy):
         if self.is_global_zero:
             shutil.rmtree(target, ignore_errors=True)
             write_seal(target, entries)
-            work.rename(target)
+            rename_folder(work, target)
         self.barrier()
 
     def _entries(self, folder: Path) -> dict[str, FileEntry]:

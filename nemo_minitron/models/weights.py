@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from nemo_minitron.checkpoint.megatron_args import common_state, extra_states, name_on_disk
-from nemo_minitron.checkpoint.settled import settle_metadata
+from nemo_minitron.checkpoint.torch_dist import settle_metadata
 from nemo_minitron.checkpoint.torch_dist_read import refuse_code
 from nemo_minitron.config.megatron import ForwardMegatronConfig
 from nemo_minitron.config.model import ModelConfig

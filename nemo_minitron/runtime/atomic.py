@@ -1,4 +1,4 @@
-"""Files that appear under their name complete and on disk, or not at all."""
+"""Files and folders that appear under their name complete and on disk, or not at all."""
 
 import os
 from collections.abc import Iterator
@@ -23,3 +23,25 @@ def atomic_file(path: Path) -> Iterator[Path]:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Force the names in a folder to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def rename_folder(draft: Path, path: Path) -> None:
+    """Give a folder that is complete its name, with the names in it and its own on disk.
+
+    Whether a draft is removed, or resumed by the next run, is left to whoever makes it.
+
+    Raises:
+        OSError: ``path`` is there already and is not an empty folder.
+    """
+    flush_folder(draft)
+    draft.rename(path)
+    flush_folder(path.parent)

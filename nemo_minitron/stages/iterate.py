@@ -20,6 +20,7 @@ from nemo_minitron.pruning.rounds import ROUNDS, compose
 from nemo_minitron.pruning.scores import Scores
 from nemo_minitron.pruning.slicing import prune_checkpoint
 from nemo_minitron.pruning.targets import needed_scores, target_sizes
+from nemo_minitron.runtime.atomic import rename_folder
 from nemo_minitron.runtime.launch import barrier, seen_by_all
 from nemo_minitron.runtime.ranks import rank
 from nemo_minitron.stages.calibrate import calibrate
@@ -75,7 +76,7 @@ def _scores(
         figures = _score_here(cfg, config, plan, one, part, number)
         if rank() == 0:
             seal(result, part)
-            part.rename(result)
+            rename_folder(part, result)
         barrier()
     check_seal(result, f"remove {result}, then the same command scores this round again")
     return Scores.load(result), figures

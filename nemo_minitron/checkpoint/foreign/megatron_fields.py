@@ -6,26 +6,26 @@ is the first one whose config can say the same, so a new family needs nothing he
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from nemo_minitron.checkpoint.foreign.megatron_stated import Stated
 from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.documents import JsonObject
 from nemo_minitron.families.registry import FAMILIES
 from nemo_minitron.families.rope import LLAMA3_SCALING
 from nemo_minitron.families.table import COMMON_SPEC, Family
 
-_Allowed = Callable[[Any], bool]
+_Allowed = Callable[[object], bool]
 
 
-def _one_of(*values: Any) -> _Allowed:
+def _one_of(*values: object) -> _Allowed:
     return lambda value: any(value is other or value == other for other in values)
 
 
-def _all_ones(value: Any) -> bool:
+def _all_ones(value: object) -> bool:
     return value == 1 or (isinstance(value, list | tuple) and set(value) == {1})
 
 
-def _no_window(value: Any) -> bool:
+def _no_window(value: object) -> bool:
     return value is None or (isinstance(value, list | tuple) and value[:1] in ([-1], (-1,)))
 
 
@@ -48,8 +48,9 @@ _ONLY: dict[str, tuple[_Allowed, str]] = {
     "apply_embedding_scaling": (_one_of(None, False), "false"),
     "moe_layer_freq": (lambda value: value is None or _all_ones(value), "1"),
     "moe_router_score_function": (_one_of(None, "softmax"), "softmax"),
+    # One name, or a list of them.
     "moe_router_load_balancing_type": (
-        lambda value: value != "sinkhorn" and "sinkhorn" not in (value or ()),
+        lambda value: "sinkhorn" not in str(value),
         "all but sinkhorn",
     ),
     "moe_router_topk_scaling_factor": (_one_of(None, 1), "null"),
@@ -88,7 +89,7 @@ def _activation(stated: Stated) -> str:
     return "gelu_tanh" if known == "gelu" and (tanh or (fused and not gated)) else known
 
 
-def _scaling(stated: Stated) -> dict[str, Any] | None:
+def _scaling(stated: Stated) -> JsonObject | None:
     """Llama 3's scaling of the rotary frequencies, in Hugging Face's words."""
     factor = stated.get("rope_scaling_factor", 8.0) if stated.get("rope_scaling", False) else None
     if stated.values.get("old_context_len"):  # of NeMo's and Bridge's configs of Llama 3.1
@@ -103,11 +104,11 @@ def _scaling(stated: Stated) -> dict[str, Any] | None:
     return {"rope_type": "llama3", "factor": float(factor), **LLAMA3_SCALING}
 
 
-def _positions(stated: Stated) -> dict[str, Any]:
+def _positions(stated: Stated) -> JsonObject:
     kind = stated.need("position_embedding_type")
     if kind not in _POSITIONS:
         raise stated.refuse("position_embedding_type", " or ".join(_POSITIONS))
-    found: dict[str, Any] = {
+    found: JsonObject = {
         "position_embedding_type": kind,
         "max_position_embeddings": stated.need("seq_length"),
     }
@@ -130,7 +131,7 @@ def _without_rotation(stated: Stated) -> list[int] | None:
     return every * (layers // value) if value else None
 
 
-def _experts(stated: Stated, ffn: int) -> dict[str, Any]:
+def _experts(stated: Stated, ffn: int) -> JsonObject:
     experts = stated.get("num_moe_experts", None)
     if experts is None:
         return {"ffn_hidden_size": ffn}
@@ -161,7 +162,7 @@ def _refuse_others(stated: Stated, head_dim: int) -> None:
         raise stated.refuse("softmax_scale", "null")
 
 
-def model_fields(stated: Stated, vocab_size: int) -> dict[str, Any]:
+def model_fields(stated: Stated, vocab_size: int) -> JsonObject:
     """Fields of ModelConfig; those of the family, the dtype and what is carried over are not there.
 
     Args:
@@ -199,7 +200,7 @@ def model_fields(stated: Stated, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def _differences(family: Family, fields: dict[str, Any]) -> dict[str, Any]:
+def _differences(family: Family, fields: JsonObject) -> JsonObject:
     """Field -> the value a family's config would have instead; empty when the family fits."""
     try:
         config = ModelConfig(family=family.name, **fields)
@@ -216,7 +217,7 @@ def _with_the_spec(stated: Stated) -> list[Family]:
     return own or [family for family in FAMILIES.values() if family.layer_spec == COMMON_SPEC]
 
 
-def match_family(stated: Stated, fields: dict[str, Any]) -> tuple[Family, ModelConfig]:
+def match_family(stated: Stated, fields: JsonObject) -> tuple[Family, ModelConfig]:
     """The first family that can express these fields, and the config.
 
     Raises:
@@ -226,7 +227,7 @@ def match_family(stated: Stated, fields: dict[str, Any]) -> tuple[Family, ModelC
         ModelConfig(family="any", **fields)
     except ValueError as error:
         raise ValueError(f"{stated.where}: {error}") from error
-    nearest: tuple[Family, dict[str, Any]] | None = None
+    nearest: tuple[Family, JsonObject] | None = None
     for family in _with_the_spec(stated):
         differ = _differences(family, fields)
         if not differ:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from nemo_minitron.checkpoint.foreign.megatron_fields import match_family, model_fields
 from nemo_minitron.checkpoint.foreign.megatron_sources import Source, find_source
@@ -23,6 +22,7 @@ from nemo_minitron.checkpoint.tokenizer_files import (
 )
 from nemo_minitron.checkpoint.torch_dist_read import Checkpoint, open_torch_dist, stored_weights
 from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.documents import JsonObject
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import Family
 
@@ -47,18 +47,14 @@ class Found:
     config: ModelConfig
     store: Store
     tokenizer: TokenizerFiles
-    generation: dict[str, Any]
+    generation: JsonObject
 
 
-@dataclass(frozen=True)
-class _Weights:
-    """Rows of the embedding, and what makes a store once the sizes are known."""
-
-    rows: int
-    store: Callable[[Family, ModelConfig], Store]
+_Weights = tuple[int, Callable[[Family, ModelConfig], Store]]
+"""Rows of the embedding, and what makes a store once the sizes are known."""
 
 
-def _prefix(where: Path, holds: Callable[[str], Any]) -> str:
+def _prefix(where: Path, holds: Callable[[str], object]) -> str:
     for prefix in _PREFIXES:
         if holds(prefix + _EMBEDDING):
             return prefix
@@ -91,7 +87,7 @@ def _distributed(source: Source) -> _Weights:
     prefix = _prefix(source.weights, checkpoint.tensor)
     _refuse_hybrid(source, checkpoint, prefix)
     rows = checkpoint.metadata.state_dict_metadata[prefix + _EMBEDDING].size[0]  # type: ignore[union-attr]  # `_prefix` found a tensor there
-    return _Weights(rows, partial(stored_weights, checkpoint, prefix=prefix))
+    return rows, partial(stored_weights, checkpoint, prefix=prefix)
 
 
 def _single_file(where: Path, part: Part) -> _Weights:
@@ -106,7 +102,7 @@ def _single_file(where: Path, part: Part) -> _Weights:
     refuse_adapter_names(where, map(str, tensors))
     prefix = _prefix(where, tensors.get)
     named = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return _Weights(named[_EMBEDDING].shape[0], partial(_single_store, where, named))
+    return named[_EMBEDDING].shape[0], partial(_single_store, where, named)
 
 
 def _single_store(
@@ -176,12 +172,11 @@ def open_megatron(path: Path, tokenizer: Path | None, vocab_size: int | None) ->
     source = find_source(path)
     if tokenizer is not None:
         source = replace(source, tokenizer=tokenizer_files(tokenizer))
-    weights = (
-        _distributed(source)
-        if source.single is None
-        else _single_file(source.where / "model_weights.ckpt", source.single)
-    )
-    family, config = _family(source, _true_vocabulary(source, weights.rows, vocab_size))
-    store = weights.store(family, config)
+    if source.single is None:
+        rows, store_of = _distributed(source)
+    else:
+        rows, store_of = _single_file(source.where / "model_weights.ckpt", source.single)
+    family, config = _family(source, _true_vocabulary(source, rows, vocab_size))
+    store = store_of(family, config)
     config.dtype = str(main_dtype(store)).removeprefix("torch.")
     return Found(family, config, store, source.tokenizer, source.generation)

@@ -12,14 +12,13 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from nemo_minitron.checkpoint.foreign.megatron_stated import Stated, of_args, of_core, of_nemo1
 from nemo_minitron.checkpoint.inside import inside, is_inside
 from nemo_minitron.checkpoint.parts import Find, Part, archive_parts, below, in_folder
 from nemo_minitron.checkpoint.tokenizer_files import TokenizerFiles, tokenizer_files
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.documents import read_json_object, yaml_value
+from nemo_minitron.documents import JsonObject, read_json_object, yaml_value
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +57,10 @@ class Source:
     tokenizer: TokenizerFiles = field(default_factory=dict)
     vocab_size: int | None = None
     config: ModelConfig | None = None
-    generation: dict[str, Any] = field(default_factory=dict)
+    generation: JsonObject = field(default_factory=dict)
 
 
-def _yaml(part: Part | None, where: Path) -> dict[str, Any]:
+def _yaml(part: Part | None, where: Path) -> JsonObject:
     if part is None:
         raise ValueError(f"{where} is missing")
     try:
@@ -71,6 +70,11 @@ def _yaml(part: Part | None, where: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{where} must hold a mapping")
     return value
+
+
+def _mapping(value: object) -> JsonObject:
+    """A section of a config; empty where the config has something else, or nothing, there."""
+    return value if isinstance(value, dict) else {}
 
 
 # ---------------------------------------------------------------- Megatron-LM and Megatron-Bridge
@@ -130,7 +134,6 @@ def _megatron_lm(path: Path) -> Source:
             "checkpoint of its training (or of Megatron-Bridge or NeMo, which have config files)"
         )
     said = vars(args)
-    tokenizer = said.get("tokenizer_model")
     vocab = said.get("vocab_size")
     null = str(said.get("tokenizer_type", "")).startswith("Null")
     return Source(
@@ -138,34 +141,33 @@ def _megatron_lm(path: Path) -> Source:
         of_args(said, f"args in {file}"),
         folder,
         in_folder(folder),
-        tokenizer=_named_tokenizer(folder, tokenizer, file),
+        tokenizer=_named_tokenizer(folder, said.get("tokenizer_model"), file),
         # The tokenizer that has no words adds one for the end of a document.
         vocab_size=int(vocab) + 1 if null and vocab is not None else None,
     )
 
 
-def _named_tokenizer(folder: Path, named: Any, where: str) -> TokenizerFiles:
-    """The tokenizer that a checkpoint names, where it lies in the checkpoint's own folder."""
-    if not isinstance(named, str) or not named:
+def _tokenizer_inside(folder: Path, named: object) -> TokenizerFiles:
+    """The tokenizer that a config names, where it lies in the checkpoint's own folder."""
+    if not isinstance(named, str) or not is_inside(named):
         return {}
-    if is_inside(named):
-        files = tokenizer_files(inside(folder, named))
-        if files:
-            return files
-    logger.warning(
-        "%s names the tokenizer %s, which is not taken from outside the checkpoint; if it is "
-        "right, set tokenizer=%s",
-        where,
-        named,
-        named,
-    )
-    return {}
+    return tokenizer_files(inside(folder, named))
 
 
-def _generation(model: dict[str, Any]) -> dict[str, Any]:
-    stated = model.get("generation_config")
-    found = stated.get("config_dict") if isinstance(stated, dict) else None
-    return {k: v for k, v in found.items() if v is not None} if isinstance(found, dict) else {}
+def _named_tokenizer(folder: Path, named: object, where: object) -> TokenizerFiles:
+    """As ``_tokenizer_inside``, with a warning where a tokenizer is named and not taken."""
+    files = _tokenizer_inside(folder, named)
+    if named and isinstance(named, str) and not files:
+        logger.warning(
+            f"{where} names the tokenizer {named}, which is not taken from outside the checkpoint; "
+            f"if it is right, set tokenizer={named}"
+        )
+    return files
+
+
+def _generation(model: JsonObject) -> JsonObject:
+    found = _mapping(_mapping(model.get("generation_config")).get("config_dict"))
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _bridge(path: Path) -> Source:
@@ -173,8 +175,7 @@ def _bridge(path: Path) -> Source:
     _refuse_other_formats(folder)
     file = folder / RUN_CONFIG
     said = _yaml(in_folder(folder)(RUN_CONFIG), file)
-    model, stated = said.get("model"), said.get("tokenizer")
-    tokenizer = stated.get("tokenizer_model") if isinstance(stated, dict) else None
+    model, tokenizer = said.get("model"), _mapping(said.get("tokenizer")).get("tokenizer_model")
     if not isinstance(model, dict):
         raise ValueError(f"{file} lacks model")
     files = tokenizer_files(folder / "tokenizer")
@@ -183,7 +184,7 @@ def _bridge(path: Path) -> Source:
         of_core(model, f"model in {file}"),
         folder,
         in_folder(folder),
-        tokenizer=files or _named_tokenizer(folder, tokenizer, str(file)),
+        tokenizer=files or _named_tokenizer(folder, tokenizer, file),
         vocab_size=model.get("vocab_size"),
         generation=_generation(model),
     )
@@ -192,15 +193,11 @@ def _bridge(path: Path) -> Source:
 # ---------------------------------------------------------------- NeMo
 
 
-def _nemo2_tokenizer(context: Path, stated: Any) -> TokenizerFiles:
+def _nemo2_tokenizer(context: Path, stated: object) -> TokenizerFiles:
     """The folder or file that model.yaml names, relative to itself; else any that is there."""
-    named = stated if isinstance(stated, dict) else {}
     for key in ("pretrained_model_name", "model_path", "tokenizer_model"):
-        value = named.get(key)
-        if isinstance(value, str) and is_inside(value):
-            files = tokenizer_files(inside(context, value))
-            if files:
-                return files
+        if files := _tokenizer_inside(context, _mapping(stated).get(key)):
+            return files
     for folder in (context / "nemo_tokenizer", *sorted(context.iterdir()), context):
         if folder.is_dir() and (files := tokenizer_files(folder)):
             return files
@@ -237,7 +234,7 @@ _NEMO1_TOKENIZER = {
 }
 
 
-def _nemo1_tokenizer(find: Find, stated: Any) -> TokenizerFiles:
+def _nemo1_tokenizer(find: Find, stated: object) -> TokenizerFiles:
     if not isinstance(stated, dict) or stated.get("additional_special_tokens"):
         return {}
     if stated.get("sentencepiece_legacy") and stated.get("special_tokens"):
@@ -253,11 +250,10 @@ def _nemo1_tokenizer(find: Find, stated: Any) -> TokenizerFiles:
     return files
 
 
-def _own_archive(path: Path, find: Find, within: Find, config: dict[str, Any]) -> Source:
+def _own_archive(path: Path, find: Find, within: Find, config: JsonObject) -> Source:
     """What ``MinitronGPTModel.save_to`` writes."""
     files: TokenizerFiles = {}
-    stated = config.get("tokenizer")
-    for name in stated.values() if isinstance(stated, dict) else ():
+    for name in _mapping(config.get("tokenizer")).values():
         unique = Path(str(name).removeprefix("nemo:")).name
         part, plain = find(unique), unique.partition("_")[2]
         if part is not None and is_inside(plain):  # NeMo puts 32 hexadecimal digits before it
@@ -282,9 +278,8 @@ def _nemo1(path: Path) -> Source:
     parts = archive_parts(path) if path.is_file() else None
     find = in_folder(path) if parts is None else parts.get
     config = _yaml(find(NEMO1_CONFIG), path / NEMO1_CONFIG)
-    names = sorted({name.partition("/")[0] for name in parts or ()})
-    names = names or sorted(p.name for p in path.iterdir())
-    legacy = [name for name in names if _LEGACY.fullmatch(name)]
+    names = [p.name for p in path.iterdir()] if parts is None else [p.split("/")[0] for p in parts]
+    legacy = sorted(name for name in names if _LEGACY.fullmatch(name))
     if legacy:
         raise ValueError(
             f"{path} holds {legacy[0]}, weights cut for one layout; open it in NeMo and save it "
@@ -313,9 +308,10 @@ def _has(*names: str) -> Callable[[Path], bool]:
 
 def _is_megatron_lm(path: Path) -> bool:
     folders = [path, *path.glob("iter_*"), path / "release"]
-    known = any((folder / name).exists() for folder in folders for name in (COMMON, ".metadata"))
-    legacy = any(_LEGACY.fullmatch(p.name) for d in folders if d.is_dir() for p in d.iterdir())
-    return known or legacy or bool(folders[1:-1]) or (path / TRACKER).is_file()
+    if len(folders) > 2 or (path / TRACKER).is_file():
+        return True
+    names = {p.name for folder in folders if folder.is_dir() for p in folder.iterdir()}
+    return not names.isdisjoint((COMMON, ".metadata")) or any(map(_LEGACY.fullmatch, names))
 
 
 def _is_bridge(path: Path) -> bool:
