@@ -239,7 +239,7 @@ class _TorchUnpickler(_Unpickler):
         return key, dtype
 
 
-def read_torch_file(part: Part) -> object:
+def read_torch_file(part: Part) -> Any:
     """What ``torch.save`` wrote; tensors become ``LazyTensor``, unknown objects ``Inert``.
 
     Only dictionaries are searched for tensors.
