@@ -3,6 +3,7 @@
 import sys
 
 from nemo_minitron.runtime import endings
+from nemo_minitron.runtime.errors import Ending
 
 
 def main() -> int:
@@ -13,7 +14,7 @@ def main() -> int:
         from nemo_minitron import cli
 
         return cli.main()
-    except (KeyboardInterrupt, *endings.ENDINGS) as error:
+    except (KeyboardInterrupt, Ending) as error:
         return endings.say(command, error)
     except Exception as error:
         if endings.asked() is None:

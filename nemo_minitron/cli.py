@@ -29,6 +29,7 @@ from nemo_minitron.runtime.errors import (
     BAD_INPUT,
     PREEMPTED,
     TERMINATED,
+    Ending,
     Preempted,
     RankKilled,
     StageFailed,
@@ -161,7 +162,7 @@ def run_job(stage: str, composed: "DictConfig") -> tuple[int, str]:
             known[0].output_dir = sweeps.job_folder(known[0].output_dir)
             with scratch():
                 _run(stage, known[0])
-        except (Exception, KeyboardInterrupt, *endings.ENDINGS) as happened:
+        except (Exception, KeyboardInterrupt, Ending) as happened:
             endings.close()  # the launcher of a rank that was killed asks the others to stop
             return _said(stage, _cause(happened), known)
     return 0, ""
@@ -194,7 +195,7 @@ def _killed(rank: int | None) -> RankKilled | None:
     return None if rank is None else RankKilled(f"rank {rank} {killed_by(signal.SIGKILL)}")
 
 
-def _asked_to_stop(stage: str, known: Sequence[StageConfig]) -> endings.Ending:
+def _asked_to_stop(stage: str, known: Sequence[StageConfig]) -> Ending:
     """What a stop signal means at the moment it comes."""
     gone = _killed(peers.killed())
     return gone or (_stopped(stage, known[0]) if known else Terminated("a signal asked to stop"))

@@ -3,19 +3,14 @@
 import shutil
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from nemo_minitron.checkpoint.seals import compare, dumped, entries_of, loaded
 from nemo_minitron.config.training import DataConfig
 from nemo_minitron.runtime.atomic import rename_folder
 
-Barrier = Callable[[], None]
-
 _SUMS = "sha256.json"
-
-
-def no_barrier() -> None:
-    """The barrier of a single process."""
 
 
 def cache_folder(data: DataConfig, output_dir: str | Path) -> Path:
@@ -26,7 +21,10 @@ def cache_folder(data: DataConfig, output_dir: str | Path) -> Path:
 
 
 def build_once(
-    folder: Path, fill: Callable[[Path], None], rank: int = 0, barrier: Barrier = no_barrier
+    folder: Path,
+    fill: Callable[[Path], None],
+    rank: int = 0,
+    barrier: Callable[[], object] = lambda: None,
 ) -> None:
     """Make a cache folder unless it is there; every rank calls this.
 
@@ -57,6 +55,16 @@ def build_once(
             f"rank {rank} finds no {folder}: rank 0 failed (see its message), or data.cache_dir "
             "is not on storage that all nodes share"
         )
+
+
+def build_for_all(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Call ``build_once`` on every rank of the process group, or alone where there is none."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        build_once(folder, fill, dist.get_rank(), partial(dist.barrier, group=dist.group.WORLD))
+    else:
+        build_once(folder, fill)
 
 
 def _fill_and_rename(folder: Path, fill: Callable[[Path], None]) -> None:

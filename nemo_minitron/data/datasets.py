@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import Dataset
 
 from nemo_minitron.config.training import DataConfig
-from nemo_minitron.data.cache import Barrier, build_once, no_barrier
+from nemo_minitron.data.cache import build_for_all
 from nemo_minitron.data.checks import check_index, check_npy, scan_ids
 from nemo_minitron.data.indexed import TextTokenizer, build_indexed
 from nemo_minitron.data.pair import read_index
@@ -60,10 +60,8 @@ def prepare_tokens(
     cache: Path,
     tokenizer_dir: Path | None = None,
     splits: Sequence[str] | None = None,
-    rank: int = 0,
-    barrier: Barrier = no_barrier,
 ) -> TokenData:
-    """Tokenise what needs it, once, and check that it suffices. Builds no model.
+    """Tokenise what needs it, once, and check that it suffices; every rank calls this.
 
     Args:
         data: the data keys.
@@ -71,8 +69,6 @@ def prepare_tokens(
         cache: folder shared by all ranks and runs (``cache.cache_folder``).
         tokenizer_dir: the checkpoint's tokenizer; needed for text alone.
         splits: splits a training stage reads; None for a stage that reads ``data.split_name``.
-        rank: global rank of this process; rank 0 alone writes.
-        barrier: waits for all ranks.
 
     Raises:
         ValueError: bad, missing or too little data.
@@ -84,7 +80,7 @@ def prepare_tokens(
     if source.kind == INDEXED:
         check_index(source, data, splits)
         folder = cache / f"indexed-{_identity(source)}"
-        build_once(folder, lambda into: scan_ids(source.path, into), rank, barrier)
+        build_for_all(folder, lambda into: scan_ids(source.path, into))
         check_index(source, data, splits, vocab_size=vocab_size, scan=folder)
         return TokenData(INDEXED, source.path.absolute(), folder)
     if tokenizer_dir is None:
@@ -93,7 +89,7 @@ def prepare_tokens(
             "a .bin/.idx prefix or a .npy of token ids"
         )
     tokenizer = TextTokenizer(tokenizer_dir)
-    prefix = build_indexed(source, data, tokenizer, vocab_size, cache.absolute(), rank, barrier)
+    prefix = build_indexed(source, data, tokenizer, vocab_size, cache.absolute())
     check_tokens(data, read_index(prefix).lengths, splits)
     return TokenData(INDEXED, prefix, prefix.parent)
 
@@ -106,11 +102,7 @@ def _identity(source: Source) -> str:
 
 
 def build_datasets(
-    data: DataConfig,
-    tokens: TokenData,
-    sizes: tuple[int, int, int],
-    rank: int = 0,
-    barrier: Barrier = no_barrier,
+    data: DataConfig, tokens: TokenData, sizes: tuple[int, int, int]
 ) -> tuple["Dataset[Sample] | None", ...]:
     """Datasets of a training stage; every rank calls this.
 
@@ -120,8 +112,6 @@ def build_datasets(
         sizes: samples of train, validation and test; 0 leaves a split out. Train has exactly
             that many, over as many epochs as it takes; the others have at most that many, always
             the same ones and none twice.
-        rank: global rank of this process.
-        barrier: waits for all ranks.
 
     Returns:
         Train, validation and test; None for those left out. A ``.npy`` is never split: it trains
@@ -130,19 +120,23 @@ def build_datasets(
     if tokens.kind == NPY:
         if sizes[1] or sizes[2]:
             logger.warning("%s is a .npy, which is not split: no validation", tokens.path)
-        return _npy(data, tokens.path, sizes[0]) if sizes[0] else None, None, None
+        return (
+            NpyDataset(np.load(tokens.path, mmap_mode="r"), sizes[0]) if sizes[0] else None,
+            None,
+            None,
+        )
     wanted: list[int | None] = [sizes[0], None, None]
-    built = _megatron_datasets(data, tokens, wanted, [size > 0 for size in sizes], rank, barrier)
+    built = _megatron_datasets(data, tokens, wanted, [size > 0 for size in sizes])
     return tuple(
         None if dataset is None else FirstSamples(dataset, min(size, len(dataset)))
         for dataset, size in zip(built, sizes, strict=True)
     )
 
 
-def build_split(
-    data: DataConfig, tokens: TokenData, rank: int = 0, barrier: Barrier = no_barrier
-) -> "Dataset[Sample]":
+def build_split(data: DataConfig, tokens: TokenData) -> "Dataset[Sample]":
     """The samples a calibration or evaluation stage reads: each once, in a fixed order.
+
+    Every rank calls this.
 
     They are the first ``data.num_samples`` samples (null: all) of split ``data.split_name`` in
     Megatron's shuffled order for ``data.seed``, or the first rows of a ``.npy``, which is not
@@ -152,22 +146,24 @@ def build_split(
         ValueError: there are fewer than ``data.num_samples``.
     """
     if tokens.kind == NPY:
-        rows = len(np.load(tokens.path, mmap_mode="r"))
-        return _npy(data, tokens.path, data.num_samples or rows)
+        rows = np.load(tokens.path, mmap_mode="r")
+        return NpyDataset(rows, data.num_samples or len(rows))
     chosen = [name == data.split_name for name in SPLITS]
-    built = _megatron_datasets(data, tokens, [None, None, None], chosen, rank, barrier)
+    built = _megatron_datasets(data, tokens, [None, None, None], chosen)
     dataset = built[SPLITS.index(data.split_name)]
     check_num_samples(data, len(dataset))
     return FirstSamples(dataset, data.num_samples or len(dataset))
 
 
 class FirstSamples(Dataset[Sample]):
-    """The first ``size`` samples of a dataset."""
+    """The first ``size`` samples of a dataset.
 
-    def __init__(self, dataset: Any, size: int) -> None:
-        """Wrap a Megatron dataset of at least ``size`` samples."""
-        self.dataset = dataset
-        self.size = size
+    Unlike ``torch.utils.data.Subset`` it passes the index None on, which stands for a filler.
+    """
+
+    def __init__(self, dataset: Dataset[Sample], size: int) -> None:
+        """Wrap a dataset of at least ``size`` samples."""
+        self.dataset, self.size = dataset, size
 
     def __len__(self) -> int:
         """Samples."""
@@ -175,7 +171,7 @@ class FirstSamples(Dataset[Sample]):
 
     def __getitem__(self, index: int | None) -> Sample:
         """Return sample ``index``, or for None a filler whose loss mask is all 0."""
-        return cast(Sample, self.dataset[index])
+        return self.dataset[index]
 
 
 class NpyDataset(Dataset[Sample]):
@@ -214,10 +210,6 @@ class NpyDataset(Dataset[Sample]):
         }
 
 
-def _npy(data: DataConfig, path: Path, size: int) -> NpyDataset:
-    return NpyDataset(np.load(path, mmap_mode="r"), size)
-
-
 @dataclass(frozen=True)
 class _Tokenizer:
     """The little that ``GPTDataset`` asks of a tokenizer once tokens are on disk.
@@ -231,12 +223,7 @@ class _Tokenizer:
 
 
 def _megatron_datasets(
-    data: DataConfig,
-    tokens: TokenData,
-    sizes: list[int | None],
-    chosen: list[bool],
-    rank: int,
-    barrier: Barrier,
+    data: DataConfig, tokens: TokenData, sizes: list[int | None], chosen: list[bool]
 ) -> list[Any]:
     """GPTDatasets of the chosen splits, None for the others.
 
@@ -245,8 +232,6 @@ def _megatron_datasets(
         tokens: a pair.
         sizes: samples of each split at least; None is one pass over its documents.
         chosen: which of the three splits to build.
-        rank: global rank of this process.
-        barrier: waits for all ranks.
     """
     before_megatron()
     from megatron.core.datasets.blended_megatron_dataset_builder import (
@@ -267,17 +252,13 @@ def _megatron_datasets(
             str(tokens.path), writing.split_matrix, sizes, synchronize_ranks=False
         )
 
-    build_once(folder, write_indices, rank, barrier)
+    build_for_all(folder, write_indices)
     config.path_to_cache = str(folder)
     built = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
-    for dataset, bounds in zip(built, _bounds(data, built), strict=True):
+    sequences = next(len(dataset.dataset) for dataset in built if dataset is not None)
+    for dataset, bounds in zip(built, split_bounds(data.split, sequences), strict=True):
         assert dataset is None or (dataset.indices[0], dataset.indices[-1] + 1) == bounds
     return list(built)
-
-
-def _bounds(data: DataConfig, built: Sequence[Any]) -> list[tuple[int, int]]:
-    sequences = next(len(d.dataset) for d in built if d is not None)
-    return split_bounds(data.split, sequences)
 
 
 def _gpt_config(data: DataConfig, tokens: TokenData, chosen: list[bool]) -> "GPTDatasetConfig":

@@ -20,7 +20,7 @@ from nemo_minitron.checkpoint.manifest import hash_file
 from nemo_minitron.checkpoint.tokenizer import AS_READ, TOKENIZER_CONFIG, tokenizer_json
 from nemo_minitron.checkpoint.tokenizer_read import has_as_read, load_tokenizer
 from nemo_minitron.config.training import DataConfig
-from nemo_minitron.data.cache import Barrier, build_once, no_barrier
+from nemo_minitron.data.cache import build_for_all
 from nemo_minitron.data.formats import suffix_of
 from nemo_minitron.data.long_texts import PIECE, encode_long
 from nemo_minitron.data.pair import write_index
@@ -127,12 +127,10 @@ def build_indexed(
     tokenizer: TextTokenizer,
     vocab_size: int,
     cache: Path,
-    rank: int = 0,
-    barrier: Barrier = no_barrier,
 ) -> Path:
     """Tokenise a text source into a ``.bin``/``.idx`` pair, or find the one made before.
 
-    All ranks call it; rank 0 builds while the others wait (see ``cache.build_once``).
+    Every rank calls this; rank 0 builds while the others wait (see ``cache.build_once``).
 
     Args:
         source: a source of kind ``text``.
@@ -140,8 +138,6 @@ def build_indexed(
         tokenizer: the checkpoint's.
         vocab_size: true vocabulary of the model; every id must lie below it.
         cache: folder shared by all ranks and runs.
-        rank: global rank of this process.
-        barrier: waits for all ranks.
 
     Returns:
         The prefix of the pair.
@@ -150,9 +146,7 @@ def build_indexed(
         ValueError: no documents, or ids outside the vocabulary.
     """
     folder = cache / _cache_key(source, data, tokenizer, vocab_size)
-    build_once(
-        folder, lambda into: _build(into, source, data, tokenizer, vocab_size), rank, barrier
-    )
+    build_for_all(folder, lambda into: _build(into, source, data, tokenizer, vocab_size))
     return folder / _PREFIX
 
 

@@ -1,7 +1,7 @@
 """Which samples each data-parallel rank reads in which order, and the loader that reads them."""
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -10,6 +10,7 @@ from nemo_minitron.config.training import DataConfig
 from nemo_minitron.data.checks import check_batch_sizes
 
 
+@dataclass(kw_only=True, eq=False)
 class GlobalBatchSampler(Sampler[list[int | None]]):
     """Micro-batches of one data-parallel rank, in Megatron's order.
 
@@ -18,46 +19,29 @@ class GlobalBatchSampler(Sampler[list[int | None]]):
     a run that stopped after ``consumed_samples`` goes on with the next sample, at any layout.
     """
 
-    def __init__(
-        self,
-        *,
-        total_samples: int,
-        consumed_samples: int,
-        micro_batch_size: int,
-        global_batch_size: int,
-        dp_rank: int,
-        dp_size: int,
-        drop_last: bool,
-    ) -> None:
-        """Describe the order; all counts are of samples.
+    total_samples: int
+    """Samples of all ranks."""
+    consumed_samples: int
+    """Samples that earlier global batches took."""
+    micro_batch_size: int
+    """Samples of each list."""
+    global_batch_size: int
+    """Samples of an optimizer step over all ranks: a multiple of micro_batch_size * dp_size."""
+    dp_rank: int
+    """Data-parallel rank of this process."""
+    dp_size: int
+    drop_last: bool
+    """Whether an incomplete last global batch is left out. Otherwise it is filled up with
+    ``None``, so that all ranks see equally many micro-batches."""
 
-        Args:
-            total_samples: global number of samples.
-            consumed_samples: how many of them earlier global batches took.
-            micro_batch_size: samples per yielded list.
-            global_batch_size: samples per optimizer step over all ranks; a multiple of
-                ``micro_batch_size * dp_size``.
-            dp_rank: data-parallel rank of this process.
-            dp_size: data-parallel size.
-            drop_last: leave an incomplete last global batch out; otherwise it is filled up with
-                ``None``, so that all ranks see equally many micro-batches.
-
-        Raises:
-            ValueError: ``consumed_samples`` lies outside the data.
-        """
-        if not 0 <= consumed_samples <= total_samples:
+    def __post_init__(self) -> None:
+        """Refuse to go on behind the end of the data."""
+        if not 0 <= self.consumed_samples <= self.total_samples:
             raise ValueError(
-                f"consumed_samples={consumed_samples} of the resumed run lies outside the "
-                f"{total_samples} samples of this one; set trainer.max_steps and "
+                f"consumed_samples={self.consumed_samples} of the resumed run lies outside the "
+                f"{self.total_samples} samples of this one; set trainer.max_steps and "
                 "data.global_batch_size as they were, or larger"
             )
-        self.total_samples = total_samples
-        self.consumed_samples = consumed_samples
-        self.micro_batch_size = micro_batch_size
-        self.global_batch_size = global_batch_size
-        self.dp_rank = dp_rank
-        self.dp_size = dp_size
-        self.drop_last = drop_last
 
     def __len__(self) -> int:
         """Micro-batches that are left on this rank."""
@@ -85,7 +69,7 @@ def build_dataloader(
     consumed_samples: int = 0,
     drop_last: bool,
     num_workers: int = 0,
-) -> DataLoader[Any]:
+) -> DataLoader[dict[str, torch.Tensor]]:
     """Micro-batches ``[micro_batch_size, seq_length]`` of one data-parallel rank.
 
     Args:

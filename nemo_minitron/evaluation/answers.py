@@ -1,16 +1,24 @@
 """What a Megatron model on any layout answers to lm-eval: scores and greedy continuations."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-from nemo_minitron.evaluation.requests import Continuations, Request, RequestScorer
-from nemo_minitron.models.build import HiddenGPTModel
+from nemo_minitron.evaluation.requests import (
+    Answer,
+    Continuations,
+    Question,
+    Request,
+    RequestScorer,
+    Scores,
+)
 from nemo_minitron.models.inference import GREEDY, CachedModel, continue_prompts
 from nemo_minitron.runtime.console import progress
-from nemo_minitron.runtime.groups import ParallelGroups
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # A stop text may begin inside a token: so many tokens more than it has characters are read again.
 _SLACK = 8
@@ -21,24 +29,14 @@ class Answers:
 
     def __init__(
         self,
-        chunks: list[HiddenGPTModel],
-        groups: ParallelGroups,
-        vocab_size: int,
-        tokenizer: Any,
+        scorer: RequestScorer,
+        tokenizer: "PreTrainedTokenizerFast",
         stops: frozenset[int],
-        *,
-        batch_size: int,
-        multiple: int,
     ) -> None:
-        """Arguments are those of ``RequestScorer``, the tokenizer and tokens that end a text."""
-        self.stops = stops
-        self.chunks, self.groups, self.vocab_size = chunks, groups, vocab_size
-        self.tokenizer, self.batch_size = tokenizer, batch_size
-        self.scorer = RequestScorer(
-            chunks, groups, vocab_size, batch_size=batch_size, multiple=multiple
-        )
+        """Take the model with its scorer, its tokenizer, and the tokens that end a text."""
+        self.scorer, self.tokenizer, self.stops = scorer, tokenizer, stops
 
-    def __call__(self, question: Any) -> Any:
+    def __call__(self, question: Question) -> Answer:
         """``list[Request]`` -> scores, ``Continuations`` -> token ids; the same on every rank.
 
         Raises:
@@ -48,7 +46,7 @@ class Answers:
             return self._continue(question)
         return self._score(question)
 
-    def _score(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
+    def _score(self, requests: Sequence[Request]) -> Scores:
         with progress("scoring requests", len(requests)) as advance:
             found = self.scorer.score(requests, advance)
         if not torch.tensor([score for score, _ in found]).isfinite().all():
@@ -60,20 +58,21 @@ class Answers:
 
     def _continue(self, asked: Continuations) -> list[list[int]]:
         """Each data-parallel rank continues its share."""
-        model = CachedModel(self.chunks[0], self.groups, self.vocab_size)
-        dp, count = self.groups.dp, len(asked.prompts)
+        groups, size = self.scorer.groups, self.scorer.batch_size
+        model = CachedModel(self.scorer.chunks[0], groups, self.scorer.vocab_size)
+        dp, count = groups.dp, len(asked.prompts)
         mine = range(count)[dp.rank() :: dp.size()]
         ended = self._ended(asked.stop)
         texts: dict[int, list[int]] = {}
         with progress("writing answers", len(mine)) as advance:
-            for start in range(0, len(mine), self.batch_size):
-                rows = mine[start : start + self.batch_size]
+            for start in range(0, len(mine), size):
+                rows = mine[start : start + size]
                 prompts = [asked.prompts[row] for row in rows]
                 draws = torch.zeros(len(rows), asked.max_new_tokens, dtype=torch.float64)
                 found = continue_prompts(model, prompts, GREEDY, draws, self.stops, ended)
                 texts |= dict(zip(rows, found, strict=True))
                 advance(len(rows))
-        shares: list[Any] = [None] * dp.size()
+        shares = [texts] * dp.size()
         dist.all_gather_object(shares, texts, group=dp)
         return [ids for _, ids in sorted((row, x) for share in shares for row, x in share.items())]
 

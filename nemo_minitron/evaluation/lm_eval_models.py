@@ -3,16 +3,17 @@
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from nemo_minitron.evaluation.requests import Continuations, Request
+from nemo_minitron.evaluation.requests import Continuations, Question, Request, Scores
 
-Scores = list[tuple[float, bool]]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 class MegatronLM(HFLM):
@@ -22,7 +23,13 @@ class MegatronLM(HFLM):
     Face models; only forward passes go elsewhere. To lm-eval there is one rank.
     """
 
-    def __init__(self, ask: Callable[[Any], Any], tokenizer: Any, *, max_length: int) -> None:
+    def __init__(
+        self,
+        ask: Callable[[Question], Any],
+        tokenizer: "PreTrainedTokenizerFast",
+        *,
+        max_length: int,
+    ) -> None:
         """Take what answers.
 
         Args:
@@ -41,17 +48,19 @@ class MegatronLM(HFLM):
         self.truncation = False
         self.enable_thinking = False
         self.think_end_token = None
-        self.chat_template_args: dict[str, Any] = {}
+        self.chat_template_args: dict[str, object] = {}
         if tokenizer.pad_token_id is None:  # lm-eval pads prompts, and the mask takes it off again
             tokenizer.pad_token_id = tokenizer.eos_token_id
 
-    def get_model_info(self) -> dict[str, Any]:
+    def get_model_info(self) -> dict[str, object]:
         """Nothing: the manifest has it."""
         return {}
 
-    def _loglikelihood_tokens(self, requests: Sequence[Any], **kwargs: Any) -> Scores:
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[object, list[int], list[int]]], **kwargs: object
+    ) -> Scores:
         """Scores of ``(texts, context ids, continuation ids)``, longer ones cut on the left."""
-        found: Scores = self._ask([self._request(*ids) for _, *ids in requests])
+        found: Scores = self._ask([self._request(given, asked) for _, given, asked in requests])
         return found
 
     def _request(self, context: list[int], continuation: list[int]) -> Request:
@@ -71,7 +80,7 @@ class MegatronLM(HFLM):
         max_length: int,
         stop: list[str],
         attention_mask: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Tensor:
         """Greedy continuations of ``[b, s]`` prompts, padded on the left, as ``[b, s + new]``."""
         assert attention_mask is not None

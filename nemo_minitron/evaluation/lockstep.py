@@ -6,10 +6,11 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 T = TypeVar("T")
-Ask = Callable[[Any], Any]
+Q = TypeVar("Q")
+A = TypeVar("A")
 
 
-def led_by_first(work: Callable[[Ask], T], answer: Callable[[Any], Any]) -> T:
+def led_by_first(work: Callable[[Callable[[Q], A]], T], answer: Callable[[Q], A]) -> T:
     """Run ``work`` on rank 0; all ranks answer each of its questions together.
 
     Args:
@@ -34,10 +35,10 @@ def led_by_first(work: Callable[[Ask], T], answer: Callable[[Any], Any]) -> T:
         answer(content)
 
 
-def _lead(work: Callable[[Ask], T], answer: Callable[[Any], Any]) -> T:
+def _lead(work: Callable[[Callable[[Q], A]], T], answer: Callable[[Q], A]) -> T:
     answering = False
 
-    def ask(question: Any) -> Any:
+    def ask(question: Q) -> A:
         nonlocal answering
         _broadcast(("question", question))
         answering = True
@@ -56,7 +57,7 @@ def _lead(work: Callable[[Ask], T], answer: Callable[[Any], Any]) -> T:
     return result
 
 
-def _broadcast(message: tuple[str, Any] | None) -> tuple[str, Any]:
+def _broadcast(message: tuple[str, object] | None) -> tuple[str, Any]:
     box: list[Any] = [message]
     dist.broadcast_object_list(box, src=0, group=dist.group.WORLD)
     found: tuple[str, Any] = box[0]

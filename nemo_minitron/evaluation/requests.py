@@ -59,6 +59,13 @@ class Continuations:
     stop: list[str]
 
 
+Question = Sequence[Request] | Continuations
+Scores = list[tuple[float, bool]]
+"""Log-probability of every continuation, and whether it is greedy."""
+Answer = Scores | list[list[int]]
+"""Scores of requests, or token ids that continue prompts."""
+
+
 def token_scores(
     rows: Tensor, weight: Tensor, labels: Tensor, shard: VocabShard
 ) -> tuple[Tensor, Tensor]:
@@ -91,35 +98,32 @@ def token_scores(
     return torch.cat(scores), torch.cat(greedy)
 
 
+@dataclass
 class RequestScorer:
-    """Scores requests with a frozen model; every rank takes part in every call."""
+    """Scores requests with a frozen model; every rank takes part in every call.
 
-    def __init__(
-        self,
-        chunks: list[HiddenGPTModel],
-        groups: ParallelGroups,
-        vocab_size: int,
-        *,
-        batch_size: int,
-        multiple: int = 1,
-    ) -> None:
-        """Take a model that returns hidden states, in eval mode.
+    Attributes:
+        chunks: this rank's part of the model, which returns hidden states, in eval mode.
+        groups: this rank's process groups.
+        vocab_size: true vocabulary.
+        batch_size: requests of one forward pass on one data-parallel rank.
+        multiple: sequence lengths must be multiples of it (``ParallelConfig.sequence_multiple``).
+    """
 
-        Args:
-            chunks: this rank's part of the model.
-            groups: this rank's process groups.
-            vocab_size: true vocabulary.
-            batch_size: requests of one forward pass on one data-parallel rank.
-            multiple: of which sequence lengths must be (``ParallelConfig.sequence_multiple``).
-        """
-        self.chunks, self.groups = chunks, groups
-        self.batch_size, self.multiple = batch_size, multiple
-        self.shard = vocab_shard(chunks, groups, vocab_size)
+    chunks: list[HiddenGPTModel]
+    groups: ParallelGroups
+    vocab_size: int
+    batch_size: int
+    multiple: int = 1
+
+    def __post_init__(self) -> None:
+        """Find this rank's rows of the output layer."""
+        self.shard = vocab_shard(self.chunks, self.groups, self.vocab_size)
 
     @torch.no_grad()
     def score(
         self, requests: Sequence[Request], advance: Callable[[int], None] = lambda n: None
-    ) -> list[tuple[float, bool]]:
+    ) -> Scores:
         """Sum of the log-probabilities (nats) of every continuation, and whether it is greedy.
 
         Requests of similar length go together, padded on the right, which a causal model does not
@@ -138,10 +142,8 @@ class RequestScorer:
             length = -(-len(requests[together[0]]) // self.multiple) * self.multiple
             here = together[dp.rank() :: dp.size()]
             batches = [
-                _batch(
-                    [requests[i] for i in here[at : at + self.batch_size]], length, self.batch_size
-                )
-                for at in range(0, mine, self.batch_size)
+                _batch([requests[i] for i in here[at : at + size]], length, size)
+                for at in range(0, mine, size)
             ]
             found = self._run(batches)
             if found is not None:

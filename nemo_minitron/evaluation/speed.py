@@ -6,7 +6,7 @@ Models take turns in one process, so that whatever else the machine does hits al
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -141,7 +141,7 @@ def largest_batch(candidate: Candidate, work: Work, limit: int, most: int) -> in
     """
     points = []
     for batch in (1, 2):
-        run_once(candidate, Work(batch, work.prompt_length, work.new_tokens, work.seed), steps=1)
+        run_once(candidate, replace(work, batch=batch), steps=1)
         points.append(used(candidate.memory))
     start, slope = points[0], max(points[1] - points[0], 1)
     room = int(limit * (1 - _SLACK)) - start
@@ -180,7 +180,7 @@ def take_turns(
     for number in range(rounds + 1):
         turn = number % len(pairs)
         for candidate, batch in [*pairs[turn:], *pairs[:turn]]:
-            each = Work(batch, work.prompt_length, work.new_tokens, work.seed)
+            each = replace(work, batch=batch)
             seconds = run_once(candidate, each)
             if number:
                 candidate.seconds.append(seconds)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nemo_minitron.config.training import DataConfig
+from nemo_minitron.data.datasets import FirstSamples
 from nemo_minitron.data.sampler import build_dataloader
 from nemo_minitron.models.build import HiddenGPTModel
 from nemo_minitron.models.schedule import Batch, on_this_cp_rank
@@ -78,19 +79,6 @@ class Calibration:
         return [per_run] * full + ([rest] if rest else [])
 
 
-class _First(Dataset[dict[str, Tensor]]):
-    """The first samples of a dataset; like it, it gives filler for None."""
-
-    def __init__(self, dataset: Dataset[dict[str, Tensor]], count: int) -> None:
-        self.dataset, self.count = dataset, count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return self.dataset[index]
-
-
 def calibration_runs(
     chunks: Sequence[HiddenGPTModel],
     groups: ParallelGroups,
@@ -111,7 +99,7 @@ def calibration_runs(
     """
     device = next(chunks[0].parameters()).device
     loader = build_dataloader(
-        _First(dataset, plan.samples),
+        FirstSamples(dataset, plan.samples),
         data,
         dp_rank=plan.dp_rank,
         dp_size=plan.dp_size,

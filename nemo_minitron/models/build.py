@@ -167,7 +167,7 @@ def _build_chunk(
         rotary_base=int(config.rotary_base),
         rope_scaling=bool(scaling),
         rope_scaling_factor=scaling.get("factor", 8.0),
-        pg_collection=groups.collection,
+        pg_collection=groups,
         vp_stage=vp_stage,
     )
     # The local norms and learned positions are made in fp32. Megatron converts what it trains; a

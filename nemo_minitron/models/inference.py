@@ -94,9 +94,7 @@ class CachedModel:
             batch: sequences that go together.
             length: tokens of the longest, prompt and continuation.
         """
-        self._wrapper = cached_forward(
-            self.chunk, self.groups.collection, batch, length, self.vocab_size
-        )
+        self._wrapper = cached_forward(self.chunk, self.groups, batch, length, self.vocab_size)
 
     @property
     def cache_bytes(self) -> int:

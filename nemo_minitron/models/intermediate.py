@@ -258,7 +258,7 @@ class IntermediateLosses:
 
     def reduced(self) -> Tensor:
         """``[pairs]`` sums over the global batch, the same on every rank (collective)."""
-        dist.all_reduce(self.sums, group=self.groups.model)
+        dist.all_reduce(self.sums, group=self.groups.mp)
         dist.all_reduce(self.sums, group=self.groups.dp_cp)
         return self.sums
 

@@ -44,7 +44,7 @@ class _Job:
         config: the model before pruning.
         pruned: the model after pruning.
         plan: what to keep.
-        groups: this rank's process groups; rows travel inside ``groups.expt_model``.
+        groups: this rank's process groups; rows travel inside ``groups.tp_ep_pp``.
         grid: the ranks of that group.
         rows: parameters of a layer of the pruned model.
         shapes: local shapes of the parameters of the pruned model that are still empty.
@@ -194,8 +194,8 @@ def _placement(
     """
     place = (groups.ep.rank(), groups.pp.rank(), groups.tp.rank())
     mine = (place, _layer_numbers(old), _layer_numbers(new))
-    answers = [mine] * groups.expt_model.size()
-    dist.all_gather_object(answers, mine, group=groups.expt_model)
+    answers = [mine] * groups.tp_ep_pp.size()
+    dist.all_gather_object(answers, mine, group=groups.tp_ep_pp)
     count = groups.pp.size()
     ranks = [[[-1] * groups.tp.size() for _ in range(count)] for _ in range(groups.ep.size())]
     before: dict[int, int] = {}
@@ -235,7 +235,7 @@ def _prune_layer(job: _Job, position: int, path: tuple[int, int], layer: Any, ta
         for name, parameter in parameters.items()
     }
     travelling = {name: move for name, move in moves.items() if move is not None}
-    redistribute(local, filled, travelling, job.groups.expt_model, job.traffic)
+    redistribute(local, filled, travelling, job.groups.tp_ep_pp, job.traffic)
     for name, parameter in parameters.items():
         assert filled[name].shape == job.shapes[parameter], name
         parameter.data = filled[name]

@@ -3,14 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import TeacherPassConfig
 from nemo_minitron.config.training import DataConfig, TrainerConfig
 from nemo_minitron.data.cache import cache_folder
 from nemo_minitron.data.datasets import TokenData, build_datasets, build_split, prepare_tokens
-from nemo_minitron.runtime.launch import barrier
 
 
 def _tokens(
@@ -27,8 +24,6 @@ def _tokens(
         cache=cache_folder(data, output_dir),
         tokenizer_dir=tokenizer if tokenizer.is_dir() else None,
         splits=splits,
-        rank=dist.get_rank(),
-        barrier=barrier,
     )
 
 
@@ -47,11 +42,10 @@ def training_datasets(
         trainer.limit_val_batches * data.global_batch_size,
         0,
     )
-    train, validation, _ = build_datasets(data, tokens, sizes, dist.get_rank(), barrier)
+    train, validation, _ = build_datasets(data, tokens, sizes)
     return train, validation
 
 
 def stage_dataset(data: DataConfig, model: ModelConfig, checkpoint: Path, output_dir: str) -> Any:
     """The samples of ``data.split_name`` that calibration and evaluation read."""
-    tokens = _tokens(data, model, checkpoint, output_dir, None)
-    return build_split(data, tokens, dist.get_rank(), barrier)
+    return build_split(data, _tokens(data, model, checkpoint, output_dir, None))

@@ -23,8 +23,8 @@ from nemo_minitron.models.schedule import Batch
 from nemo_minitron.runtime.console import progress
 from nemo_minitron.runtime.errors import Preempted
 from nemo_minitron.runtime.launch import device
+from nemo_minitron.runtime.megatron import start_writer_helper
 from nemo_minitron.runtime.stop import StopOnRequest
-from nemo_minitron.runtime.writer import start_writer_helper
 
 log = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 _WIDTH = 5.2  # inches: at phone width the text of a wider figure would be too small to read
@@ -69,7 +70,7 @@ def _png(draw: Callable[["Figure"], None], height: float, scheme: dict[str, str]
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _layer_axis(axis: Any, layers: int) -> None:
+def _layer_axis(axis: "Axis", layers: int) -> None:
     """Whole layer numbers, counted from 1 as in ``pruning.drop_layers``."""
     step = max(1, -(-layers // 10))
     ticks = np.arange(0, layers, step)
@@ -98,6 +99,13 @@ def _image(figure: "Figure", values: np.ndarray, label: str, extent: Sequence[fl
     return axes
 
 
+def _mark_cut(axes: "Axes", kept: int | None, size: int) -> None:
+    """A line behind what stays, where anything was pruned."""
+    if kept is not None and kept < size:
+        axes.axvline(kept, color=_DROPPED, linewidth=1.8)
+        axes.set_title(f"{kept} of {size} kept (left of the line)")
+
+
 def png_bytes(picture: Picture) -> bytes:
     """The light picture as a PNG file."""
     return base64.b64decode(picture.light.partition(",")[2])
@@ -111,27 +119,24 @@ def search_front(records: Sequence[dict[str, Any]]) -> Picture:
     """
     from nemo_minitron.search.space import pareto_front
 
-    losses = [r["loss"] if r["distilled_loss"] is None else r["distilled_loss"] for r in records]
-    distilled = [record["distilled_loss"] is not None for record in records]
+    distilled = np.array([r["distilled_loss"] is not None for r in records], dtype=bool)
+    losses = np.array(
+        [r["loss"] if r["distilled_loss"] is None else r["distilled_loss"] for r in records]
+    )
     panels = (("parameters, millions", "parameters", 1e-6), ("ms per sample", "latency_ms", 1.0))
 
     def draw(figure: "Figure") -> None:
         drawn = figure.subplots(1, 2, sharey=True)
         for axes, (label, key, scale) in zip(drawn, panels, strict=True):
-            costs = [record[key] * scale for record in records]
-            for shown, marker in ((True, "D"), (False, "o")):
-                some = [i for i, is_one in enumerate(distilled) if is_one is shown]
-                axes.scatter(
-                    [costs[i] for i in some], [losses[i] for i in some], marker=marker, color=_KEPT
-                )
-            front = pareto_front(list(zip(costs, losses, strict=True)))
-            axes.step(
-                [costs[i] for i in front], [losses[i] for i in front], color=_DROPPED, where="post"
-            )
+            costs = np.array([record[key] * scale for record in records])
+            for chosen, marker in ((distilled, "D"), (~distilled, "o")):
+                axes.scatter(costs[chosen], losses[chosen], marker=marker, color=_KEPT)
+            front = pareto_front(list(zip(costs.tolist(), losses.tolist(), strict=True)))
+            axes.step(costs[front], losses[front], color=_DROPPED, where="post")
             axes.set_xlabel(label)
             axes.grid()
         drawn[0].set_ylabel("LM loss")
-        drawn[0].set_title("diamonds: after a short distillation" if any(distilled) else "")
+        drawn[0].set_title("diamonds: after a short distillation" if distilled.any() else "")
 
     return _picture(
         draw,
@@ -155,9 +160,7 @@ def ffn_heat_map(ffn: np.ndarray, kept: int | None) -> Picture:
     def draw(figure: "Figure") -> None:
         axes = _image(figure, relative, "score / mean of the layer", (0, size))
         axes.set_xlabel("FFN neurons, most important first")
-        if kept is not None and kept < size:
-            axes.axvline(kept, color=_DROPPED, linewidth=1.8)
-            axes.set_title(f"{kept} of {size} kept (left of the line)")
+        _mark_cut(axes, kept, size)
 
     return _picture(
         draw,
@@ -247,9 +250,7 @@ def hidden_curve(hidden: np.ndarray, kept: int | None) -> Picture:
         axes.set_ylabel("score")
         if ordered[-1] > 0:
             axes.set_yscale("log")
-        if kept is not None and kept < len(hidden):
-            axes.axvline(kept, color=_DROPPED, linewidth=1.8)
-            axes.set_title(f"{kept} of {len(hidden)} kept (left of the line)")
+        _mark_cut(axes, kept, len(hidden))
 
     return _picture(
         draw,
@@ -259,20 +260,18 @@ def hidden_curve(hidden: np.ndarray, kept: int | None) -> Picture:
     )
 
 
-def kept_sizes(before: dict[str, int], kept: dict[str, dict[int, int]], layers: int) -> Picture:
+def kept_sizes(kept: dict[str, tuple[int, dict[int, int]]], layers: int) -> Picture:
     """What every layer of the original model keeps.
 
     Args:
-        before: axis label -> size before pruning.
-        kept: axis label -> layer (0-based, of the original model) -> size kept; a dropped layer is
-            not in it.
+        kept: axis label -> size before pruning, and layer (0-based, of the original model) -> size
+            kept; a dropped layer is not in it.
         layers: layers before pruning.
     """
 
     def draw(figure: "Figure") -> None:
-        panels = figure.subplots(len(before), 1, sharex=True, squeeze=False)[:, 0]
-        for axes, (label, size) in zip(panels, before.items(), strict=True):
-            stays = kept[label]
+        panels = figure.subplots(len(kept), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, (label, (size, stays)) in zip(panels, kept.items(), strict=True):
             gone = [index for index in range(layers) if index not in stays]
             axes.bar(range(layers), [size] * layers, color="none", edgecolor="#8b949e", lw=0.6)
             axes.bar(list(stays), list(stays.values()), color=_KEPT)
@@ -285,10 +284,11 @@ def kept_sizes(before: dict[str, int], kept: dict[str, dict[int, int]], layers: 
 
     return _picture(
         draw,
-        0.5 + 1.15 * len(before),
+        0.5 + 1.15 * len(kept),
         "Kept sizes per layer of the original model (outline: before).",
         "; ".join(
-            f"{label}: {sorted(set(kept[label].values()))} of {before[label]}" for label in before
+            f"{label}: {sorted(set(stays.values()))} of {size}"
+            for label, (size, stays) in kept.items()
         ),
     )
 

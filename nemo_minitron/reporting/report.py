@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import PipelineConfig
 from nemo_minitron.documents import json_value
 from nemo_minitron.families.registry import family_of
@@ -116,10 +115,7 @@ def _task_table(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, .
     names = list(dict.fromkeys(name for row in rows for name in row.tasks))
     if not names:
         return None
-    cells = [
-        (row.label, *(row.tasks[name].shown if name in row.tasks else "-" for name in names))
-        for row in rows
-    ]
+    cells = [(row.label, *(row.tasks.get(name, "-") for name in names)) for row in rows]
     return ("model", *names), cells
 
 
@@ -155,13 +151,19 @@ def _headline(rows: Sequence[Row]) -> str:
 
 
 def _size_rows(pruning: Pruning) -> list[tuple[str, str, str, str]]:
-    rows = []
-    for label, name in _SIZES.items():
-        rows.append(_size_row(label, getattr(pruning.before, name), getattr(pruning.after, name)))
-    before, after = _counts(pruning.before), _counts(pruning.after)
-    for label, name in (("parameters", "total"), ("without embeddings", "non_embedding")):
-        rows.append(_size_row(label, before[name], after[name]))
-    return rows
+    before, after = (
+        {
+            **{label: getattr(config, name) for label, name in _SIZES.items()},
+            "parameters": counts["total"],
+            "without embeddings": counts["non_embedding"],
+        }
+        for config in (pruning.before, pruning.after)
+        for counts in [parameter_count(family_of(config), config)]
+    )
+    return [
+        (label, f"{old:,}", f"{new:,}", "" if old == new else f"{new / old:.0%}")
+        for (label, old), new in zip(before.items(), after.values(), strict=True)
+    ]
 
 
 def _dropped_layers(pruning: Pruning) -> str:
@@ -169,14 +171,6 @@ def _dropped_layers(pruning: Pruning) -> str:
     kept = set(pruning.plan["layers"])
     gone = [str(layer + 1) for layer in range(pruning.before.num_layers) if layer not in kept]
     return ", ".join(gone)
-
-
-def _size_row(label: str, before: int, after: int) -> tuple[str, str, str, str]:
-    return label, f"{before:,}", f"{after:,}", "" if before == after else f"{after / before:.0%}"
-
-
-def _counts(config: ModelConfig) -> dict[str, int]:
-    return parameter_count(family_of(config), config)
 
 
 def _kept_picture(pruning: Pruning) -> plots.Picture:
@@ -191,13 +185,12 @@ def _kept_picture(pruning: Pruning) -> plots.Picture:
         "query heads": ("head", before.num_attention_heads),
         "query groups": ("query_group", before.num_query_groups),
     }
-    axes = {label: (key, size) for label, (key, size) in axes.items() if any(plan.get(key, []))}
     kept = {
-        label: {layer: len(plan[key][i]) for i, layer in enumerate(plan["layers"])}
-        for label, (key, _) in axes.items()
+        label: (size, {layer: len(plan[key][i]) for i, layer in enumerate(plan["layers"])})
+        for label, (key, size) in axes.items()
+        if any(plan.get(key, []))
     }
-    sizes = {label: size for label, (_, size) in axes.items()}
-    return plots.kept_sizes(sizes, kept, before.num_layers)
+    return plots.kept_sizes(kept, before.num_layers)
 
 
 def _score_pictures(results: Results, name: str) -> list[plots.Picture]:

@@ -14,7 +14,7 @@ from nemo_minitron.checkpoint.manifest import flatten
 from nemo_minitron.config import load
 from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.config.stages import PipelineConfig
-from nemo_minitron.documents import read_json, read_yaml, yaml_value
+from nemo_minitron.documents import read_json_object, read_yaml, yaml_value
 
 _ROW_KEYS = {"label", "evaluate", "gap"}
 _REPORT_KEYS = {"title", "rows"}
@@ -57,7 +57,7 @@ class Row:
     parameters: int
     closed: float | None
     """Share of the loss gap between pruned and teacher that was closed; None without a gap."""
-    tasks: dict[str, "TaskScore"] = field(default_factory=dict)
+    tasks: dict[str, str] = field(default_factory=dict)
     """As ``task_scores``."""
 
 
@@ -96,24 +96,11 @@ class Results:
         return [result for result in self.stages if result.stage == stage]
 
 
-@dataclass(frozen=True)
-class TaskScore:
-    """One metric of one task."""
-
-    value: float
-    stderr: float | None
-
-    @property
-    def shown(self) -> str:
-        """Value and standard error, three digits after the point."""
-        error = "" if self.stderr is None else f" +- {self.stderr:.3f}"
-        return f"{self.value:.3f}{error}"
-
-
-def task_scores(metrics: Mapping[str, Any]) -> dict[str, TaskScore]:
-    """``<task> <metric>`` -> score, out of the ``metrics.json`` of ``evaluate``."""
+def task_scores(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """``<task> <metric>`` -> value and standard error, out of a ``metrics.json``."""
     return {
-        f"{task} {metric}": TaskScore(**score)
+        f"{task} {metric}": f"{score['value']:.3f}"
+        + ("" if score["stderr"] is None else f" +- {score['stderr']:.3f}")
         for task, found in metrics.get("tasks", {}).items()
         for metric, score in found.items()
     }
@@ -135,7 +122,7 @@ def check_report(cfg: PipelineConfig) -> None:
         raise ValueError(
             f"report holds unknown keys {sorted(unknown)}; known: {sorted(_REPORT_KEYS)}"
         )
-    evaluations = [item["name"] for item in cfg.stages if item["stage"] == "evaluate"]
+    evaluations = _evaluations(cfg)
     labels: list[str] = []
     for row in _row_items(cfg):
         if set(row) - _ROW_KEYS or not {"label", "evaluate"} <= set(row):
@@ -159,9 +146,13 @@ def check_report(cfg: PipelineConfig) -> None:
         raise ValueError(f"report.rows labels {labels} must differ from each other")
 
 
+def _evaluations(cfg: PipelineConfig) -> list[str]:
+    return [item["name"] for item in cfg.stages if item["stage"] == "evaluate"]
+
+
 def _row_items(cfg: PipelineConfig) -> list[Mapping[str, Any]]:
-    evaluations = [item["name"] for item in cfg.stages if item["stage"] == "evaluate"]
-    return list(cfg.report.get("rows") or [{"label": n, "evaluate": n} for n in evaluations])
+    every = [{"label": name, "evaluate": name} for name in _evaluations(cfg)]
+    return list(cfg.report.get("rows") or every)
 
 
 def read_results(output_dir: Path, cfg: PipelineConfig) -> Results:
@@ -174,6 +165,8 @@ def read_results(output_dir: Path, cfg: PipelineConfig) -> Results:
     Raises:
         ValueError: ``report`` is wrong, or a file that the table needs is missing or damaged.
     """
+    from safetensors.numpy import load_file
+
     check_report(cfg)
     stages = [_read_stage(output_dir, item) for item in cfg.stages]
     return Results(
@@ -182,7 +175,11 @@ def read_results(output_dir: Path, cfg: PipelineConfig) -> Results:
         stages=stages,
         rows=_rows(cfg, {stage.name: stage for stage in stages}),
         prunings=[_read_pruning(s) for s in stages if s.stage == "prune"],
-        scores={s.name: _read_scores(s.folder) for s in stages if s.stage == "importance"},
+        scores={
+            stage.name: load_file(stage.folder / "scores.safetensors")
+            for stage in stages
+            if stage.stage == "importance"
+        },
         warnings=_leaks(stages) + _unlike(cfg, stages),
         command=_pipeline_command(),
         config=yaml.safe_dump(asdict(cfg), sort_keys=False),
@@ -222,22 +219,17 @@ def _leaks(stages: list[StageResult]) -> list[str]:
 
 
 def _unlike(cfg: PipelineConfig, stages: list[StageResult]) -> list[str]:
-    """Rows measured on different data."""
+    """Rows whose figures do not compare."""
     names = [item["evaluate"] for item in _row_items(cfg)]
-    data = [
-        {key: value for key, value in stage.values.get("data", {}).items() if key not in _SPEED}
-        for stage in stages
-        if stage.name in names
-    ]
+    shown = [stage.values for stage in stages if stage.name in names]
+    data = [values.get("data", {}) | dict.fromkeys(_SPEED) for values in shown]
     found = []
     if not all(item == data[0] for item in data):
         found.append(
             "the rows of the table were measured on different data, so they do not compare"
         )
     settings = [
-        {**s.values.get("lm_eval", {}), "batch_size": None}
-        for s in stages
-        if s.name in names and s.values.get("tasks")
+        {**values.get("lm_eval", {}), "batch_size": None} for values in shown if values.get("tasks")
     ]
     if not all(item == settings[0] for item in settings):
         found.append("the tasks ran with different lm_eval.* keys, so their scores do not compare")
@@ -252,14 +244,14 @@ def _read_stage(output_dir: Path, item: Mapping[str, Any]) -> StageResult:
     else:
         keys = {**flatten(dict(item.get("config") or {})), "output_dir": str(folder)}
         words = [load.override(key, value) for key, value in keys.items() if key]
-    manifest = _read_json(folder / "manifest.json", {})
+    manifest = _read_json(folder / "manifest.json")
     return StageResult(
         name=item["name"],
         stage=item["stage"],
         folder=folder,
         command=_shell(["minitron", item["stage"], *words]),
         config=config.read_text() if config.is_file() else "",
-        metrics=_read_json(folder / "metrics.json", {}),
+        metrics=_read_json(folder / "metrics.json"),
         versions=manifest.get("versions", {}),
         created=manifest.get("created", ""),
     )
@@ -273,13 +265,7 @@ def _shell(words: list[str]) -> str:
 def _bare(word: str) -> str:
     """``key='value'`` without the quotes where Hydra reads a plain word as a string anyway."""
     match = re.fullmatch(r"([\w.]+)='([A-Za-z/._][\w./@+-]*)'", word)
-    if match is None or match[2].lower() in ("true", "false", "null"):
-        return word
-    try:
-        float(match[2])
-    except ValueError:
-        return f"{match[1]}={match[2]}"
-    return word
+    return word if match is None else load.override(match[1], match[2])
 
 
 def _quote(word: str) -> str:
@@ -288,11 +274,10 @@ def _quote(word: str) -> str:
     return shlex.quote(word)
 
 
-def _read_json(path: Path, missing: Any) -> Any:
-    if not path.is_file():
-        return missing
+def _read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file of a stage says; nothing where there is none."""
     try:
-        return read_json(path)
+        return read_json_object(path) if path.is_file() else {}
     except ValueError as error:
         raise ValueError(f"{error}; run its stage again") from error
 
@@ -348,12 +333,13 @@ def _metric(stage: StageResult, *path: str) -> float:
 
 
 def _read_pruning(stage: StageResult) -> Pruning:
-    importance = stage.values.get("importance")
+    values = stage.values
+    importance = values.get("importance")
     return Pruning(
         name=stage.name,
-        before=_model(Path(stage.values["checkpoint"])),
+        before=_model(Path(values["checkpoint"])),
         after=_model(stage.folder),
-        plan=_read_json(stage.folder / "plan.json", {}),
+        plan=_read_json(stage.folder / "plan.json"),
         importance=Path(importance) if importance else None,
     )
 
@@ -361,9 +347,3 @@ def _read_pruning(stage: StageResult) -> Pruning:
 def _model(folder: Path) -> ModelConfig:
     nested = folder / "checkpoint"
     return ModelConfig.load(nested if (nested / MODEL_YAML).is_file() else folder)
-
-
-def _read_scores(folder: Path) -> dict[str, np.ndarray]:
-    from safetensors.numpy import load_file
-
-    return dict(load_file(folder / "scores.safetensors"))

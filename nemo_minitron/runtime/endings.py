@@ -16,22 +16,13 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from nemo_minitron.runtime.errors import (
-    INTERRUPTED,
-    Interrupted,
-    Preempted,
-    RankKilled,
-    Terminated,
-    verdict,
-)
+from nemo_minitron.runtime.errors import INTERRUPTED, Ending, Interrupted, Terminated, verdict
 
 STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 ALL = (signal.SIGINT, *STOP)
 _PATIENCE = 5.0
 """Seconds after which an exception that did not arrive is raised again."""
 
-Ending = Interrupted | Preempted | RankKilled | Terminated
-ENDINGS = (Interrupted, Preempted, RankKilled, Terminated)
 Meaning = Callable[[], Ending]
 
 

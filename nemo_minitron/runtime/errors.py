@@ -19,24 +19,44 @@ _SHOWN = 200
 """Characters of a path in a message."""
 
 
-class Preempted(BaseException):
-    """A stage was told to stop; the same command goes on from the work it saved.
+class Ending(BaseException):
+    """A job ends without having failed by itself: it was told to, or it lost a rank.
 
     Like ``KeyboardInterrupt`` no ``Exception``: signal handlers raise it, and no library on the
     way may take it for an error of its own.
     """
 
+    code: int
+    """Exit code."""
+    line = "{}"
+    """The last line of the job, given the text of the exception."""
 
-class Terminated(BaseException):
+
+class Preempted(Ending):
+    """A stage was told to stop; the same command goes on from the work it saved."""
+
+    code = PREEMPTED
+    line = "stopped early ({}); run the same command again to go on"
+
+
+class Terminated(Ending):
     """A stage was told to stop, and has no work that could be saved half done."""
 
+    code = TERMINATED
+    line = "ended by a signal; run the same command again"
 
-class Interrupted(BaseException):
+
+class Interrupted(Ending):
     """Ctrl-C. Not ``KeyboardInterrupt``, which Lightning answers with an ending of its own."""
 
+    code = INTERRUPTED
+    line = "interrupted; run the same command again"
 
-class RankKilled(BaseException):
+
+class RankKilled(Ending):
     """Another rank of the job was killed; the launcher then asks the others to stop."""
+
+    code = 1
 
 
 class StageFailed(Exception):  # noqa: N818
@@ -63,14 +83,10 @@ def verdict(stage: str, error: BaseException, log_path: Path | None) -> tuple[in
     text = str(error) or type(error).__name__
     if isinstance(error, StageFailed):
         return error.code, text
-    if isinstance(error, RankKilled):
-        return 1, text
-    if isinstance(error, Preempted):
-        return PREEMPTED, f"stopped early ({text}); run the same command again to go on"
-    if isinstance(error, Terminated):
-        return TERMINATED, "ended by a signal; run the same command again"
-    if isinstance(error, KeyboardInterrupt | Interrupted):
-        return INTERRUPTED, "interrupted; run the same command again"
+    if isinstance(error, KeyboardInterrupt):
+        error = Interrupted()
+    if isinstance(error, Ending):
+        return error.code, error.line.format(text)
     if isinstance(error, ValueError):
         return BAD_INPUT, text
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -168,10 +168,9 @@ def _check_age(extension: Extension) -> None:
 
 
 def _version(extension: Extension) -> Version | None:
-    """Of the installed package, whose name on the index has dashes; None if nothing says."""
-    with suppress(PackageNotFoundError):
-        return Version(version(extension.package.replace("_", "-")))
-    return None
+    """Version of the installed package, whose name on the index has dashes."""
+    found = version_of(extension.package.replace("_", "-"))
+    return None if found is None else Version(found)
 
 
 _LOGGERS = (
@@ -184,6 +183,13 @@ _LOGGERS = (
     "torch.distributed",
     "torch.utils",
 )
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of a package, None if it is not installed."""
+    with suppress(PackageNotFoundError):
+        return version(package)
+    return None
 
 
 def quiet_imports() -> None:

@@ -1,7 +1,5 @@
 """The one place that reads Megatron's ``parallel_state``."""
 
-from dataclasses import dataclass
-
 import torch.distributed as dist
 
 from nemo_minitron.runtime.extensions import before_megatron
@@ -35,15 +33,14 @@ def initialised_degrees() -> dict[str, int | None]:
     }
 
 
-@dataclass(frozen=True)
-class ParallelGroups:
-    """Named process groups of this rank; every collective of this package takes one of them.
+class ParallelGroups(ProcessGroupCollection):
+    """Megatron's process groups of this rank; every collective of this package names one of them.
 
     ``dp`` counts batch replicas (without context parallelism); ``dp_cp`` are all ranks that hold
     the same shard of the weights; ``embd`` are the first and the last stage. Experts are spread
     over ``ep``, each split over ``expt_tp``; ``expt_dp`` are the ranks that hold the same shard of
-    the same experts. ``model`` are the ranks of one replica of all but the experts, ``expt_model``
-    of everything (tensor x expert x pipeline).
+    the same experts. ``mp`` are the ranks of one replica of all but the experts, ``tp_ep_pp``
+    (tensor x expert x pipeline) those of one replica of everything.
     """
 
     tp: Group
@@ -55,27 +52,14 @@ class ParallelGroups:
     expt_tp: Group
     expt_dp: Group
     embd: Group | None
-    model: Group
-    expt_model: Group
-    collection: ProcessGroupCollection
+    mp: Group
+    tp_ep_pp: Group
 
     @classmethod
     def current(cls) -> "ParallelGroups":
         """The groups of the initialised layout."""
-        return cls(
-            tp=parallel_state.get_tensor_model_parallel_group(),
-            pp=parallel_state.get_pipeline_model_parallel_group(),
-            cp=parallel_state.get_context_parallel_group(),
-            dp=parallel_state.get_data_parallel_group(with_context_parallel=False),
-            dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
-            ep=parallel_state.get_expert_model_parallel_group(),
-            expt_tp=parallel_state.get_expert_tensor_parallel_group(),
-            expt_dp=parallel_state.get_expert_data_parallel_group(),
-            embd=parallel_state.get_embedding_group(check_initialized=False),
-            model=parallel_state.get_model_parallel_group(),
-            expt_model=parallel_state.get_expert_tensor_model_pipeline_parallel_group(),
-            collection=ProcessGroupCollection.use_mpu_process_groups(),
-        )
+        groups: ParallelGroups = cls.use_mpu_process_groups()
+        return groups
 
     @property
     def is_first_stage(self) -> bool:

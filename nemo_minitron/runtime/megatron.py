@@ -5,7 +5,9 @@ no other module asks for a version. ``docs/versions.md`` says which release brou
 """
 
 import inspect
+import multiprocessing
 from functools import cache, partial
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nemo_minitron.runtime import endings
 from nemo_minitron.runtime.extensions import before_megatron
+from nemo_minitron.runtime.supervise import outlive_signals
 
 before_megatron()
 
@@ -133,10 +137,19 @@ def save_sharded(state: dict[str, Any], folder: str) -> None:
         torch.save(dist_checkpointing.load_common_state_dict(folder), common)
 
 
-def writer_module() -> Any:
-    """The module whose ``_results_queue`` holds what the writers of a checkpoint report."""
+def start_writer_helper() -> None:
+    """Start the helper that Megatron would start at its first checkpoint, deaf to stop signals.
+
+    SLURM signals every process of a job step and torchrun whole process groups. The helper
+    collects what the writers of a checkpoint did: were it to die of the signal, the checkpoint that
+    the signal asks for could not be written.
+    """
     if _writes_by_nvrx():
         from nvidia_resiliency_ext.checkpointing.async_ckpt import filesystem_async
     else:
         from megatron.core.dist_checkpointing.strategies import filesystem_async
-    return filesystem_async
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        with endings.held():  # it starts with signals held back, and never takes them
+            manager.start(initializer=outlive_signals)
+        filesystem_async._results_queue = manager.Queue()  # it holds the manager

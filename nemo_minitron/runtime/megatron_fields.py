@@ -26,7 +26,8 @@ _DTYPES = {
     "fp16": torch.float16,
     "fp8": torch.uint8,  # as Megatron-LM's arguments say it
 }
-_PLAIN: tuple[type, ...] = (bool, int, float, str)
+_PLAIN = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
+"""Plain types, and what a value of each is in words."""
 
 
 @functools.cache
@@ -151,9 +152,7 @@ def expected(annotation: Any) -> str:
     if origin in (list, tuple):
         return f"a list of {expected(items[0])}" if items else "a list"
     if annotation in _PLAIN:
-        return {bool: "true or false", int: "an integer", float: "a number", str: "text"}[
-            annotation
-        ]
+        return _PLAIN[annotation]
     if annotation is torch.dtype:
         return " or ".join(_DTYPES)
     if isinstance(annotation, type) and issubclass(annotation, Enum):

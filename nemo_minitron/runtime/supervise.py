@@ -155,3 +155,13 @@ def die_with_parent() -> None:
     """Ask Linux to kill this process when its parent dies, so that no rank outlives a kill -9."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def outlive_signals() -> None:
+    """Let a helper process outlive the signals that ask to stop, but not its parent.
+
+    A helper imports this module to find this function, which is why no torch is imported here.
+    """
+    for number in endings.ALL:
+        signal.signal(number, signal.SIG_IGN)
+    die_with_parent()

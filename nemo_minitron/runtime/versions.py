@@ -19,7 +19,9 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from nemo_minitron.runtime import extensions
 from nemo_minitron.runtime.console import show_table
+from nemo_minitron.runtime.extensions import version_of
 
 log = logging.getLogger(__name__)
 
@@ -68,14 +70,6 @@ def requirements() -> list[Requirement]:
     return [r for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})]
 
 
-def version_of(package: str) -> str | None:
-    """The installed version of a package, None if it is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def check_megatron() -> None:
     """Refuse a Megatron-Core that is missing or too old; warn of one newer than the tested ones.
 
@@ -121,8 +115,6 @@ def findings() -> Iterator[Finding]:
 
 
 def _imports() -> Iterator[Finding]:
-    from nemo_minitron.runtime import extensions
-
     try:
         extensions.before_megatron()  # without a GPU, Transformer Engine cannot be imported
     except ValueError as error:

@@ -156,5 +156,5 @@ def _show(cfg: EvaluateConfig, metrics: dict[str, Any]) -> None:
             ("tokens", f"{metrics['tokens']:,}"),
             ("tokens/s", f"{metrics['tokens_per_second']:.0f}"),
         ]
-    rows += [(name, score.shown) for name, score in task_scores(metrics).items()]
+    rows += task_scores(metrics).items()
     show_table("evaluate", ("", Path(cfg.checkpoint).name), rows)

@@ -79,19 +79,15 @@ def answer_tasks(
     from nemo_minitron.evaluation.answers import Answers
     from nemo_minitron.evaluation.lm_eval_models import MegatronLM
     from nemo_minitron.evaluation.lockstep import led_by_first
+    from nemo_minitron.evaluation.requests import RequestScorer
 
     folder = Path(cfg.checkpoint) / "checkpoint" / "tokenizer"
     tokenizer = load_tokenizer(folder)
     start = time.monotonic()
-    answers = Answers(
-        chunks,
-        groups,
-        model.vocab_size,
-        tokenizer,
-        stop_ids(folder, tokenizer, model.hf.get("eos_token_id")),
-        batch_size=cfg.lm_eval.batch_size,
-        multiple=cfg.parallel.sequence_multiple,
-    )
+    multiple = cfg.parallel.sequence_multiple
+    scorer = RequestScorer(chunks, groups, model.vocab_size, cfg.lm_eval.batch_size, multiple)
+    stops = stop_ids(folder, tokenizer, model.hf.get("eos_token_id"))
+    answers = Answers(scorer, tokenizer, stops)
 
     def lead(ask: Any) -> Any:
         lm = MegatronLM(ask, tokenizer, max_length=max_length(cfg, model))

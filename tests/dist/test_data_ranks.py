@@ -11,10 +11,6 @@ from nemo_minitron.data.sampler import build_dataloader
 from tests.unit.data_fixtures import data_config, make_texts, save_tokenizer, write_jsonl
 
 
-def _barrier() -> None:
-    dist.barrier()
-
-
 def _rank(rank: int, world: int, folder: Path, vocab_size: int) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
@@ -26,10 +22,8 @@ def _rank(rank: int, world: int, folder: Path, vocab_size: int) -> None:
         cache=folder / "cache",
         tokenizer_dir=folder / "tokenizer",
         splits=("train", "validation"),
-        rank=rank,
-        barrier=_barrier,
     )
-    train, _, _ = build_datasets(data, tokens, (24, 8, 0), rank, _barrier)
+    train, _, _ = build_datasets(data, tokens, (24, 8, 0))
     assert train is not None
     loader = build_dataloader(train, data, dp_rank=rank, dp_size=world, drop_last=True)
     mine = torch.stack([batch["tokens"] for batch in loader])  # [micro-batches, 2, s]

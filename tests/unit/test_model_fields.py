@@ -85,6 +85,9 @@ def test_arguments_of_megatron_lm_say_it_and_are_read(name: str) -> None:
     assert getattr(again, name) == getattr(model, name)
 
 
+ALONE = SimpleNamespace(pp=SimpleNamespace(rank=lambda: 0), is_first_stage=True, is_last_stage=True)
+
+
 def megatron(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Everything that Megatron's model class is given."""
     parallel = ParallelConfig()
@@ -98,14 +101,8 @@ def megatron(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, A
 
     monkeypatch.setattr(build, "HiddenGPTModel", Recorder)
     monkeypatch.setattr(build, "layer_spec", lambda _: lambda *_: None)
-    groups = SimpleNamespace(
-        pp=SimpleNamespace(rank=lambda: 0),
-        is_first_stage=True,
-        is_last_stage=True,
-        collection=None,
-    )
     longest = model.max_seq_length or 0
-    build._build_chunk(model, mcore, groups, None, longest)  # type: ignore[arg-type]  # no groups are needed on one rank
+    build._build_chunk(model, mcore, ALONE, None, longest)  # type: ignore[arg-type]  # no groups are needed on one rank
     plain = {key: value for key, value in vars(given.pop("config")).items() if not callable(value)}
     return {**plain, **given, "activation": mcore.activation_func}
 

@@ -116,8 +116,8 @@ def test_without_metadata_nothing_is_compared(monkeypatch):
     def nothing(name: str) -> str:
         raise metadata.PackageNotFoundError(name)
 
-    for reader in ("requires", "version"):
-        monkeypatch.setattr(metadata, reader, nothing)
+    monkeypatch.setattr(metadata, "requires", nothing)
+    monkeypatch.setattr(extensions, "version", nothing)
     assert versions.requirements() == []
     assert not next(versions.findings()).fits
 
