@@ -12,7 +12,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -270,14 +270,14 @@ def _gpt_config(data: DataConfig, tokens: TokenData, chosen: list[bool]) -> "GPT
         blend=([str(tokens.path)], None),
         split=",".join(split_numbers(data.split)),
         path_to_cache=str(tokens.cache),
-        tokenizer=cast(Any, _Tokenizer()),
+        tokenizer=_Tokenizer(),
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
     )
     matrix = config.split_matrix or []
-    config.split_matrix = cast(
-        Any, [part if keep else None for part, keep in zip(matrix, chosen, strict=True)]
-    )
+    config.split_matrix = [
+        part if keep else None for part, keep in zip(matrix, chosen, strict=True)
+    ]
     return config

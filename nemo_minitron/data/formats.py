@@ -14,7 +14,8 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from types import ModuleType
+from typing import IO, Any
 
 from nemo_minitron.data.records import parse_record, text_of, values_of
 
@@ -116,7 +117,9 @@ def _open_bytes(file: Path) -> IO[bytes]:
     """The bytes of a file, decompressed."""
     _, compression = _suffixes(file)
     if compression == ".zst":
-        return _open_zstandard(file)
+        zstandard = _package("zstandard", file, "compressed with Zstandard", "decompress the file")
+        unpacked: IO[bytes] = zstandard.open(file, "rb")
+        return unpacked
     if not compression:
         return file.open("rb")
     opened: dict[str, Callable[[Path], Any]] = {
@@ -128,16 +131,19 @@ def _open_bytes(file: Path) -> IO[bytes]:
     return stream
 
 
-def _open_zstandard(file: Path) -> IO[bytes]:
+def _package(name: str, file: Path, what: str, instead: str) -> ModuleType:
+    """Import an optional package that reads files of a kind.
+
+    Raises:
+        ValueError: it is not installed; the message says what the file is and what else to do.
+    """
     try:
-        zstandard = importlib.import_module("zstandard")
+        return importlib.import_module(name)
     except ImportError as error:
         raise ValueError(
-            f"data.path: file {file} is compressed with Zstandard, and the package zstandard is "
-            "not installed; install it, or decompress the file"
+            f"data.path: file {file} is {what}, and the package {name} is not installed; install "
+            f"it, or {instead}"
         ) from error
-    stream: IO[bytes] = zstandard.open(file, "rb")
-    return stream
 
 
 def _open_text(file: Path) -> IO[str]:
@@ -193,17 +199,11 @@ def _json(file: Path, key: str) -> Iterator[str]:
 
 def _parquet(file: Path, key: str) -> Iterator[str]:
     """The column ``key``, a thousand rows at a time."""
-    try:
-        pyarrow = importlib.import_module("pyarrow")
-        parquet = importlib.import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise ValueError(
-            f"data.path: file {file} is a Parquet file, and the package pyarrow is not installed; "
-            "install it, or save the texts as .jsonl"
-        ) from error
+    pyarrow = _package("pyarrow", file, "a Parquet file", "save the texts as .jsonl")
+    parquet = importlib.import_module("pyarrow.parquet")
     try:
         with parquet.ParquetFile(file) as table:
-            _check_column(table.schema_arrow, key, file)
+            _check_column(table.schema_arrow.names, key, file)
             number = 0
             for batch in table.iter_batches(batch_size=1000, columns=[key]):
                 for value in batch.column(0):
@@ -211,25 +211,21 @@ def _parquet(file: Path, key: str) -> Iterator[str]:
                     where = f"data.path: {file}, row {number}"
                     yield text_of({key: _cell(value, where)}, key, where)
     except pyarrow.ArrowException as error:
-        _damaged(file, error)
-
-
-def _damaged(file: Path, error: Exception) -> NoReturn:
-    raise ValueError(
-        f"data.path: file {file} is not a readable Parquet file ({error}); write it again, or take "
-        "it out of data.path"
-    ) from error
-
-
-def _check_column(schema: Any, key: str, file: Path) -> None:
-    if schema.names.count(key) != 1:
         raise ValueError(
-            f"data.path: file {file} has {schema.names.count(key)} columns '{key}'; set "
-            f"data.text_key to the column that holds the text, one of {sorted(schema.names)}"
+            f"data.path: file {file} is not a readable Parquet file ({error}); write it again, or "
+            "take it out of data.path"
+        ) from error
+
+
+def _check_column(names: list[str], key: str, file: Path) -> None:
+    if names.count(key) != 1:
+        raise ValueError(
+            f"data.path: file {file} has {names.count(key)} columns '{key}'; set "
+            f"data.text_key to the column that holds the text, one of {sorted(names)}"
         )
 
 
-def _cell(value: Any, where: str) -> Any:
+def _cell(value: Any, where: str) -> object:
     try:
         return value.as_py()
     except UnicodeDecodeError as error:

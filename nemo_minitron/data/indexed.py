@@ -12,7 +12,6 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -152,7 +151,7 @@ def build_indexed(
 
 def _cache_key(source: Source, data: DataConfig, tokenizer: TextTokenizer, vocab_size: int) -> str:
     whole = source.size <= _HASH_CONTENT_UP_TO
-    parts: dict[str, Any] = {
+    parts: dict[str, object] = {
         "format": _FORMAT,
         "files": [_file_identity(file, whole) for file in source.files],
         "single": source.path == source.files[0],
@@ -165,7 +164,7 @@ def _cache_key(source: Source, data: DataConfig, tokenizer: TextTokenizer, vocab
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
-def _file_identity(file: Path, whole: bool) -> list[Any]:
+def _file_identity(file: Path, whole: bool) -> list[object]:
     """Name and content hash; of corpora too large to hash on every rank, name, size and times.
 
     An edit that puts the time of modification back still changes the time of the inode.

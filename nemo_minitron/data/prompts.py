@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeGuard
 
 from nemo_minitron.checkpoint.hf_refusals import refuse_pointer
 from nemo_minitron.config.inference import GenerateConfig
@@ -12,6 +12,9 @@ from nemo_minitron.data.records import check_characters, parse_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+Chat = list[dict[str, str]]
+"""Messages, each with its role and content."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def read_prompts(
     return found
 
 
-def _records(cfg: GenerateConfig, path: Path) -> Iterator[tuple[int, Any]]:
+def _records(cfg: GenerateConfig, path: Path) -> Iterator[tuple[int, str | Chat]]:
     """Line number and prompt: text or messages."""
     try:
         with path.open(encoding="utf-8-sig") as stream:
@@ -82,7 +85,7 @@ def _records(cfg: GenerateConfig, path: Path) -> Iterator[tuple[int, Any]]:
         ) from error
 
 
-def _field(line: str, cfg: GenerateConfig, where: str) -> Any:
+def _field(line: str, cfg: GenerateConfig, where: str) -> str | Chat:
     record = parse_record(line, cfg.prompt_key, where)
     if not isinstance(record, dict) or cfg.prompt_key not in record:
         keys = sorted(record) if isinstance(record, dict) else type(record).__name__
@@ -102,7 +105,7 @@ def _field(line: str, cfg: GenerateConfig, where: str) -> Any:
     )
 
 
-def _is_chat(value: Any) -> bool:
+def _is_chat(value: object) -> TypeGuard[Chat]:
     return (
         isinstance(value, list)
         and bool(value)
@@ -111,7 +114,11 @@ def _is_chat(value: Any) -> bool:
 
 
 def _prompt(
-    line: int, asked: Any, cfg: GenerateConfig, tokenizer: "PreTrainedTokenizerFast", context: int
+    line: int,
+    asked: str | Chat,
+    cfg: GenerateConfig,
+    tokenizer: "PreTrainedTokenizerFast",
+    context: int,
 ) -> Prompt:
     where = f"prompts={cfg.prompts}, line {line}"
     if cfg.chat_template:
@@ -120,6 +127,7 @@ def _prompt(
             tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         )
     else:
+        assert isinstance(asked, str)  # messages are refused where they are read
         text = asked
     check_characters(text, where)
     # A chat template brings the special tokens itself.

@@ -6,14 +6,14 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 # So near to the end of what was read, an error may only mean that more has to be read.
 _CUT_SHORT = 16
 _BLANK = re.compile(r"\s*")
 
 
-def parse_record(line: str, key: str, where: str) -> Any:
+def parse_record(line: str, key: str, where: str) -> object:
     """One line of JSON.
 
     Args:
@@ -47,10 +47,10 @@ class _TwiceError(Exception):
     """An object has a key twice."""
 
 
-def _object_with(key: str) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+def _object_with(key: str) -> Callable[[list[tuple[str, object]]], dict[str, object]]:
     """Makes objects of which ``key`` is not there twice; Python would take the last one."""
 
-    def make(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def make(pairs: list[tuple[str, object]]) -> dict[str, object]:
         found = dict(pairs)
         if len(found) != len(pairs) and sum(name == key for name, _ in pairs) > 1:
             raise _TwiceError(key)
@@ -76,7 +76,7 @@ def check_characters(text: str, where: str) -> None:
         ) from error
 
 
-def text_of(record: Any, key: str, where: str) -> str:
+def text_of(record: object, key: str, where: str) -> str:
     """The text of a record.
 
     Args:
@@ -105,7 +105,7 @@ def text_of(record: Any, key: str, where: str) -> str:
     return text
 
 
-def values_of(stream: IO[str], key: str, file: Path, chunk: int) -> Iterator[Any]:
+def values_of(stream: IO[str], key: str, file: Path, chunk: int) -> Iterator[object]:
     """Values of a ``.json`` file: the elements of a list, or one value after the other.
 
     Args:
@@ -162,7 +162,7 @@ class _Ahead:
                 return self.buffer[self.position : self.position + 1]
             self._read_more()
 
-    def value(self, where: str) -> Any:
+    def value(self, where: str) -> object:
         """The next value."""
         self.next_character()
         while True:
@@ -173,7 +173,7 @@ class _Ahead:
             except _MoreError:
                 self._read_more()
 
-    def _decoded(self) -> tuple[Any, int]:
+    def _decoded(self) -> tuple[object, int]:
         try:
             return self.decoder.raw_decode(self.buffer, self.position)
         except json.JSONDecodeError as error:

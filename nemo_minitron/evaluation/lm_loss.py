@@ -2,7 +2,6 @@
 
 import math
 import time
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -60,7 +59,7 @@ def evaluate_lm(
     chunks: list[HiddenGPTModel],
     groups: ParallelGroups,
     vocab_size: int,
-    dataset: Dataset[Any],
+    dataset: Dataset[Batch],
     data: DataConfig,
 ) -> dict[str, float]:
     """Loss over every sample of ``dataset``; the sums do not depend on batch sizes or layout.

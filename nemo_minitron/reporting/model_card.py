@@ -11,11 +11,14 @@ from nemo_minitron.checkpoint.lineage import model_facts
 from nemo_minitron.checkpoint.source_card import LICENCE_KEYS
 from nemo_minitron.config.model import ModelConfig
 
+Entry = dict[str, Any]
+"""An entry of a lineage, or a part of one, as it was read from JSON."""
+
 _TAGS = {"prune": "pruning", "distill": "distillation"}
 _COUNTS = {"parameters": "parameters", "non_embedding_parameters": "without embeddings"}
 
 
-def model_card(title: str, config: ModelConfig, lineage: list[dict[str, Any]]) -> str:
+def model_card(title: str, config: ModelConfig, lineage: list[Entry]) -> str:
     """Markdown with the YAML that Hugging Face reads.
 
     Args:
@@ -25,7 +28,7 @@ def model_card(title: str, config: ModelConfig, lineage: list[dict[str, Any]]) -
     """
     environment = templates(keep_trailing_newline=True)
     environment.filters |= {"number": _number, "code": code, "text": text}
-    sources: list[dict[str, Any]] = [entry["source"] for entry in lineage if "source" in entry]
+    sources: list[Entry] = [entry["source"] for entry in lineage if "source" in entry]
     source = sources[0] if sources else {}
     after = model_facts(config)
     before = lineage[0]["model"] if lineage else after
@@ -49,7 +52,7 @@ def model_card(title: str, config: ModelConfig, lineage: list[dict[str, Any]]) -
     )
 
 
-def _front(source: dict[str, Any], lineage: list[dict[str, Any]]) -> str:
+def _front(source: Entry, lineage: list[Entry]) -> str:
     """The YAML between the ``---`` lines."""
     stages = [entry["stage"] for entry in lineage]
     values = {
@@ -61,21 +64,21 @@ def _front(source: dict[str, Any], lineage: list[dict[str, Any]]) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True).strip()
 
 
-def _number(value: Any) -> str:
+def _number(value: object) -> str:
     """With thousands separators; whatever is no integer as it is."""
     return f"{value:,}" if isinstance(value, int) else text(value)
 
 
-def _words(value: Any) -> str:
+def _words(value: object) -> str:
     return ", ".join(map(one_line, value)) if isinstance(value, list) else one_line(value)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> str | list[str]:
     """A licence for YAML that Hugging Face reads: a word or several, on one line."""
     return [one_line(item) for item in value] if isinstance(value, list) else one_line(value)
 
 
-def _summary(entry: dict[str, Any]) -> str:
+def _summary(entry: Entry) -> str:
     """A stage in one line."""
     said = code(entry["stage"])
     if "source" in entry:
@@ -89,24 +92,24 @@ def _summary(entry: dict[str, Any]) -> str:
     return f"{said}; {losses} at the end" if losses else said
 
 
-def _teacher(teacher: dict[str, Any]) -> str:
+def _teacher(teacher: Entry) -> str:
     if teacher.get("stored_logits"):
         return f"{code(teacher['name'])} (its stored logits)"
     stages = "".join(f", {text(stage)}" for stage in teacher["stages"])
     return f"{code(teacher['name'])} ({_number(teacher['parameters'])} parameters{stages})"
 
 
-def _settings(entry: dict[str, Any]) -> str:
+def _settings(entry: Entry) -> str:
     """Its keys as they are typed."""
     pairs = entry.get("settings", {}).items()
     return ", ".join(code(f"{key}={_typed(value)}") for key, value in pairs)
 
 
-def _typed(value: Any) -> str:
+def _typed(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _score_row(scores: dict[str, Any]) -> list[str]:
+def _score_row(scores: Entry) -> list[str]:
     """What was scored, how, and on what."""
     data = code(scores["data"]) if "data" in scores else ""
     where = f"{data} ({text(scores['split'])})" if "split" in scores else data
@@ -116,7 +119,7 @@ def _score_row(scores: dict[str, Any]) -> list[str]:
     return [round_, axes, over_positions, over_samples, where, samples, tokens]
 
 
-def _rows(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+def _rows(before: Entry, after: Entry) -> list[tuple[str, str, str, str]]:
     """Size, before, after, share kept."""
     pairs = [(label, before[key], after[key]) for key, label in _COUNTS.items()]
     sizes = {**before["sizes"], **after["sizes"]}
@@ -124,7 +127,7 @@ def _rows(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str,
     return [(label, _number(old), _number(new), _share(old, new)) for label, old, new in pairs]
 
 
-def _share(old: Any, new: Any) -> str:
+def _share(old: object, new: object) -> str:
     if old == new or not (isinstance(old, int) and isinstance(new, int)):
         return ""
     return f"{new / old:.1%}"
@@ -146,19 +149,19 @@ _LONGEST = 300
 """Characters; a licence that is a whole text belongs into a file."""
 
 
-def one_line(value: Any) -> str:
+def one_line(value: object) -> str:
     """The value as text without line breaks and control characters, cut where it is very long."""
     words = "".join(c if c.isprintable() else " " for c in str(value)).split()
     line = " ".join(words)
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
 
 
-def code(value: Any) -> str:
+def code(value: object) -> str:
     """The value between backticks, which show it letter by letter, also in a cell of a table."""
     return "`" + one_line(value).replace("`", "'").replace("|", "\\|") + "`"
 
 
-def text(value: Any) -> str:
+def text(value: object) -> str:
     """The value between other words."""
     plain = re.sub(r"([\\`*\[\]|#~])", r"\\\1", one_line(value))
     return html.escape(plain, quote=False)

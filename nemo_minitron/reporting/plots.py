@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,10 @@ _DARK = {"text": "#e6e9ed", "grid": "#3d444d", "page": "#161a1f"}
 # Told apart by all common kinds of colour vision, and legible on both pages.
 _KEPT, _DROPPED, _OTHER = "#4a90d9", "#e0812f", "#2ba58c"
 _COLOURS = "viridis"
+
+
+Record = Mapping[str, Any]
+"""A candidate of a search, or a step of a training, as it was read from JSON."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ def png_bytes(picture: Picture) -> bytes:
     return base64.b64decode(picture.light.partition(",")[2])
 
 
-def search_front(records: Sequence[dict[str, Any]]) -> Picture:
+def search_front(records: Sequence[Record]) -> Picture:
     """Quality of the candidates of a search against parameters and latency.
 
     Args:
@@ -300,7 +304,7 @@ def _kept_title(label: str, size: int, stays: dict[int, int], gone: list[int]) -
     return f"{label}: {span} of {size}{cross}"
 
 
-def training_curve(history: Sequence[dict[str, Any]]) -> Picture:
+def training_curve(history: Sequence[Record]) -> Picture:
     """Losses and learning rate over optimizer steps.
 
     Args:
@@ -343,6 +347,6 @@ def training_curve(history: Sequence[dict[str, Any]]) -> Picture:
     )
 
 
-def _points(history: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+def _points(history: Sequence[Record], key: str) -> tuple[list[int], list[float]]:
     found = [(item["step"], item[key]) for item in history if item.get(key) is not None]
     return [step for step, _ in found], [value for _, value in found]

@@ -16,6 +16,9 @@ from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.config.stages import PipelineConfig
 from nemo_minitron.documents import read_json_object, read_yaml, yaml_value
 
+Item = Mapping[str, Any]
+"""A stage of a pipeline, or a row of its table, as the config has it."""
+
 _ROW_KEYS = {"label", "evaluate", "gap"}
 _REPORT_KEYS = {"title", "rows"}
 # Data keys that deal documents to splits, and those that do not change what is evaluated.
@@ -150,7 +153,7 @@ def _evaluations(cfg: PipelineConfig) -> list[str]:
     return [item["name"] for item in cfg.stages if item["stage"] == "evaluate"]
 
 
-def _row_items(cfg: PipelineConfig) -> list[Mapping[str, Any]]:
+def _row_items(cfg: PipelineConfig) -> list[Item]:
     every = [{"label": name, "evaluate": name} for name in _evaluations(cfg)]
     return list(cfg.report.get("rows") or every)
 
@@ -236,7 +239,7 @@ def _unlike(cfg: PipelineConfig, stages: list[StageResult]) -> list[str]:
     return found
 
 
-def _read_stage(output_dir: Path, item: Mapping[str, Any]) -> StageResult:
+def _read_stage(output_dir: Path, item: Item) -> StageResult:
     folder = output_dir / item["name"]
     overrides, config = folder / ".hydra" / "overrides.yaml", folder / ".hydra" / "config.yaml"
     if overrides.is_file():

@@ -3,8 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+Figures = Mapping[str, Any]
+"""A ``metrics.json``, or a part of one."""
 
-def generation_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+
+def generation_rows(metrics: Figures) -> list[tuple[str, str]]:
     """Name and figure, of one result of ``generate``."""
     rows = [
         ("prompts", f"{metrics['prompts']:,}"),
@@ -32,7 +35,7 @@ SPEED_HEADER = (
 )
 
 
-def speed_rows(metrics: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def speed_rows(metrics: Figures) -> list[tuple[str, ...]]:
     """Rows of ``SPEED_HEADER`` of one result of ``benchmark``: equal batches, then largest ones."""
     models = metrics["models"]
     return [
@@ -43,9 +46,7 @@ def speed_rows(metrics: Mapping[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
-def _speed_row(
-    model: Mapping[str, Any], found: Mapping[str, Any], first: Mapping[str, Any], name: str
-) -> tuple[str, ...]:
+def _speed_row(model: Figures, found: Figures, first: Figures, name: str) -> tuple[str, ...]:
     decode = found["decode_tokens_per_second"]
     memory = found["memory"]
     return (

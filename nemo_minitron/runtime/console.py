@@ -7,12 +7,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nemo_minitron.runtime.ranks import launched_world_size, rank
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ def _shown(figures: dict[str, float]) -> str:
     return " ".join(f"{name}={value:.4g}" for name, value in figures.items())
 
 
-def _cell(words: str) -> Any:
+def _cell(words: str) -> "Text":
     """Words as they stand: names of others may hold rich's markup or codes for the terminal."""
     from rich.text import Text
 

@@ -6,6 +6,7 @@ no other module asks for a version. ``docs/versions.md`` says which release brou
 
 import inspect
 import multiprocessing
+from collections.abc import Callable
 from functools import cache, partial
 from multiprocessing.managers import SyncManager
 from pathlib import Path
@@ -25,7 +26,7 @@ _COMMON_PT = "common.pt"
 
 
 @cache
-def _arguments(function: Any) -> frozenset[str]:
+def _arguments(function: Callable[..., object]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
 
 
@@ -42,7 +43,7 @@ def batch_on_this_cp_rank(batch: dict[str, Tensor], group: dist.ProcessGroup) ->
     """
     from megatron.core.utils import get_batch_on_this_cp_rank
 
-    arguments: dict[str, Any] = {"cp_group": group}
+    arguments: dict[str, object] = {"cp_group": group}
     if "is_hybrid_cp" in _arguments(get_batch_on_this_cp_rank):  # 0.18 and later; no default
         arguments["is_hybrid_cp"] = False
     out: dict[str, Tensor] = get_batch_on_this_cp_rank(dict(batch), **arguments)
@@ -117,7 +118,7 @@ def _writes_by_nvrx() -> bool:
         return False
 
 
-def save_sharded(state: dict[str, Any], folder: str) -> None:
+def save_sharded(state: dict[str, object], folder: str) -> None:
     """Write a ``torch_dist`` checkpoint and wait until it is complete (collective).
 
     Args:
@@ -129,7 +130,7 @@ def save_sharded(state: dict[str, Any], folder: str) -> None:
     if not _writes_by_nvrx():
         dist_checkpointing.save(state, folder)
     else:
-        nvrx: dict[str, Any] = {"async_sharded_save": True, "async_strategy": "nvrx"}
+        nvrx: dict[str, object] = {"async_sharded_save": True, "async_strategy": "nvrx"}
         dist_checkpointing.save(state, folder, **nvrx).execute_sync()
     common = Path(folder) / _COMMON_PT
     if dist.get_rank() == 0 and not common.exists():

@@ -33,7 +33,7 @@ def introduce() -> None:
 
     size = dist.get_world_size()
     me = (socket.gethostname(), os.getpid(), psutil.Process().create_time())
-    found: list[Any] = [me] * size
+    found = [me] * size
     dist.all_gather_object(found, me)
     _known.rank, _known.processes = dist.get_rank(), tuple(found)
     _known.store = dist.distributed_c10d._get_default_store()
