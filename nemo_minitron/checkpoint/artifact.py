@@ -192,7 +192,7 @@ class _Job:
 
 
 def _claim(work: Path) -> Claim:
-    """The claim on the working folder, for one job alone."""
+    """Return this process's claim on the working folder, and mark it as used by one job."""
     claim = claim_of(work)
     if claim is None or claim.used:
         raise ValueError(f"{work} is being written by this process; set another output_dir")
@@ -201,7 +201,7 @@ def _claim(work: Path) -> Claim:
 
 
 def _open_work(job: _Job, inputs: Mapping[str, str | Path] | None) -> None:
-    """Find out what the result is made from, and whether earlier work on it is at hand."""
+    """Note what the result is made from, and resume, clear or refuse what an earlier job left."""
     cfg, work = job.cfg, job.claim.work
     check_output(cfg, job.stage)
     refuse_live_owner(Path(cfg.output_dir).resolve())
@@ -236,7 +236,7 @@ def _sign(work: Path, mine: JsonObject) -> None:
 
 
 def _mixed(job: _Job, error: BaseException) -> InputChangedError | None:
-    """What changed among the inputs; work that is kept is marked, lest it is resumed."""
+    """Return the error for a changed input, and mark kept work so that no run resumes it."""
     found = error if isinstance(error, InputChangedError) else None
     if found is None:
         try:
@@ -250,7 +250,7 @@ def _mixed(job: _Job, error: BaseException) -> InputChangedError | None:
 
 
 def _contents(job: _Job, identities: Mapping[str, str]) -> dict[str, str]:
-    """What must stay the same of every input that is read by its path."""
+    """For each input that is read by its path, return what must not change while it is read."""
     found = {}
     for key, value in read_paths(job.cfg).items():
         if key in identities:
@@ -306,7 +306,7 @@ def _complete(job: _Job) -> None:
 
 
 def _abandon(job: _Job, error: BaseException) -> None:
-    """Keep what can be resumed, and only that."""
+    """Keep the working folder if a later run can resume it; remove it otherwise."""
     work, output = job.claim.work, Path(job.cfg.output_dir).resolve()
     job.claim.used = False
     if not job.claim.stands():

@@ -102,7 +102,11 @@ def check_apart(cfg: StageConfig, output: Path) -> None:
         for path in _real_places(Path(value)):
             for place in places:
                 if _within(path, place):
-                    raise ValueError(_replaces(cfg, key, value, place, output))
+                    by = "" if place == output else f", by working in {place},"
+                    raise ValueError(
+                        f"output_dir={cfg.output_dir}{by} would replace its own input "
+                        f"{key}={value}; set another output_dir"
+                    )
                 if path.is_dir() and _within(place, path):
                     raise ValueError(
                         f"output_dir={cfg.output_dir} lies inside its own input {key}={value}; "
@@ -113,13 +117,6 @@ def check_apart(cfg: StageConfig, output: Path) -> None:
                     f"{key}={value} is the file that the log of output_dir={cfg.output_dir} would "
                     "be written to; set another output_dir"
                 )
-
-
-def _replaces(cfg: StageConfig, key: str, value: str, place: Path, output: Path) -> str:
-    where = f"output_dir={cfg.output_dir}"
-    if place != output:
-        where += f", by working in {place},"
-    return f"{where} would replace its own input {key}={value}; set another output_dir"
 
 
 def _real_places(path: Path) -> Iterator[Path]:

@@ -151,7 +151,7 @@ def release(work: Path) -> None:
 
 
 def _leave(claim: Claim) -> None:
-    """End a claim: what was saved stays for the next run, an empty folder goes."""
+    """End a claim: saved work stays for the next run, and an empty folder is removed."""
     if not claim.stands():
         return  # it is the result now, or somebody else's
     names = os.listdir(claim.work)
@@ -175,7 +175,7 @@ def _take(claim: Claim) -> None:
 
 
 def _create(claim: Claim, mine: str) -> bool:
-    """Put a folder with our name in it where none is."""
+    """Create the working folder with our signature in it, unless something is there."""
     work = claim.work
     if work.exists() or work.is_symlink():
         return False
@@ -194,7 +194,7 @@ def _create(claim: Claim, mine: str) -> bool:
 
 
 def _succeed(claim: Claim, mine: str) -> bool:
-    """Become the next owner of a folder whose owner is gone.
+    """Become the next owner of a working folder whose owner has died.
 
     Raises:
         ValueError: it is alive, or no stage made the folder.
@@ -278,7 +278,7 @@ def _beside(work: Path, token: str, kind: str) -> Path:
 
 
 def _sweep(work: Path) -> None:
-    """Remove what killed processes left of that; what is young may be somebody's at work."""
+    """Remove what killed processes left beside ``work``; a young one may still be in use."""
     for path in work.parent.glob(f".{glob.escape(work.name)}.*"):
         token, _, kind = path.name[len(work.name) + 2 :].partition(".")
         if len(token) != 32 or kind not in ("new", "draft", "trash"):

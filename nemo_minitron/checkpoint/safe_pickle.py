@@ -67,20 +67,10 @@ class Inert:
         """As a function whose name was put together by another takes them."""
         return Inert()
 
-    def __setstate__(self, state: object) -> None:
-        """Dropped."""
+    def _drop(self, *args: object) -> None:
+        """Drop what a pickle puts into an object, a dictionary, a list or a set."""
 
-    def __setitem__(self, key: object, value: object) -> None:
-        """As a dictionary takes it."""
-
-    def append(self, value: object) -> None:
-        """As a list takes it."""
-
-    def extend(self, values: object) -> None:
-        """As a list takes them."""
-
-    def add(self, value: object) -> None:
-        """As a set takes it."""
+    __setstate__ = __setitem__ = append = extend = add = _drop
 
 
 def _inert(module: str, name: str) -> type[Inert]:

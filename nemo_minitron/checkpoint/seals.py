@@ -70,7 +70,9 @@ def loaded(path: Path) -> dict[str, FileEntry]:
 
 
 def read_seal(path: Path) -> dict[str, FileEntry]:
-    """Hashes of a file (under ``""``) or of the files of a folder; none of an earlier version's.
+    """Return the hashes of a file (under ``""``) or of the files of a folder.
+
+    There are none for what an earlier version wrote.
 
     Raises:
         ValueError: the hashes themselves are damaged.

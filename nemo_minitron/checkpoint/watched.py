@@ -38,7 +38,7 @@ def read_paths(cfg: StageConfig) -> dict[str, str]:
 
 
 def input_states(cfg: StageConfig) -> dict[str, str]:
-    """Key -> what the file system says of the files of that input, as one hash."""
+    """Return one hash per input over what the file system says of its files, by config key."""
     return {key: _state(_files(key, Path(value))) for key, value in read_paths(cfg).items()}
 
 
@@ -67,7 +67,7 @@ class InputChangedError(ValueError):
 
 
 def content_of(path: Path, identity: str, *, exact: bool) -> str:
-    """All that must stay the same of an input while it is read.
+    """Return a text that stays the same for as long as the content of an input does.
 
     Args:
         path: the input.
@@ -112,7 +112,7 @@ def refuse_changed(
 
 
 def _difference(key: str, path: Path, before: str, workers: int, exact: bool) -> str:
-    """What is different about the content; empty: nothing."""
+    """Say how the content of an input differs from before; the text is empty if it does not."""
     try:
         if path.is_dir() and read_manifest(path) is not None:
             open_result(path, "full", key=key, workers=workers)

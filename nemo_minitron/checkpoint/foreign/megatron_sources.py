@@ -227,11 +227,7 @@ def _nemo2(path: Path) -> Source:
 
 
 # Key in the tokenizer section of model_config.yaml -> what its file is called elsewhere.
-_NEMO1_TOKENIZER = {
-    "model": "tokenizer.model",
-    "vocab_file": "vocab.json",
-    "merge_file": "merges.txt",
-}
+_NEMO1_FILES = {"model": "tokenizer.model", "vocab_file": "vocab.json", "merge_file": "merges.txt"}
 
 
 def _nemo1_tokenizer(find: Find, stated: object) -> TokenizerFiles:
@@ -240,7 +236,7 @@ def _nemo1_tokenizer(find: Find, stated: object) -> TokenizerFiles:
     if stated.get("sentencepiece_legacy") and stated.get("special_tokens"):
         return {}  # more tokens than its file has
     files: TokenizerFiles = {}
-    for key, name in _NEMO1_TOKENIZER.items():
+    for key, name in _NEMO1_FILES.items():
         value = stated.get(key)
         # "nemo:NAME", or the path it was copied from
         own = Path(value.removeprefix("nemo:")).name if isinstance(value, str) else ""
