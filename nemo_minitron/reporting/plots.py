@@ -24,8 +24,7 @@ _KEPT, _DROPPED, _OTHER = "#4a90d9", "#e0812f", "#2ba58c"
 _COLOURS = "viridis"
 
 
-Record = Mapping[str, Any]
-"""A candidate of a search, or a step of a training, as it was read from JSON."""
+Record = Mapping[str, Any]  # a candidate of a search, or a step of a training, read from JSON
 
 
 @dataclass(frozen=True)
@@ -305,11 +304,10 @@ def _kept_title(label: str, size: int, stays: dict[int, int], gone: list[int]) -
 
 
 def training_curve(history: Sequence[Record]) -> Picture:
-    """Losses and learning rate over optimizer steps.
+    """Losses, of which there is at least one, and learning rate over optimizer steps.
 
     Args:
-        history: items with ``step`` and any of ``loss``, ``val_kd_loss``, ``val_loss``, ``lr``; at
-            least one loss.
+        history: items with ``step`` and any of ``loss``, ``val_kd_loss``, ``val_loss`` and ``lr``.
     """
     from matplotlib.ticker import MaxNLocator
 

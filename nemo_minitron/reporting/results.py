@@ -16,9 +16,7 @@ from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.config.stages import PipelineConfig
 from nemo_minitron.documents import read_json_object, read_yaml, yaml_value
 
-Item = Mapping[str, Any]
-"""A stage of a pipeline, or a row of its table, as the config has it."""
-
+Item = Mapping[str, Any]  # a stage of a pipeline, or a row of its table, as in the config
 _ROW_KEYS = {"label", "evaluate", "gap"}
 _REPORT_KEYS = {"title", "rows"}
 # Data keys that deal documents to splits, and those that do not change what is evaluated.
