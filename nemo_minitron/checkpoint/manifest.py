@@ -1,5 +1,6 @@
 """``manifest.json``: what a complete result folder holds, what made it and from what."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -119,17 +120,30 @@ def now() -> str:
 
 
 def files_in(folder: Path) -> list[str]:
-    """Relative POSIX paths of all files under ``folder``, sorted."""
-    return sorted(
-        (Path(base) / name).relative_to(folder).as_posix()
-        for base, _, names in os.walk(folder, followlinks=True)
-        for name in names
-    )
+    """Relative POSIX paths of all files under ``folder``, sorted.
+
+    What a link to a folder leads to is listed once, so links in a circle have an end.
+    """
+    found, waiting, linked = [], [""], set()
+    while waiting:
+        prefix = waiting.pop()
+        with contextlib.suppress(OSError), os.scandir(os.path.join(folder, prefix)) as entries:
+            for entry in entries:
+                name = prefix + entry.name
+                if not entry.is_dir():
+                    found.append(name)
+                    continue
+                place = os.path.realpath(entry.path) if entry.is_symlink() else None
+                if place not in linked:
+                    waiting.append(f"{name}/")
+                if place:
+                    linked.add(place)
+    return sorted(found)
 
 
 def input_files(folder: Path) -> list[str]:
     """As ``files_in``, less the bytecode that Python puts beside the modules it imports."""
-    return [name for name in files_in(folder) if "__pycache__" not in Path(name).parts]
+    return [name for name in files_in(folder) if "__pycache__" not in name.split("/")]
 
 
 def hash_file(path: Path, *, flush: bool = False) -> FileEntry:

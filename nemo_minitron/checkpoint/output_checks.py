@@ -14,7 +14,7 @@ from nemo_minitron.checkpoint.manifest import (
     result_in,
 )
 from nemo_minitron.checkpoint.ownership import is_ours, not_ours, owner_files
-from nemo_minitron.checkpoint.watched import read_paths
+from nemo_minitron.checkpoint.watched import files_read, read_in_part, read_paths
 from nemo_minitron.config.stages import StageConfig
 
 REPLACED = "replaced.json"
@@ -99,7 +99,7 @@ def check_apart(cfg: StageConfig, output: Path) -> None:
     """
     places = [output, partial_of(output), old_of(output)]
     for key, value in read_paths(cfg).items():
-        for path in _real_places(Path(value)):
+        for path in _real_places(key, Path(value)):
             for place in places:
                 if _within(path, place):
                     by = "" if place == output else f", by working in {place},"
@@ -119,21 +119,38 @@ def check_apart(cfg: StageConfig, output: Path) -> None:
                 )
 
 
-def _real_places(path: Path) -> Iterator[Path]:
+def _real_places(key: str, path: Path) -> Iterator[Path]:
     """An input, and what the links in it lead to."""
     yield path.resolve()
     if not path.exists():  # the prefix of a pair
         yield from (Path(f"{path}{end}").resolve() for end in (".bin", ".idx"))
+    if read_in_part(key, path):
+        yield from (Path(file).resolve() for file in files_read(key, path))
+        return
     seen: set[Path] = set()
     folders = [path] if path.is_dir() else []
     while folders:
-        for base, names, files in os.walk(folders.pop()):
-            for name in (*names, *files):
-                link = Path(base) / name
-                if link.is_symlink() and link.resolve() not in seen:
-                    seen.add(link.resolve())
-                    yield link.resolve()
-                    folders += [link.resolve()] if link.is_dir() else []
+        for link in _links_below(folders.pop()):
+            place = link.resolve()
+            if place not in seen:
+                seen.add(place)
+                yield place
+                folders += [place] if place.is_dir() else []
+
+
+def _links_below(folder: Path) -> Iterator[Path]:
+    """Symbolic links in a folder and its folders.
+
+    A folder may hold very many files; nothing is asked about those that are no links.
+    """
+    waiting = [str(folder)]
+    while waiting:
+        with contextlib.suppress(OSError), os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                if entry.is_symlink():
+                    yield Path(entry.path)
+                elif entry.is_dir(follow_symlinks=False):
+                    waiting.append(entry.path)
 
 
 def _within(path: Path, folder: Path) -> bool:

@@ -6,6 +6,7 @@ first byte is read and compared after the last one. Only where that differs is c
 file that was merely touched changes nothing.
 """
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +29,8 @@ from nemo_minitron.config.stages import StageConfig
 # The folder may hold much besides, such as the weights that the tokenizer came with.
 _ALSO_READ = ("tokenizer",)
 _PAIR = (".bin", ".idx")
+_MOST_FILES = 100_000
+_MAY_HOLD_MANY = ("data.path",)  # one file for every document
 
 
 def read_paths(cfg: StageConfig) -> dict[str, str]:
@@ -39,7 +42,7 @@ def read_paths(cfg: StageConfig) -> dict[str, str]:
 
 def input_states(cfg: StageConfig) -> dict[str, str]:
     """Return one hash per input over what the file system says of its files, by config key."""
-    return {key: _state(_files(key, Path(value))) for key, value in read_paths(cfg).items()}
+    return {key: _state(files_read(key, Path(value))) for key, value in read_paths(cfg).items()}
 
 
 def identity_of(key: str, path: Path, workers: int) -> str:
@@ -50,7 +53,7 @@ def identity_of(key: str, path: Path, workers: int) -> str:
         path: the input, which exists.
         workers: threads that hash.
     """
-    if key in _ALSO_READ and path.is_dir():
+    if read_in_part(key, path):
         hashed = hash_files(path, _names_of_tokenizer(path), workers)
         return digest({name: entry.sha256 for name, entry in hashed.items()})
     return fingerprint(path, workers)
@@ -122,17 +125,17 @@ def _difference(key: str, path: Path, before: str, workers: int, exact: bool) ->
     return "" if now == before else "it was replaced or edited"
 
 
-def _state(files: Iterable[Path]) -> str:
+def _state(files: Iterable[str]) -> str:
     """Hash over the files of an input: names, inodes, sizes and times."""
     found = []
     for file in files:
         try:
-            s = file.stat()
+            s = os.stat(file)
         except OSError:
-            found.append([str(file)])
+            found.append([file])
             continue
         numbers = [s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns]
-        found.append([str(file), *map(str, numbers)])
+        found.append([file, *map(str, numbers)])
     return digest(found)
 
 
@@ -142,15 +145,34 @@ def _names_of_tokenizer(folder: Path) -> list[str]:
     return [*names_in(folder), *(["config.json"] if (folder / "config.json").is_file() else [])]
 
 
-def _files(key: str, path: Path) -> list[Path]:
-    """The files of an input: of a result those it lists, else all that are there."""
-    if key in _ALSO_READ and path.is_dir():
-        return [path / name for name in _names_of_tokenizer(path)]
+def read_in_part(key: str, path: Path) -> bool:
+    """Whether only some files of an input are read, in whatever folder they lie."""
+    return key in _ALSO_READ and path.is_dir()
+
+
+def files_read(key: str, path: Path) -> list[str]:
+    """The files of an input: of a result those it lists, else all that are there.
+
+    Paths are strings: a folder that is given by mistake may hold very many files.
+
+    Raises:
+        ValueError: the folder holds more files than any model.
+    """
     if path.is_dir():
         manifest = result_in(path)
-        names = input_files(path) if manifest is None else [MANIFEST, *manifest.files]
-        return [path / name for name in names]
-    return [*([path] if path.is_file() else []), *_other_half(path)]
+        if read_in_part(key, path):
+            names = _names_of_tokenizer(path)
+        elif manifest is not None:
+            names = [MANIFEST, *manifest.files]
+        else:
+            names = input_files(path)
+            if len(names) > _MOST_FILES and key not in _MAY_HOLD_MANY:
+                raise ValueError(
+                    f"{key}={path} holds {len(names):,} files, more than any model; set {key} to "
+                    "the folder of the model itself"
+                )
+        return [os.path.join(path, name) for name in names]
+    return [str(file) for file in ([path] if path.is_file() else []) + _other_half(path)]
 
 
 def _other_half(path: Path) -> list[Path]:
