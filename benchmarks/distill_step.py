@@ -29,7 +29,7 @@ from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import parameter_count
 from nemo_minitron.runtime.console import show_table
 from nemo_minitron.runtime.launch import device
-from tests.pool import WorkerPool
+from tests.helpers.pool import WorkerPool
 
 # SmolLM2-135M, with fewer layers; the student is pruned in width.
 TEACHER = ModelConfig(

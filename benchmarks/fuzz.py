@@ -29,7 +29,7 @@ from typing import Any
 
 from nemo_minitron import cli
 from nemo_minitron.config import schema
-from tests.e2e.bad_input import KEYS, build, edited, line, run_line, write_pair
+from tests.helpers.bad_input import KEYS, build, edited, line, run_line, write_pair
 
 SECONDS = 20
 MEMORY = 2 << 30
@@ -357,7 +357,7 @@ def prepare(home: Path) -> None:
     import yaml
 
     from nemo_minitron.config.model import ModelConfig
-    from tests.unit.gguf_fixtures import llama, write_gguf
+    from tests.helpers.gguf_fixtures import llama, write_gguf
 
     build(home)
     (home / "hf" / "generation_config.json").write_text('{"eos_token_id": 0}')

@@ -29,7 +29,7 @@ from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.stages import ScoreConfig
 from nemo_minitron.config.training import DataConfig
 from nemo_minitron.runtime.console import show_table
-from tests.pool import WorkerPool
+from tests.helpers.pool import WorkerPool
 
 MODEL = ModelConfig(
     family="llama",

@@ -14,8 +14,8 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from absl import logging as absl_logging
 
-from tests.layout_table import GradientTable, LayoutTable
-from tests.pool import WorkerPool
+from tests.helpers.layout_table import GradientTable, LayoutTable
+from tests.helpers.pool import WorkerPool
 
 # Hydra closes every log handler when it configures logging. absl's, which Megatron-Core 0.17 and
 # later bring, closes its stream too unless that is the real one; pytest's capture would be lost.

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks import kd_vs_ce
 from benchmarks.gpu.common import GGUF, SPEECHES, Options, Result
 from benchmarks.stage_graph import run_graph
-from tests.unit.data_fixtures import EOS, make_texts, save_tokenizer
+from tests.helpers.data_fixtures import EOS, make_texts, save_tokenizer
 
 QUICK_STEPS, TIMES, TOKENS_PER_STEP = 25, 30, 4 * 256
 _PRECISION = "trainer.precision=bf16-mixed"

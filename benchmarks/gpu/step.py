@@ -28,7 +28,7 @@ from benchmarks.gpu.common import Options, Result, fill, mib, on_cpu, peak_bytes
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.runtime.launch import distributed
-from tests.dist.sync_cases import Waits
+from tests.cases.sync import Waits
 
 # Llama-3.2-1B and a student of three quarters of its width.
 BIG = replace(

@@ -8,7 +8,7 @@ import pytest
 from nemo_minitron.config.identity import input_paths
 from nemo_minitron.config.stages import BenchmarkConfig
 from nemo_minitron.reporting.speed import speed_rows
-from tests.e2e.bad_input import build, done, line, run_line
+from tests.helpers.bad_input import build, done, line, run_line
 
 FLOAT = 4
 SIZES = {"prompt_length": 16, "new_tokens": 5, "rounds": 3}

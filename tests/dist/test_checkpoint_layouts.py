@@ -9,9 +9,9 @@ from nemo_minitron.checkpoint.lazy import from_tensor
 from nemo_minitron.checkpoint.torch_dist import read_torch_dist, write_torch_dist
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.families.registry import family_of
-from tests.dist.checkpoint_cases import load_and_save, load_as_others
-from tests.pool import WorkerPool
-from tests.tiny import GPT2, LLAMA, MIXTRAL, random_weights, write_weights
+from tests.cases.checkpoint import load_and_save, load_as_others
+from tests.helpers.pool import WorkerPool
+from tests.helpers.tiny import GPT2, LLAMA, MIXTRAL, random_weights, write_weights
 
 TIED = replace(LLAMA, share_embeddings_and_output_weights=True)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.pool import WorkerPool
+from tests.helpers.pool import WorkerPool
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is patched with CUDA")
 FACTORIES = {

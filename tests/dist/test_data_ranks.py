@@ -8,7 +8,7 @@ import torch.multiprocessing as mp
 
 from nemo_minitron.data.datasets import build_datasets, prepare_tokens
 from nemo_minitron.data.sampler import build_dataloader
-from tests.unit.data_fixtures import data_config, make_texts, save_tokenizer, write_jsonl
+from tests.helpers.data_fixtures import data_config, make_texts, save_tokenizer, write_jsonl
 
 
 def _rank(rank: int, world: int, folder: Path, vocab_size: int) -> None:

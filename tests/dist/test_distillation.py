@@ -9,8 +9,8 @@ import torch
 from nemo_minitron.checkpoint.torch_dist import read_torch_dist
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.families.registry import family_of
-from tests.dist.kd_cases import batches, kd_gradients, read_gradients, train_with_masked_step
-from tests.tiny import LLAMA, write_weights
+from tests.cases.kd import batches, kd_gradients, read_gradients, train_with_masked_step
+from tests.helpers.tiny import LLAMA, write_weights
 
 TEACHER = replace(LLAMA, num_layers=8, hidden_size=48)
 STUDENT = replace(LLAMA, num_layers=4, hidden_size=32, ffn_hidden_size=48)

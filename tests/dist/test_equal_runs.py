@@ -7,8 +7,8 @@ from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.stages import FinetuneConfig
 from nemo_minitron.config.training import DataConfig, OptimConfig, TrainerConfig
 from nemo_minitron.stages import finetune
-from tests.pool import WorkerPool
-from tests.tiny import LLAMA, write_npy, write_result
+from tests.helpers.pool import WorkerPool
+from tests.helpers.tiny import LLAMA, write_npy, write_result
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import torch
 
 from nemo_minitron.config.distillation import LOSS_KINDS
 from nemo_minitron.config.parallel import ParallelConfig
-from tests.dist.kd_cases import kd_gradients_of_kinds, read_gradients
-from tests.losses import loss_keys
-from tests.tiny import LLAMA, MIXTRAL, write_weights
+from tests.cases.kd import kd_gradients_of_kinds, read_gradients
+from tests.helpers.losses import loss_keys
+from tests.helpers.tiny import LLAMA, MIXTRAL, write_weights
 
 # Student and teacher: of different depth, width and, in a pipeline, split.
 MODELS = {

@@ -28,10 +28,10 @@ from nemo_minitron.config.stages import (
 from nemo_minitron.families.registry import FAMILIES, family_of, family_of_hf
 from nemo_minitron.pruning.plan import Plan
 from nemo_minitron.stages import export, import_, prune
-from tests.dist.families_cases import family_at
-from tests.dist.live_truth import layout
-from tests.pool import WorkerPool
-from tests.tiny import token_batch
+from tests.cases.families import family_at
+from tests.cases.live_truth import layout
+from tests.helpers.pool import WorkerPool
+from tests.helpers.tiny import token_batch
 
 SAMPLES, LENGTH = 3, 16
 HEAD_DIM = 8

@@ -15,10 +15,10 @@ from nemo_minitron.checkpoint.torch_dist import read_torch_dist
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.families.registry import family_of
-from tests.dist.kd_cases import kd_gradients
-from tests.dist.live_truth import layout
-from tests.pool import WorkerPool
-from tests.tiny import GPT2, LLAMA, NEMOTRON, OLMO2, QWEN3, write_weights
+from tests.cases.kd import kd_gradients
+from tests.cases.live_truth import layout
+from tests.helpers.pool import WorkerPool
+from tests.helpers.tiny import GPT2, LLAMA, NEMOTRON, OLMO2, QWEN3, write_weights
 
 TEACHER = replace(LLAMA, num_layers=2, hidden_size=48)
 STUDENTS = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.e2e.bad_input import build, done, line, run_line
+from tests.helpers.bad_input import build, done, line, run_line
 
 STEPS, BATCH = 3, 4
 KEYS = {

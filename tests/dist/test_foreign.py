@@ -10,10 +10,10 @@ from nemo_minitron.checkpoint.source import open_source
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import ImportConfig
 from nemo_minitron.stages import import_
-from tests import foreign
-from tests.dist.live_truth import layout
-from tests.dist.source_cases import logits_of
-from tests.pool import WorkerPool
+from tests.cases.live_truth import layout
+from tests.cases.source import logits_of
+from tests.helpers import foreign
+from tests.helpers.pool import WorkerPool
 
 # Folder -> what is particular about it, as fields of the config that must be found.
 CHECKPOINTS: dict[str, dict[str, object]] = {

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.damage import flip_bit
-from tests.dist.generate_cases import continuations_at
-from tests.e2e.bad_input import done, edited, line, run_line
-from tests.tiny import GPT2, MIXTRAL, NEMOTRON, QWEN3, write_result
-from tests.unit.task_fixtures import build_model
+from tests.cases.generate import continuations_at
+from tests.helpers.bad_input import done, edited, line, run_line
+from tests.helpers.damage import flip_bit
+from tests.helpers.task_fixtures import build_model
+from tests.helpers.tiny import GPT2, MIXTRAL, NEMOTRON, QWEN3, write_result
 
 TP, PP = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
 NEW = 10

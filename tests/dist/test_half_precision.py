@@ -5,7 +5,7 @@ import torch
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from tests import tiny
+from tests.helpers import tiny
 
 MODELS = {
     "llama": tiny.LLAMA,

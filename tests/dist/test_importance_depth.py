@@ -16,9 +16,9 @@ from nemo_minitron.config.stages import PruningConfig, ScoreConfig, TargetConfig
 from nemo_minitron.families.llama import LLAMA as FAMILY
 from nemo_minitron.pruning.plan import make_plan
 from nemo_minitron.pruning.scores import Scores, model_meta
-from tests.dist.importance_cases import score
-from tests.pool import WorkerPool
-from tests.tiny import LLAMA, random_weights, token_batch
+from tests.cases.importance import score
+from tests.helpers.pool import WorkerPool
+from tests.helpers.tiny import LLAMA, random_weights, token_batch
 
 LAYERS = LLAMA.num_layers
 SAMPLES, LENGTH, LM_SAMPLES = 7, 16, 5

@@ -17,10 +17,10 @@ from nemo_minitron.config.stages import ImportanceConfig, ScoreConfig
 from nemo_minitron.config.training import DataConfig
 from nemo_minitron.pruning.scores import Scores
 from nemo_minitron.stages import importance
-from tests.damage import flip_bit
-from tests.dist.resume_cases import score
-from tests.pool import WorkerPool
-from tests.tiny import LLAMA, token_batch, write_npy, write_result, write_weights
+from tests.cases.resume import score
+from tests.helpers.damage import flip_bit
+from tests.helpers.pool import WorkerPool
+from tests.helpers.tiny import LLAMA, token_batch, write_npy, write_result, write_weights
 
 SAMPLES, LENGTH = 7, 16
 SCORES = ScoreConfig(

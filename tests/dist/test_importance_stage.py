@@ -16,9 +16,9 @@ from nemo_minitron.config.training import DataConfig
 from nemo_minitron.families.llama import LLAMA as FAMILY
 from nemo_minitron.pruning.scores import Scores, read_meta
 from nemo_minitron.stages import import_, importance
-from tests.dist.importance_cases import run_stage
-from tests.pool import WorkerPool
-from tests.tiny import LLAMA, token_batch
+from tests.cases.importance import run_stage
+from tests.helpers.pool import WorkerPool
+from tests.helpers.tiny import LLAMA, token_batch
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from nemo_minitron.checkpoint.torch_dist import read_torch_dist
 from nemo_minitron.config.intermediate import IntermediateConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.families.registry import family_of
-from tests.dist.inter_cases import inter_gradients, train, without_targets
-from tests.dist.kd_cases import batches
-from tests.tiny import LLAMA, MIXTRAL, write_weights
+from tests.cases.inter import inter_gradients, train, without_targets
+from tests.cases.kd import batches
+from tests.helpers.tiny import LLAMA, MIXTRAL, write_weights
 
 TEACHER = replace(LLAMA, num_layers=8, hidden_size=48)
 STUDENT = replace(

@@ -12,9 +12,9 @@ from nemo_minitron.checkpoint.tokenizer_read import load_tokenizer
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import ImportConfig, PruningConfig, TargetConfig
 from nemo_minitron.stages import import_
-from tests.dist.live_truth import Truth, layout, one_answer, score_alone
-from tests.layout_table import LayoutTable
-from tests.pool import WorkerPool
+from tests.cases.live_truth import Truth, layout, one_answer, score_alone
+from tests.helpers.layout_table import LayoutTable
+from tests.helpers.pool import WorkerPool
 
 ROOT = Path(__file__).parents[2]
 ASSETS = ROOT / ".quickstart"

@@ -5,8 +5,8 @@ from functools import partial
 import pytest
 import torch
 
-from tests.dist.loss_cases import config_of, sharded_losses
-from tests.losses import problem, reference
+from tests.cases.loss import config_of, sharded_losses
+from tests.helpers.losses import problem, reference
 
 # Over 4 ranks: 101 ends in padding, 9 leaves the last rank no vocabulary and every rank fewer rows
 # than top_k.

@@ -20,7 +20,7 @@ from nemo_minitron.config.stages import (
     TargetConfig,
 )
 from nemo_minitron.stages import export, import_, prune
-from tests.dist.logits_cases import megatron_logits
+from tests.cases.logits import megatron_logits
 
 BASE = {
     "vocab_size": 101,

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from nemo_minitron.config.parallel import ParallelConfig
-from tests.dist.settings_cases import compare_gradients, left_after, trained
-from tests.tiny import LLAMA, MIXTRAL, write_weights
+from tests.cases.settings import compare_gradients, left_after, trained
+from tests.helpers.tiny import LLAMA, MIXTRAL, write_weights
 
 FULL = {"transformer": {"recompute_granularity": "full"}}
 # Small buckets, so that several are on their way at a time.

@@ -23,11 +23,11 @@ from nemo_minitron.config.stages import (
 from nemo_minitron.config.training import DataConfig
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.stages import export, import_, prune
-from tests.dist.checkpoint_cases import load_and_save
-from tests.dist.importance_cases import run_stage, score
-from tests.dist.logits_cases import megatron_logits
-from tests.pool import WorkerPool
-from tests.tiny import token_batch
+from tests.cases.checkpoint import load_and_save
+from tests.cases.importance import run_stage, score
+from tests.cases.logits import megatron_logits
+from tests.helpers.pool import WorkerPool
+from tests.helpers.tiny import token_batch
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),

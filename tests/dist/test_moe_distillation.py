@@ -10,9 +10,9 @@ import torch
 from nemo_minitron.checkpoint.torch_dist import read_torch_dist
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.families.registry import family_of
-from tests.dist.kd_cases import kd_gradients
-from tests.pool import WorkerPool
-from tests.tiny import MIXTRAL, QWEN2_MOE, write_weights
+from tests.cases.kd import kd_gradients
+from tests.helpers.pool import WorkerPool
+from tests.helpers.tiny import MIXTRAL, QWEN2_MOE, write_weights
 
 SMALL: dict[str, Any] = {"num_moe_experts": 2, "ffn_hidden_size": 24, "moe_ffn_hidden_size": 24}
 TEACHERS = {

@@ -21,12 +21,12 @@ from nemo_minitron.config.stages import (
 from nemo_minitron.config.training import DataConfig
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.stages import export, import_, prune
-from tests.dist.checkpoint_cases import load_and_save
-from tests.dist.importance_cases import run_stage, score
-from tests.dist.live_truth import layout
-from tests.dist.logits_cases import megatron_logits
-from tests.pool import WorkerPool
-from tests.tiny import token_batch, write_npy
+from tests.cases.checkpoint import load_and_save
+from tests.cases.importance import run_stage, score
+from tests.cases.live_truth import layout
+from tests.cases.logits import megatron_logits
+from tests.helpers.pool import WorkerPool
+from tests.helpers.tiny import token_batch, write_npy
 
 SAMPLES, LENGTH = 5, 16  # no multiple of any micro-batch: fillers are among the tokens
 SHARED = "shared_expert_ffn"

@@ -31,9 +31,9 @@ from nemo_minitron.pruning.compensate import column_map
 from nemo_minitron.pruning.plan import Plan
 from nemo_minitron.pruning.scores import MOMENTS, check_moments, moment_file
 from nemo_minitron.stages import import_, prune
-from tests.dist.importance_cases import run_stage, score
-from tests.pool import WorkerPool
-from tests.tiny import LLAMA, random_weights, token_batch
+from tests.cases.importance import run_stage, score
+from tests.helpers.pool import WorkerPool
+from tests.helpers.tiny import LLAMA, random_weights, token_batch
 
 SAMPLES, LENGTH = 7, 16
 AXES = ["ffn", "head", "hidden"]

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from nemo_minitron.config.parallel import ParallelConfig
-from tests.dist.sync_cases import waits
-from tests.tiny import LLAMA, write_weights
+from tests.cases.sync import waits
+from tests.helpers.tiny import LLAMA, write_weights
 
 STUDENT = replace(LLAMA, hidden_size=48)
 LAYOUTS = {

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from nemo_minitron.config.parallel import ParallelConfig
-from tests.dist.offline_cases import offline, offload, store
-from tests.tiny import LLAMA, MIXTRAL, write_weights
+from tests.cases.offline import offline, offload, store
+from tests.helpers.tiny import LLAMA, MIXTRAL, write_weights
 
 TEACHER = replace(LLAMA, num_layers=4, hidden_size=48, share_embeddings_and_output_weights=True)
 STUDENT = replace(LLAMA, num_layers=4, hidden_size=32, ffn_hidden_size=48)

@@ -8,8 +8,8 @@ from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.planning import activations
 from nemo_minitron.planning.activations import Tokens
 from nemo_minitron.planning.shares import shares
-from tests.dist.planning_cases import bytes_saved, parameters_held
-from tests.tiny import GPT2, LLAMA, MIXTRAL, NEMOTRON, QWEN2_MOE, QWEN3
+from tests.cases.planning import bytes_saved, parameters_held
+from tests.helpers.tiny import GPT2, LLAMA, MIXTRAL, NEMOTRON, QWEN2_MOE, QWEN3
 
 TP2 = ParallelConfig(tensor_model_parallel_size=2)
 TP2_SP = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)

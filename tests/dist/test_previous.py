@@ -22,7 +22,7 @@ from nemo_minitron.config.stages import STAGE_CONFIGS
 from nemo_minitron.pipeline import run as pipeline_run
 from nemo_minitron.pipeline.plan import read_items
 from tests.data.previous.make import UNFINISHED
-from tests.pool import WorkerPool
+from tests.helpers.pool import WorkerPool
 
 ARCHIVE = Path(__file__).parents[1] / "data/previous/previous.tar.xz"
 

@@ -12,7 +12,7 @@ import torch
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.stages import PruningConfig, TargetConfig
 from nemo_minitron.pruning.plan import full_plan, pruned_config
-from tests.dist.live_cases import (
+from tests.cases.live import (
     exchange_rows,
     gradients_after_pruning,
     logits_at,
@@ -20,7 +20,7 @@ from tests.dist.live_cases import (
     refused_scoring,
     score_and_prune,
 )
-from tests.dist.live_truth import (
+from tests.cases.live_truth import (
     Truth,
     close_logits,
     equal_weights,
@@ -28,9 +28,9 @@ from tests.dist.live_truth import (
     make_truth,
     one_answer,
 )
-from tests.layout_table import LayoutTable, read_rows
-from tests.pool import WorkerPool
-from tests.tiny import LLAMA, random_weights
+from tests.helpers.layout_table import LayoutTable, read_rows
+from tests.helpers.pool import WorkerPool
+from tests.helpers.tiny import LLAMA, random_weights
 
 MODEL = replace(LLAMA, num_layers=8, num_attention_heads=16, num_query_groups=8)
 WIDTH = TargetConfig(hidden_size=40, ffn_hidden_size=64, num_attention_heads=8, num_query_groups=4)

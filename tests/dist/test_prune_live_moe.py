@@ -6,11 +6,11 @@ import pytest
 
 from nemo_minitron.config.stages import PruningConfig, TargetConfig
 from nemo_minitron.pruning.plan import full_plan
-from tests.dist.live_cases import refused
-from tests.dist.live_truth import Truth, layout, make_truth, one_answer
-from tests.layout_table import LayoutTable
-from tests.pool import WorkerPool
-from tests.tiny import MIXTRAL, QWEN2_MOE
+from tests.cases.live import refused
+from tests.cases.live_truth import Truth, layout, make_truth, one_answer
+from tests.helpers.layout_table import LayoutTable
+from tests.helpers.pool import WorkerPool
+from tests.helpers.tiny import MIXTRAL, QWEN2_MOE
 
 WIDTH = TargetConfig(
     hidden_size=40, num_attention_heads=4, num_moe_experts=2, moe_ffn_hidden_size=24

@@ -22,10 +22,10 @@ from nemo_minitron.config.stages import (
 from nemo_minitron.config.training import DataConfig, OptionalDataConfig
 from nemo_minitron.pruning.plan import Plan
 from nemo_minitron.stages import importance, prune
-from tests.damage import flip_bit
-from tests.dist.importance_cases import run_prune
-from tests.pool import WorkerPool
-from tests.tiny import LLAMA, read_weights, write_npy, write_result
+from tests.cases.importance import run_prune
+from tests.helpers.damage import flip_bit
+from tests.helpers.pool import WorkerPool
+from tests.helpers.tiny import LLAMA, read_weights, write_npy, write_result
 
 CONFIG = replace(LLAMA, num_attention_heads=16)  # four query heads in each of four groups
 TARGET = TargetConfig(num_layers=2, hidden_size=48, ffn_hidden_size=64, num_attention_heads=8)

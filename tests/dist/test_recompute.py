@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from nemo_minitron.config.parallel import ParallelConfig
-from tests.dist.recompute_cases import with_and_without
-from tests.tiny import LLAMA, MIXTRAL, write_weights
+from tests.cases.recompute import with_and_without
+from tests.helpers.tiny import LLAMA, MIXTRAL, write_weights
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 SETTINGS = {

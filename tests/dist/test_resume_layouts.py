@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from nemo_minitron.config.parallel import ParallelConfig
-from tests.dist.training_cases import STEPS, train
-from tests.tiny import LLAMA, MIXTRAL, write_weights
+from tests.cases.training import STEPS, train
+from tests.helpers.tiny import LLAMA, MIXTRAL, write_weights
 
 TIED = replace(LLAMA, share_embeddings_and_output_weights=True)
 STUDENT = replace(LLAMA, num_layers=4, hidden_size=48, ffn_hidden_size=64)

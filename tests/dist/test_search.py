@@ -5,10 +5,10 @@ import json
 import pytest
 import yaml
 
-from tests.damage import flip_bit
-from tests.dist.search_cases import killed_after, with_slow_reader
-from tests.e2e.bad_input import run_line, write_scores
-from tests.tiny import LLAMA, write_npy, write_result
+from tests.cases.search import killed_after, with_slow_reader
+from tests.helpers.bad_input import run_line, write_scores
+from tests.helpers.damage import flip_bit
+from tests.helpers.tiny import LLAMA, write_npy, write_result
 
 SPACE = [
     "search.hidden_size=[48]",

@@ -15,7 +15,7 @@ from nemo_minitron.checkpoint.tokenizer_read import load_tokenizer
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.stages import ImportConfig
 from nemo_minitron.stages import import_
-from tests.dist.logits_cases import megatron_logits
+from tests.cases.logits import megatron_logits
 
 ROOT = Path(__file__).parents[2]
 TEXT = "Fellow citizens: the state of the Union depends on what each of us does tomorrow."

@@ -17,9 +17,8 @@ import yaml
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import ExportConfig, ImportConfig
 from nemo_minitron.stages import export, import_
-from tests import sources, tiny
-from tests.dist.live_truth import layout
-from tests.dist.source_cases import (
+from tests.cases.live_truth import layout
+from tests.cases.source import (
     local_weights,
     logits_of,
     nemo_config,
@@ -27,8 +26,9 @@ from tests.dist.source_cases import (
     save_as,
     save_nemo,
 )
-from tests.pool import WorkerPool
-from tests.tiny import random_weights, read_weights, token_batch, write_result
+from tests.helpers import sources, tiny
+from tests.helpers.pool import WorkerPool
+from tests.helpers.tiny import random_weights, read_weights, token_batch, write_result
 
 SCALING = {
     "rope_type": "llama3",

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.dist.task_cases import scores_at
-from tests.e2e.bad_input import Ending, done, line, run_line
-from tests.unit.task_fixtures import build_model, write_tasks
+from tests.cases.task import scores_at
+from tests.helpers.bad_input import Ending, done, line, run_line
+from tests.helpers.task_fixtures import build_model, write_tasks
 
 TASKS = "tasks=[mini_choice,mini_cloze,mini_text,mini_answer]"
 TP, PP = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nemo_minitron.config.parallel import ParallelConfig
-from tests.dist.training_cases import (
+from tests.cases.training import (
     GLOBAL_BATCH,
     SEQ,
     STEPS,
@@ -16,7 +16,7 @@ from tests.dist.training_cases import (
     log_files,
     train,
 )
-from tests.tiny import LLAMA, write_weights
+from tests.helpers.tiny import LLAMA, write_weights
 
 STUDENT = replace(LLAMA, num_layers=2, hidden_size=48, ffn_hidden_size=64)
 TEACHER = replace(LLAMA, num_layers=2)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.e2e.bad_input import (
+from tests.helpers.bad_input import (
     SECONDS,
     STAGES,
     build,
@@ -558,7 +558,7 @@ def test_a_name_that_no_file_can_have(refuses, home, key):
 def test_gguf_kind_that_cannot_be_read(refuses, tmp_path):
     from gguf import GGMLQuantizationType as Kind
 
-    from tests.unit.gguf_fixtures import llama, write_gguf
+    from tests.helpers.gguf_fixtures import llama, write_gguf
 
     name, raw = "blk.1.attn_q.weight", np.zeros((64, 36), np.uint8)
     write_gguf(

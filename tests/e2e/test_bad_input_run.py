@@ -15,7 +15,7 @@ import pytest
 
 from nemo_minitron.checkpoint.artifact import open_result
 from nemo_minitron.stages import import_
-from tests.e2e.bad_input import (
+from tests.helpers.bad_input import (
     STAGES,
     Ending,
     build,
@@ -26,7 +26,7 @@ from tests.e2e.bad_input import (
     put_nan,
     run_line,
 )
-from tests.pool import WorkerPool
+from tests.helpers.pool import WorkerPool
 
 MODEL_STAGES = ("importance", "teacher_logits", "evaluate", "distill", "finetune")
 BAD = "decoder.layers.2.mlp.linear_fc2.weight"

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.damage import flip_bit
-from tests.e2e.bad_input import Ending, done, run_line, write_pair
-from tests.tiny import LLAMA, read_weights, write_result
+from tests.helpers.bad_input import Ending, done, run_line, write_pair
+from tests.helpers.damage import flip_bit
+from tests.helpers.tiny import LLAMA, read_weights, write_result
 
 STUDENT = replace(LLAMA, hidden_size=48, ffn_hidden_size=64, num_layers=2)
 LENGTH, DOCUMENTS = 16, 40

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from tests.tiny import LLAMA, read_weights, write_npy, write_result
+from tests.helpers.tiny import LLAMA, read_weights, write_npy, write_result
 
 STUDENT = replace(LLAMA, hidden_size=48, ffn_hidden_size=64, num_layers=2)
 STEPS = 8

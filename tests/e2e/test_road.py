@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from tests.unit.data_fixtures import EOS, make_texts, save_tokenizer
+from tests.helpers.data_fixtures import EOS, make_texts, save_tokenizer
 
 STAGES = (
     "teacher",

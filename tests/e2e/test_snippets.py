@@ -12,10 +12,10 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from nemo_minitron.config import load
-from tests.e2e.bad_input import Ending, run_line
-from tests.snippets import KINDS, PAGES, REPO, Snippet, snippets
-from tests.unit.data_fixtures import make_texts
-from tests.unit.gguf_fixtures import SPECIAL, llama, tokenizer, write_gguf
+from tests.helpers.bad_input import Ending, run_line
+from tests.helpers.data_fixtures import make_texts
+from tests.helpers.gguf_fixtures import SPECIAL, llama, tokenizer, write_gguf
+from tests.helpers.snippets import KINDS, PAGES, REPO, Snippet, snippets
 
 ALL = [snippet for page in PAGES for snippet in snippets(page)]
 MODEL_STAGES = ("importance", "teacher_logits", "distill", "finetune", "evaluate")

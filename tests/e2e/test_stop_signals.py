@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from tests.e2e.test_resume import STUDENT, _command
-from tests.tiny import LLAMA, write_npy, write_result
+from tests.helpers.tiny import LLAMA, write_npy, write_result
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from nemo_minitron.checkpoint.common_state import COMMON_KEY
 from nemo_minitron.checkpoint.parts import Part
 from nemo_minitron.checkpoint.safe_pickle import read_metadata
-from tests.e2e.bad_input import build, done, edited, line, resized, run_line
-from tests.unit.data_fixtures import EOS
+from tests.helpers.bad_input import build, done, edited, line, resized, run_line
+from tests.helpers.data_fixtures import EOS
 
 
 class Evil:

@@ -6,7 +6,7 @@ from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.llama import LLAMA as LLAMA_FAMILY
 from nemo_minitron.families.llama import ROWS
 from nemo_minitron.families.table import Row
-from tests.tiny import LLAMA
+from tests.helpers.tiny import LLAMA
 
 
 def _layernorm_rows() -> tuple[Row, ...]:

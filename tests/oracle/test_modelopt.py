@@ -21,12 +21,12 @@ from nemo_minitron.config.stages import PruningConfig, ScoreConfig, TargetConfig
 from nemo_minitron.pruning.plan import Plan, make_plan
 from nemo_minitron.pruning.scores import Scores, model_meta
 from nemo_minitron.pruning.slicing import prune_store
-from tests.dist.importance_cases import score
+from tests.cases.importance import score
+from tests.helpers.pool import WorkerPool
+from tests.helpers.tiny import random_weights, token_batch
 from tests.oracle.environment import OracleUnavailableError, run_oracle
 from tests.oracle.models import MODELS
 from tests.oracle.peer import Peer
-from tests.pool import WorkerPool
-from tests.tiny import random_weights, token_batch
 
 # The first test of a module pays for the environment, the oracle and the rank pool.
 pytestmark = pytest.mark.timeout(600)

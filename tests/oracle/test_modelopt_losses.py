@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nemo_minitron.config.distillation import DistillationConfig
-from tests.dist.loss_cases import run_loss
-from tests.losses import problem
+from tests.cases.loss import run_loss
+from tests.helpers.losses import problem
 from tests.oracle.environment import OracleUnavailableError, run_oracle
 
 pytestmark = pytest.mark.timeout(600)

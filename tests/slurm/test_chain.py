@@ -10,8 +10,8 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.helpers.tiny import read_weights, write_npy
 from tests.slurm.cluster import Cluster
-from tests.tiny import read_weights, write_npy
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers.tiny import LLAMA, read_weights, write_npy, write_result
 from tests.slurm.cluster import Cluster, wait
-from tests.tiny import LLAMA, read_weights, write_npy, write_result
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.helpers import fake_stages
+from tests.helpers.tiny import LLAMA, read_weights, write_result
 from tests.slurm.cluster import Cluster, wait
-from tests.tiny import LLAMA, read_weights, write_result
-from tests.unit import fake_stages
 from tests.unit.test_stage_prune import write_scores
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]

@@ -203,7 +203,7 @@ def run(case: Case, folder: Path, rank: int, config: Any, parallel: Any, groups:
     from nemo_minitron.models.prune_live import prune_live
     from nemo_minitron.models.weights import save_weights
     from nemo_minitron.pruning.plan import Plan
-    from tests.dist.live_cases import _load, _logits, _score
+    from tests.cases.live import _load, _logits, _score
 
     home = Path(case.checkpoint)
     ids = load_file(home.parent / "ids.safetensors")["ids"]

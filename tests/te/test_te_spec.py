@@ -21,8 +21,8 @@ from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.stages import PruningConfig, TargetConfig
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import Row
-from tests import tiny
-from tests.dist.live_cases import logits_at, score_and_prune
+from tests.cases.live import logits_at, score_and_prune
+from tests.helpers import tiny
 from tests.te.environment import NoTransformerEngineError, run_ranks
 from tests.te.ranks import Case, jobs
 

@@ -9,7 +9,7 @@ import pytest
 from nemo_minitron.config.balance import balanced_layout, balanced_pipeline
 from nemo_minitron.config.layout import check_pipeline
 from nemo_minitron.config.parallel import ParallelConfig
-from tests.tiny import LLAMA, QWEN2_MOE
+from tests.helpers.tiny import LLAMA, QWEN2_MOE
 
 
 def layout(pp: int = 1, vpp: int | None = None, tp: int = 1, **more: Any) -> ParallelConfig:

@@ -8,7 +8,7 @@ from gguf.quants import dequantize
 from nemo_minitron.checkpoint.gguf import open_gguf
 from nemo_minitron.checkpoint.hf import model_config, to_megatron
 from nemo_minitron.checkpoint.source import open_source
-from tests.unit.gguf_fixtures import llama, write_gguf
+from tests.helpers.gguf_fixtures import llama, write_gguf
 
 
 def write_raw(path, data, kind):

@@ -14,7 +14,7 @@ from nemo_minitron.checkpoint.tokenizer import save_tokenizer
 from nemo_minitron.checkpoint.tokenizer_read import load_tokenizer
 from nemo_minitron.config.stages import ExportConfig, ImportConfig
 from nemo_minitron.stages import export, import_
-from tests.unit.gguf_fixtures import TEXT, llama, write_gguf
+from tests.helpers.gguf_fixtures import TEXT, llama, write_gguf
 
 
 @pytest.fixture(scope="module")

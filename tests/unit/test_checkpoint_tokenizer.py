@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 
 from nemo_minitron.checkpoint.tokenizer import save_tokenizer
 from nemo_minitron.checkpoint.tokenizer_read import load_tokenizer
-from tests.unit.gguf_fixtures import SPECIAL, TEXT, llama, tokenizer, write_gguf
+from tests.helpers.gguf_fixtures import SPECIAL, TEXT, llama, tokenizer, write_gguf
 
 TRICKY = [
     TEXT,

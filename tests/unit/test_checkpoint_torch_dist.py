@@ -32,7 +32,7 @@ from nemo_minitron.checkpoint.torch_dist import (
     write_torch_dist,
 )
 from nemo_minitron.families.registry import family_of
-from tests.tiny import LLAMA, random_weights
+from tests.helpers.tiny import LLAMA, random_weights
 
 FAMILY = family_of(LLAMA)
 

@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from nemo_minitron.cli import main
 from nemo_minitron.config.stages import STAGE_CONFIGS
 from nemo_minitron.runtime import ranks
-from tests.unit import fake_stages
+from tests.helpers import fake_stages
 
 HEAVY = ("torch", "nemo", "megatron", "transformers", "matplotlib")
 

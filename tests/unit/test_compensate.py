@@ -16,7 +16,7 @@ from nemo_minitron.pruning.compensate import (
 from nemo_minitron.pruning.plan import Plan, full_plan
 from nemo_minitron.pruning.slicing import prune_store
 from nemo_minitron.pruning.targets import check_compensation
-from tests.tiny import LLAMA, random_weights
+from tests.helpers.tiny import LLAMA, random_weights
 
 KEPT = torch.tensor([0, 2, 3, 6])
 

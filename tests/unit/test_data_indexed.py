@@ -16,7 +16,7 @@ from nemo_minitron.data.checks import check_data
 from nemo_minitron.data.datasets import build_datasets, build_split, prepare_tokens
 from nemo_minitron.data.indexed import document_order
 from nemo_minitron.data.pair import read_index, write_index
-from tests.unit.data_fixtures import EOS, data_config, make_texts, save_tokenizer, write_jsonl
+from tests.helpers.data_fixtures import EOS, data_config, make_texts, save_tokenizer, write_jsonl
 
 TEXTS = make_texts(40)
 

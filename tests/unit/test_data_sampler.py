@@ -8,7 +8,7 @@ import torch
 
 from nemo_minitron.data.datasets import NpyDataset
 from nemo_minitron.data.sampler import GlobalBatchSampler, build_dataloader
-from tests.unit.data_fixtures import data_config
+from tests.helpers.data_fixtures import data_config
 
 
 def _batches(total, consumed, micro, world, gbs, drop_last=True):

@@ -9,7 +9,7 @@ import pytest
 from nemo_minitron.data.checks import check_batch_sizes, check_data
 from nemo_minitron.data.splits import parse_split, split_bounds, split_numbers
 from nemo_minitron.data.text import find_source, read_documents, unique_documents
-from tests.unit.data_fixtures import data_config, make_texts, write_jsonl
+from tests.helpers.data_fixtures import data_config, make_texts, write_jsonl
 
 
 def _read(path, **keys):

@@ -13,7 +13,7 @@ import pytest
 
 from nemo_minitron.runtime import endings, scratch
 from nemo_minitron.runtime.errors import Interrupted, Preempted, Terminated
-from tests.unit import fake_stages
+from tests.helpers import fake_stages
 
 DATA = ("data.path=model", "output_dir=out")
 SLEEPING = {

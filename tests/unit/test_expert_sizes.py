@@ -8,7 +8,7 @@ import transformers
 
 from nemo_minitron.families.experts import warn_of_expert_sizes
 from nemo_minitron.families.registry import family_of
-from tests.tiny import LLAMA, MIXTRAL, QWEN2_MOE
+from tests.helpers.tiny import LLAMA, MIXTRAL, QWEN2_MOE
 
 
 def runs(config) -> bool:

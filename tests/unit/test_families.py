@@ -11,7 +11,7 @@ from nemo_minitron.families.fuse import fuse, hf_shapes, split
 from nemo_minitron.families.llama import from_hf, to_hf
 from nemo_minitron.families.registry import FAMILIES, family_of, family_of_hf
 from nemo_minitron.families.table import parameter_count
-from tests.tiny import LLAMA, MIXTRAL, QWEN2_MOE
+from tests.helpers.tiny import LLAMA, MIXTRAL, QWEN2_MOE
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",

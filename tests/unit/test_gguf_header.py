@@ -8,7 +8,7 @@ import pytest
 
 from nemo_minitron.checkpoint.gguf import open_reader
 from nemo_minitron.checkpoint.gguf_header import check_header
-from tests.unit.gguf_fixtures import llama, write_gguf
+from tests.helpers.gguf_fixtures import llama, write_gguf
 
 STRING, ARRAY, UINT8, UINT64 = 8, 9, 0, 10
 HUGE = 1 << 60

@@ -16,7 +16,7 @@ from nemo_minitron.config.inference import GenerateConfig
 from nemo_minitron.data.prompts import read_prompts
 from nemo_minitron.data.text import find_source
 from nemo_minitron.families.registry import written_config
-from tests.sources import write_tokenizer
+from tests.helpers.sources import write_tokenizer
 from tests.unit.test_families import hf_llama
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 497669\n"

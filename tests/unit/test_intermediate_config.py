@@ -16,7 +16,7 @@ from nemo_minitron.distillation.layer_map import (
     make_pairs,
     relation_heads,
 )
-from tests.tiny import LLAMA
+from tests.helpers.tiny import LLAMA
 
 TEACHER = replace(LLAMA, num_layers=32)
 STUDENT = replace(LLAMA, num_layers=16)

@@ -6,7 +6,7 @@ import pytest
 
 from nemo_minitron.config.layout import check_layout, check_pipeline, padded_vocab_size
 from nemo_minitron.config.parallel import ParallelConfig, layers_per_chunk
-from tests.tiny import LLAMA, MIXTRAL, QWEN2_MOE
+from tests.helpers.tiny import LLAMA, MIXTRAL, QWEN2_MOE
 
 PIPELINE = {"pipeline_model_parallel_size": 2}
 

@@ -12,7 +12,7 @@ from nemo_minitron.distillation.divergences import LOSSES
 from nemo_minitron.distillation.logit_loss import TeacherStates, logit_loss
 from nemo_minitron.distillation.top_k import TopKTargets, top_k_targets
 from nemo_minitron.distillation.vocab import VocabShard
-from tests.losses import KINDS, loss_keys, problem, reference, stored_targets
+from tests.helpers.losses import KINDS, loss_keys, problem, reference, stored_targets
 
 VOCAB, ROWS = 101, 104
 

@@ -148,7 +148,7 @@ def test_what_this_package_sets_is_owned(monkeypatch):
     """No field is set in silence: the section either wins over it or says who sets it."""
     from nemo_minitron.config.parallel import ParallelConfig
     from nemo_minitron.models import build, settings
-    from tests.tiny import LLAMA, MIXTRAL
+    from tests.helpers.tiny import LLAMA, MIXTRAL
 
     seen: dict[str, dict[str, Any]] = {}
 
@@ -272,7 +272,7 @@ def test_an_empty_section_leaves_no_trace():
 def test_defaults_on_a_gpu():
     """Communication beside computation where there is any; the user's word counts."""
     from nemo_minitron.models.settings import ddp_config, ddp_defaults, transformer_defaults
-    from tests.tiny import LLAMA
+    from tests.helpers.tiny import LLAMA
 
     keys: dict[str, Any] = {"on_gpu": True, "replicas": 8, "distributed_optimizer": True}
     assert ddp_defaults(**keys) == {
@@ -298,7 +298,7 @@ def test_what_this_machine_cannot_do():
     from nemo_minitron.config.parallel import ParallelConfig
     from nemo_minitron.models.settings_check import check_training_with_megatron
     from nemo_minitron.models.spec import HAVE_TE
-    from tests.tiny import LLAMA, MIXTRAL
+    from tests.helpers.tiny import LLAMA, MIXTRAL
 
     def check(model=LLAMA, **parts):
         args = (ParallelConfig(), TrainerConfig(), OptimConfig())

@@ -21,8 +21,8 @@ from nemo_minitron.checkpoint.safe_pickle import Inert, read_metadata, read_torc
 from nemo_minitron.checkpoint.source import open_source
 from nemo_minitron.checkpoint.tokenizer_files import special_ids, tokenizer_files, vocabulary_size
 from nemo_minitron.config.model import ModelConfig
-from tests import sources, tiny
-from tests.tiny import LLAMA, write_weights
+from tests.helpers import sources, tiny
+from tests.helpers.tiny import LLAMA, write_weights
 
 PADDED = replace(LLAMA, vocab_size=128)
 

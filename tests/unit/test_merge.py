@@ -14,7 +14,7 @@ from nemo_minitron.pruning.plan import Plan, make_plan
 from nemo_minitron.pruning.scores import Scores, model_meta
 from nemo_minitron.pruning.slicing import prune_store
 from nemo_minitron.pruning.targets import check_pruning
-from tests.tiny import LLAMA, random_weights
+from tests.helpers.tiny import LLAMA, random_weights
 
 GQA = replace(LLAMA, num_attention_heads=10, num_query_groups=2)  # five query heads per group
 MHA = replace(LLAMA, num_attention_heads=6, num_query_groups=6)

@@ -32,7 +32,7 @@ from nemo_minitron.pruning.scores import Scores, model_meta
 from nemo_minitron.reporting.model_card import model_card
 from nemo_minitron.stages import export, import_, prune
 from nemo_minitron.stages.recipe import training_entry
-from tests.unit.gguf_fixtures import llama, write_gguf
+from tests.helpers.gguf_fixtures import llama, write_gguf
 
 README = """\
 ---

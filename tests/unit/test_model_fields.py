@@ -19,7 +19,7 @@ from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.families.registry import FAMILIES, read_config, written_config
 from nemo_minitron.models import build
-from tests.tiny import GPT2, LLAMA, MIXTRAL, NEMOTRON, OLMO2, QWEN2_MOE, QWEN3, SMOLLM3
+from tests.helpers.tiny import GPT2, LLAMA, MIXTRAL, NEMOTRON, OLMO2, QWEN2_MOE, QWEN3, SMOLLM3
 from tests.unit.test_families import LLAMA3_ROPE
 from tests.unit.test_family_configs import QWEN2
 

@@ -24,7 +24,7 @@ from nemo_minitron.pruning.rounds import compose, pruning_rounds
 from nemo_minitron.pruning.scores import Scores, check_axes, model_meta
 from nemo_minitron.pruning.slicing import dim_indices, prune_store
 from nemo_minitron.pruning.targets import check_pruning
-from tests.tiny import LLAMA, MIXTRAL, QWEN2_MOE, random_weights
+from tests.helpers.tiny import LLAMA, MIXTRAL, QWEN2_MOE, random_weights
 
 TARGET = {
     "num_layers": 3,

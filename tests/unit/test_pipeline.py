@@ -14,7 +14,7 @@ from nemo_minitron.checkpoint.manifest import open_result
 from nemo_minitron.config import load
 from nemo_minitron.config.stages import PipelineConfig
 from nemo_minitron.pipeline.plan import read_items
-from tests.unit import fake_stages
+from tests.helpers import fake_stages
 
 PIPELINE = """
 # @package _global_

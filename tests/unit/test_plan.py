@@ -9,7 +9,7 @@ from nemo_minitron.config.stages import PruningConfig, ScoreConfig, TargetConfig
 from nemo_minitron.pruning.plan import Plan, full_plan, make_plan, pruned_config
 from nemo_minitron.pruning.scores import Scores, model_meta
 from nemo_minitron.pruning.targets import check_pruning
-from tests.tiny import LLAMA
+from tests.helpers.tiny import LLAMA
 
 L, H, F, N, G = 4, 64, 96, 8, 4  # LLAMA: two query heads per group
 

@@ -27,7 +27,7 @@ from nemo_minitron.planning.activations import micro_batches_in_flight
 from nemo_minitron.planning.compute import forward_flops, work
 from nemo_minitron.planning.items import plan_items, room
 from nemo_minitron.planning.memory import Job, fullest_rank
-from tests.e2e.bad_input import run_line
+from tests.helpers.bad_input import run_line
 
 CONF = schema.conf_dir()
 # Parameters in 1e9 to two digits, also where the papers print one: 2408.11796, table 3;

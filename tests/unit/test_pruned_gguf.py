@@ -20,8 +20,8 @@ from nemo_minitron.config.stages import (
     TargetConfig,
 )
 from nemo_minitron.stages import export, import_, prune
-from tests.e2e.bad_input import write_scores
-from tests.unit.gguf_fixtures import llama, write_gguf
+from tests.helpers.bad_input import write_scores
+from tests.helpers.gguf_fixtures import llama, write_gguf
 
 TARGETS = {
     "llama": {"hidden_size": 40, "ffn_hidden_size": 41, "num_layers": 2},

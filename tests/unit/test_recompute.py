@@ -7,7 +7,7 @@ import pytest
 from nemo_minitron.config.layout import check_recompute
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.training import TrainerConfig
-from tests.tiny import LLAMA, MIXTRAL
+from tests.helpers.tiny import LLAMA, MIXTRAL
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2}
 SELECTIVE = {"recompute_granularity": "selective"}

@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoConfig
 
 from nemo_minitron.families.registry import FAMILIES, family_of
-from tests.tiny import LLAMA, MIXTRAL, NEMOTRON
+from tests.helpers.tiny import LLAMA, MIXTRAL, NEMOTRON
 from tests.unit.test_families import LLAMA3_ROPE
 from tests.unit.test_family_configs import PHI3
 

@@ -14,7 +14,7 @@ from nemo_minitron.pruning.plan import Plan, full_plan, make_plan, pruned_config
 from nemo_minitron.pruning.rounds import compose, pruning_rounds
 from nemo_minitron.pruning.scores import Scores, model_meta
 from nemo_minitron.pruning.slicing import prune_store
-from tests.tiny import LLAMA, random_weights
+from tests.helpers.tiny import LLAMA, random_weights
 
 SMOL = replace(
     LLAMA,

@@ -8,7 +8,7 @@ import torch
 
 from nemo_minitron.importance.aggregate import Accumulator, BlockInfluence, partial_sums
 from nemo_minitron.pruning.scores import Scores, check_model, model_meta, read_meta
-from tests.tiny import LLAMA
+from tests.helpers.tiny import LLAMA
 
 KINDS = ("mean", "l2", "var")
 

@@ -8,7 +8,7 @@ from nemo_minitron.checkpoint.artifact import open_result, output_folder
 from nemo_minitron.checkpoint.seals import check_seal, seal
 from nemo_minitron.config.stages import ExportConfig
 from nemo_minitron.data.cache import build_once
-from tests.damage import flip_bit
+from tests.helpers.damage import flip_bit
 
 
 @pytest.fixture

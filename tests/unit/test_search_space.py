@@ -10,7 +10,7 @@ import pytest
 from nemo_minitron.config.search import SearchSpaceConfig
 from nemo_minitron.search.space import candidates, pareto_front
 from nemo_minitron.stages.search import ranked
-from tests.tiny import LLAMA
+from tests.helpers.tiny import LLAMA
 
 LISTS: dict[str, Any] = {
     "num_layers": [2, 3, 4],

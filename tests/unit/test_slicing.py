@@ -12,7 +12,7 @@ from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.llama import LLAMA as FAMILY
 from nemo_minitron.pruning.plan import Plan, full_plan, pruned_config
 from nemo_minitron.pruning.slicing import dim_indices, prune_store
-from tests.tiny import LLAMA, random_weights
+from tests.helpers.tiny import LLAMA, random_weights
 
 SHAPES = {
     "gqa": LLAMA,

@@ -24,7 +24,7 @@ from nemo_minitron.families.llama import LLAMA as FAMILY
 from nemo_minitron.pruning.plan import Plan
 from nemo_minitron.pruning.scores import Scores, model_meta
 from nemo_minitron.stages import import_, prune
-from tests.tiny import LLAMA
+from tests.helpers.tiny import LLAMA
 
 
 @pytest.fixture(scope="module")

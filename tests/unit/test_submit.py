@@ -145,7 +145,7 @@ def test_a_pipeline_is_a_chain_of_what_is_not_up_to_date(submit):
 
 def test_finished_items_are_left_out(submit, tmp_path):
     """A result written by the stand-in for ``import``, found by the chain."""
-    from tests.unit import fake_stages
+    from tests.helpers import fake_stages
 
     env = fake_stages.environment(tmp_path)
     one = ["source=model", "verify_inputs=full", "workers=2", "output_dir=runs/chain/teacher"]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron.evaluation.tasks import task_metrics
-from tests.e2e.bad_input import done, line, run_line
-from tests.unit.task_fixtures import build_model, write_tasks
+from tests.helpers.bad_input import done, line, run_line
+from tests.helpers.task_fixtures import build_model, write_tasks
 
 _SAMPLING = """\
 task: mini_sampled

@@ -22,7 +22,7 @@ from nemo_minitron.distillation.logit_shards import (
     write_shard,
 )
 from nemo_minitron.stages import distill, teacher_logits
-from tests.tiny import LLAMA, token_batch, write_npy, write_result
+from tests.helpers.tiny import LLAMA, token_batch, write_npy, write_result
 
 SAMPLES, LENGTH, STORED_K, PER_SHARD = 6, 16, 8, 4
 IDS = token_batch(SAMPLES, LENGTH - 1, LLAMA.vocab_size)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit import fake_stages
+from tests.helpers import fake_stages
 
 ITEMS = (
     "teacher",

@@ -8,7 +8,7 @@ import torch
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from tests.dist.kd_cases import batches, model_cfg
+from tests.cases.kd import batches, model_cfg
 
 Member = tuple[ModelConfig, str]
 

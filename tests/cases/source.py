@@ -11,7 +11,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from tests.dist.live_cases import _load, _logits, _start
+from tests.cases.live import _load, _logits, _start
 
 
 def _folder(path: str) -> str:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from tests.dist.kd_cases import batches, model_cfg, zero_gradients
-from tests.dist.training_cases import left_in_memory, train
+from tests.cases.kd import batches, model_cfg, zero_gradients
+from tests.cases.training import left_in_memory, train
 
 Pair = tuple[ModelConfig, str]
 Section = dict[str, dict[str, Any]]

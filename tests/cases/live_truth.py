@@ -15,10 +15,10 @@ from nemo_minitron.families.registry import family_of
 from nemo_minitron.pruning.plan import Plan, make_plan, pruned_config
 from nemo_minitron.pruning.scores import Scores, model_meta
 from nemo_minitron.pruning.slicing import prune_store
-from tests.dist.live_cases import Result, logits_at, score_and_prune
-from tests.layout_table import LayoutTable
-from tests.pool import WorkerPool
-from tests.tiny import token_batch, write_weights
+from tests.cases.live import Result, logits_at, score_and_prune
+from tests.helpers.layout_table import LayoutTable
+from tests.helpers.pool import WorkerPool
+from tests.helpers.tiny import token_batch, write_weights
 
 SAMPLES, LENGTH = 4, 16
 _ROUNDING = 1e-4  # of the logits of a tiny model

@@ -7,7 +7,7 @@ from nemo_minitron.config.distillation import DistillationConfig
 from nemo_minitron.distillation.logit_loss import TeacherStates, logit_loss
 from nemo_minitron.distillation.top_k import TopKTargets
 from nemo_minitron.distillation.vocab import VocabShard
-from tests.losses import KINDS, loss_keys, problem, stored_targets
+from tests.helpers.losses import KINDS, loss_keys, problem, stored_targets
 
 
 def config_of(kind: str) -> DistillationConfig:
@@ -51,7 +51,7 @@ def run_loss(
     """``[KD, CE]`` and the gradients of half the loss by hidden state and local rows of the weight.
 
     Args:
-        inputs: of ``tests.losses.problem``, weights with a multiple of TP rows.
+        inputs: of ``tests.helpers.losses.problem``, weights with a multiple of TP rows.
         vocab: true vocabulary.
         config: the loss.
         stored: instead of the teacher's hidden state and weight.

@@ -23,7 +23,7 @@ from pathlib import Path
 from nemo_minitron.config import schema
 from nemo_minitron.config.stages import STAGE_CONFIGS
 
-REPO = Path(__file__).parents[1]
+REPO = Path(__file__).parents[2]
 PAGES = (REPO / "README.md", *sorted((REPO / "docs" / "tutorials").glob("*.md")))
 """Pages in which every block has to have a test."""
 KINDS = ("run", "fails", "compose", "python", "sbatch", "make", "shell")

@@ -19,8 +19,8 @@ from nemo_minitron.cli import main
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.llama import LLAMA as FAMILY
 from nemo_minitron.pruning.scores import Scores, model_meta
-from tests.tiny import LLAMA, write_npy
-from tests.unit.data_fixtures import make_texts, save_tokenizer
+from tests.helpers.data_fixtures import make_texts, save_tokenizer
+from tests.helpers.tiny import LLAMA, write_npy
 
 STAGES = (
     "import",

@@ -7,7 +7,7 @@ blocks; rows of tests that did not run stay as they are.
 from collections.abc import Mapping
 from pathlib import Path
 
-DOCS = Path(__file__).parents[1] / "docs" / "layouts.md"
+DOCS = Path(__file__).parents[2] / "docs" / "layouts.md"
 BEGIN, END = "<!-- layouts: begin (written by the tests) -->", "<!-- layouts: end -->"
 HEADER = (
     "| ranks | layout | largest relative score error | kept indices identical "

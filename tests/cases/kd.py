@@ -13,7 +13,7 @@ from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig, TeacherParallelConfig
 from nemo_minitron.config.training import DataConfig, OptimConfig, TrainerConfig
 from nemo_minitron.families.registry import family_of
-from tests.tiny import token_batch
+from tests.helpers.tiny import token_batch
 
 
 def model_cfg(

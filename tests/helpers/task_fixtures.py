@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from nemo_minitron.families.llama import LLAMA as FAMILY
-from tests.e2e.bad_input import done, line, run_line
-from tests.tiny import LLAMA
-from tests.unit.data_fixtures import EOS, make_texts, save_tokenizer
+from tests.helpers.bad_input import done, line, run_line
+from tests.helpers.data_fixtures import EOS, make_texts, save_tokenizer
+from tests.helpers.tiny import LLAMA
 
 _HEAD = """\
 task: {name}

@@ -7,8 +7,8 @@ import torch
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from tests.dist.kd_cases import model_cfg
-from tests.tiny import token_batch
+from tests.cases.kd import model_cfg
+from tests.helpers.tiny import token_batch
 
 STEPS = 6
 SEQ = 16

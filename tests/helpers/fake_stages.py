@@ -14,7 +14,7 @@ from typing import Any
 
 SITE = """
 import sys
-from tests.unit import fake_stages
+from tests.helpers import fake_stages
 sys.modules.update(fake_stages.modules())
 """
 

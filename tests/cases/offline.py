@@ -8,8 +8,8 @@ import torch
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from tests.dist.kd_cases import batches, model_cfg, zero_gradients
-from tests.tiny import token_batch
+from tests.cases.kd import batches, model_cfg, zero_gradients
+from tests.helpers.tiny import token_batch
 
 TOP_K = 6
 

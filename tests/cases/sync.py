@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from tests.dist.kd_cases import batches, model_cfg, zero_gradients
+from tests.cases.kd import batches, model_cfg, zero_gradients
 
 # Operators whose result has a size or a Python value that only the device knows, and the one that
 # makes a tensor of Python numbers: copying it to a GPU waits for the stream.

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from unittest.mock import patch
 
-from tests.e2e.bad_input import Ending, run_line
+from tests.helpers.bad_input import Ending, run_line
 
 
 class KilledError(Exception):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-FOLDER = Path(__file__).parent / "data" / "foreign"
+FOLDER = Path(__file__).parents[1] / "data" / "foreign"
 
 
 def unpack(name: str, to: Path) -> Path:

@@ -9,7 +9,7 @@ from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.pruning.plan import Plan
-from tests.dist.live_cases import _load, _logits, _score, _start
+from tests.cases.live import _load, _logits, _score, _start
 
 
 def family_at(
