@@ -8,22 +8,19 @@ import torch
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from tests.cases.kd import batches, model_cfg
+from tests.cases.kd import batches, loaded, model_cfg, zero_gradients
 
 Member = tuple[ModelConfig, str]
 
 
 def built(student: Member, teacher: Member, parallel: ParallelConfig, over: dict[str, Any]) -> Any:
     """Model with weights, gradient buffers and optimizer."""
-    from nemo_minitron.models.distill import DistillationGPTModel
     from nemo_minitron.runtime.launch import init_model_parallel
 
     init_model_parallel(parallel)
     over = dict(over)
     sharded, recompute = over.pop("sharded", False), over.pop("recompute", {})
-    model = DistillationGPTModel(model_cfg(student[0], teacher[0], parallel, **over))
-    model.load(Path(student[1]))
-    model.load_teacher(Path(teacher[1]))
+    model = loaded(model_cfg(student[0], teacher[0], parallel, **over), student, teacher)
     model.optim_cfg = replace(model.optim_cfg, use_distributed_optimizer=sharded, lr=1e-2)
     for name, value in recompute.items():
         setattr(model.last_chunk.config, name, value)
@@ -43,7 +40,7 @@ def step(model: Any, seed: int = 0, targets: float = 1.0) -> Any:
 
     for chunk in model.model:
         chunk.train()
-        chunk.zero_grad_buffer()
+    zero_gradients(model)
     dp = model.groups.dp
     mine = batches(4, 16, model.gpt.vocab_size, seed)[dp.rank() :: dp.size()]
     for batch in mine:

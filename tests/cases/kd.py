@@ -60,6 +60,25 @@ def batches(samples: int, seq: int, vocab: int, seed: int = 0) -> list[dict[str,
     return out
 
 
+def loaded(cfg: Any, student: tuple[ModelConfig, str], teacher: tuple[ModelConfig, str]) -> Any:
+    """The distillation model of a config, with its weights and its teacher's."""
+    from nemo_minitron.models.distill import DistillationGPTModel
+
+    model = DistillationGPTModel(cfg)
+    model.load(Path(student[1]))
+    model.load_teacher(Path(teacher[1]))
+    return model
+
+
+def wrap(model: Any, **over: Any) -> None:
+    """What ``fit`` does before the first step; ``over`` changes the optimizer's config."""
+    from nemo_minitron.models.optim import build_optimizer, wrap_ddp
+
+    optim = replace(model.optim_cfg, **over)
+    model.model = torch.nn.ModuleList(wrap_ddp(model.chunks, optim))
+    build_optimizer(list(model.model), optim, model.trainer_cfg)
+
+
 def zero_gradients(model: Any) -> None:
     """What Megatron's DDP asks for before the first micro-batch of a step."""
     for chunk in model.model:
@@ -90,20 +109,14 @@ def kd_gradients_of_kinds(
 
     Other keys (``precision``) are those of the first entry.
     """
-    from nemo_minitron.models.distill import DistillationGPTModel
     from nemo_minitron.models.objective import on_host
-    from nemo_minitron.models.optim import build_optimizer, wrap_ddp
     from nemo_minitron.models.schedule import on_this_cp_rank
     from nemo_minitron.runtime.launch import init_model_parallel
 
     init_model_parallel(parallel)
     first = next(iter(kinds.values()))
-    model = DistillationGPTModel(model_cfg(student[0], teacher[0], parallel, **first))
-    model.load(Path(student[1]))
-    model.load_teacher(Path(teacher[1]))
-    optim = replace(model.optim_cfg, use_distributed_optimizer=False)
-    model.model = torch.nn.ModuleList(wrap_ddp(model.chunks, optim))
-    build_optimizer(list(model.model), optim, model.trainer_cfg)
+    model = loaded(model_cfg(student[0], teacher[0], parallel, **first), student, teacher)
+    wrap(model, use_distributed_optimizer=False)
     dp = model.groups.dp
     mine = batches(4, 16, student[0].vocab_size)[dp.rank() :: dp.size()]
     mine = [on_this_cp_rank(batch, model.groups) for batch in mine]

@@ -1,6 +1,5 @@
 """Tasks for the rank pool: a teacher whose weights wait in host memory, and stored outputs."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from tests.cases.kd import batches, model_cfg, zero_gradients
+from tests.cases.kd import batches, loaded, model_cfg, wrap, zero_gradients
 from tests.helpers.tiny import token_batch
 
 TOP_K = 6
@@ -17,12 +16,9 @@ TOP_K = 6
 def gradients(model: Any, micro_batches: list[dict[str, torch.Tensor]]) -> tuple[list, list]:
     """``[KD, CE, tokens]`` sums and this rank's gradients of one global batch."""
     from nemo_minitron.models.objective import on_host
-    from nemo_minitron.models.optim import build_optimizer, wrap_ddp
     from nemo_minitron.models.schedule import on_this_cp_rank
 
-    optim = replace(model.optim_cfg, use_distributed_optimizer=False)
-    model.model = torch.nn.ModuleList(wrap_ddp(model.chunks, optim))
-    build_optimizer(list(model.model), optim, model.trainer_cfg)
+    wrap(model, use_distributed_optimizer=False)
     zero_gradients(model)
     sums = model.forward_backward([on_this_cp_rank(batch, model.groups) for batch in micro_batches])
     grads = [p.main_grad.clone() for chunk in model.chunks for p in chunk.parameters()]
@@ -33,7 +29,6 @@ def offload(
     student: tuple[ModelConfig, str], teacher: tuple[ModelConfig, str], parallel: ParallelConfig
 ) -> dict[str, Any]:
     """One global batch with the teacher on the device all the time and without."""
-    from nemo_minitron.models.distill import DistillationGPTModel
     from nemo_minitron.runtime.launch import init_model_parallel
 
     init_model_parallel(parallel)
@@ -41,9 +36,7 @@ def offload(
     out: dict[str, Any] = {"results": []}
     for away in (False, True):
         cfg = model_cfg(student[0], teacher[0], parallel, offload_teacher=away)
-        model = DistillationGPTModel(cfg)
-        model.load(Path(student[1]))
-        model.load_teacher(Path(teacher[1]))
+        model = loaded(cfg, student, teacher)
         out["before"] = _bytes(model)
         out["results"].append(gradients(model, micro_batches))
         model.evaluate_batch(micro_batches)

@@ -1,14 +1,13 @@
 """Tasks for the rank pool: one distillation step with and without recomputed activations."""
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from tests.cases.kd import batches, model_cfg, zero_gradients
+from tests.cases.kd import batches, loaded, model_cfg, wrap, zero_gradients
 
 _COUNTED = {
     "core_attention": "core_attn",
@@ -34,19 +33,14 @@ def _step(
     trainer: dict[str, Any],
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, float]]:
     """Loss sums, gradients of this rank, and forward passes per layer and micro-batch."""
-    from nemo_minitron.models.distill import DistillationGPTModel
-    from nemo_minitron.models.optim import build_optimizer, wrap_ddp
-
-    model = DistillationGPTModel(model_cfg(student[0], teacher[0], parallel, trainer=trainer))
-    model.load(Path(student[1]))
-    model.load_teacher(Path(teacher[1]))
+    cfg = model_cfg(student[0], teacher[0], parallel, trainer=trainer)
+    model = loaded(cfg, student, teacher)
     counts: Counter[str] = Counter()
     for chunk in model.chunks:
         _count(chunk, "student", counts)
     for chunk in model.teacher.chunks:
         _count(chunk, "teacher", counts)
-    model.model = torch.nn.ModuleList(wrap_ddp(model.chunks, model.optim_cfg))
-    build_optimizer(list(model.model), model.optim_cfg, model.trainer_cfg)
+    wrap(model)
     model.train()
     zero_gradients(model)
     sums = model.forward_backward(batches(MICRO_BATCHES, 16, student[0].vocab_size))

@@ -1,14 +1,13 @@
 """Tasks for the rank pool: training with and without settings of Megatron's own."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from tests.cases.kd import batches, model_cfg, zero_gradients
+from tests.cases.kd import batches, loaded, model_cfg, zero_gradients
 from tests.cases.training import left_in_memory, train
 
 Pair = tuple[ModelConfig, str]
@@ -61,16 +60,13 @@ def _two_batches(
     Megatron overlaps from the second batch on: the first one tells it how often each gradient
     comes.
     """
-    from nemo_minitron.models.distill import DistillationGPTModel
     from nemo_minitron.runtime.launch import init_model_parallel
 
     init_model_parallel(parallel)
     cfg = model_cfg(student[0], teacher[0], parallel, megatron=megatron, **over)
     # Every rank keeps all gradients, so they can be compared.
     cfg.optim.use_distributed_optimizer = False
-    model = DistillationGPTModel(cfg)
-    model.load(Path(student[1]))
-    model.load_teacher(Path(teacher[1]))
+    model = loaded(cfg, student, teacher)
     model.configure_optimizers()
     model.train()
     passes, dp, gradients = _count_layers(model), model.groups.dp, []

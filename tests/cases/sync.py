@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from tests.cases.kd import batches, model_cfg, zero_gradients
+from tests.cases.kd import batches, loaded, model_cfg, wrap, zero_gradients
 
 # Operators whose result has a size or a Python value that only the device knows, and the one that
 # makes a tensor of Python numbers: copying it to a GPU waits for the stream.
@@ -80,16 +80,11 @@ def waits(
     counts: tuple[int, ...],
 ) -> list[dict[str, int]]:
     """For each number of micro-batches: the waits from the teacher's pass to the last backward."""
-    from nemo_minitron.models.distill import DistillationGPTModel
-    from nemo_minitron.models.optim import build_optimizer, wrap_ddp
     from nemo_minitron.runtime.launch import init_model_parallel
 
     init_model_parallel(parallel)
-    model = DistillationGPTModel(model_cfg(student[0], teacher[0], parallel, **over))
-    model.load(Path(student[1]))
-    model.load_teacher(Path(teacher[1]))
-    model.model = torch.nn.ModuleList(wrap_ddp(model.chunks, model.optim_cfg))
-    build_optimizer(list(model.model), model.optim_cfg, model.trainer_cfg)
+    model = loaded(model_cfg(student[0], teacher[0], parallel, **over), student, teacher)
+    wrap(model)
     model.train()
     found = []
     for count in counts:
