@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.training import DataConfig, TrainerConfig
+from nemo_minitron.families.registry import family_of
 
 
 @dataclass(frozen=True)
@@ -54,20 +55,32 @@ def attention(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> 
 
     The normed input; the rows of ``linear_qkv`` (values are a view of them); rotated queries and
     keys; the output of the heads, which ``linear_proj`` reads, and the log-sum of each of its rows.
+    Where some layers do not rotate (SmolLM3), this is the average over the layers.
     """
     heads, groups, width = config.num_attention_heads, config.num_query_groups, config.kv_channels
-    rows, every_rank = 2 * heads + 2 * groups, 0
+    rows: float = 2 * heads + 2 * groups
+    every_rank = 0
     if config.position_embedding_type == "rope":
-        rows += heads + groups
+        rotating = 1 - sum(config.no_rope_freq or []) / config.num_layers
+        # Without rotation the keys are a view, but the queries of a group are still copied.
+        rows += rotating * (heads + groups) + (1 - rotating) * heads
         # Sines and cosines, of queries and of keys.
-        every_rank = 0 if tokens.fused else round(4 * width * config.rotary_percent)
+        every_rank = 0 if tokens.fused else round(4 * width * config.rotary_percent * rotating)
     if config.qk_layernorm:
         rows += heads + groups + (0 if tokens.fused else heads)
     split = parallel.tensor_model_parallel_size
     # What the heads put out is kept by attention too, so linear_proj's copy in fp8 comes on top.
     copied = heads * width * (tokens.matmul or 0)
-    kept = tokens.count * (rows * width * tokens.element + copied + heads * 4) // split
+    kept = round(tokens.count * (rows * width * tokens.element + copied + heads * 4)) // split
+    if _normalises_projections(config):
+        # In fp32, whatever the activations are: the input of the norm, and input times weight.
+        kept += tokens.count * 2 * (heads + groups) * width * 4 // split
     return _normed(config, parallel, tokens) + kept + tokens.count * every_rank * tokens.element
+
+
+def _normalises_projections(config: ModelConfig) -> bool:
+    """Whether queries and keys are normalised over all heads together (OLMo-2)."""
+    return any("q_layernorm" in row.name and "head" in row.dims for row in family_of(config).rows)
 
 
 def _normed(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> int:

@@ -9,7 +9,7 @@ from nemo_minitron.planning import activations
 from nemo_minitron.planning.activations import Tokens
 from nemo_minitron.planning.shares import shares
 from tests.cases.planning import bytes_saved, parameters_held
-from tests.helpers.tiny import GPT2, LLAMA, MIXTRAL, NEMOTRON, QWEN2_MOE, QWEN3
+from tests.helpers.tiny import GPT2, LLAMA, MIXTRAL, NEMOTRON, OLMO2, QWEN2_MOE, QWEN3, SMOLLM3
 
 TP2 = ParallelConfig(tensor_model_parallel_size=2)
 TP2_SP = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
@@ -47,12 +47,19 @@ def test_parameters_of_every_rank(ranks, config, size, parallel):
         (QWEN3, 1, ParallelConfig()),
         (GPT2, 1, ParallelConfig()),
         (MIXTRAL, 1, ParallelConfig()),
+        (SMOLLM3, 1, ParallelConfig()),
+        (OLMO2, 1, ParallelConfig()),
+        (OLMO2, 2, TP2),
     ],
 )
 def test_activations_of_a_layer(ranks, config, size, parallel):
     """The difference between models of 4 and of 2 layers is what 2 layers keep."""
     length = 64
-    configs = [replace(config, num_layers=layers) for layers in (2, 4)]
+    skips = config.no_rope_freq
+    configs = [
+        replace(config, num_layers=layers, no_rope_freq=skips and skips[:layers])
+        for layers in (2, 4)
+    ]
     planned = activations.layer(config, parallel, Tokens(length, 4, fused=False))
     for two, four in ranks.run(size, bytes_saved, configs, parallel, length):
         print(config.family, parallel.tensor_model_parallel_size, planned, (four - two) / 2)

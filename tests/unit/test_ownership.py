@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.checkpoint import artifact, owners
+from nemo_minitron.checkpoint import artifact, owners, watched
 from nemo_minitron.checkpoint.artifact import check_output, open_result, output_folder, reserved
+from nemo_minitron.checkpoint.manifest import files_in
 from nemo_minitron.checkpoint.watched import changed_since, identity_of, input_states
 from nemo_minitron.config.stages import ExportConfig, FinetuneConfig, ImportConfig
 from nemo_minitron.config.training import DataConfig
@@ -291,6 +292,41 @@ def test_of_a_tokenizers_folder_only_its_files_are_watched(tmp_path, source):
     (tokenizer / "tokenizer.json").write_text("{ }")
     assert changed_since(cfg, before[0]) == ["tokenizer"]
     assert identity_of("tokenizer", tokenizer, 1) != before[1]
+
+
+def test_links_beside_a_tokenizer_lead_nowhere(tmp_path, source):
+    """Nobody reads what they lead to, and a folder with a tokenizer may hold very much."""
+    tokenizer = tmp_path / "home"
+    (tokenizer / "runs").mkdir(parents=True)
+    (tokenizer / "tokenizer.json").write_text("{}")
+    (tokenizer / "runs" / "last").symlink_to(tmp_path / "out")
+    cfg = ImportConfig(
+        output_dir=str(tmp_path / "out"), source=str(source), tokenizer=str(tokenizer)
+    )
+    check_output(cfg, "import")
+
+
+def test_links_in_a_circle_have_an_end(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+        (tmp_path / name / "up").symlink_to(tmp_path)
+        (tmp_path / name / "here").symlink_to(".")
+    found = files_in(tmp_path)
+    assert {"a/file", "b/file"} <= set(found)
+    assert len(found) < 40
+
+
+def test_a_folder_with_more_files_than_a_model(tmp_path, source, monkeypatch):
+    monkeypatch.setattr(watched, "_MOST_FILES", 0)
+    cfg = ImportConfig(output_dir=str(tmp_path / "out"), source=str(tmp_path / "plain"))
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"plain holds 1 files, more than any model; set source"):
+        input_states(cfg)
+    data = DataConfig(path=str(tmp_path / "plain"))
+    tuning = FinetuneConfig(checkpoint=str(source), output_dir=str(tmp_path / "out"), data=data)
+    assert input_states(tuning).keys() == {"checkpoint", "data.path"}
 
 
 def test_bytecode_beside_tasks_is_no_change(cfg, source):
