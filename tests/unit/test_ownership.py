@@ -318,11 +318,12 @@ def test_links_in_a_circle_have_an_end(tmp_path):
 
 
 def test_a_folder_with_more_files_than_a_model(tmp_path, source, monkeypatch):
-    monkeypatch.setattr(watched, "_MOST_FILES", 0)
+    monkeypatch.setattr(watched, "_MOST_FILES", 2)
     cfg = ImportConfig(output_dir=str(tmp_path / "out"), source=str(tmp_path / "plain"))
     (tmp_path / "plain").mkdir()
-    (tmp_path / "plain" / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"plain holds 1 files, more than any model; set source"):
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (tmp_path / "plain" / name).write_text("Some text.")
+    with pytest.raises(ValueError, match=r"plain holds 3 files, more than any model; set source"):
         input_states(cfg)
     data = DataConfig(path=str(tmp_path / "plain"))
     tuning = FinetuneConfig(checkpoint=str(source), output_dir=str(tmp_path / "out"), data=data)
