@@ -8,8 +8,8 @@ from nemo_minitron.runtime import endings
 def main() -> int:
     """Run the command line of this process; signals are taken before anything else is imported."""
     command = " ".join(["minitron", *sys.argv[1:2]])
-    endings.begin(command)
     try:
+        endings.begin(command)  # inside: a signal may come before it returns
         from nemo_minitron import cli
 
         return cli.main()
