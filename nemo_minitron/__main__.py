@@ -9,8 +9,8 @@ from nemo_minitron.runtime.errors import Ending
 def main() -> int:
     """Run the command line of this process; signals are taken before anything else is imported."""
     command = " ".join(["minitron", *sys.argv[1:2]])
-    endings.begin(command)
     try:
+        endings.begin(command)  # inside: a signal may come before it returns
         from nemo_minitron import cli
 
         return cli.main()
