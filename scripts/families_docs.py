@@ -8,6 +8,8 @@
 import sys
 from pathlib import Path
 
+from nemo_minitron.config.axes import AXES
+from nemo_minitron.families.dims import DIMS
 from nemo_minitron.families.registry import FAMILIES, UNSUPPORTED
 from nemo_minitron.families.table import Family, Row
 
@@ -30,15 +32,6 @@ splits, its Hugging Face name. `qkv` are the rows of query, key and value interl
 group, `gate_up` are gate and up one after the other. Several Hugging Face names are fused; one
 that is stored in another order has its form in brackets.
 """
-# What a dim holds -> the sizes that pruning it changes.
-_SIZES = {
-    "hidden": ("hidden_size",),
-    "ffn": ("ffn_hidden_size",),
-    "qkv": ("num_attention_heads", "num_query_groups"),
-    "expert": ("num_moe_experts",),
-    "expert_ffn": ("moe_ffn_hidden_size",),
-    "shared_expert_ffn": ("moe_shared_expert_intermediate_size",),
-}
 
 
 def page() -> str:
@@ -59,8 +52,8 @@ def page() -> str:
 
 def prunable(family: Family) -> list[str]:
     """Sizes of a family's models that can be pruned, as pruning.target names them."""
-    dims = {dim for row in family.rows for dim in row.dims}
-    sizes = ["num_layers", *(size for dim in _SIZES if dim in dims for size in _SIZES[dim])]
+    held = {axis for row in family.rows for dim in row.dims for axis in DIMS[dim].pruned_axes}
+    sizes = [axis.size for axis in AXES.values() if axis.name in held | {"layer"}]
     return [size for size in sizes if family.prunable is None or size in family.prunable]
 
 

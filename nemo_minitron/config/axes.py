@@ -36,8 +36,14 @@ class Axis:
         scores: name of the scores that rank it, where they are not its own: a query group is
             ranked by the sum of the scores of its heads.
         seen_at: path, inside a transformer layer, of the module whose input is scored; empty for an
-            axis that is scored in its own way. The last dim of that input is the dim of the same
-            name (``families.dims``), and tensor parallelism splits it.
+            axis that is scored in its own way. Tensor parallelism splits the last dim of that
+            input.
+        seen_dim: what that last dim holds (``families.dims``), where it is not the dim of the same
+            name.
+        split_by: the parallel degree that has to divide the size; empty where nothing splits it.
+        grain: how many neighbouring indices are ranked, kept and dropped together.
+        label: what reports call its indices, where they show what each layer keeps.
+        doc: what the size is, where its name does not say it.
     """
 
     name: str
@@ -47,6 +53,16 @@ class Axis:
     nested_in: str | None = None
     scores: str = ""
     seen_at: str = ""
+    seen_dim: str = ""
+    split_by: str = ""
+    grain: int = 1
+    label: str = ""
+    doc: str = ""
+
+    @property
+    def scored_dim(self) -> str:
+        """Name of the dim that is scored at ``seen_at``."""
+        return self.seen_dim or self.name
 
     @property
     def scored_as(self) -> str:
@@ -54,11 +70,28 @@ class Axis:
         return self.scores or self.name
 
 
+_TP, _EP = "tensor_model_parallel_size", "expert_model_parallel_size"
 _TABLE = (
     Axis("layer", "num_layers", Scope.MODEL),
     Axis("hidden", "hidden_size", Scope.MODEL),
-    Axis("ffn", "ffn_hidden_size", Scope.LAYER, MLP, seen_at="mlp.linear_fc2"),
-    Axis("query_group", "num_query_groups", Scope.LAYER, ATTENTION, scores="head"),
+    Axis(
+        "ffn",
+        "ffn_hidden_size",
+        Scope.LAYER,
+        MLP,
+        seen_at="mlp.linear_fc2",
+        split_by=_TP,
+        label="FFN neurons",
+    ),
+    Axis(
+        "query_group",
+        "num_query_groups",
+        Scope.LAYER,
+        ATTENTION,
+        scores="head",
+        split_by=_TP,
+        label="query groups",
+    ),
     Axis(
         "head",
         "num_attention_heads",
@@ -66,15 +99,35 @@ _TABLE = (
         ATTENTION,
         nested_in="query_group",
         seen_at="self_attention.linear_proj",
+        split_by=_TP,
+        label="query heads",
     ),
-    Axis("expert", "num_moe_experts", Scope.LAYER, EXPERTS),
-    Axis("expert_ffn", "moe_ffn_hidden_size", Scope.EXPERT, EXPERTS),
+    Axis(
+        "expert",
+        "num_moe_experts",
+        Scope.LAYER,
+        EXPERTS,
+        split_by=_EP,
+        label="experts",
+        doc="Experts of every layer, at least moe_router_topk.",
+    ),
+    Axis(
+        "expert_ffn",
+        "moe_ffn_hidden_size",
+        Scope.EXPERT,
+        EXPERTS,
+        split_by=_TP,
+        doc="FFN width of each expert.",
+    ),
     Axis(
         "shared_expert_ffn",
         "moe_shared_expert_intermediate_size",
         Scope.LAYER,
         EXPERTS,
         seen_at="mlp.shared_experts.linear_fc2",
+        split_by=_TP,
+        label="shared expert neurons",
+        doc="FFN width of the shared expert.",
     ),
 )
 AXES: dict[str, Axis] = {axis.name: axis for axis in _TABLE}
@@ -88,7 +141,23 @@ def axis_size(config: "ModelConfig", name: str) -> int:
 
 def axes_of(config: "ModelConfig") -> list[Axis]:
     """The axes that a model has, in the order of the table."""
-    return [axis for axis in _TABLE if has_axis(config, axis)]
+    return [axis for axis in AXES.values() if has_axis(config, axis)]
+
+
+def split_sizes(config: "ModelConfig") -> dict[str, str]:
+    """Size that a model has -> the parallel degree that has to divide it."""
+    return {axis.size: axis.split_by for axis in axes_of(config) if axis.split_by}
+
+
+def score_axes() -> list[str]:
+    """Names of the axes that have scores of their own.
+
+    The default of ``scores.axes``, which is stored beside every result and so keeps its order:
+    layers come after what is inside every layer, and experts last.
+    """
+    own = [axis for axis in AXES.values() if not axis.scores]
+    own.sort(key=lambda axis: (axis.kind == EXPERTS, axis.name == "layer"))
+    return [axis.name for axis in own]
 
 
 def has_axis(config: "ModelConfig", axis: Axis) -> bool:

@@ -7,7 +7,8 @@ stages differ by at most one layer.
 
 from dataclasses import replace
 
-from nemo_minitron.config.layout import check_layout, ffn_sizes
+from nemo_minitron.config.axes import split_sizes
+from nemo_minitron.config.layout import check_layout
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 
@@ -40,11 +41,7 @@ def balanced_layout(
 
 def _check_shares(pruned: ModelConfig, parallel: ParallelConfig) -> None:
     """Every rank gets an equal share of what the ranks share out."""
-    tp, ep = "tensor_model_parallel_size", "expert_model_parallel_size"
-    split = dict.fromkeys(("num_query_groups", "num_attention_heads", *ffn_sizes(pruned)), tp)
-    if pruned.num_moe_experts is not None:
-        split["num_moe_experts"] = ep
-    for name, degree in split.items():
+    for name, degree in split_sizes(pruned).items():
         size, ranks = getattr(pruned, name), getattr(parallel, degree)
         if size % ranks:
             below, above = size // ranks * ranks, -(-size // ranks) * ranks

@@ -1,5 +1,6 @@
 """Which layouts and which activation recomputation a model can take. Imports no torch."""
 
+from nemo_minitron.config.axes import split_sizes
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig, layers_per_chunk
 from nemo_minitron.config.training import RECOMPUTE_KEYS, TrainerConfig
@@ -19,10 +20,10 @@ def check_layout(config: ModelConfig, parallel: ParallelConfig) -> None:
     """
     check_experts(config, parallel)
     tp = parallel.tensor_model_parallel_size
-    for name in ("num_query_groups", "num_attention_heads", *ffn_sizes(config)):
-        if getattr(config, name) % tp:
+    for name, degree in split_sizes(config).items():
+        if getattr(config, name) % getattr(parallel, degree):
             raise ValueError(
-                f"parallel.tensor_model_parallel_size={tp} must divide {name}="
+                f"parallel.{degree}={getattr(parallel, degree)} must divide {name}="
                 f"{getattr(config, name)} of the model; use a divisor of it"
             )
     if tp > config.vocab_size:
@@ -59,15 +60,6 @@ def check_cached(parallel: ParallelConfig, what: str) -> None:
                 f"parallel.{name}={shown} and, if the model needs more ranks, a larger parallel."
                 "tensor_model_parallel_size or pipeline_model_parallel_size"
             )
-
-
-def ffn_sizes(config: ModelConfig) -> list[str]:
-    """Names of the FFN widths that the model has; tensor parallelism splits each of them."""
-    if config.num_moe_experts is None:
-        return ["ffn_hidden_size"]
-    if config.moe_shared_expert_intermediate_size is None:
-        return ["moe_ffn_hidden_size"]
-    return ["moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"]
 
 
 def check_experts(config: ModelConfig, parallel: ParallelConfig) -> None:

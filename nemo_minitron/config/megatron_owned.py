@@ -6,6 +6,8 @@ Megatron-Core; whatever is in none of them passes through (``config/megatron.py`
 
 from collections.abc import Mapping
 
+from nemo_minitron.config.axes import AXES
+
 Owned = Mapping[str, str]
 """Field -> end of the sentence "... is set by", with the key to use where there is one."""
 
@@ -35,10 +37,6 @@ def _all(reason: str, names: str) -> dict[str, str]:
     return dict.fromkeys(_names(names), reason)
 
 
-_PRUNED = (
-    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups num_moe_experts "
-    "moe_ffn_hidden_size moe_shared_expert_intermediate_size"
-)
 _LAYOUT = (
     "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size "
     "virtual_pipeline_model_parallel_size expert_model_parallel_size sequence_parallel "
@@ -48,8 +46,8 @@ _LAYOUT = (
 
 TRANSFORMER: Owned = {
     **{
-        name: f"the checkpoint (its model.yaml); use pruning.target.{name} of minitron prune"
-        for name in _PRUNED.split()
+        size: f"the checkpoint (its model.yaml); use pruning.target.{size} of minitron prune"
+        for size in (axis.size for axis in AXES.values())
     },
     **{name: f"the layout; use parallel.{name}" for name in _LAYOUT.split()},
     **_all(

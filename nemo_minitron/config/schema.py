@@ -14,8 +14,9 @@ from typing import Any
 from omegaconf import MISSING
 
 import nemo_minitron
+from nemo_minitron.config.axes import AXES
 from nemo_minitron.config.pipeline import SubmitConfig
-from nemo_minitron.config.stages import STAGE_CONFIGS
+from nemo_minitron.config.stages import STAGE_CONFIGS, TargetConfig
 
 # Everything with keys of its own.
 COMMANDS: dict[str, type] = {**STAGE_CONFIGS, "submit": SubmitConfig}
@@ -83,6 +84,9 @@ def _keys(cls: type, instance: Any, prefix: str) -> Iterator[Key]:
         name = prefix + field.name
         if dataclasses.is_dataclass(default):
             yield from _keys(type(default), default, name + ".")
+        elif isinstance(default, TargetConfig):
+            for axis in AXES.values():
+                yield Key(f"{name}.{axis.size}", "int | None", default[axis.size], axis.doc)
         else:
             yield Key(name, _type_name(field.type), default, docs.get(field.name, ""))
 

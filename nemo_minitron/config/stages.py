@@ -1,9 +1,11 @@
 """One dataclass per stage: what ``minitron <stage> key=value`` accepts."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
+from nemo_minitron.config.axes import AXES, score_axes
 from nemo_minitron.config.base import ADDED, INPUT, MAY_CHANGE, NEUTRAL, StageConfig, may_change
 from nemo_minitron.config.distillation import TOP_K_LOSSES, DistillationConfig
 from nemo_minitron.config.inference import BenchmarkConfig, EvaluateConfig, GenerateConfig
@@ -23,8 +25,6 @@ from nemo_minitron.config.training import (
     OptionalDataConfig,
     TrainerConfig,
 )
-
-SCORE_AXES = ("hidden", "ffn", "head", "layer", "expert", "expert_ffn", "shared_expert_ffn")
 
 
 @dataclass(kw_only=True)
@@ -98,7 +98,7 @@ class CalibrationConfig:
 class ScoreConfig(CalibrationConfig):
     """What is scored and how."""
 
-    axes: list[str] = field(default_factory=lambda: list(SCORE_AXES))
+    axes: list[str] = field(default_factory=score_axes)
     """Axes to score; those that the model lacks (experts, or a dense ffn) are left out."""
     layer_criteria: list[str] = field(default_factory=lambda: ["block_influence"])
     """How to score layers, any of ``block_influence`` (1 - cosine of a layer's input and output),
@@ -116,10 +116,10 @@ class ScoreConfig(CalibrationConfig):
     def __post_init__(self) -> None:
         """Check names and lengths."""
         super().__post_init__()
-        bad = [a for a in self.axes if a not in SCORE_AXES]
+        bad = [a for a in self.axes if a not in score_axes()]
         if bad or not self.axes:
             raise ValueError(
-                f"scores.axes={self.axes} must be a non-empty list out of {list(SCORE_AXES)}"
+                f"scores.axes={self.axes} must be a non-empty list out of {score_axes()}"
             )
         if not self.layer_criteria or not set(self.layer_criteria) <= set(LAYER_CRITERIA):
             raise ValueError(
@@ -183,28 +183,29 @@ def check_save_every(value: int) -> None:
         raise ValueError(f"save_every_n_samples={value} must be at least 1, or 0 to save none")
 
 
-@dataclass(kw_only=True)
-class TargetConfig:
-    """Sizes after pruning; null keeps the size."""
+class TargetConfig(dict[str, int | None]):
+    """Sizes after pruning: one key for the size of every axis; null keeps the size."""
 
-    num_layers: int | None = None
-    hidden_size: int | None = None
-    ffn_hidden_size: int | None = None
-    num_attention_heads: int | None = None
-    num_query_groups: int | None = None
-    num_moe_experts: int | None = None
-    """Experts of every layer, at least moe_router_topk."""
-    moe_ffn_hidden_size: int | None = None
-    """FFN width of each expert."""
-    moe_shared_expert_intermediate_size: int | None = None
-    """FFN width of the shared expert."""
+    def __init__(self, *sizes: Any, **named: int | None) -> None:
+        """Take sizes as ``dict`` does; those that are not given are kept.
+
+        Raises:
+            ValueError: a key is not the size of an axis.
+        """
+        super().__init__({axis.size: None for axis in AXES.values()})
+        known = list(self)
+        self.update(*sizes, **named)
+        for name in list(self)[len(known) :]:
+            raise ValueError(
+                f"pruning.target.{name} is not a size that can be pruned; only {', '.join(known)}"
+            )
 
 
 @dataclass(kw_only=True)
 class PruningConfig:
     """What to cut."""
 
-    target: TargetConfig = field(default_factory=TargetConfig)
+    target: dict[str, int | None] = field(default_factory=TargetConfig)
     drop_layers: list[int] | None = None
     """Layers to drop, 1-indexed as in NeMo's ``--drop_layers``; excludes target.num_layers."""
     layer_criterion: str = "block_influence"
@@ -224,6 +225,7 @@ class PruningConfig:
 
     def __post_init__(self) -> None:
         """Check names and ranges."""
+        self.target = TargetConfig(self.target)
         if self.layer_criterion not in LAYER_CRITERIA:
             raise ValueError(
                 f"pruning.layer_criterion={self.layer_criterion} must be one of "

@@ -20,15 +20,13 @@ FIXED: dict[str, Callable[[ModelConfig], int]] = {
     "head_dim": lambda config: config.kv_channels,
     "one": lambda config: 1,
 }
-"""Sizes that are never pruned."""
+"""Sizes that are never pruned, unless an axis has the same name."""
 
 
-def _one_row(_: ModelConfig) -> int:
-    return 1
-
-
-def _head_rows(config: ModelConfig) -> int:
-    return config.kv_channels
+def _size(config: ModelConfig, name: str) -> int:
+    """Size of an axis, or a size in ``FIXED``."""
+    fixed = FIXED.get(name)
+    return axis_size(config, name) if fixed is None else fixed(config)
 
 
 @dataclass(frozen=True)
@@ -37,16 +35,19 @@ class Part:
 
     Attributes:
         axis: name of the axis (``config.axes.AXES``), or of a size in ``FIXED``.
-        rows: consecutive rows of each index.
+        inner: name of the axis, or of the size, that the rows of each of its indices are.
     """
 
     axis: str
-    rows: Callable[[ModelConfig], int] = _one_row
+    inner: str = "one"
 
     def count(self, config: ModelConfig) -> int:
         """Indices of the axis."""
-        fixed = FIXED.get(self.axis)
-        return axis_size(config, self.axis) if fixed is None else fixed(config)
+        return _size(config, self.axis)
+
+    def rows(self, config: ModelConfig) -> int:
+        """Consecutive rows of each index."""
+        return _size(config, self.inner)
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ class Dim:
     @property
     def pruned_axes(self) -> tuple[str, ...]:
         """Axes whose indices decide which rows stay; empty for a dim that is never pruned."""
-        return tuple(part.axis for part in self.parts if part.axis in AXES)
+        names = (name for part in self.parts for name in (part.axis, part.inner))
+        return tuple(name for name in names if name in AXES)
 
     @property
     def shards(self) -> int:
@@ -104,14 +106,14 @@ DIMS: dict[str, Dim] = {
     "hidden": Dim((Part("hidden"),)),
     "ffn": Dim((Part("ffn"),)),
     "gate_up": _gate_up("ffn"),
-    "head": Dim((Part("head", _head_rows),)),
-    "query_group": Dim((Part("query_group", _head_rows),)),
+    "head": Dim((Part("head", "head_dim"),)),
+    "query_group": Dim((Part("query_group", "head_dim"),)),
     # Megatron interleaves linear_qkv: per query group its query heads, its key, its value.
     "qkv": Dim(
         (
-            Part("head", _head_rows),
-            Part("query_group", _head_rows),
-            Part("query_group", _head_rows),
+            Part("head", "head_dim"),
+            Part("query_group", "head_dim"),
+            Part("query_group", "head_dim"),
         ),
         interleaved_by="query_group",
     ),

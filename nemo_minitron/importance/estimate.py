@@ -10,10 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from nemo_minitron.config.axes import AXES, axis_size
+from nemo_minitron.config.axes import AXES, Axis
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import ScoreConfig
 from nemo_minitron.config.training import DataConfig
+from nemo_minitron.families.dims import DIMS
 from nemo_minitron.importance.ablation import LayerAblation, ablated_blocks
 from nemo_minitron.importance.aggregate import TokenSums, all_reduce_flat, reduce_sums
 from nemo_minitron.importance.calibration import Calibration, calibrating, calibration_runs
@@ -235,17 +236,32 @@ def gather_scores(
     tables = _layer_tables(recorders, config)
     all_reduce_flat(list(tables.values()), groups.pp)
     for axis in (axis for axis in AXES.values() if axis.seen_at and axis.name in tables):
-        table = gather(tables[axis.name], groups.tp, dim=-1)
-        rows = table.size(1) // axis_size(config, axis.name)
-        if rows > 1:  # the channels of a head: their L2 norm is its score
-            table = torch.linalg.vector_norm(table.unflatten(1, (-1, rows)), dim=-1)
-        tables[axis.name] = table
+        tables[axis.name] = _of_axis(axis, gather(tables[axis.name], groups.tp, dim=-1), config)
     if "hidden" in tables:
         tables["hidden"] = tables["hidden"].sum(dim=(0, 1))
     for size, values in (angles[0].scores() if angles else {}).items():
         tables[layer_scores("block_angular", size)] = values
     names = sorted(tables, key=stored_order)
     return Scores({name: _final(tables[name], groups.tp) for name in names})
+
+
+def _of_axis(axis: Axis, table: Tensor, config: ModelConfig) -> Tensor:
+    """Scores of the rows of a dim -> scores of one axis: the L2 norm over the rows of each index.
+
+    The score of a head is the norm over its channels. Of an axis inside others, as the channels of
+    a head are, each index has a row in all of them.
+
+    Args:
+        axis: what is scored.
+        table: ``[layers, rows]`` of ``axis.scored_dim``.
+        config: global sizes of the model.
+    """
+    (part,) = DIMS[axis.scored_dim].parts
+    table = table.unflatten(1, (part.count(config), part.rows(config)))
+    over = 2 if axis.name == part.axis else 1
+    return (
+        table.squeeze(over) if table.size(over) == 1 else torch.linalg.vector_norm(table, dim=over)
+    )
 
 
 def _layer_tables(recorders: list[ChunkRecorder], config: ModelConfig) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ What is scored where (2407.14679, section 2.2):
 
 - ``hidden``: output of each layer's input norm and pre-MLP norm (what attention and the MLP read,
   in a family that has no norms there),
-- ``ffn``, ``head``, ``shared_expert_ffn``: input of the module that ``Axis.seen_at`` names,
+- an axis with ``Axis.seen_at`` (``ffn``, ``head``, ``shared_expert_ffn``): input of that module,
 - ``layer``: input and output of the transformer layer,
 - ``expert`` and ``expert_ffn``: see ``importance/experts.py``; with experts there is no ``ffn``.
 
@@ -88,7 +88,7 @@ class ChunkRecorder:
         device = next(chunk.parameters()).device
         scored = (axis for axis in AXES.values() if axis.seen_at and axis.name in scores.axes)
         self._seen = [axis for axis in scored if has_axis(config, axis)]
-        widths = {a.name: (count, DIMS[a.name].size(config) // tp) for a in self._seen}
+        widths = {a.name: (count, DIMS[a.scored_dim].size(config) // tp) for a in self._seen}
         widths = {"hidden": (NORMS_PER_LAYER * count, config.hidden_size), **widths}
         self.channels = {
             axis: Accumulator(

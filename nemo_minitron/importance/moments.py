@@ -81,7 +81,8 @@ class MomentRecorder:
         norms = [2 * layer + side for layer in layers for side in range(2)]
         if self._final is not None:
             norms.append(2 * config.num_layers)
-        widths = {axis: DIMS[axis].size(config) for axis in axes if AXES[axis].seen_at}
+        seen = (AXES[axis] for axis in axes if AXES[axis].seen_at)
+        widths = {axis.name: DIMS[axis.scored_dim].size(config) for axis in seen}
         known = {axis: (layers, width // tp, width) for axis, width in widths.items()}
         known["hidden"] = (norms, config.hidden_size, config.hidden_size)
         device = next(chunk.parameters()).device

@@ -140,8 +140,19 @@ def _everything(axis: Axis, config: ModelConfig, kept: dict[str, Any]) -> list[A
 # ---------------------------------------------------------------- scores -> plan
 
 
-def _top(scores: Tensor, count: int) -> Tensor:
-    """Ascending indices of the ``count`` highest scores along the last dim; ties: lower index."""
+def _top(scores: Tensor, count: int, grain: int = 1) -> Tensor:
+    """Ascending indices of the ``count`` highest scores along the last dim; ties: lower index.
+
+    Args:
+        scores: ``[..., n]``.
+        count: how many to keep, a multiple of ``grain``.
+        grain: neighbours that are ranked by the sum of their scores and stay or go together.
+    """
+    import torch
+
+    if grain > 1:
+        groups = _top(scores.unflatten(-1, (-1, grain)).sum(dim=-1), count // grain)
+        return (groups.unsqueeze(-1) * grain + torch.arange(grain)).flatten(-2)
     order = scores.argsort(dim=-1, descending=True, stable=True)
     return order[..., :count].sort(dim=-1).values
 
@@ -183,12 +194,12 @@ def _ranked(
     if axis.nested_in is None:
         if scores.size(1) != size:
             scores = scores.double().unflatten(1, (size, -1)).sum(dim=-1)
-        return _top(scores, count).tolist()
+        return _top(scores, count, axis.grain).tolist()
     each = size // axis_size(config, axis.nested_in)
     parents = torch.tensor(kept[axis.nested_in])  # [layers, parents that stay]
     grouped = scores.unflatten(1, (-1, each))
     members = grouped.gather(1, parents.unsqueeze(-1).expand(-1, -1, each))
-    best = parents.unsqueeze(-1) * each + _top(members, count // parents.size(1))
+    best = parents.unsqueeze(-1) * each + _top(members, count // parents.size(1), axis.grain)
     return best.flatten(1).tolist()
 
 
@@ -198,12 +209,12 @@ def _keep(
     """What stays of one axis; see ``_ranked``."""
     values = scores[axis.scored_as]
     if axis.scope is Scope.MODEL:
-        return _top(values, sizes[axis.size]).tolist()
+        return _top(values, sizes[axis.size], axis.grain).tolist()
     values = values[kept["layer"]]
     if axis.scope is Scope.LAYER:
         return _ranked(axis, config, sizes, kept, values)
     pairs = zip(values, kept["expert"], strict=True)
-    return [_top(layer[experts], sizes[axis.size]).tolist() for layer, experts in pairs]
+    return [_top(layer[experts], sizes[axis.size], axis.grain).tolist() for layer, experts in pairs]
 
 
 def make_plan(config: ModelConfig, pruning: PruningConfig, scores: Scores | None) -> Plan:

@@ -6,7 +6,7 @@ of size d_s - i (d_s - d_t) / T and prunes it to d_s - (i + 1) (d_s - d_t) / T.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any, TypeVar
 
@@ -75,7 +75,7 @@ def _one_round(
     merges = before > after and (config.heads_per_group > 1 or not grouped)
     layers = sizes["num_layers"] if sizes["num_layers"] < config.num_layers else None
     return PruningConfig(
-        target=TargetConfig(**{**sizes, "num_layers": layers}),
+        target=TargetConfig(sizes, num_layers=layers),
         drop_layers=drop_layers,
         layer_criterion=pruning.layer_criterion if layers else "block_influence",
         merge_heads=pruning.merge_heads and merges,
@@ -90,36 +90,35 @@ def _sizes_between(
     parallel: ParallelConfig,
 ) -> dict[str, int]:
     """Sizes after ``share`` of the way, each between the current one and the target."""
-    tp = parallel.tensor_model_parallel_size
+    axes = {axis.size: axis for axis in AXES.values()}
 
-    def pipeline(size: int) -> bool:
-        try:
-            check_pipeline(current.resized({"num_layers": size}), parallel)
-        except ValueError:
-            return False
-        return True
+    def fits(name: str, size: int) -> bool:
+        if name == _HEADS:
+            return True
+        axis = axes[name]
+        degree = getattr(parallel, axis.split_by) if axis.split_by else 1
+        splits = size % degree == 0 and size % axis.grain == 0
+        return splits and (name != "num_layers" or _pipeline_fits(current, size, parallel))
 
-    def divides(size: int) -> bool:
-        return size % tp == 0
-
-    fits: dict[str, Callable[[int], bool]] = {
-        "num_layers": pipeline,
-        "ffn_hidden_size": divides,
-        "num_query_groups": divides,
-        "moe_ffn_hidden_size": divides,
-        "moe_shared_expert_intermediate_size": divides,
-        "num_moe_experts": lambda size: size % parallel.expert_model_parallel_size == 0,
-    }
     goal = {**final, _HEADS: final["num_attention_heads"] // final["num_query_groups"]}
     sizes = {}
     for name in (n for n in goal if n != "num_attention_heads"):
         begin, now, end = getattr(start, name), getattr(current, name), goal[name]
         wanted = begin - share * (begin - end)
-        options = [size for size in range(end, now) if fits.get(name, bool)(size)]
+        options = [size for size in range(end, now) if fits(name, size)]
         # Of two that are equally near the larger one: later rounds can still cut.
         sizes[name] = min([now, *reversed(options)], key=lambda size: abs(size - wanted))
     sizes["num_attention_heads"] = sizes["num_query_groups"] * sizes.pop(_HEADS)
     return sizes
+
+
+def _pipeline_fits(config: ModelConfig, num_layers: int, parallel: ParallelConfig) -> bool:
+    """Whether the pipeline can hold some of the model's layers."""
+    try:
+        check_pipeline(config.resized({"num_layers": num_layers}), parallel)
+    except ValueError:
+        return False
+    return True
 
 
 def compose(first: Plan, second: Plan) -> Plan:

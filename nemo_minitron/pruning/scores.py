@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.config.axes import AXES, has_axis
-from nemo_minitron.config.stages import BLOCK_CRITERIA, SCORE_AXES, ScoreConfig
+from nemo_minitron.config.axes import AXES, axes_of, score_axes
+from nemo_minitron.config.stages import BLOCK_CRITERIA, ScoreConfig
 from nemo_minitron.documents import check_kinds, read_json_object
 
 if TYPE_CHECKING:
@@ -20,23 +20,9 @@ SCORES_FILE = "scores.safetensors"
 META_FILE = "scores.json"
 MOMENTS = "moments"
 _FORMAT = 1
-# Of the scores in scores.json; those of blocks follow by name.
-_ORDER = (*(axis for axis in SCORE_AXES if axis != "layer"), "layer", "layer_lm_loss")
-# What must agree between the model that was scored and the model that is pruned.
-_MODEL_KEYS = (
-    "family",
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "vocab_size",
-    "kept_layers",
-    "num_moe_experts",
-    "moe_ffn_hidden_size",
-    "moe_shared_expert_intermediate_size",
-)
+# What must agree, besides the family and the sizes of all axes, between the model that was scored
+# and the model that is pruned.
+_MODEL_KEYS = ("kv_channels", "vocab_size", "kept_layers")
 
 
 class Scores(dict[str, "Tensor"]):
@@ -102,8 +88,12 @@ class Scores(dict[str, "Tensor"]):
 
 
 def stored_order(name: str) -> tuple[int, str]:
-    """Sort key of scores by name: the order in which they are shown and stored."""
-    return (_ORDER.index(name) if name in _ORDER else len(_ORDER)), name
+    """Sort key of scores by name: the order in which they are shown and stored.
+
+    Scores of layers come after those of the other axes, scores of blocks of layers come last.
+    """
+    order = [*(axis for axis in score_axes() if axis != "layer"), "layer", "layer_lm_loss"]
+    return (order.index(name) if name in order else len(order)), name
 
 
 def moment_file(folder: Path, axis: str, index: int) -> Path:
@@ -178,14 +168,14 @@ def check_axes(config: ModelConfig, axes: list[str]) -> None:
         ValueError: none of the axes exists in this model.
     """
     dense, shared = config.num_moe_experts is None, config.moe_shared_expert_intermediate_size
-    lacking = {axis.name for axis in AXES.values() if not has_axis(config, axis)}
-    if lacking.issuperset(axes):
+    owned = {axis.name for axis in axes_of(config)}
+    if owned.isdisjoint(axes):
         what = "no experts" if dense else "experts in every layer"
         if not dense and shared is None:
             what += ", none of them shared"
         raise ValueError(
             f"scores.axes={axes} holds no axis of this model, which has {what}; set scores.axes to "
-            f"some of {[axis for axis in SCORE_AXES if axis not in lacking]}"
+            f"some of {[axis for axis in score_axes() if axis in owned]}"
         )
 
 
@@ -209,7 +199,8 @@ def check_moments(config: ModelConfig, axes: list[str]) -> None:
 
 def model_meta(config: ModelConfig) -> dict[str, Any]:
     """The part of a model's config that its scores depend on, for ``Scores.meta['model']``."""
-    return {key: getattr(config, key) for key in _MODEL_KEYS}
+    keys = dict.fromkeys(("family", *(axis.size for axis in AXES.values()), *_MODEL_KEYS))
+    return {key: getattr(config, key) for key in keys}
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -245,9 +236,9 @@ def check_model(config: ModelConfig, meta: dict[str, Any]) -> None:
     """
     scored, mine = meta["model"], model_meta(config)
     different = [
-        f"{key}={scored.get(key)} (checkpoint: {mine[key]})"
-        for key in _MODEL_KEYS
-        if scored.get(key) != mine[key]
+        f"{key}={scored.get(key)} (checkpoint: {value})"
+        for key, value in mine.items()
+        if scored.get(key) != value
     ]
     if different:
         raise ValueError(

@@ -27,11 +27,6 @@ from nemo_minitron.pruning.plan import Plan, pruned_config
 from nemo_minitron.runtime.console import progress
 
 
-def _blocks(starts: Tensor, length: int) -> Tensor:
-    """``[n]`` block numbers -> ``[n * length]`` element indices, blocks of ``length`` elements."""
-    return (starts[:, None] * length + torch.arange(length)).flatten()
-
-
 def _kept_of_axis(
     dim: str, axis: Axis, plan: Plan, position: int | None, expert: int | None
 ) -> Tensor:
@@ -70,10 +65,11 @@ def _kept_rows(dim: Dim, config: ModelConfig, kept: dict[str, Tensor]) -> Tensor
         start = owner * sum(steps)
         for part, step in zip(dim.parts, steps, strict=True):
             mine, length = kept[part.axis], part.rows(config)
+            inner = kept.get(part.inner, torch.arange(length))
             if dim.interleaved_by:  # those of this owner, counted inside it
                 each = part.count(config) // repeats
                 mine = mine[mine // each == owner] % each
-            rows.append(start + _blocks(mine, length))
+            rows.append(start + (mine[:, None] * length + inner).flatten())
             start += step
     return torch.cat(rows)
 
@@ -100,7 +96,9 @@ def dim_indices(
     """
     held = DIMS[dim]
     kept = {
-        axis: _kept_of_axis(dim, AXES[axis], plan, position, expert) for axis in {*held.pruned_axes}
+        axis: _kept_of_axis(dim, AXES[axis], plan, position, expert)
+        for axis in {*held.pruned_axes}
+        if axis in plan
     }
     if all(len(kept[axis]) == axis_size(config, axis) for axis in kept):
         return None

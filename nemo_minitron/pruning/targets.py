@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.config.axes import AXES, axes_of, axis_size, has_axis
@@ -25,9 +24,10 @@ def target_sizes(config: ModelConfig, pruning: PruningConfig) -> dict[str, int]:
             does not have.
     """
     sizes = {}
-    for name, target in asdict(pruning.target).items():
+    for axis in AXES.values():
+        name, target = axis.size, pruning.target[axis.size]
         current = getattr(config, name)
-        if name in missing_sizes(config):
+        if not has_axis(config, axis):
             if target is not None:
                 raise ValueError(
                     f"pruning.target.{name}={target} is a size that this model does not have: "
@@ -39,13 +39,13 @@ def target_sizes(config: ModelConfig, pruning: PruningConfig) -> dict[str, int]:
                 f"pruning.target.{name}={target} must be between 1 and {current}, the model's "
                 f"{name}; lower it, or leave it out to keep {current}"
             )
+        if target is not None and target % axis.grain:
+            raise ValueError(
+                f"pruning.target.{name}={target} must be a multiple of {axis.grain}, as many "
+                f"indices of axis '{axis.name}' are kept or dropped together"
+            )
         sizes[name] = current if target is None else target
     return sizes
-
-
-def missing_sizes(config: ModelConfig) -> tuple[str, ...]:
-    """Names of the prunable sizes that a model does not have."""
-    return tuple(axis.size for axis in AXES.values() if not has_axis(config, axis))
 
 
 def _missing(config: ModelConfig, name: str) -> str:
@@ -112,10 +112,11 @@ def _check_drop_layers(config: ModelConfig, pruning: PruningConfig) -> None:
     drop = pruning.drop_layers
     if drop is None:
         return
-    if pruning.target.num_layers is not None:
+    layers = pruning.target["num_layers"]
+    if layers is not None:
         raise ValueError(
-            f"pruning.drop_layers={drop} and pruning.target.num_layers="
-            f"{pruning.target.num_layers} both choose layers; set only one of them"
+            f"pruning.drop_layers={drop} and pruning.target.num_layers={layers} both choose "
+            "layers; set only one of them"
         )
     outside = [layer for layer in drop if not 1 <= layer <= config.num_layers]
     if outside:
@@ -187,11 +188,10 @@ def check_pruning(config: ModelConfig, pruning: PruningConfig) -> None:
             range, repeated, all layers, or together with target.num_layers; nothing to prune;
             heads to merge, or layers to choose, where there are none.
     """
-    targets = asdict(pruning.target).values()
-    if pruning.drop_layers is None and all(target is None for target in targets):
-        names = ", ".join(f.name for f in fields(pruning.target))
+    if pruning.drop_layers is None and set(pruning.target.values()) == {None}:
         raise ValueError(
-            f"nothing to prune: set pruning.target.<size> (one of {names}) or pruning.drop_layers"
+            f"nothing to prune: set pruning.target.<size> (one of {', '.join(pruning.target)}) or "
+            "pruning.drop_layers"
         )
     sizes = target_sizes(config, pruning)
     _check_prunable(config, sizes)

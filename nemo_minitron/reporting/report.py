@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.config.axes import AXES, Scope, axis_size
 from nemo_minitron.config.stages import PipelineConfig
 from nemo_minitron.documents import json_value
 from nemo_minitron.families.registry import family_of
@@ -175,20 +176,14 @@ def _dropped_layers(pruning: Pruning) -> str:
 
 def _kept_picture(pruning: Pruning) -> plots.Picture:
     plan, before = pruning.plan, pruning.before
-    axes = {
-        "FFN neurons": ("ffn", before.ffn_hidden_size),
-        "experts": ("expert", before.num_moe_experts or 0),
-        "shared expert neurons": (
-            "shared_expert_ffn",
-            before.moe_shared_expert_intermediate_size or 0,
-        ),
-        "query heads": ("head", before.num_attention_heads),
-        "query groups": ("query_group", before.num_query_groups),
-    }
+    axes = [axis for axis in AXES.values() if axis.scope is Scope.LAYER]
     kept = {
-        label: (size, {layer: len(plan[key][i]) for i, layer in enumerate(plan["layers"])})
-        for label, (key, size) in axes.items()
-        if any(plan.get(key, []))
+        axis.label: (
+            axis_size(before, axis.name),
+            {layer: len(plan[axis.name][i]) for i, layer in enumerate(plan["layers"])},
+        )
+        for axis in axes
+        if any(plan.get(axis.name, []))
     }
     return plots.kept_sizes(kept, before.num_layers)
 

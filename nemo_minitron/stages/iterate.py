@@ -7,14 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.checkpoint.seals import check_seal, seal
+from nemo_minitron.config.axes import score_axes
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.config.stages import (
-    BLOCK_CRITERIA,
-    SCORE_AXES,
-    PruneConfig,
-    PruningConfig,
-    ScoreConfig,
-)
+from nemo_minitron.config.stages import BLOCK_CRITERIA, PruneConfig, PruningConfig, ScoreConfig
 from nemo_minitron.pruning.plan import Plan, full_plan, make_plan, pruned_config
 from nemo_minitron.pruning.rounds import ROUNDS, compose
 from nemo_minitron.pruning.scores import Scores
@@ -115,7 +110,7 @@ def _what_to_score(cfg: PruneConfig, small: ModelConfig, one: PruningConfig) -> 
     """Just what a round needs."""
     needed = needed_scores(small, one)
     dropped = small.num_layers - target_sizes(small, one)["num_layers"]
-    axes = [axis for axis in SCORE_AXES if axis in needed and axis != "layer"]
+    axes = [axis for axis in score_axes() if axis in needed and axis != "layer"]
     blocks = dropped and one.layer_criterion in BLOCK_CRITERIA
     return ScoreConfig(
         **asdict(cfg.scores),

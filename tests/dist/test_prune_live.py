@@ -68,7 +68,7 @@ def prunings(parallel: ParallelConfig) -> dict[str, PruningConfig]:
     return {
         "width": PruningConfig(target=WIDTH),
         "depth": PruningConfig(target=TargetConfig(num_layers=depth)),
-        "both": PruningConfig(target=replace(WIDTH, num_layers=both)),
+        "both": PruningConfig(target=TargetConfig(WIDTH, num_layers=both)),
     }
 
 
@@ -119,7 +119,7 @@ def test_loads_at_another_layout(
 ) -> None:
     """What TP2 PP2 pruned gives the same logits elsewhere."""
     parallel = LAYOUTS["TP2 PP2"]
-    ways = {"both": PruningConfig(target=replace(WIDTH, num_layers=4))}
+    ways = {"both": PruningConfig(target=TargetConfig(WIDTH, num_layers=4))}
     out = tmp_path_factory.getbasetemp() / "pruned at TP2 PP2"
     if not out.exists():
         arguments = (MODEL, str(truth.folder), truth.ids, parallel, ways, str(out))

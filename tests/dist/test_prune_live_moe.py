@@ -18,7 +18,7 @@ WIDTH = TargetConfig(
 WAYS = {
     "width": PruningConfig(target=WIDTH),
     "depth": PruningConfig(target=TargetConfig(num_layers=3)),
-    "both": PruningConfig(target=replace(WIDTH, num_layers=3)),
+    "both": PruningConfig(target=TargetConfig(WIDTH, num_layers=3)),
 }
 LAYOUTS = {
     "EP2": layout(dp=2, ep=2),
@@ -28,7 +28,7 @@ LAYOUTS = {
     "EP2 TP2 SP": layout(dp=2, ep=2, tp=2, sp=True),
     "EP2 TP2 SP PP2": layout(dp=2, ep=2, tp=2, sp=True, pp=2),
 }
-SHARED_WIDTH = replace(WIDTH, moe_shared_expert_intermediate_size=32)
+SHARED_WIDTH = TargetConfig(WIDTH, moe_shared_expert_intermediate_size=32)
 SHARED_LAYOUTS = {
     "EP2": LAYOUTS["EP2"],
     "TP2 SP": LAYOUTS["TP2 SP"],
@@ -44,7 +44,7 @@ def shared_ways(num_layers: int) -> dict[str, PruningConfig]:
         "depth": PruningConfig(target=TargetConfig(num_layers=num_layers)),
         # Query, key and value have biases, which are merged as well.
         "both": PruningConfig(
-            target=replace(SHARED_WIDTH, num_layers=num_layers), merge_heads=True
+            target=TargetConfig(SHARED_WIDTH, num_layers=num_layers), merge_heads=True
         ),
     }
 

@@ -80,7 +80,10 @@ def test_stage_files_add_no_defaults_of_their_own():
 def test_pruning_entries_are_the_published_ones():
     width = load.compose("prune", complete("prune", ["pruning=llama31_minitron_4b_width"]))
     assert isinstance(width, PruneConfig)
-    assert (width.pruning.target.hidden_size, width.pruning.target.ffn_hidden_size) == (3072, 9216)
+    assert (width.pruning.target["hidden_size"], width.pruning.target["ffn_hidden_size"]) == (
+        3072,
+        9216,
+    )
     depth = load.compose("prune", complete("prune", ["pruning=llama31_minitron_4b_depth"]))
     assert isinstance(depth, PruneConfig)
     assert depth.pruning.drop_layers == list(range(16, 32))

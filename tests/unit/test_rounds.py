@@ -32,7 +32,7 @@ def sizes(config: ModelConfig, rounds: int, parallel: ParallelConfig | None = No
     found = []
     for one in pruning_rounds(config, pruning, parallel or ParallelConfig()):
         assert one.iterations == 1
-        found.append(tuple(getattr(one.target, name) for name in target))
+        found.append(tuple(one.target[name] for name in target))
     return found
 
 
@@ -67,8 +67,8 @@ def test_rounds_that_change_nothing_are_left_out() -> None:
 def test_drop_layers_goes_last() -> None:
     pruning = PruningConfig(target=TargetConfig(hidden_size=32), drop_layers=[2], iterations=2)
     first, second = pruning_rounds(LLAMA, pruning, ParallelConfig())
-    assert (first.target.hidden_size, first.drop_layers) == (48, None)
-    assert (second.target.hidden_size, second.drop_layers) == (32, [2])
+    assert (first.target["hidden_size"], first.drop_layers) == (48, None)
+    assert (second.target["hidden_size"], second.drop_layers) == (32, [2])
 
 
 def test_each_round_names_its_own_block() -> None:
@@ -76,7 +76,7 @@ def test_each_round_names_its_own_block() -> None:
         target=TargetConfig(num_layers=20), layer_criterion="block_angular", iterations=2
     )
     rounds = pruning_rounds(SMOL, pruning, ParallelConfig())
-    assert [(r.target.num_layers, r.layer_criterion) for r in rounds] == [
+    assert [(r.target["num_layers"], r.layer_criterion) for r in rounds] == [
         (25, "block_angular"),
         (20, "block_angular"),
     ]
@@ -137,7 +137,7 @@ def test_merging_more_than_half_in_rounds() -> None:
         target=TargetConfig(num_attention_heads=4), merge_heads=True, iterations=3
     )
     rounds = pruning_rounds(WIDE, pruning, ParallelConfig())
-    assert [(r.target.num_attention_heads, r.merge_heads) for r in rounds] == [
+    assert [(r.target["num_attention_heads"], r.merge_heads) for r in rounds] == [
         (12, True),
         (8, True),
         (4, True),
@@ -147,5 +147,6 @@ def test_merging_more_than_half_in_rounds() -> None:
     pruning = PruningConfig(target=target, merge_heads=True, iterations=4)
     rounds = pruning_rounds(LLAMA, pruning, ParallelConfig())
     assert [
-        (r.target.num_attention_heads, r.target.num_query_groups, r.merge_heads) for r in rounds
+        (r.target["num_attention_heads"], r.target["num_query_groups"], r.merge_heads)
+        for r in rounds
     ] == [(6, 3, False), (3, 3, True), (2, 2, False)]
