@@ -21,9 +21,10 @@ def check_layout(config: ModelConfig, parallel: ParallelConfig) -> None:
     check_experts(config, parallel)
     tp = parallel.tensor_model_parallel_size
     for name, degree in split_sizes(config).items():
-        if getattr(config, name) % getattr(parallel, degree):
+        # Experts are checked above, with the rest of their layout.
+        if degree == "tensor_model_parallel_size" and getattr(config, name) % tp:
             raise ValueError(
-                f"parallel.{degree}={getattr(parallel, degree)} must divide {name}="
+                f"parallel.tensor_model_parallel_size={tp} must divide {name}="
                 f"{getattr(config, name)} of the model; use a divisor of it"
             )
     if tp > config.vocab_size:

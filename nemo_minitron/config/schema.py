@@ -16,7 +16,7 @@ from omegaconf import MISSING
 import nemo_minitron
 from nemo_minitron.config.axes import AXES
 from nemo_minitron.config.pipeline import SubmitConfig
-from nemo_minitron.config.stages import STAGE_CONFIGS, TargetConfig
+from nemo_minitron.config.stages import STAGE_CONFIGS
 
 # Everything with keys of its own.
 COMMANDS: dict[str, type] = {**STAGE_CONFIGS, "submit": SubmitConfig}
@@ -84,7 +84,7 @@ def _keys(cls: type, instance: Any, prefix: str) -> Iterator[Key]:
         name = prefix + field.name
         if dataclasses.is_dataclass(default):
             yield from _keys(type(default), default, name + ".")
-        elif isinstance(default, TargetConfig):
+        elif isinstance(default, dict) and default:  # sizes after pruning, one for every axis
             for axis in AXES.values():
                 yield Key(f"{name}.{axis.size}", "int | None", default[axis.size], axis.doc)
         else:

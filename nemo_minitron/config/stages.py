@@ -225,7 +225,7 @@ class PruningConfig:
 
     def __post_init__(self) -> None:
         """Check names and ranges."""
-        self.target = TargetConfig(self.target)
+        self.target = dict(TargetConfig(self.target))  # OmegaConf takes no kinds of dict
         if self.layer_criterion not in LAYER_CRITERIA:
             raise ValueError(
                 f"pruning.layer_criterion={self.layer_criterion} must be one of "

@@ -54,8 +54,8 @@ def by_hand(ranks: WorkerPool, home: Path, out: Path, targets: list[TargetConfig
     """importance -> prune -> importance -> prune, each a stage of its own."""
     model = home / "model"
     for number, target in enumerate(targets):
-        assert target.num_layers is not None
-        dropped = ModelConfig.load(model / "checkpoint").num_layers - target.num_layers
+        assert target["num_layers"] is not None
+        dropped = ModelConfig.load(model / "checkpoint").num_layers - target["num_layers"]
         scores = ImportanceConfig(
             checkpoint=str(model),
             output_dir=str(out / f"scores{number}"),
@@ -124,7 +124,9 @@ def test_rounds_equal_the_stages_one_by_one(ranks: WorkerPool, home: Path, tmp_p
 def test_rounds_do_not_depend_on_the_layout(
     ranks: WorkerPool, home: Path, tmp_path: Path, layout: dict
 ) -> None:
-    pruning = PruningConfig(target=replace(TARGET, num_layers=None), iterations=2, merge_heads=True)
+    pruning = PruningConfig(
+        target=TargetConfig(TARGET, num_layers=None), iterations=2, merge_heads=True
+    )
     ranks.run(1, run_prune, config(home, tmp_path / "one", pruning))
     ranks.run(2, run_prune, config(home, tmp_path / "two", pruning, **layout))
     same(tmp_path / "two", tmp_path / "one")
@@ -141,7 +143,7 @@ def test_one_round_without_saved_scores(ranks: WorkerPool, home: Path, tmp_path:
 def test_finished_rounds_are_not_scored_again(
     ranks: WorkerPool, home: Path, tmp_path: Path
 ) -> None:
-    pruning = PruningConfig(target=replace(TARGET, num_layers=None), iterations=2)
+    pruning = PruningConfig(target=TargetConfig(TARGET, num_layers=None), iterations=2)
     cfg = config(home, tmp_path / "whole", pruning)
     ranks.run(1, run_prune, cfg)
     # What a job leaves that is killed in its second round.
