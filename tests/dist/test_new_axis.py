@@ -23,8 +23,8 @@ from nemo_minitron.config.stages import PruningConfig, TargetConfig
 from nemo_minitron.families.registry import family_of, written_config
 from nemo_minitron.pruning.plan import Plan, pruned_config
 from nemo_minitron.pruning.slicing import prune_checkpoint
-from tests.dist.live_cases import score_and_prune
-from tests.dist.live_truth import (
+from tests.cases.live import score_and_prune
+from tests.cases.live_truth import (
     Truth,
     close_logits,
     equal_weights,
@@ -32,8 +32,8 @@ from tests.dist.live_truth import (
     make_truth,
     score_error,
 )
-from tests.pool import WorkerPool
-from tests.tiny import SMOLLM3, random_weights
+from tests.helpers.pool import WorkerPool
+from tests.helpers.tiny import SMOLLM3, random_weights
 
 MODEL = replace(SMOLLM3, no_rope_freq=[1, 1, 1, 1], hf={"pad_token_id": None, "bos_token_id": 0})
 LAYOUTS = {"TP1": layout(), "TP2": layout(tp=2), "PP2": layout(pp=2)}
