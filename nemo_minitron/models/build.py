@@ -40,27 +40,34 @@ _ACTIVATIONS = {
 }
 
 
-class HiddenGPTModel(GPTModel):
-    """GPTModel whose last stage can stop before the output layer.
+class HiddenModel:
+    """What a model of this package is beside a model of Megatron-Core.
 
-    The losses and the calibration of this package start from the final hidden state, so that the
-    full ``[s, b, v]`` logits never exist.
+    Its last stage can stop before the output layer: the losses and the calibration of this package
+    start from the final hidden state, so that the full ``[s, b, v]`` logits never exist.
     """
 
     return_hidden: bool = False
     settings: Mapping[str, Any] = MappingProxyType({})
     """What ``build_gpt`` was given, for a smaller model of the same kind."""
 
+    def output_weight(self: Any) -> Tensor:
+        """Local ``[v / tp, h]`` weight of the output layer (last stage only)."""
+        weight: Tensor
+        if self.share_embeddings_and_output_weights:
+            weight = self.shared_embedding_or_output_weight()
+        else:
+            weight = self.output_layer.weight
+        return weight
+
+
+class HiddenGPTModel(HiddenModel, GPTModel):
+    """Megatron-Core's GPTModel as ``HiddenModel``."""
+
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.return_hidden and self.post_process:
             return hidden_states
         return super()._postprocess(hidden_states, *args, **kwargs)
-
-    def output_weight(self) -> Tensor:
-        """Local ``[v / tp, h]`` weight of the output layer (last stage only)."""
-        if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
 
 
 def transformer_config(
@@ -234,5 +241,5 @@ def unwrap(module: torch.nn.Module) -> HiddenGPTModel:
 
     while isinstance(module, DistributedDataParallel | Float16Module):
         module = module.module
-    assert isinstance(module, HiddenGPTModel)
+    assert isinstance(module, HiddenModel)
     return module

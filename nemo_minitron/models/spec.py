@@ -1,6 +1,5 @@
 """Layer specs: Transformer Engine where it is installed, Megatron's local layers elsewhere."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,14 +53,20 @@ class LocalNorm:
         return module
 
 
-def _local_layer(config: TransformerConfig) -> ModuleSpec:
+def local_layer(config: TransformerConfig, num_experts: int | None) -> ModuleSpec:
+    """Spec of a GPT layer of Megatron's local modules.
+
+    Args:
+        config: Megatron configuration (global sizes).
+        num_experts: experts of the layer; None makes an MLP.
+    """
     spec = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts,
+        num_experts=num_experts,
         qk_layernorm=config.qk_layernorm,
         normalization=config.normalization,
     )
     layer = spec.submodules
-    if config.num_moe_experts is not None:
+    if num_experts is not None:
         # Megatron's local spec stores this norm as if it were fused; Transformer Engine's spec for
         # experts does not fuse it. One name on disk for both.
         names = dict(layer.sharded_state_dict_keys_map)
@@ -93,5 +98,6 @@ def block_spec(config: TransformerConfig, vp_stage: int | None, pp_rank: int) ->
         )
     layers = get_num_layers_to_build(config, vp_stage, pp_rank)
     return TransformerBlockSubmodules(
-        layer_specs=[replace(_local_layer(config)) for _ in range(layers)], layer_norm=LocalNorm
+        layer_specs=[local_layer(config, config.num_moe_experts) for _ in range(layers)],
+        layer_norm=LocalNorm,
     )

@@ -160,6 +160,45 @@ def _keep_freed_memory() -> None:
 
 
 @cache
+def install_mamba() -> None:
+    """Let Megatron-Core's ``MambaMixer`` run where its CUDA kernels are not; idempotent.
+
+    Does nothing where ``mamba_ssm`` is installed, or where there is a GPU, for which plain torch
+    would be a poor answer.
+    """
+    from megatron.core.ssm import mamba_mixer
+    from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+    from nemo_minitron.runtime import mamba
+
+    if mamba_mixer.HAVE_MAMBA_SSM or torch.cuda.is_available():
+        return
+
+    class ExtendedRMSNorm(mamba.GatedRMSNorm):
+        """The norm of the mixer with its sharded state, as Megatron-Core defines it."""
+
+        def sharded_state_dict(
+            self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
+        ) -> Any:
+            return make_sharded_tensors_for_checkpoint(
+                self.state_dict(prefix="", keep_vars=True),
+                prefix,
+                {"weight": 0},
+                sharded_offsets,
+                tp_group=self.tp_group,
+                dp_cp_group=metadata["dp_cp_group"],
+            )
+
+    mamba_mixer.HAVE_MAMBA_SSM = True
+    mamba_mixer.ExtendedRMSNorm = ExtendedRMSNorm
+    mamba_mixer.mamba_chunk_scan_combined = mamba.mamba_chunk_scan_combined
+    mamba_mixer.mamba_split_conv1d_scan_combined = mamba.mamba_split_conv1d_scan_combined
+    # Without these two a step of decoding takes Megatron-Core's own path in torch.
+    mamba_mixer.causal_conv1d_update = None
+    mamba_mixer.selective_state_update = None
+
+
+@cache
 def _patch_all() -> None:
     _keep_freed_memory()
     _patch_torch()

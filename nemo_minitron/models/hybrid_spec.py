@@ -1,0 +1,104 @@
+"""Layers of hybrid models: one of Mamba-2, attention, MLP or experts, each with its own norm.
+
+Transformer Engine's where it is installed, as Megatron-Core has them; elsewhere the same of
+Megatron's local modules, under the names that Transformer Engine's have in checkpoints.
+"""
+
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    MoETransformerLayer,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+
+from torch import Tensor
+
+from nemo_minitron.models.build import HiddenModel
+from nemo_minitron.models.spec import HAVE_TE, LocalNorm, local_layer
+
+
+class HiddenHybridModel(HiddenModel, HybridModel):
+    """Megatron-Core's HybridModel as ``HiddenModel``."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As HybridModel's; a stage that does not post-process returns its hidden state."""
+        last, self.post_process = self.post_process, self.post_process and not self.return_hidden
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self.post_process = last
+
+
+class LocalHybridStack(HybridStack):
+    """Megatron's stack with a final norm that needs no Transformer Engine."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: Any,
+        *,
+        post_layer_norm: bool = True,
+        **more: Any,
+    ) -> None:
+        super().__init__(config, submodules, post_layer_norm=False, **more)
+        self.post_layer_norm = post_layer_norm
+        if self.post_process and post_layer_norm:
+            self.final_norm = LocalNorm(config, config.hidden_size, config.layernorm_epsilon)
+
+
+def stack_spec(config: TransformerConfig) -> ModuleSpec:
+    """Spec of a hybrid model's layers, whatever their order."""
+    if HAVE_TE:
+        from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+
+        return hybrid_stack_spec
+    layers = HybridStackSubmodules(
+        mamba_layer=ModuleSpec(module=MambaLayer, submodules=_mamba()),
+        attention_layer=ModuleSpec(module=TransformerLayer, submodules=_attention(config)),
+        mlp_layer=ModuleSpec(module=MLPLayer, submodules=_mlp(config, None)),
+    )
+    if config.num_moe_experts is not None:
+        experts = _mlp(config, config.num_moe_experts)
+        layers.moe_layer = ModuleSpec(module=MoETransformerLayer, submodules=experts)
+    return ModuleSpec(module=LocalHybridStack, submodules=layers)
+
+
+def _mamba() -> MambaLayerSubmodules:
+    mixer = MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear)
+    return MambaLayerSubmodules(
+        norm=LocalNorm,
+        mixer=ModuleSpec(module=MambaMixer, submodules=mixer),
+        mamba_bda=get_bias_dropout_add,
+        sharded_state_dict_keys_map={"norm.": "mixer.in_proj.layer_norm_"},
+    )
+
+
+def _attention(config: TransformerConfig) -> TransformerLayerSubmodules:
+    layer = local_layer(config, None).submodules
+    return TransformerLayerSubmodules(
+        input_layernorm=layer.input_layernorm,
+        self_attention=layer.self_attention,
+        self_attn_bda=layer.self_attn_bda,
+        sharded_state_dict_keys_map={"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
+    )
+
+
+def _mlp(config: TransformerConfig, num_experts: int | None) -> TransformerLayerSubmodules:
+    layer = local_layer(config, num_experts).submodules
+    names = {} if num_experts else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+    return TransformerLayerSubmodules(
+        pre_mlp_layernorm=layer.pre_mlp_layernorm,
+        mlp=layer.mlp,
+        mlp_bda=layer.mlp_bda,
+        sharded_state_dict_keys_map=names,
+    )
