@@ -20,7 +20,6 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
 )
-
 from torch import Tensor
 
 from nemo_minitron.models.build import HiddenModel
