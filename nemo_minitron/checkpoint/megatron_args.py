@@ -17,6 +17,7 @@ from nemo_minitron.checkpoint.torch_dist_read import stack_axes, stacked_name
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.documents import JsonObject
 from nemo_minitron.families.registry import family_of
+from nemo_minitron.families.rope import yarn_fields
 from nemo_minitron.families.table import COMMON_SPEC, Family, Row
 
 # Whole multiples of it can be split over any usual number of tensor-parallel ranks.
@@ -89,6 +90,10 @@ def megatron_lm_args(config: ModelConfig) -> Namespace:
     used: JsonObject = {} if spec == COMMON_SPEC else {"spec": spec.split(":")}
     if config.no_rope_freq is not None:
         used["no_rope_freq"] = config.no_rope_freq
+    scaling, yarn = config.rope_scaling or {}, yarn_fields(config.rope_scaling)
+    used |= yarn
+    if scaling.get("rope_type") == "linear":
+        used["rotary_seq_len_interpolation_factor"] = scaling["factor"]
     return Namespace(
         **{**_NEUTRAL, **used},
         num_layers=config.num_layers,
@@ -103,11 +108,11 @@ def megatron_lm_args(config: ModelConfig) -> Namespace:
         make_vocab_size_divisible_by=multiple,
         padded_vocab_size=padded,
         vocab_size=config.vocab_size - 1,  # NullTokenizer adds one
-        position_embedding_type=config.position_embedding_type,
+        position_embedding_type="yarn" if yarn else config.position_embedding_type,
         rotary_base=int(config.rotary_base),
         rotary_percent=config.rotary_percent,
-        use_rope_scaling=config.rope_scaling is not None,
-        rope_scaling_factor=(config.rope_scaling or {}).get("factor", 8.0),
+        use_rope_scaling=scaling.get("rope_type") == "llama3",
+        rope_scaling_factor=scaling["factor"] if scaling.get("rope_type") == "llama3" else 8.0,
         normalization=config.normalization,
         layernorm_epsilon=config.layernorm_epsilon,
         layernorm_zero_centered_gamma=config.layernorm_zero_centered_gamma,

@@ -52,7 +52,7 @@ class ModelConfig:
     rotary_base: float = 10000.0
     rotary_percent: float = 1.0
     rope_scaling: dict[str, Any] | None = None
-    """The Hugging Face ``rope_scaling`` dictionary, or None."""
+    """The Hugging Face ``rope_scaling`` dictionary with every value of its kind, or None."""
     no_rope_freq: list[int] | None = field(default=None, metadata=PER_LAYER)
     """One entry per layer: 1 if its queries and keys are not rotated, else 0. None if all are."""
     share_embeddings_and_output_weights: bool = False
@@ -126,7 +126,9 @@ class ModelConfig:
     def max_seq_length(self) -> int | None:
         """Longest sequence the model has positions for, or None if any length is possible."""
         learned = self.position_embedding_type == "learned_absolute"
-        return self.max_position_embeddings if learned else None
+        # Up to that length nothing is scaled; beyond, the scaling would change with every token.
+        dynamic = (self.rope_scaling or {}).get("rope_type") == "dynamic"
+        return self.max_position_embeddings if learned or dynamic else None
 
     def resized(
         self, sizes: Mapping[str, int], layers: Sequence[int] | None = None

@@ -61,7 +61,7 @@ def check_data(
     if max_seq_length is not None and data.seq_length > max_seq_length:
         raise ValueError(
             f"data.seq_length={data.seq_length} is longer than max_position_embeddings="
-            f"{max_seq_length} of the model, whose positions are learned; lower data.seq_length"
+            f"{max_seq_length} of the model, whose positions end there; lower data.seq_length"
         )
     parse_split(data.split)
     wanted_splits(data, splits)

@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.config_json import check_keys, words
-from nemo_minitron.families.rope import ROPE_KEYS, Rope, read_rope
+from nemo_minitron.families.rope import REFUSED_SCALINGS, ROPE_KEYS, Rope, read_rope
 from nemo_minitron.families.table import Family, Row
 
 _LAYER = "decoder.layers.{layer}."
@@ -203,7 +203,7 @@ LLAMA = Family(
     refuses=(
         "a `sliding_window` shorter than `max_position_embeddings` (Mistral 7B v0.1): attention "
         "sees the whole sequence",
-        "`rope_scaling` other than `llama3` (`yarn`, `linear`, ...): the mapping has no other",
+        *REFUSED_SCALINGS,
         "`attention_bias=true` or `mlp_bias=true`: the table has no biases",
     ),
 )

@@ -10,7 +10,7 @@ from typing import Any
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families import llama
 from nemo_minitron.families.config_json import check_keys
-from nemo_minitron.families.rope import read_rope
+from nemo_minitron.families.rope import REFUSED_SCALINGS, read_rope
 from nemo_minitron.families.table import Family, Row
 
 _LAYER = "decoder.layers.{layer}."
@@ -95,6 +95,6 @@ NEMOTRON = Family(
     refuses=(
         "`attention_bias=true` or `mlp_bias=true`: the table has biases for norms only",
         "`hidden_act` other than `relu2`",
-        "`rope_scaling` other than `llama3` (`yarn`, `linear`, ...): the mapping has no other",
+        *REFUSED_SCALINGS,
     ),
 )

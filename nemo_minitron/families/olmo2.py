@@ -12,6 +12,7 @@ from typing import Any
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families import llama
 from nemo_minitron.families.config_json import check_keys
+from nemo_minitron.families.rope import REFUSED_SCALINGS
 from nemo_minitron.families.table import Family, Row
 
 _LAYER, _HF_LAYER = "decoder.layers.{layer}.", "model.layers.{layer}."
@@ -61,7 +62,7 @@ OLMO2 = Family(
     READS,
     models="OLMo-2",
     refuses=(
-        "`rope_scaling` other than `llama3` (`yarn`, `linear`, ...): the mapping has no other",
+        *REFUSED_SCALINGS,
         "`attention_bias=true`: the table has no biases",
     ),
     layer_spec="nemo_minitron.models.olmo2_spec:block_spec",

@@ -53,8 +53,9 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     known = {**_DEFAULTS, **hf}
     rope = read_rope(known)
     if rope.scaling is not None:
+        kind = rope.scaling["rope_type"]
         raise ValueError(
-            "rope_scaling type 'llama3' is not supported: transformers' Phi-3 has none"
+            f"rope_scaling type '{kind}' is not supported: transformers' Phi-3 has none"
         )
     dense = llama.dense(known, rope)
     return replace(

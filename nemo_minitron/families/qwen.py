@@ -10,6 +10,7 @@ from typing import Any
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families import llama
 from nemo_minitron.families.config_json import check_keys
+from nemo_minitron.families.rope import REFUSED_SCALINGS
 from nemo_minitron.families.table import Family, Row
 
 _ATTENTION = "decoder.layers.{layer}.self_attention."
@@ -40,7 +41,7 @@ QK_NORMS = tuple(
 READS = llama.READS | {"use_sliding_window", "layer_types"}
 REFUSES = (
     "sliding windows (`use_sliding_window=true`): attention sees the whole sequence",
-    "`rope_scaling` other than `llama3` (`yarn`, `linear`, ...): the mapping has no other",
+    *REFUSED_SCALINGS,
 )
 
 

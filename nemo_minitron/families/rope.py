@@ -6,6 +6,7 @@ all of it in ``rope_parameters``, and both. What transformers makes of them is i
 what is beside. Where two places disagree programs differ, and so they are refused.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,21 @@ ROPE_KEYS = words(
 )
 """Keys of config.json that ``read_rope`` reads."""
 _ORIGINAL = "original_max_position_embeddings"
+# Kind of scaling -> the values that it needs beside its name.
+_NEEDS = {
+    "default": (),
+    "llama3": ("factor", *LLAMA3_SCALING),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor", _ORIGINAL),
+}
+REFUSED_SCALINGS = (
+    "`rope_scaling` other than `linear`, `dynamic`, `yarn` and `llama3`: the mapping has no other",
+    "sequences longer than `max_position_embeddings` where `rope_scaling` is `dynamic`: its "
+    "frequencies would change with every token",
+)
+"""Of every family whose positions are rotary, for the documentation."""
+_OF_YARN = words("attention_factor mscale mscale_all_dim beta_fast beta_slow truncate")
 _KNOWN = {
     *("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"),
     *LLAMA3_SCALING,
@@ -35,7 +51,7 @@ class Rope:
     Attributes:
         base: ``rope_theta``.
         share: part of the head dim that is rotated.
-        scaling: Llama 3's ``rope_scaling`` dictionary, or None.
+        scaling: ``rope_scaling`` with every value of its kind, or None.
     """
 
     base: float
@@ -67,11 +83,14 @@ def read_rope(hf: dict[str, Any], base: float = 10000.0, share: float = 1.0) -> 
             f"config.json rope_theta={found['rope_theta']} is not supported; only whole numbers"
         )
     rotated = found["partial_rotary_factor"]
-    return Rope(
-        base=float(found["rope_theta"]),
-        share=1.0 if rotated is None else float(rotated),
-        scaling=_scaling(hf, given),
-    )
+    share = 1.0 if rotated is None else float(rotated)
+    scaling = _scaling(hf, given)
+    if share != 1 and scaling is not None and scaling["rope_type"] == "yarn":
+        raise ValueError(
+            f"rope_scaling type 'yarn' with partial_rotary_factor={share} is not supported; only "
+            "with 1, as Megatron-Core has it"
+        )
+    return Rope(base=float(found["rope_theta"]), share=share, scaling=scaling)
 
 
 def _check_dictionary(key: str, value: Any) -> None:
@@ -112,7 +131,7 @@ def _one(hf: dict[str, Any], given: dict[str, Any], key: str, default: float) ->
 
 
 def _scaling(hf: dict[str, Any], given: dict[str, Any]) -> dict[str, Any] | None:
-    """Llama 3's scaling with all of its values, or None."""
+    """The scaling with all of its values, or None."""
     kinds = {given[key] for key in ("rope_type", "type") if given.get(key) is not None}
     if len(kinds) > 1:
         raise ValueError(
@@ -120,22 +139,86 @@ def _scaling(hf: dict[str, Any], given: dict[str, Any]) -> dict[str, Any] | None
             f"type={given['type']}; leave type out in a copy of config.json"
         )
     kind = next(iter(kinds), "default")
-    if kind not in ("default", "llama3"):
-        raise ValueError(f"rope_scaling type '{kind}' is not supported; supported: default, llama3")
-    unknown = sorted(key for key in set(given) - _KNOWN if given[key] is not None)
+    if kind not in _NEEDS:
+        raise ValueError(
+            f"rope_scaling type '{kind}' is not supported; supported: {', '.join(_NEEDS)}"
+        )
+    known = _KNOWN | _OF_YARN if kind == "yarn" else _KNOWN
+    unknown = sorted(key for key in set(given) - known if given[key] is not None)
     if unknown:
         raise ValueError(f"config.json rope_scaling holds {unknown}, which no mapping here reads")
     if kind == "default":
         return None
     original = hf.get(_ORIGINAL, given.get(_ORIGINAL, hf.get("max_position_embeddings")))
     said = {**given, _ORIGINAL: original}
-    for key in ("factor", *LLAMA3_SCALING):
+    for key in _NEEDS[kind]:
         if said.get(key) is None:
-            raise ValueError(f"config.json rope_scaling of type llama3 lacks {key}")
+            raise ValueError(f"config.json rope_scaling of type {kind} lacks {key}")
+    if not isinstance(said["factor"], int | float) or said["factor"] <= 0:
+        raise ValueError(f"config.json rope_scaling.factor={said['factor']!r} must be above 0")
+    if kind == "llama3":
+        _check_llama3(said)
+    values = {key: said[key] for key in _NEEDS[kind]}
+    return {"rope_type": kind, **values, **(_yarn(said) if kind == "yarn" else {})}
+
+
+def _check_llama3(said: dict[str, Any]) -> None:
     for key, value in LLAMA3_SCALING.items():
         if said[key] != value:
             raise ValueError(
                 f"rope_scaling {key}={said[key]} is not supported: Megatron-Core fixes it to "
                 f"{value}"
             )
-    return {"rope_type": kind, "factor": said["factor"], **LLAMA3_SCALING}
+
+
+def _yarn(said: dict[str, Any]) -> dict[str, Any]:
+    """What else YaRN is made of; transformers takes null and 0 as left out."""
+    factor, wanted = said["factor"], _attention_factor(said)
+    if factor <= 1 and wanted != 1:
+        raise ValueError(
+            f"rope_scaling of type yarn has attention_factor={wanted} and factor={factor}, not "
+            "supported: Megatron-Core has no such factor unless factor is above 1"
+        )
+    return {
+        "beta_fast": said.get("beta_fast") or 32,
+        "beta_slow": said.get("beta_slow") or 1,
+        "truncate": bool(said.get("truncate", True)),
+        "attention_factor": wanted,
+    }
+
+
+def _attention_factor(said: dict[str, Any]) -> float:
+    """What YaRN multiplies sines and cosines by (2309.00071, section 3.4)."""
+    stated = said.get("attention_factor")
+    if stated is not None:
+        return float(stated)
+    factor, own, base = said["factor"], said.get("mscale"), said.get("mscale_all_dim")
+    if own and base:
+        return concentration(factor, own) / concentration(factor, base)
+    return concentration(factor)
+
+
+def concentration(factor: float, scale: float = 1.0) -> float:
+    """Factor of sines and cosines that YaRN takes for a factor of the length."""
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+
+def yarn_fields(scaling: dict[str, Any] | None) -> dict[str, Any]:
+    """YaRN in the words of Megatron's configs; nothing where the scaling is another one.
+
+    Megatron computes the factor of sines and cosines from two numbers, the second of which is
+    0 here.
+    """
+    if scaling is None or scaling["rope_type"] != "yarn":
+        return {}
+    factor, wanted = scaling["factor"], scaling["attention_factor"]
+    usual = wanted == concentration(factor)
+    return {
+        "yarn_rotary_scaling_factor": factor,
+        "yarn_original_max_position_embeddings": scaling[_ORIGINAL],
+        "yarn_beta_fast": scaling["beta_fast"],
+        "yarn_beta_slow": scaling["beta_slow"],
+        "yarn_mscale": None if usual else (wanted - 1) / (0.1 * math.log(factor)),
+        "yarn_mscale_all_dim": None if usual else 0.0,
+        "yarn_correction_range_round_to_int": scaling["truncate"],
+    }

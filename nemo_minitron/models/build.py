@@ -24,7 +24,9 @@ from nemo_minitron.config.layout import check_layout, padded_vocab_size
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.families.registry import family_of
+from nemo_minitron.families.rope import yarn_fields
 from nemo_minitron.families.table import Family
+from nemo_minitron.models.rotary import set_frequencies
 from nemo_minitron.models.settings import transformer_defaults
 from nemo_minitron.models.spec import HAVE_GROUPED_GEMM, HAVE_TE
 from nemo_minitron.runtime.groups import ParallelGroups
@@ -93,7 +95,7 @@ def transformer_config(
     defaults = transformer_defaults(
         config, on_gpu=on_gpu, have_te=HAVE_TE, have_grouped_gemm=HAVE_GROUPED_GEMM
     )
-    return TransformerConfig(
+    mcore = TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
         ffn_hidden_size=config.ffn_hidden_size,
@@ -140,6 +142,9 @@ def transformer_config(
         masked_softmax_fusion=False,
         **{**defaults, **given, **family.megatron},
     )
+    for name, value in yarn_fields(config.rope_scaling).items():
+        setattr(mcore, name, value)  # no fields; Megatron's attention looks for the attributes
+    return mcore
 
 
 def layer_spec(family: Family) -> Callable[[TransformerConfig, int | None, int], Any]:
@@ -172,11 +177,12 @@ def _build_chunk(
         position_embedding_type=config.position_embedding_type,
         rotary_percent=config.rotary_percent,
         rotary_base=int(config.rotary_base),
-        rope_scaling=bool(scaling),
+        rope_scaling=scaling.get("rope_type") == "llama3",
         rope_scaling_factor=scaling.get("factor", 8.0),
         pg_collection=groups,
         vp_stage=vp_stage,
     )
+    set_frequencies(model, config)
     # The local norms and learned positions are made in fp32. Megatron converts what it trains; a
     # model that only runs, such as a teacher, has to be of one dtype too.
     model.to(mcore.params_dtype)

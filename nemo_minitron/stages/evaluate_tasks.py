@@ -40,7 +40,7 @@ def check_tasks(cfg: EvaluateConfig, model: ModelConfig, *, export: bool) -> Non
     if limit is not None and max_length(cfg, model) > limit:
         raise ValueError(
             f"lm_eval.max_length={cfg.lm_eval.max_length} is longer than max_position_embeddings="
-            f"{limit} of the model, whose positions are learned; lower lm_eval.max_length"
+            f"{limit} of the model, whose positions end there; lower lm_eval.max_length"
         )
     _, tasks = load_tasks(cfg.tasks, cfg.tasks_path)
     generating = check_kinds(tasks, max_length(cfg, model), megatron=not export)

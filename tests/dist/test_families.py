@@ -112,6 +112,27 @@ CASES = {
         {"several": DENSE["several"]},
         sequence_parallel=True,
     ),
+    "llama_linear": Case(
+        "Llama",
+        {**SIZES, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+        LLAMA_DIMS,
+        {"several": DENSE["several"]},
+    ),
+    "mistral_dynamic": Case(
+        "Mistral",
+        {**SIZES, "sliding_window": None,
+         "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+        LLAMA_DIMS,
+        {"several": DENSE["several"]},
+    ),
+    "qwen2_yarn": Case(
+        "Qwen2",
+        {**SIZES, "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0,
+                                      "original_max_position_embeddings": 16, "beta_fast": 4.0,
+                                      "truncate": False, "attention_factor": 1.5}},
+        {**LLAMA_DIMS, r"q_proj\.bias": ("q",), r"[kv]_proj\.bias": ("kv",)},
+        {name: DENSE[name] for name in ("hidden", "query_group", "several")},
+    ),
     # As Mistral-NeMo: heads x head_dim is not the hidden size.
     "mistral": Case(
         "Mistral",

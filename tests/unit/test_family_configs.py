@@ -83,7 +83,7 @@ def test_mistral_defaults_are_those_of_transformers() -> None:
             r"layer_types holds \['sliding_attention'\], not supported",
         ),
         (QWEN3, {"attention_bias": True}, "attention_bias=true is not supported"),
-        (QWEN2, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling type 'yarn'"),
+        (QWEN2, {"rope_scaling": {"type": "su", "factor": 4.0}}, "rope_scaling type 'su'"),
         (QWEN3_MOE, {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\] is not supported"),
         (QWEN3_MOE, {"attention_bias": True}, "attention_bias=true is not supported"),
         (NEMOTRON, {"hidden_act": "silu"}, "hidden_act=silu is not supported; only relu2"),
@@ -94,6 +94,11 @@ def test_mistral_defaults_are_those_of_transformers() -> None:
             r"sliding_window=100 .*max_position_embeddings=128\. Up to",
         ),
         (PHI3, {"rope_scaling": {"type": "longrope"}}, "rope_scaling type 'longrope'"),
+        (
+            PHI3,
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "'linear' .*Phi-3 has none",
+        ),
         (GPT2, {"activation_function": "relu"}, "activation_function=relu is not supported"),
         (
             GPT2,

@@ -208,14 +208,18 @@ def test_archives(tmp_path: Path) -> None:
     ("over", "says"),
     [
         ({"hidden_size": None}, "args in * does not say hidden_size"),
-        ({"position_embedding_type": "yarn"}, "position_embedding_type=yarn is not supported"),
+        ({"position_embedding_type": "mrope"}, "position_embedding_type=mrope is not supported"),
+        ({"position_embedding_type": "yarn"}, "does not say yarn_rotary_scaling_factor"),
         ({"quick_geglu": True, "swiglu": False}, "quick_geglu=quick_gelu is not supported"),
         ({"multi_latent_attention": True}, "multi_latent_attention=True is not supported"),
         (
             {"num_experts": 4, "moe_layer_freq": [1, 0]},
             "moe_layer_freq=[1, 0] is not supported; only 1",
         ),
-        ({"rotary_seq_len_interpolation_factor": 2}, "rotary_seq_len_interpolation_factor=2"),
+        (
+            {"rotary_seq_len_interpolation_factor": 2, "use_rope_scaling": True},
+            "rotary_seq_len_interpolation_factor=2",
+        ),
         ({"heterogeneous_layers_config_encoded_json": "{}"}, "heterogeneous_layers_config_path"),
         ({"norm_epsilon": 1e-5, "normalization": "LayerNorm"}, "normalization=LayerNorm"),
         ({"add_bias_linear": True}, "no supported family has this add_bias_linear"),

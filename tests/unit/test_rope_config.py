@@ -4,9 +4,15 @@ from copy import deepcopy
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from nemo_minitron.checkpoint.foreign.megatron_fields import model_fields
+from nemo_minitron.checkpoint.foreign.megatron_stated import of_args
+from nemo_minitron.checkpoint.megatron_args import megatron_lm_args
 from nemo_minitron.families.registry import FAMILIES, family_of
+from nemo_minitron.models.rotary import frequencies
 from tests.helpers.tiny import LLAMA, MIXTRAL, NEMOTRON
 from tests.unit.test_families import LLAMA3_ROPE
 from tests.unit.test_family_configs import PHI3
@@ -38,6 +44,82 @@ CASES: list[tuple[Any, dict[str, Any]]] = [
     (PHI3, {"partial_rotary_factor": 0.5, "rope_percent": 0.25}),
     (PHI3, {"rope_parameters": {"rope_theta": 3e4, "partial_rotary_factor": 0.5}}),
 ]
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+STRETCHED: list[tuple[Any, dict[str, Any]]] = [
+    (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+    (NEMOTRON, {"rope_parameters": {"rope_type": "linear", "factor": 3, "rope_theta": 5e5}}),
+    (LLAMA, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
+    (LLAMA, {"rope_scaling": YARN}),
+    (LLAMA, {"rope_scaling": {k: v for k, v in YARN.items() if "original" not in k}}),
+    (LLAMA, {"rope_scaling": YARN, "original_max_position_embeddings": 64}),
+    (MIXTRAL, {"rope_parameters": {**YARN, "rope_theta": 5e5, "beta_fast": 8, "beta_slow": 2}}),
+    (LLAMA, {"rope_scaling": {**YARN, "truncate": False, "beta_fast": None}}),
+    (LLAMA, {"rope_scaling": {**YARN, "attention_factor": 1.25}}),
+    (LLAMA, {"rope_scaling": {**YARN, "attention_factor": 0.5, "mscale": 1.0}}),
+    (LLAMA, {"rope_scaling": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.2}}),
+    (LLAMA, {"rope_scaling": {**YARN, "mscale": 0.7}}),
+    (LLAMA, {"rope_scaling": {**YARN, "factor": 1.0}}),
+]
+
+
+@pytest.mark.parametrize(("config", "change"), STRETCHED)
+def test_scaled_frequencies_are_those_of_transformers(config, change):
+    hf = written(config, change)
+    theirs = AutoConfig.for_model(**deepcopy(hf))
+    kind = theirs.rope_parameters["rope_type"]
+    wanted, factor = ROPE_INIT_FUNCTIONS[kind](theirs)
+    mine = FAMILIES[config.family].from_hf(deepcopy(hf))
+    assert mine.rotary_base == theirs.rope_parameters["rope_theta"]
+    found = frequencies(mine)
+    if kind == "dynamic":
+        assert found is None
+        dim = mine.kv_channels
+        found = 1.0 / mine.rotary_base ** (torch.arange(0, dim, 2).float() / dim)
+        assert mine.max_seq_length == mine.max_position_embeddings
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    assert (mine.rope_scaling or {}).get("attention_factor", 1.0) == factor
+    again = FAMILIES[config.family].from_hf(FAMILIES[config.family].to_hf(mine))
+    assert again.rope_scaling == mine.rope_scaling
+
+
+@pytest.mark.parametrize(("config", "change"), STRETCHED)
+def test_megatron_is_told_the_same(config, change):
+    """Its factor of sines and cosines, and the arguments of Megatron-LM with their way back."""
+    from megatron.core.models.common.embeddings import yarn_rotary_pos_embedding as megatron
+
+    from nemo_minitron.config.parallel import ParallelConfig
+    from nemo_minitron.models.build import transformer_config
+
+    mine = FAMILIES[config.family].from_hf(written(config, change))
+    scaling = mine.rope_scaling or {}
+    core = transformer_config(mine, ParallelConfig(), torch.float32)
+    factor = megatron._yarn_get_concentration_factor_from_config(core)
+    assert factor == pytest.approx(scaling.get("attention_factor", 1.0), rel=1e-12)
+    stated = of_args(vars(megatron_lm_args(mine)), "here")
+    read = model_fields(stated, mine.vocab_size)["rope_scaling"]
+    if scaling["rope_type"] == "dynamic":  # which no argument says, and which changes nothing
+        assert read is None
+    else:
+        assert read.pop("rope_type") == scaling["rope_type"]
+        assert read == pytest.approx({k: v for k, v in scaling.items() if k != "rope_type"})
+
+
+def test_yarn_of_megatron_is_that_of_transformers():
+    """The frequencies with which Megatron-LM runs what it finds in the arguments."""
+    from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
+        _yarn_find_correction_range,
+        _yarn_linear_ramp_mask,
+    )
+
+    mine = FAMILIES["llama"].from_hf(written(LLAMA, {"rope_scaling": YARN}))
+    said, dim = megatron_lm_args(mine), mine.kv_channels
+    turns = said.yarn_beta_fast, said.yarn_beta_slow
+    length = said.yarn_original_max_position_embeddings
+    low, high = _yarn_find_correction_range(*turns, dim, said.rotary_base, length, True)
+    mask = _yarn_linear_ramp_mask(low, high, dim // 2, torch.device("cpu"))
+    plain = 1.0 / said.rotary_base ** (torch.arange(0, dim, 2).float() / dim)
+    wanted = plain / said.yarn_rotary_scaling_factor * mask + plain * (1 - mask)
+    torch.testing.assert_close(frequencies(mine), wanted, rtol=1e-6, atol=0)
 
 
 def written(config: Any, change: dict[str, Any]) -> dict[str, Any]:
@@ -104,6 +186,18 @@ def test_rotation_is_what_transformers_reads(config, change):
             r"rope_parameters has a rotation for each of \['full_attention'\]",
         ),
         (PHI3, {"rope_scaling": LLAMA3_ROPE}, "is not supported"),
+        (LLAMA, {"rope_scaling": {"type": "yarn"}}, "of type yarn lacks factor"),
+        (LLAMA, {"rope_scaling": {"type": "linear", "factor": "2"}}, "factor='2' must be above 0"),
+        (
+            LLAMA,
+            {"rope_scaling": {**YARN, "factor": 1.0, "attention_factor": 2.0}},
+            "attention_factor=2.0 and factor=1.0, not supported",
+        ),
+        (
+            NEMOTRON,
+            {"partial_rotary_factor": 0.5, "rope_scaling": YARN},
+            "type 'yarn' with partial_rotary_factor=0.5 is not supported",
+        ),
     ],
 )
 def test_rotations_that_are_refused(config, change, message):

@@ -11,7 +11,7 @@ from nemo_minitron.checkpoint.foreign.megatron_stated import Stated
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.documents import JsonObject
 from nemo_minitron.families.registry import FAMILIES
-from nemo_minitron.families.rope import LLAMA3_SCALING
+from nemo_minitron.families.rope import LLAMA3_SCALING, concentration
 from nemo_minitron.families.table import COMMON_SPEC, Family
 
 _Allowed = Callable[[object], bool]
@@ -34,7 +34,6 @@ _ONLY: dict[str, tuple[_Allowed, str]] = {
     "multi_latent_attention": (_one_of(None, False), "false"),
     "apply_residual_connection_post_layernorm": (_one_of(None, False), "false"),
     "rotary_interleaved": (_one_of(None, False), "false"),
-    "seq_len_interpolation_factor": (_one_of(None, 1), "null"),
     "window_size": (_no_window, "null"),
     "qk_l2_norm": (_one_of(None, False), "false"),
     "attention_output_gate": (_one_of(None, False), "false"),
@@ -60,7 +59,7 @@ _ONLY: dict[str, tuple[_Allowed, str]] = {
     "moe_apply_probs_on_input": (_one_of(None, False), "false"),
     "moe_latent_size": (_one_of(None), "null"),
 }
-_POSITIONS = ("rope", "learned_absolute")
+_POSITIONS = ("rope", "yarn", "learned_absolute")
 # Last part of a function's name -> ModelConfig.activation.
 _ACTIVATIONS = {
     "silu": "silu",
@@ -90,7 +89,9 @@ def _activation(stated: Stated) -> str:
 
 
 def _scaling(stated: Stated) -> JsonObject | None:
-    """Llama 3's scaling of the rotary frequencies, in Hugging Face's words."""
+    """The scaling of the rotary frequencies in Hugging Face's words."""
+    if stated.get("position_embedding_type", "rope") == "yarn":
+        return _yarn(stated)
     factor = stated.get("rope_scaling_factor", 8.0) if stated.get("rope_scaling", False) else None
     if stated.values.get("old_context_len"):  # of NeMo's and Bridge's configs of Llama 3.1
         factor = stated.get("scale_factor", 8.0)
@@ -99,9 +100,34 @@ def _scaling(stated: Stated) -> JsonObject | None:
             own = theirs.get(key, key)
             if stated.get(own, value) != value:
                 raise stated.refuse(own, f"{value}, which Megatron-Core fixes")
+    stretched = float(stated.get("seq_len_interpolation_factor", 1))
+    if stretched != 1:
+        if factor is not None:
+            raise stated.refuse("seq_len_interpolation_factor", "null beside Llama 3's scaling")
+        return {"rope_type": "linear", "factor": stretched}
     if factor is None:
         return None
     return {"rope_type": "llama3", "factor": float(factor), **LLAMA3_SCALING}
+
+
+def _yarn(stated: Stated) -> JsonObject:
+    """YaRN; a factor of sines and cosines comes from two numbers, or from the factor."""
+    if stated.get("rotary_percent", 1.0) != 1:
+        raise stated.refuse("rotary_percent", "1 with position_embedding_type=yarn")
+    factor = float(stated.need("yarn_rotary_scaling_factor"))
+    own, base = (stated.values.get(f"yarn_{name}") for name in ("mscale", "mscale_all_dim"))
+    attention = concentration(factor)
+    if own is not None and base is not None:
+        attention = concentration(factor, own) / concentration(factor, base)
+    return {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": stated.need("yarn_original_max_position_embeddings"),
+        "beta_fast": stated.get("yarn_beta_fast", 32),
+        "beta_slow": stated.get("yarn_beta_slow", 1),
+        "truncate": stated.get("yarn_correction_range_round_to_int", True),
+        "attention_factor": attention,
+    }
 
 
 def _positions(stated: Stated) -> JsonObject:
@@ -109,10 +135,10 @@ def _positions(stated: Stated) -> JsonObject:
     if kind not in _POSITIONS:
         raise stated.refuse("position_embedding_type", " or ".join(_POSITIONS))
     found: JsonObject = {
-        "position_embedding_type": kind,
+        "position_embedding_type": "rope" if kind == "yarn" else kind,
         "max_position_embeddings": stated.need("seq_length"),
     }
-    if kind == "rope":
+    if kind != "learned_absolute":
         found["rotary_base"] = float(stated.get("rotary_base", 10000))
         found["rotary_percent"] = float(stated.get("rotary_percent", 1.0))
         found["rope_scaling"] = _scaling(stated)

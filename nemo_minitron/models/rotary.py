@@ -1,0 +1,54 @@
+"""Rotary frequencies that Megatron-Core's RotaryEmbedding does not compute as transformers does."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_minitron.config.model import ModelConfig
+
+
+def frequencies(config: ModelConfig) -> Tensor | None:
+    """``[d / 2]`` fp32 frequencies of linear scaling and of YaRN.
+
+    Returns:
+        None where those of Megatron's RotaryEmbedding are right: without scaling, with Llama 3's,
+        and with the dynamic one, which changes nothing up to ``max_position_embeddings``.
+    """
+    scaling = config.rope_scaling or {}
+    dim = int(config.kv_channels * config.rotary_percent)
+    powers = config.rotary_base ** (torch.arange(0, dim, 2).float() / dim)
+    if scaling.get("rope_type") == "linear":
+        return 1.0 / powers / scaling["factor"]
+    if scaling.get("rope_type") == "yarn":
+        kept = _unscaled_share(scaling, dim, config.rotary_base)
+        return 1.0 / (scaling["factor"] * powers) * (1 - kept) + 1.0 / powers * kept
+    return None
+
+
+def _unscaled_share(scaling: dict[str, Any], dim: int, base: float) -> Tensor:
+    """``[d / 2]``: 1 for the fast frequencies that YaRN leaves as they are, 0 for the slow ones.
+
+    Between the dims that turn ``beta_fast`` and ``beta_slow`` times within the original length it
+    falls linearly (2309.00071, section 3.2).
+    """
+
+    def dim_of(turns: float) -> float:
+        length = scaling["original_max_position_embeddings"]
+        return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = dim_of(scaling["beta_fast"]), dim_of(scaling["beta_slow"])
+    if scaling["truncate"]:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = (torch.arange(dim // 2).float() - low) / (high - low or 0.001)
+    return 1 - ramp.clamp(0, 1)
+
+
+def set_frequencies(model: Any, config: ModelConfig) -> None:
+    """Give a model of Megatron-Core the frequencies of its config."""
+    found = frequencies(config)
+    if found is not None:
+        rotary = model.rotary_pos_emb
+        rotary.inv_freq = found.to(rotary.inv_freq.device)
