@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.checkpoint.artifact import check_output, open_result
+from nemo_minitron.checkpoint.artifact import check_output
 from nemo_minitron.config.inference import BenchmarkConfig
 from nemo_minitron.config.layout import check_cached, check_layout
-from nemo_minitron.config.model import MODEL_YAML, ModelConfig
+from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import parameter_count
-from nemo_minitron.runtime.ranks import launched_world_size
-from nemo_minitron.stages.settings import check_settings
+from nemo_minitron.runtime.ranks import launched_world_size, rank
+from nemo_minitron.stages.settings import check_settings, on_ranks, opened_inputs
 
 if TYPE_CHECKING:
     from nemo_minitron.evaluation.speed import Candidate
@@ -26,24 +26,15 @@ def check(cfg: BenchmarkConfig) -> None:
     check_output(cfg, "benchmark")
     check_cached(cfg.parallel, "benchmark lets models write")
     cfg.parallel.world_size(launched_world_size())
-    for path in cfg.checkpoint:
-        _open(cfg, path, "size")
-        model = ModelConfig.load(Path(path) / "checkpoint")
-        try:
-            check_layout(model, cfg.parallel)
-            check_settings(cfg, model, precision=cfg.precision)
-            _check_size(cfg, model)
-        except ValueError as error:
-            raise ValueError(f"checkpoint={path}: {error}") from error
-    # Whole-file hashes last: a typing mistake should not cost a pass over the weights.
-    if cfg.verify_inputs != "size":
+    with opened_inputs(cfg):
         for path in cfg.checkpoint:
-            _open(cfg, path, cfg.verify_inputs)
-
-
-def _open(cfg: BenchmarkConfig, path: str, verify: str) -> None:
-    needs = f"checkpoint/{MODEL_YAML}"
-    open_result(path, verify, key="checkpoint", needs=needs, workers=cfg.workers)
+            model = ModelConfig.load(Path(path) / "checkpoint")
+            try:
+                check_layout(model, cfg.parallel)
+                check_settings(cfg, model, precision=cfg.precision)
+                _check_size(cfg, model)
+            except ValueError as error:
+                raise ValueError(f"checkpoint={path}: {error}") from error
 
 
 def _check_size(cfg: BenchmarkConfig, model: ModelConfig) -> None:
@@ -67,16 +58,10 @@ def _check_size(cfg: BenchmarkConfig, model: ModelConfig) -> None:
 
 def run(cfg: BenchmarkConfig) -> None:
     """Measure and write ``metrics.json``."""
-    from nemo_minitron.checkpoint.artifact import Ranks, output_folder
-    from nemo_minitron.runtime.launch import barrier, distributed
-    from nemo_minitron.runtime.ranks import rank
-
-    with distributed(cfg.parallel, cfg.seed):
-        ranks = Ranks(rank(), barrier)
-        with output_folder(cfg, "benchmark", ranks=ranks) as work:
-            metrics = _measure(cfg)
-            if ranks.rank == 0:
-                (work / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    with on_ranks(cfg, "benchmark", cfg.parallel, cfg.seed) as work:
+        metrics = _measure(cfg)
+        if rank() == 0:
+            (work / "metrics.json").write_text(json.dumps(metrics, indent=1))
     _show(metrics)
 
 

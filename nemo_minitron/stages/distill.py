@@ -4,15 +4,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.checkpoint.artifact import check_output, open_result
+from nemo_minitron.checkpoint.artifact import check_output
 from nemo_minitron.checkpoint.tokenizer import check_same_tokens
 from nemo_minitron.config.layout import check_layout
-from nemo_minitron.config.model import MODEL_YAML, ModelConfig
+from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import DistillConfig
 from nemo_minitron.distillation.layer_map import check_intermediate
-from nemo_minitron.distillation.logit_index import FOLDER, INDEX, PARTS, LogitIndex, check_stored
-from nemo_minitron.stages.settings import check_settings
-from nemo_minitron.stages.train import check_training, datasets, sections, train
+from nemo_minitron.distillation.logit_index import FOLDER, PARTS, LogitIndex, check_stored
+from nemo_minitron.stages.finetune import check_training, datasets, sections, train
+from nemo_minitron.stages.settings import check_settings, opened_inputs
 
 
 def check(cfg: DistillConfig) -> None:
@@ -22,31 +22,20 @@ def check(cfg: DistillConfig) -> None:
         ValueError: names the value, the relation and the key to set.
     """
     check_output(cfg, "distill")
-    _open_inputs(cfg, "size")
-    student_dir = Path(cfg.student) / "checkpoint"
-    student = ModelConfig.load(student_dir)
-    cfg.distillation.check_vocabulary(student.vocab_size)
-    teachers = []
-    if cfg.teacher is None:
-        check_stored(cfg, student.vocab_size)
-        teacher_tokenizer = Path(str(cfg.teacher_logits)) / "tokenizer"
-    else:
-        teacher_tokenizer = Path(cfg.teacher) / "checkpoint" / "tokenizer"
-        teachers.append(ModelConfig.load(teacher_tokenizer.parent))
-        _check_teacher(cfg, student, *teachers)
-    check_same_tokens(student_dir / "tokenizer", teacher_tokenizer)
-    check_training(cfg, "student", student, *teachers)
-    # Whole-file hashes last: a typing mistake should not cost a pass over the weights.
-    if cfg.verify_inputs != "size":
-        _open_inputs(cfg, cfg.verify_inputs)
-
-
-def _open_inputs(cfg: DistillConfig, verify: str) -> None:
-    model, stored = f"checkpoint/{MODEL_YAML}", f"{FOLDER}/{INDEX}"
-    for key, needs in {"student": model, "teacher": model, "teacher_logits": stored}.items():
-        folder = getattr(cfg, key)
-        if folder is not None:
-            open_result(folder, verify, key=key, needs=needs, workers=cfg.workers)
+    with opened_inputs(cfg):
+        student_dir = Path(cfg.student) / "checkpoint"
+        student = ModelConfig.load(student_dir)
+        cfg.distillation.check_vocabulary(student.vocab_size)
+        teachers = []
+        if cfg.teacher is None:
+            check_stored(cfg, student.vocab_size)
+            teacher_tokenizer = Path(str(cfg.teacher_logits)) / "tokenizer"
+        else:
+            teacher_tokenizer = Path(cfg.teacher) / "checkpoint" / "tokenizer"
+            teachers.append(ModelConfig.load(teacher_tokenizer.parent))
+            _check_teacher(cfg, student, *teachers)
+        check_same_tokens(student_dir / "tokenizer", teacher_tokenizer)
+        check_training(cfg, "student", student, *teachers)
 
 
 def _check_teacher(cfg: DistillConfig, student: ModelConfig, teacher: ModelConfig) -> None:

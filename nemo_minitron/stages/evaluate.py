@@ -4,16 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.checkpoint.artifact import check_output, open_result
+from nemo_minitron.checkpoint.artifact import check_output, output_folder
 from nemo_minitron.config.inference import EvaluateConfig
-from nemo_minitron.config.layout import check_layout
 from nemo_minitron.config.megatron import ForwardMegatronConfig
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.data.checks import check_batches, check_data
-from nemo_minitron.runtime.ranks import launched_world_size
+from nemo_minitron.runtime.ranks import launched_world_size, rank
 from nemo_minitron.stages.evaluate_tasks import answer_tasks, check_tasks, tasks_of_export
-from nemo_minitron.stages.settings import check_settings, is_export, open_checkpoint
+from nemo_minitron.stages.settings import check_forward, is_export, on_ranks, opened_inputs
 
 
 def check(cfg: EvaluateConfig) -> None:
@@ -32,25 +30,14 @@ def check(cfg: EvaluateConfig) -> None:
             f"tasks_path={cfg.tasks_path} is for tasks, and none is named; add tasks=[...]"
         )
     check_output(cfg, "evaluate")
-    export = is_export(cfg.checkpoint)
-    _open(cfg, "size")
-    model = _model(cfg)
-    if export:
-        _check_export(cfg)
-    else:
-        _check_megatron(cfg, model)
-    if cfg.tasks:
-        check_tasks(cfg, model, export=export)
-    # Whole-file hashes last: a typing mistake should not cost a pass over the weights.
-    if cfg.verify_inputs != "size":
-        _open(cfg, cfg.verify_inputs)
-
-
-def _open(cfg: EvaluateConfig, verify: str) -> None:
-    if is_export(cfg.checkpoint):
-        open_result(cfg.checkpoint, verify, key="checkpoint", workers=cfg.workers)
-    else:
-        open_checkpoint(cfg, verify)
+    with opened_inputs(cfg, exports=True):
+        export, model = is_export(cfg.checkpoint), _model(cfg)
+        if export:
+            _check_export(cfg)
+        else:
+            check_forward(cfg, model, None if cfg.data.path is None else cfg.data)
+        if cfg.tasks:
+            check_tasks(cfg, model, export=export)
 
 
 def _model(cfg: EvaluateConfig) -> ModelConfig:
@@ -86,27 +73,10 @@ def _check_export(cfg: EvaluateConfig) -> None:
         )
 
 
-def _check_megatron(cfg: EvaluateConfig, model: ModelConfig) -> None:
-    check_layout(model, cfg.parallel)
-    check_settings(cfg, model)
-    world = cfg.parallel.world_size(launched_world_size())
-    if cfg.data.path is not None:
-        check_batches(cfg.data, cfg.parallel, world)
-        check_data(
-            cfg.data,
-            vocab_size=model.vocab_size,
-            tokenizer_dir=Path(cfg.checkpoint) / "checkpoint" / "tokenizer",
-            max_seq_length=model.max_seq_length,
-        )
-
-
 def run(cfg: EvaluateConfig) -> None:
     """Evaluate and write ``metrics.json``."""
-    from nemo_minitron.checkpoint.artifact import Ranks, output_folder
     from nemo_minitron.families.registry import family_of
     from nemo_minitron.families.table import parameter_count
-    from nemo_minitron.runtime.launch import barrier, distributed
-    from nemo_minitron.runtime.ranks import rank
 
     model = _model(cfg)
     metrics: dict[str, Any] = {"parameters": parameter_count(family_of(model), model)}
@@ -115,12 +85,10 @@ def run(cfg: EvaluateConfig) -> None:
             metrics |= tasks_of_export(cfg, model)
             (work / "metrics.json").write_text(json.dumps(metrics, indent=1))
         return _show(cfg, metrics)
-    with distributed(cfg.parallel, cfg.data.seed):
-        ranks = Ranks(rank(), barrier)
-        with output_folder(cfg, "evaluate", ranks=ranks) as work:
-            metrics |= _evaluate(cfg, model)
-            if ranks.rank == 0:
-                (work / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    with on_ranks(cfg, "evaluate", cfg.parallel, cfg.data.seed) as work:
+        metrics |= _evaluate(cfg, model)
+        if rank() == 0:
+            (work / "metrics.json").write_text(json.dumps(metrics, indent=1))
     _show(cfg, metrics)
 
 

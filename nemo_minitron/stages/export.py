@@ -6,11 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.checkpoint.artifact import check_output, open_result, output_folder
+from nemo_minitron.checkpoint.artifact import check_output, output_folder
 from nemo_minitron.checkpoint.lineage import model_sizes, read_lineage
 from nemo_minitron.checkpoint.source_card import README, copy_licence_texts
 from nemo_minitron.checkpoint.tokenizer import AUTO_MAP, TOKENIZER_CONFIG, save_tokenizer
-from nemo_minitron.config.model import MODEL_YAML, ModelConfig
+from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import ExportConfig
 from nemo_minitron.documents import read_json_object
 from nemo_minitron.families.experts import warn_of_expert_sizes
@@ -18,6 +18,7 @@ from nemo_minitron.families.registry import family_of, written_config
 from nemo_minitron.families.table import parameter_count
 from nemo_minitron.reporting.model_card import model_card
 from nemo_minitron.runtime.console import progress, show_table
+from nemo_minitron.stages.settings import open_inputs
 
 if TYPE_CHECKING:
     from nemo_minitron.checkpoint.lazy import Store
@@ -54,13 +55,7 @@ def check(cfg: ExportConfig) -> None:
             or the output folder cannot take the result.
     """
     check_output(cfg, "export")
-    open_result(
-        cfg.checkpoint,
-        cfg.verify_inputs,
-        key="checkpoint",
-        needs=f"checkpoint/{MODEL_YAML}",
-        workers=cfg.workers,
-    )
+    open_inputs(cfg, cfg.verify_inputs)
     from nemo_minitron.checkpoint.hf import split_shards  # torch: what is above needs none
 
     config, store = _open(cfg)

@@ -1,17 +1,29 @@
-"""``minitron finetune``: language-model training of a model on its own.
+"""``minitron finetune``: language-model training of a model on its own, as ``distill`` does it too.
 
 Teacher correction (2408.11796, section 2.1) before pruning, and fine-tuning on text that the
 teacher wrote.
 """
 
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.checkpoint.artifact import check_output
+from nemo_minitron.checkpoint.lineage import record
+from nemo_minitron.config.layout import check_layout
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.config.stages import FinetuneConfig
-from nemo_minitron.stages.settings import open_checkpoint
-from nemo_minitron.stages.train import check_training, datasets, sections, train
+from nemo_minitron.config.stages import FinetuneConfig, TrainingStageConfig
+from nemo_minitron.data.checks import check_batches, check_data
+from nemo_minitron.runtime.ranks import launched_world_size, rank
+from nemo_minitron.stages.settings import (
+    check_training_settings,
+    on_ranks,
+    opened_inputs,
+    splits,
+)
 
 
 def check(cfg: FinetuneConfig) -> None:
@@ -21,11 +33,8 @@ def check(cfg: FinetuneConfig) -> None:
         ValueError: names the value, the relation and the key to set.
     """
     check_output(cfg, "finetune")
-    open_checkpoint(cfg, "size")
-    check_training(cfg, "checkpoint", ModelConfig.load(Path(cfg.checkpoint) / "checkpoint"))
-    # Whole-file hashes last: a typing mistake should not cost a pass over the weights.
-    if cfg.verify_inputs != "size":
-        open_checkpoint(cfg, cfg.verify_inputs)
+    with opened_inputs(cfg):
+        check_training(cfg, "checkpoint", ModelConfig.load(Path(cfg.checkpoint) / "checkpoint"))
 
 
 def run(cfg: FinetuneConfig) -> None:
@@ -40,3 +49,111 @@ def run(cfg: FinetuneConfig) -> None:
         return MinitronGPTModel(OmegaConf.create(keys)), datasets(cfg, config, folder)
 
     train(cfg, "finetune", "checkpoint", build)
+
+
+def check_training(
+    cfg: TrainingStageConfig, key: str, model: ModelConfig, *others: ModelConfig
+) -> None:
+    """Refuse a layout or data that the model to train cannot take.
+
+    Args:
+        cfg: config of the stage.
+        key: config key that names the result folder of the model to train.
+        model: its sizes.
+        others: models that see the same samples.
+
+    Raises:
+        ValueError: names the value, the relation and the key to set.
+    """
+    try:
+        check_layout(model, cfg.parallel)
+    except ValueError as error:
+        raise ValueError(f"{key}={getattr(cfg, key)}: {error}") from error
+    check_training_settings(cfg, model)
+    check_batches(cfg.data, cfg.parallel, cfg.parallel.world_size(launched_world_size()))
+    lengths = [known.max_seq_length for known in (model, *others) if known.max_seq_length]
+    check_data(
+        cfg.data,
+        splits=splits(cfg.trainer),
+        vocab_size=model.vocab_size,
+        tokenizer_dir=Path(getattr(cfg, key)) / "checkpoint" / "tokenizer",
+        max_seq_length=min(lengths, default=None),
+    )
+
+
+def sections(cfg: TrainingStageConfig, model: ModelConfig) -> dict[str, Any]:
+    """Config entries that every NeMo model here has."""
+    names = ("parallel", "data", "trainer", "optim", "megatron", "exp_manager")
+    return {"gpt": asdict(model), **{name: asdict(getattr(cfg, name)) for name in names}}
+
+
+def datasets(cfg: TrainingStageConfig, model: ModelConfig, folder: Path) -> tuple[Any, ...]:
+    """Training and validation samples (the latter None without validation)."""
+    from nemo_minitron.models.stage_data import training_datasets
+
+    return training_datasets(
+        cfg.data, cfg.trainer, model, folder, cfg.output_dir, splits(cfg.trainer)
+    )
+
+
+def train(
+    cfg: TrainingStageConfig, stage: str, key: str, build: Callable[[ModelConfig, Path], Any]
+) -> None:
+    """Train and write the result; a killed run goes on from its last checkpoint.
+
+    Args:
+        cfg: config of the stage.
+        stage: its name.
+        key: config key that names the result folder of the model to train.
+        build: makes the NeMo model and its datasets from sizes and ``checkpoint/`` folder.
+    """
+    from nemo_minitron.models.training import CHECKPOINTS
+    from nemo_minitron.stages.recipe import training_entry
+
+    source = Path(getattr(cfg, key)) / "checkpoint"
+    config = ModelConfig.load(source)
+    seed, temporary = cfg.trainer.seed, (CHECKPOINTS,)
+    with on_ranks(cfg, stage, cfg.parallel, seed, resumable=True, temporary=temporary) as work:
+        model, samples = build(config, source)
+        model.load(source, key=key)
+        metrics = _fit(cfg, config, model, samples, work)
+        if rank() == 0:
+            if (source / "tokenizer").is_dir():
+                target = work / "checkpoint" / "tokenizer"
+                shutil.copytree(source / "tokenizer", target, dirs_exist_ok=True)
+            entry = training_entry(cfg, stage, config, metrics)
+            record(source, work / "checkpoint", entry)
+            (work / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    _show(stage, metrics)
+
+
+def _fit(
+    cfg: TrainingStageConfig, config: ModelConfig, model: Any, samples: Any, work: Path
+) -> dict[str, Any]:
+    from nemo_minitron.families.registry import family_of
+    from nemo_minitron.families.table import parameter_count
+    from nemo_minitron.models.training import fit
+
+    history = fit(model, samples, work)
+    model.save(work / "checkpoint")
+    last = history[-1]
+    return {
+        "parameters": parameter_count(family_of(config), config),
+        "steps": cfg.trainer.max_steps,
+        "train_tokens": sum(record.get("tokens", 0.0) for record in history),
+        "loss": last.get("loss"),
+        "val_loss": last.get("val_loss"),
+        "history": history,
+    }
+
+
+def _show(stage: str, metrics: dict[str, Any]) -> None:
+    from nemo_minitron.runtime.console import show_table
+
+    names = {"loss": "training loss", "val_loss": "validation LM loss"}
+    rows = []
+    for key, name in names.items():
+        found = [record[key] for record in metrics["history"] if key in record]
+        if found:
+            rows.append((name, f"{found[0]:.4f}", f"{found[-1]:.4f}"))
+    show_table(f"{stage}: {metrics['steps']} steps", ("", "first", "last"), rows)

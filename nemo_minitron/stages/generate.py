@@ -12,8 +12,8 @@ from nemo_minitron.config.inference import GenerateConfig
 from nemo_minitron.config.layout import check_cached, check_layout
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.data.prompts import Prompt, read_prompts
-from nemo_minitron.runtime.ranks import launched_world_size
-from nemo_minitron.stages.settings import check_settings, open_checkpoint
+from nemo_minitron.runtime.ranks import launched_world_size, rank
+from nemo_minitron.stages.settings import check_settings, on_ranks, opened_inputs
 
 if TYPE_CHECKING:
     from nemo_minitron.data.filters import Generated
@@ -29,16 +29,13 @@ def check(cfg: GenerateConfig) -> None:
         ValueError: names the value, the relation and the key to set.
     """
     check_output(cfg, "generate")
-    open_checkpoint(cfg, "size")
-    model = ModelConfig.load(Path(cfg.checkpoint) / "checkpoint")
-    check_layout(model, cfg.parallel)
-    check_settings(cfg, model, precision=cfg.precision)
-    check_cached(cfg.parallel, "generate writes")
-    cfg.parallel.world_size(launched_world_size())
-    _prompts(cfg, model)
-    # Whole-file hashes last: a typing mistake should not cost a pass over the weights.
-    if cfg.verify_inputs != "size":
-        open_checkpoint(cfg, cfg.verify_inputs)
+    with opened_inputs(cfg):
+        model = ModelConfig.load(Path(cfg.checkpoint) / "checkpoint")
+        check_layout(model, cfg.parallel)
+        check_settings(cfg, model, precision=cfg.precision)
+        check_cached(cfg.parallel, "generate writes")
+        cfg.parallel.world_size(launched_world_size())
+        _prompts(cfg, model)
 
 
 def _prompts(cfg: GenerateConfig, model: ModelConfig) -> tuple[list[Prompt], Any, frozenset[int]]:
@@ -51,21 +48,16 @@ def _prompts(cfg: GenerateConfig, model: ModelConfig) -> tuple[list[Prompt], Any
 
 def run(cfg: GenerateConfig) -> None:
     """Write ``data.jsonl``; a killed run goes on after the samples that are there."""
-    from nemo_minitron.checkpoint.artifact import Ranks, output_folder
-    from nemo_minitron.runtime.launch import barrier, distributed
-    from nemo_minitron.runtime.ranks import rank
-
-    with distributed(cfg.parallel, cfg.sampling.seed):
-        ranks = Ranks(rank(), barrier)
-        with output_folder(cfg, "generate", resumable=True, temporary=(_RAW,), ranks=ranks) as work:
-            model = ModelConfig.load(Path(cfg.checkpoint) / "checkpoint")
-            prompts, tokenizer, stops = _prompts(cfg, model)
-            speed = _sample(cfg, model, prompts, stops, work / _RAW)
-            metrics: dict[str, Any] = {}
-            if ranks.rank == 0:
-                metrics = {**_write(cfg, prompts, tokenizer, stops, work), **speed}
-                (work / "metrics.json").write_text(json.dumps(metrics, indent=1))
-            ranks.barrier()
+    metrics: dict[str, Any] = {}
+    with on_ranks(
+        cfg, "generate", cfg.parallel, cfg.sampling.seed, resumable=True, temporary=(_RAW,)
+    ) as work:
+        model = ModelConfig.load(Path(cfg.checkpoint) / "checkpoint")
+        prompts, tokenizer, stops = _prompts(cfg, model)
+        speed = _sample(cfg, model, prompts, stops, work / _RAW)
+        if rank() == 0:
+            metrics = {**_write(cfg, prompts, tokenizer, stops, work), **speed}
+            (work / "metrics.json").write_text(json.dumps(metrics, indent=1))
     _show(cfg, metrics)
 
 

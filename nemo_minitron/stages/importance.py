@@ -5,13 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.checkpoint.artifact import check_output
-from nemo_minitron.config.layout import check_layout
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import ImportanceConfig
-from nemo_minitron.data.checks import check_batches, check_data
 from nemo_minitron.pruning.scores import check_axes, check_block_sizes, check_moments
-from nemo_minitron.runtime.ranks import launched_world_size
-from nemo_minitron.stages.settings import check_settings, open_checkpoint
+from nemo_minitron.runtime.ranks import rank
+from nemo_minitron.stages.settings import check_forward, on_ranks, opened_inputs
 
 if TYPE_CHECKING:
     from nemo_minitron.pruning.scores import Scores
@@ -27,51 +25,33 @@ def check(cfg: ImportanceConfig) -> None:
             output folder is taken.
     """
     check_output(cfg, "importance")
-    open_checkpoint(cfg, "size")
-    folder = Path(cfg.checkpoint) / "checkpoint"
-    config = ModelConfig.load(folder)
-    check_axes(config, cfg.scores.axes)
-    check_block_sizes(config, cfg.scores)
-    check_moments(config, cfg.scores.moments)
-    check_layout(config, cfg.parallel)
-    check_settings(cfg, config)
-    check_batches(cfg.data, cfg.parallel, cfg.parallel.world_size(launched_world_size()))
-    check_data(
-        cfg.data,
-        vocab_size=config.vocab_size,
-        tokenizer_dir=folder / "tokenizer",
-        max_seq_length=config.max_seq_length,
-    )
-    if cfg.verify_inputs != "size":
-        open_checkpoint(cfg, cfg.verify_inputs)
+    with opened_inputs(cfg):
+        config = ModelConfig.load(Path(cfg.checkpoint) / "checkpoint")
+        check_axes(config, cfg.scores.axes)
+        check_block_sizes(config, cfg.scores)
+        check_moments(config, cfg.scores.moments)
+        check_forward(cfg, config, cfg.data)
 
 
 def run(cfg: ImportanceConfig) -> None:
     """Write ``scores.safetensors``, ``scores.json`` and ``metrics.json``; on every rank."""
-    from nemo_minitron.checkpoint.artifact import Ranks, output_folder
-    from nemo_minitron.runtime.launch import barrier, distributed
-    from nemo_minitron.runtime.ranks import rank
-
-    with distributed(cfg.parallel, cfg.data.seed):
+    with on_ranks(cfg, "importance", cfg.parallel, cfg.data.seed, resumable=True) as work:
         from nemo_minitron.stages.calibrate import calibrate
 
-        ranks = Ranks(rank(), barrier)
-        folder = output_folder(cfg, "importance", resumable=True, ranks=ranks)
-        with folder as work:
-            calibrated = calibrate(
-                Path(cfg.checkpoint) / "checkpoint",
-                cfg.data,
-                cfg.parallel,
-                cfg.scores,
-                cfg.megatron,
-                output_dir=cfg.output_dir,
-                work=work,
-                save_every=cfg.save_every_n_samples,
-            )
-            metrics = _metrics(calibrated)
-            if ranks.rank == 0:
-                calibrated.scores.save(work)
-                (work / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        calibrated = calibrate(
+            Path(cfg.checkpoint) / "checkpoint",
+            cfg.data,
+            cfg.parallel,
+            cfg.scores,
+            cfg.megatron,
+            output_dir=cfg.output_dir,
+            work=work,
+            save_every=cfg.save_every_n_samples,
+        )
+        metrics = _metrics(calibrated)
+        if rank() == 0:
+            calibrated.scores.save(work)
+            (work / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     _report(cfg, calibrated.scores, metrics)
 
 

@@ -12,25 +12,23 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.checkpoint.artifact import Ranks, check_output, open_result, output_folder
+from nemo_minitron.checkpoint.artifact import Manifest, check_output, output_folder
 from nemo_minitron.checkpoint.lineage import model_sizes, record
-from nemo_minitron.config.layout import check_layout
-from nemo_minitron.config.model import MODEL_YAML, ModelConfig
+from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import PruneConfig, PruningConfig
-from nemo_minitron.data.checks import check_batches, check_data
 from nemo_minitron.families.experts import warn_of_expert_sizes
 from nemo_minitron.pruning.plan import Plan, make_plan, pruned_config
 from nemo_minitron.pruning.rounds import ROUNDS, pruning_rounds
-from nemo_minitron.pruning.scores import META_FILE, read_meta
+from nemo_minitron.pruning.scores import read_meta
 from nemo_minitron.pruning.targets import (
     check_compensation,
     check_importance,
     needed_scores,
     target_sizes,
 )
-from nemo_minitron.runtime.ranks import launched_world_size, rank
+from nemo_minitron.runtime.ranks import rank
 from nemo_minitron.stages.recipe import prune_entry
-from nemo_minitron.stages.settings import check_settings
+from nemo_minitron.stages.settings import check_forward, on_ranks, opened_inputs
 
 log = logging.getLogger(__name__)
 
@@ -47,28 +45,27 @@ def check(cfg: PruneConfig) -> None:
             take the result.
     """
     check_output(cfg, "prune")
-    # Targets before whole-file hashes: a typing mistake should not cost a pass over the weights.
-    _open_inputs(cfg, "size")
-    folder = Path(cfg.checkpoint) / "checkpoint"
-    config = ModelConfig.load(folder)
-    rounds = pruning_rounds(config, cfg.pruning, cfg.parallel)
-    warn_of_expert_sizes(config.resized(target_sizes(config, cfg.pruning)))
-    meta = None if cfg.importance is None else read_meta(Path(cfg.importance))
-    if meta is not None:
-        check_importance(config, rounds[0], meta)
-    check_compensation(config, cfg.pruning, meta)
-    if _calibrates(cfg, config, rounds):
-        check_layout(config, cfg.parallel)
-        check_settings(cfg, config)
-        check_batches(cfg.data, cfg.parallel, cfg.parallel.world_size(launched_world_size()))
-        check_data(
-            cfg.data,
-            vocab_size=config.vocab_size,
-            tokenizer_dir=folder / "tokenizer",
-            max_seq_length=config.max_seq_length,
+    with opened_inputs(cfg) as opened:
+        _warn_of_other_weights(cfg, opened)
+        config = ModelConfig.load(Path(cfg.checkpoint) / "checkpoint")
+        rounds = pruning_rounds(config, cfg.pruning, cfg.parallel)
+        warn_of_expert_sizes(config.resized(target_sizes(config, cfg.pruning)))
+        meta = None if cfg.importance is None else read_meta(Path(cfg.importance))
+        if meta is not None:
+            check_importance(config, rounds[0], meta)
+        check_compensation(config, cfg.pruning, meta)
+        if _calibrates(cfg, config, rounds):
+            check_forward(cfg, config, cfg.data)
+
+
+def _warn_of_other_weights(cfg: PruneConfig, opened: dict[str, Manifest]) -> None:
+    checkpoint, scores = opened["checkpoint"], opened.get("importance")
+    if scores and scores.inputs.get("checkpoint") != f"{checkpoint.stage}:{checkpoint.id}":
+        log.warning(
+            "importance=%s was made from other weights of the same sizes than checkpoint=%s",
+            cfg.importance,
+            cfg.checkpoint,
         )
-    if cfg.verify_inputs != "size":
-        _open_inputs(cfg, cfg.verify_inputs)
 
 
 def _calibrates(cfg: PruneConfig, config: ModelConfig, rounds: list[PruningConfig]) -> bool:
@@ -105,27 +102,6 @@ def _calibrates(cfg: PruneConfig, config: ModelConfig, rounds: list[PruningConfi
     return True
 
 
-def _open_inputs(cfg: PruneConfig, verify: str) -> None:
-    checkpoint = open_result(
-        cfg.checkpoint,
-        verify,
-        key="checkpoint",
-        needs=f"checkpoint/{MODEL_YAML}",
-        workers=cfg.workers,
-    )
-    if cfg.importance is None:
-        return
-    scores = open_result(
-        cfg.importance, verify, key="importance", needs=META_FILE, workers=cfg.workers
-    )
-    if scores.inputs.get("checkpoint") != f"{checkpoint.stage}:{checkpoint.id}":
-        log.warning(
-            "importance=%s was made from other weights of the same sizes than checkpoint=%s",
-            cfg.importance,
-            cfg.checkpoint,
-        )
-
-
 def run(cfg: PruneConfig) -> None:
     """Write ``checkpoint/`` (weights, model.yaml, tokenizer/), ``plan.json``, ``metrics.json``."""
     start = time.perf_counter()
@@ -148,19 +124,14 @@ def _score_and_prune(
     cfg: PruneConfig, config: ModelConfig, rounds: list[PruningConfig], start: float
 ) -> None:
     """``run`` on every rank, with a model to score."""
-    from nemo_minitron.runtime.launch import barrier, distributed
-
     metrics: dict[str, Any] = {}
-    with distributed(cfg.parallel, cfg.data.seed):
+    with on_ranks(cfg, "prune", cfg.parallel, cfg.data.seed, resumable=True) as work:
         from nemo_minitron.stages.iterate import run_rounds
 
-        ranks = Ranks(rank(), barrier)
-        folder = output_folder(cfg, "prune", resumable=True, ranks=ranks)
-        with folder as work:
-            plan, costs = run_rounds(cfg, config, rounds, work)
-            if ranks.rank == 0:
-                metrics = _write(cfg, config, plan, work, start, costs)
-    if ranks.rank == 0:
+        plan, costs = run_rounds(cfg, config, rounds, work)
+        if rank() == 0:
+            metrics = _write(cfg, config, plan, work, start, costs)
+    if rank() == 0:
         _report(cfg, metrics)
 
 

@@ -13,17 +13,22 @@ from typing import Any
 
 import yaml
 
-from nemo_minitron.checkpoint.artifact import check_output, open_result
+from nemo_minitron.checkpoint.artifact import check_output
 from nemo_minitron.config.balance import balanced_layout
 from nemo_minitron.config.layout import check_layout
-from nemo_minitron.config.model import MODEL_YAML, ModelConfig
+from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import SearchConfig
 from nemo_minitron.data.checks import check_batches, check_data
-from nemo_minitron.pruning.scores import META_FILE, read_meta
+from nemo_minitron.pruning.scores import read_meta
 from nemo_minitron.pruning.targets import check_importance, check_pruning
-from nemo_minitron.runtime.ranks import launched_world_size
+from nemo_minitron.runtime.ranks import launched_world_size, rank
 from nemo_minitron.search.space import candidates, distill_config, pruning_of, training_data
-from nemo_minitron.stages.settings import check_settings, check_training_settings
+from nemo_minitron.stages.settings import (
+    check_settings,
+    check_training_settings,
+    on_ranks,
+    opened_inputs,
+)
 
 
 def check(cfg: SearchConfig) -> None:
@@ -34,29 +39,27 @@ def check(cfg: SearchConfig) -> None:
             or the layout cannot serve, bad data or folders.
     """
     check_output(cfg, "search")
-    _open_inputs(cfg, "size")
-    folder = Path(cfg.checkpoint) / "checkpoint"
-    config = ModelConfig.load(folder)
-    check_layout(config, cfg.parallel)
-    check_settings(cfg, config)
-    if cfg.layer_criterion != SearchConfig.layer_criterion and not cfg.search.num_layers:
-        raise ValueError(
-            f"layer_criterion={cfg.layer_criterion} chooses layers, but search.num_layers is not "
-            "set; set it, or leave layer_criterion out"
-        )
-    meta = None if cfg.importance is None else read_meta(Path(cfg.importance))
-    for one in candidates(config, cfg.search):
-        pruning = pruning_of(cfg, config, one)
-        check_pruning(config, pruning)
-        check_importance(config, pruning, meta)
-        small = config.resized(one.sizes)
-        balanced_layout(config, small, cfg.parallel)
-        if cfg.search.distill.steps:
-            _check_distillation(cfg, config, small)
-    check_batches(cfg.data, cfg.parallel, cfg.parallel.world_size(launched_world_size()))
-    _check_data(cfg, config, folder)
-    if cfg.verify_inputs != "size":
-        _open_inputs(cfg, cfg.verify_inputs)
+    with opened_inputs(cfg):
+        folder = Path(cfg.checkpoint) / "checkpoint"
+        config = ModelConfig.load(folder)
+        check_layout(config, cfg.parallel)
+        check_settings(cfg, config)
+        if cfg.layer_criterion != SearchConfig.layer_criterion and not cfg.search.num_layers:
+            raise ValueError(
+                f"layer_criterion={cfg.layer_criterion} chooses layers, but search.num_layers is "
+                "not set; set it, or leave layer_criterion out"
+            )
+        meta = None if cfg.importance is None else read_meta(Path(cfg.importance))
+        for one in candidates(config, cfg.search):
+            pruning = pruning_of(cfg, config, one)
+            check_pruning(config, pruning)
+            check_importance(config, pruning, meta)
+            small = config.resized(one.sizes)
+            balanced_layout(config, small, cfg.parallel)
+            if cfg.search.distill.steps:
+                _check_distillation(cfg, config, small)
+        check_batches(cfg.data, cfg.parallel, cfg.parallel.world_size(launched_world_size()))
+        _check_data(cfg, config, folder)
 
 
 def _check_distillation(cfg: SearchConfig, config: ModelConfig, small: ModelConfig) -> None:
@@ -83,31 +86,19 @@ def _check_data(cfg: SearchConfig, config: ModelConfig, folder: Path) -> None:
     check_data(training_data(cfg), splits=("train",), **keys)
 
 
-def _open_inputs(cfg: SearchConfig, verify: str) -> None:
-    named = {"checkpoint": f"checkpoint/{MODEL_YAML}", "importance": META_FILE}
-    for key, needs in named.items():
-        if getattr(cfg, key) is not None:
-            open_result(getattr(cfg, key), verify, key=key, needs=needs, workers=cfg.workers)
-
-
 def run(cfg: SearchConfig) -> None:
     """Score, distil, rank; write ``candidates.json``, ``pareto.png`` and the winner."""
-    from nemo_minitron.checkpoint.artifact import Ranks, output_folder
-    from nemo_minitron.runtime.launch import barrier, distributed
-    from nemo_minitron.runtime.ranks import rank
-
     records: list[dict[str, Any]] = []
-    with distributed(cfg.parallel, cfg.data.seed):
+    temporary = ("scored", "distilled")
+    with on_ranks(
+        cfg, "search", cfg.parallel, cfg.data.seed, resumable=True, temporary=temporary
+    ) as work:
         from nemo_minitron.stages.candidates import score_candidates
 
-        ranks = Ranks(rank(), barrier)
-        temporary = ("scored", "distilled")
-        folder = output_folder(cfg, "search", resumable=True, temporary=temporary, ranks=ranks)
-        with folder as work:
-            config = ModelConfig.load(Path(cfg.checkpoint) / "checkpoint")
-            records = ranked(score_candidates(cfg, config, work), cfg.search.max_latency_ms)
-            if ranks.rank == 0:
-                _write(cfg, config, records, work)
+        config = ModelConfig.load(Path(cfg.checkpoint) / "checkpoint")
+        records = ranked(score_candidates(cfg, config, work), cfg.search.max_latency_ms)
+        if rank() == 0:
+            _write(cfg, config, records, work)
     _show(cfg, records)
 
 

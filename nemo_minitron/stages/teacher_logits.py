@@ -12,12 +12,8 @@ from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import TeacherLogitsConfig
 from nemo_minitron.data.checks import check_data, check_sequence
 from nemo_minitron.distillation.logit_index import FOLDER, PARTS, LogitIndex, data_keys
-from nemo_minitron.runtime.ranks import launched_world_size
-from nemo_minitron.stages.settings import check_settings, open_checkpoint
-
-
-def _splits(cfg: TeacherLogitsConfig) -> tuple[str, ...]:
-    return PARTS if cfg.trainer.limit_val_batches else PARTS[:1]
+from nemo_minitron.runtime.ranks import launched_world_size, rank
+from nemo_minitron.stages.settings import check_settings, on_ranks, opened_inputs, splits
 
 
 def check(cfg: TeacherLogitsConfig) -> None:
@@ -27,46 +23,36 @@ def check(cfg: TeacherLogitsConfig) -> None:
         ValueError: names the value, the relation and the key to set.
     """
     check_output(cfg, "teacher_logits")
-    open_checkpoint(cfg, "size")
-    folder = Path(cfg.checkpoint) / "checkpoint"
-    model = ModelConfig.load(folder)
-    if cfg.top_k > model.vocab_size:
-        raise ValueError(
-            f"top_k={cfg.top_k} is larger than the vocabulary of {model.vocab_size}; set top_k to "
-            f"{model.vocab_size} or less"
+    with opened_inputs(cfg):
+        folder = Path(cfg.checkpoint) / "checkpoint"
+        model = ModelConfig.load(folder)
+        if cfg.top_k > model.vocab_size:
+            raise ValueError(
+                f"top_k={cfg.top_k} is larger than the vocabulary of {model.vocab_size}; set top_k "
+                f"to {model.vocab_size} or less"
+            )
+        check_layout(model, cfg.parallel)
+        check_settings(cfg, model, precision=cfg.trainer.precision)
+        cfg.parallel.world_size(launched_world_size())
+        check_sequence(cfg.data, cfg.parallel)
+        check_data(
+            cfg.data,
+            splits=splits(cfg.trainer),
+            vocab_size=model.vocab_size,
+            tokenizer_dir=folder / "tokenizer",
+            max_seq_length=model.max_seq_length,
         )
-    check_layout(model, cfg.parallel)
-    check_settings(cfg, model, precision=cfg.trainer.precision)
-    cfg.parallel.world_size(launched_world_size())
-    check_sequence(cfg.data, cfg.parallel)
-    tokenizer = folder / "tokenizer"
-    check_data(
-        cfg.data,
-        splits=_splits(cfg),
-        vocab_size=model.vocab_size,
-        tokenizer_dir=tokenizer,
-        max_seq_length=model.max_seq_length,
-    )
-    # Whole-file hashes last: a typing mistake should not cost a pass over the weights.
-    if cfg.verify_inputs != "size":
-        open_checkpoint(cfg, cfg.verify_inputs)
 
 
 def run(cfg: TeacherLogitsConfig) -> None:
     """Write the result; a killed run goes on after the shards that are complete."""
-    from nemo_minitron.checkpoint.artifact import Ranks, output_folder
-    from nemo_minitron.runtime.launch import barrier, distributed
-    from nemo_minitron.runtime.ranks import rank
-
-    with distributed(cfg.parallel, cfg.data.seed):
-        ranks = Ranks(rank(), barrier)
-        with output_folder(cfg, "teacher_logits", resumable=True, ranks=ranks) as work:
-            metrics = _store(cfg, work / FOLDER)
-            if ranks.rank == 0:
-                source = Path(cfg.checkpoint) / "checkpoint" / "tokenizer"
-                if source.is_dir():
-                    shutil.copytree(source, work / "tokenizer", dirs_exist_ok=True)
-                (work / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    with on_ranks(cfg, "teacher_logits", cfg.parallel, cfg.data.seed, resumable=True) as work:
+        metrics = _store(cfg, work / FOLDER)
+        if rank() == 0:
+            source = Path(cfg.checkpoint) / "checkpoint" / "tokenizer"
+            if source.is_dir():
+                shutil.copytree(source, work / "tokenizer", dirs_exist_ok=True)
+            (work / "metrics.json").write_text(json.dumps(metrics, indent=1))
     _show(cfg, metrics)
 
 
@@ -74,12 +60,13 @@ def _store(cfg: TeacherLogitsConfig, folder: Path) -> dict[str, Any]:
     from nemo_minitron.models.stage_data import training_datasets
     from nemo_minitron.models.teacher_logits import read_part
     from nemo_minitron.runtime.console import progress
-    from nemo_minitron.runtime.ranks import rank
     from nemo_minitron.runtime.stop import StopOnRequest
 
     source = Path(cfg.checkpoint) / "checkpoint"
     model = ModelConfig.load(source)
-    datasets = training_datasets(cfg.data, cfg.trainer, model, source, cfg.output_dir, _splits(cfg))
+    datasets = training_datasets(
+        cfg.data, cfg.trainer, model, source, cfg.output_dir, splits(cfg.trainer)
+    )
     parts = {name: d for name, d in zip(PARTS, datasets, strict=True) if d is not None}
     samples = sum(map(len, parts.values()))
     writer = _writer(cfg, model, source, folder)
