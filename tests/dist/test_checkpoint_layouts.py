@@ -1,9 +1,12 @@
 """Megatron reads what we write, and we read what Megatron writes, at any layout."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nemo_minitron.checkpoint.lazy import from_tensor
 from nemo_minitron.checkpoint.torch_dist import read_torch_dist, write_torch_dist
@@ -68,6 +71,14 @@ def test_megatron_reads_and_writes_the_same_weights(
         assert torch.equal(back[name].read(), tensor), name
 
 
+def sizes(folder: Path) -> dict[str, torch.Size]:
+    """Global sizes of all tensors in a checkpoint, as they lie on disk."""
+    saved = FileSystemReader(folder).read_metadata().state_dict_metadata
+    return {
+        k: tensor.size for k, tensor in saved.items() if isinstance(tensor, TensorStorageMetadata)
+    }
+
+
 @pytest.mark.parametrize(
     ("parallel", "config"),
     [(layout(pp=2), LLAMA), (layout(tp=2, sp=True), MIXTRAL), (layout(), GPT2)],
@@ -79,6 +90,8 @@ def test_others_load_results_without_extra_flags(ranks: WorkerPool, tmp_path, pa
     folders = (str(tmp_path / "ours"), str(tmp_path / "trained"))
     weights = random_weights(config)
     found = ranks.run(2, load_as_others, config, parallel, *folders)
+    # Of no layout: the vocabulary of 101 is padded to 102 in memory at TP2.
+    assert sizes(tmp_path / "ours") == sizes(tmp_path / "trained")
     # Releases before 0.19 want it, later ones no longer write it.
     assert all((tmp_path / name / "common.pt").is_file() for name in ("ours", "trained"))
     for streamed, trained in found:
@@ -90,3 +103,13 @@ def test_others_load_results_without_extra_flags(ranks: WorkerPool, tmp_path, pa
         norm = "decoder.layers.{}.input_layernorm.weight"
         wanted = weights[norm.format(2 if last_stage else 0)]
         assert torch.equal(streamed[0][norm.format(0)], wanted)
+
+
+def test_a_weight_that_is_not_finite_is_named_as_in_the_whole_model(ranks: WorkerPool, tmp_path):
+    """Its layer is the first of the second pipeline stage."""
+    weights, name = random_weights(LLAMA), "decoder.layers.2.mlp.linear_fc1.weight"
+    weights[name][3, 5] = float("nan")
+    store = {key: from_tensor(tensor) for key, tensor in weights.items()}
+    write_torch_dist(tmp_path, store, family_of(LLAMA), LLAMA, workers=1)
+    with pytest.raises(RuntimeError, match=rf"{name} in .* holds NaN or infinite values"):
+        ranks.run(2, load_and_save, LLAMA, layout(pp=2), str(tmp_path), str(tmp_path / "out"))

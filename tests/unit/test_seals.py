@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron.checkpoint.artifact import open_result, output_folder
-from nemo_minitron.checkpoint.seals import check_seal, seal
+from nemo_minitron.checkpoint.seals import check_seal, seal, sealed_file
 from nemo_minitron.config.stages import ExportConfig
 from nemo_minitron.data.cache import build_once
 from tests.helpers.damage import flip_bit
@@ -53,6 +53,18 @@ def test_damaged_hashes_and_none(kept):
     check_seal(file, "remove it")
     sums.unlink()  # as an earlier version leaves it
     check_seal(file, "remove it")
+
+
+def test_a_kill_before_the_hashes_leaves_no_file(tmp_path, monkeypatch):
+    """What has a name has hashes."""
+
+    def killed(path, content):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nemo_minitron.checkpoint.seals.seal", killed)
+    with pytest.raises(KeyboardInterrupt), sealed_file(tmp_path / "0.jsonl") as draft:
+        draft.write_text("sample\n")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("damaged", [False, True])

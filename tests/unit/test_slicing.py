@@ -161,6 +161,12 @@ def test_unknown_and_missing_parameters_are_refused() -> None:
         prune_store(FAMILY, LLAMA, full_plan(LLAMA), store)
 
 
+def test_dtypes_stay() -> None:
+    store = {name: from_tensor(t.bfloat16()) for name, t in random_weights(LLAMA).items()}
+    for lazy in prune_store(FAMILY, LLAMA, random_plan(LLAMA, [1], 2, 1), store).values():
+        assert lazy.read().dtype == lazy.dtype == torch.bfloat16
+
+
 def test_per_layer_dims_need_a_layer() -> None:
     with pytest.raises(ValueError, match="'ffn' dim needs a layer"):
         dim_indices("ffn", LLAMA, full_plan(LLAMA), None)
