@@ -19,6 +19,7 @@ from nemo_minitron.documents import JsonObject
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.rope import yarn_fields
 from nemo_minitron.families.table import COMMON_SPEC, Family, Row
+from nemo_minitron.families.windows import megatron_fields
 
 # Whole multiples of it can be split over any usual number of tensor-parallel ranks.
 _VOCAB_STEP = 128
@@ -91,7 +92,7 @@ def megatron_lm_args(config: ModelConfig) -> Namespace:
     if config.no_rope_freq is not None:
         used["no_rope_freq"] = config.no_rope_freq
     scaling, yarn = config.rope_scaling or {}, yarn_fields(config.rope_scaling)
-    used |= yarn
+    used |= yarn | megatron_fields(config)
     if scaling.get("rope_type") == "linear":
         used["rotary_seq_len_interpolation_factor"] = scaling["factor"]
     return Namespace(

@@ -55,6 +55,9 @@ class ModelConfig:
     """The Hugging Face ``rope_scaling`` dictionary with every value of its kind, or None."""
     no_rope_freq: list[int] | None = field(default=None, metadata=PER_LAYER)
     """One entry per layer: 1 if its queries and keys are not rotated, else 0. None if all are."""
+    window_size: list[int] | None = field(default=None, metadata=PER_LAYER)
+    """One entry per layer: tokens that a query sees, itself and those before it, or 0 if it sees
+    all of them. None if every layer sees all."""
     share_embeddings_and_output_weights: bool = False
     """Tied input and output embeddings."""
     num_moe_experts: int | None = None
@@ -89,6 +92,14 @@ class ModelConfig:
         check_lengths(self)
         if not any(self.no_rope_freq or []):
             self.no_rope_freq = None  # one way to say that every layer rotates
+        if not any(self.window_size or []):
+            self.window_size = None
+        widths = sorted(set(self.window_size or []) - {0})
+        if len(widths) > 1 or min(widths, default=1) < 1:
+            raise ValueError(
+                f"window_size={self.window_size} is not supported; only one number above 0, and 0 "
+                "in layers that see everything"
+            )
         if self.layernorm_zero_centered_gamma and self.normalization != "LayerNorm":
             raise ValueError(
                 f"layernorm_zero_centered_gamma=true with normalization={self.normalization} is "

@@ -1,12 +1,13 @@
 """Llama 2 and 3.x: RMSNorm, rotary positions, gated SiLU MLP, grouped-query attention.
 
-Mistral without a sliding window is the same network under another name.
+Mistral is the same network under another name, with sliding windows where it has them.
 """
 
 from dataclasses import replace
 from typing import Any
 
 from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.families import windows
 from nemo_minitron.families.config_json import check_keys, words
 from nemo_minitron.families.rope import REFUSED_SCALINGS, ROPE_KEYS, Rope, read_rope
 from nemo_minitron.families.table import Family, Row
@@ -83,12 +84,12 @@ _MISTRAL_DEFAULTS = {
 
 
 def refuse_window(hf: dict[str, Any]) -> None:
-    """Refuse a window that some position leaves."""
+    """Refuse a window that some position leaves: transformers' Llama has none."""
     window, positions = hf.get("sliding_window"), hf.get("max_position_embeddings", 2048)
     if window is not None and window < positions:
         raise ValueError(
-            f"config.json sliding_window={window} (4096 where a Mistral leaves it out) is not "
-            f"supported; only null, or at least max_position_embeddings={positions}"
+            f"config.json sliding_window={window} of a Llama is not supported; only null, or at "
+            f"least max_position_embeddings={positions}"
         )
 
 
@@ -143,9 +144,11 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
         ValueError: the config asks for something this table does not hold.
     """
     check_keys("llama", hf, READS)
-    known = {**_MISTRAL_DEFAULTS, **hf} if _is_mistral(hf) else hf
-    refuse_window(known)
-    return replace(dense(known), hf=dict(hf))
+    if not _is_mistral(hf):
+        refuse_window(hf)
+        return replace(dense(hf), hf=dict(hf))
+    known = {**_MISTRAL_DEFAULTS, **hf}
+    return replace(dense(known), window_size=windows.everywhere(known), hf=dict(hf))
 
 
 def _is_mistral(hf: dict[str, Any]) -> bool:
@@ -159,13 +162,13 @@ def _architecture(config: ModelConfig) -> dict[str, Any]:
     Its LlamaConfig insists on ``hidden_size % num_attention_heads == 0`` although ``head_dim`` is
     given. Mistral without a sliding window is the same network and has no such rule.
     """
-    even = config.hidden_size % config.num_attention_heads == 0
+    even = config.hidden_size % config.num_attention_heads == 0 and config.window_size is None
     if even and not _is_mistral(config.hf):
         return {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     return {
         "architectures": ["MistralForCausalLM"],
         "model_type": "mistral",
-        "sliding_window": None,
+        "sliding_window": windows.width_of(config),
     }
 
 
@@ -201,8 +204,6 @@ LLAMA = Family(
     READS,
     models="Llama 2 and 3.x, Mistral, Mistral-NeMo, SmolLM2",
     refuses=(
-        "a `sliding_window` shorter than `max_position_embeddings` (Mistral 7B v0.1): attention "
-        "sees the whole sequence",
         *REFUSED_SCALINGS,
         "`attention_bias=true` or `mlp_bias=true`: the table has no biases",
     ),

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.families import llama
+from nemo_minitron.families import llama, windows
 from nemo_minitron.families.config_json import check_keys
 from nemo_minitron.families.rope import read_rope
 from nemo_minitron.families.table import Family, Row
@@ -67,11 +67,11 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
             "Megatron-Core's router needs at least 2"
         )
     known = {**_DEFAULTS, **hf}
-    llama.refuse_window(known)
     dense = llama.dense(known, llama.whole(read_rope(known, base=_DEFAULT_ROPE_BASE)))
     return replace(
         dense,
         family="mixtral",
+        window_size=windows.everywhere(known),
         num_moe_experts=hf["num_local_experts"],
         moe_router_topk=hf["num_experts_per_tok"],
         moe_ffn_hidden_size=hf["intermediate_size"],
@@ -86,7 +86,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         **llama.to_hf(replace(config, hf=carried)),
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",
-        "sliding_window": None,
+        "sliding_window": windows.width_of(config),
         "intermediate_size": config.moe_ffn_hidden_size,
         "num_local_experts": config.num_moe_experts,
         "num_experts_per_tok": config.moe_router_topk,
@@ -101,9 +101,5 @@ MIXTRAL = Family(
     to_hf,
     READS,
     models="Mixtral",
-    refuses=(
-        "a `sliding_window` shorter than `max_position_embeddings`: attention sees the whole "
-        "sequence",
-        "one expert per token (`num_experts_per_tok=1`): Megatron-Core's router needs two",
-    ),
+    refuses=("one expert per token (`num_experts_per_tok=1`): Megatron-Core's router needs two",),
 )

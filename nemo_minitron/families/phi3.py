@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.families import llama
+from nemo_minitron.families import llama, windows
 from nemo_minitron.families.config_json import check_keys
 from nemo_minitron.families.rope import read_rope
 from nemo_minitron.families.table import Family, Row
@@ -31,17 +31,6 @@ _DEFAULTS = {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
 READS = llama.READS | {"rope_percent"}
 
 
-def _refuse_window(hf: dict[str, Any]) -> None:
-    """Refuse a window that some sequence is longer than."""
-    window, longest = hf.get("sliding_window"), hf.get("max_position_embeddings", 4096)
-    if window is not None and window < longest:
-        raise ValueError(
-            f"config.json sliding_window={window} is not supported: attention sees all of "
-            f"max_position_embeddings={longest}. Up to {window} tokens the two are the same: set "
-            "sliding_window to null in a copy of config.json and keep data.seq_length below that"
-        )
-
-
 def from_hf(hf: dict[str, Any]) -> ModelConfig:
     """Megatron sizes of a Hugging Face Phi-3 config.
 
@@ -49,7 +38,6 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
         ValueError: the config asks for something this table does not hold.
     """
     check_keys("phi3", hf, READS)
-    _refuse_window(hf)
     known = {**_DEFAULTS, **hf}
     rope = read_rope(known)
     if rope.scaling is not None:
@@ -58,11 +46,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
             f"rope_scaling type '{kind}' is not supported: transformers' Phi-3 has none"
         )
     dense = llama.dense(known, rope)
-    return replace(
-        dense,
-        family="phi3",
-        hf=dict(hf),
-    )
+    return replace(dense, family="phi3", window_size=windows.everywhere(known), hf=dict(hf))
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -71,7 +55,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         **llama.to_hf(config),
         "architectures": ["Phi3ForCausalLM"],
         "model_type": "phi3",
-        "sliding_window": None,
+        "sliding_window": windows.width_of(config),
         "partial_rotary_factor": config.rotary_percent,
         "original_max_position_embeddings": config.max_position_embeddings,
     }
@@ -86,8 +70,6 @@ PHI3 = Family(
     READS,
     models="Phi-3, Phi-3.5, Phi-4 (short context)",
     refuses=(
-        "a `sliding_window` shorter than `max_position_embeddings`: attention sees the whole "
-        "sequence",
         "`rope_scaling` of type `longrope` (the 128k variants): Megatron-Core's GPT model does not "
         "have it",
     ),

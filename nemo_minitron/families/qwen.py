@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.families import llama
+from nemo_minitron.families import llama, windows
 from nemo_minitron.families.config_json import check_keys
 from nemo_minitron.families.rope import REFUSED_SCALINGS
 from nemo_minitron.families.table import Family, Row
@@ -38,40 +38,13 @@ QK_NORMS = tuple(
     for x in "qk"
 )
 
-READS = llama.READS | {"use_sliding_window", "layer_types"}
-REFUSES = (
-    "sliding windows (`use_sliding_window=true`): attention sees the whole sequence",
-    *REFUSED_SCALINGS,
-)
+READS = llama.READS | windows.WINDOW_KEYS
 
 
-def refuse_windows(hf: dict[str, Any]) -> None:
-    """Refuse attention that does not see everything.
-
-    Raises:
-        ValueError: names the field of config.json.
-    """
-    if hf.get("use_sliding_window"):
-        raise ValueError(
-            "config.json use_sliding_window=true is not supported; only full attention "
-            "(use_sliding_window=false)"
-        )
-    layers = hf.get("layer_types") or []
-    kinds = sorted(set(layers) - {"full_attention"})
-    if kinds:
-        raise ValueError(
-            f"config.json layer_types holds {kinds}, not supported; only full_attention"
-        )
-    if layers and len(layers) != hf["num_hidden_layers"]:
-        raise ValueError(
-            f"config.json layer_types is of {len(layers)} layers, but num_hidden_layers="
-            f"{hf['num_hidden_layers']}"
-        )
-
-
-def _dense(hf: dict[str, Any]) -> ModelConfig:
-    refuse_windows(hf)
-    return llama.dense(hf)
+def read_windows(hf: dict[str, Any]) -> list[int]:
+    """Windows of a Qwen: the layers from ``max_window_layers`` on, or as ``layer_types`` says."""
+    known = {"sliding_window": 4096, **hf}
+    return windows.by_layer(known, lambda layer: layer >= hf.get("max_window_layers", 28))
 
 
 def from_hf_qwen2(hf: dict[str, Any]) -> ModelConfig:
@@ -82,7 +55,8 @@ def from_hf_qwen2(hf: dict[str, Any]) -> ModelConfig:
     """
     check_keys("qwen2", hf, READS)
     known = {"max_position_embeddings": 32768, **hf}
-    return replace(_dense(known), family="qwen2", add_qkv_bias=True, hf=dict(hf))
+    seen, sizes = read_windows(known), llama.dense(known)
+    return replace(sizes, family="qwen2", add_qkv_bias=True, window_size=seen, hf=dict(hf))
 
 
 def from_hf_qwen3(hf: dict[str, Any]) -> ModelConfig:
@@ -93,7 +67,8 @@ def from_hf_qwen3(hf: dict[str, Any]) -> ModelConfig:
     """
     check_keys("qwen3", hf, READS)
     known = {"max_position_embeddings": 32768, "head_dim": 128, **hf}
-    return replace(_dense(known), family="qwen3", qk_layernorm=True, hf=dict(hf))
+    seen, sizes = read_windows(known), llama.dense(known)
+    return replace(sizes, family="qwen3", qk_layernorm=True, window_size=seen, hf=dict(hf))
 
 
 def _to_hf(config: ModelConfig, architecture: str, model_type: str) -> dict[str, Any]:
@@ -102,8 +77,7 @@ def _to_hf(config: ModelConfig, architecture: str, model_type: str) -> dict[str,
         **llama.to_hf(replace(config, hf=carried)),
         "architectures": [architecture],
         "model_type": model_type,
-        "use_sliding_window": False,
-        "sliding_window": None,
+        **windows.written(config),
     }
 
 
@@ -125,7 +99,7 @@ QWEN2 = Family(
     to_hf_qwen2,
     READS,
     models="Qwen2, Qwen2.5",
-    refuses=REFUSES,
+    refuses=REFUSED_SCALINGS,
 )
 QWEN3 = Family(
     "qwen3",
@@ -135,5 +109,5 @@ QWEN3 = Family(
     to_hf_qwen3,
     READS,
     models="Qwen3",
-    refuses=(*REFUSES, "`attention_bias=true`: the table has no biases"),
+    refuses=(*REFUSED_SCALINGS, "`attention_bias=true`: the table has no biases"),
 )

@@ -10,8 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.families import llama, mixtral, qwen
+from nemo_minitron.families import llama, mixtral, qwen, windows
 from nemo_minitron.families.config_json import check_keys, words
+from nemo_minitron.families.rope import REFUSED_SCALINGS
 from nemo_minitron.families.table import Family, Row
 
 _MLP = "decoder.layers.{layer}.mlp."
@@ -62,13 +63,14 @@ ROUTED_READS = qwen.READS | words(
 """Keys that every Qwen with routed experts reads."""
 READS = ROUTED_READS | {"shared_expert_intermediate_size", "qkv_bias"}
 REFUSES = (
+    *REFUSED_SCALINGS,
     "dense layers among those with experts (`mlp_only_layers`, `decoder_sparse_step`)",
     "`norm_topk_prob=true` with one expert per token: Megatron-Core's router needs two",
 )
 
 
 def refuse(hf: dict[str, Any]) -> None:
-    """Refuse layers that are not all alike, and attention that does not see everything.
+    """Refuse layers without experts, and a router that Megatron-Core does not have.
 
     Raises:
         ValueError: names the field of config.json.
@@ -83,12 +85,18 @@ def refuse(hf: dict[str, Any]) -> None:
             f"config.json decoder_sparse_step={hf['decoder_sparse_step']} is not supported: every "
             "layer must have experts (decoder_sparse_step=1)"
         )
-    qwen.refuse_windows(hf)
     if hf.get("norm_topk_prob") and hf["num_experts_per_tok"] < 2:
         raise ValueError(
             f"config.json num_experts_per_tok={hf['num_experts_per_tok']} with norm_topk_prob=true "
             "is not supported: Megatron-Core's router needs at least 2, or norm_topk_prob=false"
         )
+
+
+def _windows(hf: dict[str, Any]) -> list[int]:
+    """Of every other one of the first ``max_window_layers``, or as ``layer_types`` says."""
+    before = hf.get("max_window_layers", 28)
+    known = {"sliding_window": 4096, **hf}
+    return windows.by_layer(known, lambda layer: layer % 2 == 0 and layer < before)
 
 
 def router(hf: dict[str, Any]) -> dict[str, Any]:
@@ -117,10 +125,12 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     check_keys("qwen2_moe", hf, READS)
     refuse(hf)
     width = hf["moe_intermediate_size"]
-    dense = llama.dense({**_DEFAULTS, **hf, "intermediate_size": width})
+    known = {**_DEFAULTS, **hf, "intermediate_size": width}
+    dense = llama.dense(known)
     return replace(
         dense,
         family="qwen2_moe",
+        window_size=_windows(known),
         add_qkv_bias=hf.get("qkv_bias", True),
         moe_ffn_hidden_size=width,
         moe_shared_expert_intermediate_size=hf["shared_expert_intermediate_size"],
@@ -135,8 +145,7 @@ def to_hf_routed(config: ModelConfig) -> dict[str, Any]:
     carried = {key: value for key, value in config.hf.items() if key not in READS}
     return {
         **llama.to_hf(replace(config, hf=carried)),
-        "use_sliding_window": False,
-        "sliding_window": None,
+        **windows.written(config),
         "mlp_only_layers": [],
         "decoder_sparse_step": 1,
         "intermediate_size": config.hf.get("intermediate_size", config.ffn_hidden_size),
@@ -166,5 +175,5 @@ QWEN2_MOE = Family(
     to_hf,
     READS,
     models="Qwen1.5-MoE, Qwen2-57B-A14B",
-    refuses=(*qwen.REFUSES, *REFUSES),
+    refuses=REFUSES,
 )

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.families import llama, qwen, qwen2_moe
+from nemo_minitron.families import llama, qwen, qwen2_moe, windows
 from nemo_minitron.families.config_json import check_keys
 from nemo_minitron.families.table import Family
 
@@ -24,6 +24,16 @@ ROWS = (
 _DEFAULTS = {"num_key_value_heads": 4, "max_position_embeddings": 32768}
 
 
+def _windows(hf: dict[str, Any]) -> list[int]:
+    """Of all layers: transformers has no ``layer_types`` for this model."""
+    if hf.get("use_sliding_window") and "full_attention" in (hf.get("layer_types") or []):
+        raise ValueError(
+            f"config.json layer_types={hf['layer_types']} with use_sliding_window=true is not "
+            "supported: all layers of a Qwen3-MoE have the window"
+        )
+    return windows.by_layer({"sliding_window": 4096, **hf}, lambda _: True)
+
+
 def from_hf(hf: dict[str, Any]) -> ModelConfig:
     """Megatron sizes of a Hugging Face Qwen3-MoE config.
 
@@ -35,10 +45,12 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     check_keys("qwen3_moe", hf, qwen2_moe.ROUTED_READS)
     qwen2_moe.refuse(hf)
     width = hf["moe_intermediate_size"]
-    dense = llama.dense({**_DEFAULTS, **hf, "intermediate_size": width})
+    known = {**_DEFAULTS, **hf, "intermediate_size": width}
+    dense = llama.dense(known)
     return replace(
         dense,
         family="qwen3_moe",
+        window_size=_windows(known),
         qk_layernorm=True,
         moe_ffn_hidden_size=width,
         hf=dict(hf),
@@ -65,7 +77,6 @@ QWEN3_MOE = Family(
     qwen2_moe.ROUTED_READS,
     models="Qwen3-MoE",
     refuses=(
-        *qwen.REFUSES,
         *qwen2_moe.REFUSES,
         "`attention_bias=true`: the table has no biases",
     ),

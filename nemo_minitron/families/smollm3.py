@@ -1,15 +1,15 @@
 """SmolLM3: Llama's network, in which some layers do not rotate queries and keys (NoPE).
 
-By default every fourth layer does not rotate.
+By default every fourth layer does not rotate. If there are sliding windows, those layers have them.
 """
 
 from dataclasses import replace
 from typing import Any
 
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.families import llama, qwen
+from nemo_minitron.families import llama, qwen, windows
 from nemo_minitron.families.config_json import check_keys, words
-from nemo_minitron.families.rope import read_rope
+from nemo_minitron.families.rope import REFUSED_SCALINGS, read_rope
 from nemo_minitron.families.table import Family
 
 READS = qwen.READS | words("no_rope_layers no_rope_layer_interval")
@@ -46,11 +46,12 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
         ValueError: the config asks for something this table does not hold.
     """
     check_keys("smollm3", hf, READS)
-    qwen.refuse_windows(hf)
     rope = llama.whole(read_rope(hf, base=_ROPE_THETA))
-    sizes = llama.dense({**_DEFAULTS, **hf}, rope)
+    known = {**_DEFAULTS, **hf}
+    sizes = llama.dense(known, rope)
     skips = [1 - rotates for rotates in _rotates(hf)]
-    return replace(sizes, family="smollm3", no_rope_freq=skips, hf=dict(hf))
+    seen = windows.by_layer(known, lambda layer: bool(skips[layer]))
+    return replace(sizes, family="smollm3", no_rope_freq=skips, window_size=seen, hf=dict(hf))
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -62,8 +63,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "architectures": ["SmolLM3ForCausalLM"],
         "model_type": "smollm3",
         "no_rope_layers": [1 - skip for skip in skips],
-        "use_sliding_window": False,
-        "sliding_window": None,
+        **windows.written(config),
     }
 
 
@@ -75,5 +75,8 @@ SMOLLM3 = Family(
     to_hf,
     READS,
     models="SmolLM3",
-    refuses=(*qwen.REFUSES, "`attention_bias=true` or `mlp_bias=true`: the table has no biases"),
+    refuses=(
+        *REFUSED_SCALINGS,
+        "`attention_bias=true` or `mlp_bias=true`: the table has no biases",
+    ),
 )

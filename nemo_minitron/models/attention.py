@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 
@@ -65,20 +66,31 @@ def gather_sequence(local: Tensor, group: torch.distributed.ProcessGroup) -> Ten
 
 
 def causal_mask(
-    local_length: int, group: torch.distributed.ProcessGroup, device: torch.device | None = None
+    local_length: int,
+    group: torch.distributed.ProcessGroup,
+    device: torch.device | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """``[s, s * cp]`` boolean mask of this rank's queries over all keys in gathered order.
 
     It is made where it is used: copying it to a GPU would have the host wait in every layer.
+
+    Args:
+        local_length: tokens on this rank.
+        group: the context-parallel group.
+        device: of the result; None is the CPU.
+        window: tokens that a query sees, itself and those before it; None is all of them.
     """
     size = group.size()
     queries = zigzag_positions(local_length, group.rank(), size, device)
     keys = torch.cat([zigzag_positions(local_length, rank, size, device) for rank in range(size)])
-    return queries[:, None] >= keys[None, :]
+    distance = queries[:, None] - keys[None, :]
+    seen = distance >= 0
+    return seen if window is None else seen & (distance < window)
 
 
 class LocalAttention(torch.nn.Module):
-    """Scaled dot-product attention with a causal mask, grouped queries and context parallelism."""
+    """Scaled dot-product attention: causal, windows, grouped queries, context parallelism."""
 
     def __init__(
         self,
@@ -97,6 +109,9 @@ class LocalAttention(torch.nn.Module):
         self.cp_group = pg_collection.cp
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale
+        size, layers = config.window_size, config.window_attn_skip_freq
+        windowed = is_layer_window_attention(size, layers, layer_number)
+        self.window = size[0] + 1 if windowed and size is not None else None
 
     def forward(
         self,
@@ -116,8 +131,11 @@ class LocalAttention(torch.nn.Module):
         assert packed_seq_params is None
         mask, causal = None, attn_mask_type != AttnMaskType.no_mask
         assert causal or query.size(0) == 1, query.shape
-        if self.cp_group.size() > 1:
-            mask = causal_mask(query.size(0), self.cp_group, query.device)
+        if not causal and self.window is not None:
+            key, value = key[-self.window :], value[-self.window :]
+        hides = causal and self.window is not None and self.window < query.size(0)
+        if self.cp_group.size() > 1 or hides:
+            mask = causal_mask(query.size(0), self.cp_group, query.device, self.window)
             key = gather_sequence(key, self.cp_group)
             value = gather_sequence(value, self.cp_group)
         # [s, b, n, d] -> [b, n, s, d]

@@ -26,6 +26,7 @@ from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.rope import yarn_fields
 from nemo_minitron.families.table import Family
+from nemo_minitron.families.windows import megatron_fields
 from nemo_minitron.models.rotary import set_frequencies
 from nemo_minitron.models.settings import transformer_defaults
 from nemo_minitron.models.spec import HAVE_GROUPED_GEMM, HAVE_TE
@@ -91,6 +92,11 @@ def transformer_config(
             f"megatron.transformer.{name}={given[name]} is not supported for family "
             f"'{family.name}', which needs {name}={family.megatron[name]}; leave it out"
         )
+    if HAVE_TE and config.window_size is not None and parallel.context_parallel_size > 1:
+        raise ValueError(
+            f"parallel.context_parallel_size={parallel.context_parallel_size} is not supported for "
+            "a model with sliding windows (window_size) under Transformer Engine; set it to 1"
+        )
     on_gpu = torch.cuda.is_available()
     defaults = transformer_defaults(
         config, on_gpu=on_gpu, have_te=HAVE_TE, have_grouped_gemm=HAVE_GROUPED_GEMM
@@ -120,6 +126,7 @@ def transformer_config(
         add_qkv_bias=config.add_qkv_bias,
         qk_layernorm=config.qk_layernorm,
         no_rope_freq=config.no_rope_freq,
+        **megatron_fields(config),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,

@@ -49,8 +49,9 @@ def forward_parts(config: ModelConfig, seq_length: int) -> dict[str, float]:
         ``mlp`` and ``output``.
     """
     products = {name: 2.0 * size for name, size in matmul_parameters(config).items()}
-    scores = 4.0 * seq_length * config.num_attention_heads * config.kv_channels
-    return {**products, "core_attn": scores * config.num_layers}
+    windows = config.window_size or [0] * config.num_layers
+    seen = sum(min(window or seq_length, seq_length) for window in windows)
+    return {**products, "core_attn": 4.0 * seen * config.num_attention_heads * config.kv_channels}
 
 
 def forward_flops(config: ModelConfig, seq_length: int) -> float:

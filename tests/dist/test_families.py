@@ -125,6 +125,22 @@ CASES = {
         LLAMA_DIMS,
         {"several": DENSE["several"]},
     ),
+    "qwen2_moe_windows": Case(
+        "Qwen2Moe",
+        {**SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40,
+         "shared_expert_intermediate_size": 56, "use_sliding_window": True, "sliding_window": 5},
+        {
+            r"shared_expert\.(gate|up)_proj\.weight": ("shared_ffn", "hidden"),
+            r"shared_expert\.down_proj\.weight": ("hidden", "shared_ffn"),
+            r"mlp\.shared_expert_gate\.weight": (None, "hidden"),
+            r"mlp\.gate\.weight": ("expert", "hidden"),
+            **LLAMA_DIMS,
+            r"q_proj\.bias": ("q",),
+            r"[kv]_proj\.bias": ("kv",),
+        },
+        {"several": {**EXPERTS["several"], **SHARED}},
+        sequence_parallel=True,
+    ),
     "qwen2_yarn": Case(
         "Qwen2",
         {**SIZES, "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0,
@@ -132,6 +148,12 @@ CASES = {
                                       "truncate": False, "attention_factor": 1.5}},
         {**LLAMA_DIMS, r"q_proj\.bias": ("q",), r"[kv]_proj\.bias": ("kv",)},
         {name: DENSE[name] for name in ("hidden", "query_group", "several")},
+    ),
+    "mistral_window": Case(
+        "Mistral",
+        {**SIZES, "sliding_window": 5},
+        LLAMA_DIMS,
+        {name: DENSE[name] for name in ("head", "layer", "several")},
     ),
     # As Mistral-NeMo: heads x head_dim is not the hidden size.
     "mistral": Case(
@@ -175,6 +197,31 @@ CASES = {
         {**LLAMA_DIMS, r"q_proj\.bias": ("q",), r"[kv]_proj\.bias": ("kv",)},
     ),
     "qwen3": Case("Qwen3", SIZES, {**LLAMA_DIMS, r"[qk]_norm\.weight": (None,)}),
+    "qwen3_windows": Case(
+        "Qwen3",
+        {**SIZES, "use_sliding_window": True, "sliding_window": 6,
+         "layer_types": ["sliding_attention", "full_attention"] * 2},
+        {**LLAMA_DIMS, r"[qk]_norm\.weight": (None,)},
+        {name: DENSE[name] for name in ("layer", "several")},
+        sequence_parallel=True,
+    ),
+    "phi3_window": Case(
+        "Phi3",
+        {**SIZES, "pad_token_id": None, "sliding_window": 4},
+        {
+            **LLAMA_DIMS,
+            r"qkv_proj\.weight": ("packed_qkv", "hidden"),
+            r"gate_up_proj\.weight": ("packed_gate_up", "hidden"),
+        },
+        {"several": DENSE["several"]},
+    ),
+    "smollm3_windows": Case(
+        "SmolLM3",
+        {**SIZES, "no_rope_layers": [1, 0, 1, 0], "use_sliding_window": True, "sliding_window": 7,
+         "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0},
+        LLAMA_DIMS,
+        {name: DENSE[name] for name in ("layer", "several")},
+    ),
     "smollm3": Case(
         "SmolLM3",
         {**SIZES, "no_rope_layers": [1, 0, 1, 0], "pad_token_id": None, "bos_token_id": 0,

@@ -23,6 +23,7 @@ from tests.helpers.tiny import GPT2, LLAMA, NEMOTRON, OLMO2, QWEN3, write_weight
 TEACHER = replace(LLAMA, num_layers=2, hidden_size=48)
 STUDENTS = {
     "qwen3": replace(QWEN3, num_layers=2),
+    "windows": replace(QWEN3, num_layers=2, window_size=[5, 0]),
     "olmo2": replace(OLMO2, num_layers=2),
     "nemotron": replace(NEMOTRON, num_layers=2),
     "gpt2": replace(GPT2, num_layers=2),
@@ -30,6 +31,7 @@ STUDENTS = {
 TP2, TP2_SP = layout(tp=2), layout(tp=2, sp=True)
 RUNS = {
     "qwen3": {"tp2": TP2, "tp2_sp": TP2_SP},
+    "windows": {"tp2_sp": TP2_SP, "pp2": layout(pp=2), "cp2": layout(cp=2)},
     "olmo2": {"tp2": TP2, "tp2_sp": TP2_SP},
     "nemotron": {"tp2_sp": TP2_SP},
     "gpt2": {"tp2_sp": TP2_SP, "pp2": layout(pp=2), "cp2": layout(cp=2)},

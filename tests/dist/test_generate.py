@@ -2,6 +2,7 @@
 
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from tests.helpers.tiny import GPT2, MIXTRAL, NEMOTRON, QWEN3, write_result
 
 TP, PP = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
 NEW = 10
+WINDOWS = replace(QWEN3, window_size=[0, 3, 3, 0])
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def test_greedy_tokens_are_those_of_transformers(ranks, home, layout):
         assert found == want
 
 
-@pytest.mark.parametrize("config", [GPT2, NEMOTRON, QWEN3, MIXTRAL], ids=lambda c: c.family)
+@pytest.mark.parametrize("config", [GPT2, NEMOTRON, QWEN3, MIXTRAL, WINDOWS])
 def test_the_cache_changes_nothing(ranks, tmp_path, config):
     """Every family: continuing word by word, and reading the whole text again each time."""
     folder = str(write_result(tmp_path / "model", config, seed=0) / "checkpoint")

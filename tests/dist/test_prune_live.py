@@ -5,6 +5,7 @@ answer to equal is one rank's scores and the streaming executor's weights.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -84,11 +85,24 @@ def test_one_answer(truth: Truth, layout_table: LayoutTable, tmp_path, name: str
     one_answer(truth, parallel, prunings(parallel), tmp_path, layout_table, test, name)
 
 
-@pytest.mark.parametrize("name", ["TP2 PP2", "PP2 VPP2"])
-def test_tied_embeddings(ranks: WorkerPool, tmp_path, name: str) -> None:
-    """The last stage holds a copy of the embeddings, which is pruned too."""
+TIED = {"share_embeddings_and_output_weights": True}
+WINDOWS = {"window_size": [5, 0, 0, 5, 5, 0, 5, 0]}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("TP2 PP2", TIED),
+        ("PP2 VPP2", TIED),
+        ("CP2", WINDOWS),
+        ("PP2 VPP2", WINDOWS),
+        ("TP2 SP CP2", WINDOWS),
+    ],
+)
+def test_other_models(ranks: WorkerPool, tmp_path, name: str, change: dict[str, Any]) -> None:
+    """The last stage's copy of tied embeddings is pruned too; windows go with their layers."""
     parallel, out = LAYOUTS[name], tmp_path / "out"
-    truth = make_truth(ranks, tmp_path, replace(MODEL, share_embeddings_and_output_weights=True))
+    truth = make_truth(ranks, tmp_path, replace(MODEL, **change))
     ways = {"both": prunings(parallel)["both"]}
     arguments = (truth.config, str(truth.folder), truth.ids, parallel, ways, str(out))
     results = ranks.run(parallel.world_size(), score_and_prune, *arguments)

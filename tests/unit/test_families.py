@@ -143,10 +143,13 @@ def test_qwen2_moe_of_long_ago_says_less():
     [
         ({"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\] is not supported"),
         ({"decoder_sparse_step": 2}, "decoder_sparse_step=2 is not supported"),
-        ({"use_sliding_window": True}, "use_sliding_window=true is not supported"),
         (
-            {"layer_types": ["sliding_attention", "full_attention"]},
-            r"layer_types holds \['sliding_attention'\], not supported",
+            {"layer_types": ["sliding_attention", "full_attention"] * 2},
+            "layer_types holds 'sliding_attention' with use_sliding_window=false",
+        ),
+        (
+            {"layer_types": ["chunked_attention", "full_attention"] * 2},
+            r"layer_types holds \['chunked_attention'\], not supported",
         ),
         ({"norm_topk_prob": True, "num_experts_per_tok": 1}, "num_experts_per_tok=1 with norm_top"),
         ({"hidden_act": "gelu"}, "hidden_act=gelu is not supported"),

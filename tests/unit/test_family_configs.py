@@ -46,53 +46,26 @@ def test_config_survives(config: ModelConfig) -> None:
 MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
 
 
-@pytest.mark.parametrize("config", [LLAMA, MIXTRAL], ids=lambda config: config.family)
-def test_sliding_windows_are_refused(config: ModelConfig) -> None:
-    """Those that hide something; transformers' Mistral has one where config.json says nothing."""
-    family = family_of(config)
-    hf = {**family.to_hf(config), "max_position_embeddings": 8192}
-    if config is LLAMA:
-        hf |= MISTRAL
-    for window in (None, 8192):
-        assert family.from_hf({**hf, "sliding_window": window}).num_layers == config.num_layers
-    says = r"sliding_window=4096 .*only null, or at least max_position_embeddings=8192"
-    with pytest.raises(ValueError, match=says):
-        family.from_hf({**hf, "sliding_window": 4096})
-
-
 def test_mistral_defaults_are_those_of_transformers() -> None:
     family, hf = family_of(LLAMA), {**family_of(LLAMA).to_hf(LLAMA), **MISTRAL}
     for key in ("num_key_value_heads", "max_position_embeddings"):
         theirs = transformers.MistralConfig(**{k: v for k, v in hf.items() if k != key})
         mine = {k: v for k, v in hf.items() if k != key} | {"sliding_window": None}
         assert getattr(theirs, key) == family.to_hf(family.from_hf(mine))[key]
-    with pytest.raises(
-        ValueError, match=r"sliding_window=4096 \(4096 where a Mistral leaves it out\)"
-    ):
-        family.from_hf({**hf, "max_position_embeddings": 131072})
     assert transformers.MistralConfig(**hf).sliding_window == 4096
+    assert family.from_hf({**hf, "max_position_embeddings": 131072}).window_size == [4096] * 4
 
 
 @pytest.mark.parametrize(
     ("config", "change", "message"),
     [
-        (QWEN2, {"use_sliding_window": True}, "use_sliding_window=true is not supported"),
-        (
-            QWEN3,
-            {"layer_types": ["full_attention", "sliding_attention"]},
-            r"layer_types holds \['sliding_attention'\], not supported",
-        ),
         (QWEN3, {"attention_bias": True}, "attention_bias=true is not supported"),
         (QWEN2, {"rope_scaling": {"type": "su", "factor": 4.0}}, "rope_scaling type 'su'"),
         (QWEN3_MOE, {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\] is not supported"),
         (QWEN3_MOE, {"attention_bias": True}, "attention_bias=true is not supported"),
         (NEMOTRON, {"hidden_act": "silu"}, "hidden_act=silu is not supported; only relu2"),
         (NEMOTRON, {"mlp_bias": True}, "mlp_bias=true is not supported"),
-        (
-            PHI3,
-            {"sliding_window": 100},
-            r"sliding_window=100 .*max_position_embeddings=128\. Up to",
-        ),
+        (PHI3, {"sliding_window": 0}, "sliding_window=0 is not supported"),
         (PHI3, {"rope_scaling": {"type": "longrope"}}, "rope_scaling type 'longrope'"),
         (
             PHI3,

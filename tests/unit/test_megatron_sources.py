@@ -333,10 +333,16 @@ def test_fused_gelu_is_the_tanh_one() -> None:
 
 
 def test_windows_and_nemo1() -> None:
-    for window in ([-1, 0], None):
-        model_fields(of_core(sources.core_fields(LLAMA, window_size=window), "yaml"), 101)
-    with pytest.raises(ValueError, match=r"yaml: window_size=\[4096, 0\] is not supported"):
-        model_fields(of_core(sources.core_fields(LLAMA, window_size=[4096, 0]), "yaml"), 101)
+    def windows(size: object, skips: object = None) -> object:
+        said = sources.core_fields(LLAMA, window_size=size, window_attn_skip_freq=skips)
+        return model_fields(of_core(said, "yaml"), 101)["window_size"]
+
+    assert windows([-1, 0]) is windows(None) is None
+    assert windows([4095, 0]) == [4096] * 4
+    assert windows((7, 0), [1, 0, 0, 1]) == [8, 0, 0, 8]
+    assert windows([7, 0], 2) == [8, 0, 8, 0]
+    with pytest.raises(ValueError, match=r"yaml: window_size=\[4096, 4\] is not supported"):
+        windows([4096, 4])
     for over, says in (
         ({"mcore_gpt": False}, "mcore_gpt=False is not supported; only true"),
         ({"activation": "reglu"}, "activation=reglu is not supported; only"),

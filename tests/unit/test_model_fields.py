@@ -45,6 +45,7 @@ FIELDS: dict[str, tuple[ModelConfig, Any]] = {
     "rotary_base": (replace(LLAMA, rotary_base=5e5), 1e4),
     "rotary_percent": (NEMOTRON, 1.0),
     "no_rope_freq": (SMOLLM3, [1, 0, 0, 1]),
+    "window_size": (replace(QWEN3, window_size=[6, 0, 6, 0]), [0, 0, 6, 6]),
     "rope_scaling": (replace(LLAMA, rope_scaling=LLAMA3_ROPE), {**LLAMA3_ROPE, "factor": 32.0}),
     "share_embeddings_and_output_weights": (GPT2, False),
     "num_moe_experts": (MIXTRAL, 5),

@@ -25,16 +25,11 @@ def _all_ones(value: object) -> bool:
     return value == 1 or (isinstance(value, list | tuple) and set(value) == {1})
 
 
-def _no_window(value: object) -> bool:
-    return value is None or (isinstance(value, list | tuple) and value[:1] in ([-1], (-1,)))
-
-
 # Fields that change the network, and the values that leave it as it is here.
 _ONLY: dict[str, tuple[_Allowed, str]] = {
     "multi_latent_attention": (_one_of(None, False), "false"),
     "apply_residual_connection_post_layernorm": (_one_of(None, False), "false"),
     "rotary_interleaved": (_one_of(None, False), "false"),
-    "window_size": (_no_window, "null"),
     "qk_l2_norm": (_one_of(None, False), "false"),
     "attention_output_gate": (_one_of(None, False), "false"),
     "experimental_attention_variant": (_one_of(None), "null"),
@@ -157,6 +152,19 @@ def _without_rotation(stated: Stated) -> list[int] | None:
     return every * (layers // value) if value else None
 
 
+def _windows(stated: Stated) -> list[int] | None:
+    """The window of every layer; Megatron says how far it reaches, and which layers have it."""
+    size, layers = stated.get("window_size", None), stated.need("num_layers")
+    if size is None or size[0] < 0:
+        return None
+    if size[1] != 0:
+        raise stated.refuse("window_size", "a window whose second number is 0")
+    skips = stated.get("window_attn_skip_freq", [1] * layers)
+    if isinstance(skips, int):  # every n-th layer sees all
+        skips = [(layer + 1) % skips for layer in range(layers)]
+    return [size[0] + 1 if has else 0 for has in skips]
+
+
 def _experts(stated: Stated, ffn: int) -> JsonObject:
     experts = stated.get("num_moe_experts", None)
     if experts is None:
@@ -211,6 +219,7 @@ def model_fields(stated: Stated, vocab_size: int) -> JsonObject:
         "kv_channels": head_dim,
         "vocab_size": vocab_size,
         **_positions(stated),
+        "window_size": _windows(stated),
         "normalization": stated.need("normalization"),
         "layernorm_epsilon": float(stated.get("layernorm_epsilon", 1e-5)),
         "layernorm_zero_centered_gamma": bool(stated.get("layernorm_zero_centered_gamma", False)),
