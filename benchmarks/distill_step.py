@@ -21,9 +21,9 @@ import torch
 from omegaconf import OmegaConf
 
 from benchmarks.docs_block import markdown_table, write_block
+from nemo_minitron.config.distillation import DistillationConfig
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig, TeacherParallelConfig
-from nemo_minitron.config.stages import DistillationConfig
 from nemo_minitron.config.training import DataConfig, OptimConfig, TrainerConfig
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import parameter_count

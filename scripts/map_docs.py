@@ -36,7 +36,7 @@ CHANGES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("change what a training step does", ("models/gpt.py", "models/distill.py")),
     ("change the optimizer or its settings", ("models/optim.py", "models/settings.py")),
     ("change what a training checkpoint holds", ("models/lightning.py", "models/optim_state.py")),
-    ("add a config key", ("config/stages.py", "config/base.py")),
+    ("add a config key", ("config/stages.py", "config/training_stages.py", "config/base.py")),
     ("change what makes a result stale", ("config/identity.py", "checkpoint/manifest.py")),
     ("add a stage", ("stages/evaluate.py", "config/schema.py")),
     ("read another form of text", ("data/formats.py",)),

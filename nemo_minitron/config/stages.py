@@ -7,23 +7,16 @@ from omegaconf import MISSING
 
 from nemo_minitron.config.axes import AXES, score_axes
 from nemo_minitron.config.base import ADDED, INPUT, MAY_CHANGE, NEUTRAL, StageConfig, may_change
-from nemo_minitron.config.distillation import TOP_K_LOSSES, DistillationConfig
 from nemo_minitron.config.inference import BenchmarkConfig, EvaluateConfig, GenerateConfig
-from nemo_minitron.config.megatron import (
-    ForwardMegatronConfig,
-    MegatronConfig,
-    check_optimizer,
-    merged_recompute,
-)
-from nemo_minitron.config.parallel import ParallelConfig, TeacherParallelConfig
+from nemo_minitron.config.megatron import ForwardMegatronConfig
+from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.pipeline import PipelineConfig, PlanConfig
 from nemo_minitron.config.search import SearchConfig
-from nemo_minitron.config.training import (
-    DataConfig,
-    ExpManagerConfig,
-    OptimConfig,
-    OptionalDataConfig,
-    TrainerConfig,
+from nemo_minitron.config.training import DataConfig, OptionalDataConfig
+from nemo_minitron.config.training_stages import (
+    DistillConfig,
+    FinetuneConfig,
+    TeacherLogitsConfig,
 )
 
 
@@ -271,162 +264,6 @@ class PruneConfig(StageConfig):
         """Check ranges."""
         super().__post_init__()
         check_save_every(self.save_every_n_samples)
-
-
-@dataclass(kw_only=True)
-class TrainingStageConfig(StageConfig):
-    """What the stages that train have in common."""
-
-    data: DataConfig = field(default_factory=DataConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata=MAY_CHANGE)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    megatron: MegatronConfig = field(default_factory=MegatronConfig)
-    exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig, metadata=NEUTRAL)
-
-    def __post_init__(self) -> None:
-        """Check relations between sections."""
-        super().__post_init__()
-        if self.optim.lr_warmup_steps >= self.trainer.max_steps:
-            raise ValueError(
-                f"optim.lr_warmup_steps={self.optim.lr_warmup_steps} must be below "
-                f"trainer.max_steps={self.trainer.max_steps}"
-            )
-        check_optimizer(self.megatron, self.optim)
-        merged_recompute(self.trainer, self.megatron)
-
-
-@dataclass(kw_only=True)
-class FinetuneConfig(TrainingStageConfig):
-    """Train a model on text: teacher correction, or fine-tuning on generated text."""
-
-    checkpoint: str = field(default=MISSING, metadata=INPUT)
-    """Result folder that holds the model to train."""
-    chunk_size: int = 256
-    """Tokens whose logits exist at one time."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        super().__post_init__()
-        if self.chunk_size < 1:
-            raise ValueError(f"chunk_size={self.chunk_size} must be at least 1")
-
-
-@dataclass(kw_only=True)
-class DistillConfig(TrainingStageConfig):
-    """Train the pruned model to match the original one."""
-
-    student: str = field(default=MISSING, metadata=INPUT)
-    """Result folder that holds the model to train."""
-    teacher: str | None = field(default=None, metadata=INPUT)
-    """Result folder that holds the model to imitate."""
-    teacher_logits: str | None = field(default=None, metadata=INPUT)
-    """Result folder of ``teacher_logits`` instead of ``teacher``: no teacher is built."""
-    teacher_parallel: TeacherParallelConfig = field(
-        default_factory=TeacherParallelConfig, metadata=MAY_CHANGE
-    )
-    distillation: DistillationConfig = field(default_factory=DistillationConfig)
-
-    def __post_init__(self) -> None:
-        """Check relations between sections."""
-        super().__post_init__()
-        self._check_teacher()
-        if self.distillation.kd_weight == 0 and not self.distillation.intermediate.losses:
-            raise ValueError(
-                "distillation.kd_weight=0 and distillation.intermediate.losses=[] leave the "
-                "teacher nothing to say; set distillation.kd_weight above 0, or train without a "
-                "teacher: minitron finetune"
-            )
-
-    def _check_teacher(self) -> None:
-        if (self.teacher is None) == (self.teacher_logits is None):
-            given = "neither" if self.teacher is None else "both"
-            raise ValueError(
-                "distill needs one of teacher= (a model) and teacher_logits= (its stored outputs); "
-                f"{given} is set"
-            )
-        if self.teacher is not None:
-            return
-        if self.teacher_parallel != TeacherParallelConfig():
-            raise ValueError("teacher_parallel.* is for a teacher that is built; leave it out here")
-        if self.distillation.loss not in TOP_K_LOSSES:
-            raise ValueError(
-                f"distillation.loss={self.distillation.loss} reads the teacher's whole vocabulary, "
-                "of which teacher_logits holds the largest logits; set distillation.loss to "
-                f"{' or '.join(TOP_K_LOSSES)}, or give teacher="
-            )
-        if self.distillation.intermediate.losses:
-            raise ValueError(
-                f"distillation.intermediate.losses={self.distillation.intermediate.losses} compare "
-                "inner states, which teacher_logits does not hold; set it to [], or give teacher="
-            )
-        if self.distillation.offload_teacher:
-            raise ValueError(
-                "distillation.offload_teacher=true is for a teacher that is built; leave it out "
-                "with teacher_logits"
-            )
-
-
-@dataclass(kw_only=True)
-class TeacherPassConfig:
-    """Which samples the later ``distill`` reads; keys of its ``trainer`` section."""
-
-    max_steps: int = TrainerConfig.max_steps
-    """Optimizer steps: ``max_steps`` x ``data.global_batch_size`` training samples are stored."""
-    limit_val_batches: int = TrainerConfig.limit_val_batches
-    """Global batches per validation, whose samples are stored too; 0 leaves them out."""
-    precision: str = TrainerConfig.precision
-    """Of the teacher's forward pass: ``32`` or ``bf16-mixed``."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        if self.max_steps < 1:
-            raise ValueError(f"trainer.max_steps={self.max_steps} must be at least 1")
-        if self.limit_val_batches < 0:
-            raise ValueError(
-                f"trainer.limit_val_batches={self.limit_val_batches} must not be negative"
-            )
-        if self.precision not in ("32", "bf16-mixed"):
-            raise ValueError(f"trainer.precision={self.precision} must be 32 or bf16-mixed")
-
-
-@dataclass(kw_only=True)
-class TeacherLogitsConfig(StageConfig):
-    """The teacher's largest logits of every sample, stored for ``distill``."""
-
-    checkpoint: str = field(default=MISSING, metadata=INPUT)
-    """Result folder that holds the teacher."""
-    top_k: int = 64
-    """Logits stored of each token, the largest ones; ``distillation.top_k`` may be lower."""
-    temperature: float = 1.0
-    """At which the normaliser is taken: ``distillation.temperature`` if loss is ``top_k_tail``."""
-    dtype: str = "float32"
-    """Of the stored logits: ``float32``, or ``bfloat16``, which takes 6 bytes each instead of 8 and
-    loses nothing if ``trainer.precision`` is ``bf16-mixed``."""
-    shard_samples: int = 64
-    """Samples of a file. A rank holds one file's in memory; a killed run loses at most one."""
-    chunk_size: int = field(default=256, metadata=MAY_CHANGE)
-    """Tokens whose full logits exist at one time."""
-    data: DataConfig = field(default_factory=DataConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata=MAY_CHANGE)
-    megatron: ForwardMegatronConfig = field(default_factory=ForwardMegatronConfig)
-    trainer: TeacherPassConfig = field(default_factory=TeacherPassConfig)
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        super().__post_init__()
-        for name in ("top_k", "shard_samples", "chunk_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature={self.temperature} must be above 0")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype={self.dtype} must be float32 or bfloat16")
-        if self.shard_samples % self.data.micro_batch_size:
-            raise ValueError(
-                f"shard_samples={self.shard_samples} must be a multiple of data.micro_batch_size="
-                f"{self.data.micro_batch_size}; change one of them"
-            )
 
 
 @dataclass(kw_only=True)

@@ -10,8 +10,6 @@ import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from nemo.core.classes import ModelPT
 from nemo.core.classes.common import PretrainedModelInfo
 from omegaconf import DictConfig
@@ -22,28 +20,25 @@ from nemo_minitron.config.load import read_section
 from nemo_minitron.config.megatron import MegatronConfig
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.config.training import (
-    DataConfig,
-    ExpManagerConfig,
-    OptimConfig,
-    TrainerConfig,
-)
+from nemo_minitron.config.training import DataConfig, ExpManagerConfig, OptimConfig, TrainerConfig
 from nemo_minitron.distillation.logit_loss import TeacherStates, logit_loss
 from nemo_minitron.distillation.top_k import TopKTargets
 from nemo_minitron.distillation.vocab import VocabShard
-from nemo_minitron.models.build import HiddenGPTModel, build_gpt, unwrap
+from nemo_minitron.models.build import PRECISION_DTYPES, HiddenGPTModel, build_gpt, unwrap
 from nemo_minitron.models.nemo_file import NemoFileConnector
 from nemo_minitron.models.objective import (
     LabelsAlone,
     Objective,
     StepSums,
     add_up,
+    losses_per_token,
     on_host,
     reduced,
 )
 from nemo_minitron.models.optim import (
     MegatronOptimizerAdapter,
     build_optimizer,
+    diverged,
     free_training,
     wrap_ddp,
 )
@@ -71,14 +66,6 @@ from nemo_minitron.runtime.launch import device
 quiet_nemo()
 
 
-def diverged(what: str, step: int) -> ValueError:
-    """The error for training that cannot go on."""
-    return ValueError(
-        f"training diverged: {what} at step {step}; lower optim.lr, raise optim.lr_warmup_steps or "
-        "check data.path, and set overwrite=true to start again"
-    )
-
-
 class MinitronGPTModel(ModelPT):
     """Megatron-Core GPT trained through Megatron's schedule by Lightning's Trainer.
 
@@ -88,10 +75,6 @@ class MinitronGPTModel(ModelPT):
     ``.nemo`` archives).
     Megatron's groups must be initialised (``runtime.launch.distributed``).
     """
-
-    _megatron: MegatronOptimizer
-    _lr_scheduler: OptimizerParamScheduler
-    _optimizer: MegatronOptimizerAdapter
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
         super().__init__(cfg=cfg, trainer=trainer)
@@ -109,8 +92,7 @@ class MinitronGPTModel(ModelPT):
             kd_weight=0.0, ce_weight=1.0, chunk_size=cfg.chunk_size
         )
         self.groups = ParallelGroups.current()
-        bf16 = self.trainer_cfg.precision == "bf16-mixed"
-        self.dtype_ = torch.bfloat16 if bf16 else torch.float32
+        self.dtype_ = PRECISION_DTYPES[self.trainer_cfg.precision]
         settings = trained_settings(self.trainer_cfg, self.megatron_cfg)
         chunks = build_gpt(
             self.gpt, self.parallel, self.groups, dtype=self.dtype_, settings=settings
@@ -157,9 +139,7 @@ class MinitronGPTModel(ModelPT):
         bad = nonfinite_parameter(self.chunks)
         if bad:
             raise diverged(f"{bad} is not finite", self.trainer_cfg.max_steps)
-        if dist.get_rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-        dist.barrier(group=dist.group.WORLD)
+        folder.mkdir(parents=True, exist_ok=True)
         save_weights(self.chunks, self.groups, self.gpt, folder)
         if dist.get_rank() == 0:
             self.gpt.save(folder)
@@ -245,10 +225,7 @@ class MinitronGPTModel(ModelPT):
     # ---- steps
 
     def loss(
-        self,
-        batch: Batch,
-        hidden: Tensor,
-        teacher: TeacherStates | TopKTargets | None,
+        self, batch: Batch, hidden: Tensor, teacher: TeacherStates | TopKTargets | None
     ) -> tuple[Tensor, StepSums[Tensor]]:
         """Summed loss of a micro-batch, and its parts (last stage)."""
         labels, mask = tokens_first(batch)
@@ -305,6 +282,9 @@ class MinitronGPTModel(ModelPT):
             )
         return reduced(parts, self.groups)
 
+    def _on_this_rank(self, batch: list[Batch]) -> list[Batch]:
+        return [on_this_cp_rank(micro_batch, self.groups) for micro_batch in batch]
+
     def training_step(self, batch: list[Batch], batch_idx: int) -> None:
         """One optimizer step over a global batch (this rank's micro-batches).
 
@@ -317,13 +297,10 @@ class MinitronGPTModel(ModelPT):
             assert isinstance(chunk, DistributedDataParallel)
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        micro_batches = [on_this_cp_rank(micro_batch, self.groups) for micro_batch in batch]
-        sums = self.forward_backward(micro_batches)
+        sums = self.forward_backward(self._on_this_rank(batch))
         self._tokens += sums.tokens
         lr = next(g["lr"] for g in self._megatron.param_groups if g["params"] is not None)
         step = self.trainer.global_step + 1
-        logged = step % self.trainer_cfg.log_every_n_steps == 0
-        logged = logged or step == self.trainer_cfg.max_steps
         # Here the host waits for the device, once per global batch; Megatron's optimizer does so
         # once more for the gradient norm.
         values = on_host(sums)  # the same on every rank
@@ -337,18 +314,12 @@ class MinitronGPTModel(ModelPT):
         grad_norm = self._optimizer.grad_norm
         if grad_norm is not None and not math.isfinite(grad_norm):
             raise diverged(f"the gradient norm is {grad_norm}", step)
-        if logged:
+        if step == self.trainer_cfg.max_steps or step % self.trainer_cfg.log_every_n_steps == 0:
             self._log_step(values, lr, grad_norm)
 
     def step_losses(self, sums: StepSums[float]) -> dict[str, float]:
         """Losses per token of a step: ``loss`` is what was trained on, its parts follow."""
-        config, count = self.distillation, max(sums.tokens, 1.0)
-        losses = {"loss": (config.kd_weight * sums.kd + config.ce_weight * sums.ce) / count}
-        if config.kd_weight:
-            losses["kd_loss"] = sums.kd / count
-        if config.ce_weight:
-            losses["lm_loss"] = sums.ce / count
-        return losses
+        return losses_per_token(sums, self.distillation)
 
     def _log_step(self, sums: StepSums[float], lr: float, grad_norm: float | None) -> None:
         """Log a step; ``tokens`` are those since the last logged one."""
@@ -361,8 +332,7 @@ class MinitronGPTModel(ModelPT):
 
     def validation_step(self, batch: list[Batch], batch_idx: int) -> None:
         """Collect the sums of one global batch."""
-        micro_batches = [on_this_cp_rank(micro_batch, self.groups) for micro_batch in batch]
-        self._validation_sums.append(self.evaluate_batch(micro_batches))
+        self._validation_sums.append(self.evaluate_batch(self._on_this_rank(batch)))
 
     def on_validation_epoch_end(self) -> None:
         """Log the losses per token."""
@@ -370,10 +340,9 @@ class MinitronGPTModel(ModelPT):
             return
         kd, ce, tokens = on_host(add_up(self._validation_sums))
         self._validation_sums.clear()
-        tokens = max(tokens, 1.0)
-        self.log("val_loss", ce / tokens, prog_bar=True, batch_size=1)
+        self.log("val_loss", ce / max(tokens, 1.0), prog_bar=True, batch_size=1)
         if self.distillation.kd_weight:
-            self.log("val_kd_loss", kd / tokens, batch_size=1)
+            self.log("val_kd_loss", kd / max(tokens, 1.0), batch_size=1)
 
     @classmethod
     def list_available_models(cls) -> list[PretrainedModelInfo]:

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import NamedTuple  # that of Python 3.10 cannot be generic
 
+from nemo_minitron.config.distillation import DistillationConfig
 from nemo_minitron.distillation.logit_loss import TeacherStates
 from nemo_minitron.distillation.logit_shards import stored_targets
 from nemo_minitron.distillation.top_k import TopKTargets
@@ -57,6 +59,17 @@ def reduced(parts: Sequence[StepSums[Tensor]], groups: ParallelGroups) -> StepSu
     dist.all_reduce(total, group=groups.dp_cp)
     dist.broadcast(total, src=groups.last_stage_global_rank, group=groups.pp)
     return StepSums(*total)
+
+
+def losses_per_token(sums: StepSums[float], config: DistillationConfig) -> dict[str, float]:
+    """Return the losses per token: ``loss`` is what was trained on, its parts follow."""
+    count = max(sums.tokens, 1.0)
+    losses = {"loss": (config.kd_weight * sums.kd + config.ce_weight * sums.ce) / count}
+    if config.kd_weight:
+        losses["kd_loss"] = sums.kd / count
+    if config.ce_weight:
+        losses["lm_loss"] = sums.ce / count
+    return losses
 
 
 class Objective(Protocol):

@@ -91,6 +91,14 @@ def build_optimizer(
     return optimizer, scheduler
 
 
+def diverged(what: str, step: int) -> ValueError:
+    """The error for training that cannot go on."""
+    return ValueError(
+        f"training diverged: {what} at step {step}; lower optim.lr, raise optim.lr_warmup_steps or "
+        "check data.path, and set overwrite=true to start again"
+    )
+
+
 class MegatronOptimizerAdapter(torch.optim.Optimizer):
     """Shows Megatron's optimizer to Lightning as a torch optimizer."""
 

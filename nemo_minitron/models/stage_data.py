@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.config.stages import TeacherPassConfig
 from nemo_minitron.config.training import DataConfig, TrainerConfig
+from nemo_minitron.config.training_stages import TeacherPassConfig
 from nemo_minitron.data.cache import cache_folder
 from nemo_minitron.data.datasets import TokenData, build_datasets, build_split, prepare_tokens
 

@@ -9,8 +9,8 @@ from nemo_minitron.config.stages import (
     ImportanceConfig,
     PruneConfig,
     TeacherLogitsConfig,
-    TrainingStageConfig,
 )
+from nemo_minitron.config.training_stages import TrainingStageConfig
 from nemo_minitron.planning.memory import Job
 from nemo_minitron.planning.shares import matmul_parameters
 

@@ -6,7 +6,8 @@ from typing import Any
 from nemo_minitron.config.layout import check_layout, check_recompute
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.pipeline import ClusterConfig, PlanConfig
-from nemo_minitron.config.stages import DistillConfig, PruneConfig, TrainingStageConfig
+from nemo_minitron.config.stages import DistillConfig, PruneConfig
+from nemo_minitron.config.training_stages import TrainingStageConfig
 from nemo_minitron.data.checks import check_batches
 from nemo_minitron.pipeline.plan import Item
 from nemo_minitron.planning.compute import Work, work

@@ -7,8 +7,9 @@ from nemo_minitron.config.megatron import merged_recompute
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.pipeline import ClusterConfig
-from nemo_minitron.config.stages import DistillConfig, ImportanceConfig, TrainingStageConfig
+from nemo_minitron.config.stages import DistillConfig, ImportanceConfig
 from nemo_minitron.config.training import TrainerConfig
+from nemo_minitron.config.training_stages import TrainingStageConfig
 from nemo_minitron.planning import activations
 from nemo_minitron.planning.activations import Tokens
 from nemo_minitron.planning.precision import TrainedBytes, fp8, weight_bytes

@@ -15,7 +15,8 @@ from nemo_minitron.checkpoint.artifact import check_output
 from nemo_minitron.checkpoint.lineage import record
 from nemo_minitron.config.layout import check_layout
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.config.stages import FinetuneConfig, TrainingStageConfig
+from nemo_minitron.config.stages import FinetuneConfig
+from nemo_minitron.config.training_stages import TrainingStageConfig
 from nemo_minitron.data.checks import check_batches, check_data
 from nemo_minitron.runtime.ranks import launched_world_size, rank
 from nemo_minitron.stages.settings import (

@@ -8,13 +8,8 @@ from nemo_minitron.checkpoint.lineage import model_facts, read_lineage
 from nemo_minitron.checkpoint.source_card import read_source_card
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.schema import flatten
-from nemo_minitron.config.stages import (
-    DistillConfig,
-    ImportConfig,
-    PruneConfig,
-    PruningConfig,
-    TrainingStageConfig,
-)
+from nemo_minitron.config.stages import DistillConfig, ImportConfig, PruneConfig, PruningConfig
+from nemo_minitron.config.training_stages import TrainingStageConfig
 from nemo_minitron.documents import read_yaml
 from nemo_minitron.pruning.scores import META_FILE, read_meta
 

@@ -16,14 +16,9 @@ from nemo_minitron.config.megatron import (
 )
 from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.config.stages import (
-    ImportanceConfig,
-    PruneConfig,
-    StageConfig,
-    TeacherPassConfig,
-    TrainingStageConfig,
-)
+from nemo_minitron.config.stages import ImportanceConfig, PruneConfig, StageConfig
 from nemo_minitron.config.training import DataConfig, TrainerConfig
+from nemo_minitron.config.training_stages import TeacherPassConfig, TrainingStageConfig
 from nemo_minitron.data.checks import check_batches, check_data
 from nemo_minitron.distillation.logit_index import FOLDER, INDEX, PARTS
 from nemo_minitron.pruning.scores import META_FILE

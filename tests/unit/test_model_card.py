@@ -25,9 +25,9 @@ from nemo_minitron.config.stages import (
     PruningConfig,
     TargetConfig,
     TeacherLogitsConfig,
-    TrainingStageConfig,
 )
 from nemo_minitron.config.training import DataConfig
+from nemo_minitron.config.training_stages import TrainingStageConfig
 from nemo_minitron.pruning.scores import Scores, model_meta
 from nemo_minitron.reporting.model_card import model_card
 from nemo_minitron.stages import export, import_, prune

@@ -13,13 +13,9 @@ import yaml
 from nemo_minitron.config import load, schema
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.config.stages import (
-    FinetuneConfig,
-    PipelineConfig,
-    PlanConfig,
-    TrainingStageConfig,
-)
+from nemo_minitron.config.stages import FinetuneConfig, PipelineConfig, PlanConfig
 from nemo_minitron.config.training import DataConfig, OptimConfig, TrainerConfig
+from nemo_minitron.config.training_stages import TrainingStageConfig
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import parameter_count
 from nemo_minitron.pipeline.plan import read_items
