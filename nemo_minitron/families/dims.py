@@ -107,6 +107,7 @@ DIMS: dict[str, Dim] = {
     "ffn": Dim((Part("ffn"),)),
     "gate_up": _gate_up("ffn"),
     "head": Dim((Part("head", "head_dim"),)),
+    "one_per_head": Dim((Part("head"),)),
     "query_group": Dim((Part("query_group", "head_dim"),)),
     # Megatron interleaves linear_qkv: per query group its query heads, its key, its value.
     "qkv": Dim(

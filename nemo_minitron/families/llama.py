@@ -69,6 +69,14 @@ ROWS = (
     ),
 )
 
+SINKS = Row(
+    _LAYER + "self_attention.core_attention.softmax_offset",
+    ("one_per_head",),
+    0,
+    (_HF_LAYER + "self_attn.sinks",),
+)
+"""Of families whose ``Family.megatron`` says ``softmax_type: learnable``."""
+
 HF_ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
 READS = ROPE_KEYS | words(
     "num_hidden_layers hidden_size intermediate_size num_attention_heads num_key_value_heads "

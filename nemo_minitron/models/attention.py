@@ -11,9 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import is_layer_window_attention
+from megatron.core.transformer.utils import (
+    is_layer_window_attention,
+    make_sharded_tensors_for_checkpoint,
+)
 from torch import Tensor
 
 
@@ -89,8 +93,46 @@ def causal_mask(
     return seen if window is None else seen & (distance < window)
 
 
+def attend_with_sinks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention in which every head has one more score, of a key that has no value.
+
+    Args:
+        query: ``[b, n, s, d]``.
+        key: ``[b, g, t, d]``.
+        value: ``[b, g, t, d]``.
+        mask: ``[s, t]``, true where a query sees a key; None where all see all.
+        sinks: ``[n]``, the scores.
+        scale: of the other scores; None is ``d ** -0.5``.
+        dropout: probability that a weight is 0.
+
+    Returns:
+        ``[b, n, s, d]``.
+    """
+    heads, width = query.size(1), query.size(3)
+    key, value = (x.repeat_interleave(heads // x.size(1), dim=1) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * (width**-0.5 if scale is None else scale)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    sink = sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+    weights = torch.cat([scores, sink], -1).softmax(-1, dtype=torch.float32)[..., :-1]
+    return F.dropout(weights.to(value.dtype), dropout) @ value
+
+
 class LocalAttention(torch.nn.Module):
-    """Scaled dot-product attention: causal, windows, grouped queries, context parallelism."""
+    """Scaled dot-product attention: causal, windows, sinks, grouped queries, context parallelism.
+
+    ``softmax_offset`` holds the sinks of this rank's heads, under Megatron-Core's name.
+    """
+
+    softmax_offset: torch.nn.Parameter | None
 
     def __init__(
         self,
@@ -112,6 +154,13 @@ class LocalAttention(torch.nn.Module):
         size, layers = config.window_size, config.window_attn_skip_freq
         windowed = is_layer_window_attention(size, layers, layer_number)
         self.window = size[0] + 1 if windowed and size is not None else None
+        assert config.softmax_type in ("vanilla", "learnable"), config.softmax_type
+        self.tp_group, sinks = pg_collection.tp, None
+        if config.softmax_type == "learnable":
+            heads = config.num_attention_heads // self.tp_group.size()
+            sinks = torch.nn.Parameter(torch.zeros(heads))
+            set_tensor_model_parallel_attributes(sinks, is_parallel=True, dim=0, stride=1)
+        self.register_parameter("softmax_offset", sinks)
 
     def forward(
         self,
@@ -134,21 +183,40 @@ class LocalAttention(torch.nn.Module):
         if not causal and self.window is not None:
             key, value = key[-self.window :], value[-self.window :]
         hides = causal and self.window is not None and self.window < query.size(0)
-        if self.cp_group.size() > 1 or hides:
+        sinks = self.softmax_offset
+        if self.cp_group.size() > 1 or hides or (causal and sinks is not None):
             mask = causal_mask(query.size(0), self.cp_group, query.device, self.window)
             key = gather_sequence(key, self.cp_group)
             value = gather_sequence(value, self.cp_group)
         # [s, b, n, d] -> [b, n, s, d]
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        dropout = self.dropout if self.training else 0.0
+        if sinks is not None:
+            out = attend_with_sinks(query, key, value, mask, sinks, self.softmax_scale, dropout)
+            return out.permute(2, 0, 1, 3).flatten(2).contiguous()
         out = F.scaled_dot_product_attention(
             query,
             key,
             value,
             attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=dropout,
             is_causal=causal and mask is None,
             scale=self.softmax_scale,
             enable_gqa=query.size(1) != key.size(1),
         )
         # [b, n, s, d] -> [s, b, n * d]
         return out.permute(2, 0, 1, 3).flatten(2).contiguous()
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        """The sinks as Megatron stores a tensor that is split along its first dim."""
+        state: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        return state
