@@ -32,12 +32,12 @@ from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.stages import ImportConfig, PruningConfig, ScoreConfig, TargetConfig
 from nemo_minitron.config.training import DataConfig
+from nemo_minitron.data.datasets import stage_dataset
 from nemo_minitron.evaluation.lm_loss import evaluate_lm
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import parameter_count
 from nemo_minitron.importance.estimate import estimate_scores
 from nemo_minitron.models.build import HiddenGPTModel, build_gpt
-from nemo_minitron.models.stage_data import stage_dataset
 from nemo_minitron.pruning.compensate import Compensation
 from nemo_minitron.pruning.plan import Plan, make_plan, pruned_config
 from nemo_minitron.pruning.scores import Scores

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import nemo_minitron
-from nemo_minitron import completion, sweeps, usage
+from nemo_minitron import sweeps, usage
 from nemo_minitron.config import load, schema
 from nemo_minitron.config.stages import (
     STAGE_CONFIGS,
@@ -53,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] == "--version":
         return _say(nemo_minitron.__version__)
     stage, *rest = arguments
-    if stage in completion.FLAGS:
-        return completion.complete(rest)
+    if stage in usage.COMPLETION_FLAGS:
+        return usage.complete(rest)
     if stage == "submit":
         return _submit(rest)
     if stage not in STAGE_CONFIGS:

@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from nemo_minitron.config.training import DataConfig
-from nemo_minitron.data.cache import build_for_all
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.training import DataConfig, TrainerConfig
+from nemo_minitron.config.training_stages import TeacherPassConfig
+from nemo_minitron.data.cache import build_for_all, cache_folder
 from nemo_minitron.data.checks import check_index, check_npy, scan_ids
 from nemo_minitron.data.indexed import TextTokenizer, build_indexed
 from nemo_minitron.data.pair import read_index
@@ -153,6 +155,49 @@ def build_split(data: DataConfig, tokens: TokenData) -> "Dataset[Sample]":
     dataset = built[SPLITS.index(data.split_name)]
     check_num_samples(data, len(dataset))
     return FirstSamples(dataset, data.num_samples or len(dataset))
+
+
+def training_datasets(
+    data: DataConfig,
+    trainer: TrainerConfig | TeacherPassConfig,
+    model: ModelConfig,
+    checkpoint: Path,
+    output_dir: str,
+    splits: tuple[str, ...],
+) -> "tuple[Dataset[Sample] | None, Dataset[Sample] | None]":
+    """Train samples for every step and the validation samples (None without validation)."""
+    tokens = _tokens(data, model, checkpoint, output_dir, splits)
+    sizes = (
+        trainer.max_steps * data.global_batch_size,
+        trainer.limit_val_batches * data.global_batch_size,
+        0,
+    )
+    train, validation, _ = build_datasets(data, tokens, sizes)
+    return train, validation
+
+
+def stage_dataset(
+    data: DataConfig, model: ModelConfig, checkpoint: Path, output_dir: str
+) -> "Dataset[Sample]":
+    """The samples of ``data.split_name`` that calibration and evaluation read."""
+    return build_split(data, _tokens(data, model, checkpoint, output_dir, None))
+
+
+def _tokens(
+    data: DataConfig,
+    model: ModelConfig,
+    checkpoint: Path,
+    output_dir: str,
+    splits: tuple[str, ...] | None,
+) -> TokenData:
+    tokenizer = checkpoint / "tokenizer"
+    return prepare_tokens(
+        data,
+        vocab_size=model.vocab_size,
+        cache=cache_folder(data, output_dir),
+        tokenizer_dir=tokenizer if tokenizer.is_dir() else None,
+        splits=splits,
+    )
 
 
 class FirstSamples(Dataset[Sample]):

@@ -120,7 +120,7 @@ def search_front(records: Sequence[Record]) -> Picture:
     Args:
         records: as in ``candidates.json``.
     """
-    from nemo_minitron.search.space import pareto_front
+    from nemo_minitron.search import pareto_front
 
     distilled = np.array([r["distilled_loss"] is not None for r in records], dtype=bool)
     losses = np.array(

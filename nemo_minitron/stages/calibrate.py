@@ -12,11 +12,11 @@ from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.stages import ScoreConfig
 from nemo_minitron.config.training import DataConfig
+from nemo_minitron.data.datasets import stage_dataset
 from nemo_minitron.importance.estimate import estimate_scores, forward_passes
 from nemo_minitron.importance.resume import SavedState
 from nemo_minitron.models.build import DTYPES, build_gpt
 from nemo_minitron.models.settings import frozen_settings
-from nemo_minitron.models.stage_data import stage_dataset
 from nemo_minitron.models.weights import load_weights
 from nemo_minitron.pruning.scores import Scores
 from nemo_minitron.runtime.console import progress

@@ -17,13 +17,13 @@ from omegaconf import OmegaConf
 from nemo_minitron.checkpoint.seals import check_seal, sealed_file
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import SearchConfig
+from nemo_minitron.data.datasets import stage_dataset, training_datasets
 from nemo_minitron.documents import read_json_object
 from nemo_minitron.evaluation.lm_loss import evaluate_lm
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.models.build import HiddenGPTModel
 from nemo_minitron.models.distill import DistillationGPTModel
 from nemo_minitron.models.prune_live import prune_live
-from nemo_minitron.models.stage_data import stage_dataset, training_datasets
 from nemo_minitron.models.training import fit
 from nemo_minitron.models.weights import load_frozen
 from nemo_minitron.pruning.plan import Plan, make_plan, pruned_config
@@ -32,7 +32,7 @@ from nemo_minitron.pruning.slicing import prune_checkpoint
 from nemo_minitron.runtime.groups import ParallelGroups
 from nemo_minitron.runtime.launch import barrier, seen_by_all
 from nemo_minitron.runtime.ranks import rank
-from nemo_minitron.search.space import Candidate, candidates, distill_config, pruning_of
+from nemo_minitron.search import Candidate, candidates, distill_config, pruning_of
 from nemo_minitron.stages.distill import model_config
 
 log = logging.getLogger(__name__)

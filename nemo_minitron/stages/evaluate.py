@@ -93,8 +93,8 @@ def run(cfg: EvaluateConfig) -> None:
 
 
 def _evaluate(cfg: EvaluateConfig, model: ModelConfig) -> dict[str, Any]:
+    from nemo_minitron.data.datasets import stage_dataset
     from nemo_minitron.evaluation.lm_loss import evaluate_lm
-    from nemo_minitron.models.stage_data import stage_dataset
     from nemo_minitron.models.weights import load_frozen
     from nemo_minitron.runtime.groups import ParallelGroups
 

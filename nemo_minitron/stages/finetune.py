@@ -90,7 +90,7 @@ def sections(cfg: TrainingStageConfig, model: ModelConfig) -> dict[str, Any]:
 
 def datasets(cfg: TrainingStageConfig, model: ModelConfig, folder: Path) -> tuple[Any, ...]:
     """Training and validation samples (the latter None without validation)."""
-    from nemo_minitron.models.stage_data import training_datasets
+    from nemo_minitron.data.datasets import training_datasets
 
     return training_datasets(
         cfg.data, cfg.trainer, model, folder, cfg.output_dir, splits(cfg.trainer)

@@ -22,7 +22,7 @@ from nemo_minitron.data.checks import check_batches, check_data
 from nemo_minitron.pruning.scores import read_meta
 from nemo_minitron.pruning.targets import check_importance, check_pruning
 from nemo_minitron.runtime.ranks import launched_world_size, rank
-from nemo_minitron.search.space import candidates, distill_config, pruning_of, training_data
+from nemo_minitron.search import candidates, distill_config, pruning_of, training_data
 from nemo_minitron.stages.settings import (
     check_settings,
     check_training_settings,
@@ -152,7 +152,7 @@ def _write_winner(
 
 def _show(cfg: SearchConfig, records: list[dict[str, Any]]) -> None:
     from nemo_minitron.runtime.console import show_table
-    from nemo_minitron.search.space import pareto_front
+    from nemo_minitron.search import pareto_front
 
     front = {records[i]["name"] for i in pareto_front([_point(r) for r in records])}
     rows = []

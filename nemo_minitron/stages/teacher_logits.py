@@ -57,7 +57,7 @@ def run(cfg: TeacherLogitsConfig) -> None:
 
 
 def _store(cfg: TeacherLogitsConfig, folder: Path) -> dict[str, Any]:
-    from nemo_minitron.models.stage_data import training_datasets
+    from nemo_minitron.data.datasets import training_datasets
     from nemo_minitron.models.teacher_logits import read_part
     from nemo_minitron.runtime.console import progress
     from nemo_minitron.runtime.stop import StopOnRequest

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nemo_minitron.config.search import SearchSpaceConfig
-from nemo_minitron.search.space import candidates, pareto_front
+from nemo_minitron.search import candidates, pareto_front
 from nemo_minitron.stages.search import ranked
 from tests.helpers.tiny import LLAMA
 
