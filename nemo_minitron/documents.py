@@ -50,8 +50,8 @@ def _opened(text: bytes) -> int:
     return text.count(b"[") + text.count(b"{")
 
 
-def _check_depth(value: Any) -> None:
-    level = [value]
+def _check_depth(value: object) -> None:
+    level: list[Any] = [value]
     for _ in range(DEEPEST + 1):
         inside = [item.values() if isinstance(item, dict) else item for item in level]
         level = [item for items in inside for item in items if isinstance(item, dict | list)]
@@ -139,7 +139,7 @@ class _Loader(yaml.SafeLoader):
         self._composed = 0
         self._values: dict[int, int] = {}
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> Any:
         """A part of the document; counted, since an alias gives the same part once more."""
         if self.check_event(yaml.AliasEvent):
             node = super().compose_node(parent, index)

@@ -72,7 +72,7 @@ def fields_of(path: Path) -> Callable[..., Any]:
     """Look-up ``get(key, default)`` of metadata; without a default the field must be there."""
     reader = open_reader(path)
 
-    def get(key: str, *default: Any) -> Any:
+    def get(key: str, *default: object) -> Any:
         field = reader.get_field(key)
         if field is None:
             if default:

@@ -10,7 +10,8 @@ Where the system has no ``posix_fadvise``, nothing is said and everything works.
 
 import io
 import os
-from typing import Any
+
+from typing_extensions import Buffer
 
 BLOCK_BYTES = 16 << 20
 """Larger tensors are moved in blocks of rows where their source can give rows.
@@ -48,7 +49,7 @@ class _WriteBehind(io.FileIO):
         super().__init__(path, "wb")
         self._written = self._asked = 0
 
-    def write(self, data: Any) -> int:
+    def write(self, data: Buffer) -> int:
         """Write, as ``FileIO`` does; only forwards."""
         count = super().write(data)
         self._written += count

@@ -9,7 +9,9 @@ import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from typing_extensions import Buffer
 
 from nemo_minitron.checkpoint.hf_refusals import refuse_pointer
 from nemo_minitron.checkpoint.inside import inside
@@ -147,7 +149,7 @@ class FileView(io.RawIOBase):
         left = max(0, self._length - self._at)
         return super().read(left if size < 0 else min(size, left)) or b""
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: Buffer) -> int:
         """Read no further than the end of the part."""
         view = memoryview(buffer)[: max(0, self._length - self._at)]
         self._file.seek(self._offset + self._at)

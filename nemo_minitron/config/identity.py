@@ -39,7 +39,7 @@ def meanings(cls: type) -> dict[str, Meaning]:
 
 
 def _meanings(
-    cls: type, instance: Any, prefix: str, role: str, changing: tuple[str, ...]
+    cls: type, instance: object, prefix: str, role: str, changing: tuple[str, ...]
 ) -> Iterator[tuple[str, Meaning]]:
     for field in dataclasses.fields(cls):
         default = getattr(instance, field.name) if instance is not None else default_of(field)

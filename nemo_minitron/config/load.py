@@ -58,7 +58,7 @@ def _with_names_for_inputs(composed: DictConfig) -> DictConfig:
     return cast(DictConfig, OmegaConf.merge(composed, known))
 
 
-def read_section(cls: type[T], values: Any) -> T:
+def read_section(cls: type[T], values: DictConfig | dict[str, Any]) -> T:
     """One section of a NeMo model's config as its dataclass, nested ones included."""
     return cast(T, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values)))
 
@@ -218,12 +218,12 @@ def unknown_key(stage: str, key: str) -> str:
     return f"{key} is not a key of {stage}; {hint}"
 
 
-def override(key: str, value: Any) -> str:
+def override(key: str, value: object) -> str:
     """``key=value`` in Hydra's grammar; lists and dictionaries included."""
     return f"{key}={_quoted(value)}"
 
 
-def _quoted(value: Any) -> str:
+def _quoted(value: object) -> str:
     if value is None:
         return "null"
     if isinstance(value, bool):

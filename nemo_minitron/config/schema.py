@@ -44,7 +44,7 @@ def conf_dir() -> Path:
     return installed if installed.is_dir() else package.parent / "conf"
 
 
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(value: object, prefix: str = "") -> dict[str, Any]:
     """Nested dictionaries -> dotted keys."""
     if not isinstance(value, dict) or not value:
         return {prefix: value}
@@ -77,7 +77,7 @@ def keys(cls: type, prefix: str = "") -> Iterator[Key]:
     yield from _keys(cls, None, prefix)
 
 
-def _keys(cls: type, instance: Any, prefix: str) -> Iterator[Key]:
+def _keys(cls: type, instance: object, prefix: str) -> Iterator[Key]:
     docs = _docs(cls)
     for field in dataclasses.fields(cls):
         default = getattr(instance, field.name) if instance is not None else default_of(field)
@@ -98,7 +98,7 @@ def default_of(field: "dataclasses.Field[Any]") -> Any:
     return MISSING if field.default is dataclasses.MISSING else field.default
 
 
-def _type_name(annotation: Any) -> str:
+def _type_name(annotation: object) -> str:
     return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 

@@ -1,7 +1,7 @@
 """One dataclass per stage: what ``minitron <stage> key=value`` accepts."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from omegaconf import MISSING
 
@@ -179,7 +179,7 @@ def check_save_every(value: int) -> None:
 class TargetConfig(dict[str, int | None]):
     """Sizes after pruning: one key for the size of every axis; null keeps the size."""
 
-    def __init__(self, *sizes: Any, **named: int | None) -> None:
+    def __init__(self, *sizes: Mapping[str, int | None], **named: int | None) -> None:
         """Take sizes as ``dict`` does; those that are not given are kept.
 
         Raises:

@@ -105,7 +105,7 @@ def _identity(source: Source) -> str:
 
 def build_datasets(
     data: DataConfig, tokens: TokenData, sizes: tuple[int, int, int]
-) -> tuple["Dataset[Sample] | None", ...]:
+) -> tuple["SampleSet | None", ...]:
     """Datasets of a training stage; every rank calls this.
 
     Args:
@@ -135,7 +135,7 @@ def build_datasets(
     )
 
 
-def build_split(data: DataConfig, tokens: TokenData) -> "Dataset[Sample]":
+def build_split(data: DataConfig, tokens: TokenData) -> "SampleSet":
     """The samples a calibration or evaluation stage reads: each once, in a fixed order.
 
     Every rank calls this.
@@ -164,7 +164,7 @@ def training_datasets(
     checkpoint: Path,
     output_dir: str,
     splits: tuple[str, ...],
-) -> "tuple[Dataset[Sample] | None, Dataset[Sample] | None]":
+) -> "tuple[SampleSet, SampleSet | None]":
     """Train samples for every step and the validation samples (None without validation)."""
     tokens = _tokens(data, model, checkpoint, output_dir, splits)
     sizes = (
@@ -173,12 +173,13 @@ def training_datasets(
         0,
     )
     train, validation, _ = build_datasets(data, tokens, sizes)
+    assert train is not None  # max_steps is at least 1
     return train, validation
 
 
 def stage_dataset(
     data: DataConfig, model: ModelConfig, checkpoint: Path, output_dir: str
-) -> "Dataset[Sample]":
+) -> "SampleSet":
     """The samples of ``data.split_name`` that calibration and evaluation read."""
     return build_split(data, _tokens(data, model, checkpoint, output_dir, None))
 
@@ -253,6 +254,10 @@ class NpyDataset(Dataset[Sample]):
             "loss_mask": loss_mask,
             "position_ids": torch.arange(len(tokens)),
         }
+
+
+SampleSet = FirstSamples | NpyDataset
+"""The samples of one split that a stage reads."""
 
 
 @dataclass(frozen=True)

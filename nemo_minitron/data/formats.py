@@ -15,9 +15,12 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from nemo_minitron.data.records import parse_record, text_of, values_of
+
+if TYPE_CHECKING:
+    import pyarrow
 
 JSON_LINES = (".jsonl", ".ndjson")
 FORMS = (".txt", *JSON_LINES, ".json", ".parquet")
@@ -225,7 +228,7 @@ def _check_column(names: list[str], key: str, file: Path) -> None:
         )
 
 
-def _cell(value: Any, where: str) -> object:
+def _cell(value: "pyarrow.Scalar", where: str) -> object:
     try:
         return value.as_py()
     except UnicodeDecodeError as error:

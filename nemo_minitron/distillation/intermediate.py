@@ -7,23 +7,23 @@ local relation heads, e width of a relation head.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 
 class _Attach(torch.autograd.Function):
     """See ``attach``."""
 
     @staticmethod
-    def forward(ctx: Any, activation: Tensor, loss: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, activation: Tensor, loss: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
         return activation.view_as(activation)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: BackwardCFunction, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         (weight,) = ctx.saved_tensors
         return grads[0], weight, None
 

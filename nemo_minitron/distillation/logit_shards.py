@@ -7,7 +7,7 @@ tokens of each sample. Torch only.
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -63,6 +63,13 @@ def _opened(path: Path) -> Any:
         ) from error
 
 
+class _Samples(Protocol):
+    """The samples of a split."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int | None, /) -> Sample: ...
+
+
 class StoredTeacher(Dataset[Sample]):
     """The samples of a split with what the teacher made of them.
 
@@ -71,7 +78,13 @@ class StoredTeacher(Dataset[Sample]):
     """
 
     def __init__(
-        self, dataset: Any, folder: Path, part: str, *, top_k: int | None, data_path: str
+        self,
+        dataset: _Samples,
+        folder: Path,
+        part: str,
+        *,
+        top_k: int | None,
+        data_path: str,
     ) -> None:
         """Join samples and shards.
 
@@ -129,7 +142,7 @@ class StoredTeacher(Dataset[Sample]):
             self._open = (number, shard)
         return self._open[1]
 
-    def _check_shape(self, path: Path, number: int, shard: Any) -> None:
+    def _check_shape(self, path: Path, number: int, shard: safe_open) -> None:
         samples = self.index.parts[self.part].samples
         rows = len(shard_range(number, self.index.shard_samples, samples))
         want = [rows, self.index.seq_length, self.index.top_k]

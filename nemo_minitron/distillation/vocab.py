@@ -5,7 +5,6 @@ Torch only. Letters: c tokens of a chunk, v local vocabulary rows without paddin
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -57,7 +56,9 @@ class VocabShard:
         return torch.where(mine, column, 0), mine
 
 
-def all_reduce(tensor: Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -> Tensor:
+def all_reduce(
+    tensor: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+) -> Tensor:
     """In-place all-reduce; nothing happens in a group of one."""
     if group.size() > 1:
         dist.all_reduce(tensor, op=op, group=group)

@@ -59,7 +59,7 @@ class DistillationGPTModel(MinitronGPTModel):
         self.objective = ResidentTeacher(self.teacher, self.intermediate)
 
     @classmethod
-    def restore_from(cls, restore_path: str, *args: Any, **kwargs: Any) -> NoReturn:
+    def restore_from(cls, restore_path: str, *args: object, **kwargs: object) -> NoReturn:
         """Refuse: what ``save_to`` writes is the student, which is a MinitronGPTModel.
 
         Raises:

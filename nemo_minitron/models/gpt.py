@@ -153,7 +153,7 @@ class MinitronGPTModel(ModelPT):
         NemoFileConnector().save_to(self, str(Path(save_path).expanduser().resolve()))
 
     @classmethod
-    def restore_from(cls, restore_path: str, *args: Any, **kwargs: Any) -> Any:
+    def restore_from(cls, restore_path: str, *args: object, **kwargs: object) -> Any:
         """Rebuild a model from a ``.nemo`` archive of any layout (a call of every rank).
 
         Arguments are those of ``NemoFileConnector.restore_from``.

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -279,7 +278,7 @@ class IntermediateLosses:
             before = config.finalize_model_grads_func
             config.finalize_model_grads_func = partial(self._finalize, before)
 
-    def _finalize(self, before: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    def _finalize(self, before: Callable[..., None], *args: object, **kwargs: object) -> None:
         before(*args, **kwargs)
         shape = (self.teacher.hidden_size, self.student.hidden_size)
         sum_gradients(self.projections, shape, self.groups.pp, self._device)

@@ -96,7 +96,7 @@ def _unpacked(path: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _problem(step: Callable[..., None], *args: Any) -> Exception | None:
+def _problem(step: Callable[..., None], *args: object) -> Exception | None:
     """What a step of one rank raises."""
     try:
         step(*args)
@@ -166,7 +166,7 @@ class NemoFileConnector(SaveRestoreConnector):
 
     def restore_from(
         self,
-        calling_cls: Any,
+        calling_cls: type[ModelPT],
         restore_path: str,
         override_config_path: str | DictConfig | None = None,
         map_location: torch.device | None = None,

@@ -1,14 +1,18 @@
 """Norms that Transformer Engine fuses into the linear layer that reads them."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+if TYPE_CHECKING:
+    from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear
 
-def normed_input(linear: Any, x: Tensor) -> Tensor:
+
+def normed_input(linear: "TELayerNormColumnParallelLinear", x: Tensor) -> Tensor:
     """What Transformer Engine's fused norm + linear layer feeds its matrix.
 
     Args:
@@ -28,7 +32,7 @@ def normed_input(linear: Any, x: Tensor) -> Tensor:
     return F.layer_norm(x, shape, weight, bias, eps)
 
 
-def norms_and_readers(block: Any) -> list[tuple[nn.Module, nn.Module | None]]:
+def norms_and_readers(block: TransformerLayer) -> list[tuple[nn.Module, nn.Module | None]]:
     """What attention and the MLP of a layer read, each with its one reader.
 
     Returns:
@@ -44,7 +48,7 @@ def norms_and_readers(block: Any) -> list[tuple[nn.Module, nn.Module | None]]:
 
 def on_normed(
     norm: nn.Module,
-    linear: nn.Module | None,
+    linear: "TELayerNormColumnParallelLinear | None",
     share: Callable[[Tensor], Tensor],
     observe: Callable[[Tensor], None],
 ) -> RemovableHandle:

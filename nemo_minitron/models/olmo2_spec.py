@@ -7,6 +7,7 @@ Those norms are held by the linear layers that write, under the names Megatron-B
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.extensions.transformer_engine import (
     TEColumnParallelLinear,
     TENorm,
@@ -24,6 +25,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
@@ -40,13 +42,13 @@ class NormedRowParallelLinear(_Row):
     """A row-parallel linear layer whose whole output is normalised."""
 
     def __init__(
-        self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any
+        self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: object
     ) -> None:
         super().__init__(input_size, output_size, config=config, **kwargs)
         eps = config.layernorm_epsilon
         self.post_layernorm = _Norm(config=config, hidden_size=output_size, eps=eps)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor | None]:
         """``[s, b, w / tp]`` -> ``[s, b, h]`` (s split under sequence parallelism)."""
         out, bias = super().forward(x, *args, **kwargs)
         return self.post_layernorm(out), bias
@@ -58,7 +60,7 @@ class ProjectionNorm(torch.nn.Module):
     Each rank has the weights of its own heads; the mean square is that of the heads of all ranks.
     """
 
-    def __init__(self, heads: int, config: TransformerConfig, group: Any) -> None:
+    def __init__(self, heads: int, config: TransformerConfig, group: dist.ProcessGroup) -> None:
         """Prepare the norm.
 
         Args:
@@ -83,7 +85,10 @@ class ProjectionNorm(torch.nn.Module):
         return out.to(x.dtype).view_as(x)
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: Any = None,
     ) -> dict[str, Any]:
         """The weight as Megatron stores a tensor that is split along its first dim."""
         state: dict[str, Any] = make_sharded_tensors_for_checkpoint(
@@ -100,7 +105,7 @@ class ProjectionNorm(torch.nn.Module):
 class Olmo2Attention(SelfAttention):
     """Self-attention with ``ProjectionNorm`` on queries and on keys."""
 
-    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, config: TransformerConfig, *args: object, **kwargs: object) -> None:
         super().__init__(config, *args, **kwargs)
         group = self.pg_collection.tp
         self.q_layernorm = ProjectionNorm(self.num_attention_heads_per_partition, config, group)
@@ -115,7 +120,7 @@ def block_spec(config: TransformerConfig, vp_stage: int | None, pp_rank: int) ->
     return spec
 
 
-def _rebuild(layer: Any) -> None:
+def _rebuild(layer: TransformerLayerSubmodules) -> None:
     """Make an OLMo-2 layer of the submodules of a common one."""
     layer.input_layernorm = layer.pre_mlp_layernorm = IdentityOp
     layer.sharded_state_dict_keys_map = {}

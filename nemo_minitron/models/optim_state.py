@@ -7,13 +7,16 @@ optimizer that loads, the learning rate is the scheduler's, and what is left is 
 """
 
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from nemo_minitron.runtime.groups import ParallelGroups
+
+if TYPE_CHECKING:
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 
 _SHARDING = "fully_reshardable"
 
@@ -71,7 +74,7 @@ def _parts(optimizer: MegatronOptimizer) -> list[Any]:
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
-def _torch_adam(part: Any) -> Any | None:
+def _torch_adam(part: MegatronOptimizer) -> Any | None:
     """The inner torch Adam of an optimizer, None where Apex or Transformer Engine gives one."""
     inner = part.optimizer
     return inner if isinstance(inner, torch.optim.Adam | torch.optim.AdamW) else None
@@ -110,13 +113,13 @@ def _sharded_and_step(state: dict[str, Any]) -> tuple[dict[str, Any], float]:
     return tensors, float(max(steps))
 
 
-def _padding_before(buffer: Any) -> list[int]:
+def _padding_before(buffer: "_ParamAndGradBuffer") -> list[int]:
     """Elements of padding that precede each bucket of one of Megatron's gradient buffers."""
     padding = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
     return [0, *accumulate(padding)][:-1]
 
 
-def _undo_shift(part: Any, param_state: dict[int, dict[str, Any]]) -> None:
+def _undo_shift(part: DistributedOptimizer, param_state: dict[int, dict[str, Any]]) -> None:
     """Give every parameter its own weights and moments where Megatron took a neighbour's.
 
     To save in the ``fully_reshardable`` format, Megatron gathers a buffer without the padding
@@ -149,7 +152,7 @@ def _with_step(groups: list[dict[str, Any]], step: float) -> list[dict[str, Any]
     return [{**group, "step": int(step)} for group in groups]
 
 
-def _load_distributed(part: Any, tensors: dict[Any, Any], step: float) -> None:
+def _load_distributed(part: DistributedOptimizer, tensors: dict[Any, Any], step: float) -> None:
     """Load a distributed optimizer.
 
     With torch's Adam, Megatron's ``fully_reshardable`` loader expects the step count among the
@@ -169,7 +172,7 @@ def _load_distributed(part: Any, tensors: dict[Any, Any], step: float) -> None:
         value["step"] = torch.tensor(step)
 
 
-def _load_replicated(part: Any, tensors: dict[str, Any], step: float) -> None:
+def _load_replicated(part: MegatronOptimizer, tensors: dict[str, Any], step: float) -> None:
     """Load an optimizer that every data-parallel rank holds whole."""
     state = part.state_dict()
     inner = state.get("optimizer", state)

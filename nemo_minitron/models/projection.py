@@ -65,7 +65,10 @@ class Projection(torch.nn.Module):
         return F.linear(states, self.weight)
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """One tensor for ``dist_checkpointing``, every copy a replica of it."""
         key = f"{prefix}weight"

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from nemo_minitron.config.balance import balanced_layout
@@ -213,7 +214,13 @@ def _layer_numbers(chunks: Sequence[HiddenGPTModel]) -> list[list[int]]:
     return [[layer.layer_number - 1 for layer in chunk.decoder.layers] for chunk in chunks]
 
 
-def _prune_layer(job: _Job, position: int, path: tuple[int, int], layer: Any, target: Any) -> None:
+def _prune_layer(
+    job: _Job,
+    position: int,
+    path: tuple[int, int],
+    layer: TransformerLayer | None,
+    target: TransformerLayer | None,
+) -> None:
     """Slice, free and hand over one layer.
 
     Args:
@@ -241,7 +248,7 @@ def _prune_layer(job: _Job, position: int, path: tuple[int, int], layer: Any, ta
         parameter.data = filled[name]
 
 
-def _slice_layer(job: _Job, position: int, layer: Any) -> dict[str, Tensor]:
+def _slice_layer(job: _Job, position: int, layer: TransformerLayer) -> dict[str, Tensor]:
     """Name of the row after pruning -> local tensor; the layer is empty afterwards.
 
     Only dims that are not split are sliced: the winners of a dim that is split are chosen among the
@@ -284,7 +291,7 @@ def _merge(job: _Job, position: int, tensor: Tensor) -> Tensor:
     return merged.chunk(group.size())[group.rank()].clone()
 
 
-def _by_row(job: _Job, config: ModelConfig, layer: Any) -> dict[str, nn.Parameter]:
+def _by_row(job: _Job, config: ModelConfig, layer: TransformerLayer) -> dict[str, nn.Parameter]:
     """Name of the row -> parameter of a layer, whichever spec built it.
 
     Experts are numbered within their rank in a module, and over the whole layer in the table.

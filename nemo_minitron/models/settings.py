@@ -9,6 +9,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.tensor_parallel import layers as megatron_layers
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_minitron.config.layout import recompute_settings
 from nemo_minitron.config.megatron import ForwardMegatronConfig, MegatronConfig, merged_recompute
@@ -123,7 +124,10 @@ def ddp_config(
 
 
 def optimizer_config(
-    optim: OptimConfig, trainer: TrainerConfig, megatron: MegatronConfig, like: Any
+    optim: OptimConfig,
+    trainer: TrainerConfig,
+    megatron: MegatronConfig,
+    like: tuple[DistributedDataParallelConfig, TransformerConfig],
 ) -> OptimizerConfig:
     """Megatron's settings of Adam.
 

@@ -103,7 +103,7 @@ def check_training_with_megatron(
     _made(megatron, optimizer_config, optim, trainer, megatron, (ddp, made))
 
 
-def _made(megatron: ForwardMegatronConfig, make: Callable[..., Any], *args: Any) -> Any:
+def _made(megatron: ForwardMegatronConfig, make: Callable[..., Any], *args: object) -> Any:
     """What ``make`` makes; a refusal of Megatron's as a ``ValueError`` that names the keys."""
     try:
         return make(*args)

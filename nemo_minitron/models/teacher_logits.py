@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from nemo_minitron.checkpoint.seals import check_seal
+from nemo_minitron.data.datasets import SampleSet
 from nemo_minitron.distillation.logit_index import (
     Part,
     shard_name,
@@ -82,7 +83,7 @@ class LogitWriter:
     def write(
         self,
         part: str,
-        dataset: Any,
+        dataset: SampleSet,
         advance: Callable[[int], None],
         between: Callable[[], None] = lambda: None,
     ) -> None:
@@ -131,7 +132,7 @@ class LogitWriter:
         missing: list[int] = box[0]
         return missing
 
-    def _outputs(self, dataset: Any, mine: range, longest: int) -> dict[str, Tensor] | None:
+    def _outputs(self, dataset: SampleSet, mine: range, longest: int) -> dict[str, Tensor] | None:
         """Tensors of a shard on the rank that writes it, else None.
 
         Args:
@@ -151,7 +152,7 @@ class LogitWriter:
         hashes = [sample_hash(tokens) for batch in full for tokens in batch["tokens"].cpu()]
         return {**found, "tokens": torch.tensor(hashes[:rows])}
 
-    def _micro_batches(self, dataset: Any, mine: range, longest: int) -> list[Batch]:
+    def _micro_batches(self, dataset: SampleSet, mine: range, longest: int) -> list[Batch]:
         """As many on every rank, filled up with samples that nobody asked for."""
         size = self.storing.micro_batch_size
         count = -(-longest // size)

@@ -74,7 +74,7 @@ class Plan(Mapping[str, Any]):
         layers: list[int] = self.kept["layer"]
         return layers
 
-    def replaced(self, **kept: Any) -> Plan:
+    def replaced(self, **kept: object) -> Plan:
         """The same plan with other indices for some axes."""
         return Plan({**self.kept, **kept}, self.merge)
 

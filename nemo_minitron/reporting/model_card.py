@@ -171,11 +171,12 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 
-def templates(**settings: Any) -> "Environment":
+def templates(*, autoescape: bool = False, keep_trailing_newline: bool = False) -> "Environment":
     """The templates below ``templates/``; a value that is missing is an error.
 
     Args:
-        settings: further ones of ``jinja2.Environment``.
+        autoescape: as ``jinja2.Environment`` has it.
+        keep_trailing_newline: as ``jinja2.Environment`` has it.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -184,5 +185,6 @@ def templates(**settings: Any) -> "Environment":
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        **settings,
+        autoescape=autoescape,
+        keep_trailing_newline=keep_trailing_newline,
     )

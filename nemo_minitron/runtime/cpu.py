@@ -55,7 +55,7 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
     """A factory (or ``Tensor.to``) that takes a CUDA device for the CPU."""
 
     @wraps(factory)
-    def make(*args: Any, **kwargs: Any) -> Any:
+    def make(*args: object, **kwargs: object) -> Any:
         if kwargs:
             if _is_cuda(kwargs.get("device")):
                 kwargs["device"] = _CPU
@@ -178,7 +178,10 @@ def install_mamba() -> None:
         """The norm of the mixer with its sharded state, as Megatron-Core defines it."""
 
         def sharded_state_dict(
-            self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
+            self,
+            prefix: str = "",
+            sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+            metadata: Any = None,
         ) -> Any:
             return make_sharded_tensors_for_checkpoint(
                 self.state_dict(prefix="", keep_vars=True),

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from multiprocessing.managers import SyncManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,11 @@ from torch import Tensor, nn
 from nemo_minitron.runtime import endings
 from nemo_minitron.runtime.extensions import before_megatron
 from nemo_minitron.runtime.supervise import outlive_signals
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.spec_utils import ModuleSpec
 
 before_megatron()
 
@@ -51,7 +56,7 @@ def batch_on_this_cp_rank(batch: dict[str, Tensor], group: dist.ProcessGroup) ->
 
 
 def cached_forward(
-    chunk: nn.Module, collection: Any, batch: int, length: int, vocab_size: int
+    chunk: nn.Module, collection: "ProcessGroupCollection", batch: int, length: int, vocab_size: int
 ) -> Any:
     """Megatron's inference wrapper around a chunk, ready for a forward pass with a KV cache.
 
@@ -81,7 +86,7 @@ def cached_forward(
     return wrapper
 
 
-def _wrapper_config(chunk: Any, batch: int, length: int, vocab_size: int) -> Any:
+def _wrapper_config(chunk: "GPTModel", batch: int, length: int, vocab_size: int) -> Any:
     """The settings that 0.16 takes beside the model."""
     from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import (
         InferenceWrapperConfig,
@@ -97,7 +102,7 @@ def _wrapper_config(chunk: Any, batch: int, length: int, vocab_size: int) -> Any
     )
 
 
-def mlp_submodules(mlp: Any) -> Any:
+def mlp_submodules(mlp: "ModuleSpec | partial[Any]") -> Any:
     """The submodules in a layer spec's MLP: 0.16 has a ``ModuleSpec`` there, 0.19 a ``partial``."""
     return mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
 

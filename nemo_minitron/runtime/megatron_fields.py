@@ -121,7 +121,7 @@ def _conform(annotation: Any, value: Any) -> Any:
     raise TypeError(expected(annotation))
 
 
-def _one_of(annotation: Any, value: Any) -> Any:
+def _one_of(annotation: object, value: object) -> Any:
     # An exact plain type first: 1 is an int where int and float are both allowed.
     choices = sorted(get_args(annotation), key=lambda choice: type(value) is not choice)
     for choice in choices:
@@ -140,7 +140,7 @@ def _sequence(origin: Callable[[Any], Any], items: tuple[Any, ...], value: list[
     return origin([_conform(kind, item) for kind, item in zip(items, value, strict=True)])
 
 
-def expected(annotation: Any) -> str:
+def expected(annotation: object) -> str:
     """What a value of this annotation is, in words."""
     origin, items = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from nemo_minitron.checkpoint.seals import check_seal, sealed_file
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import SearchConfig
-from nemo_minitron.data.datasets import stage_dataset, training_datasets
+from nemo_minitron.data.datasets import SampleSet, stage_dataset, training_datasets
 from nemo_minitron.documents import read_json_object
 from nemo_minitron.evaluation.lm_loss import evaluate_lm
 from nemo_minitron.families.registry import family_of
@@ -88,7 +88,7 @@ def _kept(path: Path) -> Record:
 
 
 def _zero_shot(
-    cfg: SearchConfig, config: ModelConfig, one: Candidate, plan: Plan, dataset: Any
+    cfg: SearchConfig, config: ModelConfig, one: Candidate, plan: Plan, dataset: SampleSet
 ) -> Record:
     """Load the model, prune it where it is, and evaluate."""
     groups = ParallelGroups.current()
@@ -110,7 +110,7 @@ def _zero_shot(
 
 
 def _evaluate(
-    cfg: SearchConfig, chunks: list[HiddenGPTModel], vocab_size: int, dataset: Any
+    cfg: SearchConfig, chunks: list[HiddenGPTModel], vocab_size: int, dataset: SampleSet
 ) -> dict[str, float]:
     for chunk in chunks:
         chunk.eval()
@@ -123,7 +123,7 @@ def _short_distillation(
     config: ModelConfig,
     record: Record,
     plans: dict[str, Plan],
-    dataset: Any,
+    dataset: SampleSet,
     work: Path,
 ) -> float:
     """LM loss of a candidate after a few steps; training goes on from its last checkpoint."""

@@ -1,6 +1,7 @@
 """The tasks of ``minitron evaluate``: checks, and answers of either kind of model."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from nemo_minitron.evaluation.tasks import (
 )
 
 if TYPE_CHECKING:
+    from nemo_minitron.evaluation.requests import Question
     from nemo_minitron.models.build import HiddenGPTModel
     from nemo_minitron.runtime.groups import ParallelGroups
 
@@ -89,7 +91,7 @@ def answer_tasks(
     stops = stop_ids(folder, tokenizer, model.hf.get("eos_token_id"))
     answers = Answers(scorer, tokenizer, stops)
 
-    def lead(ask: Any) -> Any:
+    def lead(ask: "Callable[[Question], Any]") -> Any:
         lm = MegatronLM(ask, tokenizer, max_length=max_length(cfg, model))
         return run_tasks(lm, cfg.tasks, cfg.tasks_path, cfg.lm_eval)
 

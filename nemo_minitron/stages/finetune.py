@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.checkpoint.artifact import check_output
 from nemo_minitron.checkpoint.lineage import record
@@ -25,6 +25,10 @@ from nemo_minitron.stages.settings import (
     opened_inputs,
     splits,
 )
+
+if TYPE_CHECKING:
+    from nemo_minitron.models.gpt import MinitronGPTModel
+    from nemo_minitron.models.training import Samples
 
 
 def check(cfg: FinetuneConfig) -> None:
@@ -129,7 +133,11 @@ def train(
 
 
 def _fit(
-    cfg: TrainingStageConfig, config: ModelConfig, model: Any, samples: Any, work: Path
+    cfg: TrainingStageConfig,
+    config: ModelConfig,
+    model: "MinitronGPTModel",
+    samples: "Samples",
+    work: Path,
 ) -> dict[str, Any]:
     from nemo_minitron.families.registry import family_of
     from nemo_minitron.families.table import parameter_count

@@ -16,6 +16,8 @@ from nemo_minitron.runtime.ranks import launched_world_size, rank
 from nemo_minitron.stages.settings import check_settings, on_ranks, opened_inputs
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from nemo_minitron.data.filters import Generated
 
 DATA = "data.jsonl"
@@ -104,7 +106,11 @@ def _sample(
 
 
 def _write(
-    cfg: GenerateConfig, prompts: list[Prompt], tokenizer: Any, stops: frozenset[int], work: Path
+    cfg: GenerateConfig,
+    prompts: list[Prompt],
+    tokenizer: "PreTrainedTokenizerFast",
+    stops: frozenset[int],
+    work: Path,
 ) -> dict[str, Any]:
     """Filter what was written into ``data.jsonl``.
 
@@ -147,7 +153,11 @@ def _write(
 
 
 def _generated(
-    index: int, new: list[int], prompt: Prompt, tokenizer: Any, stops: frozenset[int]
+    index: int,
+    new: list[int],
+    prompt: Prompt,
+    tokenizer: "PreTrainedTokenizerFast",
+    stops: frozenset[int],
 ) -> "Generated":
     """A sample as text. Tokens are decoded after their prompt: some tokenizers join words so."""
     from nemo_minitron.data.filters import Generated

@@ -81,7 +81,7 @@ def _scores(cfg: PruneConfig, rounds: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _provenance(folder: Path, data: Any) -> dict[str, Any]:
+def _provenance(folder: Path, data: object) -> dict[str, Any]:
     """Of one scores folder; ``data`` is the path of the calibration text."""
     meta = read_meta(folder)
     aggregation, how = meta.get("aggregation", {}), meta.get("data", {})

@@ -37,7 +37,7 @@ class Stated:
             raise ValueError(f"{self.where} does not say {self.name(key)}")
         return self.values[key]
 
-    def get(self, key: str, default: Any) -> Any:
+    def get(self, key: str, default: object) -> Any:
         """A value, or Megatron-Core's default where the file says none, or null."""
         value = self.values.get(key)
         return default if value is None else value
