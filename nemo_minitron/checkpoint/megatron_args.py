@@ -81,6 +81,27 @@ def _vocab_multiple(vocab_size: int) -> int:
     return next(step for step in count(_VOCAB_STEP, _VOCAB_STEP) if (vocab_size - 1) % step)
 
 
+_ROUTER = (
+    "moe_router_score_function",
+    "moe_router_enable_expert_bias",
+    "moe_router_topk_scaling_factor",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+)
+
+
+def _hybrid_args(config: ModelConfig) -> JsonObject:
+    return {
+        "is_hybrid_model": True,
+        "hybrid_layer_pattern": config.hybrid_layer_pattern,
+        "spec": None,  # Megatron-LM's own for hybrid models
+        "mamba_num_heads": config.mamba_num_heads,
+        "mamba_head_dim": config.mamba_head_dim,
+        "mamba_num_groups": config.mamba_num_groups,
+        "mamba_state_dim": config.mamba_state_dim,
+    }
+
+
 def megatron_lm_args(config: ModelConfig) -> Namespace:
     """Arguments with which Megatron-LM builds this model."""
     positions = config.max_position_embeddings
@@ -95,6 +116,10 @@ def megatron_lm_args(config: ModelConfig) -> Namespace:
     used |= yarn | megatron_fields(config)
     if scaling.get("rope_type") == "linear":
         used["rotary_seq_len_interpolation_factor"] = scaling["factor"]
+    if config.hybrid_layer_pattern is not None:
+        used |= _hybrid_args(config)
+    if config.moe_router_score_function != "softmax":
+        used |= {name: getattr(config, name) for name in _ROUTER} | {"moe_router_dtype": "fp32"}
     return Namespace(
         **{**_NEUTRAL, **used},
         num_layers=config.num_layers,
@@ -149,13 +174,15 @@ Place = tuple[str, tuple[int, ...], tuple[int, ...]]
 """Key, and where in a grid of what shape the object lies: a layer, or a layer and an expert."""
 
 # Modules of Transformer Engine that have a state. Megatron takes the output layer's away itself.
-_WITH_STATE = re.compile(r"linear_\w+|\w*layernorm|core_attention")
+_WITH_STATE = re.compile(r"linear_\w+|\w*layernorm|core_attention|in_proj|out_proj|final_norm")
 _QKV, _ATTENTION = ".self_attention.linear_qkv", ".self_attention.core_attention"
 
 
-def _modules(row: Row) -> list[str]:
+def _modules(row: Row, layer: int | None) -> list[str]:
     """Modules that hold a row under Transformer Engine; attention has no parameter of its own."""
-    module = stacked_name(row.te_name or row.name).replace("{layer}.", "").rpartition(".")[0]
+    number = "" if layer is None else f"{layer}."
+    name = stacked_name(row.te_name or row.name).replace("{layer}.", number)
+    module = name.rpartition(".")[0]
     modules = [module, module.replace(_QKV, _ATTENTION)] if module.endswith(_QKV) else [module]
     return [name for name in modules if _WITH_STATE.fullmatch(name.rpartition(".")[2])]
 
@@ -165,7 +192,7 @@ def extra_states(family: Family, config: ModelConfig) -> Iterator[Place]:
     seen = set()
     for _, row, layer in family.parameters(config):
         axes = stack_axes(row, layer, config) or [(0, 1)]
-        for module in _modules(row):
+        for module in _modules(row, None if config.stacked_layers else layer):
             place = (
                 f"{module}._extra_state",
                 tuple(index for index, _ in axes),

@@ -4,7 +4,8 @@ Files are written and read by torch.distributed.checkpoint's file-system classes
 that names Megatron's keys. The layout is the one ``megatron.core.dist_checkpointing`` calls
 homogeneous: one key for all layers, ``decoder.layers.mlp.linear_fc1.weight`` of shape
 ``[num_layers, ...]`` with a chunk per layer; experts ``[num_layers, num_moe_experts, ...]`` with
-a chunk per expert; other parameters under their own name. Norms that
+a chunk per expert; other parameters under their own name. Where layers differ, keys have the
+number of the layer, and no axis for layers. Norms that
 Transformer Engine fuses are stored under the TE name, as Megatron's local spec stores them too. The
 vocabulary is stored unpadded. Shapes are global.
 
@@ -18,7 +19,7 @@ import json
 import logging
 import os
 import pickle
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -49,7 +50,7 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from nemo_minitron.checkpoint.common_state import COMMON_KEY, COMMON_PT
-from nemo_minitron.checkpoint.lazy import Store, row_blocks
+from nemo_minitron.checkpoint.lazy import LazyTensor, Store, from_runs, row_blocks
 from nemo_minitron.checkpoint.megatron_args import common_state, extra_states, name_on_disk, stored
 from nemo_minitron.checkpoint.page_cache import create
 from nemo_minitron.checkpoint.parts import in_folder
@@ -64,6 +65,8 @@ from nemo_minitron.checkpoint.torch_dist_read import (
 )
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.documents import JsonObject
+from nemo_minitron.families.dims import DIMS
+from nemo_minitron.families.fuse import rows_of_part
 from nemo_minitron.families.table import Family, Row
 from nemo_minitron.runtime.atomic import atomic_file
 
@@ -80,9 +83,15 @@ CONTENT_METADATA = {"singleton_local_shards": False, "non_homogeneous_layers": F
 _MAX_FILE_BYTES = 2 << 30
 
 
-def disk_key(row: Row) -> str:
-    """Key of a row on disk: TE name where there is one, layer and expert number left out."""
-    return stacked_name(row.te_name or row.name).replace("{layer}.", "")
+def disk_key(row: Row, layer: int | None = None) -> str:
+    """Key of a row on disk: TE name where there is one, expert number left out.
+
+    Args:
+        row: of the table.
+        layer: number of the layer where each has keys of its own, None where one key holds all.
+    """
+    number = "" if layer is None else f"{layer}."
+    return stacked_name(row.te_name or row.name).replace("{layer}.", number)
 
 
 class _PastThePageCache(FileSystem):
@@ -161,11 +170,24 @@ def _tensor_data(item: WriteItem) -> TensorWriteData:
     return item.tensor_data
 
 
+def _tensors(
+    store: Store, family: Family, config: ModelConfig
+) -> Iterator[tuple[str, str, LazyTensor, list[tuple[int, int]]]]:
+    """Name, key on disk, values and leading axes of every tensor, layers in order."""
+    for name, row, layer in family.parameters(config):
+        axes, whole = stack_axes(row, layer, config), store[name]
+        key = disk_key(row, None if config.stacked_layers else layer)
+        if not row.parts_on_disk:
+            yield name, key, whole, axes
+        for number, part in enumerate(row.parts_on_disk):
+            rows = rows_of_part(DIMS[row.dims[0]], config, number)
+            yield name, f"{key}.{part}", from_runs([whole], rows), axes
+
+
 def _write_pieces(store: Store, family: Family, config: ModelConfig) -> dict[str, list[_Piece]]:
     """What to write under each key, layers in order; large tensors in several pieces."""
     pieces: dict[str, list[_Piece]] = {}
-    for name, row, layer in family.parameters(config):
-        key, lazy = disk_key(row), store[name]
+    for name, key, lazy, axes in _tensors(store, family, config):
         group = pieces.setdefault(key, [])
         dtype = _tensor_data(group[0][0]).properties.dtype if group else lazy.dtype
         if dtype != lazy.dtype:
@@ -173,7 +195,6 @@ def _write_pieces(store: Store, family: Family, config: ModelConfig) -> dict[str
                 f"{name} is {lazy.dtype} but its first layer is {dtype}; convert the source to one "
                 "dtype"
             )
-        axes = stack_axes(row, layer, config)
         for start, stop, read in row_blocks(lazy):
             rows = slice(start, stop)
             group.append((_write_item(key, lazy.shape, axes, rows, dtype), read))

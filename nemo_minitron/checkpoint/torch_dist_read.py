@@ -23,12 +23,13 @@ from torch.distributed.checkpoint.metadata import (
 
 from nemo_minitron.checkpoint.common_state import COMMON_PT
 from nemo_minitron.checkpoint.inside import is_inside
-from nemo_minitron.checkpoint.lazy import LazyTensor, Store
+from nemo_minitron.checkpoint.lazy import LazyTensor, Store, from_runs
 from nemo_minitron.checkpoint.parts import Find, Part, in_folder, piece_of
 from nemo_minitron.checkpoint.safe_pickle import PICKLE_ERRORS, read_metadata
 from nemo_minitron.checkpoint.torch_dist_rows import RowReader, read_region
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.documents import json_value
+from nemo_minitron.families.dims import DIMS
 from nemo_minitron.families.table import Family, Row
 
 FORMAT_JSON = "metadata.json"
@@ -48,8 +49,12 @@ def stacked_name(name: str) -> str:
 
 
 def stack_axes(row: Row, layer: int | None, config: ModelConfig) -> list[tuple[int, int]]:
-    """(index, size) of each axis that Megatron puts before a parameter's own: layer, expert."""
-    axes = [] if layer is None else [(layer, config.num_layers)]
+    """(index, size) of each axis that Megatron puts before a parameter's own: layer, expert.
+
+    Where layers differ, each has keys of its own and only experts are stacked.
+    """
+    stacked = layer is not None and config.stacked_layers
+    axes = [(layer, config.num_layers)] if stacked and layer is not None else []
     if row.expert is not None:
         axes.append((row.expert, config.num_moe_experts or 0))
     return axes
@@ -188,25 +193,27 @@ def open_torch_dist(where: Path, find: Find | None = None) -> Checkpoint:
 
 
 def _locate(
-    row: Row, layer: int | None, checkpoint: Checkpoint, prefix: str
+    row: Row, layer: int | None, checkpoint: Checkpoint, prefix: str, part: str
 ) -> tuple[str, TensorStorageMetadata, bool] | None:
     """Key, metadata and whether the key holds all layers; None when the checkpoint lacks it."""
     for name in map(stacked_name, row.names_on_disk):
         for key, stacked in ((name.replace("{layer}.", ""), True), (name, False)):
             if not stacked and layer is not None:
                 key = key.format(layer=layer)
-            saved = checkpoint.tensor(prefix + key)
+            key = prefix + key + part
+            saved = checkpoint.tensor(key)
             if saved is not None:
-                return prefix + key, saved, stacked and layer is not None
+                return key, saved, stacked and layer is not None
     return None
 
 
 def _wanted(
-    row: Row, layer: int | None, stacked: bool, config: ModelConfig, saved: TensorStorageMetadata
+    row: Row,
+    axes: list[tuple[int, int]],
+    sizes: tuple[int, ...],
+    saved: TensorStorageMetadata,
 ) -> ChunkStorageMetadata | None:
     """Region that holds one parameter; None when the saved shape does not fit the config."""
-    sizes = row.shape(config)
-    axes = stack_axes(row, layer if stacked else None, config)
     rows = list(saved.size)
     if rows[: len(axes)] != [count for _, count in axes]:
         return None
@@ -231,6 +238,46 @@ def _refuse_unknown(used: set[str], checkpoint: Checkpoint, prefix: str) -> None
             raise ValueError(f"{checkpoint.where} holds {key}, which this model does not have")
 
 
+@dataclass(frozen=True)
+class _Place:
+    """One tensor on disk: a parameter, or a part of it (``Row.parts_on_disk``)."""
+
+    name: str
+    row: Row
+    layer: int | None
+    shape: tuple[int, ...]
+    part: str = ""
+
+
+def _stored(
+    place: _Place,
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    prefix: str,
+    used: set[str],
+    starts: dict[tuple[Path, int], int | None],
+) -> LazyTensor:
+    """One tensor of a checkpoint, read when asked for; its key is added to ``used``."""
+    row, layer, shape = place.row, place.layer, place.shape
+    found = _locate(row, layer, checkpoint, prefix, place.part)
+    if found is None:
+        raise ValueError(
+            f"{checkpoint.where} lacks {place.name}{place.part}, which a model of this "
+            "configuration has"
+        )
+    key, saved, stacked = found
+    wanted = _wanted(row, stack_axes(row, layer if stacked else None, config), shape, saved)
+    if wanted is None:
+        raise ValueError(
+            f"{checkpoint.where} holds {key} of shape {tuple(saved.size)}; its config asks for "
+            f"{shape}{f' in {config.num_layers} layers' if stacked else ''}"
+        )
+    used.add(key)
+    read = partial(read_region, checkpoint.reader, key, saved, wanted, shape)
+    rows = RowReader(checkpoint.reader, key, saved, wanted, shape, read, starts)
+    return LazyTensor(shape, saved.properties.dtype, read, rows)
+
+
 def stored_weights(
     checkpoint: Checkpoint, family: Family, config: ModelConfig, *, prefix: str = ""
 ) -> Store:
@@ -253,23 +300,18 @@ def stored_weights(
     used: set[str] = set()
     starts: dict[tuple[Path, int], int | None] = {}
     for name, row, layer in family.parameters(config):
-        found = _locate(row, layer, checkpoint, prefix)
-        if found is None:
-            raise ValueError(
-                f"{checkpoint.where} lacks {name}, which a model of this configuration has"
-            )
-        key, saved, stacked = found
-        wanted = _wanted(row, layer, stacked, config, saved)
-        if wanted is None:
-            raise ValueError(
-                f"{checkpoint.where} holds {key} of shape {tuple(saved.size)}; its config asks for "
-                f"{row.shape(config)}{f' in {config.num_layers} layers' if stacked else ''}"
-            )
-        used.add(key)
         shape = row.shape(config)
-        read = partial(read_region, checkpoint.reader, key, saved, wanted, shape)
-        rows = RowReader(checkpoint.reader, key, saved, wanted, shape, read, starts)
-        store[name] = LazyTensor(shape, saved.properties.dtype, read, rows)
+        if not row.parts_on_disk:
+            place = _Place(name, row, layer, shape)
+            store[name] = _stored(place, checkpoint, config, prefix, used, starts)
+            continue
+        dim = DIMS[row.dims[0]]
+        places = [
+            _Place(name, row, layer, (rows, *shape[1:]), f".{part}")
+            for part, rows in zip(row.parts_on_disk, dim.part_sizes(config), strict=True)
+        ]
+        parts = [_stored(place, checkpoint, config, prefix, used, starts) for place in places]
+        store[name] = from_runs(parts, list(dim.runs(config)))
     _refuse_unknown(used, checkpoint, prefix)
     return store
 

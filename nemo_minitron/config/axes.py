@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from nemo_minitron.config.layers import ATTENTION, EXPERTS, MLP, layers_of
+from nemo_minitron.config.layers import ATTENTION, EXPERTS, MAMBA, MLP, kinds_of
 
 if TYPE_CHECKING:
     from nemo_minitron.config.model import ModelConfig
@@ -40,6 +40,11 @@ class Axis:
             input.
         seen_dim: what that last dim holds (``families.dims``), where it is not the dim of the same
             name.
+        seen_part: where the module's output is scored in place of its input: which part of the dim
+            ``seen_dim`` of the output is.
+        within: the axis whose indices every index of this one has (each Mamba head has all head
+            channels). Its scores are kept for each of them, and combined by the L2 norm over those
+            that stay (2504.11409, section 3.1).
         split_by: the parallel degree that has to divide the size; empty where nothing splits it.
         grain: how many neighbouring indices are ranked, kept and dropped together.
         label: what reports call its indices, where they show what each layer keeps.
@@ -54,6 +59,8 @@ class Axis:
     scores: str = ""
     seen_at: str = ""
     seen_dim: str = ""
+    seen_part: int | None = None
+    within: str = ""
     split_by: str = ""
     grain: int = 1
     label: str = ""
@@ -101,6 +108,39 @@ _TABLE = (
         seen_at="self_attention.linear_proj",
         split_by=_TP,
         label="query heads",
+    ),
+    Axis(
+        "mamba_group",
+        "mamba_num_groups",
+        Scope.LAYER,
+        MAMBA,
+        scores="mamba_head",
+        split_by=_TP,
+        label="Mamba groups",
+        doc="Cannot be pruned: every group has states of its own.",
+    ),
+    Axis(
+        "mamba_head_dim",
+        "mamba_head_dim",
+        Scope.LAYER,
+        MAMBA,
+        scores="mamba_head",
+        label="Mamba head channels",
+        doc="Channels of every Mamba head.",
+    ),
+    Axis(
+        "mamba_head",
+        "mamba_num_heads",
+        Scope.LAYER,
+        MAMBA,
+        nested_in="mamba_group",
+        seen_at="mixer.in_proj",
+        seen_dim="mamba_in",
+        seen_part=1,
+        within="mamba_head_dim",
+        split_by=_TP,
+        label="Mamba heads",
+        doc="Heads of every Mamba layer, as many from each group.",
     ),
     Axis(
         "expert",
@@ -162,5 +202,5 @@ def score_axes() -> list[str]:
 
 def has_axis(config: "ModelConfig", axis: Axis) -> bool:
     """Whether a model has an axis: the size, and a layer of the kind that it belongs to."""
-    found = not axis.kind or any(axis.kind in layer.kinds for layer in layers_of(config))
+    found = not axis.kind or any(axis.kind in kinds for kinds in kinds_of(config))
     return found and axis_size(config, axis.name) > 0

@@ -8,9 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-PER_LAYER: Mapping[str, Any] = {"per_layer": True}
+OPTIONAL: Mapping[str, Any] = {"optional": True}
+"""Metadata of a field that ``model.yaml`` leaves out at its default, so that a model which does not
+use it has the file that versions without the field write."""
+PER_LAYER: Mapping[str, Any] = {**OPTIONAL, "per_layer": True}
 """Metadata of a field that holds one entry per layer."""
-ATTENTION, MLP, EXPERTS = "*", "-", "E"
+ATTENTION, MLP, EXPERTS, MAMBA = "*", "-", "E", "M"
 """What a layer can be made of, in the letters of Megatron's hybrid models."""
 
 
@@ -32,24 +35,56 @@ def per_layer_fields(config: Any) -> tuple[str, ...]:
     return tuple(field.name for field in fields(config) if field.metadata.get("per_layer"))
 
 
-def layers_of(config: Any) -> list[Layer]:
-    """The layers of a model in order. A GPT layer is attention, then an MLP or experts."""
+def kinds_of(config: Any) -> list[str]:
+    """The letters of every layer.
+
+    A layer of a hybrid model is of one kind. A GPT layer is attention, then an MLP or experts.
+    """
+    pattern = getattr(config, "hybrid_layer_pattern", None)
+    if pattern is not None:
+        return list(pattern)
     kinds = ATTENTION + (MLP if config.num_moe_experts is None else EXPERTS)
+    return [kinds] * config.num_layers
+
+
+def layers_of(config: Any) -> list[Layer]:
+    """The layers of a model in order."""
     lists = {name: getattr(config, name) for name in per_layer_fields(config)}
     lists = {name: values for name, values in lists.items() if values is not None}
     return [
         Layer(kinds, {name: values[index] for name, values in lists.items()})
-        for index in range(config.num_layers)
+        for index, kinds in enumerate(kinds_of(config))
     ]
 
 
-def entries_of(config: Any, layers: Sequence[int]) -> dict[str, list[Any]]:
-    """Entries of the per-layer fields that are set, for some of the layers (0-based)."""
+def check_pattern(pattern: str) -> None:
+    """Check the letters of a hybrid model.
+
+    Raises:
+        ValueError: names the letters that are not supported.
+    """
+    strange = sorted(set(pattern) - {ATTENTION, MLP, EXPERTS, MAMBA})
+    if strange:
+        raise ValueError(
+            f"hybrid_layer_pattern={pattern} holds {' '.join(strange)}; supported are M (Mamba-2), "
+            "* (attention), - (MLP) and E (experts), one letter per layer"
+        )
+
+
+def entries_of(config: Any, layers: Sequence[int]) -> dict[str, Any]:
+    """Entries of the per-layer fields that are set, for some of the layers (0-based).
+
+    A string of letters stays a string, every other field is a list.
+    """
     lists = {name: getattr(config, name) for name in per_layer_fields(config)}
-    return {
+    found = {
         name: [values[layer] for layer in layers]
         for name, values in lists.items()
         if values is not None
+    }
+    return {
+        name: "".join(values) if isinstance(lists[name], str) else values
+        for name, values in found.items()
     }
 
 

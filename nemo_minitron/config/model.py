@@ -8,10 +8,15 @@ from typing import Any
 import yaml
 
 from nemo_minitron.config.layers import (
+    EXPERTS,
+    MAMBA,
+    MLP,
+    OPTIONAL,
     PER_LAYER,
     check_lengths,
+    check_pattern,
     entries_of,
-    per_layer_fields,
+    kinds_of,
 )
 from nemo_minitron.documents import read_yaml_mapping
 
@@ -48,7 +53,7 @@ class ModelConfig:
     add_qkv_bias: bool = False
     qk_layernorm: bool = False
     position_embedding_type: str = "rope"
-    """``rope``, or ``learned_absolute``: a table of ``max_position_embeddings`` rows."""
+    """``rope``, ``learned_absolute`` (a table of ``max_position_embeddings`` rows) or ``none``."""
     rotary_base: float = 10000.0
     rotary_percent: float = 1.0
     rope_scaling: dict[str, Any] | None = None
@@ -72,6 +77,27 @@ class ModelConfig:
     """FFN width of the expert that every token goes through, or None without such an expert."""
     moe_shared_expert_gate: bool = False
     """Multiplies the shared expert's output by the sigmoid of a learned gate."""
+    moe_router_score_function: str = field(default="softmax", metadata=OPTIONAL)
+    """What makes an expert's weight of the router's output: ``softmax`` or ``sigmoid``."""
+    moe_router_enable_expert_bias: bool = field(default=False, metadata=OPTIONAL)
+    """A bias that is added to the scores by which experts are picked, not to their weights."""
+    moe_router_topk_scaling_factor: float | None = field(default=None, metadata=OPTIONAL)
+    """Multiplies the weights of the picked experts."""
+    moe_router_num_groups: int | None = field(default=None, metadata=OPTIONAL)
+    """Groups of experts, the best ``moe_router_group_topk`` of which are picked from."""
+    moe_router_group_topk: int | None = field(default=None, metadata=OPTIONAL)
+    """Groups of experts that each token may be routed to."""
+    hybrid_layer_pattern: str | None = field(default=None, metadata=PER_LAYER)
+    """One letter per layer of a hybrid model: ``M`` Mamba-2, ``*`` attention, ``-`` MLP, ``E``
+    experts. None for a GPT model, whose layers are attention and then an MLP or experts."""
+    mamba_num_heads: int | None = field(default=None, metadata=OPTIONAL)
+    """Heads of every Mamba-2 layer."""
+    mamba_head_dim: int | None = field(default=None, metadata=OPTIONAL)
+    """Channels of each of these heads."""
+    mamba_num_groups: int | None = field(default=None, metadata=OPTIONAL)
+    """Groups of these heads, each with an input and an output matrix (B and C) of its own."""
+    mamba_state_dim: int | None = field(default=None, metadata=OPTIONAL)
+    """Size of the state that each channel of a head has."""
     dtype: str = "float32"
     """Storage dtype of the weights: ``float32``, ``bfloat16`` or ``float16``."""
     kept_layers: list[int] = field(default_factory=list)
@@ -89,6 +115,9 @@ class ModelConfig:
         for name in ("num_layers", "hidden_size", "ffn_hidden_size", "kv_channels", "vocab_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.hybrid_layer_pattern is not None:
+            check_pattern(self.hybrid_layer_pattern)
+            self._check_mamba()
         check_lengths(self)
         if not any(self.no_rope_freq or []):
             self.no_rope_freq = None  # one way to say that every layer rotates
@@ -113,6 +142,24 @@ class ModelConfig:
                 "needs experts that are not shared; set num_moe_experts"
             )
 
+    def _check_mamba(self) -> None:
+        sizes = {
+            name: getattr(self, name)
+            for name in ("mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim")
+        }
+        if MAMBA in kinds_of(self) and not all(sizes.values()):
+            raise ValueError(f"a model with Mamba layers needs sizes above 0, not {sizes}")
+        heads, groups = self.mamba_num_heads, self.mamba_num_groups
+        if heads and groups and heads % groups:
+            raise ValueError(
+                f"mamba_num_heads={heads} must be a multiple of mamba_num_groups={groups}"
+            )
+        if EXPERTS in kinds_of(self) and self.num_moe_experts is None:
+            raise ValueError(
+                f"hybrid_layer_pattern={self.hybrid_layer_pattern} has layers of experts (E), but "
+                "num_moe_experts is not set"
+            )
+
     def _check_experts(self, experts: int) -> None:
         if not 1 <= self.moe_router_topk <= experts:
             raise ValueError(
@@ -134,6 +181,14 @@ class ModelConfig:
         return self.num_attention_heads // self.num_query_groups
 
     @property
+    def stacked_layers(self) -> bool:
+        """Whether checkpoints hold a parameter of all layers under one key.
+
+        Megatron-Core does so where every layer has the same parameters.
+        """
+        return self.hybrid_layer_pattern is None
+
+    @property
     def max_seq_length(self) -> int | None:
         """Longest sequence the model has positions for, or None if any length is possible."""
         learned = self.position_embedding_type == "learned_absolute"
@@ -152,7 +207,7 @@ class ModelConfig:
                 ones stand for them, for counting and for checks.
         """
         changed: dict[str, Any] = dict(sizes)
-        if self.num_moe_experts is not None:
+        if self.hybrid_layer_pattern is None and MLP not in "".join(kinds_of(self)):
             # Every layer has experts, so no layer has this width; it is kept equal to theirs.
             changed["ffn_hidden_size"] = changed.get(
                 "moe_ffn_hidden_size", self.moe_ffn_hidden_size
@@ -169,13 +224,12 @@ class ModelConfig:
     def save(self, folder: Path) -> None:
         """Write ``model.yaml`` into ``folder``.
 
-        A per-layer field that is not set is left out, so that a model whose layers are all alike
-        has the file that versions without the field write.
+        Optional fields are left out at their default (``config.layers.OPTIONAL``).
         """
         values = asdict(self)
-        for name in per_layer_fields(self):
-            if values[name] is None:
-                del values[name]
+        for optional in fields(self):
+            if optional.metadata.get("optional") and values[optional.name] == optional.default:
+                del values[optional.name]
         (folder / MODEL_YAML).write_text(yaml.safe_dump(values, sort_keys=False))
 
     @classmethod

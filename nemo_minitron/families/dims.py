@@ -18,6 +18,8 @@ FIXED: dict[str, Callable[[ModelConfig], int]] = {
     "vocab": lambda config: config.vocab_size,
     "position": lambda config: config.max_position_embeddings,
     "head_dim": lambda config: config.kv_channels,
+    "mamba_state": lambda config: config.mamba_state_dim or 0,
+    "mamba_conv_width": lambda config: 4,
     "one": lambda config: 1,
 }
 """Sizes that are never pruned, unless an axis has the same name."""
@@ -96,6 +98,9 @@ class Dim:
                 yield number, repeat * step, (repeat + 1) * step
 
 
+_MAMBA_X, _MAMBA_B = Part("mamba_head", "mamba_head_dim"), Part("mamba_group", "mamba_state")
+
+
 def _gate_up(axis: str) -> Dim:
     """The rows of the gate projection, then those of the up projection."""
     return Dim((Part(axis), Part(axis)))
@@ -118,6 +123,11 @@ DIMS: dict[str, Dim] = {
         ),
         interleaved_by="query_group",
     ),
+    "mamba_head": Dim((Part("mamba_head"),)),
+    "mamba_inner": Dim((_MAMBA_X,)),
+    # The projection z, x, B, C, dt of a Mamba layer, and the three of them that are convolved.
+    "mamba_in": Dim((_MAMBA_X, _MAMBA_X, _MAMBA_B, _MAMBA_B, Part("mamba_head"))),
+    "mamba_conv": Dim((_MAMBA_X, _MAMBA_B, _MAMBA_B)),
     "expert": Dim((Part("expert"),)),
     "expert_ffn": Dim((Part("expert_ffn"),)),
     "expert_gate_up": _gate_up("expert_ffn"),

@@ -9,6 +9,7 @@ from nemo_minitron.families.gpt2 import GPT2
 from nemo_minitron.families.llama import LLAMA
 from nemo_minitron.families.mixtral import MIXTRAL
 from nemo_minitron.families.nemotron import NEMOTRON
+from nemo_minitron.families.nemotron_h import NEMOTRON_H
 from nemo_minitron.families.olmo2 import OLMO2
 from nemo_minitron.families.phi3 import PHI3
 from nemo_minitron.families.qwen import QWEN2, QWEN3
@@ -17,7 +18,10 @@ from nemo_minitron.families.qwen3_moe import QWEN3_MOE
 from nemo_minitron.families.smollm3 import SMOLLM3
 from nemo_minitron.families.table import Family
 
-_ALL = (LLAMA, QWEN2, QWEN3, NEMOTRON, PHI3, GPT2, MIXTRAL, QWEN2_MOE, QWEN3_MOE, SMOLLM3, OLMO2)
+_ALL = (
+    *(LLAMA, QWEN2, QWEN3, NEMOTRON, PHI3, GPT2, MIXTRAL, QWEN2_MOE, QWEN3_MOE, SMOLLM3, OLMO2),
+    NEMOTRON_H,
+)
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 
 # Keys of config.json that name classes in Python files.

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from nemo_minitron.config.layers import kinds_of
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.dims import DIMS
 
@@ -34,7 +35,10 @@ class Row:
         hf: Hugging Face names; several are fused into one Megatron tensor along dim 0.
         hf_form: how the one Hugging Face tensor differs from Megatron's, a key of
             ``families.fuse.HF_FORMS``, or None if it is stored as it is.
-        te_name: name under the Transformer Engine spec where it differs.
+        te_name: name under the Transformer Engine spec, and in checkpoints, where it differs.
+        parts_on_disk: names of the parts of dim 0, each of which a checkpoint holds as a tensor of
+            its own, named ``<te_name or name>.<part>``; empty where it is one tensor.
+        kind: what a layer has to be made of to have it (``config.layers``); empty for every layer.
         stored_as: one more name that other programs may store it under; never written.
         when: whether a model with this config has the parameter.
         expert: the expert this row belongs to, once ``of_expert`` has filled in ``{expert}``.
@@ -51,6 +55,8 @@ class Row:
     expert: int | None = None
     template: "Row | None" = None
     stored_as: str | None = None
+    parts_on_disk: tuple[str, ...] = ()
+    kind: str = ""
 
     @property
     def names_on_disk(self) -> tuple[str, ...]:
@@ -144,6 +150,7 @@ class Family:
         Rows of experts come one by one, each bound to its expert (``Row.expert``).
         """
         rows: list[Row] = []
+        kinds = kinds_of(config)
         for row in self.rows:
             if row.when(config) and row.per_expert:
                 rows += [row.of_expert(expert) for expert in range(config.num_moe_experts or 0)]
@@ -154,7 +161,7 @@ class Family:
                 yield row.name, row, None
         for layer in range(config.num_layers):
             for row in rows:
-                if row.per_layer:
+                if row.per_layer and row.kind in kinds[layer]:
                     yield row.name.format(layer=layer), row, layer
 
     def find(self, name: str, config: ModelConfig) -> tuple[Row, int | None]:
@@ -163,6 +170,7 @@ class Family:
         Raises:
             ValueError: no row fits; names the parameter and lists the known rows.
         """
+        kinds = kinds_of(config)
         for row in self.rows:
             if not row.when(config):
                 continue
@@ -172,8 +180,11 @@ class Family:
                 match = re.fullmatch(_INDEX.sub(r"(?P<\1>\\d+)", re.escape(pattern)), name)
                 if match:
                     index = {key: int(value) for key, value in match.groupdict().items()}
+                    layer = index.get("layer")
+                    if layer is not None and row.kind not in kinds[min(layer, len(kinds) - 1)]:
+                        continue
                     found = row.of_expert(index["expert"]) if row.per_expert else row
-                    return found, index.get("layer")
+                    return found, layer
         known = "\n  ".join(row.name for row in self.rows)
         raise ValueError(
             f"parameter {name} has no row in the table of family '{self.name}'; add one to "

@@ -31,6 +31,7 @@ from nemo_minitron.models.rotary import set_frequencies
 from nemo_minitron.models.settings import transformer_defaults
 from nemo_minitron.models.spec import HAVE_GROUPED_GEMM, HAVE_TE
 from nemo_minitron.runtime.groups import ParallelGroups
+from nemo_minitron.runtime.megatron import HAVE_HYBRID
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRECISION_DTYPES = {"32": torch.float32, "bf16-mixed": torch.bfloat16}
@@ -127,6 +128,8 @@ def transformer_config(
         qk_layernorm=config.qk_layernorm,
         no_rope_freq=config.no_rope_freq,
         **megatron_fields(config),
+        **_router_fields(config),
+        **_mamba_fields(config),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -135,9 +138,7 @@ def transformer_config(
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
-        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
-        num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
-        pipeline_model_parallel_layout=parallel.pipeline_model_parallel_layout,
+        **_split_fields(config, parallel),
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -154,11 +155,42 @@ def transformer_config(
     return mcore
 
 
-def layer_spec(family: Family) -> Callable[[TransformerConfig, int | None, int], Any]:
+def _router_fields(config: ModelConfig) -> dict[str, Any]:
+    """Fields of a router that picks experts by more than a softmax."""
+    if config.moe_router_score_function == "softmax":
+        return {}
+    return {
+        "moe_router_score_function": config.moe_router_score_function,
+        "moe_router_enable_expert_bias": config.moe_router_enable_expert_bias,
+        # As there is no balancing loss: what the router picks is learnt from the teacher.
+        "moe_router_bias_update_rate": 0.0,
+        "moe_router_topk_scaling_factor": config.moe_router_topk_scaling_factor,
+        "moe_router_num_groups": config.moe_router_num_groups,
+        "moe_router_group_topk": config.moe_router_group_topk,
+    }
+
+
+def _mamba_fields(config: ModelConfig) -> dict[str, Any]:
+    """Sizes of Mamba layers, if there are any."""
+    names = ("mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim")
+    return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+
+
+def _split_fields(config: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
+    """How layers are split over the pipeline; a hybrid model is told by its pattern."""
+    names = (
+        "num_layers_in_first_pipeline_stage",
+        "num_layers_in_last_pipeline_stage",
+        "pipeline_model_parallel_layout",
+    )
+    told = config.hybrid_layer_pattern is not None
+    return {name: None if told else getattr(parallel, name) for name in names}
+
+
+def layer_spec(family: Family) -> Callable[..., Any]:
     """The function that makes the layers of a family (``Family.layer_spec``)."""
     module, _, name = family.layer_spec.partition(":")
-    found: Callable[[TransformerConfig, int | None, int], Any]
-    found = getattr(importlib.import_module(module), name)
+    found: Callable[..., Any] = getattr(importlib.import_module(module), name)
     return found
 
 
@@ -190,10 +222,6 @@ def _build_chunk(
         vp_stage=vp_stage,
     )
     set_frequencies(model, config)
-    # The local norms and learned positions are made in fp32. Megatron converts what it trains; a
-    # model that only runs, such as a teacher, has to be of one dtype too.
-    model.to(mcore.params_dtype)
-    _mark_tensor_parallel(model)
     return model
 
 
@@ -239,13 +267,34 @@ def build_gpt(
     check_layout(config, parallel)
     mcore = transformer_config(config, parallel, dtype, settings)
     length = max_sequence_length or config.max_position_embeddings
+    build_chunk = _build_chunk if config.hybrid_layer_pattern is None else hybrid_builder(parallel)
     stages: list[int | None] = [None]
     if parallel.virtual_pipeline_model_parallel_size:
         stages = list(range(parallel.virtual_pipeline_model_parallel_size))
-    chunks = [_build_chunk(config, mcore, groups, stage, length) for stage in stages]
+    chunks = [build_chunk(config, mcore, groups, stage, length) for stage in stages]
     for chunk in chunks:
         chunk.settings = dict(settings or {})
+        # Local norms and learned positions are made in fp32. Megatron converts what it trains; a
+        # model that only runs, such as a teacher, has to be of one dtype too.
+        chunk.to(mcore.params_dtype)
+        _mark_tensor_parallel(chunk)
     return chunks
+
+
+def hybrid_builder(parallel: ParallelConfig) -> Callable[..., Any]:
+    """Builds the chunks of hybrid models at a layout.
+
+    Raises:
+        ValueError: the installed Megatron-Core has no hybrid model, or no kernels for its layers.
+    """
+    if not HAVE_HYBRID:
+        raise ValueError(
+            "hybrid models (Mamba layers) need megatron-core 0.18 or later, which has HybridModel; "
+            "install it with Python 3.12"
+        )
+    from nemo_minitron.models.hybrid_spec import build_hybrid_chunk
+
+    return functools.partial(build_hybrid_chunk, parallel)
 
 
 def unwrap(module: torch.nn.Module) -> HiddenGPTModel:

@@ -10,7 +10,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.models.build import HiddenGPTModel, build_gpt
+from nemo_minitron.models.build import HiddenGPTModel, HiddenModel, build_gpt
 from nemo_minitron.runtime.groups import ParallelGroups
 
 Shapes = dict[nn.Parameter, torch.Size]
@@ -55,7 +55,7 @@ def _emptied_parameters() -> Iterator[Shapes]:
     shapes: Shapes = {}
 
     def empty(parent: nn.Module, name: str, module: nn.Module | None) -> None:
-        if module is None or isinstance(parent, HiddenGPTModel | LanguageModelEmbedding):
+        if module is None or isinstance(parent, HiddenModel | LanguageModelEmbedding):
             return
         for parameter in module.parameters():
             if parameter not in shapes:

@@ -9,6 +9,7 @@ from typing import Any
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.ssm import mamba_mixer
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
@@ -22,8 +23,14 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor
 
+from nemo_minitron.config.layers import MAMBA
+from nemo_minitron.config.layout import layers_of_stages, padded_vocab_size
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.models.build import HiddenModel
 from nemo_minitron.models.spec import HAVE_TE, LocalNorm, local_layer
+from nemo_minitron.runtime import cpu
+from nemo_minitron.runtime.groups import ParallelGroups
 
 
 class HiddenHybridModel(HiddenModel, HybridModel):
@@ -53,6 +60,54 @@ class LocalHybridStack(HybridStack):
         self.post_layer_norm = post_layer_norm
         if self.post_process and post_layer_norm:
             self.final_norm = LocalNorm(config, config.hidden_size, config.layernorm_epsilon)
+
+
+def staged_pattern(config: ModelConfig, parallel: ParallelConfig) -> str:
+    """The letters of a model with ``|`` where a stage of the pipeline ends, as Megatron reads them.
+
+    Stages follow one another along the pipeline, the first virtual stage of every rank first.
+    """
+    pattern, sizes = config.hybrid_layer_pattern or "", layers_of_stages(config, parallel)
+    stages, start = [], 0
+    for number in [rank[chunk] for chunk in range(len(sizes[0])) for rank in sizes]:
+        stages.append(pattern[start : start + number])
+        start += number
+    return "|".join(stages)
+
+
+def build_hybrid_chunk(
+    parallel: ParallelConfig,
+    config: ModelConfig,
+    mcore: TransformerConfig,
+    groups: ParallelGroups,
+    vp_stage: int | None,
+    max_sequence_length: int,
+) -> HiddenHybridModel:
+    """One chunk of a hybrid model, weights uninitialised; see ``models.build.build_gpt``.
+
+    Raises:
+        ValueError: there is a GPU, but no kernels for Mamba layers.
+    """
+    cpu.install_mamba()
+    if MAMBA in (config.hybrid_layer_pattern or "") and not mamba_mixer.HAVE_MAMBA_SSM:
+        raise ValueError(
+            "Mamba layers on a GPU need the package mamba_ssm, which NVIDIA's NeMo container has; "
+            "pip install mamba-ssm causal-conv1d"
+        )
+    stage, chunks = vp_stage or 0, mcore.virtual_pipeline_model_parallel_size or 1
+    return HiddenHybridModel(
+        mcore,
+        stack_spec(mcore),
+        vocab_size=padded_vocab_size(config.vocab_size, mcore.tensor_model_parallel_size),
+        max_sequence_length=max_sequence_length,
+        hybrid_layer_pattern=staged_pattern(config, parallel),
+        pre_process=groups.is_first_stage and stage == 0,
+        post_process=groups.is_last_stage and stage == chunks - 1,
+        share_embeddings_and_output_weights=config.share_embeddings_and_output_weights,
+        position_embedding_type=config.position_embedding_type,
+        pg_collection=groups,
+        vp_stage=vp_stage,
+    )
 
 
 def stack_spec(config: TransformerConfig) -> ModuleSpec:

@@ -4,6 +4,7 @@ Every difference is looked up here, once, by the name or the argument that a rel
 no other module asks for a version. ``docs/versions.md`` says which release brought what.
 """
 
+import importlib.util
 import inspect
 import multiprocessing
 from collections.abc import Callable
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 before_megatron()
 
+HAVE_HYBRID = importlib.util.find_spec("megatron.core.models.hybrid") is not None
+"""Whether there is a model whose layers differ (0.18 and later)."""
 _COMMON_PT = "common.pt"
 
 
