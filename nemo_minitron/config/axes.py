@@ -184,9 +184,18 @@ def axes_of(config: "ModelConfig") -> list[Axis]:
     return [axis for axis in AXES.values() if has_axis(config, axis)]
 
 
+def layers_with(config: "ModelConfig", axis: Axis) -> list[int]:
+    """Layers (0-based) that have an axis; all of them for an axis of the model."""
+    return [layer for layer, kinds in enumerate(kinds_of(config)) if axis.kind in kinds]
+
+
 def split_sizes(config: "ModelConfig") -> dict[str, str]:
     """Size that a model has -> the parallel degree that has to divide it."""
     return {axis.size: axis.split_by for axis in axes_of(config) if axis.split_by}
+
+
+EARLIER_SCORE_AXES = ["hidden", "ffn", "head", "layer", "expert", "expert_ffn", "shared_expert_ffn"]
+"""What ``score_axes`` was before there were Mamba layers."""
 
 
 def score_axes() -> list[str]:

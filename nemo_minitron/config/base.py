@@ -23,6 +23,18 @@ INPUT: Final[dict[str, Any]] = {IDENTITY: "input"}
 ADDED: Final[dict[str, Any]] = {IDENTITY: "added"}
 """A key that earlier versions did not have; at its default the stage does what it did without it,
 so that results keep their identity. Every new key that decides something gets this."""
+EARLIER: Final = "earlier"
+
+
+def with_earlier_default(value: Any) -> dict[str, Any]:
+    """Of a key whose default has grown: the default of earlier versions.
+
+    The two mean the same for every model that an earlier version could open, so results that were
+    made with it keep their identity.
+    """
+    return {EARLIER: value}
+
+
 MAY_CHANGE: Final[dict[str, Any]] = {RESUME: ("",)}
 """May differ when unfinished work is started again; the stage copes with it."""
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nemo_minitron.config.base import IDENTITY, RESUME, StageConfig
+from nemo_minitron.config.base import EARLIER, IDENTITY, RESUME, StageConfig
 from nemo_minitron.config.schema import default_of, flatten
 
 # Keys of earlier versions that are no more -> the value at which they changed nothing.
@@ -25,12 +25,18 @@ class Meaning:
     Attributes:
         role: ``counts``, ``added``, ``neutral`` or ``input`` (see ``config/base.py``).
         default: its default.
+        earlier: the default of earlier versions, if it was another that means the same.
         may_change: beginnings of what may differ on resume: "" is the key and all in it.
     """
 
     role: str
     default: Any
     may_change: tuple[str, ...]
+    earlier: Any = None
+
+    def plain(self, value: Any) -> Any:
+        """A value of the key as earlier versions would have it."""
+        return self.earlier if self.earlier is not None and value == self.default else value
 
 
 def meanings(cls: type) -> dict[str, Meaning]:
@@ -49,7 +55,7 @@ def _meanings(
         if dataclasses.is_dataclass(default):
             yield from _meanings(type(default), default, f"{name}.", own, inside)
         else:
-            yield name, Meaning(own, default, inside)
+            yield name, Meaning(own, default, inside, field.metadata.get(EARLIER))
 
 
 def _inside(changing: tuple[str, ...], name: str) -> tuple[str, ...]:
@@ -74,7 +80,7 @@ def config_values(cfg: StageConfig) -> dict[str, Any]:
         assert meaning is not None, key
         added = meaning.role == "added" and value != meaning.default
         if meaning.role == "counts" or added:
-            values[key] = value
+            values[key] = meaning.plain(value)
     return values
 
 
@@ -115,7 +121,7 @@ def changes(
         ):
             continue
         default = meaning.default if name == key else None
-        then, value = before.get(key, default), now.get(key, default)
+        then, value = (meaning.plain(x.get(key, default)) for x in (before, now))
         if then != value:
             found[key] = (then, value)
     return found

@@ -5,8 +5,16 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from nemo_minitron.config.axes import AXES, score_axes
-from nemo_minitron.config.base import ADDED, INPUT, MAY_CHANGE, NEUTRAL, StageConfig, may_change
+from nemo_minitron.config.axes import AXES, EARLIER_SCORE_AXES, score_axes
+from nemo_minitron.config.base import (
+    ADDED,
+    INPUT,
+    MAY_CHANGE,
+    NEUTRAL,
+    StageConfig,
+    may_change,
+    with_earlier_default,
+)
 from nemo_minitron.config.inference import BenchmarkConfig, EvaluateConfig, GenerateConfig
 from nemo_minitron.config.megatron import ForwardMegatronConfig
 from nemo_minitron.config.parallel import ParallelConfig
@@ -91,7 +99,9 @@ class CalibrationConfig:
 class ScoreConfig(CalibrationConfig):
     """What is scored and how."""
 
-    axes: list[str] = field(default_factory=score_axes)
+    axes: list[str] = field(
+        default_factory=score_axes, metadata=with_earlier_default(EARLIER_SCORE_AXES)
+    )
     """Axes to score; those that the model lacks (experts, or a dense ffn) are left out."""
     layer_criteria: list[str] = field(default_factory=lambda: ["block_influence"])
     """How to score layers, any of ``block_influence`` (1 - cosine of a layer's input and output),

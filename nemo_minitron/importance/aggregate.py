@@ -105,6 +105,9 @@ class Accumulator:
 
     def partials(self) -> Tensor:
         """``[m, k, b, w]`` partial sums of the observed micro-batch; the next one may begin."""
+        if not self._observed:  # a stage without such a layer
+            sums = next(iter(self.sums.values()))
+            return sums.new_zeros(0, PARTIALS[self.seq], 0, sums.size(1), dtype=self._dtype)
         sums = torch.stack(self._observed)  # type: ignore[arg-type]  # torch names what is None
         self._observed = [None] * len(self._observed)
         return sums
@@ -241,6 +244,7 @@ def _sums(acc: Accumulator | TokenSums) -> list[Tensor]:
 
 def all_reduce_flat(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
     """Sum each tensor (all of one dtype) over ``group``, in place, in one collective."""
+    tensors = [tensor for tensor in tensors if tensor.numel()]
     if group.size() == 1 or not tensors:
         return
     if len(tensors) == 1 and tensors[0].is_contiguous():

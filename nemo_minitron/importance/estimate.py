@@ -18,8 +18,8 @@ from nemo_minitron.families.dims import DIMS
 from nemo_minitron.importance.ablation import LayerAblation, ablated_blocks
 from nemo_minitron.importance.aggregate import TokenSums, all_reduce_flat, reduce_sums
 from nemo_minitron.importance.calibration import Calibration, calibrating, calibration_runs
-from nemo_minitron.importance.experts import gather
-from nemo_minitron.importance.hooks import NORMS_PER_LAYER, ChunkRecorder, record
+from nemo_minitron.importance.experts import EXPERT_AXES, gather
+from nemo_minitron.importance.hooks import ChunkRecorder, record
 from nemo_minitron.importance.moments import save_moments
 from nemo_minitron.importance.resume import SavedState
 from nemo_minitron.models.build import HiddenGPTModel
@@ -238,7 +238,7 @@ def gather_scores(
     for axis in (axis for axis in AXES.values() if axis.seen_at and axis.name in tables):
         tables[axis.name] = _of_axis(axis, gather(tables[axis.name], groups.tp, dim=-1), config)
     if "hidden" in tables:
-        tables["hidden"] = tables["hidden"].sum(dim=(0, 1))
+        tables["hidden"] = tables["hidden"].sum(dim=0)
     for size, values in (angles[0].scores() if angles else {}).items():
         tables[layer_scores("block_angular", size)] = values
     names = sorted(tables, key=stored_order)
@@ -248,6 +248,8 @@ def gather_scores(
 def _of_axis(axis: Axis, table: Tensor, config: ModelConfig) -> Tensor:
     """Scores of the rows of a dim -> scores of one axis: the L2 norm over the rows of each index.
 
+    Where rows belong to two axes that are both pruned (``Axis.within``), all are kept.
+
     The score of a head is the norm over its channels. Of an axis inside others, as the channels of
     a head are, each index has a row in all of them.
 
@@ -256,8 +258,10 @@ def _of_axis(axis: Axis, table: Tensor, config: ModelConfig) -> Tensor:
         table: ``[layers, rows]`` of ``axis.scored_dim``.
         config: global sizes of the model.
     """
-    (part,) = DIMS[axis.scored_dim].parts
+    part = DIMS[axis.scored_dim].parts[axis.seen_part or 0]
     table = table.unflatten(1, (part.count(config), part.rows(config)))
+    if axis.within:
+        return table
     over = 2 if axis.name == part.axis else 1
     return (
         table.squeeze(over) if table.size(over) == 1 else torch.linalg.vector_norm(table, dim=over)
@@ -269,16 +273,18 @@ def _layer_tables(recorders: list[ChunkRecorder], config: ModelConfig) -> dict[s
     tables: dict[str, Tensor] = {}
     for recorder in recorders:
         local = {axis: acc.scores() for axis, acc in recorder.channels.items()}
-        if "hidden" in local:
-            local["hidden"] = local["hidden"].unflatten(0, (-1, NORMS_PER_LAYER))
+        layers = {axis: recorder.seen[axis] for axis in local}
         if recorder.influence is not None:
             local["layer"] = recorder.influence.scores()
         if recorder.experts is not None:
             local |= recorder.experts.scores()
+            layers |= dict.fromkeys(EXPERT_AXES, recorder.routed)
+        numbers = torch.tensor(recorder.layers)
         for axis, values in local.items():
             if axis not in tables:
                 tables[axis] = values.new_zeros(config.num_layers, *values.shape[1:])
-            tables[axis][recorder.layers] = values
+            places = numbers[layers[axis]] if axis in layers else numbers
+            tables[axis].index_add_(0, places.to(values.device), values)  # norms of a layer add up
     return tables
 
 

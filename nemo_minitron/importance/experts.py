@@ -16,7 +16,7 @@ all tensor-parallel ranks; filler samples among them count for nothing because t
 sets their weights to 0 where they come from, which is also where routed tokens are counted.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -52,6 +52,7 @@ class ExpertRecorder:
     def __init__(
         self,
         chunk: Any,
+        layers: Sequence[Any],
         groups: ParallelGroups,
         scores: ScoreConfig,
         valid: Callable[[], int],
@@ -59,7 +60,8 @@ class ExpertRecorder:
         """Prepare sums; registers nothing yet.
 
         Args:
-            chunk: a Megatron ``GPTModel`` with experts, without wrappers.
+            chunk: a Megatron model with experts, without wrappers.
+            layers: its mixture-of-experts layers.
             groups: this rank's process groups.
             scores: what to score and how.
             valid: leading samples of the current micro-batch that count on this rank.
@@ -69,7 +71,7 @@ class ExpertRecorder:
         self.seq = scores.seq_aggregation
         self.axes = [axis for axis in EXPERT_AXES if axis in scores.axes]
         self.sequence_split = bool(config.sequence_parallel)
-        self._layers = [block.mlp for block in chunk.decoder.layers]
+        self._layers = list(layers)
         count, local = len(self._layers), config.num_moe_experts // groups.ep.size()
         width = config.moe_ffn_hidden_size // groups.expt_tp.size()
         zeros = partial(torch.zeros, dtype=torch.float64, device=next(chunk.parameters()).device)
@@ -217,5 +219,6 @@ def gather(local: Tensor, group: Group, dim: int) -> Tensor:
     if group.size() == 1:
         return local
     parts = [torch.empty_like(local) for _ in range(group.size())]
-    dist.all_gather(parts, local.contiguous(), group=group)
+    if local.numel():  # nothing where a stage has no such layer
+        dist.all_gather(parts, local.contiguous(), group=group)
     return torch.cat(parts, dim=dim)

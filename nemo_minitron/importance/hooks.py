@@ -5,6 +5,7 @@ What is scored where (2407.14679, section 2.2):
 - ``hidden``: output of each layer's input norm and pre-MLP norm (what attention and the MLP read,
   in a family that has no norms there),
 - an axis with ``Axis.seen_at`` (``ffn``, ``head``, ``shared_expert_ffn``): input of that module,
+  or a part of its output (``mamba_head``: the channels x that a Mamba layer projects),
 - ``layer``: input and output of the transformer layer,
 - ``expert`` and ``expert_ffn``: see ``importance/experts.py``; with experts there is no ``ffn``.
 
@@ -25,7 +26,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from nemo_minitron.config.axes import AXES, has_axis
+from nemo_minitron.config.axes import AXES, Axis, axis_size
+from nemo_minitron.config.layers import EXPERTS, kinds_of
 from nemo_minitron.config.stages import ScoreConfig
 from nemo_minitron.families.dims import DIMS
 from nemo_minitron.importance.aggregate import (
@@ -42,7 +44,19 @@ from nemo_minitron.importance.moments import MomentRecorder, scored_module
 from nemo_minitron.models.norms import norms_and_readers, on_normed
 from nemo_minitron.runtime.groups import ParallelGroups
 
-NORMS_PER_LAYER = 2
+
+def kinds_of_chunk(chunk: Any) -> list[str]:
+    """What each layer of a chunk is made of, in letters (``config.layers``)."""
+    letters: list[str] | None = getattr(chunk.decoder, "layer_type_list", None)
+    return kinds_of(chunk.config)[: len(chunk.decoder.layers)] if letters is None else letters
+
+
+def rows_seen(axis: Axis, config: Any) -> tuple[int, int]:
+    """First row of what is scored in the dim of its module, and how many there are; global."""
+    sizes = DIMS[axis.scored_dim].part_sizes(config)
+    if axis.seen_part is None:
+        return 0, sum(sizes)
+    return sum(sizes[: axis.seen_part]), sizes[axis.seen_part]
 
 
 class ChunkRecorder:
@@ -50,8 +64,9 @@ class ChunkRecorder:
 
     Attributes:
         layers: global 0-based indices of the chunk's layers.
-        channels: axis -> accumulator; ``hidden`` has two modules per layer, ``ffn`` and ``head``
-            (as ``shared_expert_ffn``) one, in layer order.
+        channels: axis -> accumulator; ``hidden`` has a module per norm (two of a GPT layer), the
+            other axes one per layer that has the axis, in layer order.
+        seen: axis -> local layers that have it; of ``hidden`` the layer of every norm.
         influence: accumulator of block influence, None when layers are not scored by it.
         angles: accumulator of block angles, one for all chunks of a rank; None when not scored.
         experts: sums over the experts' tokens, None in a dense model.
@@ -86,19 +101,24 @@ class ChunkRecorder:
         self.micro_batches = 0
         tp, count = self._ranks, len(blocks)
         device = next(chunk.parameters()).device
+        self._norms = [(n, *pair) for n, b in enumerate(blocks) for pair in norms_and_readers(b)]
         scored = (axis for axis in AXES.values() if axis.seen_at and axis.name in scores.axes)
-        self._seen = [axis for axis in scored if has_axis(config, axis)]
-        widths = {a.name: (count, DIMS[a.scored_dim].size(config) // tp) for a in self._seen}
-        widths = {"hidden": (NORMS_PER_LAYER * count, config.hidden_size), **widths}
+        axes, kinds = [a for a in scored if axis_size(config, a.name)], kinds_of_chunk(chunk)
+        self.seen = {a.name: [i for i, kind in enumerate(kinds) if a.kind in kind] for a in axes}
+        if getattr(chunk.decoder, "layer_type_list", None) is None:  # all layers are alike
+            self.seen = {axis: layers for axis, layers in self.seen.items() if layers}
+        self.seen["hidden"] = [layer for layer, *_ in self._norms]
+        widths = {a.name: rows_seen(a, config)[1] // tp for a in axes if a.name in self.seen}
+        widths = {"hidden": config.hidden_size, **widths}
         self.channels = {
             axis: Accumulator(
-                modules,
+                len(self.seen[axis]),
                 width,
                 batch=scores.batch_aggregation,
                 seq=scores.seq_aggregation,
                 device=device,
             )
-            for axis, (modules, width) in widths.items()
+            for axis, width in widths.items()
             if axis in scores.axes
         }
         self.influence = None
@@ -107,7 +127,9 @@ class ChunkRecorder:
         self._blocks = blocks
         self.experts: ExpertRecorder | None = None
         if config.num_moe_experts is not None:
-            self.experts = ExpertRecorder(chunk, groups, scores, self._valid_now)
+            self.routed = [i for i, kind in enumerate(kinds) if EXPERTS in kind]
+            moe = [blocks[layer].mlp for layer in self.routed]
+            self.experts = ExpertRecorder(chunk, moe, groups, scores, self._valid_now)
         self.moments: MomentRecorder | None = None
         if scores.moments:
             self.moments = MomentRecorder(
@@ -129,18 +151,29 @@ class ChunkRecorder:
                 part.register(keep)
         for first in self._blocks[:1]:
             keep(first.register_forward_pre_hook(self._begin, with_kwargs=True))
+        if "hidden" in self.channels:
+            for index, (_, norm, linear) in enumerate(self._norms):
+                observe = partial(self.channels["hidden"].observe, index)
+                keep(on_normed(norm, linear, self._share, observe))
+        for name, layers in self.seen.items():
+            for number, local in enumerate(layers):
+                if name in self.channels and name != "hidden":
+                    self._see(AXES[name], number, self._blocks[local], keep)
         for local, block in enumerate(self._blocks):
-            if "hidden" in self.channels:
-                for side, (norm, linear) in enumerate(norms_and_readers(block)):
-                    index = NORMS_PER_LAYER * local + side
-                    observe = partial(self.channels["hidden"].observe, index)
-                    keep(on_normed(norm, linear, self._share, observe))
-            for axis in self._seen:
-                hook = partial(self._on_input, self.channels[axis.name].observe, local)
-                keep(scored_module(block, axis).register_forward_pre_hook(hook))
             if self.influence is not None or self.angles is not None:
                 hook = partial(self._on_layer, local)
                 keep(block.register_forward_hook(hook, with_kwargs=True))
+
+    def _see(
+        self, axis: Axis, number: int, block: Any, keep: Callable[[RemovableHandle], object]
+    ) -> None:
+        """Hook what is scored for an axis in one layer, the ``number``th that has it."""
+        module, observe = scored_module(block, axis), self.channels[axis.name].observe
+        if axis.seen_part is None:
+            keep(module.register_forward_pre_hook(partial(self._on_input, observe, number)))
+            return
+        start, count = (rows // self._ranks for rows in rows_seen(axis, self.chunk.config))
+        keep(module.register_forward_hook(partial(self._on_part, observe, number, start, count)))
 
     # Hooks: torch gives (module, args[, kwargs][, output]) after the bound arguments.
 
@@ -158,15 +191,28 @@ class ChunkRecorder:
     ) -> None:
         observe(local, args[0])
 
+    @staticmethod
+    def _on_part(
+        observe: Callable[[int, Tensor], None],
+        local: int,
+        start: int,
+        count: int,
+        _: nn.Module,
+        args: tuple[Any, ...],
+        output: tuple[Tensor, Any],
+    ) -> None:
+        observe(local, output[0].narrow(-1, start, count))
+
     def _on_layer(
         self,
         local: int,
         _: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        output: tuple[Tensor, Any],
+        output: tuple[Tensor, Any] | Tensor,
     ) -> None:
-        before, after = args[0] if args else kwargs["hidden_states"], output[0]
+        before = args[0] if args else kwargs["hidden_states"]
+        after = output if isinstance(output, Tensor) else output[0]
         known = self._state is not None and self._state[0] is before
         before = self._state[1] if known else self._share(before)  # type: ignore[index]  # `known` says that it is there
         self._state = after, self._share(after)

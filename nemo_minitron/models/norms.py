@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -32,18 +32,22 @@ def normed_input(linear: "TELayerNormColumnParallelLinear", x: Tensor) -> Tensor
     return F.layer_norm(x, shape, weight, bias, eps)
 
 
-def norms_and_readers(block: TransformerLayer) -> list[tuple[nn.Module, nn.Module | None]]:
-    """What attention and the MLP of a layer read, each with its one reader.
+def norms_and_readers(block: Any) -> list[tuple[nn.Module, nn.Module | None]]:
+    """What a layer reads: attention and the MLP of a GPT layer, or a hybrid model's one part.
 
     Returns:
         The module that makes it, and the linear layer that reads it or None if several do. The
         module is an identity where the norm is fused into the reader, and in a family without norms
         there (OLMo-2), whose layers read the residual stream itself.
     """
-    return [
-        (block.input_layernorm, block.self_attention.linear_qkv),
-        (block.pre_mlp_layernorm, getattr(block.mlp, "linear_fc1", None)),
-    ]
+    if hasattr(block, "mixer"):
+        return [(block.norm, block.mixer.in_proj)]
+    found: list[tuple[nn.Module, nn.Module | None]] = []
+    if not isinstance(block.self_attention, IdentityOp):
+        found.append((block.input_layernorm, block.self_attention.linear_qkv))
+    if not isinstance(block.mlp, IdentityOp):
+        found.append((block.pre_mlp_layernorm, getattr(block.mlp, "linear_fc1", None)))
+    return found
 
 
 def on_normed(

@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.config.axes import AXES, Axis, Scope, axes_of, axis_size
+from nemo_minitron.config.axes import AXES, Axis, Scope, axes_of, axis_size, layers_with
 from nemo_minitron.config.stages import BLOCK_CRITERIA, PruningConfig
 from nemo_minitron.documents import check_kinds, read_json_object
 from nemo_minitron.pruning.merge import Terms, merge_terms
 from nemo_minitron.pruning.scores import layer_scores
 from nemo_minitron.pruning.targets import (
     check_importance,
+    check_kinds_left,
     check_pruning,
     needed_scores,
     target_sizes,
@@ -44,8 +45,9 @@ class Plan(Mapping[str, Any]):
     """Kept indices by axis: global, 0-based, ascending.
 
     An axis of scope ``MODEL`` has one list, an axis of scope ``LAYER`` one list per *kept* layer,
-    an axis of scope ``EXPERT`` one list per kept layer and kept expert (``config.axes``). Axes that
-    the model does not have are not in the mapping.
+    an axis of scope ``EXPERT`` one list per kept layer and kept expert (``config.axes``). The list
+    of a layer that does not have the axis (an MLP has no heads) is empty. Axes that the model does
+    not have are not in the mapping.
 
     Attributes:
         kept: axis -> its indices.
@@ -132,9 +134,10 @@ def _everything(axis: Axis, config: ModelConfig, kept: dict[str, Any]) -> list[A
     size = axis_size(config, axis.name)
     if axis.scope is Scope.MODEL:
         return list(range(size))
-    if axis.scope is Scope.LAYER:
-        return [list(range(size)) for _ in kept["layer"]]
-    return [[list(range(size)) for _ in experts] for experts in kept["expert"]]
+    if axis.scope is Scope.EXPERT:
+        return [[list(range(size)) for _ in experts] for experts in kept["expert"]]
+    having = set(layers_with(config, axis))
+    return [list(range(size)) if layer in having else [] for layer in kept["layer"]]
 
 
 # ---------------------------------------------------------------- scores -> plan
@@ -176,7 +179,7 @@ def _keep_layers(config: ModelConfig, pruning: PruningConfig, scores: Scores | N
 def _ranked(
     axis: Axis, config: ModelConfig, sizes: dict[str, int], kept: dict[str, Any], scores: Tensor
 ) -> list[Any]:
-    """The best indices of an axis with scope ``LAYER`` in every kept layer.
+    """The best indices of an axis with scope ``LAYER`` in every kept layer that has it.
 
     An axis that others are nested in is ranked by the sum of their scores. The indices of a nested
     axis are ranked inside each parent that stays, and every parent keeps the same number of them.
@@ -185,12 +188,15 @@ def _ranked(
         axis: what to rank.
         config: the model to prune.
         sizes: sizes after pruning.
-        kept: what stays of the axes before this one in the table.
-        scores: ``[layers, n]`` of the kept layers.
+        kept: what stays, in these layers, of the axes before this one in the table.
+        scores: ``[layers, n]`` of these layers, or ``[layers, n, m]`` where each of n indices of
+            an axis has all m of another.
     """
     import torch
 
     size, count = axis_size(config, axis.name), sizes[axis.size]
+    if scores.dim() == 3:
+        scores = _combined(axis, scores, kept)
     if axis.nested_in is None:
         if scores.size(1) != size:
             scores = scores.double().unflatten(1, (size, -1)).sum(dim=-1)
@@ -203,6 +209,21 @@ def _ranked(
     return best.flatten(1).tolist()
 
 
+def _combined(axis: Axis, scores: Tensor, kept: dict[str, Any]) -> Tensor:
+    """``[layers, n, m]`` -> ``[layers, n]`` or ``[layers, m]``: the L2 norm over the other axis.
+
+    An index is judged by those of the other axis that stay, where they were chosen before it
+    (2504.11409, section 3.1: first the channels of all heads, then heads by these channels).
+    """
+    import torch
+
+    if not axis.within:
+        return torch.linalg.vector_norm(scores.double(), dim=1)
+    channels = torch.tensor(kept[axis.within])  # [layers, channels that stay]
+    index = channels.unsqueeze(1).expand(-1, scores.size(1), -1)
+    return torch.linalg.vector_norm(scores.double().gather(2, index), dim=2)
+
+
 def _keep(
     axis: Axis, config: ModelConfig, sizes: dict[str, int], kept: dict[str, Any], scores: Scores
 ) -> list[Any]:
@@ -210,11 +231,20 @@ def _keep(
     values = scores[axis.scored_as]
     if axis.scope is Scope.MODEL:
         return _top(values, sizes[axis.size], axis.grain).tolist()
-    values = values[kept["layer"]]
-    if axis.scope is Scope.LAYER:
-        return _ranked(axis, config, sizes, kept, values)
-    pairs = zip(values, kept["expert"], strict=True)
-    return [_top(layer[experts], sizes[axis.size], axis.grain).tolist() for layer, experts in pairs]
+    if axis.scope is Scope.EXPERT:
+        pairs = zip(values[kept["layer"]], kept["expert"], strict=True)
+        count, grain = sizes[axis.size], axis.grain
+        return [_top(layer[experts], count, grain).tolist() for layer, experts in pairs]
+    having = set(layers_with(config, axis))
+    positions = [place for place, layer in enumerate(kept["layer"]) if layer in having]
+    layers = [kept["layer"][place] for place in positions]
+    inside = {
+        name: [lists[place] for place in positions]
+        for name, lists in kept.items()
+        if AXES[name].scope is Scope.LAYER
+    }
+    best = dict(zip(positions, _ranked(axis, config, sizes, inside, values[layers]), strict=True))
+    return [best.get(place, []) for place in range(len(kept["layer"]))]
 
 
 def make_plan(config: ModelConfig, pruning: PruningConfig, scores: Scores | None) -> Plan:
@@ -233,8 +263,9 @@ def make_plan(config: ModelConfig, pruning: PruningConfig, scores: Scores | None
     check_pruning(config, pruning)
     meta = None if scores is None else {"axes": list(scores), **scores.meta}
     check_importance(config, pruning, meta)
-    sizes, needed = target_sizes(config, pruning), needed_scores(config, pruning)
     layers = _keep_layers(config, pruning, scores)
+    check_kinds_left(config, layers)
+    sizes, needed = target_sizes(config, pruning), needed_scores(config, pruning)
     kept: dict[str, Any] = {"layer": layers}
     for axis in _inner_axes(config):
         if scores is not None and axis.scored_as in needed:
@@ -258,5 +289,5 @@ def pruned_config(config: ModelConfig, plan: Plan) -> ModelConfig:
 def _kept_size(axis: Axis, kept: list[Any]) -> int:
     """Size of an axis after pruning; lists of different layers and experts are equally long."""
     if axis.scope is not Scope.MODEL:
-        kept = kept[0]
+        kept = next(filter(None, kept))  # of a layer that has the axis
     return len(kept[0] if axis.scope is Scope.EXPERT else kept)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.config.axes import AXES, axes_of, axis_size, has_axis
 from nemo_minitron.config.stages import BLOCK_CRITERIA, PruningConfig
+from nemo_minitron.config.layers import kinds_of
 from nemo_minitron.families.registry import FAMILIES
 from nemo_minitron.pruning.scores import check_model, how_to_score, layer_scores
 
@@ -133,6 +134,26 @@ def _check_drop_layers(config: ModelConfig, pruning: PruningConfig) -> None:
         raise ValueError(
             f"pruning.drop_layers drops all {config.num_layers} layers; leave at least one out of "
             "the list"
+        )
+
+
+def check_kinds_left(config: ModelConfig, layers: list[int]) -> None:
+    """Whether a layer of every kind is left: nothing could be said of the sizes of a kind without.
+
+    Args:
+        config: the model to prune.
+        layers: 0-based layers that stay.
+
+    Raises:
+        ValueError: names the kind and its layers.
+    """
+    kinds = kinds_of(config)
+    for kind in sorted({*kinds} - {kinds[layer] for layer in layers}):
+        gone = [number for number, other in enumerate(kinds, start=1) if other == kind]
+        raise ValueError(
+            f"pruning would drop all layers of kind '{kind}' of hybrid_layer_pattern="
+            f"{config.hybrid_layer_pattern}, which are {gone} (counted from 1); keep one of them, "
+            "with a larger pruning.target.num_layers or with pruning.drop_layers"
         )
 
 

@@ -81,7 +81,7 @@ def random_weights(
     out = {}
     for name, row, _ in (family or family_of(config)).parameters(config):
         tensor = torch.randn(row.shape(config), generator=generator) * 0.2
-        if "layernorm" in name and name.endswith("weight"):
+        if "norm" in name and name.endswith("weight"):
             tensor = tensor + 1.0
         out[name] = tensor
     return out
