@@ -80,10 +80,10 @@ class Dim:
         names = (name for part in self.parts for name in (part.axis, part.inner))
         return tuple(name for name in names if name in AXES)
 
-    @property
-    def shards(self) -> int:
-        """Blocks of equal size that tensor parallelism splits one by one."""
-        return 1 if self.interleaved_by else len(self.parts)
+    def blocks(self, config: ModelConfig) -> tuple[int, ...]:
+        """Sizes of the blocks that tensor parallelism splits one by one."""
+        sizes = self.part_sizes(config)
+        return (sum(sizes),) if self.interleaved_by else sizes
 
     def repeats(self, config: ModelConfig) -> int:
         """How many times the sequence of parts lies in the dim."""

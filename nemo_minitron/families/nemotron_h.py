@@ -5,7 +5,6 @@ layers know the order of tokens. The MLP is an ungated squared ReLU. The router 
 picks experts by them and a bias that is not part of their weights.
 """
 
-from dataclasses import replace
 from typing import Any
 
 from nemo_minitron.config.layers import ATTENTION, EXPERTS, MAMBA, MLP
@@ -219,9 +218,7 @@ def _router(hf: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: Megatron-Core would pick other experts than transformers.
     """
-    topk, groups, picked = (
-        hf[key] for key in ("num_experts_per_tok", "n_group", "topk_group")
-    )
+    topk, groups, picked = (hf[key] for key in ("num_experts_per_tok", "n_group", "topk_group"))
     if topk < 2:
         raise ValueError(
             f"config.json num_experts_per_tok={topk} is not supported: Megatron-Core does not "

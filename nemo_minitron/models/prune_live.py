@@ -28,7 +28,7 @@ from nemo_minitron.models.build import HiddenGPTModel
 from nemo_minitron.models.empty import Shapes, build_empty_gpt
 from nemo_minitron.pruning.exchange import Traffic, redistribute, travel_order
 from nemo_minitron.pruning.merge import merge_qkv
-from nemo_minitron.pruning.moves import Grid, layer_rows, plan_move, row_before
+from nemo_minitron.pruning.moves import Grid, plan_move, row_before, rows_of_layers
 from nemo_minitron.pruning.plan import Plan, pruned_config
 from nemo_minitron.pruning.slicing import dim_indices, slice_tensor
 from nemo_minitron.runtime.groups import ParallelGroups
@@ -47,7 +47,7 @@ class _Job:
         plan: what to keep.
         groups: this rank's process groups; rows travel inside ``groups.tp_ep_pp``.
         grid: the ranks of that group.
-        rows: parameters of a layer of the pruned model.
+        rows: parameters of each layer of the pruned model.
         shapes: local shapes of the parameters of the pruned model that are still empty.
         traffic: this rank's counter.
     """
@@ -58,7 +58,7 @@ class _Job:
     plan: Plan
     groups: ParallelGroups
     grid: Grid
-    rows: list[Row]
+    rows: list[list[Row]]
     shapes: Shapes
     traffic: Traffic
 
@@ -104,7 +104,7 @@ def prune_live(
     _fill_outer(new_chunks, family, pruned, outer, shapes)
     new = _layers(new_chunks)
     grid, before, after = _placement(groups, chunks, new_chunks)
-    rows = layer_rows(family, pruned)
+    rows = rows_of_layers(family, pruned)
     job = _Job(family, config, pruned, plan, groups, grid, rows, shapes, traffic or Traffic())
     sources = [before[index] for index in plan.layers]
     targets = [after[position] for position in range(len(plan.layers))]
@@ -125,6 +125,13 @@ def _free(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         for parameter in module.parameters():
             parameter.data = parameter.data.new_empty(0)
+
+
+def _stored(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, and the buffers that a checkpoint holds too (``expert_bias`` of a router)."""
+    yield from module.named_parameters()
+    kept = module.state_dict(keep_vars=True)
+    yield from ((name, buffer) for name, buffer in module.named_buffers() if name in kept)
 
 
 # ---------------------------------------------------------------- the model around the layers
@@ -173,7 +180,7 @@ def _fill_outer(
     assert not outer, f"the pruned model lacks {sorted(outer)}"
 
 
-def _take_parameter(parameter: nn.Parameter, kept: tuple[Tensor | None, ...]) -> Tensor:
+def _take_parameter(parameter: Tensor, kept: tuple[Tensor | None, ...]) -> Tensor:
     """The kept part of a parameter, whose own memory is given up."""
     device = parameter.device
     indices = tuple(None if index is None else index.to(device) for index in kept)
@@ -232,20 +239,25 @@ def _prune_layer(
     """
     moves = {
         row.name: plan_move(row, job.config, job.pruned, job.plan, position, path, job.grid)
-        for row in job.rows
+        for row in job.rows[position]
     }
     local = {} if layer is None else _slice_layer(job, position, layer)
     parameters = {} if target is None else _by_row(job, job.pruned, target)
     # Without a move, what this rank has is what it keeps.
     filled = {
-        name: local[name] if moves[name] is None else parameter.new_empty(job.shapes[parameter])
+        name: local[name] if moves[name] is None else parameter.new_empty(_shape(job, parameter))
         for name, parameter in parameters.items()
     }
     travelling = {name: move for name, move in moves.items() if move is not None}
     redistribute(local, filled, travelling, job.groups.tp_ep_pp, job.traffic)
     for name, parameter in parameters.items():
-        assert filled[name].shape == job.shapes[parameter], name
+        assert filled[name].shape == _shape(job, parameter), name
         parameter.data = filled[name]
+
+
+def _shape(job: _Job, tensor: Tensor) -> torch.Size:
+    """Local shape that a parameter is to have; buffers (``expert_bias``) are never emptied."""
+    return job.shapes[tensor] if isinstance(tensor, nn.Parameter) else tensor.shape
 
 
 def _slice_layer(job: _Job, position: int, layer: TransformerLayer) -> dict[str, Tensor]:
@@ -256,7 +268,7 @@ def _slice_layer(job: _Job, position: int, layer: TransformerLayer) -> dict[str,
     """
     parameters = _by_row(job, job.config, layer)
     local = {}
-    for row in job.rows:
+    for row in job.rows[position]:
         parameter = parameters.pop(row_before(row, job.plan, position).name, None)
         if parameter is None:  # another rank's expert
             continue
@@ -291,7 +303,7 @@ def _merge(job: _Job, position: int, tensor: Tensor) -> Tensor:
     return merged.chunk(group.size())[group.rank()].clone()
 
 
-def _by_row(job: _Job, config: ModelConfig, layer: TransformerLayer) -> dict[str, nn.Parameter]:
+def _by_row(job: _Job, config: ModelConfig, layer: TransformerLayer) -> dict[str, Tensor]:
     """Name of the row -> parameter of a layer, whichever spec built it.
 
     Experts are numbered within their rank in a module, and over the whole layer in the table.
@@ -299,7 +311,7 @@ def _by_row(job: _Job, config: ModelConfig, layer: TransformerLayer) -> dict[str
     prefix = f"decoder.layers.{layer.layer_number - 1}."
     first = job.groups.ep.rank() * (config.num_moe_experts or 0) // job.groups.ep.size()
     found = {}
-    for name, parameter in layer.named_parameters():
+    for name, parameter in _stored(layer):
         row, _ = job.family.find(prefix + name, config)
         if row.expert is not None and row.template is not None:
             row = row.template.of_expert(first + row.expert)

@@ -51,19 +51,19 @@ class Move:
     transfers: Sequence[Transfer]
 
 
-def equal_shares(indices: Tensor, ranks: int, parts: int = 1) -> list[Tensor]:
+def equal_shares(indices: Tensor, ranks: int, blocks: Sequence[int] | None = None) -> list[Tensor]:
     """Contiguous shares of a dim, one per tensor-parallel rank.
 
     Args:
         indices: ``[n]`` global indices in the order they are stored.
-        ranks: tensor-parallel ranks; must divide each part.
-        parts: equal blocks of the dim that are shared out one by one (gate and up: 2).
+        ranks: tensor-parallel ranks; must divide each block.
+        blocks: sizes of the blocks that are shared out one by one (gate and up); one if None.
 
     Returns:
         Per rank the ``[n / ranks]`` global indices it holds, in its local order.
     """
-    shares = indices.view(parts, ranks, -1)
-    return [shares[:, rank].flatten() for rank in range(ranks)]
+    shares = [block.view(ranks, -1) for block in indices.split(list(blocks or [len(indices)]))]
+    return [torch.cat([block[rank] for block in shares]) for rank in range(ranks)]
 
 
 def plan_transfers(owned: Mapping[int, Tensor], wanted: Mapping[int, Tensor]) -> list[Transfer]:

@@ -43,10 +43,13 @@ class Grid:
         return self.ranks[holder][stage]
 
 
-def layer_rows(family: Family, config: ModelConfig) -> list[Row]:
-    """Rows of the parameters of a layer, those of experts one by one."""
-    rows = (row for _, row, layer in family.parameters(config) if layer == 0)
-    return list(rows)
+def rows_of_layers(family: Family, config: ModelConfig) -> list[list[Row]]:
+    """Rows of the parameters of every layer, those of experts one by one."""
+    rows: list[list[Row]] = [[] for _ in range(config.num_layers)]
+    for _, row, layer in family.parameters(config):
+        if layer is not None:
+            rows[layer].append(row)
+    return rows
 
 
 def row_before(row: Row, plan: Plan, position: int) -> Row:
@@ -90,8 +93,8 @@ def plan_move(
         pairs = zip(senders, receivers, strict=True)
         return Move(0, [Transfer(sender, receiver) for sender, receiver in pairs])
     dim = DIMS[row.dims[row.tp_dim]]
-    owned = equal_shares(torch.arange(dim.size(config)), len(senders), dim.shards)
-    wanted = equal_shares(kept, len(receivers), dim.shards)
+    owned = equal_shares(torch.arange(dim.size(config)), len(senders), dim.blocks(config))
+    wanted = equal_shares(kept, len(receivers), dim.blocks(pruned))
     transfers = plan_transfers(
         dict(zip(senders, owned, strict=True)), dict(zip(receivers, wanted, strict=True))
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.config.axes import AXES, axes_of, axis_size, has_axis
-from nemo_minitron.config.stages import BLOCK_CRITERIA, PruningConfig
 from nemo_minitron.config.layers import kinds_of
+from nemo_minitron.config.stages import BLOCK_CRITERIA, PruningConfig
 from nemo_minitron.families.registry import FAMILIES
 from nemo_minitron.pruning.scores import check_model, how_to_score, layer_scores
 

@@ -78,9 +78,7 @@ def _experts(name, tensor):
     kinds = {"up_proj": "linear_fc1", "down_proj": "linear_fc2"}
     if name.startswith("experts."):
         kind = kinds[name.removeprefix("experts.")]
-        return {
-            f"mlp.experts.local_experts.{i}.{kind}.weight": one for i, one in enumerate(tensor)
-        }
+        return {f"mlp.experts.local_experts.{i}.{kind}.weight": one for i, one in enumerate(tensor)}
     if name.startswith("shared_experts."):
         return {f"mlp.shared_experts.{kinds[name.split('.')[1]]}.weight": tensor}
     return {f"mlp.router.{'weight' if name == 'gate.weight' else 'expert_bias'}": tensor}

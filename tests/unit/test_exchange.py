@@ -25,8 +25,8 @@ def test_everybody_gets_an_equal_contiguous_share(ranks: int, parts: int, seed: 
     size, count = 24, 12
     block = torch.randperm(size, generator=generator)[:count].sort().values
     winners = torch.cat([block + size * part for part in range(parts)])
-    owned = dict(enumerate(equal_shares(torch.arange(size * parts), ranks, parts)))
-    wanted = dict(enumerate(equal_shares(winners, ranks, parts)))
+    owned = dict(enumerate(equal_shares(torch.arange(size * parts), ranks, [size] * parts)))
+    wanted = dict(enumerate(equal_shares(winners, ranks, [count] * parts)))
     found, moved = carry(owned, wanted)
     for rank in range(ranks):
         share = count // ranks
