@@ -5,11 +5,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from nemo_minitron.config.balance import balanced_layout
+from nemo_minitron.config.layers import ATTENTION, MAMBA, kinds_of
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import TeacherParallelConfig
 from nemo_minitron.config.search import SEARCHED, SearchSpaceConfig
 from nemo_minitron.config.stages import DistillConfig, PruningConfig, SearchConfig, TargetConfig
 from nemo_minitron.config.training import DataConfig, OptimConfig, TrainerConfig
+from nemo_minitron.families.dims import DIMS
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import parameter_count
 
@@ -136,8 +138,14 @@ def _measured(config: ModelConfig, space: SearchSpaceConfig, sizes: Sizes) -> Ca
     small = config.resized(sizes)
     count = parameter_count(family_of(config), small)["total"]
     element = _BYTES[config.dtype]
-    cached = 2 * small.num_layers * small.num_query_groups * small.kv_channels
-    memory = element * (count + cached * space.batch_size * space.seq_length)
+    attending, scanning = ("".join(kinds_of(small)).count(kind) for kind in (ATTENTION, MAMBA))
+    cached = 2 * attending * small.num_query_groups * small.kv_channels * space.seq_length
+    # A state for each channel of each Mamba head, and what the convolution looks back at.
+    states = scanning * (
+        DIMS["mamba_inner"].size(small) * (small.mamba_state_dim or 0)
+        + DIMS["mamba_conv"].size(small) * DIMS["mamba_conv_width"].size(small)
+    )
+    memory = element * (count + (cached + states) * space.batch_size)
     return Candidate(sizes, count, memory / _GIB)
 
 

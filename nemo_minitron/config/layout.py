@@ -1,6 +1,7 @@
 """Which layouts and which activation recomputation a model can take. Imports no torch."""
 
 from nemo_minitron.config.axes import split_sizes
+from nemo_minitron.config.layers import EXPERTS, MLP, kinds_of
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig, layers_per_chunk
 from nemo_minitron.config.training import RECOMPUTE_KEYS, TrainerConfig
@@ -142,6 +143,18 @@ def layers_of_stages(config: ModelConfig, parallel: ParallelConfig) -> list[list
     return [[size // chunks] * chunks for size in stages]
 
 
+def layers_on_stages(config: ModelConfig, parallel: ParallelConfig) -> list[list[list[int]]]:
+    """The same as numbers of layers (0-based): ``[pipeline rank][virtual stage]``."""
+    sizes = layers_of_stages(config, parallel)
+    found: list[list[list[int]]] = [[] for _ in sizes]
+    start = 0
+    for chunk in range(len(sizes[0])):
+        for stage, counts in enumerate(sizes):
+            found[stage].append(list(range(start, start + counts[chunk])))
+            start += counts[chunk]
+    return found
+
+
 def recompute_settings(trainer: TrainerConfig) -> dict[str, object]:
     """The keyword arguments of Megatron's ``TransformerConfig``."""
     return {key: getattr(trainer, key) for key in RECOMPUTE_KEYS}
@@ -156,13 +169,14 @@ def check_recompute(trainer: TrainerConfig, model: ModelConfig, parallel: Parall
     Raises:
         ValueError: names the key, the model's size and the values that fit.
     """
-    moe = model.num_moe_experts is not None
-    absent = "mlp" if moe else "moe"
-    if absent in (trainer.recompute_modules or ()):
-        raise ValueError(
-            f"trainer.recompute_modules names {absent}, but the layers of family '{model.family}' "
-            f"{'are all experts: use moe' if moe else 'have no experts: use mlp'}"
-        )
+    kinds = "".join(kinds_of(model))
+    for module, kind, other in (("mlp", MLP, "moe"), ("moe", EXPERTS, "mlp")):
+        if module in (trainer.recompute_modules or ()) and kind not in kinds:
+            has = "are all experts" if kind == MLP else "have no experts"
+            raise ValueError(
+                f"trainer.recompute_modules names {module}, but the layers of family "
+                f"'{model.family}' {has}: use {other}"
+            )
     layers = trainer.recompute_num_layers
     chunk = {size for sizes in layers_of_stages(model, parallel) for size in sizes}
     if layers is None:

@@ -10,10 +10,13 @@ import math
 from dataclasses import dataclass
 
 from nemo_minitron.config.intermediate import BOUNDARY_LOSSES, LAYER_LOSSES, IntermediateConfig
+from nemo_minitron.config.layers import ATTENTION, EXPERTS, MLP, kinds_of
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 
 _KEY = "distillation.intermediate"
+_PART_OF = {"attention_relation": ATTENTION, "mlp_input": MLP + EXPERTS}
+"""What a layer has to be made of, of those losses that do not take every layer."""
 _FROM_END = 3
 """``last-2 -> last-2``: 29 -> 13 of 32 and 16 layers (2407.14679, section A.4 and table 17)."""
 
@@ -86,13 +89,24 @@ def layer_map(
     return pairs
 
 
+def _check_kind(loss: str, model: ModelConfig, layer: int, key: str) -> None:
+    """Refuse a loss of a part that a layer of a hybrid model does not have."""
+    needs = _PART_OF.get(loss, "")
+    if needs and not set(needs) & set(kinds_of(model)[layer]):
+        raise ValueError(
+            f"{_KEY}.losses holds {loss}, but {key} layer {layer} is of kind "
+            f"'{kinds_of(model)[layer]}' in hybrid_layer_pattern={model.hybrid_layer_pattern}; set "
+            f"{_KEY}.layer_map to layers that have it, or leave {loss} out"
+        )
+
+
 def make_pairs(
     config: IntermediateConfig, teacher: ModelConfig, student: ModelConfig
 ) -> list[Pair]:
     """Every comparison that ``distillation.intermediate`` asks for, in one fixed order.
 
     Raises:
-        ValueError: as ``layer_map``.
+        ValueError: as ``layer_map``; a layer has no part that a loss is of.
     """
     pairs = [Pair("embedding", 0, 0)] if "embedding" in config.losses else []
     if not config.uses(LAYER_LOSSES):
@@ -100,6 +114,8 @@ def make_pairs(
     for of_teacher, of_student in layer_map(config, teacher, student):
         for kind in LAYER_LOSSES:
             if kind in config.losses:
+                _check_kind(kind, teacher, of_teacher, "teacher")
+                _check_kind(kind, student, of_student, "student")
                 after = int(kind in BOUNDARY_LOSSES)
                 pairs.append(Pair(kind, of_teacher + after, of_student + after))
     return sorted(pairs)

@@ -3,7 +3,6 @@
 import functools
 import importlib
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.rope import yarn_fields
 from nemo_minitron.families.table import Family
 from nemo_minitron.families.windows import megatron_fields
+from nemo_minitron.models.hidden import HiddenModel
 from nemo_minitron.models.rotary import set_frequencies
 from nemo_minitron.models.settings import transformer_defaults
 from nemo_minitron.models.spec import HAVE_GROUPED_GEMM, HAVE_TE
@@ -42,27 +42,6 @@ _ACTIVATIONS = {
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
     "squared_relu": squared_relu,
 }
-
-
-class HiddenModel:
-    """What a model of this package is beside a model of Megatron-Core.
-
-    Its last stage can stop before the output layer: the losses and the calibration of this package
-    start from the final hidden state, so that the full ``[s, b, v]`` logits never exist.
-    """
-
-    return_hidden: bool = False
-    settings: Mapping[str, Any] = MappingProxyType({})
-    """What ``build_gpt`` was given, for a smaller model of the same kind."""
-
-    def output_weight(self: Any) -> Tensor:
-        """Local ``[v / tp, h]`` weight of the output layer (last stage only)."""
-        weight: Tensor
-        if self.share_embeddings_and_output_weights:
-            weight = self.shared_embedding_or_output_weight()
-        else:
-            weight = self.output_layer.weight
-        return weight
 
 
 class HiddenGPTModel(HiddenModel, GPTModel):
@@ -303,5 +282,5 @@ def unwrap(module: torch.nn.Module) -> HiddenGPTModel:
 
     while isinstance(module, DistributedDataParallel | Float16Module):
         module = module.module
-    assert isinstance(module, HiddenModel)
-    return module
+    assert isinstance(module, HiddenModel), type(module)
+    return module  # type: ignore[return-value]  # a hybrid model is used like a GPT model

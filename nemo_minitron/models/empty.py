@@ -10,7 +10,8 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.models.build import HiddenGPTModel, HiddenModel, build_gpt
+from nemo_minitron.models.build import HiddenGPTModel, build_gpt
+from nemo_minitron.models.hidden import HiddenModel
 from nemo_minitron.runtime.groups import ParallelGroups
 
 Shapes = dict[nn.Parameter, torch.Size]

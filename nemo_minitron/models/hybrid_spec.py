@@ -24,10 +24,10 @@ from megatron.core.transformer.transformer_layer import (
 from torch import Tensor
 
 from nemo_minitron.config.layers import MAMBA
-from nemo_minitron.config.layout import layers_of_stages, padded_vocab_size
+from nemo_minitron.config.layout import layers_on_stages, padded_vocab_size
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.models.build import HiddenModel
+from nemo_minitron.models.hidden import HiddenModel
 from nemo_minitron.models.spec import HAVE_TE, LocalNorm, local_layer
 from nemo_minitron.runtime import cpu
 from nemo_minitron.runtime.groups import ParallelGroups
@@ -38,7 +38,8 @@ class HiddenHybridModel(HiddenModel, HybridModel):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As HybridModel's; a stage that does not post-process returns its hidden state."""
-        last, self.post_process = self.post_process, self.post_process and not self.return_hidden
+        last: bool = self.post_process  # type: ignore[has-type]  # Megatron sets it
+        self.post_process = last and not self.return_hidden
         try:
             return super().forward(*args, **kwargs)
         finally:
@@ -67,12 +68,9 @@ def staged_pattern(config: ModelConfig, parallel: ParallelConfig) -> str:
 
     Stages follow one another along the pipeline, the first virtual stage of every rank first.
     """
-    pattern, sizes = config.hybrid_layer_pattern or "", layers_of_stages(config, parallel)
-    stages, start = [], 0
-    for number in [rank[chunk] for chunk in range(len(sizes[0])) for rank in sizes]:
-        stages.append(pattern[start : start + number])
-        start += number
-    return "|".join(stages)
+    pattern, stages = config.hybrid_layer_pattern or "", layers_on_stages(config, parallel)
+    chunks = [rank[chunk] for chunk in range(len(stages[0])) for rank in stages]
+    return "|".join("".join(pattern[layer] for layer in layers) for layers in chunks)
 
 
 def build_hybrid_chunk(

@@ -32,6 +32,13 @@ def normed_input(linear: "TELayerNormColumnParallelLinear", x: Tensor) -> Tensor
     return F.layer_norm(x, shape, weight, bias, eps)
 
 
+def final_norm(chunk: Any) -> nn.Module | None:
+    """The norm before the output layer, None on other stages than the last."""
+    decoder = chunk.decoder
+    found: nn.Module | None = getattr(decoder, "final_norm", None)  # of a hybrid model
+    return getattr(decoder, "final_layernorm", None) if found is None else found
+
+
 def norms_and_readers(block: Any) -> list[tuple[nn.Module, nn.Module | None]]:
     """What a layer reads: attention and the MLP of a GPT layer, or a hybrid model's one part.
 

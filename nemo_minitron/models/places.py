@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nemo_minitron.models.build import HiddenGPTModel
-from nemo_minitron.models.norms import normed_input
+from nemo_minitron.models.norms import final_norm, normed_input, norms_and_readers
 
 States = tuple[Tensor, ...]
 """``(hidden [s, b, h],)`` or ``(query [s, b, n, d], key [s, b, g, d], value)``; local."""
@@ -23,7 +23,7 @@ Use = Callable[[States, Tensor], Tensor]
 def places_of(chunk: HiddenGPTModel) -> list[int]:
     """Global 0-based layers of a chunk, and ``num_layers`` where the final norm is."""
     places = [int(layer.layer_number) - 1 for layer in chunk.decoder.layers]
-    if chunk.decoder.final_layernorm is not None:
+    if final_norm(chunk) is not None:
         places.append(int(chunk.config.num_layers))
     return places
 
@@ -40,14 +40,15 @@ def watch(chunk: HiddenGPTModel, kind: str, place: int, use: Use) -> RemovableHa
     Returns:
         The handle that takes the hook away.
     """
-    if place == chunk.config.num_layers:
-        return _watch_norm(chunk.decoder.final_layernorm, None, use)
+    last = final_norm(chunk)
+    if last is not None and place == chunk.config.num_layers:
+        return _watch_norm(last, None, use)
     layer: Any = chunk.decoder.layers[places_of(chunk).index(place)]
     if kind == "attention_relation":
         return _watch_attention(layer.self_attention.core_attention, use)
-    if kind == "mlp_input":
-        return _watch_norm(layer.pre_mlp_layernorm, getattr(layer.mlp, "linear_fc1", None), use)
-    return _watch_norm(layer.input_layernorm, layer.self_attention.linear_qkv, use)
+    read = norms_and_readers(layer)
+    norm, reader = read[-1] if kind == "mlp_input" else read[0]
+    return _watch_norm(norm, reader, use)
 
 
 def _watch_norm(norm: nn.Module, linear: nn.Module | None, use: Use) -> RemovableHandle:

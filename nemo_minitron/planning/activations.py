@@ -5,11 +5,14 @@ rotation and SwiGLU fused where there are GPUs. ``tests/dist/test_planning_memor
 what autograd really saves on a CPU.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nemo_minitron.config.layers import ATTENTION, EXPERTS, MAMBA, MLP
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.training import DataConfig, TrainerConfig
+from nemo_minitron.families.dims import DIMS
 from nemo_minitron.families.registry import family_of
 
 
@@ -90,22 +93,24 @@ def _normed(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> in
     return kept if tokens.matmul is None else kept * tokens.matmul // tokens.element
 
 
-def feed_forward(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> int:
-    """What the MLP (or the experts that tokens are routed to) keeps, the normed input included."""
+def mlp(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> int:
+    """What a dense MLP keeps, the normed input included."""
+    channels = config.ffn_hidden_size * _kept_per_channel(config, tokens) * tokens.element
+    kept = round(tokens.count * channels) // parallel.tensor_model_parallel_size
+    return _normed(config, parallel, tokens) + kept
+
+
+def experts(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> int:
+    """What the experts that tokens are routed to keep, the normed input included."""
     kept, split = _normed(config, parallel, tokens), parallel.tensor_model_parallel_size
     per_channel = _kept_per_channel(config, tokens)
-    if tokens.matmul is not None:  # the input of fc2
-        per_channel -= 1 - tokens.matmul / tokens.element
-    if config.num_moe_experts is None:
-        channels = config.ffn_hidden_size * per_channel * tokens.element
-        return kept + round(tokens.count * channels) // split
     # Channels are weighted by the router; tokens reach their experts as copies (on a GPU twice,
     # before and after they travel); the router works in fp32.
     channels = (config.moe_ffn_hidden_size or 0) * (per_channel + (0 if tokens.fused else 1))
     copies = (2 if tokens.fused else 1) * config.hidden_size
     routed = config.moe_router_topk * (channels // split + copies)
     shared = (config.moe_shared_expert_intermediate_size or 0) * per_channel // split
-    router = 8 * config.num_moe_experts
+    router = 8 * (config.num_moe_experts or 0)
     return kept + round(tokens.count * ((routed + shared) * tokens.element + router))
 
 
@@ -114,17 +119,43 @@ def _kept_per_channel(config: ModelConfig, tokens: Tokens) -> float:
 
     SwiGLU of several kernels keeps both of its factors beside the two halves they are made of.
     """
+    elements = 2.0
     if config.gated_linear_unit:
-        return 3 if tokens.fused and config.activation == "silu" else 5
-    return 2
+        elements = 3 if tokens.fused and config.activation == "silu" else 5
+    # The input of fc2 may be kept in fewer bytes.
+    return elements if tokens.matmul is None else elements - 1 + tokens.matmul / tokens.element
 
 
-def layer(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> int:
-    """A whole layer: its input, attention, the residual between the two halves, the MLP."""
-    return (
-        2 * residual(config, parallel, tokens)
-        + attention(config, parallel, tokens)
-        + feed_forward(config, parallel, tokens)
+def mamba(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> int:
+    """What a Mamba layer keeps: the normed input, the projection, the input of the last one.
+
+    The kernels compute the convolution and the scan again in the backward pass from the projection.
+    """
+    projection, inner = (DIMS[dim].size(config) for dim in ("mamba_in", "mamba_inner"))
+    kept = tokens.count * (projection + inner) * tokens.element
+    return _normed(config, parallel, tokens) + kept // parallel.tensor_model_parallel_size
+
+
+_KEPT = {ATTENTION: attention, MLP: mlp, EXPERTS: experts, MAMBA: mamba}
+
+
+def layer(
+    config: ModelConfig, parallel: ParallelConfig, tokens: Tokens, kinds: Sequence[str]
+) -> int:
+    """A whole layer: the input and the inside of all that it is made of.
+
+    Args:
+        config: global sizes.
+        parallel: the layout.
+        tokens: a micro-batch.
+        kinds: letters of the layers in question; of several the largest counts.
+    """
+    return max(
+        sum(
+            residual(config, parallel, tokens) + _KEPT[kind](config, parallel, tokens)
+            for kind in letters
+        )
+        for letters in {*kinds}
     )
 
 
@@ -133,7 +164,7 @@ def stage(
     parallel: ParallelConfig,
     tokens: Tokens,
     trainer: TrainerConfig,
-    layers: int,
+    kinds: Sequence[str],
     in_flight: float,
 ) -> float:
     """Activations of a pipeline stage while the most micro-batches are in flight.
@@ -143,23 +174,29 @@ def stage(
         parallel: the layout.
         tokens: a micro-batch.
         trainer: says what is computed again in the backward pass.
-        layers: of the stage.
+        kinds: letters of the stage's layers.
         in_flight: micro-batches whose forward pass is done and whose backward is not.
     """
-    whole = layer(config, parallel, tokens)
+    all_kept = sum(layer(config, parallel, tokens, [kind]) for kind in kinds)
+    whole, layers = layer(config, parallel, tokens, kinds), len(kinds)
     if trainer.recompute_granularity is None:
-        return in_flight * layers * whole
+        return in_flight * all_kept
     modules = trainer.recompute_modules or []
     if trainer.recompute_granularity == "selective":
         # Attention without a score matrix keeps nothing that recomputing it would save.
-        saved = feed_forward(config, parallel, tokens) - residual(config, parallel, tokens)
-        saved = saved if {"mlp", "moe"} & set(modules) else 0
-        return in_flight * layers * (whole - saved) + saved
+        parts = {"mlp": MLP, "moe": EXPERTS}
+        again = [
+            _KEPT[kind](config, parallel, tokens) - residual(config, parallel, tokens)
+            for module, kind in parts.items()
+            for letters in kinds
+            if module in modules and kind in letters
+        ]
+        return in_flight * (all_kept - sum(again)) + max(again, default=0)
     group = trainer.recompute_num_layers or 1
     kept = residual(config, parallel, tokens)
     if trainer.recompute_method == "block":
-        again = min(group, layers)
-        return in_flight * (again * kept + (layers - again) * whole) + whole
+        cheap = min(group, layers)
+        return in_flight * (cheap * kept + (layers - cheap) * whole) + whole
     return in_flight * layers / group * kept + group * whole
 
 

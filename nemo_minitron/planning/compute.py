@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from nemo_minitron.config.layers import ATTENTION, MAMBA, kinds_of
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.pipeline import ClusterConfig
 from nemo_minitron.config.stages import (
@@ -46,12 +47,20 @@ def forward_parts(config: ModelConfig, seq_length: int) -> dict[str, float]:
 
     Returns:
         ``attention`` (its four matrices), ``core_attn`` (scores and their product with the values),
-        ``mlp`` and ``output``.
+        ``mlp``, ``mamba``, ``scan`` and ``output``.
     """
     products = {name: 2.0 * size for name, size in matmul_parameters(config).items()}
+    kinds = kinds_of(config)
     windows = config.window_size or [0] * config.num_layers
-    seen = sum(min(window or seq_length, seq_length) for window in windows)
-    return {**products, "core_attn": 4.0 * seen * config.num_attention_heads * config.kv_channels}
+    seen = sum(
+        min(window or seq_length, seq_length)
+        for window, letters in zip(windows, kinds, strict=True)
+        if ATTENTION in letters
+    )
+    inner = (config.mamba_num_heads or 0) * (config.mamba_head_dim or 0)
+    scan = 7.0 * inner * (config.mamba_state_dim or 0) * "".join(kinds).count(MAMBA)
+    core = 4.0 * seen * config.num_attention_heads * config.kv_channels
+    return {**products, "core_attn": core, "scan": scan}
 
 
 def forward_flops(config: ModelConfig, seq_length: int) -> float:

@@ -126,10 +126,10 @@ def _rank_memory(job: Job, share: Share) -> Memory:
     logits = _logits(job, share, tokens) if last else 0.0
     if not job.trains:
         # Forward only: a layer at a time, and hidden states on their way through the pipeline.
-        kept = activations.layer(job.model, job.parallel, tokens)
+        kept = activations.layer(job.model, job.parallel, tokens, share.kinds)
         return Memory(weights, 0.0, 0.0, 0.0, kept, logits)
     ahead = activations.micro_batches_in_flight(job.parallel, share.stage, job.micro_batches)
-    held = activations.stage(job.model, job.parallel, tokens, job.trainer, share.layers, ahead)
+    held = activations.stage(job.model, job.parallel, tokens, job.trainer, share.kinds, ahead)
     if last:  # the final norm and the hidden states that the loss gathers, with their gradient
         state = job.model.hidden_size * tokens.count * tokens.element
         held += 2 * activations.residual(job.model, job.parallel, tokens) + 2 * state
@@ -166,7 +166,7 @@ def _teacher(job: Job, stage: int, tokens: Tokens) -> tuple[float, float]:
     last = stage == parallel.pipeline_model_parallel_size - 1
     inner = len(cfg.distillation.intermediate.losses)
     states = job.micro_batches * state * (int(last) + inner)
-    once = activations.layer(job.teacher, parallel, tokens)
+    once = activations.layer(job.teacher, parallel, tokens, share.kinds)
     if not cfg.distillation.offload_teacher:
         return weights + states, once
     stays = share.output * job.element

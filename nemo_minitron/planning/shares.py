@@ -2,13 +2,16 @@
 
 import math
 from dataclasses import dataclass
+from itertools import chain
 
-from nemo_minitron.config.layout import layers_of_stages, padded_vocab_size
+from nemo_minitron.config.layers import kinds_of
+from nemo_minitron.config.layout import layers_on_stages, padded_vocab_size
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.families.registry import family_of
 
 _EMBEDDING = "embedding."
+_PARTS = {"self_attention.": "attention", "mixer.": "mamba"}
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,7 @@ class Share:
 
     Attributes:
         stage: rank in the pipeline.
-        layers: of this rank, over all its model chunks.
+        kinds: letters of each of its layers (``config.layers``), over all its model chunks.
         dense: parameters whose replicas are all data x context parallel ranks.
         expert: parameters of experts, spread over the expert-parallel ranks.
         embedding: of ``dense``, the input embeddings.
@@ -25,7 +28,7 @@ class Share:
     """
 
     stage: int
-    layers: int
+    kinds: list[str]
     dense: int
     expert: int
     embedding: int
@@ -47,20 +50,18 @@ def shares(config: ModelConfig, parallel: ParallelConfig) -> list[Share]:
         parallel: the layout.
     """
     tp = parallel.tensor_model_parallel_size
-    padded = config.resized(
-        {"num_layers": 1, "vocab_size": padded_vocab_size(config.vocab_size, tp)}
-    )
-    family = family_of(config)
-    layer = {"dense": 0, "expert": 0}
+    kinds, padded = kinds_of(config), padded_vocab_size(config.vocab_size, tp)
+    sizes: dict[str, dict[str, int]] = {}
     outer: dict[str, int] = {}
-    for name, row, index in family.parameters(padded):
-        size = math.prod(row.shape(padded)) // (tp if row.tp_dim is not None else 1)
+    one = _one_of_each_kind(config, {"vocab_size": padded})
+    for name, row, index in family_of(config).parameters(one):
+        size = math.prod(row.shape(one)) // (tp if row.tp_dim is not None else 1)
         if index is None:
             outer[name] = size
         else:
+            layer = sizes.setdefault(kinds_of(one)[index], {"dense": 0, "expert": 0})
             layer["dense" if row.expert is None else "expert"] += size
-    experts = layer["expert"] // parallel.expert_model_parallel_size
-    stages = [sum(sizes) for sizes in layers_of_stages(config, parallel)]
+    stages = [list(chain.from_iterable(rank)) for rank in layers_on_stages(config, parallel)]
     embedding = sum(size for name, size in outer.items() if name.startswith(_EMBEDDING))
     rest = sum(outer.values()) - embedding
     word = next(size for name, size in outer.items() if "word_embeddings" in name)
@@ -71,17 +72,12 @@ def shares(config: ModelConfig, parallel: ParallelConfig) -> list[Share]:
         first, last = stage == 0, stage == len(stages) - 1
         # The last stage of a pipeline holds its own copy of tied embeddings.
         copied = word if tied and last and not first else 0
-        dense = layers * layer["dense"] + first * embedding + last * rest + copied
-        found.append(
-            Share(
-                stage,
-                layers,
-                dense,
-                layers * experts,
-                first * embedding,
-                last * output,
-            )
-        )
+        held = [kinds[layer] for layer in layers]
+        dense = sum(sizes[kind]["dense"] for kind in held) + copied
+        dense += first * embedding + last * rest
+        experts = sum(sizes[kind]["expert"] for kind in held)
+        experts //= parallel.expert_model_parallel_size
+        found.append(Share(stage, held, dense, experts, first * embedding, last * output))
     return found
 
 
@@ -89,14 +85,21 @@ def matmul_parameters(config: ModelConfig) -> dict[str, float]:
     """Parameters that each token is multiplied with: active experts alone, no embeddings.
 
     Returns:
-        ``attention`` and ``mlp`` of all layers, and ``output``, tied to the embeddings or not.
+        ``attention``, ``mlp`` and ``mamba`` of all layers, and ``output``, tied to the embeddings
+        or not.
     """
-    one = config.resized({"num_layers": 1})
+    one, kinds = _one_of_each_kind(config, {}), kinds_of(config)
     active = config.moe_router_topk / (config.num_moe_experts or 1)
-    found = {"attention": 0.0, "mlp": 0.0}
+    found = {"attention": 0.0, "mlp": 0.0, "mamba": 0.0}
     for name, row, index in family_of(config).parameters(one):
         if index is not None and len(row.dims) == 2:
-            part = "attention" if "self_attention" in name else "mlp"
+            part = next((p for word, p in _PARTS.items() if word in name), "mlp")
             size = math.prod(row.shape(one)) * (1 if row.expert is None else active)
-            found[part] += size * config.num_layers
+            found[part] += size * kinds.count(kinds_of(one)[index])
     return {**found, "output": float(config.vocab_size * config.hidden_size)}
+
+
+def _one_of_each_kind(config: ModelConfig, sizes: dict[str, int]) -> ModelConfig:
+    """The model with one layer of each kind that it has."""
+    kinds = kinds_of(config)
+    return config.resized(sizes, [kinds.index(kind) for kind in dict.fromkeys(kinds)])

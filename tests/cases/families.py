@@ -34,7 +34,9 @@ def family_at(
         models[name] = config, _load(config, str(checkpoint), parallel, groups)
         result["logits"][name] = _logits(models[name][1], groups, ids)
     config, chunks = models["whole"]
-    result["names"] = [name for chunk in chunks for name, _ in chunk.named_parameters()]
+    result["names"] = [
+        name for chunk in chunks for name in chunk.state_dict() if "extra" not in name
+    ]
     result["scores"] = _score(chunks, config, groups, ids, len(ids))
     small, pruned = prune_live(chunks, family_of(config), config, plan, parallel, groups)
     assert pruned == models["several"][0]

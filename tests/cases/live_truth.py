@@ -122,7 +122,20 @@ def score_alone(ranks: WorkerPool, folder: Path, config: ModelConfig, ids: torch
 
 def replicated(name: str) -> bool:
     """Whether all tensor-parallel ranks hold the whole tensor."""
-    return "layernorm" in name or "router" in name or "gate_weight" in name
+    norm = "norm.weight" in name and "mixer.norm" not in name
+    return norm or "router" in name or "gate_weight" in name
+
+
+def split_one_by_one(name: str, rows: int, config: ModelConfig) -> list[int]:
+    """Sizes of the blocks of rows of which every tensor-parallel rank has a share."""
+    if "linear_fc1" in name and config.gated_linear_unit:
+        return [rows // 2] * 2
+    heads = config.mamba_num_heads or 0
+    x = heads * (config.mamba_head_dim or 0)
+    b = (config.mamba_num_groups or 0) * (config.mamba_state_dim or 0)
+    if "conv1d" in name:
+        return [x, b, b]
+    return [x, x, b, b, heads] if "in_proj" in name else []
 
 
 def owners(name: str, shape: torch.Size, config: ModelConfig, parallel: ParallelConfig):
@@ -130,11 +143,13 @@ def owners(name: str, shape: torch.Size, config: ModelConfig, parallel: Parallel
     tp = parallel.tensor_model_parallel_size
     numbers = torch.arange(shape.numel()).view(shape)
     parts = [numbers]
-    if "linear_fc1" in name:
-        gate, up = numbers.chunk(2)
-        parts = [torch.cat(pair) for pair in zip(gate.chunk(tp), up.chunk(tp), strict=True)]
+    blocks = split_one_by_one(name, shape[0], config)
+    if blocks:
+        shares = [block.chunk(tp) for block in numbers.split(blocks)]
+        parts = [torch.cat(pieces) for pieces in zip(*shares, strict=True)]
     elif not replicated(name):
-        parts = list(numbers.chunk(tp, dim=0 if "linear_qkv" in name else 1))
+        columns = any(end in name for end in ("linear_proj", "linear_fc2", "out_proj"))
+        parts = list(numbers.chunk(tp, dim=int(columns)))
     result = torch.zeros(shape.numel())
     for rank, part in enumerate(parts):
         result[part.flatten()] = rank

@@ -16,6 +16,8 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from nemo_minitron.config.axes import AXES, axis_size, has_axis
+from nemo_minitron.config.layers import kinds_of
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import (
     ExportConfig,
@@ -69,6 +71,18 @@ EXPERTS = {
     "several": {**SEVERAL, "num_moe_experts": 2, "moe_ffn_hidden_size": 16},
 }
 SHARED = {"moe_shared_expert_intermediate_size": 24}
+HYBRID = {
+    **ATTENTION_AND_HIDDEN,
+    "layer": {"num_layers": 8},
+    "ffn": {"ffn_hidden_size": 24},
+    "expert": {"num_moe_experts": 2},
+    "expert_ffn": {"moe_ffn_hidden_size": 16},
+    "shared_expert_ffn": SHARED,
+    "mamba_head": {"mamba_num_heads": 4},
+    "mamba_head_dim": {"mamba_head_dim": 6},
+}
+HYBRID["several"] = {size: value for target in HYBRID.values() for size, value in target.items()}
+MAMBA_DIM, MAMBA_STATE = 8, 16
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 5e5,
@@ -277,6 +291,32 @@ CASES = {
         EXPERTS,
         sequence_parallel=True,
     ),
+    "nemotron_h": Case(
+        "NemotronH",
+        {"vocab_size": 101, "hybrid_override_pattern": "M-M*MEM-*E", "hidden_size": 48,
+         "intermediate_size": 56, "num_attention_heads": 8, "num_key_value_heads": 4,
+         "head_dim": HEAD_DIM, "max_position_embeddings": 64, "mamba_num_heads": 8,
+         "mamba_head_dim": MAMBA_DIM, "n_groups": 2, "ssm_state_size": MAMBA_STATE,
+         "n_routed_experts": 4, "moe_intermediate_size": 40, "num_experts_per_tok": 2,
+         "moe_shared_expert_intermediate_size": 56, "routed_scaling_factor": 2.5},
+        {
+            r"mixer\.norm\.weight": ("mamba_inner",),
+            r"norm(_f)?\.weight": ("hidden",),
+            r"embeddings\.weight|lm_head\.weight": (None, "hidden"),
+            r"in_proj\.weight": ("mamba_in", "hidden"),
+            r"conv1d\.weight": ("mamba_conv", None, None),
+            r"conv1d\.bias": ("mamba_conv",),
+            r"A_log|D|dt_bias": ("mamba_head",),
+            r"out_proj\.weight": ("hidden", "mamba_inner"),
+            r"gate\.weight": ("expert", "hidden"),
+            r"e_score_correction_bias": ("expert",),
+            r"shared_experts\.up_proj\.weight": ("shared_ffn", "hidden"),
+            r"shared_experts\.down_proj\.weight": ("hidden", "shared_ffn"),
+            **LLAMA_DIMS,
+        },
+        HYBRID,
+        sequence_parallel=True,
+    ),
 }  # fmt: skip
 
 
@@ -305,7 +345,8 @@ def write_random(case: Case, folder: Path) -> None:
     name = case.model.removesuffix("LMHead")
     config = getattr(transformers, f"{name}Config")(**deepcopy(case.fields))
     model = getattr(transformers, architecture(case))(config).eval()
-    for name, parameter in model.named_parameters():
+    biases = ((name, b) for name, b in model.named_buffers() if "e_score_correction_bias" in name)
+    for name, parameter in [*model.named_parameters(), *biases]:
         # Norm weights around 1, or around 0 where that is what they are the distance from.
         norm = re.search(r"norm\w*\.weight|ln_\w\.weight", name) and case.model != "Nemotron"
         torch.nn.init.normal_(parameter, mean=1.0 if norm else 0.0, std=0.15)
@@ -333,8 +374,12 @@ def write_scores(folder: Path, config: ModelConfig) -> None:
     )
     if experts:
         scores["expert"] = torch.rand(layers, experts)
-        scores["expert_ffn"] = torch.rand(layers, experts, config.ffn_hidden_size)
-    else:
+        scores["expert_ffn"] = torch.rand(layers, experts, axis_size(config, "expert_ffn"))
+    if config.mamba_num_heads:
+        scores["mamba_head"] = torch.rand(
+            layers, config.mamba_num_heads, axis_size(config, "mamba_head_dim")
+        )
+    if has_axis(config, AXES["ffn"]):
         scores["ffn"] = torch.rand(layers, config.ffn_hidden_size)
     if shared:
         scores["shared_expert_ffn"] = torch.rand(layers, shared)
@@ -433,7 +478,8 @@ def test_a_forgotten_row_is_named(alone: dict[str, Any], models: Models) -> None
     family = family_of(config)
     for row in (row for row in family.rows if row.when(config)):
         shorter = replace(family, rows=tuple(other for other in family.rows if other != row))
-        name = row.name.format(layer=0, expert=0)
+        first = next(i for i, kinds in enumerate(kinds_of(config)) if row.kind in kinds)
+        name = row.name.format(layer=first, expert=0)
         assert f"'{name}'" in missing_rows(alone["names"], config, shorter)
         with pytest.raises(ValueError, match=f"{re.escape(name)} has no row"):
             shorter.find(name, config)
@@ -445,9 +491,11 @@ def kept_indices(kind: str, plan: Plan, layer: int, expert: int | None, case: Ca
     def rows(blocks: list[int], first: int = 0) -> list[int]:
         return [first + b * HEAD_DIM + i for b in blocks for i in range(HEAD_DIM)]
 
-    heads, groups = plan["head"][layer], plan["query_group"][layer]
     if kind == "hidden":
         return plan["hidden"]
+    if kind.startswith("mamba"):
+        return kept_of_mamba(kind, plan, layer, case)
+    heads, groups = plan["head"][layer], plan["query_group"][layer]
     if kind == "q":
         return rows(heads)
     if kind == "kv":
@@ -465,6 +513,28 @@ def kept_indices(kind: str, plan: Plan, layer: int, expert: int | None, case: Ca
         return ffn + [case.fields["intermediate_size"] + i for i in ffn]
     assert kind == "ffn"
     return ffn
+
+
+def kept_of_mamba(kind: str, plan: Plan, layer: int, case: Case) -> list[int]:
+    """The same for the tensors of a Mamba layer: z, x, B, C and dt lie one after another."""
+    heads, channels = plan["mamba_head"][layer], plan["mamba_head_dim"][layer]
+    x = [head * MAMBA_DIM + channel for head in heads for channel in channels]
+    inner = case.fields["mamba_num_heads"] * MAMBA_DIM
+    states = list(range(2 * case.fields["n_groups"] * MAMBA_STATE))
+    if kind == "mamba_head":
+        return heads
+    if kind == "mamba_inner":
+        return x
+    if kind == "mamba_conv":
+        return x + [inner + row for row in states]
+    assert kind == "mamba_in"
+    after = 2 * inner + len(states)
+    return [
+        *x,
+        *(inner + row for row in x),
+        *(2 * inner + row for row in states),
+        *(after + head for head in heads),
+    ]
 
 
 def test_pruned_exports_are_slices(models: Models) -> None:

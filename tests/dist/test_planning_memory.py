@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from nemo_minitron.config.layers import kinds_of
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.planning import activations
 from nemo_minitron.planning.activations import Tokens
@@ -60,7 +61,7 @@ def test_activations_of_a_layer(ranks, config, size, parallel):
         replace(config, num_layers=layers, no_rope_freq=skips and skips[:layers])
         for layers in (2, 4)
     ]
-    planned = activations.layer(config, parallel, Tokens(length, 4, fused=False))
+    planned = activations.layer(config, parallel, Tokens(length, 4, fused=False), kinds_of(config))
     for two, four in ranks.run(size, bytes_saved, configs, parallel, length):
         print(config.family, parallel.tensor_model_parallel_size, planned, (four - two) / 2)
         assert planned == pytest.approx((four - two) / 2, rel=0.05)

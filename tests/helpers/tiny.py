@@ -55,6 +55,27 @@ NEMOTRON = replace(
     rotary_percent=0.5,
 )
 
+NEMOTRON_H = replace(
+    LLAMA,
+    family="nemotron_h",
+    num_layers=8,
+    hybrid_layer_pattern="M-M*MEM-",
+    gated_linear_unit=False,
+    activation="squared_relu",
+    position_embedding_type="none",
+    mamba_num_heads=8,
+    mamba_head_dim=8,
+    mamba_num_groups=2,
+    mamba_state_dim=16,
+    num_moe_experts=4,
+    moe_ffn_hidden_size=24,
+    moe_router_topk=2,
+    moe_shared_expert_intermediate_size=32,
+    moe_router_score_function="sigmoid",
+    moe_router_enable_expert_bias=True,
+    moe_router_topk_scaling_factor=2.5,
+)
+
 GPT2 = replace(
     LLAMA,
     family="gpt2",

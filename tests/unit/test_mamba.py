@@ -1,9 +1,10 @@
 """Mamba-2 in plain torch, against its recurrence and against transformers' layer."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from nemo_minitron.runtime.mamba import (
     GatedRMSNorm,
@@ -14,7 +15,7 @@ from nemo_minitron.runtime.mamba import (
 BATCH, LENGTH, HEADS, GROUPS, CHANNELS, STATE = 2, 21, 6, 2, 4, 5
 
 
-def inputs(length: int = LENGTH) -> dict[str, Tensor]:
+def inputs(length: int = LENGTH) -> dict[str, Any]:
     torch.manual_seed(0)
     shapes = {
         "x": (BATCH, length, HEADS, CHANNELS),
