@@ -5,6 +5,7 @@ As ``test_prune_live.py`` for GPT models: scores, kept indices and weights of on
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -92,7 +93,12 @@ def test_one_answer(
 # ---------------------------------------------------------------- distillation
 
 # Fewer and other layers, and narrower ones.
-SMALL = {"hidden_size": 48, "mamba_num_heads": 4, "num_attention_heads": 4, "num_query_groups": 2}
+SMALL: dict[str, Any] = {
+    "hidden_size": 48,
+    "mamba_num_heads": 4,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+}
 STUDENTS = {
     "dense": replace(DENSE, hybrid_layer_pattern="M*-M", num_layers=4, **SMALL),
     "experts": replace(NEMOTRON_H, hybrid_layer_pattern="M*EM-M*E", num_moe_experts=2, **SMALL),
