@@ -76,14 +76,15 @@ def _table(family: Family) -> str:
         "| parameter | dims | split | Hugging Face |",
         "|---|---|---|---|",
     ]
-    lines += [_line(row) for row in family.rows]
+    lines += [_line(row, family) for row in family.rows]
     return "\n".join(lines) + "\n"
 
 
-def _line(row: Row) -> str:
+def _line(row: Row, family: Family) -> str:
     split = "" if row.tp_dim is None else row.dims[row.tp_dim]
     form = f" ({row.hf_form})" if row.hf_form else ""
-    hf = ", ".join(f"`{name.replace('model.layers.{layer}.', '')}`" for name in row.hf)
+    layer = family.hf_prefix + "layers.{layer}."
+    hf = ", ".join(f"`{name.removeprefix(layer)}`" for name in row.hf)
     name = row.name.replace("decoder.layers.{layer}.", "")
     return f"| `{name}` | {', '.join(row.dims)} | {split} | {hf}{form} |"
 

@@ -47,6 +47,7 @@ class Axis:
             that stay (2504.11409, section 3.1).
         split_by: the parallel degree that has to divide the size; empty where nothing splits it.
         grain: how many neighbouring indices are ranked, kept and dropped together.
+        fixed: whether it cannot be pruned; others may be nested in it.
         label: what reports call its indices, where they show what each layer keeps.
         doc: what the size is, where its name does not say it.
     """
@@ -63,6 +64,7 @@ class Axis:
     within: str = ""
     split_by: str = ""
     grain: int = 1
+    fixed: bool = False
     label: str = ""
     doc: str = ""
 
@@ -114,10 +116,8 @@ _TABLE = (
         "mamba_num_groups",
         Scope.LAYER,
         MAMBA,
-        scores="mamba_head",
         split_by=_TP,
-        label="Mamba groups",
-        doc="Cannot be pruned: every group has states of its own.",
+        fixed=True,  # each has an input and an output matrix of its own for the state
     ),
     Axis(
         "mamba_head_dim",
@@ -204,7 +204,7 @@ def score_axes() -> list[str]:
     The default of ``scores.axes``, which is stored beside every result and so keeps its order:
     layers come after what is inside every layer, and experts last.
     """
-    own = [axis for axis in AXES.values() if not axis.scores]
+    own = [axis for axis in AXES.values() if not axis.scores and not axis.fixed]
     own.sort(key=lambda axis: (axis.kind == EXPERTS, axis.name == "layer"))
     return [axis.name for axis in own]
 

@@ -85,7 +85,7 @@ def _keys(cls: type, instance: object, prefix: str) -> Iterator[Key]:
         if dataclasses.is_dataclass(default):
             yield from _keys(type(default), default, name + ".")
         elif isinstance(default, dict) and default:  # sizes after pruning, one for every axis
-            for axis in AXES.values():
+            for axis in (one for one in AXES.values() if not one.fixed):
                 yield Key(f"{name}.{axis.size}", "int | None", default[axis.size], axis.doc)
         else:
             yield Key(name, _type_name(field.type), default, docs.get(field.name, ""))

@@ -195,7 +195,7 @@ class TargetConfig(dict[str, int | None]):
         Raises:
             ValueError: a key is not the size of an axis.
         """
-        super().__init__({axis.size: None for axis in AXES.values()})
+        super().__init__({axis.size: None for axis in AXES.values() if not axis.fixed})
         known = list(self)
         self.update(*sizes, **named)
         for name in list(self)[len(known) :]:

@@ -26,7 +26,7 @@ def target_sizes(config: ModelConfig, pruning: PruningConfig) -> dict[str, int]:
     """
     sizes = {}
     for axis in AXES.values():
-        name, target = axis.size, pruning.target[axis.size]
+        name, target = axis.size, pruning.target.get(axis.size)
         current = getattr(config, name)
         if not has_axis(config, axis):
             if target is not None:

@@ -73,7 +73,7 @@ EXPERTS = {
 SHARED = {"moe_shared_expert_intermediate_size": 24}
 HYBRID = {
     **ATTENTION_AND_HIDDEN,
-    "layer": {"num_layers": 8},
+    "layer": {"num_layers": 6},
     "ffn": {"ffn_hidden_size": 24},
     "expert": {"num_moe_experts": 2},
     "expert_ffn": {"moe_ffn_hidden_size": 16},
@@ -293,7 +293,7 @@ CASES = {
     ),
     "nemotron_h": Case(
         "NemotronH",
-        {"vocab_size": 101, "hybrid_override_pattern": "M-M*MEM-*E", "hidden_size": 48,
+        {"vocab_size": 101, "hybrid_override_pattern": "ME*-M-ME", "hidden_size": 48,
          "intermediate_size": 56, "num_attention_heads": 8, "num_key_value_heads": 4,
          "head_dim": HEAD_DIM, "max_position_embeddings": 64, "mamba_num_heads": 8,
          "mamba_head_dim": MAMBA_DIM, "n_groups": 2, "ssm_state_size": MAMBA_STATE,

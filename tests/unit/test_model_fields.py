@@ -19,10 +19,21 @@ from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.families.registry import FAMILIES, read_config, written_config
 from nemo_minitron.models import build
-from tests.helpers.tiny import GPT2, LLAMA, MIXTRAL, NEMOTRON, OLMO2, QWEN2_MOE, QWEN3, SMOLLM3
+from tests.helpers.tiny import (
+    GPT2,
+    LLAMA,
+    MIXTRAL,
+    NEMOTRON,
+    NEMOTRON_H,
+    OLMO2,
+    QWEN2_MOE,
+    QWEN3,
+    SMOLLM3,
+)
 from tests.unit.test_families import LLAMA3_ROPE
 from tests.unit.test_family_configs import QWEN2
 
+GROUPED = replace(NEMOTRON_H, num_moe_experts=8, moe_router_num_groups=2, moe_router_group_topk=1)
 # Field -> a model in which it says something, and what else it could say there.
 FIELDS: dict[str, tuple[ModelConfig, Any]] = {
     "num_layers": (LLAMA, 3),
@@ -54,6 +65,16 @@ FIELDS: dict[str, tuple[ModelConfig, Any]] = {
     "moe_router_pre_softmax": (QWEN2_MOE, False),
     "moe_shared_expert_intermediate_size": (QWEN2_MOE, 60),
     "moe_shared_expert_gate": (QWEN2_MOE, False),
+    "moe_router_score_function": (NEMOTRON_H, "softmax"),
+    "moe_router_enable_expert_bias": (NEMOTRON_H, False),
+    "moe_router_topk_scaling_factor": (NEMOTRON_H, 1.0),
+    "moe_router_num_groups": (GROUPED, 4),
+    "moe_router_group_topk": (replace(GROUPED, moe_router_num_groups=4), 2),
+    "hybrid_layer_pattern": (NEMOTRON_H, "M-M*MEMM"),
+    "mamba_num_heads": (NEMOTRON_H, 4),
+    "mamba_head_dim": (NEMOTRON_H, 4),
+    "mamba_num_groups": (NEMOTRON_H, 4),
+    "mamba_state_dim": (NEMOTRON_H, 8),
 }
 # Fields that do not describe the network, and what they are.
 OTHERS = {
@@ -104,6 +125,10 @@ def megatron(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, A
     monkeypatch.setattr(build, "layer_spec", lambda _: lambda *_: None)
     longest = model.max_seq_length or 0
     build._build_chunk(model, mcore, ALONE, None, longest)  # type: ignore[arg-type]  # no groups are needed on one rank
+    if model.hybrid_layer_pattern is not None and build.HAVE_HYBRID:
+        from nemo_minitron.models.hybrid_spec import staged_pattern
+
+        given["hybrid_layer_pattern"] = staged_pattern(model, parallel)
     plain = {key: value for key, value in vars(given.pop("config")).items() if not callable(value)}
     return {**plain, **given, "activation": mcore.activation_func}
 
@@ -111,6 +136,10 @@ def megatron(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, A
 @pytest.mark.parametrize("name", FIELDS)
 def test_megatron_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, other = FIELDS[name]
+    if name == "hybrid_layer_pattern" and not build.HAVE_HYBRID:
+        with pytest.raises(ValueError, match=r"hybrid models .* need megatron-core 0.18 or later"):
+            build.hybrid_builder(ParallelConfig())
+        return
     one, another = (megatron(m, monkeypatch) for m in (model, replace(model, **{name: other})))
     assert one != another
 
@@ -124,6 +153,8 @@ def test_smaller_configs_keep_it(name: str) -> None:
     value, kept = getattr(model, name), getattr(small, name)
     if isinstance(value, list):
         assert kept == [value[0], value[2]]
+    elif name == "hybrid_layer_pattern":
+        assert kept == value[0] + value[2]
     elif name != "num_layers":
         assert kept == value
 

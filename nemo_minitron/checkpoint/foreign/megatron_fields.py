@@ -127,13 +127,13 @@ def _yarn(stated: Stated) -> JsonObject:
 
 def _positions(stated: Stated) -> JsonObject:
     kind = stated.need("position_embedding_type")
-    if kind not in _POSITIONS:
+    if kind not in _POSITIONS and not (kind == "none" and stated_pattern(stated)):
         raise stated.refuse("position_embedding_type", " or ".join(_POSITIONS))
     found: JsonObject = {
         "position_embedding_type": "rope" if kind == "yarn" else kind,
         "max_position_embeddings": stated.need("seq_length"),
     }
-    if kind != "learned_absolute":
+    if kind in ("rope", "yarn"):
         found["rotary_base"] = float(stated.get("rotary_base", 10000))
         found["rotary_percent"] = float(stated.get("rotary_percent", 1.0))
         found["rope_scaling"] = _scaling(stated)
@@ -184,10 +184,61 @@ def _experts(stated: Stated, ffn: int) -> JsonObject:
     }
 
 
+# What only families of hybrid models have; ``match_family`` compares it.
+_OF_HYBRIDS = (
+    "is_hybrid_model",
+    "moe_router_score_function",
+    "moe_router_topk_scaling_factor",
+    "moe_router_num_groups",
+    "moe_router_enable_expert_bias",
+)
+
+
+def stated_pattern(stated: Stated) -> str | None:
+    """Letters of the layers of a hybrid model, one each, or None for a GPT model."""
+    key = "hybrid_layer_pattern"
+    pattern = stated.get(key, None) or stated.get("hybrid_override_pattern", None)
+    if pattern is None:
+        return None
+    if "/" in pattern:
+        raise stated.refuse(key, "a pattern without layers for multi-token prediction (/)")
+    return str(pattern).replace("|", "")
+
+
+def _hybrid(stated: Stated, ffn: int) -> JsonObject:
+    pattern = stated_pattern(stated)
+    if pattern is None:
+        return {}
+    sizes = {"mamba_head_dim": 64, "mamba_num_groups": 8, "mamba_state_dim": 128}
+    found: JsonObject = {name: stated.get(name, default) for name, default in sizes.items()}
+    found |= {
+        "num_layers": len(pattern),
+        "ffn_hidden_size": ffn,
+        "hybrid_layer_pattern": pattern,
+        # Megatron-Core's own default.
+        "mamba_num_heads": stated.get(
+            "mamba_num_heads", 2 * stated.need("hidden_size") // found["mamba_head_dim"]
+        ),
+    }
+    if stated.get("moe_router_score_function", "softmax") != "softmax":
+        scale = stated.get("moe_router_topk_scaling_factor", None)
+        found |= {
+            "moe_router_score_function": stated.need("moe_router_score_function"),
+            "moe_router_enable_expert_bias": bool(
+                stated.get("moe_router_enable_expert_bias", False)
+            ),
+            "moe_router_topk_scaling_factor": None if scale is None else float(scale),
+            "moe_router_num_groups": stated.get("moe_router_num_groups", None),
+            "moe_router_group_topk": stated.get("moe_router_group_topk", None),
+        }
+    return found
+
+
 def _refuse_others(stated: Stated, head_dim: int) -> None:
     experts = stated.get("num_moe_experts", None) is not None
+    hybrid = stated_pattern(stated) is not None
     for key, (allowed, only) in _ONLY.items():
-        if key.startswith("moe_") and not experts:
+        if (key.startswith("moe_") and not experts) or (hybrid and key in _OF_HYBRIDS):
             continue
         if not allowed(stated.values.get(key)):
             raise stated.refuse(key, only)
@@ -210,10 +261,12 @@ def model_fields(stated: Stated, vocab_size: int) -> JsonObject:
     head_dim = stated.get("kv_channels", hidden // heads)
     _refuse_others(stated, head_dim)
     bias = bool(stated.get("add_bias_linear", True))
+    ffn = stated.get("ffn_hidden_size", 4 * hidden)
     return {
         "num_layers": stated.need("num_layers"),
         "hidden_size": hidden,
-        **_experts(stated, stated.get("ffn_hidden_size", 4 * hidden)),
+        **_experts(stated, ffn),
+        **_hybrid(stated, ffn),
         "num_attention_heads": heads,
         "num_query_groups": stated.get("num_query_groups", heads),
         "kv_channels": head_dim,
@@ -248,6 +301,9 @@ def _differences(family: Family, fields: JsonObject) -> JsonObject:
 def _with_the_spec(stated: Stated) -> list[Family]:
     """Families whose layers are built by the spec that is stated, else those with Megatron's."""
     spec = ":".join(stated.get("spec", None) or ())
+    if stated_pattern(stated) is not None:
+        hybrids = (family for family in FAMILIES.values() if "is_hybrid_model" in family.megatron)
+        return list(hybrids)
     own = [family for family in FAMILIES.values() if family.layer_spec == spec]
     return own or [family for family in FAMILIES.values() if family.layer_spec == COMMON_SPEC]
 

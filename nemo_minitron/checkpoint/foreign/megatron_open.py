@@ -67,17 +67,21 @@ _HYBRID_PATTERNS = ("hybrid_layer_pattern", "hybrid_override_pattern")
 
 
 def _refuse_hybrid(source: Source, checkpoint: Checkpoint, prefix: str) -> None:
-    """Their layers have other numbers and names: attention and MLP are a layer each."""
+    """Refuse half a hybrid model: its layers have other numbers and names than a GPT model's."""
     values = source.stated.values
     says = [f"{name}={values[name]}" for name in _HYBRID_PATTERNS if values.get(name)]
-    if checkpoint.tensor(prefix + _HYBRID_NORM):
+    norm = checkpoint.tensor(prefix + _HYBRID_NORM)
+    if says and norm:
+        return
+    if norm:
         says.append(f"holds {prefix}{_HYBRID_NORM}")
     if says:
         raise ValueError(
             f"{source.where} {', '.join(says)}: a HybridModel (or MambaModel) of Megatron-Core, "
-            "whose layers are attention or MLP alone; only those of GPTModel open here. Where it "
-            "is of a family in docs/families.md, export it to Hugging Face format with the program "
-            "that wrote it (Megatron-Bridge) and set source to that"
+            "whose layers are attention or MLP alone, has both a pattern of its layers and "
+            f"{_HYBRID_NORM}, a GPTModel neither. Where it is of a family in docs/families.md, "
+            "export it to Hugging Face format with the program that wrote it (Megatron-Bridge) and "
+            "set source to that"
         )
 
 
