@@ -53,7 +53,9 @@ def page() -> str:
 def prunable(family: Family) -> list[str]:
     """Sizes of a family's models that can be pruned, as pruning.target names them."""
     held = {axis for row in family.rows for dim in row.dims for axis in DIMS[dim].pruned_axes}
-    sizes = [axis.size for axis in AXES.values() if axis.name in held | {"layer"}]
+    sizes = [
+        axis.size for axis in AXES.values() if axis.name in held | {"layer"} and not axis.fixed
+    ]
     return [size for size in sizes if family.prunable is None or size in family.prunable]
 
 

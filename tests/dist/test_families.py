@@ -458,7 +458,9 @@ def test_at_layout(ranks: WorkerPool, models: Models, alone: dict[str, Any], kin
     for found in ranks.run(2, family_at, models.folders(), plan, models.ids, parallel):
         check_logits(found, models)
         for axis, want in alone["scores"].items():
-            torch.testing.assert_close(found["scores"][axis], want, rtol=1e-5, atol=1e-9)
+            # The square of a ReLU just above 0 has a large relative error, and counts for nothing.
+            tiny = 1e-6 * float(want.max()) if models.case.model == "NemotronH" else 1e-9
+            torch.testing.assert_close(found["scores"][axis], want, rtol=1e-5, atol=tiny)
 
 
 def missing_rows(names: list[str], config: ModelConfig, family: Any) -> str:
