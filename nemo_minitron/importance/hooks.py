@@ -103,12 +103,14 @@ class ChunkRecorder:
         device = next(chunk.parameters()).device
         self._norms = [(n, *pair) for n, b in enumerate(blocks) for pair in norms_and_readers(b)]
         scored = (axis for axis in AXES.values() if axis.seen_at and axis.name in scores.axes)
-        axes, kinds = [a for a in scored if axis_size(config, a.name)], kinds_of_chunk(chunk)
+        kinds = kinds_of_chunk(chunk)
+        # A stage of a hybrid model takes part in what no layer of its own has.
+        hybrid = getattr(chunk.decoder, "layer_type_list", None) is not None
+        axes = [a for a in scored if hybrid or any(a.kind in kind for kind in kinds)]
+        axes = [a for a in axes if axis_size(config, a.name)]
         self.seen = {a.name: [i for i, kind in enumerate(kinds) if a.kind in kind] for a in axes}
-        if getattr(chunk.decoder, "layer_type_list", None) is None:  # all layers are alike
-            self.seen = {axis: layers for axis, layers in self.seen.items() if layers}
         self.seen["hidden"] = [layer for layer, *_ in self._norms]
-        widths = {a.name: rows_seen(a, config)[1] // tp for a in axes if a.name in self.seen}
+        widths = {a.name: rows_seen(a, config)[1] // tp for a in axes}
         widths = {"hidden": config.hidden_size, **widths}
         self.channels = {
             axis: Accumulator(

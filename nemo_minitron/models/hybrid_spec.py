@@ -4,6 +4,7 @@ Transformer Engine's where it is installed, as Megatron-Core has them; elsewhere
 Megatron's local modules, under the names that Transformer Engine's have in checkpoints.
 """
 
+import copy
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -63,6 +64,27 @@ class LocalHybridStack(HybridStack):
             self.final_norm = LocalNorm(config, config.hidden_size, config.layernorm_epsilon)
 
 
+class BatchMixer(MambaMixer):
+    """Megatron's mixer, which decodes several sequences at once, too.
+
+    Megatron-Core 0.19 takes the sequences of a static batch for positions of one.
+    """
+
+    def _decode(
+        self,
+        hidden_states: Tensor,
+        conv_state: Tensor,
+        ssm_state: Tensor,
+        batch_indices: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        if batch_indices is not None:
+            return super()._decode(hidden_states, conv_state, ssm_state, batch_indices)
+        projected, _ = self.in_proj(hidden_states)  # [1, b, ...]
+        y = self._ssm_decode(projected.transpose(0, 1), conv_state=conv_state, ssm_state=ssm_state)
+        out: tuple[Tensor, Tensor | None] = self.out_proj(y.transpose(0, 1))
+        return out
+
+
 def staged_pattern(config: ModelConfig, parallel: ParallelConfig) -> str:
     """The letters of a model with ``|`` where a stage of the pipeline ends, as Megatron reads them.
 
@@ -113,7 +135,9 @@ def stack_spec(config: TransformerConfig) -> ModuleSpec:
     if HAVE_TE:
         from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 
-        return hybrid_stack_spec
+        spec = copy.deepcopy(hybrid_stack_spec)
+        spec.submodules.mamba_layer.submodules.mixer.module = BatchMixer
+        return spec
     layers = HybridStackSubmodules(
         mamba_layer=ModuleSpec(module=MambaLayer, submodules=_mamba()),
         attention_layer=ModuleSpec(module=TransformerLayer, submodules=_attention(config)),
@@ -129,7 +153,7 @@ def _mamba() -> MambaLayerSubmodules:
     mixer = MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear)
     return MambaLayerSubmodules(
         norm=LocalNorm,
-        mixer=ModuleSpec(module=MambaMixer, submodules=mixer),
+        mixer=ModuleSpec(module=BatchMixer, submodules=mixer),
         mamba_bda=get_bias_dropout_add,
         sharded_state_dict_keys_map={"norm.": "mixer.in_proj.layer_norm_"},
     )

@@ -16,7 +16,7 @@ from nemo_minitron.distillation.vocab import VocabShard
 from nemo_minitron.models.build import HiddenGPTModel
 from nemo_minitron.runtime.groups import ParallelGroups
 from nemo_minitron.runtime.launch import device
-from nemo_minitron.runtime.megatron import cached_forward
+from nemo_minitron.runtime.megatron import cached_forward, keeping_states
 
 
 @dataclass(frozen=True)
@@ -121,13 +121,14 @@ class CachedModel:
         start = self._wrapper.inference_context.sequence_len_offset
         assert start == 0 or tokens.size(1) == 1, tokens.shape
         positions = torch.arange(start, start + tokens.size(1), device=tokens.device)
-        hidden = self._wrapper.run_one_forward_step(
-            {
-                "tokens": tokens,
-                "position_ids": positions.expand_as(tokens),
-                "attention_mask": None,
-            }
-        )
+        with keeping_states(self.chunk):
+            hidden = self._wrapper.run_one_forward_step(
+                {
+                    "tokens": tokens,
+                    "position_ids": positions.expand_as(tokens),
+                    "attention_mask": None,
+                }
+            )
         self._wrapper.inference_context.enable_decode_mode()
         return None if hidden is None else self._logits(hidden[-1])
 

@@ -196,9 +196,9 @@ def install_mamba() -> None:
     mamba_mixer.ExtendedRMSNorm = ExtendedRMSNorm
     mamba_mixer.mamba_chunk_scan_combined = mamba.mamba_chunk_scan_combined
     mamba_mixer.mamba_split_conv1d_scan_combined = mamba.mamba_split_conv1d_scan_combined
-    # Without these two a step of decoding takes Megatron-Core's own path in torch.
+    # Without it a step of decoding takes Megatron-Core's own path in torch.
     mamba_mixer.causal_conv1d_update = None
-    mamba_mixer.selective_state_update = None
+    mamba_mixer.selective_state_update = mamba.selective_state_update
 
 
 @cache

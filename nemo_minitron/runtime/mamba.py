@@ -236,3 +236,50 @@ def mamba_split_conv1d_scan_combined(
         dt_softplus=True,
     )
     return out.flatten(-2)
+
+
+def selective_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,  # noqa: N803
+    B: Tensor,  # noqa: N803
+    C: Tensor,  # noqa: N803
+    D: Tensor,  # noqa: N803
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    state_batch_indices: Tensor | None = None,
+    intermediate_ssm_states: Tensor | None = None,
+) -> Tensor:
+    """One token of the scan, as a step of decoding takes it; the state is updated in place.
+
+    Args:
+        state: ``[b, heads, p, n]``, p channels of each head and n states of each.
+        x: ``[b, 1, heads, p]``.
+        dt: ``[b, 1, heads, p]``, equal for all channels of a head.
+        A: ``[heads, p, n]``, negative.
+        B: ``[b, 1, groups, n]``.
+        C: ``[b, 1, groups, n]``.
+        D: ``[heads, p]``.
+        z: not supported here, as the mixer's norm takes the gate.
+        dt_bias: ``[heads, p]``.
+        dt_softplus: take the softplus of dt.
+        state_batch_indices: not supported here; Megatron's static batching has none.
+        intermediate_ssm_states: not supported here; it is for speculative decoding.
+
+    Returns:
+        ``[b, 1, heads, p]``, dtype of x.
+    """
+    assert z is None
+    assert state_batch_indices is None
+    assert intermediate_ssm_states is None
+    now, step = x[:, 0].float(), dt[:, 0].float()
+    step = step if dt_bias is None else step + dt_bias.float()
+    step = F.softplus(step) if dt_softplus else step
+    each = state.size(1) // B.size(2)
+    into, out = (t[:, 0].float().repeat_interleave(each, 1).unsqueeze(2) for t in (B, C))
+    decay = (A.float() * step.unsqueeze(-1)).exp()
+    state.copy_(state.float() * decay + (step * now).unsqueeze(-1) * into)
+    y = (state.float() * out).sum(-1) + D.float() * now
+    return y.to(x.dtype).unsqueeze(1)

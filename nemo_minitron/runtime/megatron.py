@@ -8,10 +8,11 @@ import importlib.util
 import inspect
 import multiprocessing
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from multiprocessing.managers import SyncManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -87,6 +88,19 @@ def cached_forward(
         wrapper = GPTInferenceWrapper(chunk, context)
     wrapper.prep_model_for_inference()
     return wrapper
+
+
+def keeping_states(chunk: nn.Module) -> AbstractContextManager[None]:
+    """In which the Mamba layers of a chunk keep their states from one forward pass to the next.
+
+    They ask a flag of the process; attention keeps keys and values wherever it is given a cache.
+    """
+    if not any(hasattr(layer, "mixer") for layer in cast("Any", chunk).decoder.layers):
+        return nullcontext()
+    from megatron.core.inference.utils import InferenceMode  # 0.18 and later, as HybridModel
+
+    context: AbstractContextManager[None] = InferenceMode.active()
+    return context
 
 
 def _wrapper_config(chunk: "GPTModel", batch: int, length: int, vocab_size: int) -> Any:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.checkpoint.artifact import check_output
+from nemo_minitron.config.axes import AXES, Scope, layers_with
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import ImportanceConfig
 from nemo_minitron.pruning.scores import check_axes, check_block_sizes, check_moments
@@ -12,6 +13,8 @@ from nemo_minitron.runtime.ranks import rank
 from nemo_minitron.stages.settings import check_forward, on_ranks, opened_inputs
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from nemo_minitron.pruning.scores import Scores
     from nemo_minitron.stages.calibrate import Calibrated
 
@@ -69,6 +72,15 @@ def _metrics(calibrated: "Calibrated") -> dict[str, Any]:
     return metrics
 
 
+def _of_layers_that_have_it(result: Path, scores: "Scores") -> dict[str, "Tensor"]:
+    """The scores without the zeros of layers that do not have the axis (of hybrid models)."""
+    config = ModelConfig.load(result / "checkpoint")
+    inside = {a.name: layers_with(config, a) for a in AXES.values() if a.scope is not Scope.MODEL}
+    return {
+        axis: tensor[inside[axis]] if axis in inside else tensor for axis, tensor in scores.items()
+    }
+
+
 def _report(cfg: ImportanceConfig, scores: "Scores", metrics: dict[str, Any]) -> None:
     from nemo_minitron.runtime.console import show_table
 
@@ -78,7 +90,7 @@ def _report(cfg: ImportanceConfig, scores: "Scores", metrics: dict[str, Any]) ->
             " x ".join(str(size) for size in tensor.shape),
             *(f"{x:.4g}" for x in (tensor.min(), tensor.median(), tensor.max())),
         ]
-        for axis, tensor in scores.items()
+        for axis, tensor in _of_layers_that_have_it(Path(cfg.checkpoint), scores).items()
     ]
     rows.append(["result", cfg.output_dir, "", "", ""])
     show_table(
