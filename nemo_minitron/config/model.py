@@ -58,6 +58,10 @@ class ModelConfig:
     window_size: list[int] | None = field(default=None, metadata=PER_LAYER)
     """One entry per layer: tokens that a query sees, itself and those before it, or 0 if it sees
     all of them. None if every layer sees all."""
+    multipliers: dict[str, float] | None = None
+    """What multiplies the embeddings (``embedding``), the scores of attention (``attention``, in
+    place of ``kv_channels ** -0.5``) and what each block adds (``residual``), and what divides the
+    logits (``logits``). None of a network without such numbers."""
     share_embeddings_and_output_weights: bool = False
     """Tied input and output embeddings."""
     num_moe_experts: int | None = None
@@ -169,11 +173,11 @@ class ModelConfig:
     def save(self, folder: Path) -> None:
         """Write ``model.yaml`` into ``folder``.
 
-        A per-layer field that is not set is left out, so that a model whose layers are all alike
-        has the file that versions without the field write.
+        A per-layer field or multipliers that are not set are left out, so that a model without
+        them has the file that versions without the field write.
         """
         values = asdict(self)
-        for name in per_layer_fields(self):
+        for name in (*per_layer_fields(self), "multipliers"):
             if values[name] is None:
                 del values[name]
         (folder / MODEL_YAML).write_text(yaml.safe_dump(values, sort_keys=False))

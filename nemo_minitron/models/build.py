@@ -127,6 +127,7 @@ def transformer_config(
         qk_layernorm=config.qk_layernorm,
         no_rope_freq=config.no_rope_freq,
         **megatron_fields(config),
+        softmax_scale=(config.multipliers or {}).get("attention"),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -151,6 +152,7 @@ def transformer_config(
     )
     for name, value in yarn_fields(config.rope_scaling).items():
         setattr(mcore, name, value)  # no fields; Megatron's attention looks for the attributes
+    setattr(mcore, "multipliers", config.multipliers)  # for the layers of Granite
     return mcore
 
 
@@ -190,6 +192,10 @@ def _build_chunk(
         vp_stage=vp_stage,
     )
     set_frequencies(model, config)
+    embedding = getattr(model, "embedding", None)  # of the first stage
+    if config.multipliers is not None and embedding is not None:
+        factor = config.multipliers["embedding"]
+        embedding.register_forward_hook(lambda module, inputs, out: out * factor)
     # The local norms and learned positions are made in fp32. Megatron converts what it trains; a
     # model that only runs, such as a teacher, has to be of one dtype too.
     model.to(mcore.params_dtype)
