@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from nemo_minitron.config.base import NEUTRAL
+from nemo_minitron.config.base import NEUTRAL, check_words, one_of
 from nemo_minitron.config.intermediate import IntermediateConfig
 
 DENSE_LOSSES = ("forward_kl", "reverse_kl", "js", "mse", "cosine")
@@ -18,7 +18,7 @@ _JS_BETA = 0.5
 class DistillationConfig:
     """The losses between teacher and student."""
 
-    loss: str = "forward_kl"
+    loss: str = field(default="forward_kl", metadata=one_of(*LOSS_KINDS))
     """``forward_kl``: KL(teacher || student) (2407.14679, section 3); ``reverse_kl``:
     KL(student || teacher); ``js``: Jensen-Shannon; ``mse``: squared difference of the logits, mean
     over the vocabulary; ``cosine``: 1 - cosine of the logits; ``top_k``: forward KL over the
@@ -26,7 +26,7 @@ class DistillationConfig:
     for the rest of both distributions."""
     temperature: float = 1.0
     """Divides both logits; ``mse`` and ``cosine`` take 1 only."""
-    temperature_scaling: str = "none"
+    temperature_scaling: str = field(default="none", metadata=one_of("none", "square"))
     """``none``, as in the papers: the loss stays as it is, and its gradient shrinks with
     1 / temperature^2; ``square``: the distillation loss is multiplied by temperature^2."""
     js_beta: float = _JS_BETA
@@ -46,10 +46,7 @@ class DistillationConfig:
 
     def __post_init__(self) -> None:
         """Check names, ranges and what belongs together."""
-        if self.loss not in LOSS_KINDS:
-            raise ValueError(
-                f"distillation.loss={self.loss} must be one of {', '.join(LOSS_KINDS)}"
-            )
+        check_words(self, "distillation.")
         self._check_temperature()
         self._check_kind_keys()
         if self.chunk_size < 1:
@@ -72,11 +69,6 @@ class DistillationConfig:
     def _check_temperature(self) -> None:
         if self.temperature <= 0:
             raise ValueError(f"distillation.temperature={self.temperature} must be above 0")
-        if self.temperature_scaling not in ("none", "square"):
-            raise ValueError(
-                f"distillation.temperature_scaling={self.temperature_scaling} must be none or "
-                "square"
-            )
         if self.loss in RAW_LOSSES and self.temperature != 1.0:
             raise ValueError(
                 f"distillation.temperature={self.temperature} has no meaning for "

@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass, field
 
+from nemo_minitron.config.base import check_words, one_of
+
 BOUNDARY_LOSSES = ("embedding", "block_output")
 STATE_LOSSES = (*BOUNDARY_LOSSES, "mlp_input")
 """Those that compare hidden states, position by position, in the teacher's width."""
@@ -21,7 +23,7 @@ class IntermediateConfig:
     layer_map: list[list[int]] | None = None
     """Pairs [teacher layer, student layer], counted from 0 as in 2407.14679, table 17:
     ``[[29,13],[31,15]]``. null: the last layer but two of both models."""
-    metric: str = "cosine"
+    metric: str = field(default="cosine", metadata=one_of("cosine", "mse"))
     """For all but ``attention_relation``: ``cosine`` (1 - cosine) or ``mse`` (mean over
     channels)."""
     num_relation_heads: int | None = None
@@ -39,10 +41,7 @@ class IntermediateConfig:
                 f"distillation.intermediate.losses={list(self.losses)} must be different ones of "
                 f"{', '.join(INTERMEDIATE_LOSSES)}"
             )
-        if self.metric not in ("cosine", "mse"):
-            raise ValueError(
-                f"distillation.intermediate.metric={self.metric} must be cosine or mse"
-            )
+        check_words(self, "distillation.intermediate.")
         if not self.dynamic:
             self._check_alpha()
         self._check_unused()
