@@ -22,9 +22,8 @@ from nemo_minitron.config.training import DataConfig
 from nemo_minitron.data.datasets import stage_dataset
 from nemo_minitron.importance.estimate import estimate_scores, forward_passes
 from nemo_minitron.importance.resume import SavedState
-from nemo_minitron.models.build import DTYPES, build_gpt
-from nemo_minitron.models.settings import frozen_settings
-from nemo_minitron.models.weights import load_weights
+from nemo_minitron.models.build import DTYPES
+from nemo_minitron.models.weights import load_frozen
 from nemo_minitron.pruning.plan import Plan, full_plan, make_plan, pruned_config
 from nemo_minitron.pruning.rounds import ROUNDS, compose
 from nemo_minitron.pruning.scores import Scores
@@ -33,7 +32,7 @@ from nemo_minitron.pruning.targets import needed_scores, target_sizes
 from nemo_minitron.runtime.atomic import rename_folder
 from nemo_minitron.runtime.console import progress
 from nemo_minitron.runtime.groups import ParallelGroups
-from nemo_minitron.runtime.launch import barrier, device, seen_by_all
+from nemo_minitron.runtime.launch import barrier, seen_by_all
 from nemo_minitron.runtime.ranks import rank
 
 log = logging.getLogger(__name__)
@@ -95,17 +94,13 @@ def calibrate(
     groups = ParallelGroups.current()
     # CPUs have no fast path for half precision.
     dtype = DTYPES[config.dtype] if torch.cuda.is_available() else torch.float32
-    chunks = build_gpt(config, parallel, groups, dtype=dtype, settings=frozen_settings(megatron))
-    for chunk in chunks:
-        chunk.to(device())
-    load_weights(chunks, groups, folder)
+    chunks = load_frozen(folder, parallel, groups, dtype=dtype, megatron=megatron)
     layout = {**asdict(parallel), **{k: getattr(data, k) for k in _BATCH_SIZES}}
     saved = SavedState(work / STATE, save_every, layout, asdict(ParallelConfig()))
     passes = sum(forward_passes(config, scores, len(dataset)))
     start = time.perf_counter()
     with progress("scoring samples", passes) as advance:
-        args = (chunks, config, groups, dataset, data, scores, advance, saved, work)
-        found = estimate_scores(*args)
+        found = estimate_scores(chunks, config, groups, dataset, data, scores, advance, saved, work)
     seconds = time.perf_counter() - start
     saved.remove()
     found.meta["data"] = {
