@@ -28,12 +28,12 @@ class ScaledRowParallelLinear(_Row):
     """A row-parallel linear layer whose output is multiplied."""
 
     def __init__(
-        self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any
+        self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: object
     ) -> None:
         super().__init__(input_size, output_size, config=config, **kwargs)
         self.multiplier: float = config.multipliers["residual"]  # set by models.build
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor | None]:
         """``[s, b, w / tp]`` -> ``[s, b, h]`` (s split under sequence parallelism)."""
         out, bias = super().forward(x, *args, **kwargs)
         return out * self.multiplier, bias
