@@ -2,6 +2,7 @@
 
     python -m benchmarks.mutants                   all mutants of mutants.yaml
     python -m benchmarks.mutants --only 3 17-20    some of them, counted from 1
+    python -m benchmarks.mutants --write           all, and the table into docs/benchmarks.md
 
 Every mutant gets a copy of the package and the tests in a temporary folder; the working tree stays
 as it is. The tests are those that have to notice, which are first run without any mutant. A mutant
@@ -27,7 +28,7 @@ from benchmarks.docs_block import markdown_table, write_block
 
 REPO = Path(__file__).resolve().parents[1]
 TABLE = Path(__file__).with_suffix(".yaml")
-COPIED = ("nemo_minitron", "tests", "benchmarks", "scripts", "conf", "pyproject.toml")
+COPIED = ("nemo_minitron", "tests", "benchmarks", "scripts", "conf", "docs", "pyproject.toml")
 _WORDS = {0: "survived", 1: "caught", None: "caught (no end)"}
 
 
@@ -142,7 +143,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", default=[], help="numbers of mutants: 3 17-20")
     parser.add_argument("--limit", type=float, default=600, help="seconds for each mutant's tests")
-    parser.add_argument("--write", action="store_true", help="put the table into docs/")
+    parser.add_argument(
+        "--write", action="store_true", help="put the table into docs/benchmarks.md"
+    )
     args = parser.parse_args()
     table = read_table()
     chosen = {number: table[number - 1] for number in _numbers(args.only, len(table))}
@@ -159,15 +162,15 @@ def main() -> None:
         if ended.code not in _WORDS:
             raise SystemExit(f"mutant {number}: pytest ended with {ended.code}:\n{ended.said}")
         word = _WORDS[ended.code]
-        row = [str(number), f"`{mutant.file}`", mutant.breaks, word, f"{ended.seconds:.0f}"]
+        row = [f"{number}. {mutant.breaks}", f"`{mutant.file}`", word, f"{ended.seconds:.0f}"]
         rows.append(row)
         print(" | ".join([*row, ended.failed]), flush=True)
-    caught = sum(row[3] != "survived" for row in rows)
-    text = f"{caught} of {len(rows)} mutants were caught."
-    found = markdown_table(["", "file", "what is wrong", "tests", "s"], rows)
+    caught = sum(row[2] != "survived" for row in rows)
+    text = f"{caught} of {len(rows)} errors were caught (seconds of a busy machine)."
+    found = markdown_table(["what is wrong", "in", "the tests", "s"], rows)
     print(f"\n{found}\n\n{text}")
     if args.write:
-        write_block("mutants", f"## Mutants\n\n{text}\n\n{found}")
+        write_block("mutants", f"{text}\n\n{found}")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,8 @@ def overview() -> str:
 def stage_help(stage: str) -> str:
     """Text of ``minitron <stage> --help``."""
     keys = [
-        (f"{key.name}={shown(key.default)}", key.doc) for key in schema.keys(schema.COMMANDS[stage])
+        (f"{key.name}={shown(key.default)}", f"{key.words}: {key.doc}".removeprefix(": "))
+        for key in schema.keys(schema.COMMANDS[stage])
     ]
     groups = [
         (f"{name}=", ", ".join(entries) or "(yours, from --config-dir)")

@@ -84,7 +84,7 @@ def _table(keys: Iterable[Key]) -> str:
         cells = (
             f"`{key.name}`",
             f"`{shown(key.default)}`",
-            f"`{key.type.replace('typing.', '')}`",
+            f"`{key.words or key.type.replace('typing.', '')}`",
             key.doc,
         )
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")

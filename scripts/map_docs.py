@@ -32,7 +32,7 @@ CHANGES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("add a divergence between teacher and student", ("distillation/divergences.py",)),
     ("change the memory or speed of the logit loss", ("distillation/logit_loss.py",)),
     ("add a loss between hidden states", ("distillation/intermediate.py",)),
-    ("change how teacher states reach other pipeline stages", ("models/transport.py",)),
+    ("change how teacher states reach other pipeline stages", ("models/teacher.py",)),
     ("change what a training step does", ("models/gpt.py", "models/distill.py")),
     ("change the optimizer or its settings", ("models/optim.py", "models/settings.py")),
     ("change what a training checkpoint holds", ("models/lightning.py", "models/optim_state.py")),

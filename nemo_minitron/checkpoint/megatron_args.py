@@ -114,6 +114,8 @@ def megatron_lm_args(config: ModelConfig) -> Namespace:
         used["no_rope_freq"] = config.no_rope_freq
     scaling, yarn = config.rope_scaling or {}, yarn_fields(config.rope_scaling)
     used |= yarn | megatron_fields(config)
+    if config.multipliers is not None:
+        used["multipliers"] = config.multipliers
     if scaling.get("rope_type") == "linear":
         used["rotary_seq_len_interpolation_factor"] = scaling["factor"]
     if config.hybrid_layer_pattern is not None:

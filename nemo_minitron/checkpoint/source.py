@@ -16,9 +16,9 @@ from nemo_minitron.checkpoint.hf import (
     to_megatron,
 )
 from nemo_minitron.checkpoint.lazy import Store, first_rows, on_read, refuse_nonfinite
-from nemo_minitron.checkpoint.tokenizer import save_tokenizer
-from nemo_minitron.checkpoint.tokenizer_files import (
+from nemo_minitron.checkpoint.tokenizer import (
     TokenizerFiles,
+    save_tokenizer,
     tokenizer_files,
     vocabulary_size,
     write_tokenizer,

@@ -8,13 +8,14 @@ A field without any of these decides what its stage computes. What stands on a s
 every key in it. ``config/identity.py`` reads them.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
 from omegaconf import MISSING
 
 IDENTITY: Final = "identity"
 RESUME: Final = "may_change"
+WORDS: Final = "words"
 
 NEUTRAL: Final[dict[str, Any]] = {IDENTITY: "neutral"}
 """The result is the same whatever the value."""
@@ -51,6 +52,30 @@ def may_change(*names: str) -> dict[str, Any]:
     return {RESUME: names}
 
 
+def one_of(*words: str | None) -> dict[str, Any]:
+    """Metadata of a field that takes a few words alone; None is written null."""
+    return {WORDS: tuple("null" if word is None else word for word in words)}
+
+
+def check_words(section: Any, prefix: str = "") -> None:
+    """Refuse a value that is none of the words of its field.
+
+    Args:
+        section: a config dataclass.
+        prefix: of its keys, like ``trainer.``.
+
+    Raises:
+        ValueError: names the key and the words.
+    """
+    for key in fields(section):
+        value, words = getattr(section, key.name), key.metadata.get(WORDS)
+        if words and ("null" if value is None else value) not in words:
+            listed = f"{', '.join(words[:-1])} or {words[-1]}"
+            if len(words) > 3:
+                listed = f"one of {', '.join(words)}"
+            raise ValueError(f"{prefix}{key.name}={value} must be {listed}")
+
+
 @dataclass(kw_only=True)
 class StageConfig:
     """Keys every stage has."""
@@ -59,14 +84,13 @@ class StageConfig:
     """Folder of the result. It appears, complete, when the stage ends well."""
     overwrite: bool = field(default=False, metadata=NEUTRAL)
     """Replace a complete result; without it a complete result is an error."""
-    verify_inputs: str = field(default="full", metadata=NEUTRAL)
+    verify_inputs: str = field(default="full", metadata={**NEUTRAL, **one_of("full", "size")})
     """Check of input folders: ``full`` hashes every file, ``size`` compares sizes only."""
     workers: int = field(default=2, metadata=NEUTRAL)
     """Threads for tensor and file work."""
 
     def __post_init__(self) -> None:
-        """Check ranges."""
-        if self.verify_inputs not in ("full", "size"):
-            raise ValueError(f"verify_inputs={self.verify_inputs} must be full or size")
+        """Check words and ranges."""
+        check_words(self)
         if self.workers < 1:
             raise ValueError(f"workers={self.workers} must be at least 1")

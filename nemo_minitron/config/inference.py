@@ -8,7 +8,7 @@ from omegaconf import MISSING
 from nemo_minitron.config.base import INPUT, MAY_CHANGE, NEUTRAL, StageConfig
 from nemo_minitron.config.megatron import ForwardMegatronConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.config.training import OptionalDataConfig
+from nemo_minitron.config.training import PRECISION, OptionalDataConfig
 
 
 @dataclass(kw_only=True)
@@ -111,15 +111,6 @@ class FilterConfig:
             )
 
 
-PRECISIONS = ("32", "bf16-mixed")
-
-
-def check_precision(value: str) -> None:
-    """Refuse an unknown ``precision``."""
-    if value not in PRECISIONS:
-        raise ValueError(f"precision={value} must be {' or '.join(PRECISIONS)}")
-
-
 @dataclass(kw_only=True)
 class GenerateConfig(StageConfig):
     """Text that a model writes, filtered and without duplicates: data for ``finetune``."""
@@ -141,7 +132,7 @@ class GenerateConfig(StageConfig):
     filters: FilterConfig = field(default_factory=FilterConfig, metadata=MAY_CHANGE)
     batch_size: int = field(default=8, metadata=MAY_CHANGE)
     """Prompts that are continued together on one data-parallel rank."""
-    precision: str = "32"
+    precision: str = field(default="32", metadata=PRECISION)
     """Of the forward passes: ``32`` or ``bf16-mixed``."""
     save_every_n_samples: int = field(default=64, metadata=NEUTRAL)
     """Samples of a data-parallel rank between two saves, from which a killed run goes on."""
@@ -154,7 +145,6 @@ class GenerateConfig(StageConfig):
         for name in ("samples_per_prompt", "batch_size", "save_every_n_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        check_precision(self.precision)
 
 
 @dataclass(kw_only=True)
@@ -176,7 +166,7 @@ class BenchmarkConfig(StageConfig):
     """Largest batch that is tried."""
     rounds: int = 5
     """Measurements of every model, after one that does not count; the models take turns."""
-    precision: str = "32"
+    precision: str = field(default="32", metadata=PRECISION)
     """Of weights and cache: ``32`` or ``bf16-mixed``."""
     seed: int = 1234
     """Of the random prompts."""
@@ -203,4 +193,3 @@ class BenchmarkConfig(StageConfig):
             )
         if self.memory_limit_gb is not None and not 0 < self.memory_limit_gb < float("inf"):
             raise ValueError(f"memory_limit_gb={self.memory_limit_gb} must be above 0, or null")
-        check_precision(self.precision)

@@ -63,6 +63,10 @@ class ModelConfig:
     window_size: list[int] | None = field(default=None, metadata=PER_LAYER)
     """One entry per layer: tokens that a query sees, itself and those before it, or 0 if it sees
     all of them. None if every layer sees all."""
+    multipliers: dict[str, float] | None = field(default=None, metadata=OPTIONAL)
+    """What multiplies the embeddings (``embedding``), the scores of attention (``attention``, in
+    place of ``kv_channels ** -0.5``) and what each block adds (``residual``), and what divides the
+    logits (``logits``). None of a network without such numbers."""
     share_embeddings_and_output_weights: bool = False
     """Tied input and output embeddings."""
     num_moe_experts: int | None = None

@@ -15,6 +15,7 @@ from omegaconf import MISSING
 
 import nemo_minitron
 from nemo_minitron.config.axes import AXES
+from nemo_minitron.config.base import WORDS
 from nemo_minitron.config.pipeline import SubmitConfig
 from nemo_minitron.config.stages import STAGE_CONFIGS
 
@@ -29,12 +30,13 @@ RANKED_STAGES = frozenset(
 
 @dataclass(frozen=True)
 class Key:
-    """One key of a stage: dotted name, type as written, default and meaning."""
+    """One key of a stage: dotted name, type as written, default, meaning, words it can be."""
 
     name: str
     type: str
     default: Any
     doc: str
+    words: str = ""
 
 
 def conf_dir() -> Path:
@@ -88,7 +90,8 @@ def _keys(cls: type, instance: object, prefix: str) -> Iterator[Key]:
             for axis in (one for one in AXES.values() if not one.fixed):
                 yield Key(f"{name}.{axis.size}", "int | None", default[axis.size], axis.doc)
         else:
-            yield Key(name, _type_name(field.type), default, docs.get(field.name, ""))
+            words = " | ".join(field.metadata.get(WORDS, ()))
+            yield Key(name, _type_name(field.type), default, docs.get(field.name, ""), words)
 
 
 def default_of(field: "dataclasses.Field[Any]") -> Any:

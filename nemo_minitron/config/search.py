@@ -8,7 +8,7 @@ from omegaconf import MISSING
 from nemo_minitron.config.base import INPUT, MAY_CHANGE, NEUTRAL, StageConfig
 from nemo_minitron.config.megatron import ForwardMegatronConfig, MegatronConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.config.training import DataConfig, TrainerConfig
+from nemo_minitron.config.training import PRECISION, DataConfig, TrainerConfig
 
 SEARCHED = (
     "num_layers",
@@ -36,8 +36,8 @@ class ShortDistillConfig:
     """Learning rate at the end of the cosine decay."""
     lr_warmup_steps: int = 0
     """Steps of linear warm-up."""
-    precision: str = TrainerConfig.precision
-    """``32`` or ``bf16-mixed``."""
+    precision: str = field(default=TrainerConfig.precision, metadata=PRECISION)
+    """Precision of the training."""
     save_every_n_steps: int = field(default=50, metadata=NEUTRAL)
     """Steps between checkpoints, from which a killed search goes on; 0 saves none."""
 

@@ -12,7 +12,9 @@ from nemo_minitron.config.base import (
     MAY_CHANGE,
     NEUTRAL,
     StageConfig,
+    check_words,
     may_change,
+    one_of,
     with_earlier_default,
 )
 from nemo_minitron.config.inference import BenchmarkConfig, EvaluateConfig, GenerateConfig
@@ -72,25 +74,24 @@ def check_compensated(key: str, axes: list[str]) -> None:
 LAYER_CRITERIA = ("block_influence", "lm_loss", "block_angular", "block_lm_loss")
 # Those that score blocks of contiguous layers, and so need to know how long the blocks are.
 BLOCK_CRITERIA = ("block_angular", "block_lm_loss")
+_AGGREGATIONS = one_of("mean", "l2", "var")
 
 
 @dataclass(kw_only=True)
 class CalibrationConfig:
     """How activations become scores, whatever is scored."""
 
-    batch_aggregation: str = "l2"
-    """Over samples: ``mean``, ``l2`` or ``var`` (2407.14679, section 2.2)."""
-    seq_aggregation: str = "mean"
-    """Over positions of a sample: ``mean``, ``l2`` or ``var``."""
+    batch_aggregation: str = field(default="l2", metadata=_AGGREGATIONS)
+    """How samples are aggregated (2407.14679, section 2.2)."""
+    seq_aggregation: str = field(default="mean", metadata=_AGGREGATIONS)
+    """How the positions of a sample are aggregated."""
     lm_loss_samples: int = 32
     """Samples for ``lm_loss`` and ``block_lm_loss``, the first ones: each takes a forward pass for
     every layer or block."""
 
     def __post_init__(self) -> None:
         """Check names and ranges."""
-        for name in ("batch_aggregation", "seq_aggregation"):
-            if getattr(self, name) not in ("mean", "l2", "var"):
-                raise ValueError(f"scores.{name}={getattr(self, name)} must be mean, l2 or var")
+        check_words(self, "scores.")
         if self.lm_loss_samples < 1:
             raise ValueError(f"scores.lm_loss_samples={self.lm_loss_samples} must be at least 1")
 
@@ -211,7 +212,7 @@ class PruningConfig:
     target: dict[str, int | None] = field(default_factory=TargetConfig)
     drop_layers: list[int] | None = None
     """Layers to drop, 1-indexed as in NeMo's ``--drop_layers``; excludes target.num_layers."""
-    layer_criterion: str = "block_influence"
+    layer_criterion: str = field(default="block_influence", metadata=one_of(*LAYER_CRITERIA))
     """Which scores choose the layers that target.num_layers drops; see ``scores.layer_criteria``.
     Layers one by one: ``block_influence``, ``lm_loss`` (2407.14679, section 2.2). One contiguous
     block: ``block_angular``, ``block_lm_loss`` (2408.11796, section 4)."""
@@ -229,11 +230,7 @@ class PruningConfig:
     def __post_init__(self) -> None:
         """Check names and ranges."""
         self.target = dict(TargetConfig(self.target))  # OmegaConf takes no kinds of dict
-        if self.layer_criterion not in LAYER_CRITERIA:
-            raise ValueError(
-                f"pruning.layer_criterion={self.layer_criterion} must be one of "
-                f"{', '.join(LAYER_CRITERIA)}"
-            )
+        check_words(self, "pruning.")
         check_compensated("pruning.compensate", self.compensate)
         if not self.ridge > 0:
             raise ValueError(f"pruning.ridge={self.ridge} must be above 0; 1e-3 is usual")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from nemo_minitron.config.base import INPUT, MAY_CHANGE, NEUTRAL, TOKENS
+from nemo_minitron.config.base import INPUT, MAY_CHANGE, NEUTRAL, TOKENS, check_words, one_of
 
 RECOMPUTE_KEYS = (
     "recompute_granularity",
@@ -14,6 +14,7 @@ RECOMPUTE_KEYS = (
     "recompute_modules",
 )
 """Megatron's settings of activation recomputation that ``trainer`` has too."""
+PRECISION = one_of("32", "bf16-mixed")
 
 
 @dataclass(kw_only=True)
@@ -29,8 +30,8 @@ class DataConfig:
     """Samples to use (calibration, evaluation); null means all of them once."""
     split: str = field(default="90,5,5", metadata=TOKENS)
     """Shares of documents for train, validation and test."""
-    split_name: str = "train"
-    """The split a stage reads: ``train``, ``validation`` or ``test``."""
+    split_name: str = field(default="train", metadata=one_of("train", "validation", "test"))
+    """The split that a stage reads."""
     micro_batch_size: int = field(default=1, metadata=MAY_CHANGE)
     """Samples per forward pass and rank."""
     global_batch_size: int = 8
@@ -51,8 +52,7 @@ class DataConfig:
                 raise ValueError(f"data.{name}={getattr(self, name)} must be at least 1")
         if self.num_samples is not None and self.num_samples < 1:
             raise ValueError(f"data.num_samples={self.num_samples} must be at least 1, or null")
-        if self.split_name not in ("train", "validation", "test"):
-            raise ValueError(f"data.split_name={self.split_name} must be train, validation or test")
+        check_words(self, "data.")
 
 
 @dataclass(kw_only=True)
@@ -82,17 +82,21 @@ class TrainerConfig:
     """Resumable checkpoints kept (the newest ones)."""
     gradient_clip_val: float = 1.0
     """Global gradient norm limit; 0 switches clipping off."""
-    precision: str = "32"
+    precision: str = field(default="32", metadata=PRECISION)
     """``32`` or ``bf16-mixed`` (bf16 weights, fp32 main weights and gradients)."""
     seed: int = 1234
     """Seed of everything that draws numbers during training."""
     num_nodes: int | None = field(default=None, metadata=NEUTRAL)
     """Nodes that ``minitron submit`` asks for; a run on another number is refused. null: those that
     the launcher used."""
-    recompute_granularity: str | None = field(default=None, metadata=MAY_CHANGE)
+    recompute_granularity: str | None = field(
+        default=None, metadata={**MAY_CHANGE, **one_of("full", "selective", None)}
+    )
     """Activations of the trained model that the backward pass computes again to save memory:
     ``full`` (whole layers), ``selective`` (parts of each layer) or null (none), as in Megatron."""
-    recompute_method: str | None = field(default=None, metadata=MAY_CHANGE)
+    recompute_method: str | None = field(
+        default=None, metadata={**MAY_CHANGE, **one_of("uniform", "block", None)}
+    )
     """Layers to recompute under ``full``: ``uniform`` (all, in groups of recompute_num_layers) or
     ``block`` (the first recompute_num_layers of each pipeline stage, one by one)."""
     recompute_num_layers: int | None = field(default=None, metadata=MAY_CHANGE)
@@ -105,8 +109,7 @@ class TrainerConfig:
         """Check ranges and relations."""
         if self.max_steps < 1:
             raise ValueError(f"trainer.max_steps={self.max_steps} must be at least 1")
-        if self.precision not in ("32", "bf16-mixed"):
-            raise ValueError(f"trainer.precision={self.precision} must be 32 or bf16-mixed")
+        check_words(self, "trainer.")
         if self.num_nodes is not None and self.num_nodes < 1:
             raise ValueError(f"trainer.num_nodes={self.num_nodes} must be at least 1, or null")
         for name, least in (("val_check_interval", 1), ("log_every_n_steps", 1), ("save_top_k", 1)):
@@ -120,12 +123,6 @@ class TrainerConfig:
     def _check_recompute(self) -> None:
         """Megatron's rules, with the keys to set."""
         key, value = "trainer.recompute_granularity", self.recompute_granularity
-        if value not in (None, "full", "selective"):
-            raise ValueError(f"{key}={value} must be full, selective or null")
-        if self.recompute_method not in (None, "uniform", "block"):
-            raise ValueError(
-                f"trainer.recompute_method={self.recompute_method} must be uniform, block or null"
-            )
         missing = self.recompute_method is None or (self.recompute_num_layers or 0) < 1
         if value == "full" and missing:
             raise ValueError(
@@ -169,8 +166,8 @@ class OptimConfig:
     """Learning rate at the end of the decay."""
     lr_warmup_steps: int = 0
     """Steps of linear warm-up from 0 to lr."""
-    lr_decay_style: str = "cosine"
-    """``cosine``, ``linear`` or ``constant``."""
+    lr_decay_style: str = field(default="cosine", metadata=one_of("cosine", "linear", "constant"))
+    """How the learning rate falls after the warm-up."""
     weight_decay: float = 0.1
     """Decoupled weight decay; norms and biases are excluded (Megatron's rule)."""
     adam_beta1: float = 0.9
@@ -185,10 +182,7 @@ class OptimConfig:
             raise ValueError(
                 f"optim.min_lr={self.min_lr} must lie between 0 and optim.lr={self.lr}"
             )
-        if self.lr_decay_style not in ("cosine", "linear", "constant"):
-            raise ValueError(
-                f"optim.lr_decay_style={self.lr_decay_style} must be cosine, linear or constant"
-            )
+        check_words(self, "optim.")
 
 
 @dataclass(kw_only=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from nemo_minitron.config.base import INPUT, MAY_CHANGE, NEUTRAL, StageConfig
+from nemo_minitron.config.base import INPUT, MAY_CHANGE, NEUTRAL, StageConfig, check_words, one_of
 from nemo_minitron.config.distillation import TOP_K_LOSSES, DistillationConfig
 from nemo_minitron.config.megatron import (
     ForwardMegatronConfig,
@@ -13,7 +13,13 @@ from nemo_minitron.config.megatron import (
     merged_recompute,
 )
 from nemo_minitron.config.parallel import ParallelConfig, TeacherParallelConfig
-from nemo_minitron.config.training import DataConfig, ExpManagerConfig, OptimConfig, TrainerConfig
+from nemo_minitron.config.training import (
+    PRECISION,
+    DataConfig,
+    ExpManagerConfig,
+    OptimConfig,
+    TrainerConfig,
+)
 
 
 @dataclass(kw_only=True)
@@ -118,7 +124,7 @@ class TeacherPassConfig:
     """Optimizer steps: ``max_steps`` x ``data.global_batch_size`` training samples are stored."""
     limit_val_batches: int = TrainerConfig.limit_val_batches
     """Global batches per validation, whose samples are stored too; 0 leaves them out."""
-    precision: str = TrainerConfig.precision
+    precision: str = field(default=TrainerConfig.precision, metadata=PRECISION)
     """Of the teacher's forward pass: ``32`` or ``bf16-mixed``."""
 
     def __post_init__(self) -> None:
@@ -129,8 +135,7 @@ class TeacherPassConfig:
             raise ValueError(
                 f"trainer.limit_val_batches={self.limit_val_batches} must not be negative"
             )
-        if self.precision not in ("32", "bf16-mixed"):
-            raise ValueError(f"trainer.precision={self.precision} must be 32 or bf16-mixed")
+        check_words(self, "trainer.")
 
 
 @dataclass(kw_only=True)
@@ -143,7 +148,7 @@ class TeacherLogitsConfig(StageConfig):
     """Logits stored of each token, the largest ones; ``distillation.top_k`` may be lower."""
     temperature: float = 1.0
     """At which the normaliser is taken: ``distillation.temperature`` if loss is ``top_k_tail``."""
-    dtype: str = "float32"
+    dtype: str = field(default="float32", metadata=one_of("float32", "bfloat16"))
     """Of the stored logits: ``float32``, or ``bfloat16``, which takes 6 bytes each instead of 8 and
     loses nothing if ``trainer.precision`` is ``bf16-mixed``."""
     shard_samples: int = 64
@@ -163,8 +168,6 @@ class TeacherLogitsConfig(StageConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature} must be above 0")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype={self.dtype} must be float32 or bfloat16")
         if self.shard_samples % self.data.micro_batch_size:
             raise ValueError(
                 f"shard_samples={self.shard_samples} must be a multiple of data.micro_batch_size="

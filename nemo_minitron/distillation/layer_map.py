@@ -9,7 +9,7 @@ last block by the final norm, place ``num_layers``.
 import math
 from dataclasses import dataclass
 
-from nemo_minitron.config.intermediate import BOUNDARY_LOSSES, LAYER_LOSSES, IntermediateConfig
+from nemo_minitron.config.distillation import BOUNDARY_LOSSES, LAYER_LOSSES, IntermediateConfig
 from nemo_minitron.config.layers import ATTENTION, EXPERTS, MLP, kinds_of
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig

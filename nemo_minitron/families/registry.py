@@ -6,6 +6,7 @@ from typing import Any
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.config_json import of_layers, unknown_keys
 from nemo_minitron.families.gpt2 import GPT2
+from nemo_minitron.families.granite import GRANITE
 from nemo_minitron.families.llama import LLAMA
 from nemo_minitron.families.mixtral import MIXTRAL
 from nemo_minitron.families.nemotron import NEMOTRON
@@ -19,7 +20,18 @@ from nemo_minitron.families.smollm3 import SMOLLM3
 from nemo_minitron.families.table import Family
 
 _ALL = (
-    *(LLAMA, QWEN2, QWEN3, NEMOTRON, PHI3, GPT2, MIXTRAL, QWEN2_MOE, QWEN3_MOE, SMOLLM3, OLMO2),
+    LLAMA,
+    QWEN2,
+    QWEN3,
+    NEMOTRON,
+    PHI3,
+    GPT2,
+    MIXTRAL,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    SMOLLM3,
+    OLMO2,
+    GRANITE,
     NEMOTRON_H,
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}

@@ -109,6 +109,7 @@ def transformer_config(
         **megatron_fields(config),
         **_router_fields(config),
         **_mamba_fields(config),
+        softmax_scale=(config.multipliers or {}).get("attention"),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -131,6 +132,7 @@ def transformer_config(
     )
     for name, value in yarn_fields(config.rope_scaling).items():
         setattr(mcore, name, value)  # no fields; Megatron's attention looks for the attributes
+    setattr(mcore, "multipliers", config.multipliers)  # for the layers of Granite
     return mcore
 
 
@@ -201,6 +203,10 @@ def _build_chunk(
         vp_stage=vp_stage,
     )
     set_frequencies(model, config)
+    embedding = getattr(model, "embedding", None)  # of the first stage
+    if config.multipliers is not None and embedding is not None:
+        factor = config.multipliers["embedding"]
+        embedding.register_forward_hook(lambda module, inputs, out: out * factor)
     return model
 
 

@@ -11,11 +11,10 @@ from nemo_minitron.config.distillation import DistillationConfig
 from nemo_minitron.config.load import read_section
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import TeacherParallelConfig
-from nemo_minitron.models.alpha import AlphaSchedule
 from nemo_minitron.models.build import build_gpt
 from nemo_minitron.models.gpt import MinitronGPTModel
 from nemo_minitron.models.intermediate import START_AGAIN, IntermediateLosses
-from nemo_minitron.models.objective import ResidentTeacher, StepSums, StoredOutputs
+from nemo_minitron.models.objective import AlphaSchedule, ResidentTeacher, StepSums, StoredOutputs
 from nemo_minitron.models.optim import MegatronOptimizerAdapter
 from nemo_minitron.models.schedule import Batch
 from nemo_minitron.models.settings import frozen_settings

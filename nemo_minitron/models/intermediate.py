@@ -18,7 +18,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from nemo_minitron.config.intermediate import STATE_LOSSES, IntermediateConfig
+from nemo_minitron.config.distillation import STATE_LOSSES, IntermediateConfig
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.distillation.intermediate import attach, relation_loss, state_loss
@@ -28,7 +28,7 @@ from nemo_minitron.models.build import HiddenGPTModel
 from nemo_minitron.models.places import States, Use, watch
 from nemo_minitron.models.projection import PROJECTION, Projection, sum_gradients
 from nemo_minitron.models.schedule import Batch
-from nemo_minitron.models.transport import Kept, Route, deliver, owners
+from nemo_minitron.models.teacher import Kept, Route, deliver, owners
 from nemo_minitron.runtime.groups import ParallelGroups
 from nemo_minitron.runtime.launch import device
 

@@ -1,17 +1,37 @@
-"""Reads the items of a pipeline: composes every one of them before anything runs."""
+"""The items of a pipeline: composed before anything runs, skipped if up to date, else run."""
 
+import logging
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron import usage
+from nemo_minitron.checkpoint.manifest import (
+    MANIFEST,
+    Manifest,
+    config_hash,
+    fingerprint,
+    open_result,
+    stored_config,
+)
 from nemo_minitron.config import load
-from nemo_minitron.config.identity import input_paths
+from nemo_minitron.config.identity import changes, input_paths, said
 from nemo_minitron.config.schema import flatten
 from nemo_minitron.config.stages import STAGE_CONFIGS, PipelineConfig, StageConfig
+from nemo_minitron.runtime import ranks
+from nemo_minitron.runtime.errors import (
+    INTERRUPTED,
+    PREEMPTED,
+    TERMINATED,
+    Interrupted,
+    StageFailed,
+)
+
+log = logging.getLogger(__name__)
 
 _ITEM_KEYS = {"name", "stage", "config"}
 # Keys of the pipeline that hold for its items too, unless an item sets them itself.
@@ -170,3 +190,71 @@ def of_one_stage(stage: str, arguments: Sequence[str]) -> list[str]:
         else:
             config[key] = override.value()
     return [load.override("stages", [{"name": stage, "stage": stage, "config": config}]), *kept]
+
+
+def run_items(cfg: PipelineConfig, items: list[Item]) -> None:
+    """Run every item whose result is missing or stale, in order.
+
+    Raises:
+        StageFailed: an item failed, or stopped and can go on; later ones have not started.
+    """
+    for number, item in enumerate(items, start=1):
+        title = f"[{number}/{len(items)}] {item.name} ({item.stage})"
+        reason = "overwrite=true" if cfg.overwrite else stale(item)
+        if reason is None:
+            log.info("%s: up to date, skipped", title)
+            continue
+        log.info("%s: %s", title, reason)
+        _run_item(item)
+
+
+def stale(item: Item) -> str | None:
+    """Why an item has to run; None when its result is of this config and of these inputs."""
+    folder = Path(item.config.output_dir)
+    if not (folder / MANIFEST).is_file():
+        return "no result yet"
+    try:
+        manifest = open_result(folder, item.config.verify_inputs, workers=item.config.workers)
+    except ValueError as error:
+        return str(error)
+    if manifest.stage != item.stage:
+        return f"the folder holds a result of {manifest.stage}"
+    changed = _changes(manifest, item.config)
+    if changed:
+        return f"its config changed ({changed})"
+    paths = input_paths(item.config)
+    for key in sorted({*paths, *manifest.inputs}):
+        now = fingerprint(paths[key], item.config.workers) if key in paths else None
+        if manifest.inputs.get(key) != now:
+            return f"its input {key} changed"
+    return None
+
+
+def _changes(manifest: Manifest, config: StageConfig) -> str:
+    """What of the config is not as it was when a result was made, in words; maybe nothing."""
+    if manifest.config_hash == config_hash(config):
+        return ""
+    stored = stored_config(manifest)
+    return "no config is stored" if stored is None else said(changes(config, stored))
+
+
+def command(item: Item) -> list[str]:
+    """Arguments of ``minitron`` that run an item, over a stale result too."""
+    return [item.stage, *item.overrides, "overwrite=true", *load.config_flags()]
+
+
+def _run_item(item: Item) -> None:
+    arguments = command(item)
+    log.info("minitron %s", shlex.join(arguments))
+    try:
+        ranks.run_minitron(arguments, ranks.alone(os.environ))
+    except StageFailed as failure:
+        if failure.code == INTERRUPTED:
+            raise Interrupted from None
+        # Its finished stages are the pipeline's saved work, also when this stage saves none.
+        code = PREEMPTED if failure.code == TERMINATED else failure.code
+        raise StageFailed(
+            f"{item.name} ({item.stage}): {failure} [log: {item.config.output_dir}.log; finished "
+            "stages are skipped when the pipeline runs again]",
+            code,
+        ) from None

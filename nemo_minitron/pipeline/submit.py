@@ -114,8 +114,7 @@ def _chain(
     cluster: ClusterConfig,
 ) -> Iterator[Job]:
     """One job per item that has to run, then the pipeline itself: it skips them and reports."""
-    from nemo_minitron.pipeline.plan import read_items
-    from nemo_minitron.pipeline.run import stale
+    from nemo_minitron.pipeline.plan import read_items, stale
 
     due: list[str] = []
     for item in read_items(config):

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from nemo_minitron.checkpoint.lineage import model_facts
-from nemo_minitron.checkpoint.source_card import LICENCE_KEYS
+from nemo_minitron.checkpoint.lineage import LICENCE_KEYS, model_facts
 from nemo_minitron.config.model import ModelConfig
 
 Entry = dict[str, Any]

@@ -81,14 +81,15 @@ def _patch_factories() -> None:
 
 def _patch_tensor() -> None:
     """``Tensor.to``, ``Tensor.type()`` and ``Tensor.cuda()``."""
-    to, type_of = _on_cpu(torch.Tensor.to), torch.Tensor.type
+    to = _on_cpu(torch.Tensor.to)
+    type_of: Callable[..., Any] = torch.Tensor.type
 
-    def move(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def move(tensor: Tensor, *args: object, **kwargs: object) -> Tensor:
         if args and _is_cuda(args[0]):
             args = (_CPU, *args[1:])
         return to(tensor, *args, **kwargs)
 
-    def name_type(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def name_type(tensor: Tensor, *args: object, **kwargs: object) -> Any:
         if args or kwargs:
             return type_of(tensor, *args, **kwargs)
         return _TYPE_NAMES.get(tensor.dtype) or type_of(tensor)

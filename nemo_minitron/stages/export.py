@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.checkpoint.artifact import check_output, output_folder
-from nemo_minitron.checkpoint.lineage import model_sizes, read_lineage
-from nemo_minitron.checkpoint.source_card import README, copy_licence_texts
+from nemo_minitron.checkpoint.lineage import README, copy_licence_texts, model_sizes, read_lineage
 from nemo_minitron.checkpoint.tokenizer import AUTO_MAP, TOKENIZER_CONFIG, save_tokenizer
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import ExportConfig

@@ -13,9 +13,8 @@ from nemo_minitron.checkpoint.lazy import (
     on_done,
     store_nbytes,
 )
-from nemo_minitron.checkpoint.lineage import record
+from nemo_minitron.checkpoint.lineage import copy_licence_texts, record
 from nemo_minitron.checkpoint.source import open_source
-from nemo_minitron.checkpoint.source_card import copy_licence_texts
 from nemo_minitron.checkpoint.tokenizer import check_gguf_tokenizer
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import ImportConfig

@@ -2,7 +2,7 @@
 
 Checkpoint in, checkpoint out, tensor by tensor: no model is built, no process group is needed, and
 memory holds a few tensors whatever the size of the model. Only with ``data.path`` is a model run:
-to score it here, once or in rounds (``stages/iterate.py``).
+to score it here, once or in rounds (``stages/calibrate.py``).
 """
 
 import json
@@ -126,7 +126,7 @@ def _score_and_prune(
     """``run`` on every rank, with a model to score."""
     metrics: dict[str, Any] = {}
     with on_ranks(cfg, "prune", cfg.parallel, cfg.data.seed, resumable=True) as work:
-        from nemo_minitron.stages.iterate import run_rounds
+        from nemo_minitron.stages.calibrate import run_rounds
 
         plan, costs = run_rounds(cfg, config, rounds, work)
         if rank() == 0:

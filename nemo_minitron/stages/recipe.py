@@ -4,8 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.checkpoint.lineage import model_facts, read_lineage
-from nemo_minitron.checkpoint.source_card import read_source_card
+from nemo_minitron.checkpoint.lineage import model_facts, read_lineage, read_source_card
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.schema import flatten
 from nemo_minitron.config.stages import DistillConfig, ImportConfig, PruneConfig, PruningConfig

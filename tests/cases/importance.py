@@ -60,7 +60,7 @@ def run_prune(cfg: PruneConfig, cut_at: str = "") -> str:
     """``minitron prune`` on the ranks of the pool; it dies when it logs ``cut_at``."""
     import logging
 
-    from nemo_minitron.stages import iterate, prune
+    from nemo_minitron.stages import calibrate, prune
 
     class Killer(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -68,14 +68,14 @@ def run_prune(cfg: PruneConfig, cut_at: str = "") -> str:
                 raise InterruptedError
 
     prune.check(cfg)
-    killer, level = Killer(), iterate.log.level
-    iterate.log.addHandler(killer)
-    iterate.log.setLevel(logging.INFO)
+    killer, level = Killer(), calibrate.log.level
+    calibrate.log.addHandler(killer)
+    calibrate.log.setLevel(logging.INFO)
     try:
         prune.run(cfg)
     except InterruptedError:
         return "cut off"
     finally:
-        iterate.log.removeHandler(killer)
-        iterate.log.setLevel(level)
+        calibrate.log.removeHandler(killer)
+        calibrate.log.setLevel(level)
     return "done"

@@ -252,6 +252,13 @@ CASES = {
         },
         sequence_parallel=True,
     ),
+    "granite": Case(
+        "Granite",
+        {**SIZES, "embedding_multiplier": 6.0, "attention_multiplier": 0.2,
+         "residual_multiplier": 0.5, "logits_scaling": 4.0},
+        LLAMA_DIMS,
+        sequence_parallel=True,
+    ),
     "nemotron": Case("Nemotron", SIZES, LLAMA_DIMS, sequence_parallel=True),
     "phi3": Case(
         "Phi3",

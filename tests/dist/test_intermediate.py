@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.distributed.checkpoint import FileSystemReader
 
 from nemo_minitron.checkpoint.torch_dist import read_torch_dist
-from nemo_minitron.config.intermediate import IntermediateConfig
+from nemo_minitron.config.distillation import IntermediateConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.families.registry import family_of
 from tests.cases.inter import inter_gradients, train, without_targets

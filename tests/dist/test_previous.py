@@ -19,7 +19,7 @@ from nemo_minitron.config.base import ADDED, NEUTRAL
 from nemo_minitron.config.identity import changes, input_paths
 from nemo_minitron.config.pipeline import PipelineConfig
 from nemo_minitron.config.stages import STAGE_CONFIGS
-from nemo_minitron.pipeline import run as pipeline_run
+from nemo_minitron.pipeline import plan
 from nemo_minitron.pipeline.plan import read_items
 from tests.data.previous.make import UNFINISHED
 from tests.helpers.pool import WorkerPool
@@ -51,7 +51,7 @@ def items(*overrides: str):
 
 
 def stale(*overrides: str) -> dict[str, str]:
-    reasons = {item.name: pipeline_run.stale(item) for item in items(*overrides)}
+    reasons = {item.name: plan.stale(item) for item in items(*overrides)}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
@@ -102,7 +102,7 @@ def test_what_changed_is_run_again(tree):
     Path("tokens.npy").write_bytes(Path("tokens.npy").read_bytes()[:-8] + bytes(8))
     assert stale() == {"scores": "its input data.path changed"}
     shutil.rmtree("run/teacher")
-    assert pipeline_run.stale(items()[0]) == "no result yet"
+    assert plan.stale(items()[0]) == "no result yet"
 
 
 def test_an_input_that_is_named_no_more_is_a_change(tree):

@@ -45,6 +45,12 @@ SMOLLM3 = replace(LLAMA, family="smollm3", no_rope_freq=[0, 1, 1, 0])
 
 OLMO2 = replace(LLAMA, family="olmo2")
 
+GRANITE = replace(
+    LLAMA,
+    family="granite",
+    multipliers={"embedding": 12.0, "attention": 0.125, "residual": 0.25, "logits": 8.0},
+)
+
 NEMOTRON = replace(
     LLAMA,
     family="nemotron",

@@ -128,7 +128,7 @@ def sharded(chunks: list[Any], groups: Any) -> dict[str, Any]:
 
 def hooks(chunk: Any, groups: Any) -> list[dict[str, str]]:
     """Every hook that scoring and the intermediate losses register, and the module it is on."""
-    from nemo_minitron.config.intermediate import INTERMEDIATE_LOSSES
+    from nemo_minitron.config.distillation import INTERMEDIATE_LOSSES
     from nemo_minitron.config.stages import ScoreConfig
     from nemo_minitron.importance.hooks import record
     from nemo_minitron.models.places import places_of, watch

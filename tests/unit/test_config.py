@@ -16,6 +16,7 @@ from nemo_minitron.config.stages import (
     PipelineConfig,
     PruneConfig,
 )
+from nemo_minitron.usage import shown, stage_help
 
 CONF = schema.conf_dir()
 REQUIRED = {
@@ -54,6 +55,28 @@ def test_every_stage_composes_to_the_defaults_of_its_dataclass(stage):
     if hasattr(expected, "data"):
         expected.data.path = "text"
     assert composed == expected
+
+
+def with_words(stage: str) -> list[schema.Key]:
+    """Keys whose value is one of a few words."""
+    return [key for key in schema.keys(STAGE_CONFIGS[stage]) if key.words]
+
+
+@pytest.mark.parametrize("stage", STAGE_CONFIGS)
+def test_help_names_the_words_that_a_value_can_be(stage):
+    text = " ".join(stage_help(stage).split())
+    for key in with_words(stage):
+        assert f"{key.name}={shown(key.default)} {key.words}: " in text
+        assert shown(key.default) in key.words.split(" | ")
+
+
+@pytest.mark.parametrize("stage", ["importance", "prune", "distill", "teacher_logits", "generate"])
+def test_other_words_are_refused_with_those_there_are(stage):
+    for key in with_words(stage):
+        *others, last = key.words.split(" | ")
+        listed = f"(one of )?{', '.join(others)}( or|,) {last}"
+        with pytest.raises(ValueError, match=rf"{re.escape(key.name)}=wrong must be {listed}"):
+            load.compose(stage, complete(stage, ["output_dir=out", f"{key.name}=wrong"]))
 
 
 @pytest.mark.parametrize("entry", ENTRIES)

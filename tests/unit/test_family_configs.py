@@ -18,12 +18,22 @@ from nemo_minitron.families.registry import FAMILIES, UNSUPPORTED, family_of, fa
 from nemo_minitron.pruning.plan import make_plan
 from nemo_minitron.pruning.slicing import prune_store
 from nemo_minitron.pruning.targets import check_pruning
-from tests.helpers.tiny import GPT2, LLAMA, MIXTRAL, NEMOTRON, OLMO2, QWEN3, SMOLLM3, random_weights
+from tests.helpers.tiny import (
+    GPT2,
+    GRANITE,
+    LLAMA,
+    MIXTRAL,
+    NEMOTRON,
+    OLMO2,
+    QWEN3,
+    SMOLLM3,
+    random_weights,
+)
 
 QWEN2 = replace(LLAMA, family="qwen2", add_qkv_bias=True)
 PHI3 = replace(LLAMA, family="phi3", rotary_percent=0.5)
 QWEN3_MOE = replace(MIXTRAL, family="qwen3_moe", qk_layernorm=True, moe_router_pre_softmax=True)
-CONFIGS = [QWEN2, QWEN3, QWEN3_MOE, NEMOTRON, PHI3, GPT2, SMOLLM3, OLMO2]
+CONFIGS = [QWEN2, QWEN3, QWEN3_MOE, NEMOTRON, PHI3, GPT2, SMOLLM3, OLMO2, GRANITE]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.family)

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from nemo_minitron.config.distillation import DistillationConfig
-from nemo_minitron.config.intermediate import IntermediateConfig
+from nemo_minitron.config.distillation import DistillationConfig, IntermediateConfig
 from nemo_minitron.config.load import compose
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.stages import DistillConfig

@@ -19,7 +19,7 @@ from nemo_minitron.checkpoint.megatron_args import megatron_lm_args, stored
 from nemo_minitron.checkpoint.parts import Part, archive_parts
 from nemo_minitron.checkpoint.safe_pickle import Inert, read_metadata, read_torch_file
 from nemo_minitron.checkpoint.source import open_source
-from nemo_minitron.checkpoint.tokenizer_files import special_ids, tokenizer_files, vocabulary_size
+from nemo_minitron.checkpoint.tokenizer import special_ids, tokenizer_files, vocabulary_size
 from nemo_minitron.config.model import ModelConfig
 from tests.helpers import sources, tiny
 from tests.helpers.tiny import LLAMA, write_weights

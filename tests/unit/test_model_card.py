@@ -11,8 +11,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from nemo_minitron.checkpoint.artifact import open_result, output_folder
-from nemo_minitron.checkpoint.lineage import LINEAGE, read_lineage, record
-from nemo_minitron.checkpoint.source_card import front_matter, read_source_card
+from nemo_minitron.checkpoint.lineage import (
+    LINEAGE,
+    front_matter,
+    read_lineage,
+    read_source_card,
+    record,
+)
 from nemo_minitron.config.distillation import DistillationConfig
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import (

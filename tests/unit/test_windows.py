@@ -51,9 +51,8 @@ def theirs(hf: dict[str, Any]) -> list[int]:
     if config.model_type in ("mistral", "mixtral", "phi3", "qwen3_moe"):
         return [window] * len(model.model.layers)
     found = [getattr(layer.self_attn, "sliding_window", None) or 0 for layer in model.model.layers]
-    assert [bool(w) for w in found] == [
-        kind == SLIDING for kind in kinds or ()
-    ]  # attention and mask
+    # of the attention, and of the mask
+    assert [bool(w) for w in found] == [kind == SLIDING for kind in kinds or ()]
     return found
 
 

@@ -40,12 +40,23 @@ SOURCES: dict[str, dict[str, Any]] = {
         ).to_diff_dict(),
         "architectures": ["SmolLM3ForCausalLM"],
     },
+    "windows in some layers": {
+        **transformers.Qwen3Config(
+            num_hidden_layers=8,
+            use_sliding_window=True,
+            sliding_window=512,
+            layer_types=["full_attention", "sliding_attention"] * 4,
+            dtype="bfloat16",
+        ).to_diff_dict(),
+        "architectures": ["Qwen3ForCausalLM"],
+    },
     "a window that nothing leaves": {**MISTRAL_NEMO, "sliding_window": 128000},
 }
 
 
 def read(hf: dict[str, Any]) -> ModelConfig:
-    ignored = [key for key in ("embedding_multiplier",) if key in hf]
+    passed_over = () if hf.get("model_type") == "granite" else ("embedding_multiplier",)
+    ignored = [key for key in passed_over if key in hf]
     return read_config(json.loads(json.dumps(hf)), ignored)[1]
 
 
@@ -84,7 +95,7 @@ def test_only_sizes_change_with_pruning(name: str) -> None:
     moved = {"architectures", "model_type"} if uneven and config.family == "llama" else set()
     assert changed <= {*allowed, *moved}
     if "layer_types" in hf:
-        assert written["layer_types"] == ["full_attention"] * 5
+        assert written["layer_types"] == [hf["layer_types"][layer] for layer in (0, 1, 2, 4, 5)]
     if "no_rope_layers" in hf:
         assert written["no_rope_layers"] == [1, 0, 1, 0, 1]
 
@@ -147,6 +158,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "phi3": TINY,
     "smollm3": TINY,
     "olmo2": TINY,
+    "granite": TINY | {"embedding_multiplier": 6.0, "logits_scaling": 4.0},
     "gpt2": {"vocab_size": 64, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4},
     "mixtral": TINY | {"num_local_experts": 4},
     "qwen2_moe": TINY | ROUTED | {"shared_expert_intermediate_size": 48},

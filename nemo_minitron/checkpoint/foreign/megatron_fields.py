@@ -273,6 +273,7 @@ def model_fields(stated: Stated, vocab_size: int) -> JsonObject:
         "vocab_size": vocab_size,
         **_positions(stated),
         "window_size": _windows(stated),
+        "multipliers": stated.get("multipliers", None),
         "normalization": stated.need("normalization"),
         "layernorm_epsilon": float(stated.get("layernorm_epsilon", 1e-5)),
         "layernorm_zero_centered_gamma": bool(stated.get("layernorm_zero_centered_gamma", False)),

@@ -14,7 +14,7 @@ from nemo_minitron.checkpoint.hf_refusals import refuse_adapter_names
 from nemo_minitron.checkpoint.lazy import LazyTensor, Store, first_rows, main_dtype
 from nemo_minitron.checkpoint.parts import Part
 from nemo_minitron.checkpoint.safe_pickle import PICKLE_ERRORS, read_torch_file
-from nemo_minitron.checkpoint.tokenizer_files import (
+from nemo_minitron.checkpoint.tokenizer import (
     TokenizerFiles,
     special_ids,
     tokenizer_files,

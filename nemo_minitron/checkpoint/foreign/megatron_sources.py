@@ -16,7 +16,7 @@ from pathlib import Path
 from nemo_minitron.checkpoint.foreign.megatron_stated import Stated, of_args, of_core, of_nemo1
 from nemo_minitron.checkpoint.inside import inside, is_inside
 from nemo_minitron.checkpoint.parts import Find, Part, archive_parts, below, in_folder
-from nemo_minitron.checkpoint.tokenizer_files import TokenizerFiles, tokenizer_files
+from nemo_minitron.checkpoint.tokenizer import TokenizerFiles, tokenizer_files
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.documents import JsonObject, read_json_object, yaml_value
 
