@@ -48,6 +48,8 @@ class Axis:
         split_by: the parallel degree that has to divide the size; empty where nothing splits it.
         grain: how many neighbouring indices are ranked, kept and dropped together.
         fixed: whether it cannot be pruned; others may be nested in it.
+        later: whether versions that stored results did not have it yet; no result changes its
+            identity by it.
         label: what reports call its indices, where they show what each layer keeps.
         doc: what the size is, where its name does not say it.
     """
@@ -65,6 +67,7 @@ class Axis:
     split_by: str = ""
     grain: int = 1
     fixed: bool = False
+    later: bool = False
     label: str = ""
     doc: str = ""
 
@@ -125,6 +128,7 @@ _TABLE = (
         Scope.LAYER,
         MAMBA,
         scores="mamba_head",
+        later=True,
         label="Mamba head channels",
         doc="Channels of every Mamba head.",
     ),
@@ -139,6 +143,7 @@ _TABLE = (
         seen_part=1,
         within="mamba_head_dim",
         split_by=_TP,
+        later=True,
         label="Mamba heads",
         doc="Heads of every Mamba layer, as many from each group.",
     ),
@@ -194,17 +199,14 @@ def split_sizes(config: "ModelConfig") -> dict[str, str]:
     return {axis.size: axis.split_by for axis in axes_of(config) if axis.split_by}
 
 
-EARLIER_SCORE_AXES = ["hidden", "ffn", "head", "layer", "expert", "expert_ffn", "shared_expert_ffn"]
-"""What ``score_axes`` was before there were Mamba layers."""
-
-
-def score_axes() -> list[str]:
-    """Names of the axes that have scores of their own.
+def score_axes(*, earlier: bool = False) -> list[str]:
+    """Names of the axes that have scores of their own; ``earlier`` leaves out those of ``later``.
 
     The default of ``scores.axes``, which is stored beside every result and so keeps its order:
     layers come after what is inside every layer, and experts last.
     """
     own = [axis for axis in AXES.values() if not axis.scores and not axis.fixed]
+    own = [axis for axis in own if not (earlier and axis.later)]
     own.sort(key=lambda axis: (axis.kind == EXPERTS, axis.name == "layer"))
     return [axis.name for axis in own]
 

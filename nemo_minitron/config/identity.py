@@ -76,12 +76,20 @@ def config_values(cfg: StageConfig) -> dict[str, Any]:
     known = meanings(type(cfg))
     values = {}
     for key, value in flatten(asdict(cfg)).items():
-        _, meaning = _find(known, key)
+        name, meaning = _find(known, key)
         assert meaning is not None, key
+        if value is None and _is_new_entry(meaning, name, key):
+            continue
         added = meaning.role == "added" and value != meaning.default
         if meaning.role == "counts" or added:
             values[key] = meaning.plain(value)
     return values
+
+
+def _is_new_entry(meaning: Meaning, name: str, key: str) -> bool:
+    """Whether a key is an entry of a dictionary that earlier versions did not have."""
+    known = meaning.earlier
+    return name != key and isinstance(known, dict) and key[len(name) + 1 :] not in known
 
 
 def input_paths(cfg: StageConfig) -> dict[str, str]:

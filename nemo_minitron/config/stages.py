@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from nemo_minitron.config.axes import AXES, EARLIER_SCORE_AXES, score_axes
+from nemo_minitron.config.axes import AXES, score_axes
 from nemo_minitron.config.base import (
     ADDED,
     INPUT,
@@ -101,7 +101,7 @@ class ScoreConfig(CalibrationConfig):
     """What is scored and how."""
 
     axes: list[str] = field(
-        default_factory=score_axes, metadata=with_earlier_default(EARLIER_SCORE_AXES)
+        default_factory=score_axes, metadata=with_earlier_default(score_axes(earlier=True))
     )
     """Axes to score; those that the model lacks (experts, or a dense ffn) are left out."""
     layer_criteria: list[str] = field(default_factory=lambda: ["block_influence"])
@@ -209,7 +209,10 @@ class TargetConfig(dict[str, int | None]):
 class PruningConfig:
     """What to cut."""
 
-    target: dict[str, int | None] = field(default_factory=TargetConfig)
+    target: dict[str, int | None] = field(
+        default_factory=TargetConfig,
+        metadata=with_earlier_default({a.size: None for a in AXES.values() if not a.later}),
+    )
     drop_layers: list[int] | None = None
     """Layers to drop, 1-indexed as in NeMo's ``--drop_layers``; excludes target.num_layers."""
     layer_criterion: str = field(default="block_influence", metadata=one_of(*LAYER_CRITERIA))

@@ -163,6 +163,22 @@ MODELS: dict[str, dict[str, Any]] = {
     "mixtral": TINY | {"num_local_experts": 4},
     "qwen2_moe": TINY | ROUTED | {"shared_expert_intermediate_size": 48},
     "qwen3_moe": TINY | ROUTED,
+    "nemotron_h": {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 8,
+        "n_groups": 2,
+        "ssm_state_size": 8,
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 24,
+        "moe_shared_expert_intermediate_size": 24,
+        "hybrid_override_pattern": "M*-E",
+    },
 }
 
 
