@@ -3,6 +3,7 @@
 Pruning, checkpoint import and export, parameter counting and the completeness check all read it.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -203,3 +204,16 @@ def parameter_count(family: Family, config: ModelConfig) -> dict[str, int]:
         if "vocab" in row.dims or "position" in row.dims:
             embedding += count
     return {"total": total, "non_embedding": total - embedding}
+
+
+def active_parameters(family: Family, config: ModelConfig) -> int:
+    """Parameters that a token meets: of the routed experts only those that it is routed to."""
+    total = parameter_count(family, config)["total"]
+    experts = sum(
+        math.prod(row.shape(config))
+        for _, row, _ in family.parameters(config)
+        if row.expert is not None
+    )
+    if not experts:
+        return total
+    return total - experts + experts * config.moe_router_topk // (config.num_moe_experts or 1)

@@ -45,10 +45,11 @@ def target_model(config: ModelConfig, pruning: PruningConfig) -> ModelConfig:
         ValueError: see ``pruning.targets.check_pruning``.
     """
     check_pruning(config, pruning)
-    sizes = target_sizes(config, pruning)
+    sizes, layers = target_sizes(config, pruning), None
     if pruning.drop_layers is not None:
-        sizes["num_layers"] = config.num_layers - len(pruning.drop_layers)
-    small = config.resized(sizes)
+        dropped = {layer - 1 for layer in pruning.drop_layers}
+        layers = [layer for layer in range(config.num_layers) if layer not in dropped]
+    small = config.resized(sizes, layers)
     warn_of_expert_sizes(small)
     return small
 

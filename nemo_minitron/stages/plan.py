@@ -9,7 +9,7 @@ from typing import Any
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import PlanConfig
 from nemo_minitron.families.registry import family_of
-from nemo_minitron.families.table import parameter_count
+from nemo_minitron.families.table import active_parameters, parameter_count
 from nemo_minitron.pipeline.plan import read_items
 from nemo_minitron.planning.advice import advice
 from nemo_minitron.planning.items import ItemPlan, Run, plan_items, room
@@ -76,6 +76,8 @@ def _record(cfg: PlanConfig, plan: ItemPlan) -> dict[str, Any]:
 def _facts(model: ModelConfig) -> dict[str, Any]:
     count = parameter_count(family_of(model), model)
     parameters = {**count, "embedding": count["total"] - count["non_embedding"]}
+    if model.num_moe_experts is not None:
+        parameters["active"] = active_parameters(family_of(model), model)
     return {**{name: getattr(model, name) for name in _SIZES}, "parameters": parameters}
 
 
@@ -107,6 +109,8 @@ def _show_models(records: list[dict[str, Any]]) -> None:
         kept = "" if made == record["model"] else f"{count['total'] / before['total']:.1%}"
         sizes = [f"{made[name]:,}" for name in _SIZES]
         counts = [_billions(count[k]) for k in ("total", "non_embedding", "embedding")]
+        if "active" in count:
+            counts[0] = f"{counts[0]} (A{_billions(count['active'])})"
         rows.append((record["name"], *sizes, *counts, f"{count['total']:,}", kept))
     if rows:
         names = ("parameters", "non-embedding", "embedding", "exactly", "kept")
