@@ -238,7 +238,7 @@ def close_logits(
 
 
 def check_balance(results: list[Result], kind: str, dropped: bool) -> None:
-    """Equal shards on the ranks of a stage; stages that differ by at most one layer."""
+    """Equal shards on the ranks of a stage; if layers were dropped, stages as long to one layer."""
     shapes: dict[int, list[dict[str, torch.Size]]] = {}
     layers: dict[int, list[list[int]]] = {}
     for result in results:
@@ -288,7 +288,9 @@ def one_answer(
     assert same_indices
     assert same_weights
     for kind, plan in plans.items():
-        check_balance(results, kind, dropped=len(plan.layers) < config.num_layers)
+        # Stages of hybrid models are balanced by cost: tests/unit/test_balance.py.
+        by_number = config.hybrid_layer_pattern is None
+        check_balance(results, kind, dropped=by_number and len(plan.layers) < config.num_layers)
         atol = truth.rounding(plan)
         sent = sum(result[kind]["bytes"] for result in results)
         assert sent == moved_bytes(config, plan, parallel)

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_minitron.checkpoint.foreign.megatron_open import open_megatron
+from nemo_minitron.checkpoint.torch_dist import read_torch_dist
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.stages import PruningConfig, TargetConfig
@@ -58,17 +60,14 @@ LAYOUTS = {
 }
 
 
-def prunings(model: ModelConfig, parallel: ParallelConfig) -> dict[str, PruningConfig]:
-    """Width, depth and both; interleaving wants a multiple of stages x chunks."""
+def prunings(model: ModelConfig) -> dict[str, PruningConfig]:
+    """Width, depth and both; a hybrid model can be split over the pipeline anywhere."""
     width = WIDTH if model.num_moe_experts is None else {**WIDTH, **EXPERTS}
-    layers = 8 if parallel.virtual_pipeline_model_parallel_size else 6
-    ways = {
+    return {
         "width": PruningConfig(target=TargetConfig(width)),
-        "both": PruningConfig(target=TargetConfig(width, num_layers=layers)),
+        "depth": PruningConfig(target=TargetConfig(num_layers=6)),
+        "both": PruningConfig(target=TargetConfig(width, num_layers=6)),
     }
-    if layers < 8:
-        ways["depth"] = PruningConfig(target=TargetConfig(num_layers=layers))
-    return ways
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +85,7 @@ def test_one_answer(
 ) -> None:
     parallel = LAYOUTS[name]
     truth = truths["dense" if name == "TP2" else "experts"]
-    ways = prunings(truth.config, parallel)
+    ways = prunings(truth.config)
     one_answer(truth, parallel, ways, tmp_path, layout_table, TEST.format(name), f"hybrid {name}")
 
 
@@ -148,6 +147,16 @@ def test_gradients_do_not_depend_on_the_layout(kd: KdPairs, name: str) -> None:
     for key, tensor in want.items():
         error = (got[key] - tensor).norm() / tensor.norm()
         assert error < 1e-4, f"{key}: relative error {error:.2e}"
+
+
+def test_it_opens_as_a_checkpoint_of_megatron_lm(truths: dict[str, Truth]) -> None:
+    """From the arguments beside the weights: the same sizes, the same tensors."""
+    for truth in truths.values():
+        found = open_megatron(truth.folder, None, truth.config.vocab_size)
+        assert replace(found.config, hf={}) == truth.config
+        expected = read_torch_dist(truth.folder, found.family, truth.config)
+        assert found.store.keys() == expected.keys()
+        assert all(torch.equal(found.store[key].read(), expected[key].read()) for key in expected)
 
 
 def test_head_channels_are_chosen_before_heads(truths: dict[str, Truth]) -> None:

@@ -1,15 +1,16 @@
 """Pipeline stages after layers were dropped."""
 
 import itertools
+import random
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from nemo_minitron.config.balance import balanced_layout, balanced_pipeline
-from nemo_minitron.config.layout import check_pipeline
+from nemo_minitron.config.balance import balanced_layout, balanced_pipeline, by_cost, layer_cost
+from nemo_minitron.config.layout import check_pipeline, layers_of_stages
 from nemo_minitron.config.parallel import ParallelConfig
-from tests.helpers.tiny import LLAMA, QWEN2_MOE
+from tests.helpers.tiny import LLAMA, NEMOTRON_H, QWEN2_MOE
 
 
 def layout(pp: int = 1, vpp: int | None = None, tp: int = 1, **more: Any) -> ParallelConfig:
@@ -100,3 +101,47 @@ def test_a_shared_expert_that_does_not_split_is_refused() -> None:
 def test_interleaving_needs_a_pipeline() -> None:
     with pytest.raises(ValueError, match=r"=2 needs .*pipeline_model_parallel_size of at least 2"):
         layout(1, vpp=2)
+
+
+# ---------------------------------------------------------------- hybrid models: by cost
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_costliest_stage_of_a_hybrid_model_costs_least(seed: int) -> None:
+    """Against all ways to cut the layers into stages."""
+    draw = random.Random(seed)
+    pattern = "M*-E" + "".join(draw.choice("MMM--*E") for _ in range(draw.randrange(2, 8)))
+    model = replace(NEMOTRON_H, num_layers=len(pattern), hybrid_layer_pattern=pattern)
+    costs = [layer_cost(model, kind) for kind in pattern]
+    for parallel in (layout(2), layout(3), layout(2, vpp=2)):
+        found = by_cost(model, parallel)
+        assert found is not None
+        sizes = [
+            size for chunk in zip(*layers_of_stages(model, found), strict=True) for size in chunk
+        ]
+        parts, inner = len(sizes), range(1, len(pattern))
+        ways = itertools.combinations(inner, parts - 1)
+        best = min(largest(costs, [0, *cuts, len(pattern)]) for cuts in ways)
+        ends = [0, *itertools.accumulate(sizes)]
+        assert largest(costs, ends) == best
+        check_pipeline(model, found)
+
+
+def largest(costs: list[int], ends: list[int]) -> int:
+    return max(sum(costs[start:stop]) for start, stop in itertools.pairwise(ends))
+
+
+def test_costs_are_multiplications() -> None:
+    """Of matrix products by hand, for one token of the tiny hybrid."""
+    hidden, inner, groups = 64, 8 * 8, 2 * 16
+    assert layer_cost(NEMOTRON_H, "*") == hidden * (8 + 4 + 4) * 12 + 8 * 12 * hidden
+    assert layer_cost(NEMOTRON_H, "-") == 2 * hidden * 96
+    assert layer_cost(NEMOTRON_H, "E") == 2 * hidden * (2 * 24 + 32) + hidden * 4
+    projections = hidden * (2 * inner + 2 * groups + 8) + inner * hidden
+    assert layer_cost(NEMOTRON_H, "M") == projections + 3 * inner * 16
+
+
+def test_fewer_layers_than_stages_are_refused_for_hybrids_too() -> None:
+    small = replace(NEMOTRON_H, num_layers=3, hybrid_layer_pattern="M*E")
+    with pytest.raises(ValueError, match=r"num_layers=3 after pruning cannot be spread"):
+        balanced_layout(NEMOTRON_H, small, layout(4))
