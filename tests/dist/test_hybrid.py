@@ -28,6 +28,9 @@ DENSE = replace(
     num_moe_experts=None,
     moe_ffn_hidden_size=None,
     moe_shared_expert_intermediate_size=None,
+    moe_router_score_function="softmax",
+    moe_router_enable_expert_bias=False,
+    moe_router_topk_scaling_factor=None,
 )
 WIDTH = {
     "hidden_size": 40,
