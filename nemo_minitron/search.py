@@ -4,19 +4,22 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from nemo_minitron.config.axes import split_sizes
 from nemo_minitron.config.balance import balanced_layout
 from nemo_minitron.config.layers import ATTENTION, MAMBA, kinds_of
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import TeacherParallelConfig
-from nemo_minitron.config.search import SEARCHED, SearchSpaceConfig
+from nemo_minitron.config.search import SEARCHED, SEARCHED_LATER, SearchSpaceConfig
 from nemo_minitron.config.stages import DistillConfig, PruningConfig, SearchConfig, TargetConfig
 from nemo_minitron.config.training import DataConfig, OptimConfig, TrainerConfig
 from nemo_minitron.families.dims import DIMS
 from nemo_minitron.families.registry import family_of
-from nemo_minitron.families.table import parameter_count
+from nemo_minitron.families.table import active_parameters, parameter_count
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _GIB = float(1 << 30)
+_EP = "expert_model_parallel_size"
+_LETTERS = dict(zip(SEARCHED, ("l", "h", "f", "n", "g", "e", "x", "s", "m", "p"), strict=True))
 Sizes = dict[str, int]
 
 
@@ -25,19 +28,21 @@ class Candidate:
     """One shape.
 
     Attributes:
-        sizes: of ``SEARCHED``, all of them.
+        sizes: of ``SEARCHED``; those of ``SEARCHED_LATER`` where they are searched.
         parameters: in all.
+        active: that a token meets.
         memory_gib: at inference, as ``search.max_memory_gb`` counts.
     """
 
     sizes: Sizes
     parameters: int
+    active: int
     memory_gib: float
 
     @property
     def name(self) -> str:
-        """Folder name: ``l30_h576_f1024_n9_g3``."""
-        return "_".join(f"{k}{v}" for k, v in zip("lhfng", self.sizes.values(), strict=True))
+        """Folder name: ``l30_h576_f1024_n9_g3``, then sizes of experts and Mamba layers."""
+        return "_".join(f"{_LETTERS[name]}{size}" for name, size in self.sizes.items())
 
 
 @dataclass(frozen=True)
@@ -74,8 +79,14 @@ def candidates(config: ModelConfig, space: SearchSpaceConfig) -> list[Candidate]
 
 def _product(config: ModelConfig, space: SearchSpaceConfig) -> Iterable[Sizes]:
     """Every combination, the model itself left out."""
-    own = {name: getattr(config, name) for name in SEARCHED}
-    lists = {name: getattr(space, name) or [own[name]] for name in SEARCHED}
+    names = [n for n in SEARCHED if n not in SEARCHED_LATER or getattr(space, n)]
+    own = {name: getattr(config, name) for name in names}
+    for name in (name for name, size in own.items() if size is None):
+        raise ValueError(
+            f"search.{name}={getattr(space, name)} is a size that this model does not have; leave "
+            "it out"
+        )
+    lists = {name: getattr(space, name) or [own[name]] for name in own}
     for name, values in lists.items():
         if max(values) > own[name]:
             raise ValueError(
@@ -83,10 +94,10 @@ def _product(config: ModelConfig, space: SearchSpaceConfig) -> Iterable[Sizes]:
                 "only shrink: remove it"
             )
     if all(values == [own[name]] for name, values in lists.items()):
-        names = ", ".join(f"search.{name}" for name in SEARCHED)
-        raise ValueError(f"the search space holds nothing but the model itself; set one of {names}")
+        keys = ", ".join(f"search.{name}" for name in SEARCHED if getattr(config, name))
+        raise ValueError(f"the search space holds nothing but the model itself; set one of {keys}")
     for values in itertools.product(*lists.values()):
-        sizes = dict(zip(SEARCHED, values, strict=True))
+        sizes = dict(zip(own, values, strict=True))
         if sizes != own:
             yield sizes
 
@@ -95,7 +106,10 @@ def _rules(config: ModelConfig, space: SearchSpaceConfig) -> list[_Rule]:
     """In the order they are applied."""
     own, tp = config.heads_per_group, space.tensor_model_parallel_size
     cut = ("hidden_size", "ffn_hidden_size")
-    split = ("num_query_groups", "num_attention_heads", "ffn_hidden_size")
+    split = ["num_query_groups", "num_attention_heads", "ffn_hidden_size"]
+    split += [name for name in SEARCHED if name in split_sizes(config) and name not in split]
+    split = [name for name in split if split_sizes(config).get(name) != _EP]
+    groups, topk = config.mamba_num_groups or 1, config.moe_router_topk
     return [
         _Rule(
             "num_attention_heads must be a multiple of num_query_groups (search."
@@ -114,7 +128,16 @@ def _rules(config: ModelConfig, space: SearchSpaceConfig) -> list[_Rule]:
         ),
         _Rule(
             f"search.tensor_model_parallel_size={tp} must divide {', '.join(split)}",
-            lambda s: all(s[name] % tp == 0 for name in split),
+            lambda s: all(s.get(name, getattr(config, name)) % tp == 0 for name in split),
+        ),
+        _Rule(
+            f"mamba_num_heads must be a multiple of mamba_num_groups={groups} "
+            "(search.mamba_num_heads)",
+            lambda s: s.get("mamba_num_heads", groups) % groups == 0,
+        ),
+        _Rule(
+            f"num_moe_experts must be at least moe_router_topk={topk} (search.num_moe_experts)",
+            lambda s: s.get("num_moe_experts", topk) >= topk,
         ),
     ]
 
@@ -137,6 +160,7 @@ def _rule_abiding(
 def _measured(config: ModelConfig, space: SearchSpaceConfig, sizes: Sizes) -> Candidate:
     small = config.resized(sizes)
     count = parameter_count(family_of(config), small)["total"]
+    active = active_parameters(family_of(config), small)
     element = _BYTES[config.dtype]
     attending, scanning = ("".join(kinds_of(small)).count(kind) for kind in (ATTENTION, MAMBA))
     cached = 2 * attending * small.num_query_groups * small.kv_channels * space.seq_length
@@ -146,7 +170,7 @@ def _measured(config: ModelConfig, space: SearchSpaceConfig, sizes: Sizes) -> Ca
         + DIMS["mamba_conv"].size(small) * DIMS["mamba_conv_width"].size(small)
     )
     memory = element * (count + (cached + states) * space.batch_size)
-    return Candidate(sizes, count, memory / _GIB)
+    return Candidate(sizes, count, active, memory / _GIB)
 
 
 def _bounds(space: SearchSpaceConfig) -> list[tuple[str, str, float, float]]:
@@ -159,6 +183,9 @@ def _bounds(space: SearchSpaceConfig) -> list[tuple[str, str, float, float]]:
         found.append(("parameters", words, *limits))
     if space.max_params is not None:
         found.append(("parameters", f"search.max_params={space.max_params:g}", 0, space.max_params))
+    if space.max_active_params is not None:
+        words = f"search.max_active_params={space.max_active_params:g}"
+        found.append(("active", words, 0, space.max_active_params))
     if space.max_memory_gb is not None:
         words = f"search.max_memory_gb={space.max_memory_gb:g}"
         found.append(("memory_gib", words, 0, space.max_memory_gb))

@@ -5,17 +5,26 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from nemo_minitron.config.base import INPUT, MAY_CHANGE, NEUTRAL, StageConfig
+from nemo_minitron.config.base import ADDED, INPUT, MAY_CHANGE, NEUTRAL, StageConfig
 from nemo_minitron.config.megatron import ForwardMegatronConfig, MegatronConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.training import PRECISION, DataConfig, TrainerConfig
 
+SEARCHED_LATER = (
+    "num_moe_experts",
+    "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+    "mamba_num_heads",
+    "mamba_head_dim",
+)
+"""Sizes that are part of a candidate, and of its folder's name, only where they are searched."""
 SEARCHED = (
     "num_layers",
     "hidden_size",
     "ffn_hidden_size",
     "num_attention_heads",
     "num_query_groups",
+    *SEARCHED_LATER,
 )
 
 _TOLERANCE = 0.05
@@ -69,6 +78,16 @@ class SearchSpaceConfig:
     """As num_layers."""
     num_query_groups: list[Any] = field(default_factory=list)
     """As num_layers."""
+    num_moe_experts: list[Any] = field(default_factory=list, metadata=ADDED)
+    """As num_layers."""
+    moe_ffn_hidden_size: list[Any] = field(default_factory=list, metadata=ADDED)
+    """As num_layers."""
+    moe_shared_expert_intermediate_size: list[Any] = field(default_factory=list, metadata=ADDED)
+    """As num_layers."""
+    mamba_num_heads: list[Any] = field(default_factory=list, metadata=ADDED)
+    """As num_layers."""
+    mamba_head_dim: list[Any] = field(default_factory=list, metadata=ADDED)
+    """As num_layers."""
     divisor: int = 1
     """What hidden_size and ffn_hidden_size must be multiples of (64 suits tensor cores)."""
     tensor_model_parallel_size: int = 1
@@ -79,8 +98,11 @@ class SearchSpaceConfig:
     """Share of target_params (2407.14679: 5 %)."""
     max_params: float | None = None
     """Most parameters."""
+    max_active_params: float | None = field(default=None, metadata=ADDED)
+    """Most parameters that a token meets: of the routed experts those that it is routed to."""
     max_memory_gb: float | None = None
-    """Most memory at inference, GiB: weights, and keys and values of batch_size sequences."""
+    """Most memory at inference, GiB: weights, and of batch_size sequences keys, values and the
+    states of Mamba layers."""
     batch_size: int = 1
     """Sequences of max_memory_gb."""
     seq_length: int = 4096
@@ -106,7 +128,8 @@ class SearchSpaceConfig:
             raise ValueError(
                 f"search.tolerance={self.tolerance} is for search.target_params, which is not set"
             )
-        for name in ("target_params", "max_params", "max_memory_gb", "max_latency_ms"):
+        budgets = ("target_params", "max_params", "max_active_params", "max_memory_gb")
+        for name in (*budgets, "max_latency_ms"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"search.{name}={value} must be above 0")

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.search import SearchSpaceConfig
 from nemo_minitron.search import candidates, pareto_front
 from nemo_minitron.stages.search import ranked
-from tests.helpers.tiny import LLAMA
+from tests.helpers.tiny import LLAMA, NEMOTRON_H, random_weights
 
 LISTS: dict[str, Any] = {
     "num_layers": [2, 3, 4],
@@ -64,6 +65,46 @@ def test_enumeration_is_brute_force(keys, limits):
     assert wanted
     assert sorted((one.parameters, tuple(one.sizes.values())) for one in found) == wanted
     assert len({one.name for one in found}) == len(found)
+
+
+def test_sizes_of_experts_and_mamba_layers() -> None:
+    """In total and active parameters, and with the states of Mamba layers in the memory."""
+    lists: dict[str, Any] = {"num_moe_experts": [2, 3, 4], "mamba_num_heads": [4, 6, 8]}
+    lists |= {"mamba_head_dim": [6, 8], "batch_size": 2, "seq_length": 10}
+    found = {c.name: c for c in candidates(NEMOTRON_H, SearchSpaceConfig(**lists))}
+    one = found["l8_h64_f96_n8_g4_e2_m4_p6"]
+    small = NEMOTRON_H.resized({"num_moe_experts": 2, "mamba_num_heads": 4, "mamba_head_dim": 6})
+    expert = 2 * 64 * 24
+    assert one.parameters == sum(t.numel() for t in random_weights(small).values())
+    assert one.active == one.parameters  # both experts are picked
+    more = found["l8_h64_f96_n8_g4_e4_m4_p6"]
+    router = 2 * (64 + 1)  # of two more experts, with their bias
+    assert more.parameters == one.parameters + 2 * expert + router
+    assert more.active == one.active + router
+    limit = sorted(candidate.active for candidate in found.values())[5]
+    bounded = candidates(NEMOTRON_H, SearchSpaceConfig(**lists, max_active_params=limit))
+    assert {c.name for c in bounded} == {c.name for c in found.values() if c.active <= limit}
+    keys = 2 * 4 * 12 * 10  # one layer of attention
+    states = 3 * (4 * 6 * 16 + (4 * 6 + 2 * 2 * 16) * 4)
+    assert one.memory_gib * 2**30 == 4 * (one.parameters + 2 * (keys + states))
+
+
+@pytest.mark.parametrize(
+    ("model", "keys", "says"),
+    [
+        (
+            LLAMA,
+            {"mamba_num_heads": [4]},
+            r"search.mamba_num_heads=\[4\] is a size that this model",
+        ),
+        (NEMOTRON_H, {"mamba_num_heads": [5]}, "mamba_num_heads must be a multiple of .*=2"),
+        (NEMOTRON_H, {"num_moe_experts": [1]}, "num_moe_experts must be at least .*topk=2"),
+        (NEMOTRON_H, {"num_moe_experts": [2], "max_active_params": 10}, "no shape of 1 meets"),
+    ],
+)
+def test_what_no_such_model_can_be(model: ModelConfig, keys: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        candidates(model, SearchSpaceConfig(**keys))
 
 
 def test_ranges_are_inclusive():
