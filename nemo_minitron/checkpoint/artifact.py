@@ -206,7 +206,7 @@ def _open_work(job: _Job, inputs: Mapping[str, str | Path] | None) -> None:
     check_output(cfg, job.stage)
     refuse_live_owner(Path(cfg.output_dir).resolve())
     named = input_paths(cfg) if inputs is None else inputs
-    identities = {key: fingerprint(value, cfg.workers) for key, value in named.items()}
+    identities = {key: _identity(value, cfg.workers) for key, value in named.items()}
     mine = {"stage": job.stage, "config": config_values(cfg), "inputs": identities}
     job.contents = _contents(job, identities)
     job.states = {key: s for key, s in input_states(cfg).items() if key in job.contents}
@@ -221,6 +221,14 @@ def _open_work(job: _Job, inputs: Mapping[str, str | Path] | None) -> None:
             f"({before['mixed']}); remove that folder to start over"
         )
     _sign(work, mine)
+
+
+def _identity(value: str | Path, workers: int) -> str:
+    """Hash an input, which takes minutes where it is large; ownership is taken before that.
+
+    It is a function of its own so that a test can make it as slow as it is with a large input.
+    """
+    return fingerprint(value, workers)
 
 
 def _clear(work: Path, left: list[Path]) -> None:

@@ -25,7 +25,10 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
     [
         ("minitron pr", ["prune"]),
         ("minitron prune pruning.target.hid", ["pruning.target.hidden_size="]),
-        ("minitron distill parallel=tp2", ["parallel=tp2", "parallel=tp2_pp2"]),
+        (
+            "minitron distill parallel=tp2",
+            ["parallel=tp2", "parallel=tp2_pp2", "parallel=tp2_sp_ep8"],
+        ),
         ("minitron submit distill cluster.slurm.acc", ["cluster.slurm.account="]),
     ],
 )
