@@ -9,16 +9,13 @@ from typing import Any
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.config_json import check_keys, words
+from nemo_minitron.families.llama import untied
 from nemo_minitron.families.nemotron import norm_bias
 from nemo_minitron.families.table import Family, Row
 
 _LAYER = "decoder.layers.{layer}."
 _HF = "transformer."
 _HF_LAYER = _HF + "h.{layer}."
-
-
-def _untied(config: ModelConfig) -> bool:
-    return not config.share_embeddings_and_output_weights
 
 
 _NORMS = (
@@ -59,7 +56,7 @@ ROWS = (
     Row(
         "embedding.position_embeddings.weight", ("position", "hidden"), None, (_HF + "wpe.weight",)
     ),
-    Row("output_layer.weight", ("vocab", "hidden"), 0, ("lm_head.weight",), when=_untied),
+    Row("output_layer.weight", ("vocab", "hidden"), 0, ("lm_head.weight",), when=untied),
     *_NORMS,
     *(norm_bias(row) for row in _NORMS),
     *_linear(

@@ -16,7 +16,8 @@ _LAYER = "decoder.layers.{layer}."
 _HF_LAYER = "model.layers.{layer}."
 
 
-def _untied(config: ModelConfig) -> bool:
+def untied(config: ModelConfig) -> bool:
+    """Whether the output layer has a weight of its own."""
     return not config.share_embeddings_and_output_weights
 
 
@@ -28,7 +29,7 @@ ROWS = (
         ("model.embed_tokens.weight",),
     ),
     Row("decoder.final_layernorm.weight", ("hidden",), None, ("model.norm.weight",)),
-    Row("output_layer.weight", ("vocab", "hidden"), 0, ("lm_head.weight",), when=_untied),
+    Row("output_layer.weight", ("vocab", "hidden"), 0, ("lm_head.weight",), when=untied),
     Row(
         _LAYER + "input_layernorm.weight",
         ("hidden",),

@@ -10,6 +10,7 @@ from typing import Any
 from nemo_minitron.config.layers import ATTENTION, EXPERTS, MAMBA, MLP
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.config_json import check_keys, words
+from nemo_minitron.families.llama import untied
 from nemo_minitron.families.table import Family, Row
 
 _LAYER, _HF_LAYER = "decoder.layers.{layer}.", "backbone.layers.{layer}."
@@ -41,10 +42,6 @@ def _mlp(kind: str, where: str, hf_where: str, width: str) -> tuple[Row, Row]:
     )
 
 
-def _untied(config: ModelConfig) -> bool:
-    return not config.share_embeddings_and_output_weights
-
-
 ROWS = (
     Row(
         "embedding.word_embeddings.weight",
@@ -53,7 +50,7 @@ ROWS = (
         ("backbone.embeddings.weight",),
     ),
     Row("decoder.final_norm.weight", ("hidden",), None, ("backbone.norm_f.weight",)),
-    Row("output_layer.weight", ("vocab", "hidden"), 0, ("lm_head.weight",), when=_untied),
+    Row("output_layer.weight", ("vocab", "hidden"), 0, ("lm_head.weight",), when=untied),
     _norm(MAMBA, "norm.weight", "mixer.in_proj.layer_norm_weight"),
     _mamba("in_proj.weight", ("mamba_in", "hidden"), parts_on_disk=("z", *_CONV, "dt")),
     _mamba("conv1d_weight", ("mamba_conv", "one", "mamba_conv_width"), parts_on_disk=_CONV),

@@ -197,9 +197,7 @@ def parameter_count(family: Family, config: ModelConfig) -> dict[str, int]:
     """Parameters: ``total`` and ``non_embedding`` (without input and output embeddings)."""
     total = embedding = 0
     for _, row, _ in family.parameters(config):
-        count = 1
-        for size in row.shape(config):
-            count *= size
+        count = math.prod(row.shape(config))
         total += count
         if "vocab" in row.dims or "position" in row.dims:
             embedding += count
@@ -208,12 +206,9 @@ def parameter_count(family: Family, config: ModelConfig) -> dict[str, int]:
 
 def active_parameters(family: Family, config: ModelConfig) -> int:
     """Parameters that a token meets: of the routed experts only those that it is routed to."""
-    total = parameter_count(family, config)["total"]
-    experts = sum(
-        math.prod(row.shape(config))
-        for _, row, _ in family.parameters(config)
-        if row.expert is not None
-    )
-    if not experts:
-        return total
-    return total - experts + experts * config.moe_router_topk // (config.num_moe_experts or 1)
+    always = routed = 0
+    for _, row, _ in family.parameters(config):
+        count = math.prod(row.shape(config))
+        always += count if row.expert is None else 0
+        routed += 0 if row.expert is None else count
+    return always + routed * config.moe_router_topk // (config.num_moe_experts or 1)
