@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from nemo_minitron.config.balance import balanced_layout
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.families.registry import family_of
@@ -40,7 +41,9 @@ def family_at(
     result["scores"] = _score(chunks, config, groups, ids, len(ids))
     small, pruned = prune_live(chunks, family_of(config), config, plan, parallel, groups)
     assert pruned == models["several"][0]
-    streamed = dict(torch.nn.ModuleList(models["several"][1]).named_parameters())
+    layout = balanced_layout(config, pruned, parallel)
+    several = _load(pruned, str(Path(folders["several"]) / "checkpoint"), layout, groups)
+    streamed = dict(torch.nn.ModuleList(several).named_parameters())
     live = dict(torch.nn.ModuleList(small).named_parameters())
     assert live.keys() == streamed.keys()
     result["differ"] = [name for name in live if not torch.equal(live[name], streamed[name])]
