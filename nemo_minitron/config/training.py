@@ -80,6 +80,12 @@ class TrainerConfig:
     """Steps between resumable checkpoints; 0 keeps only the final one."""
     save_top_k: int = field(default=2, metadata=MAY_CHANGE)
     """Resumable checkpoints kept (the newest ones)."""
+    save_every_n_minutes: float = field(default=0.0, metadata=MAY_CHANGE)
+    """Minutes between further resumable checkpoints; 0 writes none of these."""
+    keep_every_n_steps: int = field(default=0, metadata=MAY_CHANGE)
+    """Checkpoints of steps that this divides are kept besides the newest; 0 keeps none of them."""
+    async_save: bool = field(default=False, metadata=MAY_CHANGE)
+    """Whether training goes on while a checkpoint is written, by a process beside each rank."""
     gradient_clip_val: float = 1.0
     """Global gradient norm limit; 0 switches clipping off."""
     precision: str = field(default="32", metadata=PRECISION)
@@ -115,7 +121,10 @@ class TrainerConfig:
         for name, least in (("val_check_interval", 1), ("log_every_n_steps", 1), ("save_top_k", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"trainer.{name}={getattr(self, name)} must be at least {least}")
-        for name in ("limit_val_batches", "save_every_n_steps", "gradient_clip_val"):
+        not_negative = (
+            "limit_val_batches save_every_n_steps save_every_n_minutes keep_every_n_steps"
+        )
+        for name in (*not_negative.split(), "gradient_clip_val"):
             if getattr(self, name) < 0:
                 raise ValueError(f"trainer.{name}={getattr(self, name)} must not be negative")
         self._check_recompute()

@@ -1,7 +1,6 @@
 """The Lightning strategy of a model that Megatron parallelises, with its training checkpoints."""
 
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,12 +10,11 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from megatron.core import dist_checkpointing
 
-from nemo_minitron.checkpoint.manifest import FileEntry, files_in
-from nemo_minitron.checkpoint.seals import entries_of, read_seal, write_seal
+from nemo_minitron.checkpoint.manifest import FileEntry
+from nemo_minitron.checkpoint.seals import read_seal
 from nemo_minitron.checkpoint.torch_dist_read import refuse_code
+from nemo_minitron.models.saving import Saver, hashes_by_rank, step_of
 from nemo_minitron.models.weights import plain_errors
-from nemo_minitron.runtime.atomic import rename_folder
-from nemo_minitron.runtime.megatron import save_sharded
 
 if TYPE_CHECKING:
     from nemo_minitron.models.gpt import MinitronGPTModel
@@ -24,8 +22,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 STATE = "state"
 """Key of Lightning's own state in a training checkpoint."""
-UNFINISHED = ".tmp"
-"""Suffix of a checkpoint that is being written or deleted."""
 # Plain values only: Megatron reads them back with ``weights_only=True``. The config is not among
 # them, it is in the result's ``.hydra``.
 _KEPT = (
@@ -45,12 +41,21 @@ class MegatronStrategy(SingleDeviceStrategy):
 
     Training checkpoints are Megatron ``torch_dist`` folders (any layout reads them) that appear
     under their name only when complete.
+
+    Args:
+        device: of this rank.
+        async_save: whether training goes on while a checkpoint is written.
+        keep_every_n_steps: checkpoints of these steps are never deleted; 0 keeps none of them.
     """
 
     strategy_name = "megatron"
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(
+        self, device: torch.device, *, async_save: bool = False, keep_every_n_steps: int = 0
+    ) -> None:
         super().__init__(device=device)
+        self._saver = Saver(background=async_save)
+        self._keep_every = keep_every_n_steps
         self.global_rank = dist.get_rank()
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.world_size = dist.get_world_size()
@@ -91,31 +96,25 @@ class MegatronStrategy(SingleDeviceStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: object = None
     ) -> None:
-        """Write weights, optimizer, scheduler and Lightning's state to a folder (collective)."""
-        target = Path(filepath)
-        work = target.with_name(target.name + UNFINISHED)
-        if self.is_global_zero:
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir(parents=True)
-        self.barrier()
+        """Write weights, optimizer, scheduler and Lightning's state to a folder (collective).
+
+        With ``trainer.async_save`` the folder appears later, at a call of ``settle``.
+        """
         state = self._module.training_state(is_loading=False)
         state[STATE] = {key: checkpoint[key] for key in _KEPT if key in checkpoint}
-        with plain_errors(work):
-            save_sharded(state, str(work))
-        entries = self._entries(work)
-        if self.is_global_zero:
-            shutil.rmtree(target, ignore_errors=True)
-            write_seal(target, entries)
-            rename_folder(work, target)
-        self.barrier()
+        self._saver.save(state, Path(filepath))
 
-    def _entries(self, folder: Path) -> dict[str, FileEntry]:
-        """Hashes of the files of a checkpoint; every rank reads its share."""
-        names: list[str] = self.broadcast(files_in(folder) if self.is_global_zero else [])
-        mine = entries_of(folder, names[self.global_rank :: self.world_size])
-        found: list[Any] = [None] * self.world_size
-        dist.all_gather_object(found, mine, group=dist.group.WORLD)
-        return {name: entry for part in found for name, entry in part.items()}
+    def settle(self, *, wait: bool) -> None:
+        """Let a checkpoint appear that was written beside the training (collective)."""
+        self._saver.settle(wait=wait)
+
+    def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
+        """Look once per step whether one is complete."""
+        self.settle(wait=False)
+
+    def on_train_end(self) -> None:
+        """Wait for the last one."""
+        self.settle(wait=True)
 
     def _check(self, folder: Path) -> None:
         """Refuse a damaged checkpoint, on all ranks together."""
@@ -124,7 +123,7 @@ class MegatronStrategy(SingleDeviceStrategy):
         )
         if not seal:
             return  # by an earlier version
-        found = self._entries(folder)
+        found = hashes_by_rank(folder)
         for name, entry in seal.items():
             if found.get(name) != entry:
                 raise ValueError(
@@ -150,7 +149,7 @@ class MegatronStrategy(SingleDeviceStrategy):
         """Nothing left to do after ``load_checkpoint``."""
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
-        """Delete a training checkpoint; renamed first, so that half of one is never read."""
+        """Delete a training checkpoint, unless it is one of every ``keep_every_n_steps``."""
         path = Path(filepath)
-        if self.is_global_zero and path.exists():
-            shutil.rmtree(path.rename(path.with_name(path.name + UNFINISHED)), ignore_errors=True)
+        if not (self._keep_every and step_of(path) % self._keep_every == 0):
+            self._saver.remove(path)

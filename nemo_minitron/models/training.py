@@ -4,8 +4,9 @@ import logging
 import shutil
 import time
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,8 @@ from torch.utils.data import Dataset
 from nemo_minitron.config.training import DataConfig, ExpManagerConfig, TrainerConfig
 from nemo_minitron.data.sampler import build_dataloader
 from nemo_minitron.models.gpt import MinitronGPTModel
-from nemo_minitron.models.lightning import UNFINISHED, MegatronStrategy
+from nemo_minitron.models.lightning import MegatronStrategy
+from nemo_minitron.models.saving import UNFINISHED, checkpoint_name, step_of
 from nemo_minitron.models.schedule import Batch
 from nemo_minitron.runtime.console import progress
 from nemo_minitron.runtime.errors import Preempted
@@ -133,16 +135,14 @@ class StopOnSignal(Callback):
         self._request.__exit__()
 
 
-def checkpoint_name(step: int) -> str:
-    """Folder name of a training checkpoint."""
-    return f"step={step}"
-
-
 def save_now(trainer: Trainer, callback: ModelCheckpoint) -> None:
-    """Write a checkpoint of this very step unless it is there already."""
+    """Write a checkpoint of this very step unless it is there already, and wait until it is."""
+    strategy = cast(MegatronStrategy, trainer.strategy)
+    strategy.settle(wait=True)
     path = Path(str(callback.dirpath)) / checkpoint_name(trainer.global_step)
     if not path.exists():
         trainer.save_checkpoint(path)
+        strategy.settle(wait=True)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -152,7 +152,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
         for path in folder.glob("step=*")
         if path.suffix != UNFINISHED and dist_checkpointing.check_is_distributed_checkpoint(path)
     ]
-    return max(found, key=lambda path: int(path.name.split("=")[1]), default=None)
+    return max(found, key=step_of, default=None)
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -163,26 +163,38 @@ def remove_unfinished(folder: Path) -> None:
     dist.barrier(group=dist.group.WORLD)
 
 
-def _checkpoint_callback(config: TrainerConfig, folder: Path) -> ModelCheckpoint:
+def _checkpoint_callbacks(config: TrainerConfig, folder: Path) -> list[ModelCheckpoint]:
+    """One by steps, and one by minutes if they are asked for."""
     # A limit of max_steps + 1 means: none before the end, whose weights are the result itself.
-    every = config.save_every_n_steps or config.max_steps + 1
-    callback = ModelCheckpoint(
-        dirpath=folder,
-        filename="{step}",
-        monitor="step",
-        mode="max",
-        save_top_k=config.save_top_k,
-        every_n_train_steps=every,
-        save_on_train_epoch_end=False,
-        enable_version_counter=False,
-    )
-    callback.FILE_EXTENSION = ""
-    return callback
+    when: list[dict[str, Any]] = [
+        {"every_n_train_steps": config.save_every_n_steps or config.max_steps + 1}
+    ]
+    if config.save_every_n_minutes:
+        when.append({"train_time_interval": timedelta(minutes=config.save_every_n_minutes)})
+    callbacks = []
+    for trigger in when:
+        callback = ModelCheckpoint(
+            dirpath=folder,
+            filename="{step}",
+            monitor="step",
+            mode="max",
+            save_top_k=config.save_top_k,
+            save_on_train_epoch_end=False,
+            enable_version_counter=False,
+            **trigger,
+        )
+        callback.FILE_EXTENSION = ""
+        callbacks.append(callback)
+    return callbacks
 
 
 def _trainer(config: TrainerConfig, callbacks: list[Callback], validate: bool) -> Trainer:
     return Trainer(
-        strategy=MegatronStrategy(device()),
+        strategy=MegatronStrategy(
+            device(),
+            async_save=config.async_save,
+            keep_every_n_steps=config.keep_every_n_steps,
+        ),
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices=1,
         max_steps=config.max_steps,
@@ -263,16 +275,16 @@ def fit(model: MinitronGPTModel, datasets: Samples, work: Path) -> list[dict[str
     config = model.trainer_cfg
     remove_unfinished(work / CHECKPOINTS)
     resume = newest_checkpoint(work / CHECKPOINTS)
-    consumed = 0 if resume is None else int(resume.name.split("=")[1])
+    consumed = 0 if resume is None else step_of(resume)
     consumed *= model.data_cfg.global_batch_size
     if resume is not None:
         log.info("going on from %s", resume)
-    checkpoint = _checkpoint_callback(config, work / CHECKPOINTS)
-    history, stop = History(config.max_steps), StopOnSignal(checkpoint)
+    checkpoints = _checkpoint_callbacks(config, work / CHECKPOINTS)
+    history, stop = History(config.max_steps), StopOnSignal(checkpoints[0])
     loaders = _loaders(model, model.data_cfg, datasets, consumed)
     model.set_loaders(*loaders)
     validate = loaders[1] is not None and config.limit_val_batches > 0
-    trainer = _trainer(config, [history, checkpoint, stop], validate)
+    trainer = _trainer(config, [history, *checkpoints, stop], validate)
     _log_with_nemo(trainer, work / "logs", model.exp_manager_cfg)
     try:
         trainer.fit(model, ckpt_path=None if resume is None else str(resume))

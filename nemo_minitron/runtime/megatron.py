@@ -149,14 +149,50 @@ def save_sharded(state: dict[str, object], folder: str) -> None:
     """
     from megatron.core import dist_checkpointing
 
-    if not _writes_by_nvrx():
-        dist_checkpointing.save(state, folder)
+    if _writes_by_nvrx():
+        request_save(state, folder).execute_sync()
     else:
-        nvrx: dict[str, object] = {"async_sharded_save": True, "async_strategy": "nvrx"}
-        dist_checkpointing.save(state, folder, **nvrx).execute_sync()
+        dist_checkpointing.save(state, folder)
+    settle_common(folder)
+
+
+def request_save(state: dict[str, object], folder: str) -> Any:
+    """Prepare a ``torch_dist`` checkpoint that a process beside this one is to write (collective).
+
+    Args:
+        state: as in ``save_sharded``; nothing of it is written yet.
+        folder: an existing, empty folder.
+
+    Returns:
+        Megatron's or nvidia-resiliency-ext's ``AsyncRequest``, for the queue of ``writer_queue``.
+        After it, ``settle_common`` has to be called.
+    """
+    from megatron.core import dist_checkpointing
+
+    settings: dict[str, Any] = {"async_sharded_save": True}
+    if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:  # from 0.19 on
+        settings["async_strategy"] = "nvrx" if _writes_by_nvrx() else "mcore"
+    return dist_checkpointing.save(state, folder, **settings)
+
+
+def writer_queue() -> Any:
+    """The ``AsyncCallsQueue`` that runs each request in a forked process of its own."""
+    if _writes_by_nvrx():
+        from nvidia_resiliency_ext.checkpointing.async_ckpt.core import AsyncCallsQueue
+    else:
+        from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+    return AsyncCallsQueue(persistent=False)
+
+
+def settle_common(folder: str) -> None:
+    """Store common state in a file, where every release of Megatron-Core looks for it.
+
+    From 0.19 on Megatron stores it among the tensors.
+    """
+    from megatron.core import dist_checkpointing
+
     common = Path(folder) / _COMMON_PT
     if dist.get_rank() == 0 and not common.exists():
-        # From 0.19 on Megatron stores it among the tensors, where older releases do not look.
         torch.save(dist_checkpointing.load_common_state_dict(folder), common)
 
 

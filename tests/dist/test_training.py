@@ -1,5 +1,6 @@
 """What a training run logs, keeps and decays."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,14 +26,14 @@ TOKENS = GLOBAL_BATCH * (SEQ - 1)
 
 @pytest.fixture(scope="module")
 def run(ranks, tmp_path_factory):
-    """``run(**over)`` -> history and working folder of a single-rank training run."""
+    """``run(**over)`` -> history and working folder of a single-rank run, new or gone on with."""
     folder = tmp_path_factory.mktemp("training")
     write_weights(folder / "student", STUDENT, 1)
     write_weights(folder / "teacher", TEACHER, 2)
     pair = [(STUDENT, str(folder / "student")), (TEACHER, str(folder / "teacher"))]
 
-    def run(task=train, **over):
-        work = folder / f"run{len(list(folder.iterdir()))}"
+    def run(task=train, work=None, **over):
+        work = work or folder / f"run{len(list(folder.iterdir()))}"
         (found,) = ranks.run(1, task, *pair, ParallelConfig(), str(work), over)
         return (found[0], work) if task is train else found
 
@@ -93,6 +94,26 @@ def test_batch_sizes(run, every_step):
 def test_newest_checkpoints_are_kept(run):
     _, work = run(trainer={"save_top_k": 2, "save_every_n_steps": 1, "limit_val_batches": 0})
     assert sorted(path.name for path in (work / "checkpoints").iterdir()) == ["step=5", "step=6"]
+
+
+def test_checkpoints_beside_training(run, every_step):
+    """They are what training itself writes: a run goes on from them with the same losses."""
+    over = {"limit_val_batches": 0, "async_save": True}
+    history, work = run(trainer={**over, "save_top_k": 2, "keep_every_n_steps": 3})
+    assert torch.equal(_losses(history), _losses(run(trainer={"limit_val_batches": 0})[0]))
+    folder = work / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["step=3", "step=5", "step=6"]
+    shutil.rmtree(folder / "step=6")
+    shutil.rmtree(folder / "step=5")
+    again, _ = run(work=work, trainer=over)
+    assert torch.equal(_losses(again), _losses(history))
+
+
+def test_checkpoints_by_time(run):
+    """Every three thousandths of a second is after every step."""
+    trainer = {"save_every_n_steps": 0, "save_every_n_minutes": 5e-5, "limit_val_batches": 0}
+    _, work = run(trainer={**trainer, "save_top_k": 1})
+    assert [path.name for path in (work / "checkpoints").iterdir()] == [f"step={STEPS}"]
 
 
 def test_what_weight_decay_leaves_out(ranks):

@@ -53,21 +53,25 @@ def _run(command: list[str]) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
+def _is_there(place: Path) -> bool:
+    return any(place.parent.glob(place.name))
+
+
 def _stop_at(command: list[str], place: Path, number: int) -> int:
-    """Start, send a signal while ``place`` exists, return the exit code.
+    """Start, send a signal while ``place`` (its name a pattern) exists, return the exit code.
 
     The process is halted first: the signal arrives while it still exists, however short that is.
     """
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 150
     while True:
-        while not place.exists():
+        while not _is_there(place):
             assert process.poll() is None, "ended before it could be stopped"
             assert time.monotonic() < deadline
             time.sleep(0.001)
         process.send_signal(signal.SIGSTOP)
         time.sleep(0.05)
-        if place.exists():
+        if _is_there(place):
             break
         process.send_signal(signal.SIGCONT)
     helpers = psutil.Process(process.pid).children(recursive=True)
@@ -100,6 +104,18 @@ STOPS = {
     "checkpoints/step=4.tmp": (signal.SIGKILL, -9),
     "": (signal.SIGTERM, 75),
 }
+
+
+@pytest.mark.parametrize("step", [4, 6])
+def test_killed_while_a_checkpoint_is_written_beside_it(folder, undisturbed, step):
+    """The checkpoint before it is taken, and nothing of the unfinished one."""
+    name = f"beside{step}"
+    command = [*_command(folder, name), "trainer.async_save=true", "trainer.save_top_k=1"]
+    checkpoints = folder / f"{name}.partial" / "checkpoints"
+    assert _stop_at(command, checkpoints / f"step={step}.*.tmp", signal.SIGKILL) == -9
+    assert [path.name for path in checkpoints.glob("step=?")] == [f"step={step - 2}"]
+    _run(command)
+    _same(folder, name, undisturbed)
 
 
 @pytest.mark.parametrize("place", STOPS)

@@ -1,0 +1,168 @@
+"""Training checkpoints on their way to disk: while training waits, or beside it.
+
+Beside it, training waits only until the state has been copied. A process that is forked from every
+rank writes and hashes that rank's files; when all ranks have theirs, the folder gets its name.
+Until then the checkpoint before it stays, even if it is the only one and its turn to go has come.
+"""
+
+import secrets
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from nemo_minitron.checkpoint.manifest import FileEntry, files_in
+from nemo_minitron.checkpoint.seals import dumped, entries_of, loaded, write_seal
+from nemo_minitron.models.weights import plain_errors
+from nemo_minitron.runtime.atomic import rename_folder
+from nemo_minitron.runtime.megatron import (
+    request_save,
+    save_sharded,
+    settle_common,
+    writer_queue,
+)
+from nemo_minitron.runtime.supervise import outlive_signals
+
+UNFINISHED = ".tmp"
+"""Suffix of a checkpoint that is being written or deleted."""
+_HASHES = "hashes"
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of a training checkpoint."""
+    return f"step={step}"
+
+
+def step_of(path: Path) -> int:
+    """Steps done at a training checkpoint, by its folder name."""
+    return int(path.name.split("=")[1])
+
+
+class Saver:
+    """Writes the training checkpoints of one run; every method is collective.
+
+    Args:
+        background: whether training goes on while a checkpoint is written.
+    """
+
+    def __init__(self, background: bool) -> None:
+        self._queue: Any = writer_queue() if background else None
+        self._writing: Path | None = None
+        self._removals: list[Path] = []
+
+    def save(self, state: dict[str, object], target: Path) -> None:
+        """Write ``state`` to ``target``, or begin to.
+
+        Raises:
+            OSError: writing failed; in the background that of the checkpoint before.
+        """
+        self.settle(wait=True)
+        work = _fresh_folder(target, shared=self._queue is None)
+        with plain_errors(work):
+            if self._queue is None:
+                save_sharded(state, str(work))
+                _publish(work, target, hashes_by_rank(work))
+                return
+            request = request_save(state, str(work))
+            write = partial(_write_and_hash, request.async_fn, work, dist.get_rank())
+            request = request._replace(async_fn=write)
+            request.add_finalize_fn(partial(_finish, work, target))
+            self._queue.schedule_async_request(request)
+        self._writing = work
+
+    def settle(self, *, wait: bool) -> None:
+        """Give the checkpoint that is being written its name, if all ranks have written theirs.
+
+        Args:
+            wait: until they have.
+
+        Raises:
+            OSError: writing failed, on every rank.
+        """
+        if self._writing is not None:
+            with plain_errors(self._writing):
+                if not self._queue.maybe_finalize_async_calls(blocking=wait):
+                    return
+            self._writing = None
+        for path in self._removals:
+            _remove(path)
+        self._removals = []
+
+    def remove(self, path: Path) -> None:
+        """Delete a checkpoint, once the one that takes its place is complete."""
+        if self._writing is None:
+            _remove(path)
+        else:
+            self._removals.append(path)
+
+
+def hashes_by_rank(folder: Path) -> dict[str, FileEntry]:
+    """Hashes of the files of a checkpoint; every rank reads its share (collective)."""
+    box: list[Any] = [files_in(folder) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box, group=dist.group.WORLD)
+    return _gathered(entries_of(folder, box[0][dist.get_rank() :: dist.get_world_size()]))
+
+
+def _gathered(mine: dict[str, FileEntry]) -> dict[str, FileEntry]:
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine, group=dist.group.WORLD)
+    return {name: entry for part in found for name, entry in part.items()}
+
+
+def _fresh_folder(target: Path, *, shared: bool) -> Path:
+    """An empty folder beside ``target`` (collective).
+
+    Args:
+        target: the final name.
+        shared: whether another save of the same step may have the same folder. In the background it
+            must not: what a killed job's writer still writes belongs to that job.
+    """
+    box: list[Any] = [None]
+    if dist.get_rank() == 0:
+        token = "" if shared else f".{secrets.token_hex(4)}"
+        box[0] = target.with_name(f"{target.name}{token}{UNFINISHED}")
+        shutil.rmtree(box[0], ignore_errors=True)
+        box[0].mkdir(parents=True)
+    dist.broadcast_object_list(box, group=dist.group.WORLD)
+    folder: Path = box[0]
+    return folder
+
+
+def _write_and_hash(
+    write: Callable[..., None] | None, folder: Path, rank: int, *args: object, **kwargs: object
+) -> None:
+    """Runs in a process of its own: writes the files of one rank and hashes them."""
+    outlive_signals()
+    if write is not None:
+        write(*args, **kwargs)
+    names = [name for name in files_in(folder) if name.startswith(f"__{rank}_")]
+    (folder / f"{_HASHES}.{rank}").write_text(dumped(entries_of(folder, names)))
+
+
+def _finish(work: Path, target: Path) -> None:
+    """A checkpoint that all ranks have written gets its name (collective)."""
+    settle_common(str(work))
+    own = work / f"{_HASHES}.{dist.get_rank()}"
+    entries = _gathered(loaded(own))
+    own.unlink()
+    dist.barrier(group=dist.group.WORLD)
+    if dist.get_rank() == 0:
+        entries |= entries_of(work, set(files_in(work)) - set(entries))
+    _publish(work, target, entries)
+
+
+def _publish(work: Path, target: Path, entries: dict[str, FileEntry]) -> None:
+    if dist.get_rank() == 0:
+        shutil.rmtree(target, ignore_errors=True)
+        write_seal(target, entries)
+        rename_folder(work, target)
+    dist.barrier(group=dist.group.WORLD)
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint; renamed first, so that half of one is never read."""
+    if dist.get_rank() == 0 and path.exists():
+        shutil.rmtree(path.rename(path.with_name(path.name + UNFINISHED)), ignore_errors=True)
