@@ -64,6 +64,17 @@ class OptionalDataConfig(DataConfig):
     nothing, ``evaluate`` of tasks alone)."""
 
 
+_NOT_NEGATIVE = (
+    "limit_val_batches",
+    "save_every_n_steps",
+    "save_every_n_minutes",
+    "keep_every_n_steps",
+    "exit_interval",
+    "exit_duration_in_mins",
+    "gradient_clip_val",
+)
+
+
 @dataclass(kw_only=True)
 class TrainerConfig:
     """How long and how often; Lightning's names where Lightning has one."""
@@ -86,6 +97,10 @@ class TrainerConfig:
     """Checkpoints of steps that this divides are kept besides the newest; 0 keeps none of them."""
     async_save: bool = field(default=False, metadata=MAY_CHANGE)
     """Whether training goes on while a checkpoint is written, by a process beside each rank."""
+    exit_interval: int = field(default=0, metadata=MAY_CHANGE)
+    """Save and exit with 75 at steps that this divides, as when a signal asks for it; 0 never."""
+    exit_duration_in_mins: float = field(default=0.0, metadata=MAY_CHANGE)
+    """Save and exit with 75 once training has run for so many minutes; 0 never."""
     gradient_clip_val: float = 1.0
     """Global gradient norm limit; 0 switches clipping off."""
     precision: str = field(default="32", metadata=PRECISION)

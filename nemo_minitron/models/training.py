@@ -108,12 +108,18 @@ class History(Callback):
         self._bar.__exit__(None, None, None)
 
 
-class StopOnSignal(Callback):
-    """SIGTERM or SIGUSR1: finish the step, save a checkpoint on every rank, raise ``Preempted``."""
+class StopEarly(Callback):
+    """Save a checkpoint on every rank and raise ``Preempted`` before the last step.
 
-    def __init__(self, checkpoint: ModelCheckpoint) -> None:
+    SIGTERM and SIGUSR1 ask for it, and so may ``trainer.exit_interval`` and
+    ``trainer.exit_duration_in_mins``.
+    """
+
+    def __init__(self, checkpoint: ModelCheckpoint, config: TrainerConfig) -> None:
         self.checkpoint = checkpoint
+        self.config = config
         self._request = StopOnRequest()
+        self._begin = time.monotonic()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the signals over from Lightning, and keep them from what writes checkpoints."""
@@ -123,12 +129,24 @@ class StopOnSignal(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *args: object
     ) -> None:
-        """Agree on stopping: ranks get the signal at different moments."""
-        asked = self._request.asked()
-        if not asked or trainer.global_step >= pl_module.trainer_cfg.max_steps:
+        """Agree on stopping: signals and clocks differ between ranks."""
+        reason = self._due(trainer.global_step)
+        if reason:
+            self._request.ask()
+        if not self._request.asked() or trainer.global_step >= self.config.max_steps:
             return
         save_now(trainer, self.checkpoint)
-        raise Preempted(f"a signal asked to stop; saved at step {trainer.global_step}")
+        reason = reason or "a signal asked to stop"
+        raise Preempted(f"{reason}; saved at step {trainer.global_step}")
+
+    def _due(self, step: int) -> str:
+        """Which key ends the run here, if one does."""
+        every, minutes = self.config.exit_interval, self.config.exit_duration_in_mins
+        if every and step % every == 0:
+            return f"trainer.exit_interval={every} ends this run"
+        if minutes and time.monotonic() - self._begin > 60 * minutes:
+            return f"trainer.exit_duration_in_mins={minutes:g} are over"
+        return ""
 
     def restore(self) -> None:
         """Give the signals back."""
@@ -280,7 +298,7 @@ def fit(model: MinitronGPTModel, datasets: Samples, work: Path) -> list[dict[str
     if resume is not None:
         log.info("going on from %s", resume)
     checkpoints = _checkpoint_callbacks(config, work / CHECKPOINTS)
-    history, stop = History(config.max_steps), StopOnSignal(checkpoints[0])
+    history, stop = History(config.max_steps), StopEarly(checkpoints[0], config)
     loaders = _loaders(model, model.data_cfg, datasets, consumed)
     model.set_loaders(*loaders)
     validate = loaders[1] is not None and config.limit_val_batches > 0

@@ -46,6 +46,10 @@ class StopOnRequest:
             raise RankKilled(f"rank {gone} was killed; run the same command again")
         self._asked = True
 
+    def ask(self) -> None:
+        """Ask to stop, as a signal does."""
+        self._asked = True
+
     def asked(self) -> bool:
         """Whether any rank was asked to stop, the same answer on all (collective)."""
         flag = torch.tensor(float(self._asked), device=device())

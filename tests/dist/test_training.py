@@ -116,6 +116,19 @@ def test_checkpoints_by_time(run):
     assert [path.name for path in (work / "checkpoints").iterdir()] == [f"step={STEPS}"]
 
 
+@pytest.mark.parametrize("key", ["exit_interval", "exit_duration_in_mins"])
+def test_a_run_ends_itself(run, every_step, key):
+    """By step or by the clock; what goes on from there has the losses of a whole run."""
+    trainer = {"limit_val_batches": 0, "save_every_n_steps": 0}
+    work = every_step[1].with_name(key)
+    value = 2 if key == "exit_interval" else 1e-6
+    with pytest.raises(RuntimeError, match=f"Preempted: trainer.{key}={value:g}.*; saved at step"):
+        run(work=work, trainer={**trainer, key: value})
+    history, _ = run(work=work, trainer=trainer)
+    want, _ = run(trainer=trainer)
+    assert torch.equal(_losses(history), _losses(want))
+
+
 def test_what_weight_decay_leaves_out(ranks):
     """Norms and biases; the embedding and the output layer are decayed, as in Megatron."""
     config = replace(STUDENT, add_qkv_bias=True, qk_layernorm=False)
