@@ -6,10 +6,13 @@ is a second one when experts are spread over ranks). Neither is needed: the grou
 optimizer that loads, the learning rate is the scheduler's, and what is left is the step.
 """
 
-from itertools import accumulate
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -39,21 +42,21 @@ def optimizer_state(
     Returns:
         ``{"parts": sharded tensors per optimizer, "step": number of updates}``.
     """
-    if is_loading:
-        _allocate(optimizer)
+    _allocate(optimizer)
+    parts = _parts(optimizer)
     metadata = {
         "distrib_optim_sharding_type": _SHARDING,
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": groups.dp_cp,
     }
-    state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
-    parts = _parts(optimizer)
-    states = [state] if len(parts) == 1 else [state[index] for index in range(len(parts))]
+    if not is_loading and all(isinstance(part, DistributedOptimizer) for part in parts):
+        states = [
+            {**part.state_dict(), "param_state": _owned_states(part, model_state)} for part in parts
+        ]
+    else:
+        state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
+        states = [state] if len(parts) == 1 else [state[index] for index in range(len(parts))]
     split = [_sharded_and_step(part_state) for part_state in states]
-    if not is_loading:
-        for part, (tensors, _) in zip(parts, split, strict=True):
-            if isinstance(part, DistributedOptimizer):
-                _undo_shift(part, tensors["param_state"])
     out: dict[str, Any] = {"parts": {str(i): tensors for i, (tensors, _) in enumerate(split)}}
     if not is_loading:
         out["step"] = max(step for _, step in split)
@@ -81,7 +84,7 @@ def _torch_adam(part: MegatronOptimizer) -> Any | None:
 
 
 def _allocate(optimizer: MegatronOptimizer) -> None:
-    """Give every parameter zero Adam moments, so that a checkpoint has somewhere to go.
+    """Give parameters without Adam moments zeros: a checkpoint needs somewhere to go or come from.
 
     Megatron's distributed optimizer does this itself for the Apex and Transformer Engine Adams;
     with torch's Adam it asserts that a step was taken.
@@ -113,39 +116,97 @@ def _sharded_and_step(state: dict[str, Any]) -> tuple[dict[str, Any], float]:
     return tensors, float(max(steps))
 
 
-def _padding_before(buffer: "_ParamAndGradBuffer") -> list[int]:
-    """Elements of padding that precede each bucket of one of Megatron's gradient buffers."""
-    padding = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
-    return [0, *accumulate(padding)][:-1]
+def _owned_states(part: DistributedOptimizer, model_state: dict[str, Any]) -> dict[int, Any]:
+    """Weights and moments of the parameters whose beginning this data-parallel rank holds.
 
-
-def _undo_shift(part: DistributedOptimizer, param_state: dict[int, dict[str, Any]]) -> None:
-    """Give every parameter its own weights and moments where Megatron took a neighbour's.
-
-    To save in the ``fully_reshardable`` format, Megatron gathers a buffer without the padding
-    between its buckets, and then cuts parameters out of it at offsets that count the padding
-    (0.16 to 0.19; it warns of "data corruption" where it runs past the end). A model whose output
-    layer shares the embedding has two buckets on its last pipeline stage, and one with overlapped
-    gradient reduction has many, so training would go on from other weights.
+    Every rank writes its own, so only the few parameters that two or more ranks share travel, and
+    only to one of them. In Megatron's format ``fully_reshardable``, which its own writer makes by
+    gathering everything on every rank; before that, from 0.16 to 0.19, it cuts parameters out of
+    what it gathered at offsets that count padding which is not there (wrong with several buckets).
 
     Args:
-        part: a distributed optimizer.
-        param_state: its state as Megatron returned it, number of the parameter -> sharded tensors;
-            their data is corrected in place.
+        part: a distributed optimizer that has moments.
+        model_state: sharded state of the model; its tensors are the parameters themselves.
+
+    Returns:
+        Number of the parameter -> name of the state -> sharded tensor, fp32.
     """
-    before = [_padding_before(buffer) for buffer in part.buffers]
-    if not any(map(any, before)):
-        return
-    whole = part.get_parameter_state_dp_zero(use_gloo_comm=False, return_on_all_ranks=True)
-    places = [
-        (index, start - before[index][bucket], end - before[index][bucket])
-        for index, buffer in enumerate(part.buffers)
-        for start, end, bucket in buffer.param_index_map.values()
+    group = part.data_parallel_group
+    sharded = {id(s.data): s for s in nested_values(model_state) if hasattr(s, "replica_id")}
+    owned: dict[int, Any] = {}
+    transfers: list[dist.P2POp] = []
+    placed = [(buffer, *item) for buffer in part.buffers for item in buffer.param_index_map.items()]
+    for number, (buffer, parameter, place) in enumerate(placed):
+        pieces = _pieces(buffer, place, group.size())
+        if group.rank() not in pieces:
+            continue
+        whole, more = _assembled(_held(part, parameter), pieces, group)
+        transfers += more
+        if whole:
+            shard = sharded[id(parameter)]
+            assert shard.replica_id[-1] == group.rank(), "replicas are numbered by data parallelism"
+            owned[number] = {name: _as_state(shard, name, whole[name]) for name in whole}
+    for request in dist.batch_isend_irecv(transfers) if transfers else []:
+        request.wait()
+    return owned
+
+
+def _pieces(
+    buffer: "_ParamAndGradBuffer", place: tuple[int, int, int], ranks: int
+) -> dict[int, tuple[int, int]]:
+    """Rank of data parallelism -> first and last (exclusive) element that it holds of a parameter.
+
+    Args:
+        buffer: the buffer that the parameter is in.
+        place: where it starts and ends in the buffer, and its bucket.
+        ranks: that share each bucket equally.
+    """
+    start, end, number = place
+    bucket = buffer.buckets[number]
+    share = bucket.grad_data.numel() // ranks
+    first, last = (start - bucket.offset) // share, (end - 1 - bucket.offset) // share
+    edges = {rank: bucket.offset + rank * share for rank in range(first, last + 2)}
+    return {
+        rank: (max(start, edges[rank]) - start, min(end, edges[rank + 1]) - start)
+        for rank in range(first, last + 1)
+    }
+
+
+def _held(part: DistributedOptimizer, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    """This rank's piece of the weights and moments of a parameter, flat, without the step count."""
+    states = part._get_main_param_and_optimizer_states(parameter)
+    return {name: state.detach().float() for name, state in states.items() if state.dim()}
+
+
+def _assembled(
+    held: dict[str, torch.Tensor], pieces: dict[int, tuple[int, int]], group: dist.ProcessGroup
+) -> tuple[dict[str, torch.Tensor], list[dist.P2POp]]:
+    """The whole parameter on the rank with its first piece, and what has to travel to there."""
+    owner = next(iter(pieces))
+    if len(pieces) == 1:
+        return held, []
+    if group.rank() != owner:
+        peer = dist.get_global_rank(group, owner)
+        return {}, [dist.P2POp(dist.isend, state, peer, group) for state in held.values()]
+    size = max(end for _, end in pieces.values())
+    whole = {name: state.new_empty(size) for name, state in held.items()}
+    for name, state in held.items():
+        whole[name][: len(state)] = state
+    return whole, [
+        dist.P2POp(dist.irecv, state[begin:end], dist.get_global_rank(group, rank), group)
+        for rank, (begin, end) in pieces.items()
+        if rank != owner
+        for state in whole.values()
     ]
-    for number, (index, start, end) in enumerate(places):
-        (states,) = whole[index].values()
-        for name, sharded in param_state[number].items():
-            sharded.data.copy_(states[name][start:end].view(sharded.data.shape))
+
+
+def _as_state(shard: Any, name: str, state: torch.Tensor) -> Any:
+    """The sharded tensor, or factory of some, of one state of a parameter."""
+    data = state.view(shard.data.shape)
+    changes = {"data": data, "replica_id": (*shard.replica_id[:-1], 0)}
+    if isinstance(shard, ShardedTensor):
+        changes["dtype"] = data.dtype
+    return replace(shard, key=f"optimizer.state.{name}.{shard.key}", **changes)
 
 
 def _with_step(groups: list[dict[str, Any]], step: float) -> list[dict[str, Any]]:
