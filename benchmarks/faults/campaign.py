@@ -158,7 +158,8 @@ class Campaign:
         if (self.work / output).exists():
             self._whole(case, output)
         whole = (self.work / output / "manifest.json").is_file()  # it ended before the fault
-        again = None if whole else self.run(case.stage, case.layout, output)
+        again = self.run(case.stage, case.layout, output)  # also removes what a killed job left
+        again = None if whole else again
         if again is not None and again.returncode != 0:
             last = again.stderr.strip().splitlines()[-1:]
             case.wrong.append(f"the same command then ends with {again.returncode}: {last}")
