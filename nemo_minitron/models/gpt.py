@@ -59,11 +59,11 @@ from nemo_minitron.models.weights import (
     nonfinite_parameter,
     save_weights,
 )
-from nemo_minitron.runtime.extensions import quiet_nemo
+from nemo_minitron.runtime.extensions import nemo_imported
 from nemo_minitron.runtime.groups import ParallelGroups
 from nemo_minitron.runtime.launch import device
 
-quiet_nemo()
+nemo_imported()
 
 
 class MinitronGPTModel(ModelPT):
