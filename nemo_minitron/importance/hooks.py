@@ -7,7 +7,7 @@ What is scored where (2407.14679, section 2.2):
 - an axis with ``Axis.seen_at`` (``ffn``, ``head``, ``shared_expert_ffn``): input of that module,
   or a part of its output (``mamba_head``: the channels x that a Mamba layer projects),
 - ``layer``: input and output of the transformer layer,
-- ``expert`` and ``expert_ffn``: see ``importance/experts.py``; with experts there is no ``ffn``.
+- ``expert`` and ``expert_ffn``: see ``importance/experts.py``; layers with experts have no ``ffn``.
 
 Activations are ``[s, b, w]`` and local: ffn and head channels are split over the tensor-parallel
 ranks; under sequence parallelism the hidden states are split along s over the same ranks, and where
@@ -48,7 +48,10 @@ from nemo_minitron.runtime.groups import ParallelGroups
 def kinds_of_chunk(chunk: Any) -> list[str]:
     """What each layer of a chunk is made of, in letters (``config.layers``)."""
     letters: list[str] | None = getattr(chunk.decoder, "layer_type_list", None)
-    return kinds_of(chunk.config)[: len(chunk.decoder.layers)] if letters is None else letters
+    if letters is not None:
+        return letters
+    kinds = kinds_of(chunk.config)
+    return [kinds[int(block.layer_number) - 1] for block in chunk.decoder.layers]
 
 
 def rows_seen(axis: Axis, config: Any) -> tuple[int, int]:
@@ -104,9 +107,10 @@ class ChunkRecorder:
         self._norms = [(n, *pair) for n, b in enumerate(blocks) for pair in norms_and_readers(b)]
         scored = (axis for axis in AXES.values() if axis.seen_at and axis.name in scores.axes)
         kinds = kinds_of_chunk(chunk)
-        # A stage of a hybrid model takes part in what no layer of its own has.
+        # A stage takes part in what only layers of other stages have.
         hybrid = getattr(chunk.decoder, "layer_type_list", None) is not None
-        axes = [a for a in scored if hybrid or any(a.kind in kind for kind in kinds)]
+        whole = "".join(kinds_of(config))
+        axes = [a for a in scored if hybrid or a.kind in whole]
         axes = [a for a in axes if axis_size(config, a.name)]
         self.seen = {a.name: [i for i, kind in enumerate(kinds) if a.kind in kind] for a in axes}
         self.seen["hidden"] = [layer for layer, *_ in self._norms]

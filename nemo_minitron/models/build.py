@@ -94,6 +94,7 @@ def transformer_config(
         gated_linear_unit=config.gated_linear_unit,
         activation_func=_ACTIVATIONS[config.activation],
         num_moe_experts=config.num_moe_experts,
+        moe_layer_freq=config.moe_layer_freq or 1,
         moe_ffn_hidden_size=config.moe_ffn_hidden_size,
         moe_router_topk=config.moe_router_topk,
         moe_router_pre_softmax=config.moe_router_pre_softmax,

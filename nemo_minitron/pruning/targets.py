@@ -148,11 +148,12 @@ def check_kinds_left(config: ModelConfig, layers: list[int]) -> None:
         ValueError: names the kind and its layers.
     """
     kinds = kinds_of(config)
+    field = "moe_layer_freq" if config.hybrid_layer_pattern is None else "hybrid_layer_pattern"
     for kind in sorted({*kinds} - {kinds[layer] for layer in layers}):
         gone = [number for number, other in enumerate(kinds, start=1) if other == kind]
         raise ValueError(
-            f"pruning would drop all layers of kind '{kind}' of hybrid_layer_pattern="
-            f"{config.hybrid_layer_pattern}, which are {gone} (counted from 1); keep one of them, "
+            f"pruning would drop all layers of kind '{kind}' of {field}="
+            f"{getattr(config, field)}, which are {gone} (counted from 1); keep one of them, "
             "with a larger pruning.target.num_layers or with pruning.drop_layers"
         )
 
