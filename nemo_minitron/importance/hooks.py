@@ -72,6 +72,8 @@ class ChunkRecorder:
         seen: axis -> local layers that have it; of ``hidden`` the layer of every norm.
         influence: accumulator of block influence, None when layers are not scored by it.
         angles: accumulator of block angles, one for all chunks of a rank; None when not scored.
+        samples: those that counted so far on this rank, each of them whole.
+        tokens: their positions.
         experts: sums over the experts' tokens, None in a dense model.
         moments: sums of outer products, None where none are asked for.
     """
@@ -81,7 +83,7 @@ class ChunkRecorder:
         chunk: Any,
         groups: ParallelGroups,
         scores: ScoreConfig,
-        valid: Callable[[int], int],
+        valid: Callable[[int], int] | None,
         angles: BlockAngles | None = None,
     ) -> None:
         """Prepare accumulators; registers nothing yet.
@@ -90,10 +92,13 @@ class ChunkRecorder:
             chunk: a Megatron ``GPTModel`` without wrappers.
             groups: this rank's process groups.
             scores: what to score and how.
-            valid: micro-batch number -> leading samples of it that count on this rank.
+            valid: micro-batch number -> leading samples of it that count on this rank; None where
+                all of them do.
             angles: accumulator of block angles.
         """
-        self.chunk, self.groups, self.valid, self.angles = chunk, groups, valid, angles
+        self.chunk, self.groups, self.angles = chunk, groups, angles
+        self.samples, self.tokens, self._size = 0, 0, 0
+        self.valid = valid or (lambda micro_batch: self._size)
         config = chunk.config
         self._split = bool(config.sequence_parallel)
         self._ranks, self._rank = groups.tp.size(), groups.tp.rank()
@@ -185,7 +190,7 @@ class ChunkRecorder:
 
     def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """First layer of a micro-batch: its positions, of which sequence parallelism splits s."""
-        length = (args[0] if args else kwargs["hidden_states"]).size(0)
+        length, self._size = (args[0] if args else kwargs["hidden_states"]).shape[:2]
         self._positions = length * self._ranks if self._split else length
 
     @staticmethod
@@ -241,14 +246,16 @@ class ChunkRecorder:
 
     def _finish(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """End of one micro-batch: complete the samples over the ranks that share them."""
-        valid = self.valid(self.micro_batches)
+        valid, positions = self._valid_now(), self._positions * self.groups.cp.size()
         self.micro_batches += 1
+        self.samples += valid
+        self.tokens += valid * positions
         partials = {axis: accumulator.partials() for axis, accumulator in self.channels.items()}
         if "hidden" in partials:
             all_reduce_flat([partials["hidden"]], self.groups.tp)
         all_reduce_flat(list(partials.values()), self.groups.cp)
         for axis, sums in partials.items():
-            self.channels[axis].commit(sums, self._positions * self.groups.cp.size(), valid)
+            self.channels[axis].commit(sums, positions, valid)
         if self.influence is not None:
             self.influence.commit(valid)
         self._state = None
@@ -303,7 +310,7 @@ def record(
     chunks: Sequence[Any],
     groups: ParallelGroups,
     scores: ScoreConfig,
-    valid: Callable[[int], int],
+    valid: Callable[[int], int] | None = None,
 ) -> Iterator[list[ChunkRecorder]]:
     """Hook every chunk; the hooks are gone when the context ends, however it ends.
 
@@ -311,8 +318,8 @@ def record(
         chunks: this rank's model chunks without wrappers, in virtual-stage order.
         groups: this rank's process groups.
         scores: what to score and how.
-        valid: micro-batch number -> leading samples of it that count on this rank. Every chunk
-            sees the micro-batches in the same order.
+        valid: micro-batch number -> leading samples of it that count on this rank, None where all
+            of them do. Every chunk sees the micro-batches in the same order.
 
     Yields:
         One recorder per chunk.

@@ -16,7 +16,7 @@ from nemo_minitron.config.axes import AXES, Axis, Scope, axes_of, axis_size, lay
 from nemo_minitron.config.stages import BLOCK_CRITERIA, PruningConfig
 from nemo_minitron.documents import check_kinds, read_json_object
 from nemo_minitron.pruning.merge import Terms, merge_terms
-from nemo_minitron.pruning.scores import layer_scores
+from nemo_minitron.pruning.scores import layer_scores, model_meta
 from nemo_minitron.pruning.targets import (
     check_importance,
     check_kinds_left,
@@ -53,10 +53,12 @@ class Plan(Mapping[str, Any]):
         kept: axis -> its indices.
         merge: what kept query heads take over from others (``pruning/merge.py``) before anything is
             cut, one entry per kept layer; empty when heads stay what they are.
+        model: sizes of the model that it is of (``scores.model_meta``); None of a plan from a file.
     """
 
     kept: dict[str, Any]
     merge: list[Terms] = field(default_factory=list)
+    model: dict[str, Any] | None = field(default=None, compare=False)
 
     def __getitem__(self, axis: str) -> Any:
         """Kept indices of an axis."""
@@ -78,7 +80,7 @@ class Plan(Mapping[str, Any]):
 
     def replaced(self, **kept: object) -> Plan:
         """The same plan with other indices for some axes."""
-        return Plan({**self.kept, **kept}, self.merge)
+        return Plan({**self.kept, **kept}, self.merge, self.model)
 
     def to_json(self) -> dict[str, Any]:
         """What ``plan.json`` holds."""
@@ -277,7 +279,7 @@ def make_plan(config: ModelConfig, pruning: PruningConfig, scores: Scores | None
         rows = scores["head"][layers].tolist()
         terms = zip(rows, kept["query_group"], kept["head"], strict=True)
         merge = [merge_terms(config, *layer) for layer in terms]
-    return Plan(kept, merge)
+    return Plan(kept, merge, model_meta(config))
 
 
 def pruned_config(config: ModelConfig, plan: Plan) -> ModelConfig:

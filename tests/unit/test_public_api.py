@@ -1,11 +1,17 @@
 """What a program that imports the package may rely on: nothing global changes, names stay."""
 
 import ast
+import hashlib
+import inspect
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+import nemo_minitron
 
 REPO = Path(__file__).resolve().parents[2]
 # Imports the modules that are named, then all of the package, and prints what the latter changed.
@@ -103,3 +109,63 @@ def test_importing_is_fast_and_needs_no_torch(tmp_path):
         "assert 'torch' not in sys.modules and 'yaml' not in sys.modules; print(taken)"
     )
     assert min(float(python(code, folder=tmp_path)) for _ in range(2)) < 0.3
+
+
+# ----------------------------------------------------------------- names
+
+_LIST = REPO / "tests" / "data" / "public_api.txt"
+# Of these the keys are public, which docs/keys.md lists and the tests of earlier results hold.
+_CONFIGS = ("DistillationConfig", "ParallelConfig")
+
+
+def arguments(function: object) -> str:
+    """Names and defaults, without types: those of libraries have other names in other releases."""
+    signature = inspect.signature(function)  # type: ignore[arg-type]
+    bare = [
+        one.replace(annotation=one.empty)
+        for name, one in signature.parameters.items()
+        if name != "self"
+    ]
+    return str(signature.replace(parameters=bare, return_annotation=signature.empty))
+
+
+def public_names() -> list[str]:
+    lines = []
+    for name in sorted(set(nemo_minitron.__all__) - {"__version__"}):
+        found = getattr(nemo_minitron, name)
+        if name in _CONFIGS:
+            lines.append(name)
+            continue
+        lines.append(f"{name}{arguments(found)}")
+        if isinstance(found, type):
+            own = {key: value for base in found.__mro__[:1] for key, value in vars(base).items()}
+            for method, value in sorted(own.items()):
+                plain = getattr(value, "__func__", value)
+                if not method.startswith("_") and inspect.isfunction(plain):
+                    lines.append(f"{name}.{method}{arguments(plain)}")
+    return lines
+
+
+def test_a_public_name_changes_with_a_line_in_the_changes():
+    """The list is checked in, and CHANGELOG.md has its fingerprint beside what changed."""
+    text = "\n".join(public_names()) + "\n"
+    if os.environ.get("MINITRON_WRITE_DOCS") == "1":
+        _LIST.write_text(text)
+    assert _LIST.read_text() == text, "write it with MINITRON_WRITE_DOCS=1, and say it in CHANGELOG"
+    fingerprint = hashlib.sha256(text.encode()).hexdigest()[:8]
+    lines = (REPO / "CHANGELOG.md").read_text().splitlines()
+    assert any(f"interface {fingerprint}" in line for line in lines), (
+        f"the public names changed: add a line to CHANGELOG.md that says how, with (interface "
+        f"{fingerprint}) in it"
+    )
+
+
+def test_the_stub_and_the_page_have_all_names():
+    names = set(nemo_minitron.__all__) - {"__version__"}
+    stub = ast.parse((REPO / "nemo_minitron" / "__init__.pyi").read_text())
+    imported = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
+    assert {alias.asname for node in imported for alias in node.names} == names
+    page = (REPO / "docs" / "api.md").read_text()
+    assert all(f"`{name}" in page for name in names)
+    with pytest.raises(AttributeError, match="no attribute 'scores'"):
+        nemo_minitron.scores

@@ -36,6 +36,7 @@ _ONLY: dict[str, tuple[_Allowed, str]] = {
     "heterogeneous_block_specs": (_one_of(None, False), "false"),
     "is_hybrid_model": (_one_of(None, False), "false"),
     "apply_embedding_scaling": (_one_of(None, False), "false"),
+    "use_mup": (_one_of(None, False), "false"),
     "moe_router_score_function": (_one_of(None, "softmax"), "softmax"),
     # One name, or a list of them.
     "moe_router_load_balancing_type": (
