@@ -269,14 +269,14 @@ def run_page(blocks: list[str], folder: str) -> list[str]:
     import os
 
     _start(ParallelConfig())
-    before, names = os.getcwd(), {"micro_batches": batches(2, 16, 101)}
+    before, names = os.getcwd(), dict[str, Any](micro_batches=batches(2, 16, 101))
     os.chdir(folder)
     try:
         for block in blocks:
             exec(block, names)
     finally:
         os.chdir(before)
-    loss, tokens = names["logged"][0]["distillation loss"].tolist()  # type: ignore[index,attr-defined]
+    loss, tokens = names["logged"][0]["distillation loss"].tolist()
     assert loss > 0
     assert tokens > 0
     return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*.safetensors"))
