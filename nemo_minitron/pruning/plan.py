@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.config.axes import AXES, Axis, Scope, axes_of, axis_size, layers_with
+from nemo_minitron.config.layers import kinds_of
 from nemo_minitron.config.stages import BLOCK_CRITERIA, PruningConfig
 from nemo_minitron.documents import check_kinds, read_json_object
 from nemo_minitron.pruning.merge import Terms, merge_terms
@@ -171,11 +172,18 @@ def _keep_layers(config: ModelConfig, pruning: PruningConfig, scores: Scores | N
         return list(range(config.num_layers))
     count = config.num_layers - kept
     values = scores[layer_scores(pruning.layer_criterion, count)]
-    if pruning.layer_criterion not in BLOCK_CRITERIA:
-        return _top(values, kept).tolist()
-    # Of equal blocks the last one goes, as of equal layers.
-    first = len(values) - 1 - int(values.flip(0).argmin())
-    return [layer for layer in range(config.num_layers) if not first <= layer < first + count]
+    kinds = kinds_of(config)
+    if pruning.layer_criterion in BLOCK_CRITERIA:
+        # Of equal blocks the last one goes, as of equal layers.
+        order = values.flip(0).argsort(stable=True)
+        firsts = [len(values) - 1 - int(place) for place in order]
+        cuts = [[*range(first), *range(first + count, config.num_layers)] for first in firsts]
+        return next((cut for cut in cuts if {kinds[at] for at in cut} == {*kinds}), cuts[0])
+    # The best layer of every kind stays, also where all others are worth more.
+    ranked = values.argsort(descending=True, stable=True).tolist()
+    best = {kinds[layer]: layer for layer in reversed(ranked)}.values()
+    others = [layer for layer in ranked if layer not in best]
+    return sorted([*best, *others[: kept - len(best)]])
 
 
 def _ranked(
