@@ -18,6 +18,7 @@ setup(
     packages=[*find_packages(include=["nemo_minitron", "nemo_minitron.*"]), *beside],
     package_dir=beside,
     package_data={
+        "nemo_minitron": ["py.typed", "*.pyi"],
         "nemo_minitron.reporting": ["templates/*"],
         **{name: ["*.yaml"] for name in conf},
         "nemo_minitron.launch": ["*.sbatch", "lib.sh", "README.md"],

@@ -24,7 +24,7 @@ from nemo_minitron.config.stages import (
     PruneConfig,
     StageConfig,
 )
-from nemo_minitron.runtime import endings, peers, ranks, versions
+from nemo_minitron.runtime import endings, extensions, peers, ranks, versions
 from nemo_minitron.runtime.errors import (
     BAD_INPUT,
     PREEMPTED,
@@ -155,6 +155,7 @@ def run_job(stage: str, composed: "DictConfig") -> tuple[int, str]:
     Returns:
         Exit code, and the line that said why it is not 0.
     """
+    extensions.be_quiet()
     known: list[StageConfig] = []
     with endings.taken(f"minitron {stage}", partial(_asked_to_stop, stage, known)):
         try:

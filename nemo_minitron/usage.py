@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from nemo_minitron.config import load, schema
 from nemo_minitron.config.stages import STAGE_CONFIGS
+from nemo_minitron.runtime import plugins
 
 FLAGS = (
     ("--cfg job", "print the composed config and stop"),
@@ -53,8 +54,19 @@ def overview() -> str:
             "",
             "exit codes:",
             *_table(EXIT_CODES),
+            *_from_others(),
         ]
     )
+
+
+def _from_others() -> list[str]:
+    """What other packages add, and which."""
+    rows = [
+        (f"{what} {point.name}", f"from {plugins.origin(point)}")
+        for kind, what in plugins.KINDS.items()
+        for point in plugins.found(kind)
+    ]
+    return ["", "from other packages:", *_table(rows)] if rows else []
 
 
 def stage_help(stage: str) -> str:

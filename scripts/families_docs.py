@@ -30,7 +30,8 @@ TABLES = """\
 One row per parameter: its Megatron-Core name, what each dim holds, the dim that tensor parallelism
 splits, its Hugging Face name. `qkv` are the rows of query, key and value interleaved per query
 group, `gate_up` are gate and up one after the other. Several Hugging Face names are fused; one
-that is stored in another order has its form in brackets.
+that is stored in another order has its form in brackets. A letter in brackets says which layers
+have it, where they differ: `M` Mamba-2, `*` attention, `-` an MLP, `E` experts.
 """
 
 
@@ -88,7 +89,8 @@ def _line(row: Row, family: Family) -> str:
     layer = family.hf_prefix + "layers.{layer}."
     hf = ", ".join(f"`{name.removeprefix(layer)}`" for name in row.hf)
     name = row.name.replace("decoder.layers.{layer}.", "")
-    return f"| `{name}` | {', '.join(row.dims)} | {split} | {hf}{form} |"
+    kind = f" (`{row.kind}`)" if row.kind else ""
+    return f"| `{name}`{kind} | {', '.join(row.dims)} | {split} | {hf}{form} |"
 
 
 if __name__ == "__main__":

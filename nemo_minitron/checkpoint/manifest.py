@@ -1,6 +1,7 @@
 """``manifest.json``: what a complete result folder holds, what made it and from what."""
 
 import contextlib
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -144,6 +145,13 @@ def files_in(folder: Path) -> list[str]:
 def input_files(folder: Path) -> list[str]:
     """As ``files_in``, less the bytecode that Python puts beside the modules it imports."""
     return [name for name in files_in(folder) if "__pycache__" not in name.split("/")]
+
+
+def matching(path: str | Path) -> list[str]:
+    """Files that a pattern such as ``/data/**/*.jsonl`` names, sorted; none for any other path."""
+    if not glob.has_magic(str(path)) or os.path.exists(path):
+        return []
+    return sorted(filter(os.path.isfile, glob.glob(str(path), recursive=True)))
 
 
 def hash_file(path: Path, *, flush: bool = False) -> FileEntry:
@@ -291,7 +299,8 @@ def fingerprint(path: str | Path, workers: int = 2) -> str:
     """Identity of an input: the manifest id of a result folder, else a hash of the content.
 
     Args:
-        path: result folder, data file, data folder, or the prefix of a Megatron .bin/.idx pair.
+        path: result folder, data file, data folder, the prefix of a Megatron .bin/.idx pair, or a
+            pattern that names files.
         workers: hashing threads.
 
     Raises:
@@ -305,6 +314,8 @@ def fingerprint(path: str | Path, workers: int = 2) -> str:
         if manifest is not None:
             return f"{manifest.stage}:{manifest.id}"
         folder, names = path, input_files(path)
+    elif matched := matching(path):
+        folder, names = Path(), matched
     else:
         folder = path.parent
         names = [path.name + end for end in (".bin", ".idx") if Path(f"{path}{end}").is_file()]

@@ -112,6 +112,8 @@ def megatron_lm_args(config: ModelConfig) -> Namespace:
     used: JsonObject = {} if spec == COMMON_SPEC else {"spec": spec.split(":")}
     if config.no_rope_freq is not None:
         used["no_rope_freq"] = config.no_rope_freq
+    if config.moe_layer_freq is not None:
+        used["moe_layer_freq"] = config.moe_layer_freq
     scaling, yarn = config.rope_scaling or {}, yarn_fields(config.rope_scaling)
     used |= yarn | megatron_fields(config)
     if config.multipliers is not None:

@@ -10,6 +10,7 @@ from nemo_minitron.checkpoint.manifest import (
     MANIFEST,
     Manifest,
     files_in,
+    matching,
     read_manifest,
     result_in,
 )
@@ -124,6 +125,7 @@ def _real_places(key: str, path: Path) -> Iterator[Path]:
     yield path.resolve()
     if not path.exists():  # the prefix of a pair
         yield from (Path(f"{path}{end}").resolve() for end in (".bin", ".idx"))
+        yield from (Path(file).resolve() for file in matching(path))
     if read_in_part(key, path):
         yield from (Path(file).resolve() for file in files_read(key, path))
         return

@@ -18,6 +18,7 @@ from nemo_minitron.checkpoint.manifest import (
     hash_file,
     hash_files,
     input_files,
+    matching,
     open_result,
     read_manifest,
     result_in,
@@ -172,7 +173,8 @@ def files_read(key: str, path: Path) -> list[str]:
                     "the folder of the model itself"
                 )
         return [os.path.join(path, name) for name in names]
-    return [str(file) for file in ([path] if path.is_file() else []) + _other_half(path)]
+    found = ([path] if path.is_file() else []) + _other_half(path)
+    return [str(file) for file in found] or matching(path)
 
 
 def _other_half(path: Path) -> list[Path]:

@@ -4,11 +4,13 @@ import math
 from dataclasses import dataclass, field
 
 from nemo_minitron.config.base import NEUTRAL, check_words, one_of
+from nemo_minitron.runtime.plugins import added
 
 DENSE_LOSSES = ("forward_kl", "reverse_kl", "js", "mse", "cosine")
 # Those that read only the teacher's k largest logits of each token.
 TOP_K_LOSSES = ("top_k", "top_k_tail")
-LOSS_KINDS = (*DENSE_LOSSES, *TOP_K_LOSSES)
+_OWN_LOSSES = (*DENSE_LOSSES, *TOP_K_LOSSES)
+LOSS_KINDS = (*_OWN_LOSSES, *added("losses", _OWN_LOSSES))
 # Those that compare logits, not distributions: a temperature has no place in them.
 RAW_LOSSES = ("mse", "cosine")
 _JS_BETA = 0.5

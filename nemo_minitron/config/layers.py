@@ -38,13 +38,16 @@ def per_layer_fields(config: Any) -> tuple[str, ...]:
 def kinds_of(config: Any) -> list[str]:
     """The letters of every layer.
 
-    A layer of a hybrid model is of one kind. A GPT layer is attention, then an MLP or experts.
+    A layer of a hybrid model is of one kind. A GPT layer is attention, then an MLP or experts,
+    whichever of the two this layer has.
     """
     pattern = getattr(config, "hybrid_layer_pattern", None)
     if pattern is not None:
         return list(pattern)
-    kinds = ATTENTION + (MLP if config.num_moe_experts is None else EXPERTS)
-    return [kinds] * config.num_layers
+    routed = config.moe_layer_freq
+    if not isinstance(routed, list):  # Megatron's configuration says 1 where all layers are alike
+        routed = [config.num_moe_experts is not None] * config.num_layers
+    return [ATTENTION + (EXPERTS if has else MLP) for has in routed]
 
 
 def layers_of(config: Any) -> list[Layer]:

@@ -70,7 +70,7 @@ class ModelConfig:
     share_embeddings_and_output_weights: bool = False
     """Tied input and output embeddings."""
     num_moe_experts: int | None = None
-    """Number of experts in every layer, or None for a dense model."""
+    """Number of experts in every layer that has them, or None for a dense model."""
     moe_ffn_hidden_size: int | None = None
     """FFN width of each expert."""
     moe_router_topk: int = 2
@@ -91,6 +91,9 @@ class ModelConfig:
     """Groups of experts, the best ``moe_router_group_topk`` of which are picked from."""
     moe_router_group_topk: int | None = field(default=None, metadata=OPTIONAL)
     """Groups of experts that each token may be routed to."""
+    moe_layer_freq: list[int] | None = field(default=None, metadata=PER_LAYER)
+    """One entry per layer of a GPT model with experts: 1 if it has them, 0 if it has an MLP of
+    ``ffn_hidden_size`` in their place. None if all layers are alike."""
     hybrid_layer_pattern: str | None = field(default=None, metadata=PER_LAYER)
     """One letter per layer of a hybrid model: ``M`` Mamba-2, ``*`` attention, ``-`` MLP, ``E``
     experts. None for a GPT model, whose layers are attention and then an MLP or experts."""
@@ -127,6 +130,8 @@ class ModelConfig:
             self.no_rope_freq = None  # one way to say that every layer rotates
         if not any(self.window_size or []):
             self.window_size = None
+        if all(self.moe_layer_freq or []):
+            self.moe_layer_freq = None
         widths = sorted(set(self.window_size or []) - {0})
         if len(widths) > 1 or min(widths, default=1) < 1:
             raise ValueError(
@@ -140,11 +145,13 @@ class ModelConfig:
             )
         if self.num_moe_experts is not None:
             self._check_experts(self.num_moe_experts)
-        elif self.moe_shared_expert_intermediate_size is not None:
-            raise ValueError(
-                f"moe_shared_expert_intermediate_size={self.moe_shared_expert_intermediate_size} "
-                "needs experts that are not shared; set num_moe_experts"
-            )
+            return
+        for name in ("moe_shared_expert_intermediate_size", "moe_layer_freq"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} needs experts that are not shared; set "
+                    "num_moe_experts"
+                )
 
     def _check_mamba(self) -> None:
         sizes = {
@@ -190,7 +197,7 @@ class ModelConfig:
 
         Megatron-Core does so where every layer has the same parameters.
         """
-        return self.hybrid_layer_pattern is None
+        return self.hybrid_layer_pattern is None and self.moe_layer_freq is None
 
     @property
     def max_seq_length(self) -> int | None:

@@ -22,8 +22,8 @@ class DataConfig:
     """Where tokens come from and how they are cut into samples."""
 
     path: str = field(default=MISSING, metadata=INPUT)
-    """Text, JSON(L) or Parquet file, folder of such files, Megatron .bin/.idx prefix, or .npy of
-    token ids."""
+    """Text, JSON(L), Parquet or Arrow file, folder of such files or pattern that names them, folder
+    of ``datasets``, Megatron .bin/.idx prefix, or .npy of token ids."""
     seq_length: int = field(default=512, metadata=TOKENS)
     """Tokens per sample."""
     num_samples: int | None = None

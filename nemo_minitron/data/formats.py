@@ -1,4 +1,4 @@
-"""The forms of a text file: plain text, JSON lines, JSON and Parquet, compressed or not.
+"""The forms of a text file: plain text, JSON lines, JSON, Parquet and Arrow, compressed or not.
 
 Files are streamed: one record, or one part of a text file, is in memory at a time. Whatever is
 wrong with a file is a ``ValueError`` that names the file and the line, record or row.
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     import pyarrow
 
 JSON_LINES = (".jsonl", ".ndjson")
-FORMS = (".txt", *JSON_LINES, ".json", ".parquet")
+TABLES = (".parquet", ".arrow")
+FORMS = (".txt", *JSON_LINES, ".json", *TABLES)
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 CHUNK = 1 << 20
 """Characters that are read at a time."""
@@ -44,7 +45,7 @@ def _suffixes(path: Path) -> tuple[str | None, str]:
     if suffix in COMPRESSIONS:
         name, compression = path.with_suffix(""), suffix
         suffix = name.suffix.lower()
-    if suffix not in FORMS or (suffix == ".parquet" and compression):
+    if suffix not in FORMS or (suffix in TABLES and compression):
         return None, compression
     return suffix, compression
 
@@ -60,7 +61,7 @@ def texts_of(file: Path, key: str, separator: str | None) -> Iterator[str]:
 
     Args:
         file: of a form that :func:`form_of` knows.
-        key: holds the text in a JSON record, and names the column of a Parquet file.
+        key: holds the text in a JSON record, and names the column of a Parquet or Arrow file.
         separator: what stands between two documents of a text file, or None for one document.
 
     Raises:
@@ -70,8 +71,8 @@ def texts_of(file: Path, key: str, separator: str | None) -> Iterator[str]:
     with _named_errors(file):
         if form == ".txt":
             yield from _plain(file, separator)
-        elif form == ".parquet":
-            yield from _parquet(file, key)
+        elif form in TABLES:
+            yield from _table(file, key)
         elif form == ".json":
             yield from _json(file, key)
         else:
@@ -105,7 +106,7 @@ def _damages() -> tuple[type[Exception], ...]:
 
 def line_that_is_no_text(file: Path) -> str:
     """``, line N`` for the first line that is not UTF-8, or an empty text."""
-    if form_of(file) == ".parquet":
+    if form_of(file) in TABLES:
         return ""
     with _open_bytes(file) as stream:
         for number, line in enumerate(stream, start=1):
@@ -200,24 +201,39 @@ def _json(file: Path, key: str) -> Iterator[str]:
             yield text_of(record, key, where)
 
 
-def _parquet(file: Path, key: str) -> Iterator[str]:
-    """The column ``key``, a thousand rows at a time."""
-    pyarrow = _package("pyarrow", file, "a Parquet file", "save the texts as .jsonl")
-    parquet = importlib.import_module("pyarrow.parquet")
+def _table(file: Path, key: str) -> Iterator[str]:
+    """The column ``key``, a batch of rows at a time."""
+    kind = "Parquet" if form_of(file) == ".parquet" else "Arrow"
+    pyarrow = _package("pyarrow", file, f"a file of {kind}", "save the texts as .jsonl")
+    opened = _parquet_rows if kind == "Parquet" else _arrow_rows
     try:
-        with parquet.ParquetFile(file) as table:
-            _check_column(table.schema_arrow.names, key, file)
-            number = 0
-            for batch in table.iter_batches(batch_size=1000, columns=[key]):
-                for value in batch.column(0):
-                    number += 1
-                    where = f"data.path: {file}, row {number}"
-                    yield text_of({key: _cell(value, where)}, key, where)
+        number = 0
+        for batch in opened(file, key):
+            for value in batch.column(0):
+                number += 1
+                where = f"data.path: {file}, row {number}"
+                yield text_of({key: _cell(value, where)}, key, where)
     except pyarrow.ArrowException as error:
         raise ValueError(
-            f"data.path: file {file} is not a readable Parquet file ({error}); write it again, or "
+            f"data.path: file {file} is not a readable {kind} file ({error}); write it again, or "
             "take it out of data.path"
         ) from error
+
+
+def _parquet_rows(file: Path, key: str) -> Iterator["pyarrow.RecordBatch"]:
+    parquet = importlib.import_module("pyarrow.parquet")
+    with parquet.ParquetFile(file) as table:
+        _check_column(table.schema_arrow.names, key, file)
+        yield from table.iter_batches(batch_size=1000, columns=[key])
+
+
+def _arrow_rows(file: Path, key: str) -> Iterator["pyarrow.RecordBatch"]:
+    """Of the stream of batches that the library datasets writes."""
+    pyarrow = importlib.import_module("pyarrow")
+    with pyarrow.memory_map(str(file)) as mapped, pyarrow.ipc.open_stream(mapped) as stream:
+        _check_column(stream.schema.names, key, file)
+        for batch in stream:
+            yield batch.select([key])
 
 
 def _check_column(names: list[str], key: str, file: Path) -> None:

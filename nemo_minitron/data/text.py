@@ -1,6 +1,6 @@
 """What ``data.path`` is, and documents out of text files.
 
-A *document* is the unit that is shuffled and split: one ``.txt`` file of a folder, one part of a
+A *document* is the unit that is shuffled and split: one ``.txt`` file of several, one part of a
 single ``.txt`` file between two ``data.document_separator``, or one record of another file.
 """
 
@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_minitron.checkpoint.hf_refusals import refuse_pointer
-from nemo_minitron.checkpoint.manifest import MANIFEST, result_in
+from nemo_minitron.checkpoint.manifest import MANIFEST, matching, result_in
 from nemo_minitron.config.training import DataConfig
-from nemo_minitron.data.formats import COMPRESSIONS, FORMS, form_of, texts_of
+from nemo_minitron.data.formats import COMPRESSIONS, FORMS, TABLES, form_of, texts_of
+from nemo_minitron.documents import read_json_object
 
 logger = logging.getLogger(__name__)
 
@@ -23,13 +24,17 @@ INDEXED = "indexed"
 NPY = "npy"
 _SUFFIXES = " ".join(FORMS)
 _FORMS = (
-    f"a file of one of the forms {_SUFFIXES} (all but .parquet also with one of "
-    f"{' '.join(COMPRESSIONS)} behind), a folder of such files, the prefix of a Megatron .bin/.idx "
-    "pair, or a .npy of token ids"
+    f"a file of one of the forms {_SUFFIXES} (all but {' and '.join(TABLES)} also with one of "
+    f"{' '.join(COMPRESSIONS)} behind), a folder of such files or a pattern that names them, a "
+    "folder that datasets' save_to_disk wrote, the prefix of a Megatron .bin/.idx pair, or a .npy "
+    "of token ids"
 )
 _NAMES = 10  # of the entries of a folder, in a message
 # In a result of ``generate`` these are about its data, and none.
 _ABOUT_A_RESULT = (MANIFEST, "metrics.json")
+# What the library datasets writes beside its tables.
+_OF_DATASETS = ("state.json", "dataset_info.json")
+_SPLITS_OF_DATASETS = "dataset_dict.json"
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ def find_source(path: str | Path) -> Source:
 
 def _source(path: Path) -> Source:
     if path.is_dir():
-        return _folder(path)
+        return _dataset(path) if _of_datasets(path) else _folder(path)
     if path.is_file() and form_of(path):
         return Source(TEXT, path, (path,))
     if path.is_file() and path.suffix == ".npy":
@@ -79,15 +84,44 @@ def _source(path: Path) -> Source:
     if len(found) == 1:
         missing = next(file for file in pair if file not in found)
         raise ValueError(f"data.path={path}: {found[0]} is there but {missing} is missing")
+    if matched := matching(path):
+        return _texts(path, [Path(name) for name in matched])
     if path.exists():
         raise ValueError(f"data.path={path} has an unknown form; it must be {_FORMS}")
     raise ValueError(f"data.path={path} does not exist; set data.path to {_FORMS}")
 
 
+def _of_datasets(path: Path) -> bool:
+    """Whether the library datasets wrote a folder."""
+    if (path / _SPLITS_OF_DATASETS).is_file():
+        splits = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+        raise ValueError(
+            f"data.path={path} holds the splits {', '.join(splits)} of a DatasetDict; set "
+            f"data.path to one of them, such as data.path={path / splits[0] if splits else path}"
+        )
+    return all((path / name).is_file() for name in _OF_DATASETS)
+
+
+def _dataset(path: Path) -> Source:
+    """The tables of a folder that ``save_to_disk`` wrote, in its order."""
+    state = read_json_object(path / _OF_DATASETS[0])
+    try:
+        files = tuple(path / entry["filename"] for entry in state["_data_files"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"data.path={path}: state.json names no tables ({error!r})") from error
+    if lost := [file for file in files if not file.is_file()] or (not files and [path]):
+        raise ValueError(f"data.path={path}: state.json names {lost[0]}, which is no file there")
+    return Source(TEXT, path, files)
+
+
 def _folder(path: Path) -> Source:
     about = _ABOUT_A_RESULT if result_in(path) else ()
     named = (entry for entry in path.iterdir() if entry.name not in about)
-    entries = sorted(entry for entry in named if not entry.name.startswith("."))
+    return _texts(path, sorted(entry for entry in named if not entry.name.startswith(".")))
+
+
+def _texts(path: Path, entries: Sequence[Path]) -> Source:
+    """Those of some files that hold texts."""
     files = tuple(entry for entry in entries if form_of(entry) and not entry.is_dir())
     lost = [entry for entry in files if not entry.is_file()]
     if lost:
@@ -96,11 +130,15 @@ def _folder(path: Path) -> Source:
             "take it out of data.path"
         )
     others = tuple(entry for entry in entries if entry not in set(files))
+    if not files and not path.is_dir():
+        raise ValueError(
+            f"data.path={path} names no file of the forms {_SUFFIXES}; it names {_named(others)}"
+        )
     if not files:
         raise ValueError(
             f"data.path={path} is a folder without a file of the forms {_SUFFIXES} (subfolders "
             f"are not searched); it holds {_named(others) or 'nothing'}; set data.path to a folder "
-            "that holds some"
+            "that holds some, or to a pattern such as 'folder/**/*.jsonl'"
         )
     return Source(TEXT, path, files, others)
 
@@ -116,13 +154,14 @@ def warn_unread(source: Source) -> None:
     """Name what lies in a folder of texts and is not read, and files in which nothing is."""
     if source.unread:
         logger.warning(
-            "data.path=%s: %d of %d entries of the folder are not read: %s; read are files of the "
-            "forms %s in the folder itself",
+            "data.path=%s: %d of %d %s are not read: %s; read are files of the forms %s%s",
             source.path,
             len(source.unread),
             len(source.unread) + len(source.files),
+            "entries of the folder" if source.path.is_dir() else "files of the pattern",
             _named(source.unread),
             _SUFFIXES,
+            " in the folder itself" if source.path.is_dir() else "",
         )
     empty = [file for file in source.files if file.stat().st_size == 0]
     if source.kind == TEXT and empty and len(empty) < len(source.files):

@@ -6,6 +6,7 @@ rows without padding, s and t student and teacher logits, q and p their softmaxe
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from nemo_minitron.config.distillation import DistillationConfig
 from nemo_minitron.distillation.top_k import top_k, top_k_tail
 from nemo_minitron.distillation.vocab import VocabShard, all_reduce, softmax_
+from nemo_minitron.runtime.plugins import with_added
 
 LossFunction = Callable[
     [Tensor, Any, Tensor, DistillationConfig, VocabShard], tuple[Tensor, Tensor]
@@ -121,3 +123,16 @@ LOSSES: dict[str, LossFunction] = {
     "top_k_tail": top_k_tail,
 }
 """Value of ``distillation.loss`` -> the loss."""
+
+
+@cache
+def loss_function(kind: str) -> LossFunction:
+    """The loss that ``distillation.loss`` names, of this package or of another.
+
+    Raises:
+        ValueError: the package that adds it cannot be imported.
+    """
+    known = with_added("losses", LOSSES)
+    if kind not in known:
+        raise ValueError(f"distillation.loss={kind} is not known; known: {', '.join(known)}")
+    return known[kind]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.config.distillation import DistillationConfig
-from nemo_minitron.distillation.divergences import LOSSES
+from nemo_minitron.distillation.divergences import loss_function
 from nemo_minitron.distillation.top_k import TopKTargets, top_k_targets
 from nemo_minitron.distillation.vocab import VocabShard, all_reduce, log_normalizer
 
@@ -129,7 +129,7 @@ def _kd(job: _Job, tokens: slice, student: Tensor, teacher: Tensor | None) -> tu
     if config.kd_scale != 1.0:
         weight = weight * config.kd_scale
     targets = job.targets(tokens, teacher)
-    loss, grad = LOSSES[config.loss](student, targets, weight, config, job.shard)
+    loss, grad = loss_function(config.loss)(student, targets, weight, config, job.shard)
     return loss, grad if config.kd_weight == 1.0 else grad.mul_(config.kd_weight)
 
 

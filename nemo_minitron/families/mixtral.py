@@ -10,6 +10,7 @@ from typing import Any
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families import llama, windows
 from nemo_minitron.families.config_json import check_keys
+from nemo_minitron.families.experts import before_experts
 from nemo_minitron.families.rope import read_rope
 from nemo_minitron.families.table import Family, Row
 
@@ -19,18 +20,8 @@ _EXPERT = _MLP + "experts.local_experts.{expert}."
 _HF_EXPERT = _HF_MLP + "experts.{expert}."
 
 
-def _shared_row(row: Row) -> Row:
-    """A row of Llama; the norm before the experts is not fused under Transformer Engine either.
-
-    Megatron-LM with ``--transformer-impl local`` stores it as if it were.
-    """
-    if "pre_mlp_layernorm" not in row.name:
-        return row
-    return replace(row, te_name=None, stored_as=row.te_name)
-
-
 ROWS = (
-    *(_shared_row(row) for row in llama.ROWS if ".mlp." not in row.name),
+    *before_experts(row for row in llama.ROWS if ".mlp." not in row.name),
     Row(_MLP + "router.weight", ("expert", "hidden"), None, (_HF_MLP + "gate.weight",)),
     Row(
         _EXPERT + "linear_fc1.weight",

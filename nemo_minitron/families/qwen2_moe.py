@@ -1,17 +1,19 @@
-"""Qwen2-MoE (Qwen1.5-MoE, Qwen2-57B-A14B): Mixtral's layout with a shared expert in every layer.
+"""Qwen2-MoE (Qwen1.5-MoE, Qwen2-57B-A14B): Mixtral's experts beside a shared one.
 
 Beside the routed experts every token goes through the shared one, whose output is multiplied by
 the sigmoid of a learned gate. The router takes a softmax over all experts and keeps the weights of
 those it picked as they are (``norm_topk_prob=false``), or makes them sum to 1, which is Mixtral's
-softmax over the scores of the picked ones. Query, key and value have biases.
+softmax over the scores of the picked ones. Query, key and value have biases. Some layers may have
+an MLP in place of the experts.
 """
 
 from dataclasses import replace
 from typing import Any
 
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.families import llama, mixtral, qwen, windows
+from nemo_minitron.families import llama, qwen, windows
 from nemo_minitron.families.config_json import check_keys, words
+from nemo_minitron.families.experts import beside_dense, dense_layers
 from nemo_minitron.families.rope import REFUSED_SCALINGS
 from nemo_minitron.families.table import Family, Row
 
@@ -23,9 +25,7 @@ _SHARED = _MLP + "shared_experts."
 _HF_SHARED = _HF_MLP + "shared_expert."
 
 
-ROWS = (
-    *(row for row in mixtral.ROWS if ".mlp." not in row.name),
-    qwen.QKV_BIAS,
+ROUTED = (
     Row(_MLP + "router.weight", ("expert", "hidden"), None, (_HF_MLP + "gate.weight",)),
     Row(
         _EXPERT + "linear_fc1.weight",
@@ -53,9 +53,14 @@ ROWS = (
     ),
     Row(_SHARED + "gate_weight", ("one", "hidden"), None, (_HF_MLP + "shared_expert_gate.weight",)),
 )
+ROWS = beside_dense((*llama.ROWS, qwen.QKV_BIAS), ROUTED)
 
 # What transformers' Qwen2MoeConfig takes where config.json says nothing.
-_DEFAULTS = {"num_key_value_heads": 16, "max_position_embeddings": 32768}
+_DEFAULTS = {
+    "num_key_value_heads": 16,
+    "max_position_embeddings": 32768,
+    "intermediate_size": 5632,
+}
 ROUTED_READS = qwen.READS | words(
     "num_experts num_local_experts num_experts_per_tok moe_intermediate_size norm_topk_prob "
     "decoder_sparse_step mlp_only_layers"
@@ -64,27 +69,33 @@ ROUTED_READS = qwen.READS | words(
 READS = ROUTED_READS | {"shared_expert_intermediate_size", "qkv_bias"}
 REFUSES = (
     *REFUSED_SCALINGS,
-    "dense layers among those with experts (`mlp_only_layers`, `decoder_sparse_step`)",
     "`norm_topk_prob=true` with one expert per token: Megatron-Core's router needs two",
 )
 
 
+def routed_layers(hf: dict[str, Any]) -> list[int]:
+    """For each layer 1 if it has experts, else 0, as transformers reads it.
+
+    Raises:
+        ValueError: no layer has experts.
+    """
+    layers, step = hf["num_hidden_layers"], hf.get("decoder_sparse_step", 1)
+    dense = hf.get("mlp_only_layers") or []
+    found = [int(n not in dense and step > 0 and (n + 1) % step == 0) for n in range(layers)]
+    if not any(found):
+        raise ValueError(
+            f"config.json mlp_only_layers={dense} and decoder_sparse_step={step} leave no layer "
+            f"with experts among num_hidden_layers={layers}, which is not supported; at least one"
+        )
+    return found
+
+
 def refuse(hf: dict[str, Any]) -> None:
-    """Refuse layers without experts, and a router that Megatron-Core does not have.
+    """Refuse a router that Megatron-Core does not have.
 
     Raises:
         ValueError: names the field of config.json.
     """
-    if hf.get("mlp_only_layers"):
-        raise ValueError(
-            f"config.json mlp_only_layers={hf['mlp_only_layers']} is not supported: every layer "
-            "must have experts (mlp_only_layers=[])"
-        )
-    if hf.get("decoder_sparse_step", 1) != 1:
-        raise ValueError(
-            f"config.json decoder_sparse_step={hf['decoder_sparse_step']} is not supported: every "
-            "layer must have experts (decoder_sparse_step=1)"
-        )
     if hf.get("norm_topk_prob") and hf["num_experts_per_tok"] < 2:
         raise ValueError(
             f"config.json num_experts_per_tok={hf['num_experts_per_tok']} with norm_topk_prob=true "
@@ -100,7 +111,7 @@ def _windows(hf: dict[str, Any]) -> list[int]:
 
 
 def router(hf: dict[str, Any]) -> dict[str, Any]:
-    """Fields of ModelConfig that describe the router; transformers 5 may rename the first."""
+    """Fields of ModelConfig that describe experts; transformers 5 may rename the first."""
     renamed, experts = hf.get("num_local_experts"), hf.get("num_experts")
     if None not in (renamed, experts) and renamed != experts:
         raise ValueError(
@@ -111,44 +122,43 @@ def router(hf: dict[str, Any]) -> dict[str, Any]:
         "num_moe_experts": hf["num_experts"] if renamed is None else renamed,
         "moe_router_topk": hf["num_experts_per_tok"],
         "moe_router_pre_softmax": not hf.get("norm_topk_prob", False),
+        **dense_layers(routed_layers(hf), hf["moe_intermediate_size"], hf["intermediate_size"]),
     }
 
 
 def from_hf(hf: dict[str, Any]) -> ModelConfig:
     """Megatron sizes of a Hugging Face Qwen2-MoE config.
 
-    ``ffn_hidden_size``, the width of dense layers, is that of the experts: there is no dense layer.
-
     Raises:
         ValueError: the config asks for something this table does not hold.
     """
     check_keys("qwen2_moe", hf, READS)
     refuse(hf)
-    width = hf["moe_intermediate_size"]
-    known = {**_DEFAULTS, **hf, "intermediate_size": width}
+    known = {**_DEFAULTS, **hf}
     dense = llama.dense(known)
     return replace(
         dense,
         family="qwen2_moe",
         window_size=_windows(known),
         add_qkv_bias=hf.get("qkv_bias", True),
-        moe_ffn_hidden_size=width,
         moe_shared_expert_intermediate_size=hf["shared_expert_intermediate_size"],
         moe_shared_expert_gate=True,
         hf=dict(hf),
-        **router(hf),
+        **router(known),
     )
 
 
 def to_hf_routed(config: ModelConfig) -> dict[str, Any]:
     """What the config.json of every Qwen with routed experts says."""
     carried = {key: value for key, value in config.hf.items() if key not in READS}
+    mixed, routed = config.moe_layer_freq is not None, config.moe_layer_freq or []
+    unused = config.hf.get("intermediate_size", config.ffn_hidden_size)
     return {
         **llama.to_hf(replace(config, hf=carried)),
         **windows.written(config),
-        "mlp_only_layers": [],
+        "mlp_only_layers": [layer for layer, has in enumerate(routed) if not has],
         "decoder_sparse_step": 1,
-        "intermediate_size": config.hf.get("intermediate_size", config.ffn_hidden_size),
+        "intermediate_size": config.ffn_hidden_size if mixed else unused,
         "num_experts": config.num_moe_experts,
         "num_experts_per_tok": config.moe_router_topk,
         "norm_topk_prob": not config.moe_router_pre_softmax,

@@ -9,19 +9,14 @@ from typing import Any
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families import llama, qwen, qwen2_moe, windows
 from nemo_minitron.families.config_json import check_keys
+from nemo_minitron.families.experts import beside_dense
 from nemo_minitron.families.table import Family
 
-ROWS = (
-    *(
-        row
-        for row in qwen2_moe.ROWS
-        if "shared_expert" not in row.name and row.name != qwen.QKV_BIAS.name
-    ),
-    *qwen.QK_NORMS,
-)
+_ROUTED = (row for row in qwen2_moe.ROUTED if "shared_expert" not in row.name)
+ROWS = (*beside_dense(llama.ROWS, _ROUTED), *qwen.QK_NORMS)
 
 # What transformers' Qwen3MoeConfig takes where config.json says nothing.
-_DEFAULTS = {"num_key_value_heads": 4, "max_position_embeddings": 32768}
+_DEFAULTS = {"num_key_value_heads": 4, "max_position_embeddings": 32768, "intermediate_size": 6144}
 
 
 def _windows(hf: dict[str, Any]) -> list[int]:
@@ -37,24 +32,20 @@ def _windows(hf: dict[str, Any]) -> list[int]:
 def from_hf(hf: dict[str, Any]) -> ModelConfig:
     """Megatron sizes of a Hugging Face Qwen3-MoE config.
 
-    ``ffn_hidden_size``, the width of dense layers, is that of the experts: there is no dense layer.
-
     Raises:
         ValueError: the config asks for something this table does not hold.
     """
     check_keys("qwen3_moe", hf, qwen2_moe.ROUTED_READS)
     qwen2_moe.refuse(hf)
-    width = hf["moe_intermediate_size"]
-    known = {**_DEFAULTS, **hf, "intermediate_size": width}
+    known = {**_DEFAULTS, **hf}
     dense = llama.dense(known)
     return replace(
         dense,
         family="qwen3_moe",
         window_size=_windows(known),
         qk_layernorm=True,
-        moe_ffn_hidden_size=width,
         hf=dict(hf),
-        **qwen2_moe.router(hf),
+        **qwen2_moe.router(known),
     )
 
 

@@ -18,6 +18,7 @@ from nemo_minitron.families.qwen2_moe import QWEN2_MOE
 from nemo_minitron.families.qwen3_moe import QWEN3_MOE
 from nemo_minitron.families.smollm3 import SMOLLM3
 from nemo_minitron.families.table import Family
+from nemo_minitron.runtime.plugins import with_added
 
 _ALL = (
     LLAMA,
@@ -34,7 +35,7 @@ _ALL = (
     GRANITE,
     NEMOTRON_H,
 )
-FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
+FAMILIES: dict[str, Family] = with_added("families", {family.name: family for family in _ALL})
 
 # Keys of config.json that name classes in Python files.
 _CODE = ("auto_map", "custom_pipelines")

@@ -115,15 +115,27 @@ def calibration_runs(
 
 
 @contextmanager
-def calibrating(chunks: Sequence[HiddenGPTModel]) -> Iterator[None]:
-    """Evaluation mode and no output layer, for as long as it takes."""
-    modes = [(chunk.training, chunk.return_hidden) for chunk in chunks]
+def evaluating(chunks: Sequence[HiddenGPTModel]) -> Iterator[None]:
+    """Evaluation mode for as long as it takes."""
+    modes = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
-        chunk.return_hidden = True
     try:
         yield
     finally:
-        for chunk, (training, return_hidden) in zip(chunks, modes, strict=True):
+        for chunk, training in zip(chunks, modes, strict=True):
             chunk.train(training)
+
+
+@contextmanager
+def calibrating(chunks: Sequence[HiddenGPTModel]) -> Iterator[None]:
+    """Evaluation mode and no output layer, for as long as it takes."""
+    before = [chunk.return_hidden for chunk in chunks]
+    for chunk in chunks:
+        chunk.return_hidden = True
+    try:
+        with evaluating(chunks):
+            yield
+    finally:
+        for chunk, return_hidden in zip(chunks, before, strict=True):
             chunk.return_hidden = return_hidden

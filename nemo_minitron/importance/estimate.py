@@ -180,17 +180,9 @@ def estimate_scores(
     check_block_sizes(config, scores)
     calibrator = _Calibrator(chunks, config, groups, dataset, data, scores, on_samples, saved)
     calibrator.run(scores, config.vocab_size)
-    result = Scores()
-    if calibrator.plan.samples:
-        result = gather_scores(calibrator.recorders, config, groups)
     samples = len(dataset)  # type: ignore[arg-type]  # torch's Dataset has no len
-    result.meta = {
-        "model": model_meta(config),
-        "aggregation": {"batch": scores.batch_aggregation, "seq": scores.seq_aggregation},
-        "num_samples": samples,
-        "num_tokens": samples * data.seq_length,
-        "layers": config.kept_layers or list(range(config.num_layers)),
-    }
+    recorders = calibrator.recorders if calibrator.plan.samples else []
+    result = collected(recorders, config, groups, scores, (samples, samples * data.seq_length))
     if scores.moments:
         assert folder is not None
         moments = [r.moments for r in calibrator.recorders if r.moments is not None]
@@ -200,6 +192,33 @@ def estimate_scores(
         _add_losses(result, calibrator.ablation, scores)
         result.meta["lm_loss_samples"] = calibrator.ablation_plan.samples
     check_finite(result)
+    return result
+
+
+def collected(
+    recorders: list[ChunkRecorder],
+    config: ModelConfig,
+    groups: ParallelGroups,
+    scores: ScoreConfig,
+    seen: tuple[int, int],
+) -> Scores:
+    """Scores of what was recorded, with what they were made of (collective).
+
+    Args:
+        recorders: of this rank's chunks; empty where only losses are measured.
+        config: global sizes of the model.
+        groups: this rank's process groups.
+        scores: what was scored and how.
+        seen: samples and tokens, over all ranks.
+    """
+    result = gather_scores(recorders, config, groups) if recorders else Scores()
+    result.meta = {
+        "model": model_meta(config),
+        "aggregation": {"batch": scores.batch_aggregation, "seq": scores.seq_aggregation},
+        "num_samples": seen[0],
+        "num_tokens": seen[1],
+        "layers": config.kept_layers or list(range(config.num_layers)),
+    }
     return result
 
 

@@ -7,7 +7,7 @@ What is scored where (2407.14679, section 2.2):
 - an axis with ``Axis.seen_at`` (``ffn``, ``head``, ``shared_expert_ffn``): input of that module,
   or a part of its output (``mamba_head``: the channels x that a Mamba layer projects),
 - ``layer``: input and output of the transformer layer,
-- ``expert`` and ``expert_ffn``: see ``importance/experts.py``; with experts there is no ``ffn``.
+- ``expert`` and ``expert_ffn``: see ``importance/experts.py``; layers with experts have no ``ffn``.
 
 Activations are ``[s, b, w]`` and local: ffn and head channels are split over the tensor-parallel
 ranks; under sequence parallelism the hidden states are split along s over the same ranks, and where
@@ -48,7 +48,10 @@ from nemo_minitron.runtime.groups import ParallelGroups
 def kinds_of_chunk(chunk: Any) -> list[str]:
     """What each layer of a chunk is made of, in letters (``config.layers``)."""
     letters: list[str] | None = getattr(chunk.decoder, "layer_type_list", None)
-    return kinds_of(chunk.config)[: len(chunk.decoder.layers)] if letters is None else letters
+    if letters is not None:
+        return letters
+    kinds = kinds_of(chunk.config)
+    return [kinds[int(block.layer_number) - 1] for block in chunk.decoder.layers]
 
 
 def rows_seen(axis: Axis, config: Any) -> tuple[int, int]:
@@ -69,6 +72,8 @@ class ChunkRecorder:
         seen: axis -> local layers that have it; of ``hidden`` the layer of every norm.
         influence: accumulator of block influence, None when layers are not scored by it.
         angles: accumulator of block angles, one for all chunks of a rank; None when not scored.
+        samples: those that counted so far on this rank, each of them whole.
+        tokens: their positions.
         experts: sums over the experts' tokens, None in a dense model.
         moments: sums of outer products, None where none are asked for.
     """
@@ -78,7 +83,7 @@ class ChunkRecorder:
         chunk: Any,
         groups: ParallelGroups,
         scores: ScoreConfig,
-        valid: Callable[[int], int],
+        valid: Callable[[int], int] | None,
         angles: BlockAngles | None = None,
     ) -> None:
         """Prepare accumulators; registers nothing yet.
@@ -87,10 +92,13 @@ class ChunkRecorder:
             chunk: a Megatron ``GPTModel`` without wrappers.
             groups: this rank's process groups.
             scores: what to score and how.
-            valid: micro-batch number -> leading samples of it that count on this rank.
+            valid: micro-batch number -> leading samples of it that count on this rank; None where
+                all of them do.
             angles: accumulator of block angles.
         """
-        self.chunk, self.groups, self.valid, self.angles = chunk, groups, valid, angles
+        self.chunk, self.groups, self.angles = chunk, groups, angles
+        self.samples, self.tokens, self._size = 0, 0, 0
+        self.valid = valid or (lambda micro_batch: self._size)
         config = chunk.config
         self._split = bool(config.sequence_parallel)
         self._ranks, self._rank = groups.tp.size(), groups.tp.rank()
@@ -104,9 +112,10 @@ class ChunkRecorder:
         self._norms = [(n, *pair) for n, b in enumerate(blocks) for pair in norms_and_readers(b)]
         scored = (axis for axis in AXES.values() if axis.seen_at and axis.name in scores.axes)
         kinds = kinds_of_chunk(chunk)
-        # A stage of a hybrid model takes part in what no layer of its own has.
+        # A stage takes part in what only layers of other stages have.
         hybrid = getattr(chunk.decoder, "layer_type_list", None) is not None
-        axes = [a for a in scored if hybrid or any(a.kind in kind for kind in kinds)]
+        whole = "".join(kinds_of(config))
+        axes = [a for a in scored if hybrid or a.kind in whole]
         axes = [a for a in axes if axis_size(config, a.name)]
         self.seen = {a.name: [i for i, kind in enumerate(kinds) if a.kind in kind] for a in axes}
         self.seen["hidden"] = [layer for layer, *_ in self._norms]
@@ -181,7 +190,7 @@ class ChunkRecorder:
 
     def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """First layer of a micro-batch: its positions, of which sequence parallelism splits s."""
-        length = (args[0] if args else kwargs["hidden_states"]).size(0)
+        length, self._size = (args[0] if args else kwargs["hidden_states"]).shape[:2]
         self._positions = length * self._ranks if self._split else length
 
     @staticmethod
@@ -237,14 +246,16 @@ class ChunkRecorder:
 
     def _finish(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """End of one micro-batch: complete the samples over the ranks that share them."""
-        valid = self.valid(self.micro_batches)
+        valid, positions = self._valid_now(), self._positions * self.groups.cp.size()
         self.micro_batches += 1
+        self.samples += valid
+        self.tokens += valid * positions
         partials = {axis: accumulator.partials() for axis, accumulator in self.channels.items()}
         if "hidden" in partials:
             all_reduce_flat([partials["hidden"]], self.groups.tp)
         all_reduce_flat(list(partials.values()), self.groups.cp)
         for axis, sums in partials.items():
-            self.channels[axis].commit(sums, self._positions * self.groups.cp.size(), valid)
+            self.channels[axis].commit(sums, positions, valid)
         if self.influence is not None:
             self.influence.commit(valid)
         self._state = None
@@ -299,7 +310,7 @@ def record(
     chunks: Sequence[Any],
     groups: ParallelGroups,
     scores: ScoreConfig,
-    valid: Callable[[int], int],
+    valid: Callable[[int], int] | None = None,
 ) -> Iterator[list[ChunkRecorder]]:
     """Hook every chunk; the hooks are gone when the context ends, however it ends.
 
@@ -307,8 +318,8 @@ def record(
         chunks: this rank's model chunks without wrappers, in virtual-stage order.
         groups: this rank's process groups.
         scores: what to score and how.
-        valid: micro-batch number -> leading samples of it that count on this rank. Every chunk
-            sees the micro-batches in the same order.
+        valid: micro-batch number -> leading samples of it that count on this rank, None where all
+            of them do. Every chunk sees the micro-batches in the same order.
 
     Yields:
         One recorder per chunk.

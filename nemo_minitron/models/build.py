@@ -94,6 +94,7 @@ def transformer_config(
         gated_linear_unit=config.gated_linear_unit,
         activation_func=_ACTIVATIONS[config.activation],
         num_moe_experts=config.num_moe_experts,
+        moe_layer_freq=config.moe_layer_freq or 1,
         moe_ffn_hidden_size=config.moe_ffn_hidden_size,
         moe_router_topk=config.moe_router_topk,
         moe_router_pre_softmax=config.moe_router_pre_softmax,
@@ -210,7 +211,7 @@ def _build_chunk(
     return model
 
 
-def _mark_tensor_parallel(model: torch.nn.Module) -> None:
+def mark_tensor_parallel(model: torch.nn.Module) -> None:
     """Say which weights are split over the tensor-parallel ranks.
 
     Megatron does so only where it initialises weights. Without the mark the gradient norm, and so
@@ -259,10 +260,11 @@ def build_gpt(
     chunks = [build_chunk(config, mcore, groups, stage, length) for stage in stages]
     for chunk in chunks:
         chunk.settings = dict(settings or {})
+        chunk.built_from = config, parallel
         # Local norms and learned positions are made in fp32. Megatron converts what it trains; a
         # model that only runs, such as a teacher, has to be of one dtype too.
         chunk.to(mcore.params_dtype)
-        _mark_tensor_parallel(chunk)
+        mark_tensor_parallel(chunk)
     return chunks
 
 
@@ -288,5 +290,6 @@ def unwrap(module: torch.nn.Module) -> HiddenGPTModel:
 
     while isinstance(module, DistributedDataParallel | Float16Module):
         module = module.module
-    assert isinstance(module, HiddenModel), type(module)
-    return module  # type: ignore[return-value]  # a hybrid model is used like a GPT model
+    if not hasattr(module, "decoder"):
+        raise ValueError(f"{type(module).__name__} is no GPTModel or HybridModel of Megatron-Core")
+    return module  # type: ignore[return-value]  # all kinds are used like a GPT model of ours

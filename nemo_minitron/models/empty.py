@@ -1,49 +1,39 @@
 """Builds a model without memory for its layers, for those that fill it one layer at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.models.build import HiddenGPTModel, build_gpt
-from nemo_minitron.models.hidden import HiddenModel
-from nemo_minitron.runtime.groups import ParallelGroups
+from nemo_minitron.models.build import HiddenGPTModel
 
 Shapes = dict[nn.Parameter, torch.Size]
 
 
 def build_empty_gpt(
-    config: ModelConfig, parallel: ParallelConfig, groups: ParallelGroups, like: HiddenGPTModel
+    build: Callable[[], list[Any]], like: HiddenGPTModel
 ) -> tuple[list[HiddenGPTModel], Shapes]:
     """Build this rank's part of a model; only embeddings and output layer get memory.
 
     Args:
-        config: global sizes.
-        parallel: layout; must be the initialised one.
-        groups: this rank's process groups.
-        like: a model whose dtype, device, mode, settings and sequence length the new one gets.
+        build: makes the chunks (``models.found.builder_like``).
+        like: a model whose device and mode the new one gets.
 
     Returns:
         The chunks, and the local shape that each emptied parameter is to have.
     """
     with _emptied_parameters() as shapes:
-        chunks = build_gpt(
-            config,
-            parallel,
-            groups,
-            dtype=like.config.params_dtype,
-            max_sequence_length=like.max_sequence_length,
-            settings=like.settings,
-        )
+        chunks = build()
     for chunk in chunks:
         chunk.to(next(like.parameters()).device)
         chunk.train(like.training)
-        chunk.return_hidden = like.return_hidden
+        if hasattr(like, "return_hidden"):
+            chunk.return_hidden = like.return_hidden
     return chunks, shapes
 
 
@@ -56,7 +46,7 @@ def _emptied_parameters() -> Iterator[Shapes]:
     shapes: Shapes = {}
 
     def empty(parent: nn.Module, name: str, module: nn.Module | None) -> None:
-        if module is None or isinstance(parent, HiddenModel | LanguageModelEmbedding):
+        if module is None or isinstance(parent, LanguageModule | LanguageModelEmbedding):
             return
         for parameter in module.parameters():
             if parameter not in shapes:

@@ -21,7 +21,7 @@ from nemo_minitron.config.megatron import MegatronConfig
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.training import DataConfig, ExpManagerConfig, OptimConfig, TrainerConfig
-from nemo_minitron.distillation.logit_loss import TeacherStates, logit_loss
+from nemo_minitron.distillation.logit_loss import TeacherStates
 from nemo_minitron.distillation.top_k import TopKTargets
 from nemo_minitron.distillation.vocab import VocabShard
 from nemo_minitron.models.build import PRECISION_DTYPES, HiddenGPTModel, build_gpt, unwrap
@@ -32,6 +32,7 @@ from nemo_minitron.models.objective import (
     StepSums,
     add_up,
     losses_per_token,
+    micro_batch_loss,
     on_host,
     reduced,
 )
@@ -43,14 +44,12 @@ from nemo_minitron.models.optim import (
     wrap_ddp,
 )
 from nemo_minitron.models.optim_state import load_optimizer, optimizer_state
-from nemo_minitron.models.overlap import await_weight, gather_all
+from nemo_minitron.models.overlap import gather_all
 from nemo_minitron.models.schedule import (
     Batch,
     StepLoader,
-    gathered_hidden,
     on_this_cp_rank,
     run_schedule,
-    tokens_first,
 )
 from nemo_minitron.models.settings import trained_settings
 from nemo_minitron.models.weights import (
@@ -59,11 +58,11 @@ from nemo_minitron.models.weights import (
     nonfinite_parameter,
     save_weights,
 )
-from nemo_minitron.runtime.extensions import quiet_nemo
+from nemo_minitron.runtime.extensions import nemo_imported
 from nemo_minitron.runtime.groups import ParallelGroups
 from nemo_minitron.runtime.launch import device
 
-quiet_nemo()
+nemo_imported()
 
 
 class MinitronGPTModel(ModelPT):
@@ -228,21 +227,8 @@ class MinitronGPTModel(ModelPT):
         self, batch: Batch, hidden: Tensor, teacher: TeacherStates | TopKTargets | None
     ) -> tuple[Tensor, StepSums[Tensor]]:
         """Summed loss of a micro-batch, and its parts (last stage)."""
-        labels, mask = tokens_first(batch)
-        weight = self.last_chunk.output_weight()
-        await_weight(self.model[-1], weight)
-        rows = gathered_hidden(hidden, self.last_chunk)
-        total, (kd, ce) = logit_loss(
-            rows,
-            weight,
-            labels,
-            mask.to(torch.float32),
-            self.distillation,
-            self.shard,
-            teacher,
-            reduce_grad=not self.parallel.sequence_parallel,
-        )
-        return total, StepSums(kd, ce, mask.sum().to(kd))
+        model: torch.nn.Module = self.model[-1]
+        return micro_batch_loss(model, batch, hidden, teacher, self.distillation, self.shard)
 
     def forward_backward(self, micro_batches: list[Batch]) -> StepSums[Tensor]:
         """One global batch forward and backward; gradients are left in Megatron's buffers."""

@@ -1,10 +1,15 @@
 """What a model of this package is beside a model of Megatron-Core, GPT or hybrid."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from nemo_minitron.config.model import ModelConfig
+    from nemo_minitron.config.parallel import ParallelConfig
 
 
 class HiddenModel:
@@ -17,12 +22,34 @@ class HiddenModel:
     return_hidden: bool = False
     settings: Mapping[str, Any] = MappingProxyType({})
     """What ``build_gpt`` was given, for a smaller model of the same kind."""
+    built_from: "tuple[ModelConfig, ParallelConfig] | None" = None
+    """What else ``build_gpt`` was given."""
 
     def output_weight(self: Any) -> Tensor:
         """Local ``[v / tp, h]`` weight of the output layer (last stage only)."""
-        weight: Tensor
-        if self.share_embeddings_and_output_weights:
-            weight = self.shared_embedding_or_output_weight()
-        else:
-            weight = self.output_layer.weight
-        return weight
+        return output_weight(self)
+
+
+def output_weight(chunk: Any) -> Tensor:
+    """Local ``[v / tp, h]`` weight of the output layer of a model of Megatron-Core (last stage)."""
+    weight: Tensor
+    if chunk.share_embeddings_and_output_weights:
+        weight = chunk.shared_embedding_or_output_weight()
+    else:
+        weight = chunk.output_layer.weight
+    return weight
+
+
+@contextmanager
+def stopping_early(chunk: Any) -> Iterator[None]:
+    """In which a forward pass of a chunk with ``return_hidden`` ends before the output layer.
+
+    A model of Megatron-Core returns the hidden state wherever it is told to have no output layer.
+    """
+    plain = getattr(chunk, "return_hidden", False) and not isinstance(chunk, HiddenModel)
+    before = chunk.post_process
+    chunk.post_process = before and not plain
+    try:
+        yield
+    finally:
+        chunk.post_process = before

@@ -6,15 +6,19 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import NamedTuple  # that of Python 3.10 cannot be generic
 
 from nemo_minitron.config.distillation import DistillationConfig, IntermediateConfig
-from nemo_minitron.distillation.logit_loss import TeacherStates
+from nemo_minitron.distillation.logit_loss import TeacherStates, logit_loss
 from nemo_minitron.distillation.logit_shards import stored_targets
 from nemo_minitron.distillation.top_k import TopKTargets
+from nemo_minitron.distillation.vocab import VocabShard
+from nemo_minitron.models.build import unwrap
+from nemo_minitron.models.hidden import output_weight
 from nemo_minitron.models.intermediate import IntermediateLosses
-from nemo_minitron.models.schedule import Batch, gathered_hidden
+from nemo_minitron.models.overlap import await_weight
+from nemo_minitron.models.schedule import Batch, gathered_hidden, tokens_first
 from nemo_minitron.models.teacher import Teacher
 from nemo_minitron.runtime.groups import ParallelGroups
 from nemo_minitron.runtime.launch import device
@@ -34,6 +38,41 @@ class StepSums(NamedTuple, Generic[Number]):
     kd: Number
     ce: Number
     tokens: Number
+
+
+def micro_batch_loss(
+    model: nn.Module,
+    batch: Batch,
+    hidden: Tensor,
+    teacher: TeacherStates | TopKTargets | None,
+    settings: DistillationConfig,
+    shard: VocabShard,
+) -> tuple[Tensor, StepSums[Tensor]]:
+    """Summed loss of a micro-batch, and its parts (last stage).
+
+    Args:
+        model: the chunk with the output layer, wrapped for training or not.
+        batch: the micro-batch.
+        hidden: its final hidden state.
+        teacher: what the logits are compared with.
+        settings: the losses and their weights.
+        shard: rows of the vocabulary on this rank.
+    """
+    chunk = unwrap(model)
+    labels, mask = tokens_first(batch)
+    weight = output_weight(chunk)
+    await_weight(model, weight)
+    total, (kd, ce) = logit_loss(
+        gathered_hidden(hidden, chunk),
+        weight,
+        labels,
+        mask.to(torch.float32),
+        settings,
+        shard,
+        teacher,
+        reduce_grad=not chunk.config.sequence_parallel,
+    )
+    return total, StepSums(kd, ce, mask.sum().to(kd))
 
 
 def on_host(sums: StepSums[Tensor]) -> StepSums[float]:
@@ -121,13 +160,14 @@ class ResidentTeacher:
     def __init__(self, teacher: Teacher, intermediate: IntermediateLosses | None) -> None:
         """Take the frozen model and the losses that also read its inner states."""
         self.teacher, self.intermediate = teacher, intermediate
+        self.shape: tuple[int, int] | None = None  # as in `run_schedule`
         self._states: dict[int, Tensor] = {}
 
     def prepare(self, micro_batches: list[Batch], *, train: bool) -> None:
         """Run the teacher; in training its inner states travel to the stages that need them."""
         inner = self.intermediate if train else None
         with inner.captured(micro_batches) if inner else nullcontext():
-            self._states = dict(enumerate(self.teacher.hidden_states(micro_batches)))
+            self._states = dict(enumerate(self.teacher.hidden_states(micro_batches, self.shape)))
 
     def targets(self, index: int, batch: Batch, *, keep: bool) -> TeacherStates:
         """Final hidden state of a micro-batch; its memory is freed after the last use."""

@@ -11,8 +11,9 @@ model is built without memory for its layers. So a rank never holds much more th
 pruning and one pruned layer.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,14 +27,15 @@ from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.families.table import Family, Row
 from nemo_minitron.models.build import HiddenGPTModel
 from nemo_minitron.models.empty import Shapes, build_empty_gpt
+from nemo_minitron.models.found import builder_like
+from nemo_minitron.models.parts import by_row, outer_parameters
+from nemo_minitron.models.prune_check import agreed, check_before
 from nemo_minitron.pruning.exchange import Traffic, redistribute, travel_order
 from nemo_minitron.pruning.merge import merge_qkv
 from nemo_minitron.pruning.moves import Grid, plan_move, row_before, rows_of_layers
 from nemo_minitron.pruning.plan import Plan, pruned_config
 from nemo_minitron.pruning.slicing import dim_indices, slice_tensor
 from nemo_minitron.runtime.groups import ParallelGroups
-
-_EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 @dataclass(frozen=True)
@@ -93,14 +95,18 @@ def prune_live(
         its global sizes.
 
     Raises:
-        ValueError: the pruned model does not fit the layout; nothing has been touched then.
+        ValueError: the plan is of another model, a parameter has no row or is not of its shape, or
+            the pruned model does not fit the layout; no weight has been touched then, on any rank.
     """
+    check_before(chunks, family, config, plan, groups)
     pruned = pruned_config(config, plan)
     layout = balanced_layout(config, pruned, parallel)
+    build = agreed(partial(builder_like, chunks[0], config, pruned, layout))
+    new_chunks, shapes = build_empty_gpt(build, like=chunks[0])
+    # From here on the old model is used up.
     old = _layers(chunks)
     _free(layer for index, layer in old.items() if index not in set(plan.layers))
     outer = _prune_outer(chunks, family, config, plan)
-    new_chunks, shapes = build_empty_gpt(pruned, layout, groups, like=chunks[0])
     _fill_outer(new_chunks, family, pruned, outer, shapes)
     new = _layers(new_chunks)
     grid, before, after = _placement(groups, chunks, new_chunks)
@@ -127,30 +133,7 @@ def _free(modules: Iterable[nn.Module]) -> None:
             parameter.data = parameter.data.new_empty(0)
 
 
-def _stored(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, and the buffers that a checkpoint holds too (``expert_bias`` of a router)."""
-    yield from module.named_parameters()
-    kept = module.state_dict(keep_vars=True)
-    yield from ((name, buffer) for name, buffer in module.named_buffers() if name in kept)
-
-
 # ---------------------------------------------------------------- the model around the layers
-
-
-def _outer_parameters(
-    chunks: Sequence[HiddenGPTModel], family: Family, config: ModelConfig
-) -> Iterator[tuple[str, Row, nn.Parameter]]:
-    """Name, row and parameter of everything outside the layers.
-
-    Tied embeddings are held twice in a pipeline: the copy of the last stage goes by the name of
-    the output layer, which the table of a tied model does not list.
-    """
-    tied = config.share_embeddings_and_output_weights
-    for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
-            if not name.startswith("decoder.layers."):
-                listed = _EMBEDDING if tied and name == _OUTPUT else name
-                yield name, family.find(listed, config)[0], parameter
 
 
 def _prune_outer(
@@ -161,7 +144,7 @@ def _prune_outer(
     They stay on their stage, and tensor parallelism splits only their vocabulary, which stays.
     """
     outer = {}
-    for name, row, parameter in _outer_parameters(chunks, family, config):
+    for name, row, parameter in outer_parameters(chunks, family, config):
         kept = tuple(dim_indices(dim, config, plan, None) for dim in row.dims)
         outer[name] = _take_parameter(parameter, kept)
     return outer
@@ -174,7 +157,7 @@ def _fill_outer(
     outer: dict[str, Tensor],
     shapes: Shapes,
 ) -> None:
-    for name, _, parameter in _outer_parameters(chunks, family, pruned):
+    for name, _, parameter in outer_parameters(chunks, family, pruned):
         assert outer[name].shape == shapes.get(parameter, parameter.shape), name
         parameter.data = outer.pop(name)
     assert not outer, f"the pruned model lacks {sorted(outer)}"
@@ -242,7 +225,7 @@ def _prune_layer(
         for row in job.rows[position]
     }
     local = {} if layer is None else _slice_layer(job, position, layer)
-    parameters = {} if target is None else _by_row(job, job.pruned, target)
+    parameters = {} if target is None else by_row(job.family, job.pruned, target, job.groups)
     # Without a move, what this rank has is what it keeps.
     filled = {
         name: local[name] if moves[name] is None else parameter.new_empty(_shape(job, parameter))
@@ -266,7 +249,7 @@ def _slice_layer(job: _Job, position: int, layer: TransformerLayer) -> dict[str,
     Only dims that are not split are sliced: the winners of a dim that is split are chosen among the
     rows of all ranks.
     """
-    parameters = _by_row(job, job.config, layer)
+    parameters = by_row(job.family, job.config, layer, job.groups)
     local = {}
     for row in job.rows[position]:
         parameter = parameters.pop(row_before(row, job.plan, position).name, None)
@@ -301,19 +284,3 @@ def _merge(job: _Job, position: int, tensor: Tensor) -> Tensor:
     job.traffic.messages += group.size() - 1
     merged = merge_qkv(torch.cat(parts), job.config, terms)
     return merged.chunk(group.size())[group.rank()].clone()
-
-
-def _by_row(job: _Job, config: ModelConfig, layer: TransformerLayer) -> dict[str, Tensor]:
-    """Name of the row -> parameter of a layer, whichever spec built it.
-
-    Experts are numbered within their rank in a module, and over the whole layer in the table.
-    """
-    prefix = f"decoder.layers.{layer.layer_number - 1}."
-    first = job.groups.ep.rank() * (config.num_moe_experts or 0) // job.groups.ep.size()
-    found = {}
-    for name, parameter in _stored(layer):
-        row, _ = job.family.find(prefix + name, config)
-        if row.expert is not None and row.template is not None:
-            row = row.template.of_expert(first + row.expert)
-        found[row.name] = parameter
-    return found

@@ -9,6 +9,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from nemo_minitron.models.build import HiddenGPTModel, unwrap
+from nemo_minitron.models.hidden import stopping_early
 from nemo_minitron.runtime.groups import ParallelGroups
 from nemo_minitron.runtime.megatron import batch_on_this_cp_rank
 
@@ -29,30 +30,31 @@ def run_schedule(
     *,
     forward_only: bool,
     collect_outputs: bool = False,
+    shape: tuple[int, int] | None = None,
 ) -> list[Any]:
     """Forward (and backward) of all micro-batches of one global batch on this rank.
 
     Args:
         chunks: this rank's model chunks; the last stage must return hidden states.
         micro_batches: ``tokens``, ``labels``, ``loss_mask``, ``position_ids``, each ``[b, s]``
-            (local to the context-parallel rank).
+            (local to the context-parallel rank) or None where the stage does not read it.
         loss_func: ``(index of the micro-batch, batch, hidden [s, b, h])`` -> what Megatron's
             schedule expects of a loss function, called on the last stage.
         forward_only: no backward.
         collect_outputs: ``loss_func`` returns data to collect instead of a loss.
+        shape: ``(b, s)`` of the micro-batches, where this stage has no tensor that says it.
 
     Returns:
         On the last stage one entry per micro-batch: what ``loss_func`` reported. Else empty.
     """
     config = unwrap(chunks[0]).config
-    b, s = micro_batches[0]["tokens"].shape
+    b, s = shape or micro_batches[0]["tokens"].shape
 
     def forward_step(
         iterator: Iterator[tuple[int, Batch]], model: torch.nn.Module
     ) -> tuple[Tensor, Callable[..., Any]]:
         index, batch = next(iterator)
-        kwargs = {"fp32_output": False} if config.bf16 and _is_wrapped(model) else {}
-        hidden = model(batch["tokens"], batch["position_ids"], None, **kwargs)
+        hidden = output_of(model, batch)
 
         def loss(output: Tensor, non_loss_data: bool = False) -> Any:
             return loss_func(index, batch, output)
@@ -74,8 +76,15 @@ def run_schedule(
     )
 
 
-def _is_wrapped(model: torch.nn.Module) -> bool:
-    return unwrap(model) is not model
+def output_of(model: torch.nn.Module, batch: Batch) -> Tensor:
+    """What a chunk, wrapped for training or not, makes of a micro-batch or of its input tensor."""
+    chunk = unwrap(model)
+    kwargs = {"fp32_output": False} if chunk.config.bf16 and chunk is not model else {}
+    with stopping_early(chunk):
+        output: Tensor = model(
+            batch["tokens"], batch["position_ids"], batch.get("attention_mask"), **kwargs
+        )
+    return output
 
 
 def tokens_first(batch: Batch) -> tuple[Tensor, Tensor]:

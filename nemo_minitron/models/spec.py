@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from megatron.core.extensions.transformer_engine import HAVE_TE as MEGATRON_HAS_TE
 from megatron.core.extensions.transformer_engine import TEColumnParallelGroupedLinear
 from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
@@ -16,8 +17,10 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
+from nemo_minitron.config.layers import EXPERTS, kinds_of
 from nemo_minitron.models.attention import LocalAttention
 
 HAVE_TE = MEGATRON_HAS_TE and torch.cuda.is_available()
@@ -90,14 +93,22 @@ def block_spec(config: TransformerConfig, vp_stage: int | None, pp_rank: int) ->
         vp_stage: virtual pipeline stage, None without interleaving.
         pp_rank: pipeline rank.
     """
+    if HAVE_TE and isinstance(config.moe_layer_freq, list):
+        return get_gpt_decoder_block_spec(
+            config, use_transformer_engine=True, vp_stage=vp_stage, pp_rank=pp_rank
+        )
     if HAVE_TE:
         return get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,
             moe_grouped_gemm=config.moe_grouped_gemm,
             qk_layernorm=config.qk_layernorm,
         )
-    layers = get_num_layers_to_build(config, vp_stage, pp_rank)
+    count = get_num_layers_to_build(config, vp_stage, pp_rank)
+    first = get_transformer_layer_offset(config, vp_stage, pp_rank)
     return TransformerBlockSubmodules(
-        layer_specs=[local_layer(config, config.num_moe_experts) for _ in range(layers)],
+        layer_specs=[
+            local_layer(config, config.num_moe_experts if EXPERTS in kinds else None)
+            for kinds in kinds_of(config)[first : first + count]
+        ],
         layer_norm=LocalNorm,
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 from nemo_minitron.distillation.layer_map import Pair
 from nemo_minitron.distillation.offload import HostWeights
 from nemo_minitron.models.build import HiddenGPTModel
+from nemo_minitron.models.hidden import output_weight
 from nemo_minitron.models.places import States, places_of
 from nemo_minitron.models.schedule import Batch, run_schedule
 
@@ -37,11 +38,14 @@ class Teacher:
             chunk.requires_grad_(False)
 
     @torch.no_grad()
-    def hidden_states(self, micro_batches: list[Batch]) -> list[Tensor]:
+    def hidden_states(
+        self, micro_batches: list[Batch], shape: tuple[int, int] | None = None
+    ) -> list[Tensor]:
         """Final hidden state of every micro-batch, in order.
 
         Args:
             micro_batches: those of one global batch on this rank.
+            shape: as in ``run_schedule``.
 
         Returns:
             ``[s, b, H]`` each (``[s / tp, b, H]`` under sequence parallelism) on the last stage;
@@ -54,6 +58,7 @@ class Teacher:
                 lambda index, batch, hidden: hidden,
                 forward_only=True,
                 collect_outputs=True,
+                shape=shape,
             )
 
     def release(self) -> None:
@@ -64,13 +69,13 @@ class Teacher:
     @property
     def output_weight(self) -> Tensor:
         """``[v / tp, H]`` local rows of the output layer (last stage only)."""
-        return self.chunks[-1].output_weight()
+        return output_weight(self.chunks[-1])
 
 
 def _host_weights(chunks: list[HiddenGPTModel]) -> HostWeights:
     """All weights but the output layer's, from which the loss makes logits after the pass."""
     weights = [parameter for chunk in chunks for parameter in chunk.parameters()]
-    return HostWeights(weights, [chunk.output_weight() for chunk in chunks if chunk.post_process])
+    return HostWeights(weights, [output_weight(chunk) for chunk in chunks if chunk.post_process])
 
 
 @dataclass(frozen=True)

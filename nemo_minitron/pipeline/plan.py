@@ -15,6 +15,7 @@ from nemo_minitron.checkpoint.manifest import (
     Manifest,
     config_hash,
     fingerprint,
+    matching,
     open_result,
     stored_config,
 )
@@ -141,7 +142,7 @@ def _needs(
                     f"{', '.join(earlier) or 'none'}"
                 )
             needs.append(name)
-        elif at_hand and not (path.exists() or Path(f"{path}.bin").exists()):
+        elif at_hand and not (path.exists() or Path(f"{path}.bin").exists() or matching(path)):
             raise ValueError(f"{key}={value} does not exist")
     return tuple(dict.fromkeys(needs))
 

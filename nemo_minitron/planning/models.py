@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.config.layers import kinds_of
 from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.config.stages import ImportConfig, PipelineConfig, PruneConfig, PruningConfig
 from nemo_minitron.documents import read_json_object
@@ -39,7 +40,10 @@ def stated_model(cfg: PipelineConfig) -> ModelConfig | None:
 
 
 def target_model(config: ModelConfig, pruning: PruningConfig) -> ModelConfig:
-    """Sizes of ``config`` after pruning; which layers stay is not known.
+    """Sizes of ``config`` after pruning.
+
+    Which layers stay is not known before scores are, unless ``drop_layers`` says so. Where layers
+    are of several kinds, as large a share of every kind stands for them.
 
     Raises:
         ValueError: see ``pruning.targets.check_pruning``.
@@ -49,9 +53,26 @@ def target_model(config: ModelConfig, pruning: PruningConfig) -> ModelConfig:
     if pruning.drop_layers is not None:
         dropped = {layer - 1 for layer in pruning.drop_layers}
         layers = [layer for layer in range(config.num_layers) if layer not in dropped]
+    elif len({*kinds_of(config)}) > 1 and sizes["num_layers"] < config.num_layers:
+        layers = _likely_layers(config, sizes["num_layers"])
     small = config.resized(sizes, layers)
     warn_of_expert_sizes(small)
     return small
+
+
+def _likely_layers(config: ModelConfig, count: int) -> list[int]:
+    """As large a share of the layers of every kind, at least one of each."""
+    kinds = kinds_of(config)
+    share = [kinds[:at].count(kind) / kinds.count(kind) for at, kind in enumerate(kinds)]
+    layers = sorted(sorted(range(len(kinds)), key=share.__getitem__)[:count])
+    log.warning(
+        "which %d of the layers %s stay follows from scores that are not there yet; %s, a like "
+        "share of every kind, is counted (pruning.drop_layers says which)",
+        count,
+        " ".join(kinds),
+        " ".join(kinds[layer] for layer in layers),
+    )
+    return layers
 
 
 class Models:

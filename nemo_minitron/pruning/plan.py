@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.config.axes import AXES, Axis, Scope, axes_of, axis_size, layers_with
+from nemo_minitron.config.layers import kinds_of
 from nemo_minitron.config.stages import BLOCK_CRITERIA, PruningConfig
 from nemo_minitron.documents import check_kinds, read_json_object
 from nemo_minitron.pruning.merge import Terms, merge_terms
-from nemo_minitron.pruning.scores import layer_scores
+from nemo_minitron.pruning.scores import layer_scores, model_meta
 from nemo_minitron.pruning.targets import (
     check_importance,
     check_kinds_left,
@@ -53,10 +54,12 @@ class Plan(Mapping[str, Any]):
         kept: axis -> its indices.
         merge: what kept query heads take over from others (``pruning/merge.py``) before anything is
             cut, one entry per kept layer; empty when heads stay what they are.
+        model: sizes of the model that it is of (``scores.model_meta``); None of a plan from a file.
     """
 
     kept: dict[str, Any]
     merge: list[Terms] = field(default_factory=list)
+    model: dict[str, Any] | None = field(default=None, compare=False)
 
     def __getitem__(self, axis: str) -> Any:
         """Kept indices of an axis."""
@@ -78,7 +81,7 @@ class Plan(Mapping[str, Any]):
 
     def replaced(self, **kept: object) -> Plan:
         """The same plan with other indices for some axes."""
-        return Plan({**self.kept, **kept}, self.merge)
+        return Plan({**self.kept, **kept}, self.merge, self.model)
 
     def to_json(self) -> dict[str, Any]:
         """What ``plan.json`` holds."""
@@ -169,11 +172,18 @@ def _keep_layers(config: ModelConfig, pruning: PruningConfig, scores: Scores | N
         return list(range(config.num_layers))
     count = config.num_layers - kept
     values = scores[layer_scores(pruning.layer_criterion, count)]
-    if pruning.layer_criterion not in BLOCK_CRITERIA:
-        return _top(values, kept).tolist()
-    # Of equal blocks the last one goes, as of equal layers.
-    first = len(values) - 1 - int(values.flip(0).argmin())
-    return [layer for layer in range(config.num_layers) if not first <= layer < first + count]
+    kinds = kinds_of(config)
+    if pruning.layer_criterion in BLOCK_CRITERIA:
+        # Of equal blocks the last one goes, as of equal layers.
+        order = values.flip(0).argsort(stable=True)
+        firsts = [len(values) - 1 - int(place) for place in order]
+        cuts = [[*range(first), *range(first + count, config.num_layers)] for first in firsts]
+        return next((cut for cut in cuts if {kinds[at] for at in cut} == {*kinds}), cuts[0])
+    # The best layer of every kind stays, also where all others are worth more.
+    ranked = values.argsort(descending=True, stable=True).tolist()
+    best = {kinds[layer]: layer for layer in reversed(ranked)}.values()
+    others = [layer for layer in ranked if layer not in best]
+    return sorted([*best, *others[: kept - len(best)]])
 
 
 def _ranked(
@@ -277,7 +287,7 @@ def make_plan(config: ModelConfig, pruning: PruningConfig, scores: Scores | None
         rows = scores["head"][layers].tolist()
         terms = zip(rows, kept["query_group"], kept["head"], strict=True)
         merge = [merge_terms(config, *layer) for layer in terms]
-    return Plan(kept, merge)
+    return Plan(kept, merge, model_meta(config))
 
 
 def pruned_config(config: ModelConfig, plan: Plan) -> ModelConfig:

@@ -183,8 +183,15 @@ def check_moments(config: ModelConfig, axes: list[str]) -> None:
     """Refuse second moments that would compensate nothing.
 
     Raises:
-        ValueError: the layers have experts in place of one ffn, or the norms are no RMSNorms.
+        ValueError: the model is a hybrid, the layers have experts in place of one ffn, or the norms
+            are no RMSNorms.
     """
+    if axes and config.hybrid_layer_pattern is not None:
+        raise ValueError(
+            f"scores.moments={axes} is not supported for hybrid models (hybrid_layer_pattern="
+            f"{config.hybrid_layer_pattern}), whose layers cannot be compensated; set "
+            "scores.moments=[], and leave pruning.compensate out"
+        )
     if "ffn" in axes and config.num_moe_experts is not None:
         raise ValueError(
             f"scores.moments={axes} holds ffn, but the layers of this model have experts, whose "

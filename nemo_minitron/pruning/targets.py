@@ -112,6 +112,7 @@ def _check_heads(config: ModelConfig, sizes: dict[str, int]) -> None:
 def _check_drop_layers(config: ModelConfig, pruning: PruningConfig) -> None:
     drop = pruning.drop_layers
     if drop is None:
+        _check_depth(config, pruning)
         return
     layers = pruning.target["num_layers"]
     if layers is not None:
@@ -135,6 +136,16 @@ def _check_drop_layers(config: ModelConfig, pruning: PruningConfig) -> None:
             f"pruning.drop_layers drops all {config.num_layers} layers; leave at least one out of "
             "the list"
         )
+    check_kinds_left(config, [at for at in range(config.num_layers) if at + 1 not in drop])
+
+
+def _check_depth(config: ModelConfig, pruning: PruningConfig) -> None:
+    layers, kinds = pruning.target["num_layers"], dict.fromkeys(kinds_of(config))
+    if layers is not None and 1 <= layers < len(kinds):
+        raise ValueError(
+            f"pruning.target.num_layers={layers} is too few: the layers are of {len(kinds)} kinds "
+            f"({' '.join(kinds)}), and the best of each stays; keep at least {len(kinds)} layers"
+        )
 
 
 def check_kinds_left(config: ModelConfig, layers: list[int]) -> None:
@@ -148,12 +159,14 @@ def check_kinds_left(config: ModelConfig, layers: list[int]) -> None:
         ValueError: names the kind and its layers.
     """
     kinds = kinds_of(config)
+    field = "moe_layer_freq" if config.hybrid_layer_pattern is None else "hybrid_layer_pattern"
     for kind in sorted({*kinds} - {kinds[layer] for layer in layers}):
         gone = [number for number, other in enumerate(kinds, start=1) if other == kind]
         raise ValueError(
-            f"pruning would drop all layers of kind '{kind}' of hybrid_layer_pattern="
-            f"{config.hybrid_layer_pattern}, which are {gone} (counted from 1); keep one of them, "
-            "with a larger pruning.target.num_layers or with pruning.drop_layers"
+            f"pruning would drop all layers of kind '{kind}' of {field}="
+            f"{getattr(config, field)}, which are {gone} (counted from 1); keep one of them: "
+            "leave it out of pruning.drop_layers, or take a larger pruning.target.num_layers or a "
+            "pruning.layer_criterion that ranks layers one by one"
         )
 
 
@@ -206,8 +219,8 @@ def check_pruning(config: ModelConfig, pruning: PruningConfig) -> None:
 
     Raises:
         ValueError: see ``target_sizes``; heads that do not fit the query groups; drop_layers out of
-            range, repeated, all layers, or together with target.num_layers; nothing to prune;
-            heads to merge, or layers to choose, where there are none.
+            range, repeated, all layers, or together with target.num_layers; no layer of a kind
+            left; nothing to prune; heads to merge, or layers to choose, where there are none.
     """
     if pruning.drop_layers is None and set(pruning.target.values()) == {None}:
         raise ValueError(

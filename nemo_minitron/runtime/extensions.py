@@ -91,11 +91,11 @@ def before_megatron() -> None:
 
     Without CUDA the optional packages are set aside: Megatron, and all else in this process, finds
     them not installed. With CUDA the ones that are there are imported, which Megatron does anyway.
+    Where the program has imported Megatron itself nothing is done.
 
     Raises:
         ValueError: Transformer Engine is installed on a machine with CUDA, but does not work.
     """
-    quiet_imports()
     if "megatron.core" in sys.modules:  # the process has gone past the point already
         return
     for extension in EXTENSIONS:
@@ -192,17 +192,34 @@ def version_of(package: str) -> str | None:
     return None
 
 
-def quiet_imports() -> None:
-    """Call before NeMo or Megatron is imported: both warn and log while they are imported."""
+_CALLBACKS = "nemo.lightning.callback_group"
+_asked: list[bool] = []
+
+
+def be_quiet() -> None:
+    """Say that this process is the command line's, which shows neither warnings nor telemetry.
+
+    NeMo and Megatron warn and log while they are imported, so call it before they are. A program
+    that imports this package as a library keeps its own loggers, warnings and callbacks.
+    """
+    _asked.append(True)
     warnings.filterwarnings("ignore", module=r"(megatron|nemo|lightning|torch|nv_one_logger)\b")
     warnings.filterwarnings("ignore", message=r".*\.grad attribute of a Tensor that is not a leaf")
     warnings.filterwarnings("ignore", message=r"Please use DTensor instead")
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
+    if _CALLBACKS in sys.modules:
+        _quiet_nemo()
 
 
-def quiet_nemo() -> None:
-    """Call once NeMo is imported: it has a logger of its own kind, and telemetry.
+def nemo_imported() -> None:
+    """Call once NeMo is imported: the command line wants it quiet, too."""
+    if _asked:
+        _quiet_nemo()
+
+
+def _quiet_nemo() -> None:
+    """NeMo has a logger of its own kind, and telemetry.
 
     The telemetry leaves ``onelogger.*`` in the current folder and, where one training failed,
     refuses the next one of the same process.

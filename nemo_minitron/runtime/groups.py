@@ -20,7 +20,8 @@ def initialised_degrees() -> dict[str, int | None]:
     """
     if not parallel_state.model_parallel_is_initialized():
         raise ValueError(
-            "Megatron's process groups are not initialised; do this inside "
+            "Megatron's process groups are not initialised; call megatron.core.parallel_state."
+            "initialize_model_parallel first, or do this inside "
             "`with nemo_minitron.runtime.launch.distributed(ParallelConfig(...)):`"
         )
     virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size()
@@ -57,7 +58,12 @@ class ParallelGroups(ProcessGroupCollection):
 
     @classmethod
     def current(cls) -> "ParallelGroups":
-        """The groups of the initialised layout."""
+        """The groups of the initialised layout.
+
+        Raises:
+            ValueError: Megatron's groups are not initialised.
+        """
+        initialised_degrees()
         groups: ParallelGroups = cls.use_mpu_process_groups()
         return groups
 

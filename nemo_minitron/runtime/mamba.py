@@ -73,6 +73,14 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.silu(out).transpose(1, 2)
 
 
+def _left(decay: Tensor) -> Tensor:
+    """What a decay, given as its logarithm, leaves: between ``exp(-60)``, which is nothing, and 1.
+
+    Smaller numbers would become denormal in products, in which processors are many times slower.
+    """
+    return decay.clamp(-60, 0).exp_()
+
+
 def _chunk(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -89,32 +97,27 @@ def _chunk(
     Returns:
         The output, shaped as ``x``, and the state after this chunk.
     """
-    batch, length, heads, channels = x.shape
-    groups = b.shape[2]
-    # How much of the state is left after each token, in logarithms: [b, h, q].
-    decay = (dt * a).cumsum(1).transpose(1, 2)
-    inputs = x * dt.unsqueeze(-1)
+    groups, channels = b.shape[2], x.shape[3]
     b, c = b.transpose(1, 2), c.transpose(1, 2)  # [b, g, q, n]
-
-    def by_group(t: Tensor) -> Tensor:  # [b, q, h, p] to [b, g, q, k p]
-        return t.reshape(batch, length, groups, -1).transpose(1, 2)
-
-    def by_head(t: Tensor) -> Tensor:  # and back
-        return t.transpose(1, 2).reshape(batch, length, heads, channels)
-
-    # What a token takes from those before it in the chunk.
-    later = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
-    left = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).masked_fill_(later, -torch.inf).exp_()
-    taken = left.unflatten(1, (groups, -1)) * (c @ b.mT).unsqueeze(2)
-    within = (taken.flatten(1, 2) @ inputs.transpose(1, 2)).transpose(1, 2)
-    # What it takes from the chunks before.
-    since = decay.transpose(1, 2).exp().unsqueeze(-1)  # [b, q, h, 1]
-    out = within + by_head(c @ state.mT) * since
+    tokens = x.unflatten(2, (groups, -1))  # [b, q, g, k, p]
+    steps = dt.transpose(1, 2).unflatten(1, (groups, -1))  # [b, g, k, q]
+    # How much of the state is left after each token, in logarithms.
+    decay = (steps * a.view(groups, -1, 1)).cumsum(-1)
+    # What a token takes from the chunks before.
+    before = (c @ state.mT).unflatten(-1, (-1, channels)).transpose(2, 3)  # [b, g, k, q, p]
+    out = (before * _left(decay).unsqueeze(-1)).flatten(0, 2)
+    # What it takes from those before it in the chunk, and nothing from later ones.
+    left = _left(decay.unsqueeze(-1) - decay.unsqueeze(-2))
+    taken = left * (c @ b.mT).tril().unsqueeze(2)
+    inputs = tokens.permute(0, 2, 3, 1, 4) * steps.unsqueeze(-1)
+    out = out.baddbmm_(taken.flatten(0, 2), inputs.flatten(0, 2))
     # What the chunk leaves behind.
     total = decay[..., -1:]
-    until = (total - decay).exp().transpose(1, 2).unsqueeze(-1)
-    kept = total.exp().view(batch, groups, -1, 1).repeat_interleave(channels, 2)
-    return out, state * kept + by_group(inputs * until).mT @ b
+    until = (_left(total - decay) * steps).permute(0, 1, 3, 2).unsqueeze(-1)
+    added = (tokens.transpose(1, 2) * until).flatten(3)  # [b, g, q, k p]
+    kept = _left(total).expand(*total.shape[:3], channels).flatten(2).unsqueeze(-1)
+    after = (state * kept).flatten(0, 1).baddbmm_(added.mT.flatten(0, 1), b.flatten(0, 1))
+    return out.view(before.shape).flatten(1, 2).transpose(1, 2), after.view(state.shape)
 
 
 def mamba_chunk_scan_combined(

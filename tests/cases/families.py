@@ -29,16 +29,19 @@ def family_at(
     groups = _start(parallel)
     result: dict[str, Any] = {"logits": {}}
     models = {}
+    whole = ModelConfig.load(Path(folders["whole"]) / "checkpoint")
     for name, folder in folders.items():
         checkpoint = Path(folder) / "checkpoint"
         config = ModelConfig.load(checkpoint)
-        models[name] = config, _load(config, str(checkpoint), parallel, groups)
+        layout = balanced_layout(whole, config, parallel)
+        models[name] = config, _load(config, str(checkpoint), layout, groups)
         result["logits"][name] = _logits(models[name][1], groups, ids)
     config, chunks = models["whole"]
     result["names"] = [
         name for chunk in chunks for name in chunk.state_dict() if "extra" not in name
     ]
-    result["scores"] = _score(chunks, config, groups, ids, len(ids))
+    batch = len(ids) + len(ids) % (parallel.data_parallel_size or 1)
+    result["scores"] = _score(chunks, config, groups, ids, batch)
     small, pruned = prune_live(chunks, family_of(config), config, plan, parallel, groups)
     assert pruned == models["several"][0]
     layout = balanced_layout(config, pruned, parallel)

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from nemo_minitron.config.axes import AXES, axis_size, has_axis
 from nemo_minitron.config.layers import kinds_of
 from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.stages import (
     ExportConfig,
     ImportanceConfig,
@@ -71,6 +72,12 @@ EXPERTS = {
     "several": {**SEVERAL, "num_moe_experts": 2, "moe_ffn_hidden_size": 16},
 }
 SHARED = {"moe_shared_expert_intermediate_size": 24}
+MIXED = {
+    **EXPERTS,
+    "layer": {"num_layers": 3},
+    "ffn": {"ffn_hidden_size": 24},
+    "several": {**EXPERTS["several"], "ffn_hidden_size": 24, "num_layers": 3},
+}
 HYBRID = {
     **ATTENTION_AND_HIDDEN,
     "layer": {"num_layers": 6},
@@ -298,6 +305,35 @@ CASES = {
         EXPERTS,
         sequence_parallel=True,
     ),
+    # In a pipeline one stage has no experts, the other nothing else.
+    "qwen3_moe_dense": Case(
+        "Qwen3Moe",
+        {**SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40,
+         "norm_topk_prob": True, "mlp_only_layers": [0, 1]},
+        {
+            **LLAMA_DIMS,
+            r"[qk]_norm\.weight": (None,),
+            r"mlp\.gate\.weight": ("expert", "hidden"),
+        },
+        MIXED,
+        sequence_parallel=True,
+    ),
+    "qwen2_moe_dense": Case(
+        "Qwen2Moe",
+        {**SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40,
+         "shared_expert_intermediate_size": 56, "decoder_sparse_step": 2},
+        {
+            r"shared_expert\.(gate|up)_proj\.weight": ("shared_ffn", "hidden"),
+            r"shared_expert\.down_proj\.weight": ("hidden", "shared_ffn"),
+            r"mlp\.shared_expert_gate\.weight": (None, "hidden"),
+            r"mlp\.gate\.weight": ("expert", "hidden"),
+            **LLAMA_DIMS,
+            r"q_proj\.bias": ("q",),
+            r"[kv]_proj\.bias": ("kv",),
+        },
+        {"layer": MIXED["layer"], "several": {**MIXED["several"], **SHARED}},
+        sequence_parallel=True,
+    ),
     "nemotron_h": Case(
         "NemotronH",
         {"vocab_size": 101, "hybrid_override_pattern": "ME*-M-ME", "hidden_size": 48,
@@ -325,6 +361,9 @@ CASES = {
         sequence_parallel=True,
     ),
 }  # fmt: skip
+
+
+ROUTED = [name for name, case in CASES.items() if "num_moe_experts" in case.targets["several"]]
 
 
 # ---------------------------------------------------------------- a family's models
@@ -461,6 +500,18 @@ def test_at_layout(ranks: WorkerPool, models: Models, alone: dict[str, Any], kin
     """Logits, scores and what live pruning leaves."""
     sp = models.case.sequence_parallel
     parallel = layout(tp=2, sp=sp) if kind == "tp2" else layout(pp=2)
+    check_layout(ranks, models, alone, parallel)
+
+
+@pytest.mark.parametrize("models", ROUTED, indirect=True)
+def test_experts_on_two_ranks(ranks: WorkerPool, models: Models, alone: dict[str, Any]) -> None:
+    """The same under expert parallelism."""
+    check_layout(ranks, models, alone, layout(dp=2, ep=2))
+
+
+def check_layout(
+    ranks: WorkerPool, models: Models, alone: dict[str, Any], parallel: ParallelConfig
+) -> None:
     plan = Plan.load(models.home / "several")
     for found in ranks.run(2, family_at, models.folders(), plan, models.ids, parallel):
         check_logits(found, models)

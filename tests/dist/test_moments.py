@@ -153,6 +153,7 @@ def test_stages_together(ranks: WorkerPool, weights, ids, tmp_path: Path) -> Non
     [
         ({"num_moe_experts": 4, "moe_ffn_hidden_size": 8}, ["ffn"], "layers .* have experts"),
         ({"normalization": "LayerNorm"}, ["hidden"], "only RMSNorms"),
+        ({"hybrid_layer_pattern": "*-*-"}, ["ffn"], "not supported for hybrid models"),
     ],
 )
 def test_moments_that_compensate_nothing(change, axes, message) -> None:

@@ -70,8 +70,9 @@ def _free_groups() -> None:
 def _worker(connection: Connection) -> None:
     import torch
 
-    from nemo_minitron.runtime import cpu
+    from nemo_minitron.runtime import cpu, extensions
 
+    extensions.be_quiet()
     torch.set_num_threads(1)
     cpu.install()
     # Megatron collects garbage at every save; a million objects of imported modules are none.

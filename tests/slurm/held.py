@@ -10,11 +10,11 @@ from pathlib import Path
 
 from nemo_minitron.cli import main
 from nemo_minitron.runtime import cpu
-from nemo_minitron.runtime.extensions import quiet_imports
+from nemo_minitron.runtime.extensions import be_quiet
 
 
 def _hold() -> None:
-    quiet_imports()
+    be_quiet()
     cpu.install()
     from nemo_minitron.models.gpt import MinitronGPTModel
 

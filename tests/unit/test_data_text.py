@@ -6,6 +6,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from nemo_minitron.checkpoint.manifest import fingerprint
+from nemo_minitron.checkpoint.watched import files_read
 from nemo_minitron.data.checks import check_batch_sizes, check_data
 from nemo_minitron.data.splits import parse_split, split_bounds, split_numbers
 from nemo_minitron.data.text import find_source, read_documents, unique_documents
@@ -293,3 +295,44 @@ def test_one_long_part_is_looked_at_once(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text(text + "\n\nend")
     (tmp_path / "b.json").write_text(json.dumps([{"text": text}, {"text": "end"}]))
     assert _read(tmp_path / "a.txt") == _read(tmp_path / "b.json") == [text.strip(), "end"]
+
+
+def test_a_pattern_reads_subfolders_in_sorted_order(tmp_path, caplog):
+    (tmp_path / "data" / "b" / "deep").mkdir(parents=True)
+    write_jsonl(tmp_path / "data" / "c.jsonl", ["third"])
+    write_jsonl(tmp_path / "data" / "b" / "deep" / "a.jsonl", ["second"])
+    (tmp_path / "data" / "a.txt").write_text("first\n\nstill first")
+    (tmp_path / "data" / "b" / "x.csv").write_text("a,b")
+    pattern = tmp_path / "data" / "**" / "*.*"
+    assert _read(pattern) == ["first\n\nstill first", "second", "third"]
+    check_data(data_config(pattern, split="1"))
+    assert "1 of 4 files of the pattern are not read: x.csv; read are files" in caplog.text
+    before = fingerprint(pattern)
+    write_jsonl(tmp_path / "data" / "b" / "new.jsonl", ["more"])
+    assert fingerprint(pattern) != before
+    assert len(files_read("data.path", pattern)) == 5
+    with pytest.raises(ValueError, match=r"\*.csv names no file of the forms .*; it names x.csv"):
+        find_source(tmp_path / "data" / "b" / "*.csv")
+    with pytest.raises(ValueError, match=r"\*.xml does not exist; set data.path to"):
+        find_source(tmp_path / "data" / "*.xml")
+
+
+def test_a_folder_of_the_library_datasets(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    texts = make_texts(20)
+    saved = datasets.Dataset.from_dict({"body": texts, "n": list(range(20))})
+    saved.save_to_disk(tmp_path / "one", num_shards=3)
+    assert _read(tmp_path / "one", text_key="body") == texts
+    (first,) = (tmp_path / "one").glob("data-00000-*.arrow")
+    assert _read(first, text_key="body") == texts[:7]
+    with pytest.raises(ValueError, match=r"0 columns 'text'; set data.text_key .*\['body', 'n'\]"):
+        _read(tmp_path / "one")
+    datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(tmp_path / "two")
+    with pytest.raises(ValueError, match=r"the splits test, train of a DatasetDict; set data.path"):
+        find_source(tmp_path / "two")
+    first.write_bytes(first.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"data-00000-of-00003.arrow is not a readable Arrow file"):
+        _read(tmp_path / "one", text_key="body")
+    first.unlink()
+    with pytest.raises(ValueError, match=r"state.json names .*data-00000-.*, which is no file"):
+        find_source(tmp_path / "one")

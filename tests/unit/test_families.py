@@ -141,8 +141,8 @@ def test_qwen2_moe_of_long_ago_says_less():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\] is not supported"),
-        ({"decoder_sparse_step": 2}, "decoder_sparse_step=2 is not supported"),
+        ({"mlp_only_layers": [0, 1, 2, 3]}, r"mlp_only_layers=\[0, 1, 2, 3\] .* leave no layer"),
+        ({"decoder_sparse_step": 5}, "decoder_sparse_step=5 leave no layer"),
         (
             {"layer_types": ["sliding_attention", "full_attention"] * 2},
             "layer_types holds 'sliding_attention' with use_sliding_window=false",

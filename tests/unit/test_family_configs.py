@@ -71,7 +71,7 @@ def test_mistral_defaults_are_those_of_transformers() -> None:
     [
         (QWEN3, {"attention_bias": True}, "attention_bias=true is not supported"),
         (QWEN2, {"rope_scaling": {"type": "su", "factor": 4.0}}, "rope_scaling type 'su'"),
-        (QWEN3_MOE, {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\] is not supported"),
+        (QWEN3_MOE, {"decoder_sparse_step": 0}, "decoder_sparse_step=0 leave no layer"),
         (QWEN3_MOE, {"attention_bias": True}, "attention_bias=true is not supported"),
         (NEMOTRON, {"hidden_act": "silu"}, "hidden_act=silu is not supported; only relu2"),
         (NEMOTRON, {"mlp_bias": True}, "mlp_bias=true is not supported"),

@@ -214,7 +214,7 @@ def test_archives(tmp_path: Path) -> None:
         ({"multi_latent_attention": True}, "multi_latent_attention=True is not supported"),
         (
             {"num_experts": 4, "moe_layer_freq": [1, 0]},
-            "moe_layer_freq=[1, 0] is not supported; only 1",
+            "moe_layer_freq=[1, 0] is not supported; only a list of num_layers=",
         ),
         (
             {"rotary_seq_len_interpolation_factor": 2, "use_rope_scaling": True},

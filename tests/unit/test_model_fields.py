@@ -35,6 +35,7 @@ from tests.unit.test_families import LLAMA3_ROPE
 from tests.unit.test_family_configs import QWEN2
 
 GROUPED = replace(NEMOTRON_H, num_moe_experts=8, moe_router_num_groups=2, moe_router_group_topk=1)
+MIXED = replace(QWEN2_MOE, ffn_hidden_size=64, moe_layer_freq=[0, 1, 1, 1])
 # Field -> a model in which it says something, and what else it could say there.
 FIELDS: dict[str, tuple[ModelConfig, Any]] = {
     "num_layers": (LLAMA, 3),
@@ -67,6 +68,7 @@ FIELDS: dict[str, tuple[ModelConfig, Any]] = {
     "moe_router_pre_softmax": (QWEN2_MOE, False),
     "moe_shared_expert_intermediate_size": (QWEN2_MOE, 60),
     "moe_shared_expert_gate": (QWEN2_MOE, False),
+    "moe_layer_freq": (MIXED, [1, 1, 0, 1]),
     "moe_router_score_function": (NEMOTRON_H, "softmax"),
     "moe_router_enable_expert_bias": (NEMOTRON_H, False),
     "moe_router_topk_scaling_factor": (NEMOTRON_H, 1.0),
@@ -165,11 +167,15 @@ def test_alike_layers_are_not_in_model_yaml(tmp_path: Path) -> None:
     """The file stays as versions without per-layer fields write it, and theirs is read."""
     LLAMA.save(tmp_path)
     text = (tmp_path / "model.yaml").read_text()
-    assert not any(name in text for name in ("no_rope_freq", "window_size", "multipliers"))
+    optional = ("no_rope_freq", "window_size", "multipliers", "moe_layer_freq")
+    assert not any(name in text for name in optional)
     assert ModelConfig.load(tmp_path) == LLAMA
     SMOLLM3.save(tmp_path)
     assert ModelConfig.load(tmp_path) == SMOLLM3
     assert replace(SMOLLM3, no_rope_freq=[0] * 4).no_rope_freq is None
+    assert replace(MIXED, moe_layer_freq=[1] * 4).moe_layer_freq is None
+    with pytest.raises(ValueError, match=r"moe_layer_freq=\[1, 0, 1, 1\] needs experts"):
+        replace(LLAMA, moe_layer_freq=[1, 0, 1, 1])
 
 
 def test_a_per_layer_field_has_an_entry_for_each_layer() -> None:
@@ -187,6 +193,23 @@ def test_every_nth_layer_of_megatron_is_a_list(said: int, read: list[int] | None
     stated = of_args({**vars(megatron_lm_args(SMOLLM3)), "no_rope_freq": 3}, "here")
     with pytest.raises(ValueError, match=r"no_rope_freq=3 .* only a divisor of num_layers=4"):
         model_fields(stated, SMOLLM3.vocab_size)
+
+
+def test_dense_layers_of_megatron_are_a_list() -> None:
+    """A number is read as Megatron does; experts alone need no list, and a dense width none."""
+    args = vars(megatron_lm_args(MIXED))
+
+    def read(said: Any) -> dict[str, Any]:
+        return model_fields(of_args({**args, "moe_layer_freq": said}, "here"), MIXED.vocab_size)
+
+    assert read(2)["moe_layer_freq"] == [1, 0, 1, 0]
+    assert read(2)["ffn_hidden_size"] == MIXED.ffn_hidden_size
+    for alike in (1, [1] * 4):
+        assert read(alike)["moe_layer_freq"] is None
+        assert read(alike)["ffn_hidden_size"] == MIXED.moe_ffn_hidden_size
+    for wrong in (0, [1, 0], [0] * 4):
+        with pytest.raises(ValueError, match=r"moe_layer_freq=.* only a list of num_layers=4"):
+            read(wrong)
 
 
 @pytest.mark.parametrize("model", [OLMO2, LLAMA], ids=["olmo2", "llama"])

@@ -222,3 +222,16 @@ def test_axes_that_a_model_lacks():
 def test_channels_need_an_expert():
     with pytest.raises(ValueError, match="'expert_ffn' dim needs an expert"):
         dim_indices("expert_ffn", MIXTRAL, full_plan(MIXTRAL), 0)
+
+
+@pytest.mark.parametrize(("dropped", "kind"), [([2], "\\*-"), ([1, 3, 4], "\\*E")])
+def test_layers_of_either_kind_stay(dropped: list[int], kind: str) -> None:
+    """Nothing could be said of the width of dense layers, or of experts, without one."""
+    mixed = replace(QWEN2_MOE, ffn_hidden_size=64, moe_layer_freq=[1, 0, 1, 1])
+    says = rf"all layers of kind '{kind}' of moe_layer_freq=\[1, 0, 1, 1\]"
+    with pytest.raises(ValueError, match=says):
+        make_plan(mixed, PruningConfig(drop_layers=dropped), None)
+    plan = make_plan(mixed, PruningConfig(drop_layers=[1, 3]), None)
+    assert pruned_config(mixed, plan).moe_layer_freq == [0, 1]
+    assert [len(channels) for channels in plan["ffn"]] == [64, 0]
+    assert [len(experts) for experts in plan["expert"]] == [0, 4]

@@ -7,7 +7,7 @@ import torch
 
 from nemo_minitron.config.stages import PruningConfig, ScoreConfig, TargetConfig
 from nemo_minitron.pruning.plan import Plan, full_plan, make_plan, pruned_config
-from nemo_minitron.pruning.scores import Scores, model_meta
+from nemo_minitron.pruning.scores import Scores, layer_scores, model_meta
 from nemo_minitron.pruning.targets import check_pruning
 from tests.helpers.tiny import LLAMA
 
@@ -241,3 +241,42 @@ def test_scores_of_another_model_are_refused() -> None:
     scores.meta = {"model": model_meta(replace(LLAMA, num_layers=3, hidden_size=32))}
     with pytest.raises(ValueError, match=r"num_layers=3 \(checkpoint: 4\), hidden_size=32"):
         make_plan(LLAMA, prune(hidden_size=8), scores)
+
+
+HYBRID = replace(
+    LLAMA,
+    num_layers=6,
+    hybrid_layer_pattern="M-M*M-",
+    mamba_num_heads=2,
+    mamba_head_dim=2,
+    mamba_num_groups=2,
+    mamba_state_dim=2,
+)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "scores", "layers", "kept"),
+    [
+        ("lm_loss", [9.0, 5, 8, 1, 7, 6], 4, [0, 2, 3, 5]),  # the only attention has the lowest
+        ("lm_loss", [9.0, 5, 8, 1, 7, 6], 3, [0, 3, 5]),
+        ("block_lm_loss", [4.0, 2, 1, 3, 5], 4, [0, 3, 4, 5]),  # the best block holds the attention
+    ],
+)
+def test_the_best_layer_of_every_kind_stays(
+    criterion: str, scores: list[float], layers: int, kept: list[int]
+) -> None:
+    name = layer_scores(criterion, 6 - layers)
+    given = Scores({name: torch.tensor(scores)}, meta={"model": model_meta(HYBRID)})
+    assert make_plan(HYBRID, depth(criterion, layers), given).layers == kept
+
+
+@pytest.mark.parametrize(
+    ("pruning", "message"),
+    [
+        (prune(num_layers=2), "3 kinds .* keep at least 3 layers"),
+        (prune([4]), "all layers of kind '\\*' .* leave it out of pruning.drop_layers"),
+    ],
+)
+def test_a_kind_that_would_be_gone_is_refused(pruning: PruningConfig, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_pruning(HYBRID, pruning)

@@ -13,7 +13,13 @@ import yaml
 from nemo_minitron.config import load, schema
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.config.stages import FinetuneConfig, PipelineConfig, PlanConfig
+from nemo_minitron.config.stages import (
+    FinetuneConfig,
+    PipelineConfig,
+    PlanConfig,
+    PruningConfig,
+    TargetConfig,
+)
 from nemo_minitron.config.training import DataConfig, OptimConfig, TrainerConfig
 from nemo_minitron.config.training_stages import TrainingStageConfig
 from nemo_minitron.families.registry import family_of
@@ -23,7 +29,9 @@ from nemo_minitron.planning.activations import micro_batches_in_flight
 from nemo_minitron.planning.compute import forward_flops, work
 from nemo_minitron.planning.items import plan_items, room
 from nemo_minitron.planning.memory import Job, fullest_rank
+from nemo_minitron.planning.models import target_model
 from tests.helpers.bad_input import run_line
+from tests.helpers.tiny import NEMOTRON_H
 
 CONF = schema.conf_dir()
 # Parameters in 1e9 to two digits, also where the papers print one: 2408.11796, table 3;
@@ -265,3 +273,10 @@ def test_the_pipeline_warns_of_another_model(tmp_path, caplog):
     (tmp_path / "config.json").write_text(json.dumps(other))
     warn_of_another_model(read_items(cfg), stated_model(cfg))
     assert "has num_layers=28" in caplog.text
+
+
+def test_layers_that_scores_will_choose_are_a_like_share_of_every_kind(caplog) -> None:
+    assert NEMOTRON_H.hybrid_layer_pattern == "M-M*MEM-"
+    small = target_model(NEMOTRON_H, PruningConfig(target=TargetConfig(num_layers=5)))
+    assert small.hybrid_layer_pattern == "M-M*E"
+    assert "M - M * E, a like share of every kind" in caplog.text

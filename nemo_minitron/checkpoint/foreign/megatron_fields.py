@@ -21,10 +21,6 @@ def _one_of(*values: object) -> _Allowed:
     return lambda value: any(value is other or value == other for other in values)
 
 
-def _all_ones(value: object) -> bool:
-    return value == 1 or (isinstance(value, list | tuple) and set(value) == {1})
-
-
 # Fields that change the network, and the values that leave it as it is here.
 _ONLY: dict[str, tuple[_Allowed, str]] = {
     "multi_latent_attention": (_one_of(None, False), "false"),
@@ -40,7 +36,7 @@ _ONLY: dict[str, tuple[_Allowed, str]] = {
     "heterogeneous_block_specs": (_one_of(None, False), "false"),
     "is_hybrid_model": (_one_of(None, False), "false"),
     "apply_embedding_scaling": (_one_of(None, False), "false"),
-    "moe_layer_freq": (lambda value: value is None or _all_ones(value), "1"),
+    "use_mup": (_one_of(None, False), "false"),
     "moe_router_score_function": (_one_of(None, "softmax"), "softmax"),
     # One name, or a list of them.
     "moe_router_load_balancing_type": (
@@ -169,10 +165,11 @@ def _experts(stated: Stated, ffn: int) -> JsonObject:
     experts = stated.get("num_moe_experts", None)
     if experts is None:
         return {"ffn_hidden_size": ffn}
-    width = stated.get("moe_ffn_hidden_size", ffn)
+    width, routed = stated.get("moe_ffn_hidden_size", ffn), _routed_layers(stated)
     return {
-        # The width of dense layers, which this model does not have.
-        "ffn_hidden_size": width,
+        # The width of dense layers; that of the experts where there are none.
+        "ffn_hidden_size": width if routed is None else ffn,
+        "moe_layer_freq": routed,
         "num_moe_experts": experts,
         "moe_ffn_hidden_size": width,
         "moe_router_topk": stated.get("moe_router_topk", 2),
@@ -182,6 +179,18 @@ def _experts(stated: Stated, ffn: int) -> JsonObject:
         ),
         "moe_shared_expert_gate": bool(stated.get("moe_shared_expert_gate", False)),
     }
+
+
+def _routed_layers(stated: Stated) -> list[int] | None:
+    """For each layer whether it has experts; a number of Megatron's means every n-th layer."""
+    value, layers = stated.get("moe_layer_freq", 1), stated.need("num_layers")
+    if isinstance(value, int):
+        value = [layer % value == 0 for layer in range(layers)] if value > 0 else [False]
+    found = [int(bool(entry)) for entry in value]
+    if len(found) != layers or not any(found):
+        only = f"a list of num_layers={layers} entries with a 1, or a number above 0"
+        raise stated.refuse("moe_layer_freq", only)
+    return None if all(found) else found
 
 
 # What only families of hybrid models have; ``match_family`` compares it.

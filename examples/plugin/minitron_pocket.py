@@ -1,0 +1,39 @@
+"""A family, Pocket, which is a Llama under another name, and a loss, the Jeffreys divergence."""
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from nemo_minitron.config.distillation import DistillationConfig
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.distillation.divergences import forward_kl, reverse_kl
+from nemo_minitron.distillation.vocab import VocabShard
+from nemo_minitron.families.llama import READS, ROWS, dense
+from nemo_minitron.families.llama import to_hf as llama_to_hf
+from nemo_minitron.families.table import Family
+
+NAMES = {"PocketForCausalLM": "pocket"}
+
+
+def from_hf(hf: dict[str, Any]) -> ModelConfig:
+    """Read the sizes of a config.json."""
+    return replace(dense(hf), family="pocket")
+
+
+def to_hf(config: ModelConfig) -> dict[str, Any]:
+    """Write config.json of a (pruned) model."""
+    named = {"architectures": list(NAMES), "model_type": "pocket"}
+    return {**llama_to_hf(config), **named}
+
+
+POCKET = Family("pocket", NAMES, ROWS, from_hf, to_hf, READS, models="Pocket")
+
+
+def jeffreys(
+    student: Tensor, teacher: Tensor, weight: Tensor, config: DistillationConfig, shard: VocabShard
+) -> tuple[Tensor, Tensor]:
+    """KL(teacher || student) + KL(student || teacher), as ``divergences.LossFunction`` says."""
+    one, gradient = forward_kl(student.clone(), teacher.clone(), weight, config, shard)
+    other, more = reverse_kl(student, teacher, weight, config, shard)
+    return one + other, gradient + more

@@ -1,0 +1,78 @@
+"""The Python interface on a stock GPTModel of megatron-core, built as another program builds it."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from nemo_minitron.config.parallel import ParallelConfig
+from tests.cases.live_truth import Truth, layout, make_truth
+from tests.cases.stock import against_our_own, refusals, run_page, without_groups
+from tests.helpers.pool import WorkerPool
+from tests.helpers.snippets import REPO, snippets
+from tests.helpers.tiny import LLAMA
+
+MODEL = replace(LLAMA, num_layers=8)
+TARGETS = {"hidden_size": 40, "ffn_hidden_size": 64, "num_attention_heads": 4}
+LAYOUTS = {
+    "TP1": layout(),
+    "TP2 PP2": layout(tp=2, pp=2),
+    "PP2 VPP2": layout(pp=2, vpp=2),
+}
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def truth(ranks: WorkerPool, tmp_path_factory) -> Truth:
+    return make_truth(ranks, tmp_path_factory.mktemp("stock"), MODEL)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_as_our_own_model(ranks: WorkerPool, truth: Truth, name: str) -> None:
+    """Scores, kept indices, weights, and gradients of a distillation of the pruned model."""
+    parallel: ParallelConfig = LAYOUTS[name]
+    targets = {**TARGETS, "num_layers": 4 if "VPP" in name else 6}
+    arguments = (MODEL, str(truth.folder), truth.ids, parallel, targets)
+    for found in ranks.run(parallel.world_size(), against_our_own, *arguments):
+        assert found["axes"][0] == found["axes"][1]
+        assert max(found["scores"].values()) < 1e-5
+        assert all(mine == ours for mine, ours in found["meta"].values())
+        assert found["plans"][0] == found["plans"][1]
+        assert found["class"] == {"GPTModel"}
+        assert found["equal"]
+        assert found["gradients"] < 1e-4
+
+
+@pytest.mark.parametrize("ours", [False, True], ids=["stock", "ours"])
+def test_a_refusal_leaves_the_weights_alone(ranks: WorkerPool, truth: Truth, ours: bool) -> None:
+    arguments = (MODEL, str(truth.folder), LAYOUTS["TP2 PP2"], ours)
+    says = {
+        "part": "adapter.weight has no row",
+        "shallow": "the plan's 'layer' must be some of the model's indices 0 to 7",
+        "wide": "the plan's 'hidden' must be some of the model's indices 0 to 63",
+        "odd": "pruning.target.ffn_hidden_size to 50 or 52",
+        "different": "the ranks were given different plans",
+        "setting": "GPTModel: qk_l2_norm=True is not supported; only false",
+    }
+    for found in ranks.run(4, refusals, *arguments):
+        assert len(found) == 5 + (not ours)
+        for name, (said, untouched) in found.items():
+            assert says[name] in said, name
+            assert untouched, name
+
+
+def test_groups_have_to_be_initialised(ranks: WorkerPool) -> None:
+    assert "initialize_model_parallel first" in ranks.run(1, without_groups)[0]
+
+
+def test_the_page_of_the_interface(ranks: WorkerPool, truth: Truth, tmp_path) -> None:
+    """Every block of docs/api.md runs, in an empty folder but for a result."""
+    blocks = snippets(REPO / "docs" / "api.md")
+    assert [block.kind for block in blocks] == ["python"] * 5
+    checkpoint = tmp_path / "runs" / "teacher" / "checkpoint"
+    shutil.copytree(truth.folder, checkpoint)
+    MODEL.save(checkpoint)
+    assert ranks.run(1, run_page, [block.code for block in blocks], str(tmp_path))[0] == [
+        "exported/model.safetensors"
+    ]
+    assert (tmp_path / "runs" / "pruned" / "model.yaml").is_file()
