@@ -159,8 +159,7 @@ class Campaign:
             self._whole(case, output)
         whole = (self.work / output / "manifest.json").is_file()  # it ended before the fault
         again = self.run(case.stage, case.layout, output)  # also removes what a killed job left
-        again = None if whole else again
-        if again is not None and again.returncode != 0:
+        if not whole and again.returncode != 0:
             last = again.stderr.strip().splitlines()[-1:]
             case.wrong.append(f"the same command then ends with {again.returncode}: {last}")
         elif not (self.work / output / "manifest.json").is_file():
