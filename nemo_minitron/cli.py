@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import logging
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -57,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return usage.complete(rest)
     if stage == "submit":
         return _submit(rest)
+    if stage == "from-megatron":
+        return _from_megatron(rest)
     if stage not in STAGE_CONFIGS:
         return _refuse(usage.unknown_stage(stage))
     if "--help" in rest or "-h" in rest:
@@ -89,6 +92,32 @@ def _submit(arguments: list[str]) -> int:
         return submit.main(arguments)
     except ValueError as error:
         return _refuse(str(error))
+
+
+def _from_megatron(arguments: list[str]) -> int:
+    """``minitron from-megatron ARGS``: overrides on stdout, what has no key on stderr."""
+    stage = None
+    if arguments[:1] == ["--stage"] and len(arguments) > 1:
+        stage, arguments = arguments[1], arguments[2:]
+        if stage not in STAGE_CONFIGS:
+            return _refuse(usage.unknown_stage(stage))
+    if not arguments or {"--help", "-h"} & {*arguments}:
+        return _say(usage.FROM_MEGATRON)
+    from nemo_minitron.checkpoint.foreign.argument_list import read
+    from nemo_minitron.checkpoint.foreign.argument_overrides import take
+
+    try:
+        taken = take(read(arguments))
+    except ValueError as error:
+        return _refuse(f"from-megatron: {error}")
+    for note in taken.comments():
+        sys.stderr.write(f"# {note}\n")
+    known = [key.name for key in schema.keys(schema.COMMANDS[stage])] if stage else None
+    for line in taken.lines():
+        key = line.partition("=")[0].lstrip("+")
+        if known is None or any(key == k or key.startswith(k + ".") for k in known):
+            sys.stdout.write(shlex.quote(line) + "\n")
+    return 0
 
 
 def _say(text: str) -> int:

@@ -23,6 +23,19 @@ FLAGS = (
     ("hydra.verbose=true", "log debug messages"),
     ("--hydra-help", "what else Hydra offers"),
 )
+FROM_MEGATRON = """\
+usage: minitron from-megatron [--stage STAGE] ARGS... | @FILE | --file FILE
+
+Prints the keys that say what the arguments of a run of Megatron-LM said, one to a line; on stderr,
+after a #, whatever has no key here, and why. Nothing is run.
+
+  ARGS           as they stand behind pretrain_gpt.py; a torchrun before them gives the replicas
+  FILE           a shell script, a list of arguments, the run_config.yaml of a Megatron-Bridge
+                 checkpoint, or a .yaml with MODEL_ARGS
+  --stage STAGE  the keys of this stage alone
+
+  minitron from-megatron --file train.sh | xargs minitron plan finetune checkpoint=C output_dir=O
+"""
 COMPLETION_FLAGS = ("-sc", "--shell-completion")
 EXIT_CODES = (
     ("0", "done"),
@@ -48,6 +61,7 @@ def overview() -> str:
             "",
             "`minitron <stage> --help` lists its keys.",
             "`minitron submit <stage> key=value ...` queues it with SLURM.",
+            "`minitron from-megatron ARGS...` prints the keys for arguments of Megatron-LM.",
             "",
             "flags:",
             *_table(FLAGS),

@@ -41,6 +41,10 @@ CHANGES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("add a stage", ("stages/evaluate.py", "config/schema.py")),
     ("read another form of text", ("data/formats.py",)),
     ("read the checkpoint of another program", ("checkpoint/foreign/megatron_sources.py",)),
+    (
+        "take an argument of Megatron-LM over",
+        ("checkpoint/foreign/argument_tables.py", "checkpoint/foreign/argument_overrides.py"),
+    ),
     ("change how results appear, resume or are replaced", ("checkpoint/artifact.py",)),
     ("change what a signal does", ("runtime/endings.py", "runtime/supervise.py")),
     ("follow a new release of Megatron-Core", ("runtime/megatron.py",)),

@@ -1,0 +1,121 @@
+"""The sizes of a model in the arguments of a training run, for the section ``model:`` of plan."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from nemo_minitron.checkpoint.foreign.argument_list import Given
+from nemo_minitron.checkpoint.foreign.argument_tables import MODEL
+from nemo_minitron.checkpoint.foreign.megatron_fields import match_family, model_fields
+from nemo_minitron.checkpoint.foreign.megatron_stated import Stated, of_args, of_core
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.documents import JsonObject
+
+_ARGS_DEFAULTS: JsonObject = {
+    "untie_embeddings_and_output_weights": False,
+    "swiglu": False,
+    "position_embedding_type": "learned_absolute",
+    "normalization": "LayerNorm",
+    "norm_epsilon": 1e-5,
+    "bias_gelu_fusion": True,
+}
+"""What Megatron-LM's parser says where nothing is given, and a checkpoint would hold."""
+
+
+class _Read(Mapping[str, Any]):
+    """Values that remember which of them were asked for."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values, self.asked = values, set[str]()
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return self._values[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+@dataclass
+class ModelRead:
+    """What the arguments say of the model.
+
+    Attributes:
+        config: the model, or None where it cannot be known.
+        read: arguments that were looked at.
+        left: those of them that were not taken over, and why.
+        note: why there is no model.
+    """
+
+    config: ModelConfig | None = None
+    read: set[str] = field(default_factory=lambda: set(MODEL))
+    left: dict[str, str] = field(default_factory=dict)
+    note: str = ""
+
+    def keys(self) -> JsonObject:
+        """Fields of the model that are not at their defaults."""
+        if self.config is None:
+            return {}
+        said = {f.name: (getattr(self.config, f.name), f.default) for f in fields(ModelConfig)}
+        dropped = ("hf", "kept_layers")
+        return {k: value for k, (value, d) in said.items() if value != d and k not in dropped}
+
+
+def _stated(given: Given, found: ModelRead) -> Stated:
+    if given.bridge is not None:
+        return of_core(given.bridge, "section model")
+    args = {**_ARGS_DEFAULTS, **given.values}
+    if args.get("use_rotary_position_embeddings"):
+        args["position_embedding_type"] = "rope"
+    if args.get("disable_bias_linear"):
+        args["add_bias_linear"] = False
+    if args.get("ffn_hidden_size") is None and isinstance(args.get("hidden_size"), int):
+        hidden = int(args["hidden_size"])
+        args["ffn_hidden_size"] = hidden * 8 // 3 // 64 * 64 if args["swiglu"] else 4 * hidden
+    if args.get("max_position_embeddings") is None:
+        args["max_position_embeddings"] = args.get("seq_length")
+    one = (
+        "apply_layernorm_1p" if args.get("apply_layernorm_1p") else "layernorm_zero_centered_gamma"
+    )
+    if args["normalization"] == "RMSNorm" and args.pop(one, False):
+        found.left[given.name(one)] = "RMSNorm stores its weights as they are here, not less one"
+    return of_args(args, "the argument list")
+
+
+def read_model(given: Given) -> ModelRead:
+    """Find the model; one that no family has is no error, but a note."""
+    found = ModelRead()
+    if "num_layers" not in given.values and "hybrid_layer_pattern" not in given.values:
+        found.note = "no sizes of a model are given; minitron plan reads them in a checkpoint"
+        return found
+    vocabulary = _vocabulary(given)
+    values: _Read | None = None
+    try:
+        stated = _stated(given, found)
+        values = _Read(stated.values)
+        sizes = model_fields(replace(stated, values=values), vocabulary or 128)
+        found.read |= {stated.name(key) for key in values.asked} | values.asked
+        config = match_family(stated, sizes)[1]
+    except ValueError as error:
+        found.note = f"no model.* is written: {error}"
+        return found
+    if vocabulary is None:
+        found.note = (
+            "no model.* is written, as nothing says the size of the vocabulary "
+            f"({given.name('tokenizer_model')}={given.values.get('tokenizer_model')}); add "
+            "--vocab-size N"
+        )
+        return found
+    config.dtype = "bfloat16" if given.values.get("bf16") else "float32"
+    found.config = config
+    return found
+
+
+def _vocabulary(given: Given) -> int | None:
+    size = given.values.get("vocab_size") or given.values.get("padded_vocab_size")
+    # Megatron-LM's tokenizer that has no words adds one for the end of a document.
+    null = str(given.values.get("tokenizer_type", "")).startswith("Null")
+    return size + null if isinstance(size, int) else None
