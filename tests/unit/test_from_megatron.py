@@ -10,7 +10,7 @@ import pytest
 
 from nemo_minitron.cli import main
 from nemo_minitron.config import load
-from nemo_minitron.config.stages import FinetuneConfig
+from nemo_minitron.config.stages import FinetuneConfig, PlanConfig
 from nemo_minitron.pipeline.plan import of_one_stage
 
 DATA = Path(__file__).parents[1] / "data"
@@ -87,6 +87,7 @@ def test_a_public_recipe_composes_passes_plan_and_names_what_it_lacks(run, file,
         layout.data_parallel_size,
     )
     planned = load.compose("plan", of_one_stage("finetune", [*paths, *overrides]))
+    assert isinstance(planned, PlanConfig)
     assert model.items() <= planned.model.items()
     nodes = (layout.world_size() + 7) // 8
     assert main(["plan", "finetune", *paths, *overrides, f"nodes={nodes}"]) == 0

@@ -197,8 +197,7 @@ def _without_branches(text: str, given: Given) -> str:
     """The lines that always run; what the others would add is named."""
     depth, kept = 0, []
     for line in text.splitlines():
-        first = re.match(r"\s*(\w*)", line)
-        depth += bool(first) and first[1] in ("if", "case")
+        depth += bool(re.match(r"\s*(if|case)\b", line))
         if depth == 0:
             kept.append(line)
         for name in re.findall(r"(?<![\w-])--\w[\w-]*", line) if depth else ():

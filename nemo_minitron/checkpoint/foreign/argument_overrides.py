@@ -184,8 +184,8 @@ def _take_one(given: Given, name: str, value: object, taken: Taken) -> None:
         return
     if name in tables.KEYS:
         _take_key(given, name, value, taken)
-    elif name in tables.FIELDS or (field_ := _field(name, value)):
-        target, fixed = tables.FIELDS.get(name) or field_
+    elif found := tables.FIELDS.get(name) or _field(name, value):
+        target, fixed = found
         part, _, own = target.partition(".")
         if given.bridge is not None and _at_default(part, own, value):
             return
