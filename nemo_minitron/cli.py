@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import nemo_minitron
 from nemo_minitron import sweeps, usage
 from nemo_minitron.config import load, schema
+from nemo_minitron.config.overrides import refuse_blanks
 from nemo_minitron.config.stages import (
     STAGE_CONFIGS,
     ImportanceConfig,
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if stage not in STAGE_CONFIGS:
         return _refuse(usage.unknown_stage(stage))
     if "--help" in rest or "-h" in rest:
-        return _say(usage.stage_help(stage))
+        return _say(usage.stage_help(stage, usage.config_dir(rest)))
     if stage == "plan" and rest and rest[0] in STAGE_CONFIGS:
         return _plan_one(*rest)
     return _run_hydra(stage, rest)
@@ -141,7 +142,7 @@ def _run_hydra(stage: str, arguments: list[str]) -> int:
     # Hydra would answer every exception with exit code 1; this makes it let them through.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     load.register()
-    flags = get_args_parser().parse_intermixed_args(arguments)
+    flags, unknown = get_args_parser().parse_known_intermixed_args(arguments)
     codes: list[int] = []
 
     def job(composed: "DictConfig") -> None:
@@ -157,11 +158,12 @@ def _run_hydra(stage: str, arguments: list[str]) -> int:
 
     before = sys.argv
     try:
-        load.check_overrides(stage, flags.overrides, flags.config_dir)
+        refuse_blanks(flags.overrides, unknown)
+        others = [a for a in arguments if a not in flags.overrides]
+        flags.overrides = overrides = load.opened(flags.overrides)
+        load.check_overrides(stage, overrides, flags.config_dir)
         with scratch() as temporary:
-            others = [a for a in arguments if a not in flags.overrides]
             sweep = sweeps.sweep_settings(flags, str(temporary))
-            overrides = load.opened(flags.overrides)
             sys.argv = [f"minitron {stage}", *overrides, *sweep, *others]
             folder = str(schema.conf_dir())
             hydra.main(version_base="1.3", config_path=folder, config_name=stage)(job)()
@@ -319,7 +321,7 @@ def _same_job(stage: str, config: StageConfig) -> list[str]:
 
     settings = HydraConfig.get()
     of_sweep = ("hydra.mode", "hydra.sweep", "hydra/sweep", "hydra.launch", "hydra/launch")
-    dropped = (*of_sweep, "hydra.job.config")
+    dropped = (*of_sweep, "hydra.job.config", "hydra.searchpath")
     ours = [o for o in settings.overrides.hydra if not o.lstrip("+~").startswith(dropped)]
     task = [o for o in settings.overrides.task if not o.startswith("output_dir=")]
     folder = load.override("output_dir", config.output_dir)

@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import textwrap
+from argparse import ArgumentParser
 from collections.abc import Sequence
 
 from nemo_minitron.config import load, schema
@@ -83,15 +84,23 @@ def _from_others() -> list[str]:
     return ["", "from other packages:", *_table(rows)] if rows else []
 
 
-def stage_help(stage: str) -> str:
-    """Text of ``minitron <stage> --help``."""
+def config_dir(arguments: Sequence[str]) -> str | None:
+    """What ``--config-dir`` says in a command line, if anything."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd")
+    found: str | None = parser.parse_known_args(list(arguments))[0].config_dir
+    return found
+
+
+def stage_help(stage: str, own: str | None = None) -> str:
+    """Text of ``minitron <stage> --help``; ``own`` is the user's folder of config files."""
     keys = [
         (f"{key.name}={shown(key.default)}", f"{key.words}: {key.doc}".removeprefix(": "))
         for key in schema.keys(schema.COMMANDS[stage])
     ]
     groups = [
         (f"{name}=", ", ".join(entries) or "(yours, from --config-dir)")
-        for name, entries in load.groups(stage).items()
+        for name, entries in load.groups(stage, own).items()
     ]
     return "\n".join(
         [

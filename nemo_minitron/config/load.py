@@ -12,11 +12,12 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_minitron.config import schema
+from nemo_minitron.config.overrides import opened as opened
+from nemo_minitron.config.overrides import override as override
 from nemo_minitron.config.stages import StageConfig
 from nemo_minitron.documents import refuse_too_much
 
 T = TypeVar("T")
-_PLAIN = re.compile(r"[A-Za-z_./][A-Za-z0-9_./-]*")
 
 
 def register() -> None:
@@ -81,8 +82,8 @@ def compose(stage: str, overrides: Sequence[str], config_dir: str | None = None)
 
     register()
     try:
+        overrides = opened([*overrides, *searchpath()])
         check_overrides(stage, overrides, config_dir)
-        overrides = opened(overrides)
         if GlobalHydra.instance().is_initialized():
             composed = hydra_compose(config_name=stage, overrides=list(overrides))
         else:
@@ -114,15 +115,6 @@ def hydra_for(config_dir: str | None) -> Iterator[None]:
         yield
 
 
-def opened(overrides: Iterable[str]) -> list[str]:
-    """Overrides as Hydra needs them: ``megatron.<part>.<field>`` is new to its config.
-
-    The fields of Megatron's dataclasses are no keys of ours, so Hydra would ask for a ``+`` before
-    each. Whether there is such a field is checked when the section becomes a dataclass.
-    """
-    return [f"++{o}" if o.startswith("megatron.") else o for o in overrides]
-
-
 _MOST_BRACKETS = 1000
 """Of an override."""
 _DEEPEST = 40
@@ -144,11 +136,11 @@ def check_overrides(stage: str, overrides: Iterable[str], config_dir: str | None
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     overrides = list(overrides)
-    for override in overrides:
-        if sum(override.count(bracket) for bracket in "[{(") > _MOST_BRACKETS:
-            raise ValueError(f"{override[:40]}... has more than {_MOST_BRACKETS} brackets")
-        if _depth(override) > _DEEPEST:
-            raise ValueError(f"{override[:40]}... is nested more than {_DEEPEST} deep")
+    for text in overrides:
+        if sum(text.count(bracket) for bracket in "[{(") > _MOST_BRACKETS:
+            raise ValueError(f"{text[:40]}... has more than {_MOST_BRACKETS} brackets")
+        if _depth(text) > _DEEPEST:
+            raise ValueError(f"{text[:40]}... is nested more than {_DEEPEST} deep")
     known_groups = {*groups(stage), *_folders(config_dir)}
     _check_files(config_dir, known_groups)
     for parsed in OverridesParser.create().parse_overrides(overrides):
@@ -178,16 +170,30 @@ def _folders(config_dir: str | None) -> list[str]:
     return [path.name for path in Path(config_dir).glob("*/")] if config_dir else []
 
 
-def groups(stage: str) -> dict[str, list[str]]:
-    """Config group -> its shipped entries, for the groups a stage takes."""
+def groups(stage: str, config_dir: str | None = None) -> dict[str, list[str]]:
+    """Config group -> its entries, for the groups a stage takes: shipped ones, and the user's own.
+
+    Of experiments those alone that set nothing which the stage does not have.
+    """
     conf = schema.conf_dir()
+    folders = [conf, *([Path(config_dir)] if config_dir else [])]
     defaults = yaml.safe_load((conf / f"{stage}.yaml").read_text())["defaults"]
     names = [next(iter(entry)) for entry in defaults if isinstance(entry, dict)]
-    return {
-        name: sorted(path.stem for path in (conf / name).glob("*.yaml"))
-        for name in names
-        if not name.startswith("override ")
-    }
+    found = {}
+    for name in [name for name in names if not name.startswith("override ")]:
+        files = [path for folder in folders for path in (folder / name).glob("*.yaml")]
+        fits = [path for path in files if name != "experiment" or _fits(stage, path, names)]
+        found[name] = sorted({path.stem for path in fits})
+    return found
+
+
+def _fits(stage: str, experiment: Path, names: Sequence[str]) -> bool:
+    """Whether an experiment sets only sections and groups that the stage has."""
+    text = experiment.read_text(errors="replace")
+    sections = set(re.findall(r"^(\w+):", text, re.MULTILINE)) - {"defaults"}
+    overridden = set(re.findall(r"^\s*- override /(\w+):", text, re.MULTILINE))
+    known = {key.name.partition(".")[0] for key in schema.keys(schema.COMMANDS[stage])}
+    return sections <= known and overridden <= {*names}
 
 
 def _check_key(stage: str, key: str) -> None:
@@ -218,44 +224,21 @@ def unknown_key(stage: str, key: str) -> str:
     return f"{key} is not a key of {stage}; {hint}"
 
 
-def override(key: str, value: object) -> str:
-    """``key=value`` in Hydra's grammar; lists and dictionaries included."""
-    return f"{key}={_quoted(value)}"
+def searchpath() -> list[str]:
+    """The override that gives another config the ``hydra.searchpath`` of this one; maybe none."""
+    from hydra.core.hydra_config import HydraConfig
 
-
-def _quoted(value: object) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str) and _is_plain(value):
-        return value
-    if isinstance(value, str):
-        # Backslashes only count before a quote (or at the end), so only those are doubled.
-        text = re.sub(r"(\\*)(?='|$)", r"\1\1", value).replace("'", "\\'")
-        return f"'{text}'"
-    if isinstance(value, (list, tuple)):
-        return f"[{','.join(map(_quoted, value))}]"
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{k}:{_quoted(v)}" for k, v in value.items()) + "}"
-    return repr(value)
-
-
-def _is_plain(text: str) -> bool:
-    """Whether Hydra reads the bare text as this very string (a path, a name)."""
-    with contextlib.suppress(ValueError):
-        float(text)
-        return False  # a number, or "nan" and its like
-    return text.lower() not in ("null", "true", "false") and bool(_PLAIN.fullmatch(text))
+    places = list(HydraConfig.get().searchpath) if HydraConfig.initialized() else []
+    return [override("hydra.searchpath", places)] if places else []
 
 
 def config_flags() -> list[str]:
-    """Flags that give another ``minitron`` the config folders of this one."""
+    """Arguments that give another ``minitron`` the config folders of this one."""
     from hydra.core.hydra_config import HydraConfig
 
     if not HydraConfig.initialized():
         return []
-    flags = []
+    flags = searchpath()
     for source in HydraConfig.get().runtime.config_sources:
         if source.provider == "command-line":
             flags += ["--config-dir", str(source.path)]

@@ -179,7 +179,7 @@ def of_one_stage(stage: str, arguments: Sequence[str]) -> list[str]:
     flags = get_args_parser().parse_intermixed_args(list(arguments))
     kept = [word for word in arguments if word not in flags.overrides]
     config = {}
-    for override in OverridesParser.create().parse_overrides(flags.overrides):
+    for override in OverridesParser.create().parse_overrides(load.opened(flags.overrides)):
         key = override.key_or_group
         if key.partition(".")[0].partition("/")[0] in _OWN:
             kept.append(str(override.input_line))

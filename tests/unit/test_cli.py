@@ -122,6 +122,70 @@ def test_refused_in_one_line(run, line, message):
     assert not new
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("prune checkpoint = a", "one word, without blanks: checkpoint=a"),
+        ("prune checkpoint =a", "one word, without blanks: checkpoint=a"),
+        ("prune checkpoint= a", "one word, without blanks: checkpoint=a"),
+        ("prune --checkpoint a", "--checkpoint is no flag; keys are written without hyphens"),
+        ("prune --output-dir=a", "before them: output_dir=a"),
+    ],
+)
+def test_other_programs_ways_to_write_a_key_get_a_hint(run, line, message):
+    code, _, err, new = run(*line.split())
+    assert (code, new) == (2, set())
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("split", ["99,1,0", "[99,1,0]", "[99, 1, 0]", "'99,1,0'", "99/1/0"])
+def test_a_split_may_be_written_in_any_way(run, split):
+    arguments = ["student=a", "teacher=b", "data.path=c", "output_dir=d", f"data.split={split}"]
+    code, out, err, _ = run("distill", *arguments, "--cfg", "job")
+    assert code == 0, err
+    found = yaml.safe_load(out)["data"]["split"]
+    assert found.replace("/", ",") == "99,1,0"
+
+
+def test_a_path_may_start_at_home(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, out, err, _ = run("import", "source=~/model", "output_dir=out", "--cfg", "job")
+    assert code == 0, err
+    assert yaml.safe_load(out)["source"] == str(tmp_path / "model")
+
+
+def test_help_knows_the_users_folder_and_which_experiments_a_stage_takes(run, tmp_path):
+    for name, text in {
+        "trainer/short": "max_steps: 7\n",
+        "experiment/wide": "# @package _global_\ntrainer: {max_steps: 7}\n",
+    }.items():
+        (tmp_path / "conf" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "conf" / f"{name}.yaml").write_text(text)
+    _, out, _, _ = run("distill", "--config-dir", "conf", "--help")
+    assert "short" in out
+    assert "wide" in out
+    assert "quickstart" not in out
+    _, out, _, _ = run("pipeline", "--config-dir=conf", "--help")
+    assert "quickstart" in out
+    assert "wide" not in out
+
+
+def test_hydra_searchpath_reaches_the_items_of_a_pipeline(run, tmp_path):
+    (tmp_path / "own" / "trainer").mkdir(parents=True)
+    (tmp_path / "own" / "trainer" / "short.yaml").write_text("max_steps: 7\n")
+    config = "{checkpoint: a, data.path: b, trainer: short}"
+    arguments = (
+        f"hydra.searchpath=['file://{tmp_path / 'own'}']",
+        f"stages=[{{name: t, stage: finetune, config: {config}}}]",
+        "output_dir=x",
+    )
+    code, _, err, _ = run("pipeline", *arguments)
+    assert code == 2
+    assert "trainer/short" not in err  # found; what stops it is that there is no model
+    assert "data.path=b does not exist" in err
+
+
 def test_a_result_with_its_config_and_log(run):
     Path("model").mkdir()
     Path("model/file").write_text("x")

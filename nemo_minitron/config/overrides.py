@@ -1,0 +1,88 @@
+"""Overrides as text: how people write them, and how Hydra reads them."""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterable, Sequence
+
+_PLAIN = re.compile(r"[A-Za-z_./][A-Za-z0-9_./-]*")
+_SPLIT = re.compile(r"(\+*data\.split)=\[?\s*([\d.]+(?:\s*,\s*[\d.]+)*)\s*\]?")
+_HOME = re.compile(r"([+\w./@]+)=(~[^',]*)")
+
+
+def opened(overrides: Iterable[str]) -> list[str]:
+    """Overrides as Hydra needs them: ``megatron.<part>.<field>`` is new to its config.
+
+    The fields of Megatron's dataclasses are no keys of ours, so Hydra would ask for a ``+`` before
+    each. Whether there is such a field is checked when the section becomes a dataclass. What people
+    write for lists of shares and for their home is text to Hydra: ``data.split=99,1,0``, ``~/x``.
+    """
+    written = []
+    for text in overrides:
+        split, home = _SPLIT.fullmatch(text), _HOME.fullmatch(text)
+        if split:
+            text = override(split[1], re.sub(r"\s", "", split[2]))
+        elif home:
+            text = override(home[1], os.path.expanduser(home[2]))
+        written.append(f"++{text}" if text.startswith("megatron.") else text)
+    return written
+
+
+def refuse_blanks(overrides: Sequence[str], unknown: Sequence[str]) -> None:
+    """Refuse ``key = value`` and ``--key value`` with what to write instead.
+
+    Args:
+        overrides: words that are no flags.
+        unknown: flags that Hydra does not have.
+
+    Raises:
+        ValueError: names the words.
+    """
+    if unknown:
+        key, equals, value = unknown[0].lstrip("-").partition("=")
+        given = value if equals else next((o for o in overrides if "=" not in o), "...")
+        raise ValueError(
+            f"{unknown[0]} is no flag; keys are written without hyphens before them: "
+            f"{key.replace('-', '_')}={given}"
+        )
+    words = [*overrides, "...", "..."]
+    for place, word in enumerate(overrides):
+        before, bare = words[place - 1] if place else "", "=" not in word
+        if word.startswith("=") and before and "=" not in before:
+            value = word[1:] or words[place + 1]
+        elif bare and before.endswith("="):
+            before, value = before[:-1], word
+        else:
+            continue
+        raise ValueError(f"a key and its value are one word, without blanks: {before}={value}")
+
+
+def override(key: str, value: object) -> str:
+    """``key=value`` in Hydra's grammar; lists and dictionaries included."""
+    return f"{key}={_quoted(value)}"
+
+
+def _quoted(value: object) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str) and _is_plain(value):
+        return value
+    if isinstance(value, str):
+        # Backslashes only count before a quote (or at the end), so only those are doubled.
+        text = re.sub(r"(\\*)(?='|$)", r"\1\1", value).replace("'", "\\'")
+        return f"'{text}'"
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(_quoted, value))}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{k}:{_quoted(v)}" for k, v in value.items()) + "}"
+    return repr(value)
+
+
+def _is_plain(text: str) -> bool:
+    """Whether Hydra reads the bare text as this very string (a path, a name)."""
+    with contextlib.suppress(ValueError):
+        float(text)
+        return False  # a number, or "nan" and its like
+    return text.lower() not in ("null", "true", "false") and bool(_PLAIN.fullmatch(text))
