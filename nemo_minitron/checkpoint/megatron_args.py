@@ -90,6 +90,16 @@ _ROUTER = (
 )
 
 
+# No arguments of Megatron-LM: what is read by the modules that the argument spec names.
+_OF_SPECS = (
+    "multipliers",
+    "apply_embedding_scaling",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "rotary_base_local",
+)
+
+
 def _hybrid_args(config: ModelConfig) -> JsonObject:
     return {
         "is_hybrid_model": True,
@@ -116,8 +126,9 @@ def megatron_lm_args(config: ModelConfig) -> Namespace:
         used["moe_layer_freq"] = config.moe_layer_freq
     scaling, yarn = config.rope_scaling or {}, yarn_fields(config.rope_scaling)
     used |= yarn | megatron_fields(config)
-    if config.multipliers is not None:
-        used["multipliers"] = config.multipliers
+    used |= {name: value for name in _OF_SPECS if (value := getattr(config, name))}
+    if config.gated_linear_unit and config.activation == "gelu_tanh":
+        used["geglu"] = True
     if scaling.get("rope_type") == "linear":
         used["rotary_seq_len_interpolation_factor"] = scaling["factor"]
     if config.hybrid_layer_pattern is not None:

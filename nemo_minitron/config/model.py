@@ -45,7 +45,7 @@ class ModelConfig:
     normalization: str = "RMSNorm"
     layernorm_epsilon: float = 1e-5
     layernorm_zero_centered_gamma: bool = False
-    """Norms multiply by 1 + weight (LayerNorm1P)."""
+    """Norms multiply by 1 + weight."""
     gated_linear_unit: bool = True
     activation: str = "silu"
     """``silu``, ``gelu``, ``gelu_tanh`` or ``squared_relu``."""
@@ -67,6 +67,14 @@ class ModelConfig:
     """What multiplies the embeddings (``embedding``), the scores of attention (``attention``, in
     place of ``kv_channels ** -0.5``) and what each block adds (``residual``), and what divides the
     logits (``logits``). None of a network without such numbers."""
+    apply_embedding_scaling: bool = field(default=False, metadata=OPTIONAL)
+    """Embeddings are multiplied by ``hidden_size ** 0.5``, rounded to the dtype of the weights."""
+    attn_logit_softcapping: float | None = field(default=None, metadata=OPTIONAL)
+    """What no score of attention exceeds: ``cap * tanh(score / cap)`` takes its place."""
+    final_logit_softcapping: float | None = field(default=None, metadata=OPTIONAL)
+    """The same of the logits."""
+    rotary_base_local: float | None = field(default=None, metadata=OPTIONAL)
+    """``rotary_base`` of the layers with a window, which are not scaled; None if it is the same."""
     share_embeddings_and_output_weights: bool = False
     """Tied input and output embeddings."""
     num_moe_experts: int | None = None
@@ -137,11 +145,6 @@ class ModelConfig:
             raise ValueError(
                 f"window_size={self.window_size} is not supported; only one number above 0, and 0 "
                 "in layers that see everything"
-            )
-        if self.layernorm_zero_centered_gamma and self.normalization != "LayerNorm":
-            raise ValueError(
-                f"layernorm_zero_centered_gamma=true with normalization={self.normalization} is "
-                "not supported; only with LayerNorm"
             )
         if self.num_moe_experts is not None:
             self._check_experts(self.num_moe_experts)

@@ -32,6 +32,8 @@ class TeacherStates:
     """``[N, H]`` final hidden state, the same on every rank of the group."""
     weight: Tensor
     """``[rows, H]`` local rows of the output layer, over the student's vocabulary."""
+    cap: float | None = None
+    """What no logit exceeds (``capped_``)."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class _Job:
     """Instead of ``resident``; without both only the language-model loss is left."""
     need_grad: bool
     reduce_grad: bool
+    cap: float | None
+    """Of the student's logits."""
 
     @property
     def with_teacher(self) -> bool:
@@ -100,12 +104,19 @@ def _blocks(rows: slice, logits: Tensor, shard: VocabShard) -> Iterator[tuple[sl
         yield slice(rows.start + start, rows.start + stop), slice(start, stop)
 
 
-def _output_layer(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
+def capped_(logits: Tensor, cap: float | None) -> Tensor:
+    """``cap * tanh(logits / cap)`` in place of the logits, where there is a cap."""
+    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+
+def _output_layer(hidden: Tensor, weight: Tensor, buffer: Tensor, cap: float | None) -> Tensor:
     """``[c, v]`` logits in the precision of ``buffer``, whose first c rows they fill."""
     out = buffer[: hidden.size(0)]
     if out.dtype == weight.dtype:
-        return torch.mm(hidden, weight.t(), out=out)
-    return out.copy_(hidden @ weight.t())
+        torch.mm(hidden, weight.t(), out=out)
+    else:
+        out.copy_(hidden @ weight.t())
+    return capped_(out, cap)
 
 
 def _add_outer(out: Tensor, grad: Tensor, hidden: Tensor) -> None:
@@ -148,6 +159,8 @@ def _chunk_losses(
     config = job.config
     for tokens, block in _blocks(rows, student_logits, job.shard):
         student = student_logits[block]
+        # The derivative of capped_, before the losses overwrite its result.
+        slope = None if job.cap is None else 1 - (student / job.cap).square_()
         grads = []
         if job.with_ce:
             loss, grad = _ce(student, job.labels[tokens], job.mask[tokens], job.shard)
@@ -161,6 +174,8 @@ def _chunk_losses(
         total = grads[-1] if len(grads) == 1 else grads[-1].add_(grads[0])
         if total.data_ptr() != student.data_ptr():
             student.copy_(total)
+        if slope is not None:
+            student.mul_(slope)
 
 
 class _LogitLoss(torch.autograd.Function):
@@ -180,11 +195,11 @@ class _LogitLoss(torch.autograd.Function):
         teacher_buffer = None if resident is None else torch.empty_like(buffer)
         for start in range(0, hidden.size(0), config.chunk_size):
             rows = slice(start, min(start + config.chunk_size, hidden.size(0)))
-            student = _output_layer(hidden[rows], weight, buffer)
+            student = _output_layer(hidden[rows], weight, buffer, job.cap)
             teacher = None
             if resident is not None and teacher_buffer is not None:
                 shown = resident.weight[: shard.valid]
-                teacher = _output_layer(resident.hidden[rows], shown, teacher_buffer)
+                teacher = _output_layer(resident.hidden[rows], shown, teacher_buffer, resident.cap)
             _chunk_losses(job, rows, student, teacher, parts)
             if grad_hidden is not None and grad_weight is not None:
                 grad = student.to(weight.dtype)
@@ -221,6 +236,7 @@ def logit_loss(
     teacher: TeacherStates | TopKTargets | None = None,
     *,
     reduce_grad: bool = True,
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Masked sum of the distillation and language-model losses, differentiable by the student.
 
@@ -235,6 +251,7 @@ def logit_loss(
             ``top_k_tail``. Without a teacher only the language-model loss is left.
         reduce_grad: whether to sum the gradient of the hidden state over the group; False where the
             caller does (the backward of Megatron's sequence-parallel gather is a reduce-scatter).
+        cap: what no logit of the student exceeds (``capped_``).
 
     Returns:
         Scalar ``kd_weight * KD + ce_weight * CE`` summed over this rank's tokens (the same on
@@ -249,6 +266,6 @@ def logit_loss(
     if stored is not None:
         stored.check(config)
     need_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    job = _Job(labels, mask, config, shard, resident, stored, need_grad, reduce_grad)
+    job = _Job(labels, mask, config, shard, resident, stored, need_grad, reduce_grad, cap)
     total, parts = _LogitLoss.apply(hidden, weight, job)
     return total, parts

@@ -47,8 +47,8 @@ def batch_sums(
         assert shard is not None
         labels, mask = tokens_first(batch)
         rows = gathered_hidden(hidden, chunks[-1])
-        weight = chunks[-1].output_weight()
-        _, parts = logit_loss(rows, weight, labels, mask.float(), config, shard)
+        weight, cap = chunks[-1].output_weight(), chunks[-1].logit_cap
+        _, parts = logit_loss(rows, weight, labels, mask.float(), config, shard, cap=cap)
         return torch.stack([parts[1].double(), mask.sum().double()])
 
     return run_schedule(chunks, micro_batches, loss_func, forward_only=True, collect_outputs=True)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemo_minitron.distillation.logit_loss import capped_
 from nemo_minitron.distillation.top_k import top_k_targets
 from nemo_minitron.distillation.vocab import VocabShard, all_reduce
 from nemo_minitron.evaluation.lm_loss import vocab_shard
@@ -67,7 +68,7 @@ Answer = Scores | list[list[int]]
 
 
 def token_scores(
-    rows: Tensor, weight: Tensor, labels: Tensor, shard: VocabShard
+    rows: Tensor, weight: Tensor, labels: Tensor, shard: VocabShard, cap: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of every label, and whether it is the most likely token.
 
@@ -79,6 +80,7 @@ def token_scores(
         weight: local ``[v / tp, h]`` output layer, padding included.
         labels: ``[N]`` global ids.
         shard: the vocabulary shard.
+        cap: what no logit exceeds, or None.
 
     Returns:
         ``[N]`` fp64 log-probabilities and ``[N]`` bool, the same on every tensor-parallel rank. Of
@@ -87,7 +89,7 @@ def token_scores(
     local = weight[: shard.valid].t()
     scores, greedy = [rows.new_empty(0, dtype=torch.float64)], [labels.new_empty(0).bool()]
     for part, ids in zip(rows.split(_CHUNK_SIZE), labels.split(_CHUNK_SIZE), strict=True):
-        logits = (part @ local).float()
+        logits = capped_((part @ local).float(), cap)
         best = top_k_targets(logits, 1, 1.0, shard)
         column, mine = shard.local(ids)
         found = logits.new_zeros(len(ids))
@@ -167,9 +169,9 @@ class RequestScorer:
         labels, mask = tokens_first(batch)
         wanted = mask.nonzero()[:, 0]
         rows = gathered_hidden(hidden, self.chunks[-1])[wanted]
-        scores, greedy = token_scores(
-            rows, self.chunks[-1].output_weight(), labels[wanted], self.shard
-        )
+        last = self.chunks[-1]
+        weight, cap = last.output_weight(), last.logit_cap
+        scores, greedy = token_scores(rows, weight, labels[wanted], self.shard, cap)
         sums = scores.new_zeros(batch["tokens"].size(0), 2)
         return sums.index_add_(0, wanted % len(sums), torch.stack([scores, (~greedy).double()], 1))
 

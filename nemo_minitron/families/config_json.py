@@ -25,7 +25,7 @@ _DESCRIBES = words(
     # how it is stored and run
     "torch_dtype dtype use_cache return_dict use_return_dict output_attentions "
     "output_hidden_states torchscript use_bfloat16 tf_legacy_loss gradient_checkpointing "
-    "attn_implementation _attn_implementation _attn_implementation_internal "
+    "cache_implementation attn_implementation _attn_implementation _attn_implementation_internal "
     "_attn_implementation_autoset _experts_implementation _experts_implementation_internal "
     "_flash_attn_2_enabled use_flash_attn chunk_size_feed_forward is_decoder output_past "
     # how it was trained: nothing drops out and nothing is initialised here

@@ -5,6 +5,7 @@ from typing import Any
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.config_json import of_layers, unknown_keys
+from nemo_minitron.families.gemma import GEMMA2, GEMMA3
 from nemo_minitron.families.gpt2 import GPT2
 from nemo_minitron.families.granite import GRANITE
 from nemo_minitron.families.llama import LLAMA
@@ -33,6 +34,8 @@ _ALL = (
     SMOLLM3,
     OLMO2,
     GRANITE,
+    GEMMA2,
+    GEMMA3,
     NEMOTRON_H,
 )
 FAMILIES: dict[str, Family] = with_added("families", {family.name: family for family in _ALL})
@@ -46,21 +49,14 @@ _EXPERTS, _RENAMED = "num_experts", "num_local_experts"
 # The first finds the sizes that changed, the second what the source left out and now has to say.
 _PASSES = 4
 
-_GEMMA = (
-    "embeddings are multiplied by sqrt(hidden_size), which Megatron-Core 0.16's GPT model has no "
-    "switch for"
-)
-_GEMMA2 = (
-    f"{_GEMMA}; nor has it norms after attention and MLP, caps on the logits (Gemma 2), or a "
-    "rotary base for each kind of layer (Gemma 3)"
-)
 UNSUPPORTED: dict[str, str] = {
-    "GemmaForCausalLM": _GEMMA,
-    "Gemma2ForCausalLM": _GEMMA2,
-    "Gemma3ForCausalLM": _GEMMA2,
-    "Gemma3ForConditionalGeneration": _GEMMA2,
+    "GemmaForCausalLM": "the first Gemma has no table; Gemma 2 and 3 have",
+    "Gemma3ForConditionalGeneration": (
+        "it reads images too; its text model is transformers' Gemma3ForCausalLM."
+        "from_pretrained(FOLDER), whose save_pretrained writes what opens here"
+    ),
 }
-"""Architectures that people ask for and Megatron-Core cannot run as they are, and why."""
+"""Architectures that people ask for and that do not open here as they are, and why."""
 
 
 def family_of(config: ModelConfig) -> Family:

@@ -93,25 +93,32 @@ def causal_mask(
     return seen if window is None else seen & (distance < window)
 
 
+def capped(x: Tensor, cap: float | None) -> Tensor:
+    """``x`` where there is no cap, else what comes near the cap and never exceeds it."""
+    return x if cap is None else torch.tanh(x / cap) * cap
+
+
 def attend_with_sinks(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    sinks: Tensor,
+    sinks: Tensor | None,
     scale: float | None = None,
     dropout: float = 0.0,
+    cap: float | None = None,
 ) -> Tensor:
-    """Attention in which every head has one more score, of a key that has no value.
+    """Attention in which every head may have one more score, of a key that has no value.
 
     Args:
         query: ``[b, n, s, d]``.
         key: ``[b, g, t, d]``.
         value: ``[b, g, t, d]``.
         mask: ``[s, t]``, true where a query sees a key; None where all see all.
-        sinks: ``[n]``, the scores.
+        sinks: ``[n]``, the scores; None without such keys.
         scale: of the other scores; None is ``d ** -0.5``.
         dropout: probability that a weight is 0.
+        cap: what no other score exceeds; None for scores as they are.
 
     Returns:
         ``[b, n, s, d]``.
@@ -119,15 +126,19 @@ def attend_with_sinks(
     heads, width = query.size(1), query.size(3)
     key, value = (x.repeat_interleave(heads // x.size(1), dim=1) for x in (key, value))
     scores = query @ key.transpose(2, 3) * (width**-0.5 if scale is None else scale)
+    scores = capped(scores, cap)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is None:
+        weights = scores.softmax(-1, dtype=torch.float32)
+        return F.dropout(weights.to(value.dtype), dropout) @ value
     sink = sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
     weights = torch.cat([scores, sink], -1).softmax(-1, dtype=torch.float32)[..., :-1]
     return F.dropout(weights.to(value.dtype), dropout) @ value
 
 
 class LocalAttention(torch.nn.Module):
-    """Scaled dot-product attention: causal, windows, sinks, grouped queries, context parallelism.
+    """Scaled dot-product attention: causal, with windows, sinks, soft caps and grouped queries.
 
     ``softmax_offset`` holds the sinks of this rank's heads, under Megatron-Core's name.
     """
@@ -154,6 +165,7 @@ class LocalAttention(torch.nn.Module):
         size, layers = config.window_size, config.window_attn_skip_freq
         windowed = is_layer_window_attention(size, layers, layer_number)
         self.window = size[0] + 1 if windowed and size is not None else None
+        self.cap: float | None = config.attn_logit_softcapping  # set by models.build
         assert config.softmax_type in ("vanilla", "learnable"), config.softmax_type
         self.tp_group, sinks = pg_collection.tp, None
         if config.softmax_type == "learnable":
@@ -184,15 +196,17 @@ class LocalAttention(torch.nn.Module):
             key, value = key[-self.window :], value[-self.window :]
         hides = causal and self.window is not None and self.window < query.size(0)
         sinks = self.softmax_offset
-        if self.cp_group.size() > 1 or hides or (causal and sinks is not None):
+        eager = sinks is not None or self.cap is not None
+        if self.cp_group.size() > 1 or hides or (causal and eager):
             mask = causal_mask(query.size(0), self.cp_group, query.device, self.window)
             key = gather_sequence(key, self.cp_group)
             value = gather_sequence(value, self.cp_group)
         # [s, b, n, d] -> [b, n, s, d]
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         dropout = self.dropout if self.training else 0.0
-        if sinks is not None:
-            out = attend_with_sinks(query, key, value, mask, sinks, self.softmax_scale, dropout)
+        if eager:
+            scale = self.softmax_scale
+            out = attend_with_sinks(query, key, value, mask, sinks, scale, dropout, self.cap)
             return out.permute(2, 0, 1, 3).flatten(2).contiguous()
         out = F.scaled_dot_product_attention(
             query,

@@ -26,6 +26,7 @@ from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.rope import yarn_fields
 from nemo_minitron.families.table import Family
 from nemo_minitron.families.windows import megatron_fields
+from nemo_minitron.models.attention import capped
 from nemo_minitron.models.hidden import HiddenModel
 from nemo_minitron.models.rotary import set_frequencies
 from nemo_minitron.models.settings import transformer_defaults
@@ -44,13 +45,23 @@ _ACTIVATIONS = {
 }
 
 
+_READ_BY_SPECS = (
+    "multipliers",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "rotary_base_local",
+)
+"""No fields of Megatron's; the modules of this package look for them in its configuration."""
+
+
 class HiddenGPTModel(HiddenModel, GPTModel):
     """Megatron-Core's GPTModel as ``HiddenModel``."""
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.return_hidden and self.post_process:
             return hidden_states
-        return super()._postprocess(hidden_states, *args, **kwargs)
+        out: Tensor = super()._postprocess(hidden_states, *args, **kwargs)
+        return capped(out, self.logit_cap) if self.post_process else out
 
 
 def transformer_config(
@@ -133,7 +144,8 @@ def transformer_config(
     )
     for name, value in yarn_fields(config.rope_scaling).items():
         setattr(mcore, name, value)  # no fields; Megatron's attention looks for the attributes
-    setattr(mcore, "multipliers", config.multipliers)  # for the layers of Granite
+    for name in _READ_BY_SPECS:
+        setattr(mcore, name, getattr(config, name))
     return mcore
 
 
@@ -205,10 +217,17 @@ def _build_chunk(
     )
     set_frequencies(model, config)
     embedding = getattr(model, "embedding", None)  # of the first stage
-    if config.multipliers is not None and embedding is not None:
-        factor = config.multipliers["embedding"]
+    factor = embedding_factor(config, mcore.params_dtype)
+    if factor != 1 and embedding is not None:
         embedding.register_forward_hook(lambda module, inputs, out: out * factor)
     return model
+
+
+def embedding_factor(config: ModelConfig, dtype: torch.dtype) -> float:
+    """What multiplies the embeddings of a model whose weights are of this dtype."""
+    if config.apply_embedding_scaling:
+        return torch.tensor(config.hidden_size**0.5).to(dtype).item()
+    return (config.multipliers or {}).get("embedding", 1.0)
 
 
 def mark_tensor_parallel(model: torch.nn.Module) -> None:

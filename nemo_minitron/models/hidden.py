@@ -25,6 +25,11 @@ class HiddenModel:
     built_from: "tuple[ModelConfig, ParallelConfig] | None" = None
     """What else ``build_gpt`` was given."""
 
+    @property
+    def logit_cap(self: Any) -> float | None:
+        """What no logit exceeds, of a model with a cap (``final_logit_softcapping``)."""
+        return logit_cap(self)
+
     def output_weight(self: Any) -> Tensor:
         """Local ``[v / tp, h]`` weight of the output layer (last stage only)."""
         return output_weight(self)
@@ -38,6 +43,12 @@ def output_weight(chunk: Any) -> Tensor:
     else:
         weight = chunk.output_layer.weight
     return weight
+
+
+def logit_cap(chunk: Any) -> float | None:
+    """What no logit exceeds; None without a cap, as models that other programs built are."""
+    cap: float | None = getattr(chunk.config, "final_logit_softcapping", None)
+    return cap
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemo_minitron.distillation.logit_loss import capped_
 from nemo_minitron.distillation.vocab import VocabShard
 from nemo_minitron.models.build import HiddenGPTModel
 from nemo_minitron.runtime.groups import ParallelGroups
@@ -136,7 +137,7 @@ class CachedModel:
         """``[b, h]`` to ``[b, v]``: one token of each sequence, so gathering them costs little."""
         assert self._shard is not None
         weight, group = self.chunk.output_weight(), self.groups.tp
-        local = (hidden @ weight.t()).float().contiguous()
+        local = capped_((hidden @ weight.t()).float().contiguous(), self.chunk.logit_cap)
         if group.size() == 1:
             return local[:, : self.vocab_size]
         parts = [torch.empty_like(local) for _ in range(group.size())]

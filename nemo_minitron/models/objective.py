@@ -15,7 +15,7 @@ from nemo_minitron.distillation.logit_shards import stored_targets
 from nemo_minitron.distillation.top_k import TopKTargets
 from nemo_minitron.distillation.vocab import VocabShard
 from nemo_minitron.models.build import unwrap
-from nemo_minitron.models.hidden import output_weight
+from nemo_minitron.models.hidden import logit_cap, output_weight
 from nemo_minitron.models.intermediate import IntermediateLosses
 from nemo_minitron.models.overlap import await_weight
 from nemo_minitron.models.schedule import Batch, gathered_hidden, tokens_first
@@ -71,6 +71,7 @@ def micro_batch_loss(
         shard,
         teacher,
         reduce_grad=not chunk.config.sequence_parallel,
+        cap=logit_cap(chunk),
     )
     return total, StepSums(kd, ce, mask.sum().to(kd))
 
@@ -173,7 +174,7 @@ class ResidentTeacher:
         """Final hidden state of a micro-batch; its memory is freed after the last use."""
         hidden = self._states[index] if keep else self._states.pop(index)
         rows = gathered_hidden(hidden, self.teacher.chunks[-1])
-        return TeacherStates(rows, self.teacher.output_weight)
+        return TeacherStates(rows, self.teacher.output_weight, self.teacher.logit_cap)
 
 
 class AlphaSchedule:

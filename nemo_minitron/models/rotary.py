@@ -12,13 +12,31 @@ from nemo_minitron.config.model import ModelConfig
 def frequencies(config: ModelConfig) -> Tensor | None:
     """``[d / 2]`` fp32 frequencies of linear scaling and of YaRN.
 
+    With a base of its own for layers with windows, ``[d]``: theirs after those of the others
+    (``models.gemma_spec``).
+
     Returns:
         None where those of Megatron's RotaryEmbedding are right: without scaling, with Llama 3's,
         and with the dynamic one, which changes nothing up to ``max_position_embeddings``.
     """
+    scaled = _scaled(config)
+    if config.rotary_base_local is None:
+        return scaled
+    local = 1.0 / _powers(config, config.rotary_base_local)
+    whole = 1.0 / _powers(config, config.rotary_base) if scaled is None else scaled
+    return torch.cat([whole, local])
+
+
+def _powers(config: ModelConfig, base: float) -> Tensor:
+    """``[d / 2]``: one over the frequencies that are not scaled."""
+    dim = int(config.kv_channels * config.rotary_percent)
+    return base ** (torch.arange(0, dim, 2).float() / dim)
+
+
+def _scaled(config: ModelConfig) -> Tensor | None:
     scaling = config.rope_scaling or {}
     dim = int(config.kv_channels * config.rotary_percent)
-    powers = config.rotary_base ** (torch.arange(0, dim, 2).float() / dim)
+    powers = _powers(config, config.rotary_base)
     if scaling.get("rope_type") == "linear":
         return 1.0 / powers / scaling["factor"]
     if scaling.get("rope_type") == "yarn":

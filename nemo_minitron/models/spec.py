@@ -36,6 +36,15 @@ class LayerNorm1P(torch.nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.weight + 1, self.bias, self.eps)
 
 
+class RMSNorm1P(torch.nn.RMSNorm):
+    """RMSNorm whose weight is stored as its distance from 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., h]`` -> ``[..., h]``, in fp32: bf16 has not the digits of 1 + weight."""
+        weight = self.weight.float() + 1
+        return F.rms_norm(x.float(), self.normalized_shape, weight, self.eps).to(x.dtype)
+
+
 class LocalNorm:
     """Torch LayerNorm or RMSNorm that also works under sequence parallelism.
 
@@ -47,13 +56,21 @@ class LocalNorm:
         cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any
     ) -> torch.nn.Module:
         """Build the norm the way Megatron's spec system asks for one."""
-        norm = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
-        if config.layernorm_zero_centered_gamma:
-            norm = LayerNorm1P
-        module = norm(hidden_size, eps=eps)
+        module = _NORMS[config.normalization, config.layernorm_zero_centered_gamma](
+            hidden_size, eps=eps
+        )
         for parameter in module.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # Megatron's mark on a parameter
         return module
+
+
+_NORMS: dict[tuple[str, bool], type[torch.nn.RMSNorm | torch.nn.LayerNorm]] = {
+    ("RMSNorm", False): torch.nn.RMSNorm,
+    ("RMSNorm", True): RMSNorm1P,
+    ("LayerNorm", False): torch.nn.LayerNorm,
+    ("LayerNorm", True): LayerNorm1P,
+}
+"""By kind, and whether the weight is the distance from 1."""
 
 
 def local_layer(config: TransformerConfig, num_experts: int | None) -> ModuleSpec:

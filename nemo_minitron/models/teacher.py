@@ -14,7 +14,7 @@ from torch import Tensor
 from nemo_minitron.distillation.layer_map import Pair
 from nemo_minitron.distillation.offload import HostWeights
 from nemo_minitron.models.build import HiddenGPTModel
-from nemo_minitron.models.hidden import output_weight
+from nemo_minitron.models.hidden import logit_cap, output_weight
 from nemo_minitron.models.places import States, places_of
 from nemo_minitron.models.schedule import Batch, run_schedule
 
@@ -70,6 +70,11 @@ class Teacher:
     def output_weight(self) -> Tensor:
         """``[v / tp, H]`` local rows of the output layer (last stage only)."""
         return output_weight(self.chunks[-1])
+
+    @property
+    def logit_cap(self) -> float | None:
+        """What no logit exceeds, or None."""
+        return logit_cap(self.chunks[-1])
 
 
 def _host_weights(chunks: list[HiddenGPTModel]) -> HostWeights:

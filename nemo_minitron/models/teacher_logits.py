@@ -19,6 +19,7 @@ from nemo_minitron.distillation.logit_index import (
     shard_numbers,
     shard_range,
 )
+from nemo_minitron.distillation.logit_loss import capped_
 from nemo_minitron.distillation.logit_shards import (
     read_hashes,
     sample_hash,
@@ -176,7 +177,7 @@ class LogitWriter:
         storing, b = self.storing, batch["tokens"].size(0)
         parts = []
         for chunk in rows.split(storing.chunk_size):
-            logits = (chunk @ weight.t()).float()
+            logits = capped_((chunk @ weight.t()).float(), self.chunks[-1].logit_cap)
             parts.append(top_k_targets(logits, storing.top_k, storing.temperature, self.shard))
         found = {
             "values": torch.cat([part.values for part in parts]).to(storing.dtype),

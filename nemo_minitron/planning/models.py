@@ -11,7 +11,7 @@ from nemo_minitron.documents import read_json_object
 from nemo_minitron.families.experts import warn_of_expert_sizes
 from nemo_minitron.families.registry import family_of, read_config
 from nemo_minitron.pipeline.plan import Item
-from nemo_minitron.pruning.targets import check_pruning, target_sizes
+from nemo_minitron.pruning.targets import check_result, target_sizes
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +46,9 @@ def target_model(config: ModelConfig, pruning: PruningConfig) -> ModelConfig:
     are of several kinds, as large a share of every kind stands for them.
 
     Raises:
-        ValueError: see ``pruning.targets.check_pruning``.
+        ValueError: see ``pruning.targets.check_result``.
     """
-    check_pruning(config, pruning)
+    check_result(config, pruning)
     sizes, layers = target_sizes(config, pruning), None
     if pruning.drop_layers is not None:
         dropped = {layer - 1 for layer in pruning.drop_layers}

@@ -17,7 +17,7 @@ from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.stages import PruningConfig, TargetConfig
 from nemo_minitron.pruning.merge import compose_terms
 from nemo_minitron.pruning.plan import Plan
-from nemo_minitron.pruning.targets import check_pruning, merged_heads, target_sizes
+from nemo_minitron.pruning.targets import check_pruning, check_result, merged_heads, target_sizes
 
 ROUNDS = "rounds"
 """Sub-folder of a result that keeps scores and plan of every round."""
@@ -39,9 +39,9 @@ def pruning_rounds(
         parallel: layout of the calibration.
 
     Raises:
-        ValueError: see ``targets.check_pruning``, of the whole and of every round.
+        ValueError: see ``targets.check_result``, of the whole and of every round.
     """
-    check_pruning(config, pruning)
+    check_result(config, pruning)
     if pruning.iterations == 1:
         return [pruning]
     grouped = config.heads_per_group > 1

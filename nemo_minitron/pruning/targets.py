@@ -236,6 +236,19 @@ def check_pruning(config: ModelConfig, pruning: PruningConfig) -> None:
     _check_criterion(config, pruning, sizes)
 
 
+def check_result(config: ModelConfig, pruning: PruningConfig) -> None:
+    """Everything about the targets that can be wrong, and whether transformers takes the sizes.
+
+    Sizes between two rounds of pruning need not be such, so that ``check_pruning`` does not ask.
+
+    Raises:
+        ValueError: see ``check_pruning`` and ``Family.fits``.
+    """
+    check_pruning(config, pruning)
+    if config.family in FAMILIES:
+        FAMILIES[config.family].fits(config.resized(target_sizes(config, pruning)))
+
+
 def needed_scores(config: ModelConfig, pruning: PruningConfig) -> dict[str, str]:
     """Name of the scores that are needed -> the key that asks for them."""
     sizes = target_sizes(config, pruning)

@@ -32,6 +32,7 @@ def check(cfg: ExportConfig) -> None:
     from nemo_minitron.checkpoint.hf import split_shards  # torch: what is above needs none
 
     config, store = open_store(Path(cfg.checkpoint) / "checkpoint")
+    family_of(config).fits(config)
     warn_of_expert_sizes(config)
     split_shards(store, cfg.max_shard_size)
 

@@ -20,7 +20,7 @@ from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import SearchConfig
 from nemo_minitron.data.checks import check_batches, check_data
 from nemo_minitron.pruning.scores import read_meta
-from nemo_minitron.pruning.targets import check_importance, check_pruning
+from nemo_minitron.pruning.targets import check_importance, check_result
 from nemo_minitron.runtime.ranks import launched_world_size, rank
 from nemo_minitron.search import candidates, distill_config, pruning_of, training_data
 from nemo_minitron.stages.settings import (
@@ -52,7 +52,7 @@ def check(cfg: SearchConfig) -> None:
         meta = None if cfg.importance is None else read_meta(Path(cfg.importance))
         for one in candidates(config, cfg.search):
             pruning = pruning_of(cfg, config, one)
-            check_pruning(config, pruning)
+            check_result(config, pruning)
             check_importance(config, pruning, meta)
             small = config.resized(one.sizes)
             balanced_layout(config, small, cfg.parallel)

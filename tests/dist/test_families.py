@@ -65,6 +65,7 @@ DENSE = {
     "ffn": {"ffn_hidden_size": 24},
     "several": {**SEVERAL, "ffn_hidden_size": 24},
 }
+EVEN = {**DENSE, "hidden": {"hidden_size": 40}}  # a multiple of the heads
 EXPERTS = {
     **ATTENTION_AND_HIDDEN,
     "expert": {"num_moe_experts": 2},
@@ -266,6 +267,25 @@ CASES = {
         LLAMA_DIMS,
         sequence_parallel=True,
     ),
+    "gemma2": Case(
+        "Gemma2",
+        {**SIZES, "sliding_window": 5, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 2.0,
+         "final_logit_softcapping": 3.0},
+        LLAMA_DIMS,
+        EVEN,
+        sequence_parallel=True,
+    ),
+    "gemma3": Case(
+        "Gemma3",
+        {**SIZES, "sliding_window": 5, "query_pre_attn_scalar": 20, "final_logit_softcapping": 4.0,
+         "layer_types": ["sliding_attention", "full_attention"] * 2,
+         "rope_parameters": {
+             "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 2.0},
+             "sliding_attention": {"rope_type": "default", "rope_theta": 1e3}}},
+        {**LLAMA_DIMS, r"[qk]_norm\.weight": (None,)},
+        EVEN,
+        sequence_parallel=True,
+    ),
     "nemotron": Case("Nemotron", SIZES, LLAMA_DIMS, sequence_parallel=True),
     "phi3": Case(
         "Phi3",
@@ -389,13 +409,15 @@ def architecture(case: Case) -> str:
 def write_random(case: Case, folder: Path) -> None:
     torch.manual_seed(0)
     name = case.model.removesuffix("LMHead")
+    name = "Gemma3Text" if name == "Gemma3" else name
     config = getattr(transformers, f"{name}Config")(**deepcopy(case.fields))
     model = getattr(transformers, architecture(case))(config).eval()
     biases = ((name, b) for name, b in model.named_buffers() if "e_score_correction_bias" in name)
     for name, parameter in [*model.named_parameters(), *biases]:
         # Norm weights around 1, or around 0 where that is what they are the distance from.
-        norm = re.search(r"norm\w*\.weight|ln_\w\.weight", name) and case.model != "Nemotron"
-        torch.nn.init.normal_(parameter, mean=1.0 if norm else 0.0, std=0.15)
+        norm = re.search(r"norm\w*\.weight|ln_\w\.weight", name)
+        around = 1.0 if norm and case.model not in ("Nemotron", "Gemma2", "Gemma3") else 0.0
+        torch.nn.init.normal_(parameter, mean=around, std=0.15)
     model.save_pretrained(folder)
 
 

@@ -18,7 +18,17 @@ from nemo_minitron.families.registry import family_of
 from tests.cases.kd import kd_gradients
 from tests.cases.live_truth import layout
 from tests.helpers.pool import WorkerPool
-from tests.helpers.tiny import GPT2, GRANITE, LLAMA, NEMOTRON, OLMO2, QWEN3, write_weights
+from tests.helpers.tiny import (
+    GEMMA2,
+    GEMMA3,
+    GPT2,
+    GRANITE,
+    LLAMA,
+    NEMOTRON,
+    OLMO2,
+    QWEN3,
+    write_weights,
+)
 
 TEACHER = replace(LLAMA, num_layers=2, hidden_size=48)
 STUDENTS = {
@@ -26,6 +36,8 @@ STUDENTS = {
     "windows": replace(QWEN3, num_layers=2, window_size=[5, 0]),
     "olmo2": replace(OLMO2, num_layers=2),
     "granite": replace(GRANITE, num_layers=2),
+    "gemma2": replace(GEMMA2, num_layers=2, window_size=[6, 0]),
+    "gemma3": replace(GEMMA3, num_layers=2, window_size=[6, 0]),
     "nemotron": replace(NEMOTRON, num_layers=2),
     "gpt2": replace(GPT2, num_layers=2),
 }
@@ -35,6 +47,8 @@ RUNS = {
     "windows": {"tp2_sp": TP2_SP, "pp2": layout(pp=2), "cp2": layout(cp=2)},
     "olmo2": {"tp2": TP2, "tp2_sp": TP2_SP},
     "granite": {"tp2_sp": TP2_SP, "pp2": layout(pp=2), "cp2": layout(cp=2)},
+    "gemma2": {"tp2": TP2, "tp2_sp": TP2_SP, "pp2": layout(pp=2), "cp2": layout(cp=2)},
+    "gemma3": {"tp2_sp": TP2_SP, "pp2": layout(pp=2)},
     "nemotron": {"tp2_sp": TP2_SP},
     "gpt2": {"tp2_sp": TP2_SP, "pp2": layout(pp=2), "cp2": layout(cp=2)},
 }

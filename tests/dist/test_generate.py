@@ -12,7 +12,17 @@ from tests.cases.generate import continuations_at
 from tests.helpers.bad_input import done, edited, line, run_line
 from tests.helpers.damage import flip_bit
 from tests.helpers.task_fixtures import build_model
-from tests.helpers.tiny import GPT2, GRANITE, MIXTRAL, NEMOTRON, NEMOTRON_H, QWEN3, write_result
+from tests.helpers.tiny import (
+    GEMMA2,
+    GEMMA3,
+    GPT2,
+    GRANITE,
+    MIXTRAL,
+    NEMOTRON,
+    NEMOTRON_H,
+    QWEN3,
+    write_result,
+)
 
 TP, PP = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
 NEW = 10
@@ -63,7 +73,9 @@ def test_greedy_tokens_are_those_of_transformers(ranks, home, layout):
         assert found == want
 
 
-@pytest.mark.parametrize("config", [GPT2, NEMOTRON, QWEN3, MIXTRAL, WINDOWS, GRANITE, NEMOTRON_H])
+@pytest.mark.parametrize(
+    "config", [GPT2, NEMOTRON, QWEN3, MIXTRAL, WINDOWS, GRANITE, NEMOTRON_H, GEMMA2, GEMMA3]
+)
 def test_the_cache_changes_nothing(ranks, tmp_path, config):
     """Every family: continuing word by word, and reading the whole text again each time."""
     folder = str(write_result(tmp_path / "model", config, seed=0) / "checkpoint")

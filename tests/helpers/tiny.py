@@ -51,6 +51,30 @@ GRANITE = replace(
     multipliers={"embedding": 12.0, "attention": 0.125, "residual": 0.25, "logits": 8.0},
 )
 
+GEMMA2 = replace(
+    LLAMA,
+    family="gemma2",
+    layernorm_zero_centered_gamma=True,
+    activation="gelu_tanh",
+    apply_embedding_scaling=True,
+    multipliers={"attention": 20**-0.5},
+    attn_logit_softcapping=2.0,
+    final_logit_softcapping=3.0,
+    window_size=[6, 0, 6, 0],
+    share_embeddings_and_output_weights=True,
+)
+
+GEMMA3 = replace(
+    GEMMA2,
+    family="gemma3",
+    qk_layernorm=True,
+    rotary_base=1e6,
+    rotary_base_local=1e4,
+    attn_logit_softcapping=None,
+    final_logit_softcapping=None,
+    window_size=[6, 6, 0, 6],
+)
+
 NEMOTRON = replace(
     LLAMA,
     family="nemotron",

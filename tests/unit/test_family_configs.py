@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +16,14 @@ from nemo_minitron.config.training import DataConfig
 from nemo_minitron.data.checks import check_data
 from nemo_minitron.families.fuse import HF_FORMS
 from nemo_minitron.families.registry import FAMILIES, UNSUPPORTED, family_of, family_of_hf
+from nemo_minitron.models.build import embedding_factor
+from nemo_minitron.models.spec import RMSNorm1P
 from nemo_minitron.pruning.plan import make_plan
 from nemo_minitron.pruning.slicing import prune_store
-from nemo_minitron.pruning.targets import check_pruning
+from nemo_minitron.pruning.targets import check_pruning, check_result
 from tests.helpers.tiny import (
+    GEMMA2,
+    GEMMA3,
     GPT2,
     GRANITE,
     LLAMA,
@@ -30,10 +35,11 @@ from tests.helpers.tiny import (
     random_weights,
 )
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 QWEN2 = replace(LLAMA, family="qwen2", add_qkv_bias=True)
 PHI3 = replace(LLAMA, family="phi3", rotary_percent=0.5)
 QWEN3_MOE = replace(MIXTRAL, family="qwen3_moe", qk_layernorm=True, moe_router_pre_softmax=True)
-CONFIGS = [QWEN2, QWEN3, QWEN3_MOE, NEMOTRON, PHI3, GPT2, SMOLLM3, OLMO2, GRANITE]
+CONFIGS = [QWEN2, QWEN3, QWEN3_MOE, NEMOTRON, PHI3, GPT2, SMOLLM3, OLMO2, GRANITE, GEMMA2, GEMMA3]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.family)
@@ -43,8 +49,7 @@ def test_config_survives(config: ModelConfig) -> None:
     assert family_of_hf(written) is family
     assert replace(family.from_hf(written), hf={}) == config
     # and transformers reads the same, adding fields of its own
-    name = written["architectures"][0].replace("ForCausalLM", "").replace("LMHeadModel", "")
-    theirs = getattr(transformers, f"{name}Config")(**written)
+    theirs = transformers.AutoConfig.for_model(**written)
     again = family.from_hf(theirs.to_dict())
     assert replace(again, hf={}, dtype="float32") == config
     # what was carried over says nothing about the sizes
@@ -82,6 +87,16 @@ def test_mistral_defaults_are_those_of_transformers() -> None:
             {"rope_scaling": {"type": "linear", "factor": 2.0}},
             "'linear' .*Phi-3 has none",
         ),
+        (GEMMA2, {"hidden_activation": "gelu"}, "hidden_activation=gelu is not supported"),
+        (GEMMA2, {"use_bidirectional_attention": True}, "use_bidirectional_attention=true"),
+        (GEMMA3, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 of a Gemma 3"),
+        (GEMMA3, {"rope_scaling": YARN}, "'yarn' is not supported; only linear"),
+        (GEMMA3, {"rope_parameters": {"factor": 8.0}}, r"rope_parameters holds \['factor'\]"),
+        (
+            GEMMA3,
+            {"rope_parameters": {"sliding_attention": {"rope_theta": 5e3}}},
+            "gives rope_theta as 5000.0 and as 10000.0",
+        ),
         (GPT2, {"activation_function": "relu"}, "activation_function=relu is not supported"),
         (
             GPT2,
@@ -104,14 +119,102 @@ def test_a_window_that_no_sequence_reaches_is_none() -> None:
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
-def test_gemma_is_refused_with_the_reason(name: str) -> None:
-    with pytest.raises(ValueError, match=r"embeddings are multiplied by sqrt.*supported: \["):
+def test_other_gemmas_are_refused_with_a_way_out(name: str) -> None:
+    says = r"(Gemma 2 and 3 have|Gemma3ForCausalLM\.from_pretrained\(FOLDER\)).*supported: \["
+    with pytest.raises(ValueError, match=says):
         family_of_hf({"architectures": [name]})
 
 
-def test_only_layernorm_is_zero_centered() -> None:
-    with pytest.raises(ValueError, match=r"layernorm_zero_centered_gamma=true with .*RMSNorm"):
-        replace(LLAMA, layernorm_zero_centered_gamma=True)
+def test_the_text_model_of_a_gemma_that_sees_is_what_the_message_says(tmp_path: Path) -> None:
+    """What transformers' class of the text model writes holds the same weights, and opens here."""
+    text = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    both = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    seeing = transformers.Gemma3ForConditionalGeneration(both)
+    seeing.save_pretrained(tmp_path / "both")
+    with pytest.raises(ValueError, match="it reads images too"):
+        family_of_hf(json.loads((tmp_path / "both" / "config.json").read_text()))
+    alone = transformers.Gemma3ForCausalLM.from_pretrained(tmp_path / "both")
+    alone.save_pretrained(tmp_path / "text")
+    mine = FAMILIES["gemma3"].from_hf(json.loads((tmp_path / "text" / "config.json").read_text()))
+    assert (mine.hidden_size, mine.kv_channels, mine.window_size) == (32, 8, [4096, 4096])
+    wanted = dict(seeing.model.language_model.named_parameters())
+    for name, weight in alone.model.named_parameters():
+        assert torch.equal(weight, wanted[name]), name
+
+
+def test_gemmas_as_google_publishes_them() -> None:
+    """Releases of transformers before 5 leave out much that has a default."""
+    hf = {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+        "attn_logit_softcapping": None,
+        "cache_implementation": "hybrid",
+    }
+    theirs, mine = transformers.AutoConfig.for_model(**hf), FAMILIES["gemma3"].from_hf(hf)
+    assert mine.window_size == [1024 * (kind == "sliding_attention") for kind in theirs.layer_types]
+    rotations = theirs.rope_parameters
+    assert mine.rotary_base == rotations["full_attention"]["rope_theta"]
+    assert mine.rotary_base_local == rotations["sliding_attention"]["rope_theta"]
+    assert mine.rope_scaling == {"rope_type": "linear", "factor": 8.0}
+    assert (mine.num_attention_heads, mine.num_query_groups, mine.kv_channels) == (8, 4, 256)
+    assert (mine.vocab_size, mine.max_position_embeddings) == (262208, 131072)
+    hf = {**hf, "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"}
+    del hf["rope_scaling"], hf["attn_logit_softcapping"]
+    mine = FAMILIES["gemma2"].from_hf(hf)
+    assert (mine.attn_logit_softcapping, mine.final_logit_softcapping) == (50.0, 30.0)
+    assert mine.window_size == [1024, 0] * 17
+
+
+def test_gemma_needs_a_hidden_size_that_its_heads_divide() -> None:
+    """Whole or after pruning; sizes between two rounds need not be such."""
+    target = TargetConfig(hidden_size=60)
+    says = r"hidden_size=60 must be a multiple of num_attention_heads=8 .*hidden_size=56"
+    with pytest.raises(ValueError, match=says):
+        check_result(GEMMA2, PruningConfig(target=target))
+    check_result(GEMMA2, PruningConfig(target=TargetConfig(hidden_size=60, num_attention_heads=4)))
+    check_pruning(GEMMA2, PruningConfig(target=target))
+    with pytest.raises(ValueError, match="not a multiple of the number of attention heads"):
+        transformers.Gemma2Config(hidden_size=60, num_attention_heads=8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_and_embeddings_are_those_of_transformers(dtype: torch.dtype) -> None:
+    """The factor of the embeddings and 1 + weight, each rounded where transformers rounds it."""
+    from transformers.models.gemma3 import modeling_gemma3 as theirs
+
+    torch.manual_seed(0)
+    norm = theirs.Gemma3RMSNorm(48, eps=1e-6).to(dtype)
+    torch.nn.init.normal_(norm.weight, std=0.1)
+    mine = RMSNorm1P(48, eps=1e-6).to(dtype)
+    mine.load_state_dict(norm.state_dict())
+    x = torch.randn(5, 48).to(dtype)
+    tolerance = 1e-6 if dtype == torch.float32 else 0.0
+    torch.testing.assert_close(mine(x), norm(x), rtol=tolerance, atol=tolerance)
+    words = theirs.Gemma3TextScaledWordEmbedding(9, 3072, 0, embed_scale=3072**0.5).to(dtype)
+    factor = embedding_factor(replace(GEMMA3, hidden_size=3072), dtype)
+    ids = torch.arange(9)
+    assert torch.equal(words.weight[ids] * factor, words(ids))
 
 
 # ---------------------------------------------------------------- GPT-2

@@ -20,6 +20,8 @@ from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.families.registry import FAMILIES, read_config, written_config
 from nemo_minitron.models import build
 from tests.helpers.tiny import (
+    GEMMA2,
+    GEMMA3,
     GPT2,
     GRANITE,
     LLAMA,
@@ -59,6 +61,10 @@ FIELDS: dict[str, tuple[ModelConfig, Any]] = {
     "rotary_percent": (NEMOTRON, 1.0),
     "no_rope_freq": (SMOLLM3, [1, 0, 0, 1]),
     "multipliers": (GRANITE, {**(GRANITE.multipliers or {}), "logits": 4.0}),
+    "apply_embedding_scaling": (GEMMA2, False),
+    "attn_logit_softcapping": (GEMMA2, None),
+    "final_logit_softcapping": (GEMMA2, 4.0),
+    "rotary_base_local": (GEMMA3, 5e4),
     "window_size": (replace(QWEN3, window_size=[6, 0, 6, 0]), [0, 0, 6, 6]),
     "rope_scaling": (replace(LLAMA, rope_scaling=LLAMA3_ROPE), {**LLAMA3_ROPE, "factor": 32.0}),
     "share_embeddings_and_output_weights": (GPT2, False),

@@ -158,6 +158,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "phi3": TINY,
     "smollm3": TINY,
     "olmo2": TINY,
+    "gemma2": TINY | {"head_dim": 16, "query_pre_attn_scalar": 12},
+    "gemma3_text": TINY | {"head_dim": 16, "num_hidden_layers": 6, "sliding_window": 8},
     "granite": TINY | {"embedding_multiplier": 6.0, "logits_scaling": 4.0},
     "gpt2": {"vocab_size": 64, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4},
     "mixtral": TINY | {"num_local_experts": 4},

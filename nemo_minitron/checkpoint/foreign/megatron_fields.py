@@ -35,7 +35,6 @@ _ONLY: dict[str, tuple[_Allowed, str]] = {
     "mtp_num_layers": (_one_of(None, 0), "null"),
     "heterogeneous_block_specs": (_one_of(None, False), "false"),
     "is_hybrid_model": (_one_of(None, False), "false"),
-    "apply_embedding_scaling": (_one_of(None, False), "false"),
     "use_mup": (_one_of(None, False), "false"),
     "moe_router_score_function": (_one_of(None, "softmax"), "softmax"),
     # One name, or a list of them.
@@ -283,6 +282,10 @@ def model_fields(stated: Stated, vocab_size: int) -> JsonObject:
         **_positions(stated),
         "window_size": _windows(stated),
         "multipliers": stated.get("multipliers", None),
+        "apply_embedding_scaling": bool(stated.get("apply_embedding_scaling", False)),
+        "attn_logit_softcapping": stated.get("attn_logit_softcapping", None),
+        "final_logit_softcapping": stated.get("final_logit_softcapping", None),
+        "rotary_base_local": stated.get("rotary_base_local", None),
         "normalization": stated.need("normalization"),
         "layernorm_epsilon": float(stated.get("layernorm_epsilon", 1e-5)),
         "layernorm_zero_centered_gamma": bool(stated.get("layernorm_zero_centered_gamma", False)),

@@ -65,7 +65,7 @@ _ARGS = {
     "rope_scaling": "use_rope_scaling",
     "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
 }
-_ACTIVATION = "swiglu, squared_relu, quick_geglu"
+_ACTIVATION = "swiglu, squared_relu, quick_geglu, geglu"
 _HETEROGENEOUS = ("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json")
 
 
@@ -79,12 +79,15 @@ def of_args(args: Mapping[str, Any], where: str) -> Stated:
     for name in ("untie_embeddings_and_output_weights", "swiglu", "position_embedding_type"):
         if args.get(name) is None:
             raise ValueError(f"{where} does not say {name}")
-    gated = bool(args["swiglu"] or args.get("quick_geglu"))
+    # The last one is no argument of Megatron-LM: it goes with the modules that "spec" names.
+    gated = any(args.get(name) for name in ("swiglu", "quick_geglu", "geglu"))
     activation = "silu" if args["swiglu"] else "gelu"
     if args.get("squared_relu"):
         activation = "squared_relu"
     elif args.get("quick_geglu"):
         activation = "quick_gelu"
+    elif args.get("geglu"):
+        activation = "gelu_tanh"
     renamed = {core: args.get(own) for core, own in names.items()}
     if not args.get("group_query_attention"):
         renamed["num_query_groups"] = stated.need("num_attention_heads")
