@@ -12,6 +12,7 @@ from nemo_minitron.distillation.divergences import LOSSES
 from nemo_minitron.distillation.logit_loss import TeacherStates, logit_loss
 from nemo_minitron.distillation.top_k import TopKTargets, top_k_targets
 from nemo_minitron.distillation.vocab import VocabShard
+from nemo_minitron.models.attention import capped
 from tests.helpers.losses import KINDS, loss_keys, problem, reference, stored_targets
 
 VOCAB, ROWS = 101, 104
@@ -35,10 +36,16 @@ def _config(kind: str, **over) -> DistillationConfig:
     return DistillationConfig(**keys)
 
 
-def _fused(config: DistillationConfig, inputs, *, stored: TopKTargets | None = None):
+def _fused(
+    config: DistillationConfig,
+    inputs,
+    *,
+    stored: TopKTargets | None = None,
+    caps: tuple[float | None, float | None] = (None, None),
+):
     """``[KD, CE]`` and the gradients of half the total by hidden state and weight."""
     hidden, weight = (inputs[name].clone().requires_grad_() for name in ("hidden", "weight"))
-    teacher = stored or TeacherStates(inputs["teacher_hidden"], inputs["teacher_weight"])
+    teacher = stored or TeacherStates(inputs["teacher_hidden"], inputs["teacher_weight"], caps[1])
     total, parts = logit_loss(
         hidden,
         weight,
@@ -47,6 +54,7 @@ def _fused(config: DistillationConfig, inputs, *, stored: TopKTargets | None = N
         config,
         SHARD,
         teacher,
+        cap=caps[0],
     )
     (total / 2).backward()
     return total.detach(), parts, hidden.grad, weight.grad
@@ -57,10 +65,16 @@ def _bf16(logits: torch.Tensor) -> torch.Tensor:
     return logits + (logits.bfloat16().double() - logits).detach()
 
 
-def _plain(config: DistillationConfig, inputs, rounding=lambda logits: logits):
+def _plain(
+    config: DistillationConfig,
+    inputs,
+    rounding=lambda logits: logits,
+    caps: tuple[float | None, float | None] = (None, None),
+):
     hidden, weight = (inputs[name].clone().requires_grad_() for name in ("hidden", "weight"))
     teacher = rounding(inputs["teacher_hidden"] @ inputs["teacher_weight"][:VOCAB].t())
     student = rounding(hidden @ weight[:VOCAB].t())
+    student, teacher = (capped(x, cap) for x, cap in zip((student, teacher), caps, strict=True))
     parts, total = reference(config, student, teacher, inputs["labels"], inputs["mask"])
     (total / 2).backward()
     return total.detach(), parts.detach(), hidden.grad, weight.grad
@@ -81,6 +95,15 @@ def test_equals_autograd(kind, ce_weight):
         want[1][1] = 0.0  # not computed
     _assert_equal(got, want)
     assert not got[3][VOCAB:].any(), "padding rows have a gradient"
+
+
+@pytest.mark.parametrize("caps", [(3.0, None), (2.0, 4.0)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_that_are_capped_equal_autograd(kind, caps):
+    """Of the student alone, and of both with caps of their own."""
+    config = _config(kind, ce_weight=0.5, kd_weight=0.7)
+    inputs = problem(VOCAB, rows=ROWS)
+    _assert_equal(_fused(config, inputs, caps=caps), _plain(config, inputs, caps=caps))
 
 
 def test_all_kinds_are_covered():
