@@ -52,8 +52,11 @@ _PASSES = 4
 UNSUPPORTED: dict[str, str] = {
     "GemmaForCausalLM": "the first Gemma has no table; Gemma 2 and 3 have",
     "Gemma3ForConditionalGeneration": (
-        "it reads images too; its text model is transformers' Gemma3ForCausalLM."
-        "from_pretrained(FOLDER), whose save_pretrained writes what opens here"
+        "it reads images too; with transformers the text model is: both = "
+        "Gemma3ForConditionalGeneration.from_pretrained(FOLDER); text = "
+        "Gemma3ForCausalLM(both.config.text_config).to(both.dtype); text.model.load_state_dict("
+        "both.model.language_model.state_dict()); text.save_pretrained(TEXT), and the tokenizer's "
+        "files beside it"
     ),
 }
 """Architectures that people ask for and that do not open here as they are, and why."""

@@ -45,13 +45,14 @@ _ACTIVATIONS = {
 }
 
 
-_READ_BY_SPECS = (
+_NOT_MEGATRONS = (
     "multipliers",
+    "apply_embedding_scaling",
     "attn_logit_softcapping",
     "final_logit_softcapping",
     "rotary_base_local",
 )
-"""No fields of Megatron's; the modules of this package look for them in its configuration."""
+"""No fields of Megatron's; the code of this package looks for them in its configuration."""
 
 
 class HiddenGPTModel(HiddenModel, GPTModel):
@@ -144,7 +145,7 @@ def transformer_config(
     )
     for name, value in yarn_fields(config.rope_scaling).items():
         setattr(mcore, name, value)  # no fields; Megatron's attention looks for the attributes
-    for name in _READ_BY_SPECS:
+    for name in _NOT_MEGATRONS:
         setattr(mcore, name, getattr(config, name))
     return mcore
 
@@ -217,17 +218,17 @@ def _build_chunk(
     )
     set_frequencies(model, config)
     embedding = getattr(model, "embedding", None)  # of the first stage
-    factor = embedding_factor(config, mcore.params_dtype)
+    factor = embedding_factor(mcore)
     if factor != 1 and embedding is not None:
         embedding.register_forward_hook(lambda module, inputs, out: out * factor)
     return model
 
 
-def embedding_factor(config: ModelConfig, dtype: torch.dtype) -> float:
-    """What multiplies the embeddings of a model whose weights are of this dtype."""
-    if config.apply_embedding_scaling:
-        return torch.tensor(config.hidden_size**0.5).to(dtype).item()
-    return (config.multipliers or {}).get("embedding", 1.0)
+def embedding_factor(mcore: Any) -> float:
+    """What multiplies the embeddings, by Megatron's configuration (``transformer_config``)."""
+    if mcore.apply_embedding_scaling:
+        return torch.tensor(mcore.hidden_size**0.5).to(mcore.params_dtype).item()
+    return float((mcore.multipliers or {}).get("embedding", 1.0))
 
 
 def mark_tensor_parallel(model: torch.nn.Module) -> None:

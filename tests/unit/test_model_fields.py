@@ -127,6 +127,8 @@ def megatron(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, A
     given: dict[str, Any] = {}
 
     class Recorder(torch.nn.Module):
+        rotary_pos_emb = SimpleNamespace(inv_freq=torch.zeros(1))
+
         def __init__(self, **values: Any) -> None:
             super().__init__()
             given.update(values)
