@@ -560,7 +560,10 @@ def test_a_forgotten_row_is_named(alone: dict[str, Any], models: Models) -> None
     family = family_of(config)
     for row in (row for row in family.rows if row.when(config)):
         shorter = replace(family, rows=tuple(other for other in family.rows if other != row))
-        first = next(i for i, kinds in enumerate(kinds_of(config)) if row.kind in kinds)
+        having = (i for i, kinds in enumerate(kinds_of(config)) if row.kind in kinds)
+        first = next(having, None)
+        if first is None:
+            continue  # of dense layers, where all layers have experts
         name = row.name.format(layer=first, expert=0)
         assert f"'{name}'" in missing_rows(alone["names"], config, shorter)
         with pytest.raises(ValueError, match=f"{re.escape(name)} has no row"):
