@@ -65,7 +65,7 @@ _ARGS = {
     "rope_scaling": "use_rope_scaling",
     "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
 }
-_ACTIVATION = "swiglu, squared_relu, quick_geglu, geglu"
+_ACTIVATION = "swiglu, squared_relu, geglu, quick_geglu"
 _HETEROGENEOUS = ("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json")
 
 
