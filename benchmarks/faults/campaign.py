@@ -45,7 +45,12 @@ class Campaign:
         self.work, self.command, self.seed = work.resolve(), command, seed
         self.temporary = self.work / "tmp"
         self.temporary.mkdir(parents=True, exist_ok=True)
-        self.env = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(self.temporary)}
+        self.env = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONFAULTHANDLER": "1",  # where Python was when C++ ends the process
+            "TMPDIR": str(self.temporary),
+        }
         if not (self.work / "base/pruned").is_dir():
             self._prepare()
         self.inputs = self._inputs()
@@ -149,7 +154,13 @@ class Campaign:
         return (self.work / "said").read_text()
 
     def judge(self, case: Case, output: str, usual: dict[str, Any]) -> None:
-        """What holds after every fault."""
+        """What holds after every fault; what a command said that went wrong is kept."""
+        said = self.said()
+        self._judge(case, output, usual)
+        if case.wrong:
+            (self.work / f"said-{case.number}").write_text(said)
+
+    def _judge(self, case: Case, output: str, usual: dict[str, Any]) -> None:
         self._no_processes(case)
         if case.fault != "SIGKILL":
             self._no_temporary_files(case, "after the fault")
