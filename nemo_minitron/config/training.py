@@ -91,15 +91,15 @@ class TrainerConfig:
     """Steps between resumable checkpoints; 0 keeps only the final one."""
     save_top_k: int = field(default=2, metadata=MAY_CHANGE)
     """Resumable checkpoints kept (the newest ones)."""
-    save_every_n_minutes: float = field(default=0.0, metadata=MAY_CHANGE)
+    save_every_n_minutes: float = field(default=0.0, metadata=NEUTRAL)
     """Minutes between further resumable checkpoints; 0 writes none of these."""
-    keep_every_n_steps: int = field(default=0, metadata=MAY_CHANGE)
+    keep_every_n_steps: int = field(default=0, metadata=NEUTRAL)
     """Checkpoints of steps that this divides are kept besides the newest; 0 keeps none of them."""
-    async_save: bool = field(default=False, metadata=MAY_CHANGE)
+    async_save: bool = field(default=False, metadata=NEUTRAL)
     """Whether training goes on while a checkpoint is written, by a process beside each rank."""
-    exit_interval: int = field(default=0, metadata=MAY_CHANGE)
+    exit_interval: int = field(default=0, metadata=NEUTRAL)
     """Save and exit with 75 at steps that this divides, as when a signal asks for it; 0 never."""
-    exit_duration_in_mins: float = field(default=0.0, metadata=MAY_CHANGE)
+    exit_duration_in_mins: float = field(default=0.0, metadata=NEUTRAL)
     """Save and exit with 75 once training has run for so many minutes; 0 never."""
     gradient_clip_val: float = 1.0
     """Global gradient norm limit; 0 switches clipping off."""
