@@ -225,7 +225,7 @@ def _quiet_nemo() -> None:
     refuses the next one of the same process.
     """
     from nemo.lightning.callback_group import CallbackGroup
-    from nemo.utils import logging as nemo_logging
 
-    nemo_logging.setLevel(nemo_logging.ERROR)
+    # NeMo's own setLevel would change handlers, too, which other loggers may share.
+    logging.getLogger("nemo_logger").setLevel(logging.ERROR)
     CallbackGroup.get_instance().callbacks.clear()
