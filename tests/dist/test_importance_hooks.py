@@ -26,6 +26,7 @@ class Config:
     num_attention_heads: int = HEADS
     kv_channels: int = D
     num_moe_experts: int | None = None
+    moe_layer_freq: int = 1
     moe_shared_expert_intermediate_size: int | None = None
     sequence_parallel: bool = False
     layernorm_epsilon: float = 1e-5

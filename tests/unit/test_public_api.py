@@ -53,7 +53,10 @@ before = state()
 import nemo_minitron
 for found in pkgutil.walk_packages(nemo_minitron.__path__, "nemo_minitron."):
     if not found.name.endswith("__main__"):
-        importlib.import_module(found.name)
+        try:
+            importlib.import_module(found.name)
+        except ModuleNotFoundError as error:  # hybrid models, on a Megatron-Core without them
+            assert error.name == "megatron.core.models.hybrid", error
 after = state()
 changed = {}
 for key, value in before.items():
