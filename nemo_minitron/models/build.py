@@ -79,16 +79,7 @@ def transformer_config(
         ValueError: ``settings`` holds a field that the family sets.
     """
     family, given = family_of(config), settings or {}
-    for name in sorted(family.megatron.keys() & given.keys()):
-        raise ValueError(
-            f"megatron.transformer.{name}={given[name]} is not supported for family "
-            f"'{family.name}', which needs {name}={family.megatron[name]}; leave it out"
-        )
-    if HAVE_TE and config.window_size is not None and parallel.context_parallel_size > 1:
-        raise ValueError(
-            f"parallel.context_parallel_size={parallel.context_parallel_size} is not supported for "
-            "a model with sliding windows (window_size) under Transformer Engine; set it to 1"
-        )
+    _refuse(family, config, parallel, given)
     on_gpu = torch.cuda.is_available()
     defaults = transformer_defaults(
         config, on_gpu=on_gpu, have_te=HAVE_TE, have_grouped_gemm=HAVE_GROUPED_GEMM
@@ -148,6 +139,22 @@ def transformer_config(
     for name in _NOT_MEGATRONS:
         setattr(mcore, name, getattr(config, name))
     return mcore
+
+
+def _refuse(
+    family: Family, config: ModelConfig, parallel: ParallelConfig, given: Mapping[str, Any]
+) -> None:
+    """Settings that the family decides, and layouts that Transformer Engine has no windows for."""
+    for name in sorted(family.megatron.keys() & given.keys()):
+        raise ValueError(
+            f"megatron.transformer.{name}={given[name]} is not supported for family "
+            f"'{family.name}', which needs {name}={family.megatron[name]}; leave it out"
+        )
+    if HAVE_TE and config.window_size is not None and parallel.context_parallel_size > 1:
+        raise ValueError(
+            f"parallel.context_parallel_size={parallel.context_parallel_size} is not supported for "
+            "a model with sliding windows (window_size) under Transformer Engine; set it to 1"
+        )
 
 
 def _router_fields(config: ModelConfig) -> dict[str, Any]:
