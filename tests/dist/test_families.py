@@ -111,6 +111,28 @@ LLAMA_DIMS = {
 }
 
 
+QWEN2_MOE_DIMS = {
+    r"shared_expert\.(gate|up)_proj\.weight": ("shared_ffn", "hidden"),
+    r"shared_expert\.down_proj\.weight": ("hidden", "shared_ffn"),
+    r"mlp\.shared_expert_gate\.weight": (None, "hidden"),
+    r"mlp\.gate\.weight": ("expert", "hidden"),
+    **LLAMA_DIMS,
+    r"q_proj\.bias": ("q",),
+    r"[kv]_proj\.bias": ("kv",),
+}
+QWEN_EXPERTS = {
+    **SIZES,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+}
+QWEN3_MOE_DIMS = {
+    **LLAMA_DIMS,
+    r"[qk]_norm\.weight": (None,),
+    r"mlp\.gate\.weight": ("expert", "hidden"),
+}
+
+
 @dataclass(frozen=True)
 class Case:
     """A tiny model of a family."""
@@ -149,17 +171,9 @@ CASES = {
     ),
     "qwen2_moe_windows": Case(
         "Qwen2Moe",
-        {**SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40,
-         "shared_expert_intermediate_size": 56, "use_sliding_window": True, "sliding_window": 5},
-        {
-            r"shared_expert\.(gate|up)_proj\.weight": ("shared_ffn", "hidden"),
-            r"shared_expert\.down_proj\.weight": ("hidden", "shared_ffn"),
-            r"mlp\.shared_expert_gate\.weight": (None, "hidden"),
-            r"mlp\.gate\.weight": ("expert", "hidden"),
-            **LLAMA_DIMS,
-            r"q_proj\.bias": ("q",),
-            r"[kv]_proj\.bias": ("kv",),
-        },
+        {**QWEN_EXPERTS, "shared_expert_intermediate_size": 56, "use_sliding_window": True,
+         "sliding_window": 5},
+        QWEN2_MOE_DIMS,
         {"several": {**EXPERTS["several"], **SHARED}},
         sequence_parallel=True,
     ),
@@ -199,17 +213,8 @@ CASES = {
     ),
     "qwen2_moe": Case(
         "Qwen2Moe",
-        {**SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40,
-         "shared_expert_intermediate_size": 56},
-        {
-            r"shared_expert\.(gate|up)_proj\.weight": ("shared_ffn", "hidden"),
-            r"shared_expert\.down_proj\.weight": ("hidden", "shared_ffn"),
-            r"mlp\.shared_expert_gate\.weight": (None, "hidden"),
-            r"mlp\.gate\.weight": ("expert", "hidden"),
-            **LLAMA_DIMS,
-            r"q_proj\.bias": ("q",),
-            r"[kv]_proj\.bias": ("kv",),
-        },
+        {**QWEN_EXPERTS, "shared_expert_intermediate_size": 56},
+        QWEN2_MOE_DIMS,
         {**EXPERTS, "shared_expert_ffn": SHARED, "several": {**EXPERTS["several"], **SHARED}},
         sequence_parallel=True,
     ),
@@ -315,42 +320,23 @@ CASES = {
     ),
     "qwen3_moe": Case(
         "Qwen3Moe",
-        {**SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40,
-         "norm_topk_prob": True},
-        {
-            **LLAMA_DIMS,
-            r"[qk]_norm\.weight": (None,),
-            r"mlp\.gate\.weight": ("expert", "hidden"),
-        },
+        {**QWEN_EXPERTS, "norm_topk_prob": True},
+        QWEN3_MOE_DIMS,
         EXPERTS,
         sequence_parallel=True,
     ),
     # In a pipeline one stage has no experts, the other nothing else.
     "qwen3_moe_dense": Case(
         "Qwen3Moe",
-        {**SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40,
-         "norm_topk_prob": True, "mlp_only_layers": [0, 1]},
-        {
-            **LLAMA_DIMS,
-            r"[qk]_norm\.weight": (None,),
-            r"mlp\.gate\.weight": ("expert", "hidden"),
-        },
+        {**QWEN_EXPERTS, "norm_topk_prob": True, "mlp_only_layers": [0, 1]},
+        QWEN3_MOE_DIMS,
         MIXED,
         sequence_parallel=True,
     ),
     "qwen2_moe_dense": Case(
         "Qwen2Moe",
-        {**SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40,
-         "shared_expert_intermediate_size": 56, "decoder_sparse_step": 2},
-        {
-            r"shared_expert\.(gate|up)_proj\.weight": ("shared_ffn", "hidden"),
-            r"shared_expert\.down_proj\.weight": ("hidden", "shared_ffn"),
-            r"mlp\.shared_expert_gate\.weight": (None, "hidden"),
-            r"mlp\.gate\.weight": ("expert", "hidden"),
-            **LLAMA_DIMS,
-            r"q_proj\.bias": ("q",),
-            r"[kv]_proj\.bias": ("kv",),
-        },
+        {**QWEN_EXPERTS, "shared_expert_intermediate_size": 56, "decoder_sparse_step": 2},
+        QWEN2_MOE_DIMS,
         {"layer": MIXED["layer"], "several": {**MIXED["several"], **SHARED}},
         sequence_parallel=True,
     ),
