@@ -22,6 +22,9 @@ STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 ALL = (signal.SIGINT, *STOP)
 _PATIENCE = 5.0
 """Seconds after which an exception that did not arrive is raised again."""
+_GRACE = 2.0
+"""Seconds that the code of another package may go on before it is interrupted after all."""
+_PACKAGE = __name__.partition(".")[0]
 
 Meaning = Callable[[], Ending]
 
@@ -34,7 +37,7 @@ class _Request:
         self.process = os.getpid()
         self.meaning: Meaning = _terminated
         self.error: Ending | None = None
-        self.since = 0.0
+        self.until = 0.0
         self.again: threading.Timer | None = None
         self.command = "minitron"
         self.closed = False
@@ -122,19 +125,63 @@ def say(command: str, error: BaseException) -> int:
     return code
 
 
-def _ask(number: int, _: FrameType | None) -> None:
+def throw(error: BaseException, frame: FrameType | None) -> None:
+    """Raise what a signal handler has to raise: at once, or at the next line of this package.
+
+    Libraries call Python from C++, some of them where C++ may not throw: an exception that a
+    handler raises there ends the process with SIGABRT. Code of another package that was
+    interrupted therefore goes on until it returns to, or calls, code of this one.
+
+    Args:
+        error: what to raise.
+        frame: what was interrupted, as the handler is told.
+    """
+    if not _is_anothers(frame):
+        raise error
+
+    def trace(frame: FrameType, *_: object) -> None:
+        if _package_of(frame) == _PACKAGE:
+            raise error  # which ends the tracing
+
+    for outer in _stack(frame):
+        if _package_of(outer) == _PACKAGE:
+            outer.f_trace = trace
+    sys.settrace(trace)
+
+
+def _is_anothers(frame: FrameType | None) -> bool:
+    """Whether code of another package runs, called by this one; Python's own library aside."""
+    names = [_package_of(outer) for outer in _stack(frame)]
+    if _PACKAGE not in names:
+        return False
+    return not sys.stdlib_module_names.issuperset(names[: names.index(_PACKAGE)])
+
+
+def _stack(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _package_of(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
+
+
+def _ask(number: int, frame: FrameType | None) -> None:
     if os.getpid() != _request.process:  # a copy made by fork; its parent says what is to be said
         os._exit(128 + number)
     if _request.closed:
         return
     if _request.error is None:
         _request.error = Interrupted("Ctrl-C") if number == signal.SIGINT else _request.meaning()
-        _raise_again(number)
-        raise _request.error
+        _raise_again(number, _GRACE if _is_anothers(frame) else _PATIENCE)
+        throw(_request.error, frame)
+        return
     if not _overdue():  # SLURM sends several: clean up in peace
         return
     if _request.again is not None:
-        _raise_again(number)
+        _raise_again(number, _PATIENCE)
+        sys.settrace(None)
         raise _request.error
     if number == signal.SIGINT:  # pressed again, while it cleans up
         sys.stderr.write(f"{_request.command}: interrupted; run the same command again\n")
@@ -143,14 +190,14 @@ def _ask(number: int, _: FrameType | None) -> None:
 
 
 def _overdue() -> bool:
-    return time.monotonic() - _request.since >= _PATIENCE
+    return time.monotonic() >= _request.until
 
 
-def _raise_again(number: int) -> None:
-    _request.again = threading.Timer(_PATIENCE + 0.1, os.kill, (os.getpid(), number))
+def _raise_again(number: int, seconds: float) -> None:
+    _request.again = threading.Timer(seconds + 0.1, os.kill, (os.getpid(), number))
     _request.again.daemon = True
     _request.again.start()
-    _request.since = time.monotonic()
+    _request.until = time.monotonic() + seconds
 
 
 def arrived() -> None:

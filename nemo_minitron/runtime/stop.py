@@ -43,7 +43,8 @@ class StopOnRequest:
             return  # a writer that was forked goes on
         gone = peers.killed()
         if gone is not None:  # its launcher ends this one too; there is nobody to agree with
-            raise RankKilled(f"rank {gone} was killed; run the same command again")
+            endings.throw(RankKilled(f"rank {gone} was killed; run the same command again"), frame)
+            return
         self._asked = True
 
     def ask(self) -> None:

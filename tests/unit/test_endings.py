@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -165,3 +166,47 @@ def test_a_library_that_swallows_it_does_not_change_the_ending(monkeypatch):
             signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)  # the second one does not disturb the cleaning up
     assert isinstance(endings.asked(), Terminated)
+
+
+OURS = """
+def work(library, number):
+    library(number)
+    done.append("the next line of ours")
+"""
+LIBRARY = """
+def library(number):
+    signal.raise_signal(number)
+    time.sleep(pause)
+    done.append("the library's own")
+"""
+
+
+@pytest.mark.parametrize("pause", [0.0, 5.0])
+def test_a_library_is_not_interrupted_where_it_may_not_throw(monkeypatch, pause):
+    """It goes on until it returns to this package, at most for as long as one waits for it."""
+    monkeypatch.setattr(endings, "_GRACE", 0.5)
+    done: list[str] = []
+    ours: dict[str, Any] = {"__name__": "nemo_minitron.work", "done": done}
+    its: dict[str, Any] = {
+        "__name__": "library",
+        "signal": signal,
+        "time": time,
+        "pause": pause,
+        "done": done,
+    }
+    exec(OURS, ours)
+    exec(LIBRARY, its)
+    with endings.taken("minitron x", lambda: Terminated("asked")):
+        with pytest.raises(Terminated):
+            ours["work"](its["library"], signal.SIGTERM)
+        assert sys.gettrace() is None
+    assert done == ([] if pause else ["the library's own"])
+
+
+def test_this_package_is_interrupted_at_once(monkeypatch):
+    done: list[str] = []
+    ours: dict[str, Any] = {"__name__": "nemo_minitron.work", "done": done}
+    exec(OURS, ours)
+    with endings.taken("minitron x", lambda: Terminated("asked")), pytest.raises(Terminated):
+        ours["work"](signal.raise_signal, signal.SIGTERM)
+    assert done == []
