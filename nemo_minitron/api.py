@@ -50,6 +50,7 @@ def score(
     block_sizes: Sequence[int] = (),
     batch_aggregation: str = "l2",
     seq_aggregation: str = "mean",
+    criterion: str = "activation",
 ) -> Iterator[Scores]:
     """Score a model in the forward passes of the body, which are those of your own loop.
 
@@ -62,6 +63,7 @@ def score(
         block_sizes: lengths of the blocks that ``block_angular`` scores.
         batch_aggregation: how samples are aggregated: ``l2``, ``mean`` or ``var``.
         seq_aggregation: how the positions of a sample are aggregated.
+        criterion: what scores the channels that a linear layer reads, as ``scores.criterion``.
 
     Yields:
         Scores, empty until the context ends without an error. They are global and the same on every
@@ -78,6 +80,7 @@ def score(
         block_sizes=list(block_sizes),
         batch_aggregation=batch_aggregation,
         seq_aggregation=seq_aggregation,
+        criterion=criterion,
     )
     check_axes(config, settings.axes)
     check_block_sizes(config, settings)

@@ -1,9 +1,13 @@
-"""A family, Pocket, which is a Llama under another name, and a loss, the Jeffreys divergence."""
+"""A family, a criterion and a loss.
+
+Pocket is a Llama under another name. ``read_weights`` scores a channel as Wanda does (2306.11695):
+by its activations and the weights that read them. The loss is the Jeffreys divergence.
+"""
 
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from nemo_minitron.config.distillation import DistillationConfig
 from nemo_minitron.config.model import ModelConfig
@@ -28,6 +32,11 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 POCKET = Family("pocket", NAMES, ROWS, from_hf, to_hf, READS, models="Pocket")
+
+
+def read_weights(values: Tensor, linear: nn.Module) -> Tensor:
+    """Activation times the L2 norm of its column of the weight, as ``aggregate.Criterion`` says."""
+    return values * linear.weight.double().norm(dim=0)
 
 
 def jeffreys(

@@ -28,6 +28,7 @@ from nemo_minitron.config.training_stages import (
     FinetuneConfig,
     TeacherLogitsConfig,
 )
+from nemo_minitron.runtime.plugins import added
 
 
 @dataclass(kw_only=True)
@@ -75,6 +76,7 @@ LAYER_CRITERIA = ("block_influence", "lm_loss", "block_angular", "block_lm_loss"
 # Those that score blocks of contiguous layers, and so need to know how long the blocks are.
 BLOCK_CRITERIA = ("block_angular", "block_lm_loss")
 _AGGREGATIONS = one_of("mean", "l2", "var")
+_CRITERIA = one_of("activation", *added("criteria", ("activation",)))
 
 
 @dataclass(kw_only=True)
@@ -85,6 +87,10 @@ class CalibrationConfig:
     """How samples are aggregated (2407.14679, section 2.2)."""
     seq_aggregation: str = field(default="mean", metadata=_AGGREGATIONS)
     """How the positions of a sample are aggregated."""
+    criterion: str = field(default="activation", metadata={**ADDED, **_CRITERIA})
+    """What scores the channels that a linear layer reads (``ffn``, ``head``,
+    ``shared_expert_ffn``): ``activation``, their aggregated values, or a criterion that another
+    package adds. All else is scored by ``activation``."""
     lm_loss_samples: int = 32
     """Samples for ``lm_loss`` and ``block_lm_loss``, the first ones: each takes a forward pass for
     every layer or block."""

@@ -11,13 +11,25 @@ again, so data-parallel ranks add theirs once, at the very end (``reduce_sums``)
 Shape letters: s local sequence, b micro-batch, m modules, w local channels, k partial sums.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from nemo_minitron.runtime.plugins import with_added
+
+Criterion = Callable[[Tensor, nn.Module], Tensor]
+"""``(values, linear) -> scores`` of the channels that a linear layer reads, ``[w]`` each.
+
+``values``: aggregated activations of the whole calibration set, fp64. All are local: under tensor
+parallelism ``linear.weight`` is ``[out, w]`` of a ``RowParallelLinear``, whole for each channel of
+this rank. A score may depend on its own channel alone, or it would depend on the layout.
+"""
+CRITERIA: dict[str, Criterion] = {"activation": lambda values, linear: values}
+"""Value of ``scores.criterion`` -> the criterion."""
 # Partial sums that each sequence aggregation needs: sum |x|; sum x^2; sum x and sum x^2.
 PARTIALS = {"mean": 1, "l2": 1, "var": 2}
 # Batch sums that each batch aggregation needs: sum y; sum y^2; both.
@@ -67,6 +79,19 @@ def sequence_statistic(partials: Tensor, seq: str, positions: int | Tensor) -> T
     if seq == "l2":
         return sums[:, 0].sqrt()
     return (sums[:, 1] / positions - (sums[:, 0] / positions).square()).clamp_min(0.0)
+
+
+@cache
+def criterion(name: str) -> Criterion:
+    """The criterion that ``scores.criterion`` names, of this package or of another.
+
+    Raises:
+        ValueError: the package that adds it cannot be imported.
+    """
+    known = with_added("criteria", CRITERIA)
+    if name not in known:
+        raise ValueError(f"scores.criterion={name} is not known; known: {', '.join(known)}")
+    return known[name]
 
 
 class Accumulator:

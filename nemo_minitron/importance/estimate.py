@@ -219,6 +219,8 @@ def collected(
         "num_tokens": seen[1],
         "layers": config.kept_layers or list(range(config.num_layers)),
     }
+    if scores.criterion != "activation":
+        result.meta["criterion"] = scores.criterion
     return result
 
 
@@ -291,7 +293,7 @@ def _layer_tables(recorders: list[ChunkRecorder], config: ModelConfig) -> dict[s
     """Axis -> ``[layers, ...]`` fp64 with this stage's layers filled in and zeros elsewhere."""
     tables: dict[str, Tensor] = {}
     for recorder in recorders:
-        local = {axis: acc.scores() for axis, acc in recorder.channels.items()}
+        local = recorder.scores()
         layers = {axis: recorder.seen[axis] for axis in local}
         if recorder.influence is not None:
             local["layer"] = recorder.influence.scores()

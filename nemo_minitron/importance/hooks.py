@@ -35,6 +35,7 @@ from nemo_minitron.importance.aggregate import (
     BlockInfluence,
     TokenSums,
     all_reduce_flat,
+    criterion,
     load_token_state,
     token_state,
 )
@@ -132,6 +133,7 @@ class ChunkRecorder:
             for axis, width in widths.items()
             if axis in scores.axes
         }
+        self._criterion = criterion(scores.criterion)
         self.influence = None
         if scores.layers_by("block_influence"):
             self.influence = BlockInfluence(count, device=device)
@@ -261,6 +263,17 @@ class ChunkRecorder:
         self._state = None
         if self.angles is not None and self.groups.pp.size() == 1:
             self.angles.flush(self.valid)  # in a pipeline this has to wait for the other stages
+
+    @torch.no_grad()
+    def scores(self) -> dict[str, Tensor]:
+        """Axis -> ``[modules, w]`` fp64 scores of local channels, from complete batch sums."""
+        found = {axis: accumulator.scores() for axis, accumulator in self.channels.items()}
+        for axis in (AXES[name] for name in found):
+            if axis.seen_at and axis.seen_part is None:
+                for values, local in zip(found[axis.name], self.seen[axis.name], strict=True):
+                    linear = scored_module(self._blocks[local], axis)
+                    values.copy_(self._criterion(values, linear))
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """What was accumulated so far."""

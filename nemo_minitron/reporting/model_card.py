@@ -115,6 +115,7 @@ def _score_row(scores: Entry) -> list[str]:
     keys = ("seq_aggregation", "batch_aggregation", "samples", "tokens")
     over_positions, over_samples, samples, tokens = (_number(scores.get(key, "")) for key in keys)
     axes, round_ = text(_words(scores.get("axes", []))), _number(scores.get("round", ""))
+    axes += f" by {code(scores['criterion'])}" if "criterion" in scores else ""
     return [round_, axes, over_positions, over_samples, where, samples, tokens]
 
 

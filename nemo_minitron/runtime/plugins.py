@@ -1,4 +1,4 @@
-"""What other packages add by entry points, as ``examples/plugin/`` does: families and losses.
+"""What other packages add by entry points: families, criteria and losses, as ``examples/plugin``.
 
 A package that cannot be imported is named in one line and the rest works. Of two that give one
 name, or one that this package has, neither is taken.
@@ -14,7 +14,7 @@ from nemo_minitron.runtime.ranks import rank
 
 log = logging.getLogger(__name__)
 
-KINDS = {"families": "family", "losses": "loss"}
+KINDS = {"families": "family", "criteria": "criterion", "losses": "loss"}
 """Part of the group's name, ``nemo_minitron.<kind>`` -> what one of them is called."""
 Added = TypeVar("Added")
 

@@ -86,6 +86,7 @@ def _provenance(folder: Path, data: object) -> dict[str, Any]:
     aggregation, how = meta.get("aggregation", {}), meta.get("data", {})
     facts = {
         "axes": meta.get("axes"),
+        "criterion": meta.get("criterion"),
         "batch_aggregation": aggregation.get("batch"),
         "seq_aggregation": aggregation.get("seq"),
         "data": None if data is None else Path(str(data)).name,

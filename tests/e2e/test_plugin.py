@@ -1,4 +1,4 @@
-"""Families and losses of other packages: the one in examples/plugin, installed, and bad ones."""
+"""What other packages add: the one in examples/plugin, installed, and bad ones."""
 
 import json
 import os
@@ -6,6 +6,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 REPO = Path(__file__).parents[2]
 _ASKS = """
@@ -48,25 +54,38 @@ def bad_package(site: Path) -> None:
     )
 
 
-def test_the_example_is_used_and_bad_ones_are_named(tmp_path: Path) -> None:
-    source, site = tmp_path / "source", tmp_path / "site"
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the example is installed."""
+    folder = tmp_path_factory.mktemp("plugin")
+    source, site = folder / "source", folder / "site"
     shutil.copytree(REPO / "examples" / "plugin", source)
     pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation"]
     done = subprocess.run(
         [*pip, "--no-index", "--target", site, source], capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr
-    bad_package(site)
-    done = subprocess.run(
-        [sys.executable, "-c", _ASKS],
+    return site
+
+
+def python(*arguments: str, paths: list[Path], folder: Path) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, *arguments],
         capture_output=True,
         text=True,
-        timeout=200,
-        env={**os.environ, "PYTHONPATH": f"{site}:{REPO}"},
+        timeout=400,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": ":".join(map(str, [*paths, REPO]))},
     )
+
+
+def test_the_example_is_used_and_bad_ones_are_named(site: Path, tmp_path: Path) -> None:
+    bad_package(tmp_path)
+    done = python("-c", _ASKS, paths=[site, tmp_path], folder=tmp_path)
     assert done.returncode == 0, done.stderr
     shown, family, kind, loss, parts, families, log = json.loads(done.stdout.splitlines()[-1])
-    assert "family pocket" in shown
+    for added in ("family pocket", "criterion read_weights", "loss jeffreys"):
+        assert added in shown
     assert "from minitron-pocket 0.1.0" in shown
     assert (family, kind) == ("pocket", "pocket")
     assert loss == parts
@@ -74,3 +93,52 @@ def test_the_example_is_used_and_bad_ones_are_named(tmp_path: Path) -> None:
     assert "absent" not in families
     assert "family 'absent' of bad 1.0 cannot be imported and is left out (ModuleNotFound" in log
     assert "family 'llama' of bad 1.0 is left out: another package, or this one, has one" in log
+
+
+def pocket(folder: Path) -> None:
+    """A random Pocket as a Hugging Face folder, and token ids."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=128, num_hidden_layers=2, **sizes)).save_pretrained(
+        folder / "model"
+    )
+    path = folder / "model" / "config.json"
+    named = {"architectures": ["PocketForCausalLM"], "model_type": "pocket"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **named}))
+    np.save(folder / "ids.npy", np.random.default_rng(0).integers(0, 128, (8, 16)))
+
+
+@pytest.mark.timeout(600)
+def test_a_pipeline_uses_family_criterion_and_loss_by_name(site: Path, tmp_path: Path) -> None:
+    """Scores of two ranks are those of one, times the norms of the weights that read them."""
+    pocket(tmp_path)
+    inputs = [
+        "inputs.model=model",
+        "inputs.data=ids.npy",
+        "experiment=pocket",
+        "inputs.tensor_parallel=2",
+    ]
+    command = ["-m", "nemo_minitron", "pipeline", "--config-dir", str(REPO / "examples/plugin")]
+    done = python(*command, *inputs, paths=[site], folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    plain = [
+        "checkpoint=pocket/teacher",
+        "data.path=ids.npy",
+        "data.seq_length=16",
+        "data.num_samples=null",
+    ]
+    command = ["-m", "nemo_minitron", "importance", *plain, "scores.axes=[ffn]", "output_dir=plain"]
+    done = python(*command, paths=[site], folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    norms = [weights[f"model.layers.{n}.mlp.down_proj.weight"].norm(dim=0) for n in range(2)]
+    scores, values = (
+        load_file(tmp_path / run / "scores.safetensors")["ffn"]
+        for run in ("pocket/importance", "plain")
+    )
+    torch.testing.assert_close(scores, values * torch.stack(norms), rtol=1e-5, atol=0)
+    exported = json.loads((tmp_path / "pocket" / "exported" / "config.json").read_text())
+    assert (exported["model_type"], exported["intermediate_size"]) == ("pocket", 64)
+    said = (tmp_path / "pocket" / "exported" / "README.md").read_text()
+    assert "ffn by `read_weights`" in said
+    assert "`distillation.loss=jeffreys`" in said
