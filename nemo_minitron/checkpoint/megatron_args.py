@@ -188,7 +188,7 @@ def common_state(config: ModelConfig) -> JsonObject:
 Place = tuple[str, tuple[int, ...], tuple[int, ...]]
 """Key, and where in a grid of what shape the object lies: a layer, or a layer and an expert."""
 
-# Modules of Transformer Engine that have a state. Megatron takes the output layer's away itself.
+# Modules of Transformer Engine that have a state. GPTModel takes its output layer's away itself.
 _WITH_STATE = re.compile(r"linear_\w+|\w*layernorm|core_attention|in_proj|out_proj|final_norm")
 _QKV, _ATTENTION = ".self_attention.linear_qkv", ".self_attention.core_attention"
 
@@ -205,6 +205,8 @@ def _modules(row: Row, layer: int | None) -> list[str]:
 def extra_states(family: Family, config: ModelConfig) -> Iterator[Place]:
     """Places of the objects that a model has under Transformer Engine, each once."""
     seen = set()
+    if config.hybrid_layer_pattern is not None:  # HybridModel asks for it, GPTModel does not
+        yield "output_layer._extra_state", (0,), (1,)
     for _, row, layer in family.parameters(config):
         axes = stack_axes(row, layer, config) or [(0, 1)]
         for module in _modules(row, None if config.stacked_layers else layer):

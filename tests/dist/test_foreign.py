@@ -2,14 +2,17 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from nemo_minitron.checkpoint import torch_dist
 from nemo_minitron.checkpoint.source import open_source
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import ImportConfig
 from nemo_minitron.stages import import_
+from tests.cases import hybrid_program
 from tests.cases.live_truth import layout
 from tests.cases.source import logits_of
 from tests.helpers import foreign
@@ -88,3 +91,35 @@ def test_logits(ranks: WorkerPool, opened: dict[str, str]) -> None:
         assert torch.equal(same_ids, ids)
         atol = 0.02 if name == "bf16" else 1e-5  # there their forward pass has 8 bits, ours 24
         torch.testing.assert_close(found, wanted[..., : found.size(-1)], atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize(("there", "here"), [((2, 1), (1, 2)), ((1, 2), (2, 1))])
+def test_hybrid_model(
+    ranks: WorkerPool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    there: tuple[int, int],
+    here: tuple[int, int],
+) -> None:
+    """Megatron-Core's HybridModel (TP, PP) opens here, ours opens there, at other layouts."""
+    ids = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(7))
+
+    def logits(task: Any, *arguments: object) -> Any:
+        return ranks.run(2, task, *arguments)[1]  # the last stage
+
+    def imported(name: str) -> str:
+        cfg = ImportConfig(source=str(tmp_path / "theirs"), output_dir=str(tmp_path / name))
+        import_.check(cfg)
+        import_.run(cfg)
+        return cfg.output_dir
+
+    theirs = logits(hybrid_program.write, str(tmp_path / "theirs"), *there, ids)
+    results = {"ours": imported("ours")}
+    # As earlier versions wrote them, which did not know what else HybridModel asks for.
+    monkeypatch.setattr(torch_dist, "extra_states", lambda *_: iter(()))
+    results["before"] = imported("before")
+    found = logits(logits_of, results, ids, layout(tp=here[0], pp=here[1]))
+    for ours in found.values():
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    again = logits(hybrid_program.read, f"{results['ours']}/checkpoint", *here, ids)
+    torch.testing.assert_close(again, theirs, atol=1e-5, rtol=0)
