@@ -163,7 +163,7 @@ def _measured(config: ModelConfig, space: SearchSpaceConfig, sizes: Sizes) -> Ca
     active = active_parameters(family_of(config), small)
     element = _BYTES[config.dtype]
     attending, scanning = ("".join(kinds_of(small)).count(kind) for kind in (ATTENTION, MAMBA))
-    cached = 2 * attending * small.num_query_groups * small.kv_channels * space.seq_length
+    cached = attending * small.cached_channels * space.seq_length
     # A state for each channel of each Mamba head, and what the convolution looks back at.
     states = scanning * (
         DIMS["mamba_inner"].size(small) * (small.mamba_state_dim or 0)

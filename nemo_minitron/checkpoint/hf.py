@@ -6,7 +6,7 @@ Everything a user can get wrong in a folder is found from the headers, before an
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 
+from nemo_minitron.checkpoint.fp8 import FP8, QUANTISED, dequantised, fp8_block
 from nemo_minitron.checkpoint.hf_checks import DERIVED, check_hf, expected_tensors, hf_names
 from nemo_minitron.checkpoint.hf_refusals import (
     refuse_adapter,
@@ -90,7 +91,9 @@ def _shard_names(folder: Path) -> dict[str, set[str] | None]:
     )
 
 
-def _open_shard(path: Path, expected: set[str] | None) -> Store:
+def _open_shard(
+    path: Path, expected: set[str] | None, dtypes: Mapping[str, torch.dtype] = DTYPES
+) -> Store:
     """Store of one safetensors file, from its header."""
     if not path.is_file():
         raise ValueError(f"{path} is missing although {INDEX_JSON} lists it")
@@ -104,12 +107,12 @@ def _open_shard(path: Path, expected: set[str] | None) -> Store:
                 if name.endswith(DERIVED):
                     continue
                 view = file.get_slice(name)
-                if view.get_dtype() not in DTYPES:
+                if view.get_dtype() not in dtypes:
                     raise ValueError(
                         f"{path}: {name} is {view.get_dtype()}; supported: {sorted(DTYPES)}; "
                         f"{way_out_of_dtype(view.get_dtype())}"
                     )
-                shape, dtype = tuple(view.get_shape()), DTYPES[view.get_dtype()]
+                shape, dtype = tuple(view.get_shape()), dtypes[view.get_dtype()]
                 store[name] = stored_tensor(path, places[name], shape, dtype)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is truncated or damaged: {error}") from error
@@ -128,7 +131,8 @@ def open_hf(folder: Path) -> tuple[JsonObject, Store]:
         folder: holds config.json and safetensors files.
 
     Returns:
-        config.json, and the store under Hugging Face names, rows in Hugging Face order.
+        config.json (of the dequantised model, where weights are FP8 with scales of blocks), and the
+        store under Hugging Face names, rows in Hugging Face order.
 
     Raises:
         ValueError: a file is missing, damaged, or disagrees with the index; a tensor is of a dtype
@@ -140,11 +144,17 @@ def open_hf(folder: Path) -> tuple[JsonObject, Store]:
     refuse_links_out(folder)
     refuse_pointer(folder / CONFIG_JSON)
     config = read_json_object(folder / CONFIG_JSON)
+    block = fp8_block(config)
+    if block is not None:
+        config = {key: value for key, value in config.items() if key != QUANTISED}
     refuse_quantised(folder / CONFIG_JSON, config)
     family_of_hf(config)
     store: Store = {}
+    dtypes = DTYPES if block is None else DTYPES | FP8
     for file, names in _shard_names(folder).items():
-        store.update(_open_shard(inside(folder, file), names))
+        store.update(_open_shard(inside(folder, file), names, dtypes))
+    if block is not None:
+        store = dequantised(store, block)
     if not store:
         raise ValueError(f"{folder}: the .safetensors files hold no tensor; download them again")
     return config, store

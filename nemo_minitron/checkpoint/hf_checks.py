@@ -157,10 +157,25 @@ def _first(store: Store, part: str) -> str:
     return next(name for name in sorted(store) if part in name)
 
 
+def _layer_numbers(family: Family) -> re.Pattern[str]:
+    """What the names of tensors of layers start with, up to the number of the layer."""
+    starts = {name.split("{layer}")[0] for row in family.rows if row.per_layer for name in row.hf}
+    return re.compile(rf"(?:{'|'.join(map(re.escape, sorted(starts)))})(\d+)\.")
+
+
+def without_next_tokens(family: Family, config: ModelConfig, store: Store) -> Store:
+    """The same store without the layers behind the last one, which predict several tokens."""
+    numbers = {name: _layer_numbers(family).match(name) for name in store}
+    return {
+        name: tensor
+        for name, tensor in store.items()
+        if not (found := numbers[name]) or int(found[1]) < config.num_layers
+    }
+
+
 def _other_depth(family: Family, config: ModelConfig, store: Store) -> str:
     """What to add when the weights are of a deeper or a shallower model than the config."""
-    starts = {name.split("{layer}")[0] for row in family.rows if row.per_layer for name in row.hf}
-    pattern = re.compile(rf"(?:{'|'.join(map(re.escape, sorted(starts)))})(\d+)\.")
+    pattern = _layer_numbers(family)
     found = [int(match[1]) for match in map(pattern.match, store) if match]
     layers = max(found, default=-1) + 1
     if layers == config.num_layers:

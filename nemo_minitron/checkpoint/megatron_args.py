@@ -17,7 +17,7 @@ from nemo_minitron.checkpoint.torch_dist_read import stack_axes, stacked_name
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.documents import JsonObject
 from nemo_minitron.families.registry import family_of
-from nemo_minitron.families.rope import yarn_fields
+from nemo_minitron.families.rope import latent_fields, yarn_fields
 from nemo_minitron.families.table import COMMON_SPEC, Family, Row
 from nemo_minitron.families.windows import megatron_fields
 
@@ -112,6 +112,16 @@ def _hybrid_args(config: ModelConfig) -> JsonObject:
     }
 
 
+def _latent_args(config: ModelConfig) -> JsonObject:
+    names = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim")
+    return {
+        "multi_latent_attention": True,
+        **{name: getattr(config, name) for name in names},
+        "v_head_dim": config.kv_channels,
+        **latent_fields(config.rope_scaling),
+    }
+
+
 def megatron_lm_args(config: ModelConfig) -> Namespace:
     """Arguments with which Megatron-LM builds this model."""
     positions = config.max_position_embeddings
@@ -125,6 +135,8 @@ def megatron_lm_args(config: ModelConfig) -> Namespace:
     if config.moe_layer_freq is not None:
         used["moe_layer_freq"] = config.moe_layer_freq
     scaling, yarn = config.rope_scaling or {}, yarn_fields(config.rope_scaling)
+    if config.multi_latent:
+        yarn, used = {}, used | _latent_args(config)
     used |= yarn | megatron_fields(config)
     used |= {name: value for name in _OF_SPECS if (value := getattr(config, name))}
     if config.gated_linear_unit and config.activation == "gelu_tanh":
@@ -133,7 +145,7 @@ def megatron_lm_args(config: ModelConfig) -> Namespace:
         used["rotary_seq_len_interpolation_factor"] = scaling["factor"]
     if config.hybrid_layer_pattern is not None:
         used |= _hybrid_args(config)
-    if config.moe_router_score_function != "softmax":
+    if config.moe_router_score_function != "softmax" or config.moe_router_topk_scaling_factor:
         used |= {name: getattr(config, name) for name in _ROUTER} | {"moe_router_dtype": "fp32"}
     return Namespace(
         **{**_NEUTRAL, **used},

@@ -39,7 +39,8 @@ class ModelConfig:
     num_attention_heads: int
     num_query_groups: int
     kv_channels: int
-    """Head dim. Independent of ``hidden_size / num_attention_heads``."""
+    """Head dim. Independent of ``hidden_size / num_attention_heads``. In multi-latent attention it
+    is that of the values (Megatron's ``v_head_dim``)."""
     vocab_size: int
     max_position_embeddings: int
     normalization: str = "RMSNorm"
@@ -113,6 +114,15 @@ class ModelConfig:
     """Groups of these heads, each with an input and an output matrix (B and C) of its own."""
     mamba_state_dim: int | None = field(default=None, metadata=OPTIONAL)
     """Size of the state that each channel of a head has."""
+    kv_lora_rank: int | None = field(default=None, metadata=OPTIONAL)
+    """Size of the latent that keys and values are made of in multi-latent attention (MLA), or None
+    of a network without it."""
+    q_lora_rank: int | None = field(default=None, metadata=OPTIONAL)
+    """Size of the latent that queries are made of there; None where they are made of the input."""
+    qk_head_dim: int | None = field(default=None, metadata=OPTIONAL)
+    """Channels of a query or key head that are not rotated there."""
+    qk_pos_emb_head_dim: int | None = field(default=None, metadata=OPTIONAL)
+    """Channels of a query head that are rotated there; all heads share those of the key."""
     dtype: str = "float32"
     """Storage dtype of the weights: ``float32``, ``bfloat16`` or ``float16``."""
     kept_layers: list[int] = field(default_factory=list)
@@ -146,6 +156,7 @@ class ModelConfig:
                 f"window_size={self.window_size} is not supported; only one number above 0, and 0 "
                 "in layers that see everything"
             )
+        self._check_latent()
         if self.num_moe_experts is not None:
             self._check_experts(self.num_moe_experts)
             return
@@ -174,6 +185,18 @@ class ModelConfig:
                 "num_moe_experts is not set"
             )
 
+    def _check_latent(self) -> None:
+        names = ("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim")
+        sizes = {name: getattr(self, name) for name in names}
+        if any(sizes.values()) and not all(sizes.values()):
+            raise ValueError(f"multi-latent attention needs sizes above 0, not {sizes}")
+        if self.multi_latent and self.num_query_groups != self.num_attention_heads:
+            raise ValueError(
+                f"num_query_groups={self.num_query_groups} must equal num_attention_heads="
+                f"{self.num_attention_heads} in multi-latent attention, where every head has a key "
+                "of its own; set both to the same number"
+            )
+
     def _check_experts(self, experts: int) -> None:
         if not 1 <= self.moe_router_topk <= experts:
             raise ValueError(
@@ -193,6 +216,25 @@ class ModelConfig:
     def heads_per_group(self) -> int:
         """Query heads that share one key/value head."""
         return self.num_attention_heads // self.num_query_groups
+
+    @property
+    def multi_latent(self) -> bool:
+        """Whether keys and values of all heads are made of one small latent (MLA)."""
+        return self.kv_lora_rank is not None
+
+    @property
+    def query_channels(self) -> int:
+        """Channels of a query head and of a key head."""
+        if not self.multi_latent:
+            return self.kv_channels
+        return (self.qk_head_dim or 0) + (self.qk_pos_emb_head_dim or 0)
+
+    @property
+    def cached_channels(self) -> int:
+        """Numbers that a layer of attention has to keep of every token to write on."""
+        if not self.multi_latent:
+            return 2 * self.num_query_groups * self.kv_channels
+        return (self.kv_lora_rank or 0) + (self.qk_pos_emb_head_dim or 0)
 
     @property
     def stacked_layers(self) -> bool:

@@ -145,12 +145,13 @@ def relation_heads(
         )
     for name, model in (("teacher", teacher), ("student", student)):
         for size in ("num_attention_heads", "num_query_groups"):
-            width = getattr(model, size) * model.kv_channels
-            if width % heads:
-                raise ValueError(
-                    f"{key} must divide {size} x kv_channels={width} of the {name}; use a divisor "
-                    "of it, or null"
-                )
+            for channels in ("kv_channels", "query_channels"):
+                width = getattr(model, size) * getattr(model, channels)
+                if width % heads:
+                    raise ValueError(
+                        f"{key} must divide {size} x {channels}={width} of the {name}; use a "
+                        "divisor of it, or null"
+                    )
     return heads
 
 

@@ -20,6 +20,12 @@ FIXED: dict[str, Callable[[ModelConfig], int]] = {
     "head_dim": lambda config: config.kv_channels,
     "mamba_state": lambda config: config.mamba_state_dim or 0,
     "mamba_conv_width": lambda config: 4,
+    "q_lora": lambda config: config.q_lora_rank or 0,
+    "kv_lora": lambda config: config.kv_lora_rank or 0,
+    # Of multi-latent attention: the latent and the rotated key, which all heads share.
+    "kv_latent": lambda config: config.cached_channels,
+    "query_dim": lambda config: config.query_channels,
+    "key_value_dim": lambda config: (config.qk_head_dim or 0) + config.kv_channels,
     "one": lambda config: 1,
 }
 """Sizes that are never pruned, unless an axis has the same name."""
@@ -123,6 +129,8 @@ DIMS: dict[str, Dim] = {
         ),
         interleaved_by="query_group",
     ),
+    "latent_query": Dim((Part("head", "query_dim"),)),
+    "latent_key_value": Dim((Part("head", "key_value_dim"),)),
     "mamba_head": Dim((Part("mamba_head"),)),
     "mamba_inner": Dim((_MAMBA_X,)),
     # The projection z, x, B, C, dt of a Mamba layer, and the three of them that are convolved.

@@ -5,6 +5,7 @@ from typing import Any
 
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.config_json import of_layers, unknown_keys
+from nemo_minitron.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from nemo_minitron.families.gemma import GEMMA2, GEMMA3
 from nemo_minitron.families.gpt2 import GPT2
 from nemo_minitron.families.granite import GRANITE
@@ -37,6 +38,8 @@ _ALL = (
     GEMMA2,
     GEMMA3,
     NEMOTRON_H,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
 )
 FAMILIES: dict[str, Family] = with_added("families", {family.name: family for family in _ALL})
 

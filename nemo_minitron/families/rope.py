@@ -222,3 +222,24 @@ def yarn_fields(scaling: dict[str, Any] | None) -> dict[str, Any]:
         "yarn_mscale_all_dim": None if usual else 0.0,
         "yarn_correction_range_round_to_int": scaling["truncate"],
     }
+
+
+def latent_fields(scaling: dict[str, Any] | None) -> dict[str, Any]:
+    """Rotary positions in the words of Megatron's ``MLATransformerConfig``.
+
+    Its attention scores are multiplied by the square of ``concentration(factor, mscale_all_dim)``,
+    and its sines and cosines by a quotient that ``mscale`` is chosen for here.
+    """
+    if scaling is None:
+        return {"rope_type": "rope", "rotary_scaling_factor": 1.0}
+    factor, everywhere = scaling["factor"], scaling["mscale_all_dim"]
+    wanted = scaling["attention_factor"] * concentration(factor, everywhere)
+    return {
+        "rope_type": "yarn",
+        "rotary_scaling_factor": factor,
+        "original_max_position_embeddings": scaling[_ORIGINAL],
+        "beta_fast": scaling["beta_fast"],
+        "beta_slow": scaling["beta_slow"],
+        "mscale": (wanted - 1) / (0.1 * math.log(factor)) if factor > 1 else 1.0,
+        "mscale_all_dim": everywhere,
+    }

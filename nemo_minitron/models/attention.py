@@ -3,7 +3,7 @@
 Megatron's local ``DotProductAttention`` refuses context parallelism; this one gathers keys and
 values over the context-parallel group and knows Megatron's zigzag order (rank r of N holds chunks
 r and 2N-1-r of 2N). Shape letters: s local sequence, b micro-batch, n local heads, g local query
-groups, d head dim.
+groups, d head dim (of values e, where multi-latent attention gives them another one).
 """
 
 from typing import Any
@@ -153,9 +153,12 @@ class LocalAttention(torch.nn.Module):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
+        """Build it as Megatron asks; the channels are those of the tensors that it is given."""
         super().__init__()
         assert pg_collection is not None
         assert attn_mask_type == AttnMaskType.causal, attn_mask_type
@@ -184,7 +187,7 @@ class LocalAttention(torch.nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        """``[s, b, n, d]`` query and ``[s, b, g, d]`` key, value -> ``[s, b, n * d]``.
+        """``[s, b, n * e]`` of ``[s, b, n, d]`` query, ``[s, b, g, d]`` key and ``[.., e]`` value.
 
         With a KV cache Megatron says ``no_mask`` for the one query that follows the cached keys.
         """

@@ -16,14 +16,14 @@ from megatron.core.tensor_parallel.layers import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
 from nemo_minitron.config.layout import check_layout, padded_vocab_size
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.families.registry import family_of
-from nemo_minitron.families.rope import yarn_fields
+from nemo_minitron.families.rope import latent_fields, yarn_fields
 from nemo_minitron.families.table import Family
 from nemo_minitron.families.windows import megatron_fields
 from nemo_minitron.models.attention import capped
@@ -84,7 +84,7 @@ def transformer_config(
     defaults = transformer_defaults(
         config, on_gpu=on_gpu, have_te=HAVE_TE, have_grouped_gemm=HAVE_GROUPED_GEMM
     )
-    mcore = TransformerConfig(
+    mcore = (MLATransformerConfig if config.multi_latent else TransformerConfig)(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
         ffn_hidden_size=config.ffn_hidden_size,
@@ -108,11 +108,14 @@ def transformer_config(
         moe_aux_loss_coeff=0.0,
         add_bias_linear=config.add_bias_linear,
         add_qkv_bias=config.add_qkv_bias,
-        qk_layernorm=config.qk_layernorm,
+        # Megatron sums the gradients of norms of queries over the ranks that share out heads. In
+        # multi-latent attention that norm is of a latent, which every rank holds whole.
+        qk_layernorm=config.qk_layernorm and not config.multi_latent,
         no_rope_freq=config.no_rope_freq,
         **megatron_fields(config),
         **_router_fields(config),
         **_mamba_fields(config),
+        **_latent_fields(config),
         softmax_scale=(config.multipliers or {}).get("attention"),
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -159,16 +162,19 @@ def _refuse(
 
 def _router_fields(config: ModelConfig) -> dict[str, Any]:
     """Fields of a router that picks experts by more than a softmax."""
+    found = {
+        "moe_router_topk_scaling_factor": config.moe_router_topk_scaling_factor,
+        "moe_router_num_groups": config.moe_router_num_groups,
+        "moe_router_group_topk": config.moe_router_group_topk,
+    }
     if config.moe_router_score_function == "softmax":
-        return {}
+        return {} if config.moe_router_topk_scaling_factor is None else found
     return {
+        **found,
         "moe_router_score_function": config.moe_router_score_function,
         "moe_router_enable_expert_bias": config.moe_router_enable_expert_bias,
         # As there is no balancing loss: what the router picks is learnt from the teacher.
         "moe_router_bias_update_rate": 0.0,
-        "moe_router_topk_scaling_factor": config.moe_router_topk_scaling_factor,
-        "moe_router_num_groups": config.moe_router_num_groups,
-        "moe_router_group_topk": config.moe_router_group_topk,
     }
 
 
@@ -176,6 +182,19 @@ def _mamba_fields(config: ModelConfig) -> dict[str, Any]:
     """Sizes of Mamba layers, if there are any."""
     names = ("mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim")
     return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+
+
+def _latent_fields(config: ModelConfig) -> dict[str, Any]:
+    """Sizes and rotary positions of multi-latent attention, if that is what the model has."""
+    if not config.multi_latent:
+        return {}
+    names = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim")
+    return {
+        **{name: getattr(config, name) for name in names},
+        "v_head_dim": config.kv_channels,
+        "rotary_base": config.rotary_base,
+        **latent_fields(config.rope_scaling),
+    }
 
 
 def _split_fields(config: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
@@ -223,7 +242,8 @@ def _build_chunk(
         pg_collection=groups,
         vp_stage=vp_stage,
     )
-    set_frequencies(model, config)
+    if not config.multi_latent:  # where every layer has its own
+        set_frequencies(model, config)
     embedding = getattr(model, "embedding", None)  # of the first stage
     factor = embedding_factor(mcore)
     if factor != 1 and embedding is not None:

@@ -148,7 +148,8 @@ class IntermediateLosses:
             return [(rows, b, self.teacher.hidden_size)]
         sizes = self.teacher
         heads = (sizes.num_attention_heads, sizes.num_query_groups, sizes.num_query_groups)
-        return [(s, b, count // tp, sizes.kv_channels) for count in heads]
+        channels = (sizes.query_channels, sizes.query_channels, sizes.kv_channels)
+        return [(s, b, n // tp, d) for n, d in zip(heads, channels, strict=True)]
 
     def _here(
         self,

@@ -51,7 +51,9 @@ def norms_and_readers(block: Any) -> list[tuple[nn.Module, nn.Module | None]]:
         return [(block.norm, block.mixer.in_proj)]
     found: list[tuple[nn.Module, nn.Module | None]] = []
     if not isinstance(block.self_attention, IdentityOp):
-        found.append((block.input_layernorm, block.self_attention.linear_qkv))
+        # Multi-latent attention reads the norm with two linear layers.
+        reader = getattr(block.self_attention, "linear_qkv", None)
+        found.append((block.input_layernorm, reader))
     if not isinstance(block.mlp, IdentityOp):
         found.append((block.pre_mlp_layernorm, getattr(block.mlp, "linear_fc1", None)))
     return found

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from nemo_minitron.config.layers import EXPERTS, kinds_of
 from nemo_minitron.models.attention import LocalAttention
+from nemo_minitron.models.latent import LatentAttention
 
 HAVE_TE = MEGATRON_HAS_TE and torch.cuda.is_available()
 HAVE_GROUPED_GEMM = HAVE_TE and TEColumnParallelGroupedLinear is not None
@@ -83,9 +84,13 @@ def local_layer(config: TransformerConfig, num_experts: int | None) -> ModuleSpe
     spec = get_gpt_layer_local_spec(
         num_experts=num_experts,
         qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=config.multi_latent_attention,
         normalization=config.normalization,
     )
     layer = spec.submodules
+    if config.multi_latent_attention:
+        _use_latent_attention(layer)
+        layer.sharded_state_dict_keys_map |= _DENSE_KEYS
     if num_experts is not None:
         # Megatron's local spec stores this norm as if it were fused; Transformer Engine's spec for
         # experts does not fuse it. One name on disk for both.
@@ -102,6 +107,43 @@ def local_layer(config: TransformerConfig, num_experts: int | None) -> ModuleSpe
     return spec
 
 
+# Transformer Engine keeps these norms in the linear layers that read them; one name on disk.
+_LATENT_KEYS = {
+    "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+    "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+}
+_DENSE_KEYS = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+
+
+def _use_latent_attention(layer: Any) -> None:
+    """Put the attention of ``models.latent`` into a layer that Megatron made for its own."""
+    layer.self_attention.module = LatentAttention
+    layer.self_attention.submodules.kv_layernorm = LocalNorm
+    layer.sharded_state_dict_keys_map = {
+        **layer.sharded_state_dict_keys_map,
+        **_LATENT_KEYS,
+    }
+
+
+def _te_spec(config: TransformerConfig, vp_stage: int | None, pp_rank: int) -> Any:
+    """Spec of a stage's layers under Transformer Engine: one for all, or one for each."""
+    if isinstance(config.moe_layer_freq, list):
+        spec = get_gpt_decoder_block_spec(
+            config, use_transformer_engine=True, vp_stage=vp_stage, pp_rank=pp_rank
+        )
+    else:
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
+            multi_latent_attention=config.multi_latent_attention,
+        )
+    if config.multi_latent_attention:
+        for layer in getattr(spec, "layer_specs", [spec]):
+            _use_latent_attention(layer.submodules)
+    return spec
+
+
 def block_spec(config: TransformerConfig, vp_stage: int | None, pp_rank: int) -> Any:
     """Spec of this stage's transformer block.
 
@@ -110,16 +152,8 @@ def block_spec(config: TransformerConfig, vp_stage: int | None, pp_rank: int) ->
         vp_stage: virtual pipeline stage, None without interleaving.
         pp_rank: pipeline rank.
     """
-    if HAVE_TE and isinstance(config.moe_layer_freq, list):
-        return get_gpt_decoder_block_spec(
-            config, use_transformer_engine=True, vp_stage=vp_stage, pp_rank=pp_rank
-        )
     if HAVE_TE:
-        return get_gpt_layer_with_transformer_engine_spec(
-            num_experts=config.num_moe_experts,
-            moe_grouped_gemm=config.moe_grouped_gemm,
-            qk_layernorm=config.qk_layernorm,
-        )
+        return _te_spec(config, vp_stage, pp_rank)
     count = get_num_layers_to_build(config, vp_stage, pp_rank)
     first = get_transformer_layer_offset(config, vp_stage, pp_rank)
     return TransformerBlockSubmodules(

@@ -60,6 +60,8 @@ def attention(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> 
     keys; the output of the heads, which ``linear_proj`` reads, and the log-sum of each of its rows.
     Where some layers do not rotate (SmolLM3), this is the average over the layers.
     """
+    if config.multi_latent:
+        return _latent(config, parallel, tokens)
     heads, groups, width = config.num_attention_heads, config.num_query_groups, config.kv_channels
     rows: float = 2 * heads + 2 * groups
     every_rank = 0
@@ -79,6 +81,21 @@ def attention(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> 
         # In fp32, whatever the activations are: the input of the norm, and input times weight.
         kept += tokens.count * 2 * (heads + groups) * width * 4 // split
     return _normed(config, parallel, tokens) + kept + tokens.count * every_rank * tokens.element
+
+
+def _latent(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> int:
+    """The same of multi-latent attention.
+
+    Both latents before and after their norms; queries before and after rotation; keys and values
+    as the latent gives them and as attention reads them; the output of the heads.
+    """
+    heads, queries = config.num_attention_heads, config.query_channels
+    given = (config.qk_head_dim or 0) + config.kv_channels
+    rows = 3 * queries + given + 2 * config.kv_channels
+    shared = 2 * (config.q_lora_rank or 0) + 2 * (config.kv_lora_rank or 0)
+    split = parallel.tensor_model_parallel_size
+    kept = tokens.count * heads * (rows * tokens.element + 4) // split
+    return _normed(config, parallel, tokens) + kept + tokens.count * shared * tokens.element
 
 
 def _normalises_projections(config: ModelConfig) -> bool:

@@ -59,7 +59,8 @@ def forward_parts(config: ModelConfig, seq_length: int) -> dict[str, float]:
     )
     inner = (config.mamba_num_heads or 0) * (config.mamba_head_dim or 0)
     scan = 7.0 * inner * (config.mamba_state_dim or 0) * "".join(kinds).count(MAMBA)
-    core = 4.0 * seen * config.num_attention_heads * config.kv_channels
+    channels = config.query_channels + config.kv_channels
+    core = 2.0 * seen * config.num_attention_heads * channels
     return {**products, "core_attn": core, "scan": scan}
 
 

@@ -2,7 +2,8 @@
 
 Weights of query and key norms see only a rank's own heads; biases and norm biases only a rank's
 part of the sequence under sequence parallelism; OLMo-2's norms have weights of both kinds, and a
-mean square that is a sum over ranks; learned positions are added before it is split.
+mean square that is a sum over ranks; learned positions are added before it is split. In
+multi-latent attention every rank holds the projections to the latents and to the rotated key whole.
 """
 
 from dataclasses import replace
@@ -19,6 +20,9 @@ from tests.cases.kd import kd_gradients
 from tests.cases.live_truth import layout
 from tests.helpers.pool import WorkerPool
 from tests.helpers.tiny import (
+    DEEPSEEK_EXPERTS,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
     GEMMA2,
     GEMMA3,
     GPT2,
@@ -40,6 +44,9 @@ STUDENTS = {
     "gemma3": replace(GEMMA3, num_layers=2, window_size=[6, 0]),
     "nemotron": replace(NEMOTRON, num_layers=2),
     "gpt2": replace(GPT2, num_layers=2),
+    "deepseek_v3": replace(DEEPSEEK_V3, num_layers=2),
+    "deepseek_v2": replace(DEEPSEEK_V2, num_layers=2),
+    "deepseek_experts": DEEPSEEK_EXPERTS.resized({}, [0, 1]),
 }
 TP2, TP2_SP = layout(tp=2), layout(tp=2, sp=True)
 RUNS = {
@@ -51,6 +58,9 @@ RUNS = {
     "gemma3": {"tp2_sp": TP2_SP, "pp2": layout(pp=2)},
     "nemotron": {"tp2_sp": TP2_SP},
     "gpt2": {"tp2_sp": TP2_SP, "pp2": layout(pp=2), "cp2": layout(cp=2)},
+    "deepseek_v3": {"tp2": TP2, "tp2_sp": TP2_SP, "pp2": layout(pp=2), "cp2": layout(cp=2)},
+    "deepseek_v2": {"tp2": TP2, "tp2_sp": TP2_SP},
+    "deepseek_experts": {"tp2_sp": TP2_SP, "pp2": layout(pp=2)},
 }
 
 

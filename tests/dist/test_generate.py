@@ -13,6 +13,7 @@ from tests.helpers.bad_input import done, edited, line, run_line
 from tests.helpers.damage import flip_bit
 from tests.helpers.task_fixtures import build_model
 from tests.helpers.tiny import (
+    DEEPSEEK_V3,
     GEMMA2,
     GEMMA3,
     GPT2,
@@ -74,7 +75,8 @@ def test_greedy_tokens_are_those_of_transformers(ranks, home, layout):
 
 
 @pytest.mark.parametrize(
-    "config", [GPT2, NEMOTRON, QWEN3, MIXTRAL, WINDOWS, GRANITE, NEMOTRON_H, GEMMA2, GEMMA3]
+    "config",
+    [GPT2, NEMOTRON, QWEN3, MIXTRAL, WINDOWS, GRANITE, NEMOTRON_H, GEMMA2, GEMMA3, DEEPSEEK_V3],
 )
 def test_the_cache_changes_nothing(ranks, tmp_path, config):
     """Every family: continuing word by word, and reading the whole text again each time."""

@@ -57,9 +57,10 @@ def _free_groups() -> None:
     DDP, where Python's garbage collector cannot see them.
     """
     from megatron.core.distributed import DistributedDataParallel
-    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+    from megatron.core.models.common.embeddings import RotaryEmbedding, YarnRotaryEmbedding
 
     RotaryEmbedding.forward.cache_clear()
+    YarnRotaryEmbedding.forward.cache_clear()
     gc.collect()
     for found in gc.get_objects():
         if type(found) is DistributedDataParallel:

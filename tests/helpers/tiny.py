@@ -106,6 +106,41 @@ NEMOTRON_H = replace(
     moe_router_topk_scaling_factor=2.5,
 )
 
+DEEPSEEK_V3 = replace(
+    LLAMA,
+    family="deepseek_v3",
+    num_query_groups=8,
+    qk_layernorm=True,
+    q_lora_rank=24,
+    kv_lora_rank=20,
+    qk_head_dim=10,
+    qk_pos_emb_head_dim=6,
+    rope_scaling={
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "truncate": True,
+        "attention_factor": 0.9,
+        "mscale_all_dim": 1.2,
+    },
+)
+DEEPSEEK_EXPERTS = replace(
+    DEEPSEEK_V3,
+    moe_layer_freq=[0, 1, 1, 1],
+    num_moe_experts=8,
+    moe_ffn_hidden_size=24,
+    moe_shared_expert_intermediate_size=48,
+    moe_router_topk=2,
+    moe_router_score_function="sigmoid",
+    moe_router_enable_expert_bias=True,
+    moe_router_topk_scaling_factor=2.5,
+    moe_router_num_groups=2,
+    moe_router_group_topk=1,
+)
+DEEPSEEK_V2 = replace(DEEPSEEK_V3, family="deepseek_v2", q_lora_rank=None, rope_scaling=None)
+
 GPT2 = replace(
     LLAMA,
     family="gpt2",

@@ -20,6 +20,7 @@ from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.families.registry import FAMILIES, read_config, written_config
 from nemo_minitron.models import build
 from tests.helpers.tiny import (
+    DEEPSEEK_V3,
     GEMMA2,
     GEMMA3,
     GPT2,
@@ -80,6 +81,10 @@ FIELDS: dict[str, tuple[ModelConfig, Any]] = {
     "moe_router_topk_scaling_factor": (NEMOTRON_H, 1.0),
     "moe_router_num_groups": (GROUPED, 4),
     "moe_router_group_topk": (replace(GROUPED, moe_router_num_groups=4), 2),
+    "kv_lora_rank": (DEEPSEEK_V3, 16),
+    "q_lora_rank": (DEEPSEEK_V3, None),
+    "qk_head_dim": (DEEPSEEK_V3, 8),
+    "qk_pos_emb_head_dim": (DEEPSEEK_V3, 8),
     "hybrid_layer_pattern": (NEMOTRON_H, "M-M*MEMM"),
     "mamba_num_heads": (NEMOTRON_H, 4),
     "mamba_head_dim": (NEMOTRON_H, 4),

@@ -7,6 +7,15 @@ is the first one whose config can say the same, so a new family needs nothing he
 import math
 from collections.abc import Callable, Mapping
 
+from nemo_minitron.checkpoint.foreign.megatron_layers import (
+    OTHER_ROUTERS,
+    experts_fields,
+    hybrid_fields,
+    latent_fields,
+    latent_yarn,
+    stated_latent,
+    stated_pattern,
+)
 from nemo_minitron.checkpoint.foreign.megatron_stated import Stated
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.documents import JsonObject
@@ -80,6 +89,8 @@ def _activation(stated: Stated) -> str:
 
 def _scaling(stated: Stated) -> JsonObject | None:
     """The scaling of the rotary frequencies in Hugging Face's words."""
+    if stated_latent(stated):
+        return latent_yarn(stated)
     if stated.get("position_embedding_type", "rope") == "yarn":
         return _yarn(stated)
     factor = stated.get("rope_scaling_factor", 8.0) if stated.get("rope_scaling", False) else None
@@ -160,93 +171,13 @@ def _windows(stated: Stated) -> list[int] | None:
     return [size[0] + 1 if has else 0 for has in skips]
 
 
-def _experts(stated: Stated, ffn: int) -> JsonObject:
-    experts = stated.get("num_moe_experts", None)
-    if experts is None:
-        return {"ffn_hidden_size": ffn}
-    width, routed = stated.get("moe_ffn_hidden_size", ffn), _routed_layers(stated)
-    return {
-        # The width of dense layers; that of the experts where there are none.
-        "ffn_hidden_size": width if routed is None else ffn,
-        "moe_layer_freq": routed,
-        "num_moe_experts": experts,
-        "moe_ffn_hidden_size": width,
-        "moe_router_topk": stated.get("moe_router_topk", 2),
-        "moe_router_pre_softmax": bool(stated.get("moe_router_pre_softmax", False)),
-        "moe_shared_expert_intermediate_size": stated.get(
-            "moe_shared_expert_intermediate_size", None
-        ),
-        "moe_shared_expert_gate": bool(stated.get("moe_shared_expert_gate", False)),
-    }
-
-
-def _routed_layers(stated: Stated) -> list[int] | None:
-    """For each layer whether it has experts; a number of Megatron's means every n-th layer."""
-    value, layers = stated.get("moe_layer_freq", 1), stated.need("num_layers")
-    if isinstance(value, int):
-        value = [layer % value == 0 for layer in range(layers)] if value > 0 else [False]
-    found = [int(bool(entry)) for entry in value]
-    if len(found) != layers or not any(found):
-        only = f"a list of num_layers={layers} entries with a 1, or a number above 0"
-        raise stated.refuse("moe_layer_freq", only)
-    return None if all(found) else found
-
-
-# What only families of hybrid models have; ``match_family`` compares it.
-_OF_HYBRIDS = (
-    "is_hybrid_model",
-    "moe_router_score_function",
-    "moe_router_topk_scaling_factor",
-    "moe_router_num_groups",
-    "moe_router_enable_expert_bias",
-)
-
-
-def stated_pattern(stated: Stated) -> str | None:
-    """Letters of the layers of a hybrid model, one each, or None for a GPT model."""
-    key = "hybrid_layer_pattern"
-    pattern = stated.get(key, None) or stated.get("hybrid_override_pattern", None)
-    if pattern is None:
-        return None
-    if "/" in pattern:
-        raise stated.refuse(key, "a pattern without layers for multi-token prediction (/)")
-    return str(pattern).replace("|", "")
-
-
-def _hybrid(stated: Stated, ffn: int) -> JsonObject:
-    pattern = stated_pattern(stated)
-    if pattern is None:
-        return {}
-    sizes = {"mamba_head_dim": 64, "mamba_num_groups": 8, "mamba_state_dim": 128}
-    found: JsonObject = {name: stated.get(name, default) for name, default in sizes.items()}
-    found |= {
-        "num_layers": len(pattern),
-        "ffn_hidden_size": ffn,
-        "hybrid_layer_pattern": pattern,
-        # Megatron-Core's own default.
-        "mamba_num_heads": stated.get(
-            "mamba_num_heads", 2 * stated.need("hidden_size") // found["mamba_head_dim"]
-        ),
-    }
-    if stated.get("moe_router_score_function", "softmax") != "softmax":
-        scale = stated.get("moe_router_topk_scaling_factor", None)
-        found |= {
-            "moe_router_score_function": stated.need("moe_router_score_function"),
-            "moe_router_enable_expert_bias": bool(
-                stated.get("moe_router_enable_expert_bias", False)
-            ),
-            "moe_router_topk_scaling_factor": None if scale is None else float(scale),
-            "moe_router_num_groups": stated.get("moe_router_num_groups", None),
-            "moe_router_group_topk": stated.get("moe_router_group_topk", None),
-        }
-    return found
-
-
 def _refuse_others(stated: Stated, head_dim: int) -> None:
     experts = stated.get("num_moe_experts", None) is not None
-    hybrid = stated_pattern(stated) is not None
+    routers = stated_pattern(stated) is not None or stated_latent(stated)
     for key, (allowed, only) in _ONLY.items():
-        if (key.startswith("moe_") and not experts) or (hybrid and key in _OF_HYBRIDS):
+        if (key.startswith("moe_") and not experts) or (routers and key in OTHER_ROUTERS):
+            continue
+        if key == "multi_latent_attention" and stated_latent(stated):
             continue
         if not allowed(stated.values.get(key)):
             raise stated.refuse(key, only)
@@ -273,11 +204,12 @@ def model_fields(stated: Stated, vocab_size: int) -> JsonObject:
     return {
         "num_layers": stated.need("num_layers"),
         "hidden_size": hidden,
-        **_experts(stated, ffn),
-        **_hybrid(stated, ffn),
+        **experts_fields(stated, ffn),
+        **hybrid_fields(stated, ffn),
         "num_attention_heads": heads,
         "num_query_groups": stated.get("num_query_groups", heads),
         "kv_channels": head_dim,
+        **latent_fields(stated, heads),
         "vocab_size": vocab_size,
         **_positions(stated),
         "window_size": _windows(stated),
@@ -317,8 +249,14 @@ def _with_the_spec(stated: Stated) -> list[Family]:
     if stated_pattern(stated) is not None:
         hybrids = (family for family in FAMILIES.values() if "is_hybrid_model" in family.megatron)
         return list(hybrids)
-    own = [family for family in FAMILIES.values() if family.layer_spec == spec]
-    return own or [family for family in FAMILIES.values() if family.layer_spec == COMMON_SPEC]
+    latent = stated_latent(stated)
+    families = [
+        family
+        for family in FAMILIES.values()
+        if ("multi_latent_attention" in family.megatron) == latent
+    ]
+    own = [family for family in families if family.layer_spec == spec]
+    return own or [family for family in families if family.layer_spec == COMMON_SPEC]
 
 
 def match_family(stated: Stated, fields: JsonObject) -> tuple[Family, ModelConfig]:
