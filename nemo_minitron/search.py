@@ -110,6 +110,7 @@ def _rules(config: ModelConfig, space: SearchSpaceConfig) -> list[_Rule]:
     split += [name for name in SEARCHED if name in split_sizes(config) and name not in split]
     split = [name for name in split if split_sizes(config).get(name) != _EP]
     groups, topk = config.mamba_num_groups or 1, config.moe_router_topk
+    expert_groups = config.moe_router_num_groups or 1
     return [
         _Rule(
             "num_attention_heads must be a multiple of num_query_groups (search."
@@ -134,6 +135,11 @@ def _rules(config: ModelConfig, space: SearchSpaceConfig) -> list[_Rule]:
             f"mamba_num_heads must be a multiple of mamba_num_groups={groups} "
             "(search.mamba_num_heads)",
             lambda s: s.get("mamba_num_heads", groups) % groups == 0,
+        ),
+        _Rule(
+            f"num_moe_experts must be a multiple of moe_router_num_groups={expert_groups} (search."
+            "num_moe_experts)",
+            lambda s: s.get("num_moe_experts", expert_groups) % expert_groups == 0,
         ),
         _Rule(
             f"num_moe_experts must be at least moe_router_topk={topk} (search.num_moe_experts)",

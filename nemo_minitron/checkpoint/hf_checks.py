@@ -157,27 +157,22 @@ def _first(store: Store, part: str) -> str:
     return next(name for name in sorted(store) if part in name)
 
 
-def _layer_numbers(family: Family) -> re.Pattern[str]:
-    """What the names of tensors of layers start with, up to the number of the layer."""
+def _layers(family: Family, store: Store) -> dict[str, int]:
+    """Number of the layer of every tensor that is in one."""
     starts = {name.split("{layer}")[0] for row in family.rows if row.per_layer for name in row.hf}
-    return re.compile(rf"(?:{'|'.join(map(re.escape, sorted(starts)))})(\d+)\.")
+    pattern = re.compile(rf"(?:{'|'.join(map(re.escape, sorted(starts)))})(\d+)\.")
+    return {name: int(found[1]) for name in store if (found := pattern.match(name))}
 
 
-def without_next_tokens(family: Family, config: ModelConfig, store: Store) -> Store:
-    """The same store without the layers behind the last one, which predict several tokens."""
-    numbers = {name: _layer_numbers(family).match(name) for name in store}
-    return {
-        name: tensor
-        for name, tensor in store.items()
-        if not (found := numbers[name]) or int(found[1]) < config.num_layers
-    }
+def without_prediction_layers(family: Family, config: ModelConfig, store: Store) -> Store:
+    """A store without layers of multi-token prediction, which stand after those of the model."""
+    layers = _layers(family, store)
+    return {n: tensor for n, tensor in store.items() if layers.get(n, 0) < config.num_layers}
 
 
 def _other_depth(family: Family, config: ModelConfig, store: Store) -> str:
     """What to add when the weights are of a deeper or a shallower model than the config."""
-    pattern = _layer_numbers(family)
-    found = [int(match[1]) for match in map(pattern.match, store) if match]
-    layers = max(found, default=-1) + 1
+    layers = max(_layers(family, store).values(), default=-1) + 1
     if layers == config.num_layers:
         return ""
     written = family.to_hf(config)

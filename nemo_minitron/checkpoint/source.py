@@ -15,7 +15,7 @@ from nemo_minitron.checkpoint.hf import (
     open_hf,
     to_megatron,
 )
-from nemo_minitron.checkpoint.hf_checks import without_next_tokens
+from nemo_minitron.checkpoint.hf_checks import without_prediction_layers
 from nemo_minitron.checkpoint.lazy import Store, first_rows, on_read, refuse_nonfinite
 from nemo_minitron.checkpoint.tokenizer import (
     TokenizerFiles,
@@ -27,10 +27,8 @@ from nemo_minitron.checkpoint.tokenizer import (
 from nemo_minitron.checkpoint.tokenizer_read import keep_as_read
 from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.documents import read_json_object
+from nemo_minitron.families.registry import MTP_LAYERS
 from nemo_minitron.families.table import Family
-
-# Key of config.json that counts layers which predict several tokens; ``source_ignore`` may name it.
-_NEXT_TOKENS = "num_nextn_predict_layers"
 
 
 @dataclass(frozen=True)
@@ -108,8 +106,8 @@ def _open_hf(path: Path, tokenizer: str | None, source_ignore: Sequence[str]) ->
     if path.is_dir():
         hf_config, hf_store = open_hf(path)
         family, config = model_config(hf_config, hf_store, source_ignore)
-        if _NEXT_TOKENS in source_ignore:
-            hf_store = without_next_tokens(family, config, hf_store)
+        if MTP_LAYERS in source_ignore:
+            hf_store = without_prediction_layers(family, config, hf_store)
     else:
         hf_config, hf_store = open_gguf(path, source_ignore)
         family, config = model_config(hf_config, hf_store)

@@ -33,6 +33,8 @@ class Axis:
             the model.
         nested_in: the axis whose indices each own an equal, contiguous run of this one's indices.
             Every kept index of that axis keeps the same number of its own.
+        grouped_by: field of ``ModelConfig`` that says in how many equal, contiguous groups the
+            indices lie, where it says so; every group keeps the same number of them.
         scores: name of the scores that rank it, where they are not its own: a query group is
             ranked by the sum of the scores of its heads.
         seen_at: path, inside a transformer layer, of the module whose input is scored; empty for an
@@ -59,6 +61,7 @@ class Axis:
     scope: Scope
     kind: str = ""
     nested_in: str | None = None
+    grouped_by: str = ""
     scores: str = ""
     seen_at: str = ""
     seen_dim: str = ""
@@ -152,9 +155,10 @@ _TABLE = (
         "num_moe_experts",
         Scope.LAYER,
         EXPERTS,
+        grouped_by="moe_router_num_groups",
         split_by=_EP,
         label="experts",
-        doc="Experts of every layer, at least moe_router_topk.",
+        doc="Experts of every layer with experts, at least moe_router_topk; as many per group.",
     ),
     Axis(
         "expert_ffn",
@@ -182,6 +186,11 @@ AXES: dict[str, Axis] = {axis.name: axis for axis in _TABLE}
 def axis_size(config: "ModelConfig", name: str) -> int:
     """Size of an axis in a model before pruning; 0 where the model does not have it."""
     return getattr(config, AXES[name].size) or 0
+
+
+def groups_in(config: "ModelConfig", axis: Axis) -> int:
+    """In how many groups the indices of an axis lie that has to keep as many of each; else 1."""
+    return (getattr(config, axis.grouped_by) or 1) if axis.grouped_by else 1
 
 
 def axes_of(config: "ModelConfig") -> list[Axis]:

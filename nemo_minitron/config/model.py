@@ -208,6 +208,13 @@ class ModelConfig:
                 f"moe_ffn_hidden_size={self.moe_ffn_hidden_size} must be at least 1 where there "
                 "are experts"
             )
+        groups, picked = self.moe_router_num_groups or 1, self.moe_router_group_topk or 1
+        if experts % groups or (groups > 1 and experts // groups * picked < self.moe_router_topk):
+            raise ValueError(
+                f"num_moe_experts={experts} must be a multiple of moe_router_num_groups={groups}, "
+                f"and moe_router_group_topk={picked} groups must hold moe_router_topk="
+                f"{self.moe_router_topk} experts"
+            )
         shared = self.moe_shared_expert_intermediate_size
         if shared is not None and shared < 1:
             raise ValueError(f"moe_shared_expert_intermediate_size={shared} must be at least 1")

@@ -13,7 +13,7 @@ from typing import Any
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families import latent, qwen2_moe
 from nemo_minitron.families.config_json import check_keys, words
-from nemo_minitron.families.experts import beside_dense, dense_layers
+from nemo_minitron.families.experts import beside_dense, dense_layers, sigmoid_router
 from nemo_minitron.families.table import Family, Row
 
 _ROUTED = (row for row in qwen2_moe.ROUTED if "gate_weight" not in row.name)
@@ -119,21 +119,16 @@ def _experts(hf: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _groups(hf: Mapping[str, Any], counted: int) -> dict[str, Any]:
-    """Groups of experts, the best of which are picked from.
-
-    Args:
-        hf: config.json.
-        counted: experts of a group by which transformers ranks it.
-    """
+def _groups(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Groups of experts, the best of which are picked from; transformers ranks one by its best."""
     groups, picked, topk = hf["n_group"] or 1, hf["topk_group"] or 1, hf["num_experts_per_tok"]
     if groups == 1:
         return {}
-    if topk // picked != counted:
+    if topk // picked != 1:
         raise ValueError(
             f"config.json n_group={groups} with topk_group={picked} and num_experts_per_tok={topk} "
             "is not supported: Megatron-Core ranks groups by as many experts as each gives, "
-            f"{topk // picked}, transformers by {counted}"
+            f"{topk // picked}, transformers by 1"
         )
     return {"moe_router_num_groups": groups, "moe_router_group_topk": picked}
 
@@ -143,18 +138,9 @@ def _sigmoid_router(hf: Mapping[str, Any]) -> dict[str, Any]:
     found = _experts(hf)
     if not found:
         return found
-    _only(hf, topk_method=("noaux_tc",), scoring_func=("sigmoid",), norm_topk_prob=(True,))
-    if hf["num_experts_per_tok"] < 2:
-        raise ValueError(
-            f"config.json num_experts_per_tok={hf['num_experts_per_tok']} is not supported: "
-            "Megatron-Core does not scale the weight of a single expert to 1; at least 2"
-        )
-    return {
-        **found,
-        **_groups(hf, counted=2),
-        "moe_router_score_function": "sigmoid",
-        "moe_router_enable_expert_bias": True,
-    }
+    _only(hf, topk_method=("noaux_tc",), scoring_func=("sigmoid",))
+    ungrouped = {key: hf[key] or 1 for key in ("n_group", "topk_group")}
+    return {**found, **sigmoid_router({**hf, **ungrouped})}
 
 
 def _softmax_router(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,7 +151,7 @@ def _softmax_router(hf: Mapping[str, Any]) -> dict[str, Any]:
     greedy = ("greedy", "group_limited_greedy")
     _only(hf, topk_method=greedy, scoring_func=("softmax",), norm_topk_prob=(False,))
     grouped = hf["topk_method"] != "greedy"
-    return {**found, **(_groups(hf, counted=1) if grouped else {}), "moe_router_pre_softmax": True}
+    return {**found, **(_groups(hf) if grouped else {}), "moe_router_pre_softmax": True}
 
 
 def _from_hf(

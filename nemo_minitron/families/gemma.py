@@ -165,7 +165,12 @@ def _rotations(hf: dict[str, Any]) -> tuple[Rope, Rope]:
 
 
 def to_hf(architecture: str, config: ModelConfig) -> dict[str, Any]:
-    """config.json of a (pruned) model."""
+    """config.json of a (pruned) model.
+
+    Raises:
+        ValueError: transformers' config class does not take the sizes.
+    """
+    _check_sizes(config)
     layers = config.window_size or [0] * config.num_layers
     scale = (config.multipliers or {}).get("attention", config.kv_channels**-0.5)
     said = {
@@ -184,12 +189,8 @@ def to_hf(architecture: str, config: ModelConfig) -> dict[str, Any]:
     return said
 
 
-def fits(config: ModelConfig) -> None:
-    """Refuse sizes that transformers' config classes of Gemma do not take.
-
-    Raises:
-        ValueError: the hidden size is no multiple of the heads.
-    """
+def _check_sizes(config: ModelConfig) -> None:
+    """Transformers' config classes of Gemma want a hidden size that the heads divide."""
     hidden, heads = config.hidden_size, config.num_attention_heads
     if hidden % heads:
         raise ValueError(
@@ -216,7 +217,6 @@ GEMMA2 = Family(
     models="Gemma 2",
     refuses=_REFUSES,
     layer_spec=_SPEC,
-    fits=fits,
 )
 GEMMA3 = Family(
     "gemma3",
@@ -228,5 +228,4 @@ GEMMA3 = Family(
     models="Gemma 3 (text)",
     refuses=(*_REFUSES, "`rope_scaling` other than `linear`", "images: only the text model opens"),
     layer_spec=_SPEC,
-    fits=fits,
 )

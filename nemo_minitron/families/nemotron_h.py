@@ -10,6 +10,7 @@ from typing import Any
 from nemo_minitron.config.layers import ATTENTION, EXPERTS, MAMBA, MLP
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.config_json import check_keys, words
+from nemo_minitron.families.experts import sigmoid_router, written_router
 from nemo_minitron.families.llama import untied
 from nemo_minitron.families.table import Family, Row
 
@@ -209,34 +210,12 @@ def _refuse(hf: dict[str, Any]) -> None:
         )
 
 
-def _router(hf: dict[str, Any]) -> dict[str, Any]:
-    """Fields of ModelConfig that describe layers of experts.
-
-    Raises:
-        ValueError: Megatron-Core would pick other experts than transformers.
-    """
-    topk, groups, picked = (hf[key] for key in ("num_experts_per_tok", "n_group", "topk_group"))
-    if topk < 2:
-        raise ValueError(
-            f"config.json num_experts_per_tok={topk} is not supported: Megatron-Core does not "
-            "scale the weight of a single expert to 1; at least 2"
-        )
-    if groups > 1 and topk != 2 * picked:
-        raise ValueError(
-            f"config.json n_group={groups} with num_experts_per_tok={topk} is not supported: "
-            "Megatron-Core ranks groups by as many experts as each gives, transformers by two; "
-            f"topk_group={picked} must be half of num_experts_per_tok"
-        )
+def _experts(hf: dict[str, Any]) -> dict[str, Any]:
+    """Fields of ModelConfig that describe layers of experts."""
     return {
-        "num_moe_experts": hf["n_routed_experts"],
+        **sigmoid_router(hf),
         "moe_ffn_hidden_size": hf["moe_intermediate_size"],
-        "moe_router_topk": topk,
         "moe_shared_expert_intermediate_size": hf["moe_shared_expert_intermediate_size"],
-        "moe_router_score_function": "sigmoid",
-        "moe_router_enable_expert_bias": True,
-        "moe_router_topk_scaling_factor": float(hf["routed_scaling_factor"]),
-        "moe_router_num_groups": groups if groups > 1 else None,
-        "moe_router_group_topk": picked if groups > 1 else None,
     }
 
 
@@ -271,7 +250,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
         mamba_state_dim=known["ssm_state_size"],
         dtype=hf.get("dtype") or hf.get("torch_dtype") or "float32",
         hf=dict(hf),
-        **(_router(known) if EXPERTS in pattern else {}),
+        **(_experts(known) if EXPERTS in pattern else {}),
     )
 
 
@@ -306,14 +285,9 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         written[key] = [_WORDS[letter][0] for letter in pattern]
     if config.num_moe_experts is not None:
         written |= {
-            "n_routed_experts": config.num_moe_experts,
+            **written_router(config),
             "moe_intermediate_size": config.moe_ffn_hidden_size,
-            "num_experts_per_tok": config.moe_router_topk,
             "moe_shared_expert_intermediate_size": config.moe_shared_expert_intermediate_size,
-            "routed_scaling_factor": config.moe_router_topk_scaling_factor,
-            "n_group": config.moe_router_num_groups or 1,
-            "topk_group": config.moe_router_group_topk or 1,
-            "norm_topk_prob": True,
         }
     return written
 

@@ -7,6 +7,7 @@ from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.config_json import of_layers, unknown_keys
 from nemo_minitron.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from nemo_minitron.families.gemma import GEMMA2, GEMMA3
+from nemo_minitron.families.glm4_moe import GLM4_MOE
 from nemo_minitron.families.gpt2 import GPT2
 from nemo_minitron.families.granite import GRANITE
 from nemo_minitron.families.llama import LLAMA
@@ -40,6 +41,7 @@ _ALL = (
     NEMOTRON_H,
     DEEPSEEK_V2,
     DEEPSEEK_V3,
+    GLM4_MOE,
 )
 FAMILIES: dict[str, Family] = with_added("families", {family.name: family for family in _ALL})
 
@@ -49,6 +51,8 @@ _CODE = ("auto_map", "custom_pipelines")
 _DTYPES = ("torch_dtype", "dtype")
 # Of a Qwen; transformers 5 writes the second.
 _EXPERTS, _RENAMED = "num_experts", "num_local_experts"
+MTP_LAYERS = "num_nextn_predict_layers"
+"""Key of config.json: layers of multi-token prediction, numbered after those of the model."""
 # The first finds the sizes that changed, the second what the source left out and now has to say.
 _PASSES = 4
 
@@ -144,7 +148,8 @@ def read_config(
         raise ValueError(f"config.json lacks {error}") from error
     except (TypeError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"a size in config.json is not a number above 0: {error}") from error
-    config.hf = dict(hf_config)
+    dropped = dict.fromkeys({MTP_LAYERS} & {*passed_over}, 0)
+    config.hf = {**hf_config, **dropped}
     return family, config
 
 

@@ -24,10 +24,6 @@ def _always(_: ModelConfig) -> bool:
     return True
 
 
-def _anything(_: ModelConfig) -> None:
-    """Takes every size."""
-
-
 @dataclass(frozen=True)
 class Row:
     """One parameter (or one per layer, or one per layer and expert) of a family.
@@ -133,7 +129,6 @@ class Family:
             the pipeline rank.
         megatron: fields of Megatron's ``TransformerConfig`` that every model of the family needs
             and that ``ModelConfig`` does not hold; the user cannot set them.
-        fits: refuses sizes after pruning that transformers' config class does not take.
     """
 
     name: str
@@ -149,7 +144,6 @@ class Family:
     hf_prefix: str = "model."
     layer_spec: str = COMMON_SPEC
     megatron: Mapping[str, Any] = field(default_factory=dict)
-    fits: Callable[[ModelConfig], None] = _anything
 
     def parameters(self, config: ModelConfig) -> Iterator[tuple[str, Row, int | None]]:
         """Yield (Megatron name, row, layer index or None) of every parameter, layers in order.

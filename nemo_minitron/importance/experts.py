@@ -1,6 +1,7 @@
 """Scores of experts and of the channels inside them, from hooks on mixture-of-experts layers.
 
-- ``expert``: L2 norm of the expert's output, mean over the tokens routed to it,
+- ``expert``: L2 norm of the expert's output times the router's weight of it, mean over the tokens
+  routed to it: the score of REAP (2510.13999),
 - ``expert_ffn``: input of each expert's ``linear_fc2``, over the tokens routed to it.
 
 Both are taken as they enter the layer's sum: Megatron multiplies by the router's weight before

@@ -12,7 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.config.axes import AXES, Axis, Scope, axes_of, axis_size, layers_with
+from nemo_minitron.config.axes import (
+    AXES,
+    Axis,
+    Scope,
+    axes_of,
+    axis_size,
+    groups_in,
+    layers_with,
+)
 from nemo_minitron.config.layers import kinds_of
 from nemo_minitron.config.stages import BLOCK_CRITERIA, PruningConfig
 from nemo_minitron.documents import check_kinds, read_json_object
@@ -192,7 +200,8 @@ def _ranked(
     """The best indices of an axis with scope ``LAYER`` in every kept layer that has it.
 
     An axis that others are nested in is ranked by the sum of their scores. The indices of a nested
-    axis are ranked inside each parent that stays, and every parent keeps the same number of them.
+    axis are ranked inside each parent that stays, those of a grouped axis inside each group, and
+    every parent or group keeps the same number of them.
 
     Args:
         axis: what to rank.
@@ -210,7 +219,10 @@ def _ranked(
     if axis.nested_in is None:
         if scores.size(1) != size:
             scores = scores.double().unflatten(1, (size, -1)).sum(dim=-1)
-        return _top(scores, count, axis.grain).tolist()
+        groups = groups_in(config, axis)
+        best = _top(scores.unflatten(1, (groups, -1)), count // groups, axis.grain)
+        first = torch.arange(groups).unsqueeze(-1) * (size // groups)
+        return (best + first).flatten(1).tolist()
     each = size // axis_size(config, axis.nested_in)
     parents = torch.tensor(kept[axis.nested_in])  # [layers, parents that stay]
     grouped = scores.unflatten(1, (-1, each))

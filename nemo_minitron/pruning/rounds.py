@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any, TypeVar
 
-from nemo_minitron.config.axes import AXES, Axis, Scope
+from nemo_minitron.config.axes import AXES, Axis, Scope, groups_in
 from nemo_minitron.config.layout import check_pipeline
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
@@ -97,7 +97,7 @@ def _sizes_between(
             return True
         axis = axes[name]
         degree = getattr(parallel, axis.split_by) if axis.split_by else 1
-        splits = size % degree == 0 and size % axis.grain == 0
+        splits = size % degree == 0 and size % (axis.grain * groups_in(start, axis)) == 0
         return splits and (name != "num_layers" or _pipeline_fits(current, size, parallel))
 
     goal = {**final, _HEADS: final["num_attention_heads"] // final["num_query_groups"]}

@@ -76,12 +76,28 @@ def _keys(names: tuple[str, ...]) -> str:
 
 
 def _check_experts(config: ModelConfig, sizes: dict[str, int]) -> None:
-    experts = sizes.get("num_moe_experts")
-    if experts is not None and experts < config.moe_router_topk:
+    experts, topk = sizes.get("num_moe_experts"), config.moe_router_topk
+    if experts is None:
+        return
+    if experts < topk:
         raise ValueError(
-            f"pruning.target.num_moe_experts={experts} is fewer than moe_router_topk="
-            f"{config.moe_router_topk}, the experts that each token is routed to; keep at least "
-            f"{config.moe_router_topk}"
+            f"pruning.target.num_moe_experts={experts} is fewer than moe_router_topk={topk}, the "
+            f"experts that each token is routed to; keep at least {topk}"
+        )
+    groups, picked = config.moe_router_num_groups or 1, config.moe_router_group_topk or 1
+    if experts % groups:
+        below, above = experts // groups * groups, -(-experts // groups) * groups
+        raise ValueError(
+            f"pruning.target.num_moe_experts={experts} must be a multiple of moe_router_num_groups="
+            f"{groups}, as every group of experts keeps as many; set it to "
+            f"{f'{below} or ' if below else ''}{above}"
+        )
+    if groups > 1 and experts // groups * picked < topk:
+        least = -(-topk // picked) * groups
+        raise ValueError(
+            f"pruning.target.num_moe_experts={experts} leaves {experts // groups} experts in each "
+            f"of moe_router_num_groups={groups}, but each token is routed to moe_router_topk={topk}"
+            f" of moe_router_group_topk={picked} groups; keep at least {least}"
         )
 
 
@@ -254,16 +270,16 @@ def check_pruning(config: ModelConfig, pruning: PruningConfig) -> None:
 
 
 def check_result(config: ModelConfig, pruning: PruningConfig) -> None:
-    """Everything about the targets that can be wrong, and whether transformers takes the sizes.
+    """Everything about the targets that can be wrong, and whether config.json can say the sizes.
 
     Sizes between two rounds of pruning need not be such, so that ``check_pruning`` does not ask.
 
     Raises:
-        ValueError: see ``check_pruning`` and ``Family.fits``.
+        ValueError: see ``check_pruning``, and ``Family.to_hf`` of the family.
     """
     check_pruning(config, pruning)
     if config.family in FAMILIES:
-        FAMILIES[config.family].fits(config.resized(target_sizes(config, pruning)))
+        FAMILIES[config.family].to_hf(config.resized(target_sizes(config, pruning)))
 
 
 def needed_scores(config: ModelConfig, pruning: PruningConfig) -> dict[str, str]:

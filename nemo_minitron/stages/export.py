@@ -32,7 +32,7 @@ def check(cfg: ExportConfig) -> None:
     from nemo_minitron.checkpoint.hf import split_shards  # torch: what is above needs none
 
     config, store = open_store(Path(cfg.checkpoint) / "checkpoint")
-    family_of(config).fits(config)
+    family_of(config).to_hf(config)  # refuses sizes that config.json cannot say
     warn_of_expert_sizes(config)
     split_shards(store, cfg.max_shard_size)
 

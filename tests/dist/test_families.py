@@ -99,6 +99,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+TWO_SHARED = {"moe_shared_expert_intermediate_size": 40, "moe_ffn_hidden_size": 20}
 # End of a Hugging Face name -> what each dim holds.
 LLAMA_DIMS = {
     r"embed_tokens\.weight|lm_head\.weight": (None, "hidden"),
@@ -108,6 +109,16 @@ LLAMA_DIMS = {
     r"o_proj\.weight": ("hidden", "q"),
     r"(gate|up)_proj\.weight": ("ffn", "hidden"),
     r"down_proj\.weight": ("hidden", "ffn"),
+}
+GLM_DIMS = {
+    r"shared_experts\.(gate|up)_proj\.weight": ("shared_ffn", "hidden"),
+    r"shared_experts\.down_proj\.weight": ("hidden", "shared_ffn"),
+    r"mlp\.gate\.weight": ("expert", "hidden"),
+    r"e_score_correction_bias": ("expert",),
+    **LLAMA_DIMS,
+    r"q_proj\.bias": ("q",),
+    r"[kv]_proj\.bias": ("kv",),
+    r"[qk]_norm\.weight": (None,),
 }
 
 
@@ -417,6 +428,25 @@ CASES = {
         LATENT_DIMS,
         {"hidden": {"hidden_size": 40},
          "several": {**DENSE["several"], **LATENT_HEADS, "hidden_size": 40}},
+        sequence_parallel=True,
+    ),
+    "glm4_moe": Case(
+        "Glm4Moe",
+        {**SIZES, "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 40,
+         "n_shared_experts": 2, "n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.5,
+         "first_k_dense_replace": 1, "attention_bias": True, "use_qk_norm": True,
+         "num_nextn_predict_layers": 0},
+        GLM_DIMS,
+        {**MIXED, "expert": {"num_moe_experts": 4}, "shared_expert_ffn": TWO_SHARED,
+         "several": {**MIXED["several"], **TWO_SHARED, "num_moe_experts": 4}},
+        sequence_parallel=True,
+    ),
+    "glm4_moe_air": Case(
+        "Glm4Moe",
+        {**SIZES, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40,
+         "first_k_dense_replace": 0, "num_nextn_predict_layers": 0},
+        GLM_DIMS,
+        {"several": {**EXPERTS["several"], "moe_shared_expert_intermediate_size": 32}},
         sequence_parallel=True,
     ),
     "nemotron_h": Case(

@@ -18,14 +18,20 @@ SMALL: dict[str, Any] = {"num_moe_experts": 2, "ffn_hidden_size": 24, "moe_ffn_h
 TEACHERS = {
     "mixtral": replace(MIXTRAL, num_layers=2),
     "qwen2_moe": replace(QWEN2_MOE, num_layers=2),
+    # In a pipeline the first stage has no experts.
+    "dense_first": replace(QWEN2_MOE, num_layers=2, ffn_hidden_size=64, moe_layer_freq=[0, 1]),
 }
 STUDENTS = {
     "mixtral": replace(TEACHERS["mixtral"], **SMALL),
     "qwen2_moe": replace(TEACHERS["qwen2_moe"], **SMALL, moe_shared_expert_intermediate_size=32),
+    "dense_first": replace(
+        TEACHERS["dense_first"], **SMALL, moe_shared_expert_intermediate_size=32
+    ),
 }
 LAYOUTS = {
     "ep2": (2, {"expert_model_parallel_size": 2}),
     "tp2_sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "pp2": (2, {"pipeline_model_parallel_size": 2}),
 }
 
 

@@ -10,7 +10,7 @@ from tests.cases.live import refused
 from tests.cases.live_truth import Truth, layout, make_truth, one_answer
 from tests.helpers.layout_table import LayoutTable
 from tests.helpers.pool import WorkerPool
-from tests.helpers.tiny import MIXTRAL, QWEN2_MOE
+from tests.helpers.tiny import GLM4_MOE, MIXTRAL, QWEN2_MOE
 
 WIDTH = TargetConfig(
     hidden_size=40, num_attention_heads=4, num_moe_experts=2, moe_ffn_hidden_size=24
@@ -34,6 +34,34 @@ SHARED_LAYOUTS = {
     "TP2 SP": LAYOUTS["TP2 SP"],
     "PP2": layout(pp=2),
     "EP2 TP2 SP": LAYOUTS["EP2 TP2 SP"],
+}
+# Dense layers first, groups of experts, an expert bias; on a pipeline one stage has no experts and
+# the other nothing else.
+MIXED = replace(
+    GLM4_MOE,
+    moe_layer_freq=[0, 0, 1, 1],
+    moe_router_topk=2,
+    moe_router_num_groups=2,
+    moe_router_group_topk=1,
+)
+MIXED_WIDTH = TargetConfig(
+    hidden_size=40,
+    ffn_hidden_size=48,
+    num_attention_heads=4,
+    num_moe_experts=4,
+    moe_ffn_hidden_size=16,
+    moe_shared_expert_intermediate_size=32,
+)
+MIXED_WAYS = {
+    "width": PruningConfig(target=MIXED_WIDTH),
+    "depth": PruningConfig(target=TargetConfig(num_layers=3)),
+    "both": PruningConfig(target=TargetConfig(MIXED_WIDTH, num_layers=3)),
+}
+MIXED_LAYOUTS = {
+    "PP2": layout(pp=2),
+    "EP2": LAYOUTS["EP2"],
+    "TP2 SP": LAYOUTS["TP2 SP"],
+    "EP2 PP2": LAYOUTS["EP2 PP2"],
 }
 INTERLEAVED = {"PP2 VPP2": layout(pp=2, vpp=2), "EP2 PP2 VPP2": layout(dp=2, ep=2, pp=2, vpp=2)}
 
@@ -74,6 +102,19 @@ def test_shared_expert(shared_truth: Truth, layout_table: LayoutTable, tmp_path,
     shown = f"{name}, 4 experts and a shared one"
     arguments = (SHARED_LAYOUTS[name], shared_ways(3), tmp_path, layout_table, test, shown)
     one_answer(shared_truth, *arguments)
+
+
+@pytest.fixture(scope="module")
+def mixed_truth(ranks: WorkerPool, tmp_path_factory) -> Truth:
+    return make_truth(ranks, tmp_path_factory.mktemp("live-mixed"), MIXED)
+
+
+@pytest.mark.parametrize("name", MIXED_LAYOUTS)
+def test_dense_layers(mixed_truth: Truth, layout_table: LayoutTable, tmp_path, name: str) -> None:
+    test = f"test_prune_live_moe.py::test_dense_layers[{name}]"
+    shown = f"{name}, 8 experts in two groups after dense layers"
+    arguments = (MIXED_LAYOUTS[name], MIXED_WAYS, tmp_path, layout_table, test, shown)
+    one_answer(mixed_truth, *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -140,6 +140,23 @@ DEEPSEEK_EXPERTS = replace(
     moe_router_group_topk=1,
 )
 DEEPSEEK_V2 = replace(DEEPSEEK_V3, family="deepseek_v2", q_lora_rank=None, rope_scaling=None)
+GLM4_MOE = replace(
+    LLAMA,
+    family="glm4_moe",
+    rotary_percent=0.5,
+    qk_layernorm=True,
+    add_qkv_bias=True,
+    num_moe_experts=8,
+    moe_ffn_hidden_size=24,
+    moe_layer_freq=[0, 1, 1, 1],
+    moe_router_topk=4,
+    moe_shared_expert_intermediate_size=48,
+    moe_router_score_function="sigmoid",
+    moe_router_enable_expert_bias=True,
+    moe_router_topk_scaling_factor=2.5,
+    moe_router_num_groups=4,
+    moe_router_group_topk=2,
+)
 
 GPT2 = replace(
     LLAMA,

@@ -6,12 +6,21 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig
 
+from nemo_minitron.checkpoint.hf_checks import without_prediction_layers
+from nemo_minitron.checkpoint.lazy import from_tensor
 from nemo_minitron.families.dims import DIMS
 from nemo_minitron.families.fuse import fuse, hf_shapes, split
 from nemo_minitron.families.llama import from_hf, to_hf
-from nemo_minitron.families.registry import FAMILIES, family_of, family_of_hf
+from nemo_minitron.families.registry import (
+    FAMILIES,
+    MTP_LAYERS,
+    family_of,
+    family_of_hf,
+    read_config,
+    written_config,
+)
 from nemo_minitron.families.table import parameter_count
-from tests.helpers.tiny import LLAMA, MIXTRAL, QWEN2_MOE
+from tests.helpers.tiny import GLM4_MOE, LLAMA, MIXTRAL, QWEN2_MOE
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -163,6 +172,39 @@ def test_qwen2_moe_configs_refused(change, message):
     hf = {**family_of(QWEN2_MOE).to_hf(QWEN2_MOE), **change}
     with pytest.raises(ValueError, match=message):
         family_of_hf(hf).from_hf(hf)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"first_k_dense_replace": 4}, "first_k_dense_replace=4 leaves no layer with experts"),
+        ({"n_shared_experts": 0}, "n_shared_experts=0 is not supported; at least 1"),
+        ({"norm_topk_prob": False}, "norm_topk_prob=false is not supported"),
+        ({"num_experts_per_tok": 1}, "num_experts_per_tok=1 is not supported"),
+        ({"num_experts_per_tok": 3}, "topk_group=2 must be half of num_experts_per_tok"),
+        ({"n_group": 3}, "num_moe_experts=8 must be a multiple of moe_router_num_groups=3"),
+        (
+            {"num_nextn_predict_layers": 1},
+            r"num_nextn_predict_layers=1 .* set source_ignore=\[num_nextn_predict_layers\]",
+        ),
+    ],
+)
+def test_glm4_moe_configs_refused(change, message):
+    hf = {**family_of(GLM4_MOE).to_hf(GLM4_MOE), **change}
+    with pytest.raises(ValueError, match=message):
+        family_of_hf(hf).from_hf(hf)
+
+
+def test_layers_of_multi_token_prediction_are_left_out_on_request():
+    """The written config.json says so, and tensors of such layers are no others' names."""
+    hf = {**family_of(GLM4_MOE).to_hf(GLM4_MOE), MTP_LAYERS: 1}
+    family, config = read_config(hf, [MTP_LAYERS])
+    assert replace(config, hf={}) == GLM4_MOE
+    assert written_config(config)[MTP_LAYERS] == 0
+    weight = from_tensor(torch.zeros(2))
+    names = ["model.norm.weight", "model.layers.3.x", "model.layers.4.enorm.weight", "lm_head.x"]
+    kept = without_prediction_layers(family, config, dict.fromkeys(names, weight))
+    assert [*kept] == ["model.norm.weight", "model.layers.3.x", "lm_head.x"]
 
 
 def test_a_shared_expert_needs_others():

@@ -23,6 +23,7 @@ from tests.helpers.tiny import (
     DEEPSEEK_V3,
     GEMMA2,
     GEMMA3,
+    GLM4_MOE,
     GPT2,
     GRANITE,
     LLAMA,
@@ -225,9 +226,9 @@ def test_dense_layers_of_megatron_are_a_list() -> None:
             read(wrong)
 
 
-@pytest.mark.parametrize("model", [OLMO2, LLAMA], ids=["olmo2", "llama"])
+@pytest.mark.parametrize("model", [OLMO2, LLAMA, GLM4_MOE], ids=["olmo2", "llama", "glm4_moe"])
 def test_modules_of_a_family_are_named_and_read(model: ModelConfig) -> None:
-    """All else that the arguments say of the two is the same."""
+    """All else that the arguments say of the first two is the same."""
     stated = of_args(vars(megatron_lm_args(model)), "here")
     assert match_family(stated, model_fields(stated, model.vocab_size))[1] == model
 

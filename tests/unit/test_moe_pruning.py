@@ -24,7 +24,7 @@ from nemo_minitron.pruning.rounds import compose, pruning_rounds
 from nemo_minitron.pruning.scores import Scores, check_axes, model_meta
 from nemo_minitron.pruning.slicing import dim_indices, prune_store
 from nemo_minitron.pruning.targets import check_pruning
-from tests.helpers.tiny import LLAMA, MIXTRAL, QWEN2_MOE, random_weights
+from tests.helpers.tiny import GLM4_MOE, LLAMA, MIXTRAL, QWEN2_MOE, random_weights
 
 TARGET = {
     "num_layers": 3,
@@ -235,3 +235,37 @@ def test_layers_of_either_kind_stay(dropped: list[int], kind: str) -> None:
     assert pruned_config(mixed, plan).moe_layer_freq == [0, 1]
     assert [len(channels) for channels in plan["ffn"]] == [64, 0]
     assert [len(experts) for experts in plan["expert"]] == [0, 4]
+
+
+def test_every_group_of_experts_keeps_as_many() -> None:
+    """And so the router picks groups that are those of the model before pruning."""
+    model = replace(GLM4_MOE, moe_router_topk=2)
+    scores = random_scores(model)
+    scores["expert"] = torch.tensor([9.0, 8, 7, 6, 1, 2, 4, 3]).expand(4, 8)
+    plan = make_plan(model, PruningConfig(target=TargetConfig(num_moe_experts=4)), scores)
+    assert plan["expert"][0] == []
+    assert plan["expert"][1] == [0, 2, 5, 6]  # the best of each pair
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ({"num_moe_experts": 6}, "num_moe_experts=6 must be a multiple of .*=4.* set it to 4 or 8"),
+        (
+            {"moe_ffn_hidden_size": 20},
+            "moe_shared_expert_intermediate_size=48 must be a multiple of moe_ffn_hidden_size=20",
+        ),
+    ],
+)
+def test_targets_that_groups_and_config_json_cannot_hold(
+    target: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        pruning_rounds(GLM4_MOE, targets(**target), ParallelConfig())
+
+
+def test_groups_that_hold_too_few_experts_are_refused() -> None:
+    """Two of each of the two groups that a token may be routed to, four in all."""
+    wide = replace(GLM4_MOE, moe_router_num_groups=2, moe_router_group_topk=1)
+    with pytest.raises(ValueError, match=r"num_moe_experts=6 leaves 3 .* keep at least 8"):
+        check_pruning(wide, targets(num_moe_experts=6))

@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Mapping
 
 from nemo_minitron.checkpoint.foreign.megatron_layers import (
-    OTHER_ROUTERS,
     experts_fields,
     hybrid_fields,
     latent_fields,
@@ -45,16 +44,12 @@ _ONLY: dict[str, tuple[_Allowed, str]] = {
     "heterogeneous_block_specs": (_one_of(None, False), "false"),
     "is_hybrid_model": (_one_of(None, False), "false"),
     "use_mup": (_one_of(None, False), "false"),
-    "moe_router_score_function": (_one_of(None, "softmax"), "softmax"),
     # One name, or a list of them.
     "moe_router_load_balancing_type": (
         lambda value: "sinkhorn" not in str(value),
         "all but sinkhorn",
     ),
-    "moe_router_topk_scaling_factor": (_one_of(None, 1), "null"),
-    "moe_router_num_groups": (_one_of(None), "null"),
     "moe_router_topk_limited_devices": (_one_of(None), "null"),
-    "moe_router_enable_expert_bias": (_one_of(None, False), "false"),
     "moe_apply_probs_on_input": (_one_of(None, False), "false"),
     "moe_latent_size": (_one_of(None), "null"),
 }
@@ -173,9 +168,9 @@ def _windows(stated: Stated) -> list[int] | None:
 
 def _refuse_others(stated: Stated, head_dim: int) -> None:
     experts = stated.get("num_moe_experts", None) is not None
-    routers = stated_pattern(stated) is not None or stated_latent(stated)
+    hybrid = stated_pattern(stated) is not None
     for key, (allowed, only) in _ONLY.items():
-        if (key.startswith("moe_") and not experts) or (routers and key in OTHER_ROUTERS):
+        if (key.startswith("moe_") and not experts) or (hybrid and key == "is_hybrid_model"):
             continue
         if key == "multi_latent_attention" and stated_latent(stated):
             continue

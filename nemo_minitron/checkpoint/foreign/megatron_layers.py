@@ -26,6 +26,7 @@ def experts_fields(stated: Stated, ffn: int) -> JsonObject:
             "moe_shared_expert_intermediate_size", None
         ),
         "moe_shared_expert_gate": bool(stated.get("moe_shared_expert_gate", False)),
+        **_router(stated),
     }
 
 
@@ -39,16 +40,6 @@ def _routed_layers(stated: Stated) -> list[int] | None:
         only = f"a list of num_layers={layers} entries with a 1, or a number above 0"
         raise stated.refuse("moe_layer_freq", only)
     return None if all(found) else found
-
-
-OTHER_ROUTERS = (
-    "is_hybrid_model",
-    "moe_router_score_function",
-    "moe_router_topk_scaling_factor",
-    "moe_router_num_groups",
-    "moe_router_enable_expert_bias",
-)
-"""Fields that only hybrid models and models with multi-latent attention may set."""
 
 
 def stated_pattern(stated: Stated) -> str | None:
@@ -78,19 +69,17 @@ def hybrid_fields(stated: Stated, ffn: int) -> JsonObject:
             "mamba_num_heads", 2 * stated.need("hidden_size") // found["mamba_head_dim"]
         ),
     }
-    return found | _router(stated)
+    return found
 
 
 def _router(stated: Stated) -> JsonObject:
     """What a router picks experts by beside a softmax."""
-    scale = stated.get("moe_router_topk_scaling_factor", None)
     score = stated.get("moe_router_score_function", "softmax")
-    if score == "softmax" and scale is None:
-        return {}
+    scale = float(stated.get("moe_router_topk_scaling_factor", None) or 1)
     return {
         "moe_router_score_function": score,
         "moe_router_enable_expert_bias": bool(stated.get("moe_router_enable_expert_bias", False)),
-        "moe_router_topk_scaling_factor": None if scale is None else float(scale),
+        "moe_router_topk_scaling_factor": None if scale == 1 and score == "softmax" else scale,
         "moe_router_num_groups": stated.get("moe_router_num_groups", None),
         "moe_router_group_topk": stated.get("moe_router_group_topk", None),
     }
@@ -113,7 +102,6 @@ def latent_fields(stated: Stated, heads: int) -> JsonObject:
         "q_lora_rank": stated.get("q_lora_rank", None),
         "qk_head_dim": stated.get("qk_head_dim", 128),
         "qk_pos_emb_head_dim": stated.get("qk_pos_emb_head_dim", 64),
-        **_router(stated),
     }
 
 
