@@ -115,7 +115,7 @@ class Family:
         rows: the table.
         from_hf: config.json dictionary -> ModelConfig; keys that may change the network and that it
             does not read are refused (``config_json.check_keys``).
-        to_hf: ModelConfig -> config.json dictionary.
+        to_hf: ModelConfig -> config.json dictionary; refuses sizes that transformers does not take.
         hf_reads: keys of config.json that ``from_hf`` reads; all others are carried over.
         models: what people call them, for the documentation.
         refuses: what ``from_hf`` does not take and why, for the documentation.

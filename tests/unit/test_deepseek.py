@@ -69,7 +69,7 @@ def test_config_survives(config: ModelConfig) -> None:
         (
             V3,
             {"num_experts_per_tok": 3},
-            "n_group=2 .* by as many experts as each gives, transformers by two",
+            "n_group=2 .* transformers by two",
         ),
         (V3, {"num_nextn_predict_layers": 1}, r"source_ignore=\[num_nextn_predict_layers\]"),
         (SOFTMAX, GREEDY, "n_group=2 .* Megatron-Core ranks groups .*, 2, transformers by 1"),
