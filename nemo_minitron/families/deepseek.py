@@ -13,7 +13,12 @@ from typing import Any
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families import latent, qwen2_moe
 from nemo_minitron.families.config_json import check_keys, words
-from nemo_minitron.families.experts import beside_dense, dense_layers, sigmoid_router
+from nemo_minitron.families.experts import (
+    beside_dense,
+    dense_layers,
+    shared_experts,
+    sigmoid_router,
+)
 from nemo_minitron.families.table import Family, Row
 
 _ROUTED = (row for row in qwen2_moe.ROUTED if "gate_weight" not in row.name)
@@ -192,28 +197,12 @@ def _to_hf(config: ModelConfig, reads: frozenset[str]) -> dict[str, Any]:
     return latent.to_hf(replace(config, hf=carried)) | dense | _written_experts(config)
 
 
-def _check_shared(config: ModelConfig) -> None:
-    """Refuse a shared expert that is not as wide as a whole number of experts.
-
-    Raises:
-        ValueError: names both widths and the key.
-    """
-    width, shared = config.moe_ffn_hidden_size, config.moe_shared_expert_intermediate_size
-    if width and (not shared or shared % width):
-        raise ValueError(
-            f"moe_shared_expert_intermediate_size={shared} must be a multiple of "
-            f"moe_ffn_hidden_size={width} in config.json, which counts shared experts; set "
-            "pruning.target.moe_shared_expert_intermediate_size to one"
-        )
-
-
 def _check_v2(config: ModelConfig) -> None:
-    """Refuse what transformers could not open as a DeepSeek-V2, too.
+    """Refuse what transformers could not open as a DeepSeek-V2.
 
     Raises:
         ValueError: names both sizes and the keys.
     """
-    _check_shared(config)
     if config.hidden_size % config.num_attention_heads:
         raise ValueError(
             f"hidden_size={config.hidden_size} must be a multiple of num_attention_heads="
@@ -226,8 +215,6 @@ def _written_experts(config: ModelConfig) -> dict[str, Any]:
     """What config.json says of experts."""
     if config.num_moe_experts is None:
         return {}
-    width = config.moe_ffn_hidden_size or 1
-    shared = (config.moe_shared_expert_intermediate_size or 0) // width
     routed = config.moe_layer_freq or [1]
     mixed = config.moe_layer_freq is not None
     return {
@@ -236,8 +223,8 @@ def _written_experts(config: ModelConfig) -> dict[str, Any]:
         if mixed
         else config.hf.get("intermediate_size", config.ffn_hidden_size),
         "n_routed_experts": config.num_moe_experts,
-        "n_shared_experts": shared,
-        "moe_intermediate_size": width,
+        "n_shared_experts": shared_experts(config),
+        "moe_intermediate_size": config.moe_ffn_hidden_size,
         "num_experts_per_tok": config.moe_router_topk,
         "routed_scaling_factor": config.moe_router_topk_scaling_factor,
         "n_group": config.moe_router_num_groups or 1,
@@ -251,7 +238,6 @@ def v3_to_hf(config: ModelConfig) -> dict[str, Any]:
     Raises:
         ValueError: config.json cannot say these sizes.
     """
-    _check_shared(config)
     return {
         **_to_hf(config, V3_READS),
         "architectures": ["DeepseekV3ForCausalLM"],
@@ -304,7 +290,6 @@ DEEPSEEK_V2 = Family(
         "`hidden_size` that is no multiple of `num_attention_heads`, as transformers does",
     ),
     megatron=_MEGATRON,
-    fits=_check_v2,
 )
 DEEPSEEK_V3 = Family(
     "deepseek_v3",
@@ -320,5 +305,4 @@ DEEPSEEK_V3 = Family(
         "groups of experts that Megatron-Core ranks otherwise, and one expert per token",
     ),
     megatron=_MEGATRON,
-    fits=_check_shared,
 )
