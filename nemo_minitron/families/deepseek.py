@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.families import latent, qwen2_moe
+from nemo_minitron.families import glm4_moe, latent
 from nemo_minitron.families.config_json import check_keys, words
 from nemo_minitron.families.experts import (
     beside_dense,
@@ -19,36 +19,17 @@ from nemo_minitron.families.experts import (
     shared_experts,
     sigmoid_router,
 )
-from nemo_minitron.families.table import Family, Row
-
-_ROUTED = (row for row in qwen2_moe.ROUTED if "gate_weight" not in row.name)
+from nemo_minitron.families.table import Family
 
 
 def _biased(config: ModelConfig) -> bool:
     return config.moe_router_enable_expert_bias
 
 
-def _several_shared(row: Row) -> Row:
-    """A row of Qwen2-MoE, whose shared expert has another name."""
-    names = tuple(name.replace(".shared_expert.", ".shared_experts.") for name in row.hf)
-    return replace(row, hf=names)
-
-
-ROWS = (
-    *beside_dense(
-        latent.DENSE,
-        (
-            *map(_several_shared, _ROUTED),
-            Row(
-                "decoder.layers.{layer}.mlp.router.expert_bias",
-                ("expert",),
-                None,
-                ("model.layers.{layer}.mlp.gate.e_score_correction_bias",),
-                when=_biased,
-            ),
-        ),
-    ),
+_ROUTED = (
+    replace(row, when=_biased) if "expert_bias" in row.name else row for row in glm4_moe.ROUTED
 )
+ROWS = beside_dense(latent.DENSE, _ROUTED)
 
 _EXPERT_KEYS = words(
     "n_routed_experts n_shared_experts moe_intermediate_size num_experts_per_tok n_group "

@@ -101,17 +101,6 @@ def _check_experts(config: ModelConfig, sizes: dict[str, int]) -> None:
         )
 
 
-def _check_expert_groups(config: ModelConfig, sizes: dict[str, int]) -> None:
-    groups, experts = config.moe_router_num_groups or 1, sizes.get("num_moe_experts")
-    each = config.moe_router_topk // (config.moe_router_group_topk or 1) if groups > 1 else 1
-    if experts is not None and (experts % groups or experts // groups < each):
-        raise ValueError(
-            f"pruning.target.num_moe_experts={experts} must be a multiple of moe_router_num_groups="
-            f"{groups} with at least {each} experts for each group, of which the router picks the "
-            f"best; set it to {max(experts // groups, each) * groups} or another one"
-        )
-
-
 def _nearest(value: int, valid: list[int]) -> str:
     below = [v for v in valid if v <= value][-1:]
     above = [v for v in valid if v > value][:1]
@@ -263,7 +252,6 @@ def check_pruning(config: ModelConfig, pruning: PruningConfig) -> None:
     _check_prunable(config, sizes)
     _check_heads(config, sizes)
     _check_experts(config, sizes)
-    _check_expert_groups(config, sizes)
     _check_drop_layers(config, pruning)
     _check_merge(config, pruning, sizes)
     _check_criterion(config, pruning, sizes)

@@ -99,7 +99,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-TWO_SHARED = {"moe_shared_expert_intermediate_size": 40, "moe_ffn_hidden_size": 20}
+GLM_SHARED = {"moe_shared_expert_intermediate_size": 40, "moe_ffn_hidden_size": 20}
 # End of a Hugging Face name -> what each dim holds.
 LLAMA_DIMS = {
     r"embed_tokens\.weight|lm_head\.weight": (None, "hidden"),
@@ -169,7 +169,7 @@ LATENT_MOE_DIMS = {
     r"mlp\.gate\.weight": ("expert", "hidden"),
     **LATENT_DIMS,
 }
-TINY = {"NemotronH": 1e-6, "DeepseekV3": 2e-6}
+TINY = {"NemotronH": 1e-6, "DeepseekV3": 2e-6, "Glm4Moe": 2e-6}
 """Errors of scores that count for nothing, as a part of the largest score."""
 LATENT_YARN = {
     "rope_type": "yarn",
@@ -437,8 +437,8 @@ CASES = {
          "first_k_dense_replace": 1, "attention_bias": True, "use_qk_norm": True,
          "num_nextn_predict_layers": 0},
         GLM_DIMS,
-        {**MIXED, "expert": {"num_moe_experts": 4}, "shared_expert_ffn": TWO_SHARED,
-         "several": {**MIXED["several"], **TWO_SHARED, "num_moe_experts": 4}},
+        {**MIXED, "expert": {"num_moe_experts": 4}, "shared_expert_ffn": GLM_SHARED,
+         "several": {**MIXED["several"], **GLM_SHARED, "num_moe_experts": 4}},
         sequence_parallel=True,
     ),
     "glm4_moe_air": Case(

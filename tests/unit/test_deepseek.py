@@ -90,7 +90,7 @@ def test_what_the_table_cannot_hold_is_refused(
         (V3, {"num_attention_heads": 4}, "must be a multiple of num_query_groups=8"),
         (V3, {"moe_ffn_hidden_size": 20}, "intermediate_size=48 must be a multiple of .*=20"),
         (V3, {"num_moe_experts": 5}, "num_moe_experts=5 must be a multiple of .*groups=2"),
-        (V3, {"num_moe_experts": 2}, "with at least 2 experts for each group.*set it to 4"),
+        (V3, {"num_moe_experts": 2}, "leaves 1 experts in each .*=2, .* keep at least 4"),
         (V2, {"hidden_size": 60}, "hidden_size=60 must be a multiple of num_attention_heads=8"),
     ],
 )

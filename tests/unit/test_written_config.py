@@ -148,6 +148,18 @@ TINY: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+LATENT = {
+    **TINY,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}
 ROUTED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": TINY,
@@ -165,6 +177,17 @@ MODELS: dict[str, dict[str, Any]] = {
     "mixtral": TINY | {"num_local_experts": 4},
     "qwen2_moe": TINY | ROUTED | {"shared_expert_intermediate_size": 48},
     "qwen3_moe": TINY | ROUTED,
+    "deepseek_v2": LATENT | {"q_lora_rank": None},
+    "deepseek_v3": LATENT | {"q_lora_rank": 16, "n_group": 1, "topk_group": 1, "num_mtp_layers": 0},
+    "glm4_moe": TINY
+    | {
+        "head_dim": 16,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "num_nextn_predict_layers": 0,
+    },
     "nemotron_h": {
         "vocab_size": 64,
         "hidden_size": 32,
