@@ -52,13 +52,17 @@ class ClusterConfig:
     """Part of it that tensors cannot have, GiB: CUDA context, NCCL buffers, fragmentation."""
     peak_tflops: float = 989.0
     """Dense bf16 peak of each GPU, 1e12 floating-point operations per second."""
+    gpu_link_gb_per_s: float = 450.0
+    """What each GPU sends to others of its node, 1e9 bytes per second."""
+    network_gb_per_s: float = 50.0
+    """What each GPU sends to other nodes, 1e9 bytes per second."""
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
     def __post_init__(self) -> None:
         """Check ranges."""
         if self.gpus_per_node < 0:
             raise ValueError(f"cluster.gpus_per_node={self.gpus_per_node} must not be negative")
-        for name in ("gpu_memory_gb", "peak_tflops"):
+        for name in ("gpu_memory_gb", "peak_tflops", "gpu_link_gb_per_s", "network_gb_per_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"cluster.{name}={getattr(self, name)} must be above 0")
         if not 0 <= self.reserved_memory_gb < self.gpu_memory_gb:

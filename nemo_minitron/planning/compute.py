@@ -78,7 +78,7 @@ def work(job: Job) -> Work:
     each = forward_flops(job.model, length)
     if isinstance(cfg, TrainingStageConfig):
         # The backward pass takes twice the forward pass; recomputation is one more of some of it.
-        each = 3 * each + _recomputed(job, cfg, length)
+        each = 3 * each + recomputed_flops(job, cfg, length)
         if isinstance(cfg, DistillConfig) and job.teacher is not None:
             each += forward_flops(job.teacher, length)
     return Work(tokens, each * tokens)
@@ -109,7 +109,7 @@ def _ablation_passes(cfg: ImportanceConfig, layers: int) -> float:
     return passes
 
 
-def _recomputed(job: Job, cfg: TrainingStageConfig, seq_length: int) -> float:
+def recomputed_flops(job: Job, cfg: TrainingStageConfig, seq_length: int) -> float:
     """Operations of one token that the backward pass does again."""
     trainer, parts = job.trainer, forward_parts(job.model, seq_length)
     if trainer.recompute_granularity is None:

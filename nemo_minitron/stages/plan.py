@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from nemo_minitron.families.table import active_parameters, parameter_count
 from nemo_minitron.pipeline.plan import read_items
 from nemo_minitron.planning.advice import advice
 from nemo_minitron.planning.items import ItemPlan, Run, plan_items, room
+from nemo_minitron.planning.step_time import StepTime, step_time
 from nemo_minitron.runtime.console import show_table
 
 _SIZES = (
@@ -56,6 +57,7 @@ def run(cfg: PlanConfig) -> None:
     records = [_record(cfg, plan) for plan in plans]
     _show_models(records)
     _show_runs(cfg, records)
+    _show_steps(records)
     _show_memory(cfg, records)
     _show_warnings(records)
     if cfg.json is not None:
@@ -92,9 +94,25 @@ def _run_facts(cfg: PlanConfig, run: Run) -> dict[str, Any]:
         "flops": run.work.flops,
         "gpu_hours": hours,
         "hours": None if hours is None else hours / run.ranks,
+        "step": _step_facts(cfg, run),
         "memory_gib": run.memory.in_gib(),
         "fits": enough,
         "advice": None if enough else advice(run, cfg.cluster),
+    }
+
+
+def _step_facts(cfg: PlanConfig, run: Run) -> dict[str, float] | None:
+    """Seconds of a training step by what they go to, hours of all steps, share of the peak."""
+    time = step_time(run.job, cfg.cluster, cfg.mfu)
+    if time is None or run.work.flops is None:
+        return None
+    steps = run.job.cfg.trainer.max_steps
+    flops = run.work.flops / steps / run.ranks
+    return {
+        **asdict(time),
+        "total": time.total,
+        "hours": time.total * steps / 3600,
+        "of_peak": flops / time.total / (cfg.cluster.peak_tflops * 1e12),
     }
 
 
@@ -143,6 +161,19 @@ def _show_runs(cfg: PlanConfig, records: list[dict[str, Any]]) -> None:
         f"at mfu={cfg.mfu:g}"
     )
     show_table(title, (*header, hours, "hours"), rows)
+
+
+def _show_steps(records: list[dict[str, Any]]) -> None:
+    rows, parts = [], tuple(field.name for field in fields(StepTime))
+    for record in records:
+        step = record.get("step")
+        if step is not None:
+            shares = [f"{step[name] / step['total']:.1%}" for name in parts]
+            ends = f"{step['total']:.2f}", f"{step['hours']:,.1f}", f"{step['of_peak']:.1%}"
+            rows.append((record["name"], *shares, *ends))
+    if rows:
+        header = ("run", *parts, "step, s", "hours", "of the peak")
+        show_table("where the time of a training step goes", header, rows)
 
 
 def _show_memory(cfg: PlanConfig, records: list[dict[str, Any]]) -> None:

@@ -1,0 +1,173 @@
+"""Where the time of a training step goes: computation, the pipeline's bubble, communication.
+
+Communication counts where nothing is computed beside it. What is not in it: the optimizer's own
+step, validation, checkpoints and reading data, which are below a hundredth of a step in the runs of
+the papers.
+"""
+
+from dataclasses import asdict, dataclass
+
+from nemo_minitron.config.layers import ATTENTION, EXPERTS, kinds_of
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.config.pipeline import ClusterConfig
+from nemo_minitron.config.stages import DistillConfig
+from nemo_minitron.planning.compute import forward_flops, forward_parts, recomputed_flops
+from nemo_minitron.planning.memory import Job
+from nemo_minitron.planning.precision import TrainedBytes
+from nemo_minitron.planning.shares import Share, shares
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step on every rank."""
+
+    student: float
+    """Forward and backward passes of what is trained."""
+    recomputed: float
+    """Forward passes that the backward pass does again."""
+    teacher: float
+    layers: float
+    """Exchange inside layers and between pipeline stages: tensor, context and expert parallel."""
+    bubble: float
+    """Ranks that wait for the first and the last micro-batches of the pipeline."""
+    replicas: float
+    """Gradients and weights between data-parallel ranks, as far as no pass runs beside them."""
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return float(sum(asdict(self).values()))
+
+
+def step_time(job: Job, cluster: ClusterConfig, mfu: float) -> StepTime | None:
+    """Estimate a training step; None for a stage that trains nothing, or has no GPUs.
+
+    Args:
+        job: the item on its ranks.
+        cluster: speed of a GPU, and of what connects them.
+        mfu: share of the peak that computation reaches, communication aside.
+    """
+    if not (job.trains and job.on_gpus):
+        return None
+    speed = cluster.peak_tflops * 1e12 * mfu * job.parallel.model_parallel_size
+    cfg, length = job.cfg, job.cfg.data.seq_length
+    batch = cfg.data.global_batch_size * length / job.data_parallel_size
+    forward = batch * forward_flops(job.model, length) / speed
+    again = batch * recomputed_flops(job, cfg, length) / speed
+    passes = {"forward": 1.0 + again / forward, "backward": 1.0}
+    traffic = _layers(job, job.model, job.parallel, cluster, passes)
+    teacher = teachers_traffic = 0.0
+    if isinstance(cfg, DistillConfig) and job.teacher is not None:
+        teacher = batch * forward_flops(job.teacher, length) / speed
+        layout = cfg.teacher_parallel.of(job.parallel)
+        teachers_traffic = _layers(job, job.teacher, layout, cluster, {"forward": 1.0})
+    chunks = job.parallel.virtual_pipeline_model_parallel_size or 1
+    waiting = (job.parallel.pipeline_model_parallel_size - 1) / (job.micro_batches * chunks)
+    busy = 3 * forward + again + teacher + traffic + teachers_traffic
+    return StepTime(
+        student=3 * forward,
+        recomputed=again,
+        teacher=teacher,
+        layers=traffic + teachers_traffic,
+        bubble=waiting * busy,
+        replicas=_replicas(job, cluster, forward / job.micro_batches),
+    )
+
+
+def _layers(
+    job: Job,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    cluster: ClusterConfig,
+    passes: dict[str, float],
+) -> float:
+    """Seconds of exchange inside the layers of the busiest stage, for all micro-batches.
+
+    Args:
+        job: gives the batch.
+        model: the student or the teacher.
+        parallel: its layout.
+        cluster: speed of what connects the GPUs.
+        passes: number of forward passes and, where there is one, backward passes.
+    """
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    pp, ep = parallel.pipeline_model_parallel_size, parallel.expert_model_parallel_size
+    data = job.cfg.data
+    state = data.micro_batch_size * data.seq_length // cp * model.hidden_size * job.element
+    letters = max(("".join(share.kinds) for share in shares(model, parallel)), key=len)
+    forward, backward = passes["forward"], passes.get("backward", 0.0)
+    # A gather before and a scatter after each part of a layer; under sequence parallelism the
+    # backward pass gathers the input once more. One all-reduce is both.
+    times = 2 * forward + (3 if parallel.sequence_parallel else 2) * backward
+    inner = times * len(letters) * state * (tp - 1) / tp
+    seconds = inner / _link(cluster, tp)
+    # Tokens travel to their experts and back, evenly spread: so much of it leaves the node.
+    split = tp if parallel.sequence_parallel else 1
+    sent = 2 * (forward + backward) * letters.count(EXPERTS) * model.moe_router_topk * state / split
+    away = max(0.0, 1 - cluster.ranks_per_node / (tp * ep))
+    seconds += sent * away / cluster.network_gb_per_s / 1e9
+    seconds += sent * ((ep - 1) / ep - away) / cluster.gpu_link_gb_per_s / 1e9
+    seconds += _ring(job, model, parallel, cluster, passes)
+    if pp > 1 and parallel.virtual_pipeline_model_parallel_size is None:
+        seconds += (forward + backward) * state / split / cluster.network_gb_per_s / 1e9
+    return seconds * job.micro_batches
+
+
+def _ring(
+    job: Job,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    cluster: ClusterConfig,
+    passes: dict[str, float],
+) -> float:
+    """Keys and values that context-parallel ranks pass round, less what attention hides."""
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    if cp == 1:
+        return 0.0
+    data = job.cfg.data
+    count = data.micro_batch_size * data.seq_length // cp
+    letters = max(("".join(share.kinds) for share in shares(model, parallel)), key=len)
+    rows = 2 * model.num_query_groups * model.kv_channels * count * job.element / tp
+    rounds = passes["forward"] + 2 * passes.get("backward", 0.0)
+    sent = rounds * (cp - 1) * rows * letters.count(ATTENTION) / _link(cluster, tp * cp)
+    share = letters.count(ATTENTION) / max(1, "".join(kinds_of(model)).count(ATTENTION))
+    core = forward_parts(model, data.seq_length)["core_attn"] * count * share / tp
+    return max(0.0, sent - rounds * core / (cluster.peak_tflops * 1e12))
+
+
+def _replicas(job: Job, cluster: ClusterConfig, forward: float) -> float:
+    """Seconds of the exchange of gradients and weights that no pass hides.
+
+    Overlapped, gradients travel beside the backward pass of the last micro-batch and weights beside
+    the forward pass of the first: gradients are summed up before.
+
+    Args:
+        job: the item on its ranks.
+        cluster: speed of what connects the GPUs.
+        forward: seconds of one micro-batch's forward pass.
+    """
+    ddp, sharded = job.megatron.ddp, job.cfg.optim.use_distributed_optimizer
+    reduced = ddp.get("overlap_grad_reduce", True)
+    gathered = ddp.get("overlap_param_gather", reduced and sharded)
+    gradient = TrainedBytes.of(job.megatron, bf16=job.bf16).gradient
+    rank = max(shares(job.model, job.parallel), key=lambda share: share.total)
+    down = _exchange(job, rank, cluster) * gradient * (1 if sharded else 2)
+    up = _exchange(job, rank, cluster) * job.element if sharded else 0.0
+    hidden = 2 * forward * bool(reduced), forward * bool(gathered)
+    return max(0.0, down - hidden[0]) + max(0.0, up - hidden[1])
+
+
+def _exchange(job: Job, rank: Share, cluster: ClusterConfig) -> float:
+    """Seconds for each byte of a parameter, scattered over or gathered from its replicas."""
+    parallel, count = job.parallel, job.data_parallel_size * job.parallel.context_parallel_size
+    link = _link(cluster, count * parallel.tensor_model_parallel_size)
+    experts = max(1, count // parallel.expert_model_parallel_size)
+    sent = rank.dense * (count - 1) / count + rank.expert * (experts - 1) / experts
+    return sent / link
+
+
+def _link(cluster: ClusterConfig, ranks: int) -> float:
+    """Bytes a second and GPU among neighbouring ranks: inside a node, or also between nodes."""
+    inside = ranks <= cluster.ranks_per_node
+    return (cluster.gpu_link_gb_per_s if inside else cluster.network_gb_per_s) * 1e9

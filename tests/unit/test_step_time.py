@@ -1,0 +1,96 @@
+"""``minitron plan``: where the time of a training step goes, against figures by hand."""
+
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from nemo_minitron.config import load, schema
+from nemo_minitron.config.megatron import MegatronConfig
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.config.pipeline import ClusterConfig
+from nemo_minitron.config.stages import FinetuneConfig, PlanConfig
+from nemo_minitron.config.training import DataConfig, OptimConfig, TrainerConfig
+from nemo_minitron.families.registry import family_of
+from nemo_minitron.families.table import parameter_count
+from nemo_minitron.pipeline.plan import read_items
+from nemo_minitron.planning.compute import work
+from nemo_minitron.planning.items import plan_items
+from nemo_minitron.planning.memory import Job
+from nemo_minitron.planning.step_time import StepTime, step_time
+
+LAYERS, HIDDEN, LENGTH = 32, 4096, 8192
+CLUSTER = ClusterConfig()
+CONF = schema.conf_dir()
+
+
+def job(parallel: ParallelConfig, batch: int, replicas: int = 1, **ddp: bool) -> Job:
+    cfg = FinetuneConfig(
+        checkpoint="none",
+        output_dir="out",
+        data=DataConfig(path="x", seq_length=LENGTH, micro_batch_size=1, global_batch_size=batch),
+        parallel=parallel,
+        optim=OptimConfig(use_distributed_optimizer=True),
+        trainer=TrainerConfig(precision="bf16-mixed"),
+        megatron=MegatronConfig(ddp=dict(ddp)),
+    )
+    values = yaml.safe_load((CONF / "model/llama31_8b.yaml").read_text())
+    return Job(cfg, ModelConfig(**values), None, replicas, True)
+
+
+def timed(job: Job) -> StepTime:
+    time = step_time(job, CLUSTER, 0.4)
+    assert time is not None
+    return time
+
+
+def test_computation_is_that_of_gpu_hours():
+    one = job(ParallelConfig(), batch=8)
+    time = timed(one)
+    hours = work(one).gpu_hours(CLUSTER, 0.4)
+    assert time.student * one.cfg.trainer.max_steps / 3600 == pytest.approx(hours)
+    assert time.total == time.student
+
+
+def test_sequence_parallel_layers_exchange_hidden_states():
+    """Attention and MLP: two exchanges forward and three backward, 7 of 8 shares of each."""
+    parallel = ParallelConfig(tensor_model_parallel_size=8, sequence_parallel=True)
+    time = timed(job(parallel, batch=8))
+    state = LENGTH * HIDDEN * 2
+    assert time.layers == pytest.approx(8 * LAYERS * 2 * 5 * state * 7 / 8 / 450e9)
+
+
+def test_ranks_of_a_pipeline_wait_for_its_ends():
+    plain = timed(job(ParallelConfig(pipeline_model_parallel_size=4), batch=8))
+    assert plain.bubble == pytest.approx((plain.student + plain.layers) * 3 / 8)
+    chunks = ParallelConfig(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=2)
+    interleaved = timed(job(chunks, batch=8))
+    assert interleaved.bubble == pytest.approx(interleaved.student * 3 / 16)
+
+
+def test_gradients_travel_beside_the_last_backward_pass():
+    """Two nodes of replicas: fp32 gradients scattered, bf16 weights gathered, 15 of 16 shares."""
+    alone = timed(job(ParallelConfig(), batch=16, replicas=16, overlap_grad_reduce=False))
+    model = job(ParallelConfig(), batch=16).model
+    by_hand = parameter_count(family_of(model), model)["total"] * 15 / 16 * (4 + 2) / 50e9
+    assert alone.replicas == pytest.approx(by_hand, rel=1e-3)
+    forward, down, up = alone.student / 3, by_hand * 4 / 6, by_hand * 2 / 6
+    left = max(0, down - 2 * forward) + max(0, up - forward)
+    beside = timed(job(ParallelConfig(), batch=16, replicas=16))
+    assert beside.replicas == pytest.approx(left, rel=1e-3)
+
+
+def test_a_slower_network_is_seen_where_experts_leave_the_node():
+    overrides = ["experiment=nemotron3_nano_30b_22b", "cluster=dgx_h100", "nodes=4"]
+    cfg = load.compose("plan", overrides)
+    assert isinstance(cfg, PlanConfig)
+    plans = {plan.name: plan for plan in plan_items(cfg, read_items(cfg, at_hand=False))}
+    run = plans["distilled"].run
+    assert run is not None
+    fast = step_time(run.job, cfg.cluster, 0.4)
+    slow = step_time(run.job, replace(cfg.cluster, network_gb_per_s=25.0), 0.4)
+    assert fast is not None
+    assert slow is not None
+    assert slow.layers > 1.2 * fast.layers
+    assert slow.teacher == fast.teacher
