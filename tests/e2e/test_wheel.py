@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron.config.stages import STAGE_CONFIGS
+from tests.helpers.snippets import snippets
 
 REPO = Path(__file__).parents[2]
 SOURCES = (
@@ -67,11 +68,14 @@ def _copy_distribution(name: str, site: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory):
+def wheel(tmp_path_factory):
+    return _wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory, wheel):
     """``bin/minitron`` of a fresh environment."""
-    folder = tmp_path_factory.mktemp("wheel")
-    wheel = _wheel(folder)
-    home = folder / "env"
+    home = tmp_path_factory.mktemp("installed") / "env"
     venv.create(home, with_pip=False)
     python = home / "bin" / "python"
     pip = (sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index")
@@ -134,3 +138,29 @@ def test_bad_input_is_refused(minitron, tmp_path):
     assert done.returncode == 2
     assert "did you mean pruning.target.hidden_size?" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.timeout(300)
+def test_the_page_of_the_interface_as_a_new_user_tries_it(wheel, tmp_path):
+    """Every block of docs/api.md, with the packages that are here and the wheel before them."""
+    site, folder = tmp_path / "site", tmp_path / "empty"
+    folder.mkdir()
+    pip = (sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", site)
+    assert _run(*pip, wheel).returncode == 0
+    env = {**os.environ, "PYTHONPATH": str(site)}
+    told = "import nemo_minitron; print(nemo_minitron.__file__)"
+    said = _run(sys.executable, "-c", told, cwd=folder, env=env).stdout
+    assert Path(said.strip()).is_relative_to(site)
+    blocks = snippets(REPO / "docs" / "api.md")
+    command = next(n for n, block in enumerate(blocks) if block.kind == "run")
+    scripts = blocks[:command], blocks[command + 1 :]
+    for before in (True, False):
+        code = "\n".join(block.code for block in scripts[not before])
+        done = _run(sys.executable, "-c", code, cwd=folder, env=env)
+        assert done.returncode == 0, done.stderr
+        for line in blocks[command].lines if before else ():
+            _, *words = line.split()
+            done = _run(sys.executable, "-m", "nemo_minitron", *words, cwd=folder, env=env)
+            assert done.returncode == 0, done.stderr
+    exported = json.loads((folder / "exported" / "config.json").read_text())
+    assert (exported["intermediate_size"], exported["num_hidden_layers"]) == (64, 3)
