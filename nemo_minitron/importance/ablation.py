@@ -26,6 +26,8 @@ from nemo_minitron.runtime.groups import ParallelGroups
 
 Block = tuple[int, int]
 """Layers ``first .. stop - 1``, global and 0-based; empty when both are equal."""
+LayerOutput = Tensor | tuple[Tensor, Any]
+"""Hidden states, beside which layers of Transformers, but not of Mamba, return a context."""
 
 
 def ablated_blocks(num_layers: int, scores: ScoreConfig) -> list[Block]:
@@ -45,7 +47,7 @@ class _Bypass:
         self.blocks = blocks
         self.calls = 0
         self.block = blocks[0]
-        self.whole: dict[int, Tensor] = {}
+        self.whole: dict[int, LayerOutput] = {}
 
     def begin(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         """A forward pass of the chunk begins."""
@@ -53,18 +55,18 @@ class _Bypass:
         self.calls += 1
 
     def layer(
-        self, index: int, forward: Callable[..., tuple[Tensor, Any]], *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Any]:
+        self, index: int, forward: Callable[..., LayerOutput], *args: Any, **kwargs: Any
+    ) -> LayerOutput:
         """Stands in for the ``forward`` of layer ``index``."""
         first, stop = self.block
         if first == stop:
-            output, context = forward(*args, **kwargs)
-            self.whole[index] = output
-            return output, context
+            self.whole[index] = forward(*args, **kwargs)
+            return self.whole[index]
         if index < first:
-            return self.whole[index], None
+            return self.whole[index]
         if index < stop:
-            return (args[0] if args else kwargs["hidden_states"]), None
+            state = args[0] if args else kwargs["hidden_states"]
+            return (state, None) if isinstance(self.whole[index], tuple) else state
         return forward(*args, **kwargs)
 
 

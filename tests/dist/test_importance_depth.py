@@ -6,19 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from nemo_minitron.checkpoint.hf import to_hf
+from nemo_minitron.checkpoint.hf import to_hf, write_hf
 from nemo_minitron.checkpoint.lazy import from_tensor
-from nemo_minitron.checkpoint.torch_dist import write_torch_dist
+from nemo_minitron.checkpoint.torch_dist import read_torch_dist, write_torch_dist
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.stages import PruningConfig, ScoreConfig, TargetConfig
 from nemo_minitron.families.llama import LLAMA as FAMILY
+from nemo_minitron.families.registry import family_of
 from nemo_minitron.pruning.plan import make_plan
 from nemo_minitron.pruning.scores import Scores, model_meta
 from tests.cases.importance import score
 from tests.helpers.pool import WorkerPool
-from tests.helpers.tiny import LLAMA, random_weights, token_batch
+from tests.helpers.tiny import LLAMA, NEMOTRON_H, random_weights, token_batch, write_weights
 
 LAYERS = LLAMA.num_layers
 SAMPLES, LENGTH, LM_SAMPLES = 7, 16, 5
@@ -59,7 +60,7 @@ def model(weights) -> LlamaForCausalLM:
 
 
 @torch.no_grad()
-def loss_without(model: LlamaForCausalLM, ids: torch.Tensor, first: int, stop: int) -> float:
+def loss_without(model: Any, ids: torch.Tensor, first: int, stop: int) -> float:
     """LM loss of the model with its layers ``first .. stop - 1`` taken out."""
     layers = model.model.layers
     kept = [layer for i, layer in enumerate(layers) if not first <= i < stop]
@@ -75,7 +76,7 @@ def loss_without(model: LlamaForCausalLM, ids: torch.Tensor, first: int, stop: i
 
 
 @torch.no_grad()
-def angle(model: LlamaForCausalLM, ids: torch.Tensor, first: int, size: int) -> float:
+def angle(model: Any, ids: torch.Tensor, first: int, size: int) -> float:
     states: list[torch.Tensor] = []
 
     def before(module, args, kwargs):
@@ -84,7 +85,8 @@ def angle(model: LlamaForCausalLM, ids: torch.Tensor, first: int, size: int) -> 
     hooks = [
         layer.register_forward_pre_hook(before, with_kwargs=True) for layer in model.model.layers
     ]
-    hooks.append(model.model.norm.register_forward_pre_hook(before, with_kwargs=True))
+    norm = model.model.norm_f if hasattr(model.model, "norm_f") else model.model.norm
+    hooks.append(norm.register_forward_pre_hook(before, with_kwargs=True))
     model.model(ids, use_cache=False)
     for hook in hooks:
         hook.remove()
@@ -94,12 +96,16 @@ def angle(model: LlamaForCausalLM, ids: torch.Tensor, first: int, size: int) -> 
 
 @pytest.fixture(scope="module")
 def expected(model, ids) -> dict[str, torch.Tensor]:
+    return scores_of(model, ids, LAYERS)
+
+
+def scores_of(model: Any, ids: torch.Tensor, layers: int) -> dict[str, torch.Tensor]:
     some = ids[:LM_SAMPLES]
     found = {
-        "layer_lm_loss": torch.tensor([loss_without(model, some, i, i + 1) for i in range(LAYERS)])
+        "layer_lm_loss": torch.tensor([loss_without(model, some, i, i + 1) for i in range(layers)])
     }
     for n in SCORES.block_sizes:
-        starts = range(LAYERS - n + 1)
+        starts = range(layers - n + 1)
         found[f"block_angular.{n}"] = torch.tensor([angle(model, ids, i, n) for i in starts])
         losses = [loss_without(model, some, i, i + n) for i in starts]
         found[f"block_lm_loss.{n}"] = torch.tensor(losses)
@@ -179,3 +185,30 @@ def test_blocks_as_long_as_the_model_are_refused(ranks: WorkerPool, checkpoint, 
     config = ScoreConfig(axes=["layer"], layer_criteria=["block_angular"], block_sizes=[LAYERS])
     with pytest.raises(RuntimeError, match=r"scores\.block_sizes holds \[4\].*use at most 3"):
         ranks.run(1, score, LLAMA, checkpoint, ids, ParallelConfig(), config, 1, 4)
+
+
+@pytest.fixture(scope="module")
+def hybrid(ids, tmp_path_factory) -> tuple[str, dict[str, torch.Tensor]]:
+    """A hybrid, and what transformers says of it."""
+    home = tmp_path_factory.mktemp("hybrid")
+    write_weights(home / "ours", NEMOTRON_H, seed=3)
+    (home / "hf").mkdir()
+    family = family_of(NEMOTRON_H)
+    store = to_hf(family, NEMOTRON_H, read_torch_dist(home / "ours", family, NEMOTRON_H))
+    write_hf(home / "hf", store, family.to_hf(NEMOTRON_H), "1GB")
+    model = AutoModelForCausalLM.from_pretrained(home / "hf", dtype=torch.float32).eval()
+    return str(home / "ours"), scores_of(model, ids, NEMOTRON_H.num_layers)
+
+
+@pytest.mark.parametrize("layout", ["1", "TP2 SP", "PP2 VPP2", "CP2", "TP2 SP PP2"])
+def test_layers_of_every_kind(ranks: WorkerPool, hybrid, ids, layout) -> None:
+    """Layers of Mamba return hidden states alone; the others return a context beside them."""
+    folder, expected = hybrid
+    parallel = ParallelConfig(**LAYOUTS[layout])
+    args = (NEMOTRON_H, folder, ids, parallel, SCORES, 1, 4)
+    found = ranks.run(parallel.world_size(), score, *args)[0]
+    assert found.keys() == {*expected, "layer"}
+    for name, tensor in expected.items():
+        torch.testing.assert_close(
+            found[name], tensor, rtol=1e-5, atol=0, msg=partial("{}: {}".format, name)
+        )
