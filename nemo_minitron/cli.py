@@ -311,7 +311,7 @@ def _stopped(stage: str, config: StageConfig) -> Preempted | Terminated:
         "pipeline",
     )
     if isinstance(config, ImportanceConfig | PruneConfig):  # what they have to save are scores
-        saves = config.data.path is not None and config.save_every_n_samples > 0
+        saves = config.data.given and config.save_every_n_samples > 0
     return (Preempted if saves else Terminated)("a signal asked to stop")
 
 

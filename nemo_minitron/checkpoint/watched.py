@@ -31,7 +31,7 @@ from nemo_minitron.config.stages import StageConfig
 _ALSO_READ = ("tokenizer",)
 _PAIR = (".bin", ".idx")
 _MOST_FILES = 100_000
-_MAY_HOLD_MANY = ("data.path",)  # one file for every document
+_MAY_HOLD_MANY = ("data.path", "data.blend.")  # one file for every document
 
 
 def read_paths(cfg: StageConfig) -> dict[str, str]:
@@ -167,7 +167,7 @@ def files_read(key: str, path: Path) -> list[str]:
             names = [MANIFEST, *manifest.files]
         else:
             names = input_files(path)
-            if len(names) > _MOST_FILES and key not in _MAY_HOLD_MANY:
+            if len(names) > _MOST_FILES and not key.startswith(_MAY_HOLD_MANY):
                 raise ValueError(
                     f"{key}={path} holds {len(names):,} files, more than any model; set {key} to "
                     "the folder of the model itself"

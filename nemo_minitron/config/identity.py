@@ -81,6 +81,8 @@ def config_values(cfg: StageConfig) -> dict[str, Any]:
         if value is None and _is_new_entry(meaning, name, key):
             continue
         added = meaning.role == "added" and value != meaning.default
+        if meaning.role == "input" and (weights := _weights(value)) is not None:
+            values[key] = weights
         if meaning.role == "counts" or added:
             values[key] = meaning.plain(value)
     return values
@@ -92,16 +94,31 @@ def _is_new_entry(meaning: Meaning, name: str, key: str) -> bool:
     return name != key and isinstance(known, dict) and key[len(name) + 1 :] not in known
 
 
+def _weights(value: object) -> list[Any] | None:
+    """What counts of weighted sources beside their content; None for any other input."""
+    if not isinstance(value, list) or any(isinstance(entry, str) for entry in value):
+        return None
+    return [entry["weight"] if isinstance(entry, dict) else entry for entry in value]
+
+
 def input_paths(cfg: StageConfig) -> dict[str, str]:
-    """Config key -> path, for every input the stage config names; ``key.0``, ... for a list."""
+    """Config key -> path, for every input the stage config names.
+
+    Keys are ``key.0``, ... for a list, and ``key.0.path``, ... for one of weighted sources.
+    """
     values = flatten(asdict(cfg))
     found: dict[str, str] = {}
     for key, meaning in meanings(type(cfg)).items():
         value = values.get(key)
-        if meaning.role != "input" or value is None:
+        if meaning.role != "input" or value in (None, ""):
             continue
-        several = dict(enumerate(value)) if isinstance(value, list) else None
-        found |= {key: value} if several is None else {f"{key}.{i}": p for i, p in several.items()}
+        if not isinstance(value, list):
+            found[key] = value
+            continue
+        for i, one in enumerate(value):
+            weighted = isinstance(one, dict)
+            name = f"{key}.{i}.path" if weighted else f"{key}.{i}"
+            found[name] = one["path"] if weighted else one
     return found
 
 
@@ -117,12 +134,17 @@ def changes(
     """
     known = meanings(type(cfg))
     before, now = ({k: v for k, v in x.items() if v != {}} for x in (stored, flatten(asdict(cfg))))
-    found = {}
+    found: dict[str, tuple[Any, Any]] = {}
     for key in sorted({*before, *now}):
         name, meaning = _find(known, key)
         if meaning is None:
             if before[key] != REMOVED.get(key, _NOTHING):
                 found[key] = (before[key], None)
+            continue
+        if meaning.role == "input":
+            weights = _weights(before.get(key)), _weights(now.get(key))
+            if weights[0] != weights[1]:
+                found[key] = weights
             continue
         if meaning.role not in ("counts", "added") or (
             resuming and _may_change(meaning, name, key)

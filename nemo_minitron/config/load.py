@@ -42,6 +42,10 @@ def stage_config(stage: str, composed: DictConfig) -> StageConfig:
         composed = _with_names_for_inputs(composed)
     try:
         typed = OmegaConf.merge(OmegaConf.structured(cls), composed)
+        if OmegaConf.select(typed, "data.blend") is not None and OmegaConf.is_missing(
+            typed.data, "path"
+        ):
+            typed.data.path = ""
         values = schema.flatten(OmegaConf.to_container(typed, resolve=False))
         missing = [key for key, value in values.items() if value == MISSING]
         if missing:

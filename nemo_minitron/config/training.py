@@ -1,11 +1,22 @@
 """Data, trainer and optimizer settings shared by the stages that run a model."""
 
 import importlib.util
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 from omegaconf import MISSING
 
-from nemo_minitron.config.base import INPUT, MAY_CHANGE, NEUTRAL, TOKENS, check_words, one_of
+from nemo_minitron.config.base import (
+    ADDED,
+    INPUT,
+    MAY_CHANGE,
+    NEUTRAL,
+    TOKENS,
+    check_words,
+    one_of,
+)
+from nemo_minitron.config.blend import parse_blend
 
 RECOMPUTE_KEYS = (
     "recompute_granularity",
@@ -24,6 +35,11 @@ class DataConfig:
     path: str = field(default=MISSING, metadata=INPUT)
     """Text, JSON(L), Parquet or Arrow file, folder of such files or pattern that names them, folder
     of ``datasets``, Megatron .bin/.idx prefix, or .npy of token ids."""
+    blend: Any = field(default=None, metadata=INPUT)
+    """Weighted sources in place of ``path``: a list of ``{weight, path}``, weights and paths in
+    turn, or a YAML file that holds such a list; samples come in Megatron's blended order."""
+    blend_max_epochs: float | None = field(default=None, metadata=ADDED)
+    """Most times that training may read a source of ``blend``; null repeats them as needed."""
     seq_length: int = field(default=512, metadata=TOKENS)
     """Tokens per sample."""
     num_samples: int | None = None
@@ -53,6 +69,42 @@ class DataConfig:
         if self.num_samples is not None and self.num_samples < 1:
             raise ValueError(f"data.num_samples={self.num_samples} must be at least 1, or null")
         check_words(self, "data.")
+        self._check_blend()
+
+    def _check_blend(self) -> None:
+        if self.blend is not None:
+            self.blend = parse_blend(self.blend)
+        if self.blend is not None and self.path not in ("", None, MISSING):
+            raise ValueError(
+                f"data.path={self.path} and data.blend are both set; leave one of them out"
+            )
+        if self.blend is None and self.path == "":
+            raise ValueError("data.path is empty; set data.path, or data.blend")
+        if self.blend is None and self.blend_max_epochs is not None:
+            raise ValueError(
+                f"data.blend_max_epochs={self.blend_max_epochs} is for data.blend, which is not "
+                "set; leave it out"
+            )
+
+    @property
+    def given(self) -> bool:
+        """Whether there is anything to read."""
+        return bool(self.path or self.blend)
+
+    def sources(self) -> list["DataConfig"]:
+        """The keys of each source of ``blend`` on its own, all of its samples."""
+        return [
+            replace(self, path=one["path"], blend=None, blend_max_epochs=None, num_samples=None)
+            for one in self.blend
+        ]
+
+    def weights(self) -> list[float]:
+        """Of the sources of ``blend``, as given."""
+        return [source["weight"] for source in self.blend]
+
+    def names(self) -> list[str]:
+        """Short names of the sources of ``blend``, no two the same."""
+        return [f"{i}_{Path(source['path']).stem}" for i, source in enumerate(self.blend)]
 
 
 @dataclass(kw_only=True)

@@ -6,15 +6,18 @@ from pathlib import Path
 
 import numpy as np
 
+from nemo_minitron.config.blend import naming
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.training import DataConfig
 from nemo_minitron.data.indexed import TextTokenizer, check_ids, check_text
 from nemo_minitron.data.pair import Index, read_index
 from nemo_minitron.data.splits import (
     check_num_samples,
+    check_shares,
     check_tokens,
     parse_split,
     split_bounds,
+    split_samples,
     wanted_splits,
 )
 from nemo_minitron.data.text import (
@@ -24,6 +27,7 @@ from nemo_minitron.data.text import (
     find_source,
     no_documents,
     read_documents,
+    refuse_npy,
     warn_unread,
 )
 from nemo_minitron.documents import read_json_object
@@ -32,6 +36,9 @@ from nemo_minitron.documents import read_json_object
 _READ_UP_TO = 64 << 20
 _TOKENISE_UP_TO = 4 << 20
 _SCAN = "ids.json"
+# Documents of a pair whose last ids are compared, and how many make an end of a document likely.
+_ENDS = 1000
+_FEWEST_ENDS = 8
 
 
 def check_data(
@@ -41,6 +48,7 @@ def check_data(
     vocab_size: int | None = None,
     tokenizer_dir: Path | None = None,
     max_seq_length: int | None = None,
+    train_samples: int | None = None,
 ) -> None:
     """Refuse bad data fast; what takes longer is refused by ``datasets.prepare_tokens``.
 
@@ -54,6 +62,7 @@ def check_data(
         vocab_size: true vocabulary of the model, to check the ids of a ``.npy``.
         tokenizer_dir: the checkpoint's tokenizer, to count the tokens of text.
         max_seq_length: longest sequence the model has positions for, or None for any length.
+        train_samples: samples that training takes, to check the shares of a blend.
 
     Raises:
         ValueError: the message names the key to change and how.
@@ -65,19 +74,76 @@ def check_data(
         )
     parse_split(data.split)
     wanted_splits(data, splits)
+    if not data.blend:
+        _check_source(data, splits, vocab_size, tokenizer_dir)
+        return
+    if splits is None and data.num_samples is None:
+        raise ValueError(
+            "data.blend needs data.num_samples where each sample is read once: there are no shares "
+            "of all there is; set data.num_samples"
+        )
+    held = []
+    for index, source in enumerate(data.sources()):
+        with naming(index):
+            refuse_npy(find_source(source.path))
+            lengths = _check_source(source, splits, vocab_size, tokenizer_dir)
+            name = "train" if splits else data.split_name
+            held.append(None if lengths is None else split_samples(source, lengths, name))
+            _check_origin(source, vocab_size, tokenizer_dir)
+    wanted = train_samples if splits else data.num_samples
+    if wanted is not None:
+        check_shares(data, held, wanted, repeats=bool(splits))
+
+
+def _check_source(
+    data: DataConfig,
+    splits: Sequence[str] | None,
+    vocab_size: int | None,
+    tokenizer_dir: Path | None,
+) -> np.ndarray | None:
+    """``check_data`` of one source; returns the tokens of its documents where they are counted."""
     source = find_source(data.path)
     warn_unread(source)
     if source.kind == NPY:
         check_npy(source.path, data, vocab_size, splits)
-    elif source.kind == INDEXED:
-        check_index(source, data, splits)
-    else:
-        tokenizer = None if tokenizer_dir is None else TextTokenizer(tokenizer_dir)
-        if source.size <= _READ_UP_TO:
-            small = source.size <= _TOKENISE_UP_TO
-            check_text(source, data, splits, tokenizer if small else None)
-        elif next(read_documents(source, data), None) is None:
-            raise no_documents(source)
+        return None
+    if source.kind == INDEXED:
+        return check_index(source, data, splits)
+    tokenizer = None if tokenizer_dir is None else TextTokenizer(tokenizer_dir)
+    if source.size <= _READ_UP_TO:
+        small = source.size <= _TOKENISE_UP_TO
+        return check_text(source, data, splits, tokenizer if small else None)
+    if next(read_documents(source, data), None) is None:
+        raise no_documents(source)
+    return None
+
+
+def _check_origin(data: DataConfig, vocab_size: int | None, tokenizer_dir: Path | None) -> None:
+    """Refuse a pair of a blend that another tokenizer made, as far as its ids show it."""
+    source = find_source(data.path)
+    if source.kind != INDEXED:
+        return
+    index = read_index(source.path)
+    ids = np.memmap(f"{source.path}.bin", dtype=index.dtype, mode="r")
+    if vocab_size is not None and source.size <= _READ_UP_TO:
+        check_ids(int(ids.max()), vocab_size, f"data.path={source.path} holds", int(ids.min()))
+    ends = np.cumsum(index.lengths, dtype=np.int64)[index.documents[1:_ENDS] - 1] - 1
+    last = set(ids[ends].tolist())
+    if (
+        tokenizer_dir is None
+        or not tokenizer_dir.is_dir()
+        or len(ends) < _FEWEST_ENDS
+        or len(last) != 1
+    ):
+        return
+    tokenizer, (end,) = TextTokenizer(tokenizer_dir), last
+    word = tokenizer.text(end)
+    if end != tokenizer.eod and any(map(str.isalnum, word)):
+        raise ValueError(
+            f"data.path={source.path} ends every document with id {end}, which is {word!r} to the "
+            f"tokenizer of this checkpoint, whose end of a document is {tokenizer.eod}: another "
+            "tokenizer made it; write the .bin/.idx pair again from its text"
+        )
 
 
 def check_batch_sizes(data: DataConfig, data_parallel_size: int) -> None:
@@ -182,7 +248,7 @@ def check_index(
     *,
     vocab_size: int | None = None,
     scan: Path | None = None,
-) -> None:
+) -> np.ndarray:
     """Refuse a ``.bin/.idx`` pair that is damaged, too short, or split inside a document.
 
     Args:
@@ -191,6 +257,9 @@ def check_index(
         splits: as ``splits.wanted_splits`` takes them.
         vocab_size: true vocabulary, compared with the ids found by ``scan_ids``.
         scan: folder that ``scan_ids`` filled.
+
+    Returns:
+        Tokens of each sequence.
 
     Raises:
         ValueError: says what is wrong and the way out.
@@ -203,6 +272,7 @@ def check_index(
     if vocab_size is not None and scan is not None:
         found = read_json_object(scan / _SCAN)
         check_ids(found["max"], vocab_size, f"data.path={source.path} holds", found["min"])
+    return index.lengths
 
 
 def _check_cuts(source: Source, data: DataConfig, index: Index) -> None:

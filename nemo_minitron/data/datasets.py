@@ -5,54 +5,42 @@ Every sample is ``tokens``, ``labels`` (the next token), ``loss_mask`` and ``pos
 incomplete last batch.
 """
 
-import copy
 import hashlib
-import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from nemo_minitron.config.blend import naming
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.training import DataConfig, TrainerConfig
 from nemo_minitron.config.training_stages import TeacherPassConfig
+from nemo_minitron.data.blend import (
+    BlendedSamples,
+    Order,
+    Sample,
+    blend_order,
+    part_sizes,
+    stored_order,
+)
 from nemo_minitron.data.cache import build_for_all, cache_folder
 from nemo_minitron.data.checks import check_index, check_npy, scan_ids
+from nemo_minitron.data.gpt import TokenData, megatron_datasets
 from nemo_minitron.data.indexed import TextTokenizer, build_indexed
 from nemo_minitron.data.pair import read_index
 from nemo_minitron.data.splits import (
     SPLITS,
     check_num_samples,
+    check_shares,
     check_tokens,
-    split_bounds,
-    split_numbers,
+    split_samples,
 )
-from nemo_minitron.data.text import INDEXED, NPY, Source, find_source
-from nemo_minitron.runtime.extensions import before_megatron
-
-if TYPE_CHECKING:
-    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+from nemo_minitron.data.text import INDEXED, NPY, Source, find_source, refuse_npy
 
 logger = logging.getLogger(__name__)
-
-Sample = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class TokenData:
-    """Tokens on disk, checked: a Megatron pair or a ``.npy``."""
-
-    kind: str
-    """``indexed`` or ``npy``."""
-    path: Path
-    """Prefix of the pair, or the ``.npy`` file."""
-    cache: Path
-    """Folder for Megatron's sample indices."""
 
 
 def prepare_tokens(
@@ -128,7 +116,7 @@ def build_datasets(
             None,
         )
     wanted: list[int | None] = [sizes[0], None, None]
-    built = _megatron_datasets(data, tokens, wanted, [size > 0 for size in sizes])
+    built = megatron_datasets(data, tokens, wanted, [size > 0 for size in sizes])
     return tuple(
         None if dataset is None else FirstSamples(dataset, min(size, len(dataset)))
         for dataset, size in zip(built, sizes, strict=True)
@@ -151,7 +139,7 @@ def build_split(data: DataConfig, tokens: TokenData) -> "SampleSet":
         rows = np.load(tokens.path, mmap_mode="r")
         return NpyDataset(rows, data.num_samples or len(rows))
     chosen = [name == data.split_name for name in SPLITS]
-    built = _megatron_datasets(data, tokens, [None, None, None], chosen)
+    built = megatron_datasets(data, tokens, [None, None, None], chosen)
     dataset = built[SPLITS.index(data.split_name)]
     check_num_samples(data, len(dataset))
     return FirstSamples(dataset, data.num_samples or len(dataset))
@@ -172,16 +160,83 @@ def training_datasets(
         trainer.limit_val_batches * data.global_batch_size,
         0,
     )
-    train, validation, _ = build_datasets(data, tokens, sizes)
+    if data.blend:
+        return _blended_training(data, tokens, sizes, cache_folder(data, output_dir))
+    train, validation, _ = build_datasets(data, tokens[0], sizes)
     assert train is not None  # max_steps is at least 1
     return train, validation
+
+
+def _blended_training(
+    data: DataConfig, tokens: list[TokenData], sizes: tuple[int, int, int], cache: Path
+) -> tuple[BlendedSamples, BlendedSamples | None]:
+    """As Megatron blends: every source has as many epochs as its share of the training takes.
+
+    Validation reads one epoch of each source at most.
+    """
+    weights = data.weights()
+    held = _samples_held(data, tokens, SPLITS[0])
+    check_shares(data, held, sizes[0], repeats=True)
+    chosen = [True, sizes[1] > 0, False]
+    parts = [
+        megatron_datasets(source, pair, [size, None, None], chosen)
+        for source, pair, size in zip(
+            data.sources(), tokens, part_sizes(weights, sizes[0]), strict=True
+        )
+    ]
+    order = stored_order(cache, weights, sizes[0])
+    train = BlendedSamples([part[0] for part in parts], order, data.names(), held)
+    train.log()
+    if not sizes[1]:
+        return train, None
+    held_out = [part[1] for part in parts]
+    once = _read_once(blend_order(weights, sizes[1]), list(map(len, held_out)))
+    if len(once.source) < sizes[1]:
+        logger.warning(
+            "data.blend: validation reads %d samples, not %d: more would repeat those of a source",
+            len(once.source),
+            sizes[1],
+        )
+    return train, BlendedSamples(held_out, once, data.names(), list(map(len, held_out)))
+
+
+def _samples_held(data: DataConfig, tokens: list[TokenData], split: str) -> list[int]:
+    """Samples of one epoch of each source."""
+    lengths = [read_index(pair.path).lengths for pair in tokens]
+    return [split_samples(data, one, split) for one in lengths]
+
+
+def _read_once(order: Order, sizes: list[int]) -> Order:
+    """The samples before the first one that some source would have to repeat."""
+    over = np.flatnonzero(order.sample >= np.array(sizes)[order.source])
+    end = int(over[0]) if len(over) else len(order.source)
+    return Order(order.source[:end], order.sample[:end])
 
 
 def stage_dataset(
     data: DataConfig, model: ModelConfig, checkpoint: Path, output_dir: str
 ) -> "SampleSet":
     """The samples of ``data.split_name`` that calibration and evaluation read."""
-    return build_split(data, _tokens(data, model, checkpoint, output_dir, None))
+    tokens = _tokens(data, model, checkpoint, output_dir, None)
+    if not data.blend:
+        return build_split(data, tokens[0])
+    wanted = data.num_samples or 0  # which a blend needs
+    held = _samples_held(data, tokens, data.split_name)
+    check_shares(data, held, wanted, repeats=False)
+    chosen = [name == data.split_name for name in SPLITS]
+    parts = [
+        megatron_datasets(source, pair, [None, None, None], chosen)[chosen.index(True)]
+        for source, pair in zip(data.sources(), tokens, strict=True)
+    ]
+    order = blend_order(data.weights(), wanted)
+    once = _read_once(order, list(map(len, parts)))
+    if len(once.source) < wanted:
+        raise ValueError(
+            f"data.num_samples={wanted} is more than the {len(once.source)} samples before the end "
+            f"of data.blend.{order.source[len(once.source)]}, and none is read twice; lower "
+            "data.num_samples"
+        )
+    return BlendedSamples(parts, once, data.names(), held)
 
 
 def _tokens(
@@ -190,15 +245,27 @@ def _tokens(
     checkpoint: Path,
     output_dir: str,
     splits: tuple[str, ...] | None,
-) -> TokenData:
+) -> list[TokenData]:
+    """The tokens of ``data.path``, or of every source of ``data.blend``."""
     tokenizer = checkpoint / "tokenizer"
-    return prepare_tokens(
-        data,
-        vocab_size=model.vocab_size,
-        cache=cache_folder(data, output_dir),
-        tokenizer_dir=tokenizer if tokenizer.is_dir() else None,
-        splits=splits,
-    )
+
+    def prepared(source: DataConfig) -> TokenData:
+        return prepare_tokens(
+            source,
+            vocab_size=model.vocab_size,
+            cache=cache_folder(data, output_dir),
+            tokenizer_dir=tokenizer if tokenizer.is_dir() else None,
+            splits=splits,
+        )
+
+    if not data.blend:
+        return [prepared(data)]
+    found = []
+    for index, source in enumerate(data.sources()):
+        with naming(index):
+            refuse_npy(find_source(source.path))
+            found.append(prepared(source))
+    return found
 
 
 class FirstSamples(Dataset[Sample]):
@@ -256,78 +323,5 @@ class NpyDataset(Dataset[Sample]):
         }
 
 
-SampleSet = FirstSamples | NpyDataset
+SampleSet = FirstSamples | NpyDataset | BlendedSamples
 """The samples of one split that a stage reads."""
-
-
-@dataclass(frozen=True)
-class _Tokenizer:
-    """The little that ``GPTDataset`` asks of a tokenizer once tokens are on disk.
-
-    It has no ``pad``: samples are never padded, and Megatron then masks no real token.
-    """
-
-    eod: int | None = None  # read only with the reset flags or eod_mask_loss, which are off
-    vocab_size: int | None = None
-    unique_identifiers: dict[str, str] = field(default_factory=lambda: {"class": "none"})
-
-
-def _megatron_datasets(
-    data: DataConfig, tokens: TokenData, sizes: list[int | None], chosen: list[bool]
-) -> list[Any]:
-    """GPTDatasets of the chosen splits, None for the others.
-
-    Args:
-        data: the data keys.
-        tokens: a pair.
-        sizes: samples of each split at least; None is one pass over its documents.
-        chosen: which of the three splits to build.
-    """
-    before_megatron()
-    from megatron.core.datasets.blended_megatron_dataset_builder import (
-        BlendedMegatronDatasetBuilder,
-    )
-    from megatron.core.datasets.gpt_dataset import GPTDataset
-
-    config = _gpt_config(data, tokens, chosen)
-    key = json.dumps([str(tokens.path), data.seq_length, data.seed, config.split_matrix, sizes])
-    folder = tokens.cache / f"samples-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
-
-    def write_indices(into: Path) -> None:
-        # Megatron writes its index files in place; here they appear all at once or not at all.
-        writing = copy.copy(config)
-        writing.path_to_cache = str(into)
-        builder = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, writing)
-        builder._build_megatron_dataset_splits(
-            str(tokens.path), writing.split_matrix, sizes, synchronize_ranks=False
-        )
-
-    build_for_all(folder, write_indices)
-    config.path_to_cache = str(folder)
-    built = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
-    sequences = next(len(dataset.dataset) for dataset in built if dataset is not None)
-    for dataset, bounds in zip(built, split_bounds(data.split, sequences), strict=True):
-        assert dataset is None or (dataset.indices[0], dataset.indices[-1] + 1) == bounds
-    return list(built)
-
-
-def _gpt_config(data: DataConfig, tokens: TokenData, chosen: list[bool]) -> "GPTDatasetConfig":
-    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
-
-    config = GPTDatasetConfig(
-        random_seed=data.seed,
-        sequence_length=data.seq_length,
-        blend=([str(tokens.path)], None),
-        split=",".join(split_numbers(data.split)),
-        path_to_cache=str(tokens.cache),
-        tokenizer=_Tokenizer(),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-    )
-    matrix = config.split_matrix or []
-    config.split_matrix = [
-        part if keep else None for part, keep in zip(matrix, chosen, strict=True)
-    ]
-    return config

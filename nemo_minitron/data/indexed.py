@@ -75,6 +75,11 @@ class TextTokenizer:
         text = f"{eod} {whole} {self._tokenizer.to_str()}"
         self.digest = hashlib.sha256(text.encode()).hexdigest()
 
+    def text(self, token: int) -> str:
+        """What an id stands for; empty for special tokens and for ids that there are not."""
+        found: str = self._tokenizer.decode([token], skip_special_tokens=True)
+        return found
+
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, the end-of-document id appended. int32, ``[tokens + 1]`` each."""
         if max(map(len, texts), default=0) > PIECE:
@@ -96,7 +101,7 @@ def check_text(
     data: DataConfig,
     splits: Sequence[str] | None,
     tokenizer: TextTokenizer | None,
-) -> None:
+) -> np.ndarray | None:
     """Read a text source whole and refuse what is empty, broken or too short.
 
     Args:
@@ -104,6 +109,9 @@ def check_text(
         data: the data keys.
         splits: as ``splits.wanted_splits`` takes them.
         tokenizer: counts tokens; None when only documents are to be counted.
+
+    Returns:
+        Tokens of each document in split order; None without a tokenizer.
 
     Raises:
         ValueError: see ``text.read_documents``, ``splits.check_documents``, ``check_tokens``.
@@ -115,9 +123,11 @@ def check_text(
     if not found:
         raise no_documents(source)
     check_documents(data, len(found), splits)
-    if tokenizer is not None:
-        lengths = np.array(found)[document_order(len(found), data.seed)]
-        check_tokens(data, lengths, splits)
+    if tokenizer is None:
+        return None
+    lengths = np.array(found)[document_order(len(found), data.seed)]
+    check_tokens(data, lengths, splits)
+    return lengths
 
 
 def build_indexed(

@@ -133,8 +133,7 @@ def check_tokens(data: DataConfig, lengths: np.ndarray, splits: Sequence[str] | 
     for name in wanted_splits(data, splits):
         begin, end = split_bounds(data.split, len(lengths))[SPLITS.index(name)]
         tokens = int(lengths[begin:end].sum(dtype=np.int64))
-        # The last token of a sample is only a label, and the next sample starts with it.
-        samples = (tokens - 1) // data.seq_length
+        samples = split_samples(data, lengths, name)
         if samples < 1:
             raise ValueError(
                 f"the {name} split of data.path={data.path} holds {tokens} tokens in {end - begin} "
@@ -143,6 +142,48 @@ def check_tokens(data: DataConfig, lengths: np.ndarray, splits: Sequence[str] | 
             )
         if splits is None:
             check_num_samples(data, samples)
+
+
+def split_samples(data: DataConfig, lengths: np.ndarray, name: str) -> int:
+    """Samples of one pass over a split.
+
+    Args:
+        data: the data keys.
+        lengths: tokens of each document (end-of-document included), in split order.
+        name: of the split.
+    """
+    begin, end = split_bounds(data.split, len(lengths))[SPLITS.index(name)]
+    # The last token of a sample is only a label, and the next sample starts with it.
+    return (int(lengths[begin:end].sum(dtype=np.int64)) - 1) // data.seq_length
+
+
+def check_shares(
+    data: DataConfig, held: Sequence[int | None], wanted: int, *, repeats: bool
+) -> None:
+    """Refuse a blend that reads a source more often than it may.
+
+    Args:
+        data: with ``blend``.
+        held: samples of one pass over each source; None where they are not counted yet.
+        wanted: samples of the blend.
+        repeats: whether a source is read again when it ends, up to ``data.blend_max_epochs``.
+
+    Raises:
+        ValueError: names the source, its share, and the epochs that it would take.
+    """
+    limit, total = data.blend_max_epochs if repeats else 1.0, sum(data.weights())
+    key, way = "data.num_samples, each sample of which is read once", "data.num_samples"
+    if repeats:
+        key, way = f"data.blend_max_epochs={limit}", "trainer.max_steps"
+    for index, (source, samples) in enumerate(zip(data.blend, held, strict=True)):
+        share = source["weight"] / total * wanted
+        if limit is not None and samples and share > limit * samples:
+            raise ValueError(
+                f"data.blend.{index}.path={source['path']} holds {samples} samples of "
+                f"data.seq_length={data.seq_length}, and its share of {wanted} is {share:.0f}: "
+                f"{share / samples:.2f} epochs, more than {key}; lower data.blend.{index}.weight "
+                f"or {way}" + (", or raise data.blend_max_epochs" if repeats else "")
+            )
 
 
 def check_num_samples(data: DataConfig, samples: int) -> None:

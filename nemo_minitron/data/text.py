@@ -150,6 +150,15 @@ def _named(entries: Sequence[Path]) -> str:
     return ", ".join(names) + (f" and {more} more" if more else "")
 
 
+def refuse_npy(source: Source) -> None:
+    """Refuse rows of ids in a blend: they are samples already, and are not shuffled or split."""
+    if source.kind == NPY:
+        raise ValueError(
+            f"data.path={source.path} is a .npy, which cannot be blended; write its tokens as a "
+            ".bin/.idx pair, or read it on its own"
+        )
+
+
 def warn_unread(source: Source) -> None:
     """Name what lies in a folder of texts and is not read, and files in which nothing is."""
     if source.unread:

@@ -17,6 +17,7 @@ from nemo.utils.exp_manager import exp_manager
 from torch.utils.data import Dataset
 
 from nemo_minitron.config.training import DataConfig, ExpManagerConfig, TrainerConfig
+from nemo_minitron.data.blend import BlendedSamples
 from nemo_minitron.data.sampler import build_dataloader
 from nemo_minitron.models.gpt import MinitronGPTModel
 from nemo_minitron.models.lightning import MegatronStrategy
@@ -42,8 +43,9 @@ class History(Callback):
     ``tokens_per_second`` counts global training tokens since the record before.
     """
 
-    def __init__(self, total_steps: int) -> None:
+    def __init__(self, total_steps: int, blend: BlendedSamples | None = None) -> None:
         self.records: list[dict[str, float]] = []
+        self.blend = blend
         self.total_steps = total_steps
         self._tokens = 0.0
         self._since = 0.0
@@ -74,6 +76,7 @@ class History(Callback):
             now = time.monotonic()
             record = {"step": trainer.global_step, **metrics}
             record["tokens_per_second"] = metrics["tokens"] / max(now - self._since, 1e-9)
+            record |= self._epochs(pl_module)
             self.records.append(record)
             self._since = now
             pl_module.last_metrics = {}
@@ -82,6 +85,13 @@ class History(Callback):
             self._advance(1, **figures)
         else:
             self._advance(1)
+
+    def _epochs(self, pl_module: LightningModule) -> dict[str, float]:
+        """How often each source of a blend was read."""
+        epochs = {} if self.blend is None else self.blend.epochs(pl_module.consumed_samples)
+        for name, value in epochs.items():
+            pl_module.log(f"epochs/{name}", value, batch_size=1)
+        return {f"epochs/{name}": value for name, value in epochs.items()}
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock: validation is not training time."""
@@ -298,7 +308,8 @@ def fit(model: MinitronGPTModel, datasets: Samples, work: Path) -> list[dict[str
     if resume is not None:
         log.info("going on from %s", resume)
     checkpoints = _checkpoint_callbacks(config, work / CHECKPOINTS)
-    history, stop = History(config.max_steps), StopEarly(checkpoints[0], config)
+    blend = datasets[0] if isinstance(datasets[0], BlendedSamples) else None
+    history, stop = History(config.max_steps, blend), StopEarly(checkpoints[0], config)
     loaders = _loaders(model, model.data_cfg, datasets, consumed)
     model.set_loaders(*loaders)
     validate = loaders[1] is not None and config.limit_val_batches > 0

@@ -140,7 +140,7 @@ def _resources(config: StageConfig, cluster: ClusterConfig) -> tuple[str, ...]:
     """
     values: Any = config
     data = getattr(config, "data", None)
-    if not hasattr(config, "parallel") or (data is not None and data.path is None):
+    if not hasattr(config, "parallel") or (data is not None and not data.given):
         return ()
     nodes = getattr(getattr(config, "trainer", None), "num_nodes", None) or cluster.slurm.nodes
     per_node = cluster.ranks_per_node

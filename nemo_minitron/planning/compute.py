@@ -88,7 +88,7 @@ def _tokens(job: Job) -> int | None:
     cfg = job.cfg
     if isinstance(cfg, TrainingStageConfig | TeacherLogitsConfig):
         return int(cfg.trainer.max_steps * cfg.data.global_batch_size * cfg.data.seq_length)
-    if cfg.data.path is None or cfg.data.num_samples is None:
+    if not cfg.data.given or cfg.data.num_samples is None:
         return None
     samples = cfg.data.num_samples
     if isinstance(cfg, ImportanceConfig):

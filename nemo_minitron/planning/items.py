@@ -76,7 +76,7 @@ def _plan_item(cfg: PlanConfig, item: Item, models: Models) -> ItemPlan:
         teacher = models.of("teacher", config.teacher)
     runs = hasattr(config, "parallel")
     if isinstance(config, PruneConfig):
-        runs = config.data.path is not None
+        runs = config.data.given
     run = _place(cfg, config, before, teacher) if runs else None
     return ItemPlan(item.name, item.stage, before, after, run)
 

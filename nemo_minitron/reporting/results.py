@@ -202,7 +202,7 @@ def _leaks(stages: list[StageResult]) -> list[str]:
     for test in (s for s in stages if s.stage == "evaluate"):
         for train in (s for s in stages if s.stage in ("distill", "finetune")):
             mine, theirs = test.values.get("data", {}), train.values.get("data", {})
-            if mine.get("path") != theirs.get("path"):
+            if not _paths(mine) & _paths(theirs):
                 continue
             different = [f"data.{key}" for key in _DEAL if mine.get(key) != theirs.get(key)]
             if str(mine.get("path")).endswith(".npy"):
@@ -217,6 +217,12 @@ def _leaks(stages: list[StageResult]) -> list[str]:
                 f"{test.name} may hold text that {train.name} trained on (same data.path; {why})"
             )
     return found
+
+
+def _paths(data: dict[str, Any]) -> set[str]:
+    """What a stage read, one source or several."""
+    blend = [source["path"] for source in data.get("blend") or ()]
+    return {str(data.get("path") or ""), *blend} if not blend else set(blend)
 
 
 def _unlike(cfg: PipelineConfig, stages: list[StageResult]) -> list[str]:

@@ -102,7 +102,10 @@ def _with_stored_teacher(
     from nemo_minitron.runtime.groups import ParallelGroups
 
     folder = Path(str(cfg.teacher_logits)) / FOLDER
-    keys: dict[str, Any] = {"top_k": cfg.distillation.top_k, "data_path": cfg.data.path}
+    keys: dict[str, Any] = {
+        "top_k": cfg.distillation.top_k,
+        "data_path": cfg.data.path or "(data.blend)",
+    }
     joined = tuple(
         None if dataset is None else StoredTeacher(dataset, folder, part, **keys)
         for part, dataset in zip(PARTS, samples, strict=True)

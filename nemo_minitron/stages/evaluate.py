@@ -35,7 +35,7 @@ def check(cfg: EvaluateConfig) -> None:
     Raises:
         ValueError: names the value, the relation and the key to set.
     """
-    if cfg.data.path is None and not cfg.tasks:
+    if not cfg.data.given and not cfg.tasks:
         raise ValueError(
             "evaluate needs data.path or tasks; add data.path=... (text, for the loss) or "
             "tasks=[...] (of lm-eval)"
@@ -50,7 +50,7 @@ def check(cfg: EvaluateConfig) -> None:
         if export:
             _check_export(cfg)
         else:
-            check_forward(cfg, model, None if cfg.data.path is None else cfg.data)
+            check_forward(cfg, model, cfg.data if cfg.data.given else None)
         if cfg.tasks:
             check_tasks(cfg, model, export=export)
 
@@ -71,7 +71,7 @@ def _model(cfg: EvaluateConfig) -> ModelConfig:
 
 
 def _check_export(cfg: EvaluateConfig) -> None:
-    if cfg.data.path is not None:
+    if cfg.data.given:
         raise ValueError(
             f"checkpoint={cfg.checkpoint} is an export, whose loss evaluate does not measure; set "
             "checkpoint to the result that was exported, or leave data.path out"
@@ -116,7 +116,7 @@ def _evaluate(cfg: EvaluateConfig, model: ModelConfig) -> dict[str, Any]:
     folder = Path(cfg.checkpoint) / "checkpoint"
     groups = ParallelGroups.current()
     dataset = None
-    if cfg.data.path is not None:
+    if cfg.data.given:
         dataset = stage_dataset(cfg.data, model, folder, cfg.output_dir)
     chunks = load_frozen(folder, cfg.parallel, groups, megatron=cfg.megatron)
     metrics: dict[str, Any] = {}

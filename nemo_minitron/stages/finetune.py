@@ -80,6 +80,7 @@ def check_training(
     check_data(
         cfg.data,
         splits=splits(cfg.trainer),
+        train_samples=cfg.trainer.max_steps * cfg.data.global_batch_size,
         vocab_size=model.vocab_size,
         tokenizer_dir=Path(getattr(cfg, key)) / "checkpoint" / "tokenizer",
         max_seq_length=min(lengths, default=None),

@@ -76,7 +76,7 @@ def _calibrates(cfg: PruneConfig, config: ModelConfig, rounds: list[PruningConfi
     """
     needed = needed_scores(config, rounds[0])
     unserved = cfg.importance is None and bool(needed)
-    if cfg.data.path is None:
+    if not cfg.data.given:
         if len(rounds) > 1:
             raise ValueError(
                 f"pruning.iterations={cfg.pruning.iterations} scores the model again after every "
@@ -107,7 +107,7 @@ def run(cfg: PruneConfig) -> None:
     start = time.perf_counter()
     config = ModelConfig.load(Path(cfg.checkpoint) / "checkpoint")
     rounds = pruning_rounds(config, cfg.pruning, cfg.parallel)
-    if cfg.data.path is not None:
+    if cfg.data.given:
         return _score_and_prune(cfg, config, rounds, start)
     if rank():
         return log.debug("rank 0 alone prunes a checkpoint")

@@ -112,7 +112,7 @@ def training_entry(
     values = flatten(asdict(cfg))
     entry: dict[str, Any] = {
         "stage": stage,
-        "data": {"name": Path(cfg.data.path).name, "tokens": int(metrics["train_tokens"])},
+        "data": {"name": _data_name(cfg), "tokens": int(metrics["train_tokens"])},
         "settings": {key: values[key] for key in _TRAINING_KEYS},
     }
     if isinstance(cfg, DistillConfig):
@@ -122,6 +122,13 @@ def training_entry(
     entry["losses"] = {key: round(x, 4) for key, x in losses.items() if x is not None}
     entry["model"] = model_facts(config)
     return entry
+
+
+def _data_name(cfg: TrainingStageConfig) -> str:
+    """Last part of ``data.path``, or the sources of a blend with their weights."""
+    sources = cfg.data.blend or ()
+    names = [f"{Path(source['path']).name} ({source['weight']:g})" for source in sources]
+    return ", ".join(names) or Path(cfg.data.path).name
 
 
 def _distillation(cfg: DistillConfig) -> dict[str, Any]:

@@ -38,6 +38,7 @@ def check(cfg: TeacherLogitsConfig) -> None:
         check_data(
             cfg.data,
             splits=splits(cfg.trainer),
+            train_samples=cfg.trainer.max_steps * cfg.data.global_batch_size,
             vocab_size=model.vocab_size,
             tokenizer_dir=folder / "tokenizer",
             max_seq_length=model.max_seq_length,

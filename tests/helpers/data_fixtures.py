@@ -7,6 +7,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from nemo_minitron.config.training import DataConfig
+from nemo_minitron.data.pair import write_index
 
 EOS = "<|end|>"
 
@@ -55,3 +56,17 @@ def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
 def data_config(path: Path | str, **keys: object) -> DataConfig:
     """Small sequences, an even split."""
     return DataConfig(**{"path": str(path), "seq_length": 32, "split": "60/20/20", **keys})  # type: ignore[arg-type]  # keys of any type
+
+
+def write_pair(
+    prefix: Path, documents: int = 40, vocab: int = 90, seed: int = 0, last: int | None = None
+) -> str:
+    """A Megatron pair of random ids, each document ending with ``last``; returns its prefix."""
+    draw = np.random.default_rng(seed)
+    lengths = draw.integers(10, 90, documents)
+    ids = draw.integers(0, vocab, lengths.sum()).astype(np.uint16)
+    if last is not None:
+        ids[np.cumsum(lengths) - 1] = last
+    Path(f"{prefix}.bin").write_bytes(ids.tobytes())
+    write_index(prefix, np.uint16, lengths)
+    return str(prefix)

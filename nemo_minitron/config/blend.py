@@ -1,0 +1,96 @@
+"""``data.blend``: sources and their weights, in each of the ways to write them."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.documents import read_yaml
+
+_WAYS = (
+    "a list of {weight, path}, weights and paths in turn (0.3 a 0.7 b), or the name of a YAML file "
+    "that holds such a list"
+)
+
+
+def parse_blend(value: object) -> list[dict[str, Any]]:
+    """The sources of a blend as a list of ``{weight, path}``; those of weight 0 are left out.
+
+    Args:
+        value: ``data.blend`` as given; what this function returned stays what it is.
+
+    Raises:
+        ValueError: names what is wrong, and where.
+    """
+    if isinstance(value, str):
+        value = _read(value)
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"data.blend={value} must be {_WAYS}")
+    mappings = any(isinstance(entry, dict) for entry in value)
+    sources = [_source(*e) for e in enumerate(value)] if mappings else _in_turn(value)
+    paths = [source["path"] for source in sources]
+    twice = next((path for path in paths if paths.count(path) > 1), None)
+    if twice is not None:
+        raise ValueError(f"data.blend names {twice} twice; name it once, with the sum of weights")
+    if not any(source["weight"] for source in sources):
+        raise ValueError(f"data.blend has {len(sources)} weights that are all 0; set one above 0")
+    return [source for source in sources if source["weight"]]
+
+
+def _read(text: str) -> object:
+    """A YAML file, or the words that Megatron-LM takes after ``--data-path``."""
+    words = text.split()
+    if len(words) > 1:
+        return words
+    path = Path(text)
+    if path.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"data.blend={text} must be {_WAYS}")
+    if not path.is_file():
+        raise ValueError(f"data.blend={text} does not exist; it must be {_WAYS}")
+    return read_yaml(path)
+
+
+def _in_turn(words: list[Any]) -> list[dict[str, Any]]:
+    weights, paths = words[::2], words[1::2]
+    if len(weights) != len(paths) or None in map(_number, weights):
+        numbers = sum(_number(word) is not None for word in words)
+        raise ValueError(
+            f"data.blend={words} has {numbers} weights and {len(words) - numbers} paths; give a "
+            "weight before each path"
+        )
+    pairs = zip(weights, paths, strict=True)
+    return [_source(i, {"weight": w, "path": str(p)}) for i, (w, p) in enumerate(pairs)]
+
+
+def _source(index: int, entry: object) -> dict[str, Any]:
+    where = f"data.blend.{index}"
+    if not isinstance(entry, dict) or set(entry) != {"weight", "path"}:
+        raise ValueError(f"{where}={entry} must have weight and path, and nothing else")
+    weight, path = _number(entry["weight"]), entry["path"]
+    if weight is None or not 0 <= weight < math.inf:
+        raise ValueError(
+            f"{where}.weight={entry['weight']} of path={path} must be a number that is not negative"
+        )
+    if not isinstance(path, str) or not path:
+        raise ValueError(f"{where}.path={path} must be a path as data.path takes it")
+    return {"weight": weight, "path": path}
+
+
+def _number(word: object) -> float | None:
+    if isinstance(word, bool) or not isinstance(word, int | float | str):
+        return None
+    try:
+        return float(word)
+    except ValueError:
+        return None
+
+
+@contextmanager
+def naming(index: int) -> Iterator[None]:
+    """Let an error about ``data.path`` say which source of the blend it is about."""
+    try:
+        yield
+    except ValueError as error:
+        said = str(error).replace("data.path", f"data.blend.{index}.path")
+        raise ValueError(said) from error

@@ -1,0 +1,135 @@
+"""Samples of several sources by weight, in the order that Megatron's blended dataset has.
+
+Megatron draws sample ``i`` of a blend from the source that is furthest behind its weight, and takes
+the next sample of that source in its own shuffled order. The weights and the samples that a source
+is built with are what Megatron's builder computes, so the sequence is the same; the layout of the
+ranks does not enter.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from nemo_minitron.data.cache import build_for_all
+from nemo_minitron.runtime.extensions import before_megatron
+
+logger = logging.getLogger(__name__)
+
+Sample = dict[str, torch.Tensor]
+
+
+class Order(NamedTuple):
+    """Where each sample of a blend comes from."""
+
+    source: np.ndarray
+    """Index of its source."""
+    sample: np.ndarray
+    """Index of the sample in that source."""
+
+
+def _normalized(weights: Sequence[float]) -> list[float]:
+    before_megatron()
+    from megatron.core.datasets.utils import normalize
+
+    normalized: list[float] = normalize(weights)
+    return normalized
+
+
+def part_sizes(weights: Sequence[float], size: int) -> list[int]:
+    """Samples that each source is built with for a blend of ``size``; its shuffle depends on it."""
+    weights = _normalized(weights)
+    from megatron.core.datasets import blended_megatron_dataset_builder as builder
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+
+    surplus = GPTDatasetConfig.mid_level_dataset_surplus
+    sizes = builder._get_size_per_split_per_dataset(weights, [size], surplus=surplus)
+    return [part[0] for part in sizes]
+
+
+def blend_order(weights: Sequence[float], size: int) -> Order:
+    """Sources and samples of a blend of ``size`` samples."""
+    # The builder normalises the weights, and the blended dataset does so again.
+    weights = _normalized(_normalized(weights))
+    from megatron.core.datasets import helpers
+
+    order = Order(np.zeros(size, np.int16), np.zeros(size, np.int64))
+    helpers.build_blending_indices(*order, weights, len(weights), size, False)
+    return order
+
+
+def stored_order(cache: Path, weights: Sequence[float], size: int) -> Order:
+    """Return ``blend_order``, kept on disk; every rank calls this."""
+    key = json.dumps([list(weights), size])
+    folder = cache / f"blend-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
+
+    def write(into: Path) -> None:
+        for name, values in blend_order(weights, size)._asdict().items():
+            np.save(into / f"{name}.npy", values)
+
+    build_for_all(folder, write)
+    return Order(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in Order._fields))
+
+
+class BlendedSamples(Dataset[Sample]):
+    """Samples of several datasets in a given order."""
+
+    def __init__(
+        self,
+        parts: Sequence[Dataset[Sample]],
+        order: Order,
+        names: Sequence[str],
+        held: Sequence[int],
+    ) -> None:
+        """Wrap the datasets of the sources.
+
+        Args:
+            parts: one dataset per source.
+            order: source and sample of each index.
+            names: of the sources, for logs.
+            held: samples of one epoch of each source.
+        """
+        self.parts, self.order, self.names, self.held = parts, order, names, held
+        self._counted, self._counts = 0, np.zeros(len(parts), np.int64)
+
+    def __len__(self) -> int:
+        """Samples."""
+        return len(self.order.source)
+
+    def __getitem__(self, index: int | None) -> Sample:
+        """Return sample ``index``, or for None a filler whose loss mask is all 0."""
+        if index is None:
+            return self.parts[0][None]
+        return self.parts[int(self.order.source[index])][int(self.order.sample[index])]
+
+    def epochs(self, consumed: int) -> dict[str, float]:
+        """How often each source was read by the first ``consumed`` samples, by name.
+
+        Calls with growing numbers count each sample once.
+        """
+        if consumed < self._counted:
+            self._counted, self._counts = 0, np.zeros_like(self._counts)
+        new = self.order.source[self._counted : consumed]
+        self._counts = self._counts + np.bincount(new, minlength=len(self.parts))
+        self._counted = consumed
+        epochs = self._counts / np.array(self.held)
+        return dict(zip(self.names, epochs.tolist(), strict=True))
+
+    def log(self) -> None:
+        """Say what the sources give in all."""
+        planned = self.epochs(len(self)).items()
+        for (name, epochs), count, held in zip(planned, self._counts, self.held, strict=True):
+            logger.info(
+                "data.blend, source %s: %d of %d samples, %.3f epochs of its %d",
+                name,
+                count,
+                len(self),
+                epochs,
+                held,
+            )
