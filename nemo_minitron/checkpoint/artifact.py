@@ -287,10 +287,11 @@ def _resumes(cfg: StageConfig, work: Path, owner: JsonObject, mine: JsonObject) 
         return True
     if cfg.overwrite:
         return False
+    ways = " (other weights from a step on: data.blend_changes)" if "data.blend" in changed else ""
     raise ValueError(
         f"{work} holds unfinished work of another config ({said(changed) or owner['stage']}); "
-        "use the same keys and inputs to resume it, set overwrite=true to discard it, or set "
-        "another output_dir"
+        f"use the same keys and inputs to resume it{ways}, set overwrite=true to discard it, or "
+        "set another output_dir"
     )
 
 

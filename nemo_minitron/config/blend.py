@@ -63,6 +63,59 @@ def _in_turn(words: list[Any]) -> list[dict[str, Any]]:
     return [_source(i, {"weight": w, "path": str(p)}) for i, (w, p) in enumerate(pairs)]
 
 
+def parse_changes(changes: list[dict[str, Any]], sources: int) -> list[dict[str, Any]]:
+    """The entries of ``data.blend_changes``, their weights as numbers.
+
+    Args:
+        changes: as given; what this function returned stays what it is.
+        sources: how many there are to weigh.
+
+    Raises:
+        ValueError: names the entry and what is wrong with it.
+    """
+    found: list[dict[str, Any]] = []
+    for index, entry in enumerate(changes):
+        where = f"data.blend_changes.{index}"
+        if set(entry) != {"step", "weights"} or not isinstance(entry["weights"], list):
+            raise ValueError(f"{where}={entry} must have step and a list of weights, nothing else")
+        step, before = entry["step"], found[-1]["step"] if found else 0
+        if isinstance(step, bool) or not isinstance(step, int) or step <= before:
+            raise ValueError(
+                f"{where}.step={step} must be a number of steps above {before}, where the weights "
+                "before it begin"
+            )
+        weights = [_number(weight) for weight in entry["weights"]]
+        if len(weights) != sources or not all(w is not None and 0 <= w < math.inf for w in weights):
+            raise ValueError(
+                f"{where}.weights={entry['weights']} must be {sources} numbers that are not "
+                "negative, one for each source of data.blend whose weight is not 0"
+            )
+        if not any(weights):
+            raise ValueError(f"{where}.weights={entry['weights']} are all 0; set one above 0")
+        found.append({"step": step, "weights": weights})
+    return found
+
+
+def check_trained(then: list[dict[str, Any]], now: list[dict[str, Any]], step: int) -> None:
+    """Refuse ``data.blend_changes`` that differ in steps that a run has trained already.
+
+    Args:
+        then: those that it was trained with.
+        now: those that it shall go on with.
+        step: steps that are trained.
+
+    Raises:
+        ValueError: names the steps and both.
+    """
+    before, after = ([c for c in changes if c["step"] < step] for changes in (then, now))
+    if before != after:
+        raise ValueError(
+            f"data.blend_changes={now} has {after or 'none'} before step {step}, and this run has "
+            f"trained so far with {before or 'none'}; change weights from step {step} on, or set "
+            "overwrite=true to train from the start"
+        )
+
+
 def _source(index: int, entry: object) -> dict[str, Any]:
     where = f"data.blend.{index}"
     if not isinstance(entry, dict) or set(entry) != {"weight", "path"}:

@@ -2,6 +2,7 @@
 
 import importlib.util
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from nemo_minitron.config.base import (
     check_words,
     one_of,
 )
-from nemo_minitron.config.blend import parse_blend
+from nemo_minitron.config.blend import parse_blend, parse_changes
 
 RECOMPUTE_KEYS = (
     "recompute_granularity",
@@ -38,6 +39,9 @@ class DataConfig:
     blend: Any = field(default=None, metadata=INPUT)
     """Weighted sources in place of ``path``: a list of ``{weight, path}``, weights and paths in
     turn, or a YAML file that holds such a list; samples come in Megatron's blended order."""
+    blend_changes: list[dict[str, Any]] | None = field(default=None, metadata=ADDED)
+    """Other weights of the sources of ``blend`` from steps on, a list of ``{step, weights}``; a run
+    that goes on may have new ones, of steps that are not trained yet."""
     blend_max_epochs: float | None = field(default=None, metadata=ADDED)
     """Most times that training may read a source of ``blend``; null repeats them as needed."""
     seq_length: int = field(default=512, metadata=TOKENS)
@@ -80,11 +84,14 @@ class DataConfig:
             )
         if self.blend is None and self.path == "":
             raise ValueError("data.path is empty; set data.path, or data.blend")
-        if self.blend is None and self.blend_max_epochs is not None:
-            raise ValueError(
-                f"data.blend_max_epochs={self.blend_max_epochs} is for data.blend, which is not "
-                "set; leave it out"
-            )
+        for name in ("blend_changes", "blend_max_epochs"):
+            if self.blend is None and getattr(self, name) is not None:
+                raise ValueError(
+                    f"data.{name}={getattr(self, name)} is for data.blend, which is not set; leave "
+                    "it out"
+                )
+        if self.blend is not None and self.blend_changes is not None:
+            self.blend_changes = parse_changes(self.blend_changes, len(self.blend))
 
     @property
     def given(self) -> bool:
@@ -93,14 +100,26 @@ class DataConfig:
 
     def sources(self) -> list["DataConfig"]:
         """The keys of each source of ``blend`` on its own, all of its samples."""
-        return [
-            replace(self, path=one["path"], blend=None, blend_max_epochs=None, num_samples=None)
-            for one in self.blend
-        ]
+        alone: dict[str, Any] = dict.fromkeys(
+            ("blend", "blend_changes", "blend_max_epochs", "num_samples")
+        )
+        return [replace(self, path=one["path"], **alone) for one in self.blend]
 
     def weights(self) -> list[float]:
         """Of the sources of ``blend``, as given."""
         return [source["weight"] for source in self.blend]
+
+    def phases(self, samples: int) -> list[tuple[list[float], int]]:
+        """Weights of the sources of ``blend``, and how many samples in turn are drawn by them.
+
+        Args:
+            samples: of the whole training.
+        """
+        changes = self.blend_changes or []
+        starts = [0, *(change["step"] * self.global_batch_size for change in changes), samples]
+        weights = [self.weights(), *(change["weights"] for change in changes)]
+        sizes = [end - begin for begin, end in pairwise(starts)]
+        return list(zip(weights, sizes, strict=True))
 
     def names(self) -> list[str]:
         """Short names of the sources of ``blend``, no two the same."""

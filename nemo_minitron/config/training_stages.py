@@ -4,7 +4,15 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from nemo_minitron.config.base import INPUT, MAY_CHANGE, NEUTRAL, StageConfig, check_words, one_of
+from nemo_minitron.config.base import (
+    INPUT,
+    MAY_CHANGE,
+    NEUTRAL,
+    StageConfig,
+    check_words,
+    may_change,
+    one_of,
+)
 from nemo_minitron.config.distillation import TOP_K_LOSSES, DistillationConfig
 from nemo_minitron.config.megatron import (
     ForwardMegatronConfig,
@@ -26,7 +34,7 @@ from nemo_minitron.config.training import (
 class TrainingStageConfig(StageConfig):
     """What the stages that train have in common."""
 
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataConfig = field(default_factory=DataConfig, metadata=may_change("blend_changes"))
     parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata=MAY_CHANGE)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -64,13 +64,30 @@ def blend_order(weights: Sequence[float], size: int) -> Order:
     return order
 
 
-def stored_order(cache: Path, weights: Sequence[float], size: int) -> Order:
-    """Return ``blend_order``, kept on disk; every rank calls this."""
-    key = json.dumps([list(weights), size])
+def order_of(phases: Sequence[tuple[Sequence[float], int]]) -> Order:
+    """Sources and samples of blends in turn; every source goes on where the one before left it.
+
+    Args:
+        phases: weights and number of samples of each blend; a weight may be 0.
+    """
+    read = np.zeros(len(phases[0][0]), np.int64)
+    orders = []
+    for weights, size in phases:
+        used = np.flatnonzero(np.array(weights))
+        source, sample = blend_order(np.array(weights)[used].tolist(), size)
+        source = used[source].astype(source.dtype)
+        orders.append(Order(source, sample + read[source]))
+        read += np.bincount(source, minlength=len(read))
+    return Order(*map(np.concatenate, zip(*orders, strict=True)))
+
+
+def stored_order(cache: Path, phases: Sequence[tuple[Sequence[float], int]]) -> Order:
+    """Return ``order_of``, kept on disk; every rank calls this."""
+    key = json.dumps(phases)
     folder = cache / f"blend-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
 
     def write(into: Path) -> None:
-        for name, values in blend_order(weights, size)._asdict().items():
+        for name, values in order_of(phases)._asdict().items():
             np.save(into / f"{name}.npy", values)
 
     build_for_all(folder, write)
@@ -106,7 +123,9 @@ class BlendedSamples(Dataset[Sample]):
         """Return sample ``index``, or for None a filler whose loss mask is all 0."""
         if index is None:
             return self.parts[0][None]
-        return self.parts[int(self.order.source[index])][int(self.order.sample[index])]
+        part, sample = self.parts[int(self.order.source[index])], int(self.order.sample[index])
+        # A source is as long as its first weight needs it; one that grew begins again.
+        return part[sample % len(part)]  # type: ignore[arg-type]  # torch's Dataset declares no length
 
     def epochs(self, consumed: int) -> dict[str, float]:
         """How often each source was read by the first ``consumed`` samples, by name.

@@ -77,6 +77,7 @@ def check_data(
     if not data.blend:
         _check_source(data, splits, vocab_size, tokenizer_dir)
         return
+    _check_changes(data, None if splits is None else train_samples)
     if splits is None and data.num_samples is None:
         raise ValueError(
             "data.blend needs data.num_samples where each sample is read once: there are no shares "
@@ -93,6 +94,23 @@ def check_data(
     wanted = train_samples if splits else data.num_samples
     if wanted is not None:
         check_shares(data, held, wanted, repeats=bool(splits))
+
+
+def _check_changes(data: DataConfig, train_samples: int | None) -> None:
+    """Refuse changes of weights where there are no steps, or behind the last one."""
+    if not data.blend_changes:
+        return
+    if train_samples is None:
+        raise ValueError(
+            f"data.blend_changes={data.blend_changes} names steps of a training, and this stage "
+            "has none; leave it out"
+        )
+    steps, last = train_samples // data.global_batch_size, data.blend_changes[-1]["step"]
+    if last >= steps:
+        raise ValueError(
+            f"data.blend_changes has weights from step {last} on, and training ends at trainer."
+            f"max_steps={steps}; leave them out"
+        )
 
 
 def _check_source(

@@ -172,7 +172,8 @@ def _blended_training(
 ) -> tuple[BlendedSamples, BlendedSamples | None]:
     """As Megatron blends: every source has as many epochs as its share of the training takes.
 
-    Validation reads one epoch of each source at most.
+    So it is with ``data.blend_changes``, too: what was read before them stays the same. Validation
+    reads one epoch of each source at most.
     """
     weights = data.weights()
     held = _samples_held(data, tokens, SPLITS[0])
@@ -184,7 +185,7 @@ def _blended_training(
             data.sources(), tokens, part_sizes(weights, sizes[0]), strict=True
         )
     ]
-    order = stored_order(cache, weights, sizes[0])
+    order = stored_order(cache, data.phases(sizes[0]))
     train = BlendedSamples([part[0] for part in parts], order, data.names(), held)
     train.log()
     if not sizes[1]:

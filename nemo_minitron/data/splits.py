@@ -171,12 +171,13 @@ def check_shares(
     Raises:
         ValueError: names the source, its share, and the epochs that it would take.
     """
-    limit, total = data.blend_max_epochs if repeats else 1.0, sum(data.weights())
+    limit = data.blend_max_epochs if repeats else 1.0
+    phases = data.phases(wanted)
     key, way = "data.num_samples, each sample of which is read once", "data.num_samples"
     if repeats:
         key, way = f"data.blend_max_epochs={limit}", "trainer.max_steps"
     for index, (source, samples) in enumerate(zip(data.blend, held, strict=True)):
-        share = source["weight"] / total * wanted
+        share = sum(weights[index] / sum(weights) * size for weights, size in phases)
         if limit is not None and samples and share > limit * samples:
             raise ValueError(
                 f"data.blend.{index}.path={source['path']} holds {samples} samples of "

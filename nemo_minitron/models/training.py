@@ -3,6 +3,7 @@
 import logging
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +17,7 @@ from megatron.core import dist_checkpointing
 from nemo.utils.exp_manager import exp_manager
 from torch.utils.data import Dataset
 
+from nemo_minitron.config.blend import check_trained
 from nemo_minitron.config.training import DataConfig, ExpManagerConfig, TrainerConfig
 from nemo_minitron.data.blend import BlendedSamples
 from nemo_minitron.data.sampler import build_dataloader
@@ -43,9 +45,14 @@ class History(Callback):
     ``tokens_per_second`` counts global training tokens since the record before.
     """
 
-    def __init__(self, total_steps: int, blend: BlendedSamples | None = None) -> None:
+    def __init__(
+        self,
+        total_steps: int,
+        blend: BlendedSamples | None = None,
+        changes: Sequence[dict[str, Any]] | None = None,
+    ) -> None:
         self.records: list[dict[str, float]] = []
-        self.blend = blend
+        self.blend, self.changes = blend, list(changes or ())
         self.total_steps = total_steps
         self._tokens = 0.0
         self._since = 0.0
@@ -55,11 +62,19 @@ class History(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""
-        return {"records": self.records}
+        changes = {"blend_changes": self.changes} if self.changes else {}
+        return {"records": self.records, **changes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From the checkpoint."""
         self.records = list(state_dict["records"])
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Refuse other weights for steps that are trained."""
+        then = checkpoint["callbacks"][self.state_key].get("blend_changes", [])
+        check_trained(then, self.changes, checkpoint["global_step"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock and the bar."""
@@ -309,7 +324,8 @@ def fit(model: MinitronGPTModel, datasets: Samples, work: Path) -> list[dict[str
         log.info("going on from %s", resume)
     checkpoints = _checkpoint_callbacks(config, work / CHECKPOINTS)
     blend = datasets[0] if isinstance(datasets[0], BlendedSamples) else None
-    history, stop = History(config.max_steps, blend), StopEarly(checkpoints[0], config)
+    history = History(config.max_steps, blend, model.data_cfg.blend_changes)
+    stop = StopEarly(checkpoints[0], config)
     loaders = _loaders(model, model.data_cfg, datasets, consumed)
     model.set_loaders(*loaders)
     validate = loaders[1] is not None and config.limit_val_batches > 0

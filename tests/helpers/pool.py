@@ -10,6 +10,7 @@ import os
 import tempfile
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
@@ -42,10 +43,11 @@ def _run_task(rank: int, size: int, store: str, fn: Callable[..., Any], args: tu
             dist.destroy_process_group()
 
 
-def _kill_children(pid: int) -> None:
+def kill_children(pid: int) -> None:
     """Megatron's checkpoint writer starts helper processes that outlive a killed parent."""
-    for child in psutil.Process(pid).children(recursive=True):
-        child.kill()
+    with suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(pid).children(recursive=True):
+            child.kill()
 
 
 def _free_groups() -> None:
@@ -82,7 +84,7 @@ def _worker(connection: Connection) -> None:
         try:
             task = connection.recv()
         except EOFError:  # the test session is gone
-            _kill_children(os.getpid())
+            kill_children(os.getpid())
             os._exit(0)
         try:
             answer = (True, _run_task(*task))
@@ -146,7 +148,7 @@ class WorkerPool:
     def close(self) -> None:
         """Stop every worker."""
         for process, _ in self._workers:
-            _kill_children(process.pid)
+            kill_children(process.pid)
             process.kill()
             process.join()
         self._workers = []

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from nemo_minitron.config import load
-from nemo_minitron.config.blend import parse_blend
+from nemo_minitron.config.blend import check_trained, parse_blend
 from nemo_minitron.config.identity import changes, config_values, input_paths
 from nemo_minitron.config.training import DataConfig, TrainerConfig
-from nemo_minitron.data.blend import BlendedSamples
+from nemo_minitron.data.blend import BlendedSamples, blend_order, order_of
 from nemo_minitron.data.checks import check_data
 from nemo_minitron.data.datasets import stage_dataset, training_datasets
 from tests.helpers.data_fixtures import make_texts, save_tokenizer, write_jsonl, write_pair
@@ -108,6 +108,65 @@ def test_weights_count_and_paths_are_inputs():
     other = _config("finetune", [*line, "data.blend=[0.4,a,0.6,b]"])
     assert changes(other, stored, resuming=True) == {"data.blend": ([0.3, 0.7], [0.4, 0.6])}
     assert changes(plain, config_values(plain)) == {}
+
+
+CHANGE = {"step": 3, "weights": [0.5, 0]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ([{"step": 3}], r"data.blend_changes.0=.* must have step and a list of weights"),
+        ([{"step": 0, "weights": [1, 1]}], r"blend_changes.0.step=0 must be a number of steps"),
+        ([CHANGE, CHANGE], r"blend_changes.1.step=3 must be a number of steps above 3"),
+        ([{"step": 3, "weights": [1]}], r"blend_changes.0.weights=\[1\] must be 2 numbers"),
+        ([{"step": 3, "weights": [1, -1]}], r"must be 2 numbers that are not negative"),
+        ([{"step": 3, "weights": [0, 0]}], r"blend_changes.0.weights=\[0, 0\] are all 0"),
+    ],
+)
+def test_what_is_no_change_of_weights_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(path="", blend=TWO, blend_changes=changes)
+
+
+def test_changes_of_weights_are_for_training_alone(pairs):
+    with pytest.raises(ValueError, match=r"data.blend_changes=.* is for data.blend, which is not"):
+        DataConfig(path="a", blend_changes=[CHANGE])
+    data = blend_config(pairs, blend_changes=[{"step": 3, "weights": [1, 1, 1, 1, 1]}])
+    _refused(data, r"names steps of a training, and this stage has none", splits=None)
+    _refused(data, r"weights from step 3 on, and training ends at .*=3", train_samples=24)
+    check_data(data, splits=("train",), vocab_size=101, train_samples=32)
+    more = replace(data, blend_max_epochs=2)
+    _refused(more, r"data.blend.0.path=.* its share of 8000 is 1598: .* epochs", train_samples=8000)
+
+
+def test_a_run_may_go_on_with_a_change_of_weights():
+    line = ["checkpoint=c", "output_dir=o", "data.blend=[0.3,a,0.7,b]"]
+    plain = _config("finetune", line)
+    told = _config("finetune", [*line, load.override("data.blend_changes", [CHANGE])])
+    assert changes(told, config_values(plain), resuming=True) == {}
+    key = "data.blend_changes"
+    assert changes(told, config_values(plain)) == {key: (None, [CHANGE])}
+    stored = _config("teacher_logits", [*line, "top_k=2"])
+    other = replace(stored, data=replace(stored.data, blend_changes=[CHANGE]))
+    assert changes(other, config_values(stored), resuming=True) == {key: (None, [CHANGE])}
+    check_trained([], [CHANGE], 3)
+    with pytest.raises(ValueError, match=r"has none before step 4, and .* trained so far with \["):
+        check_trained([CHANGE], [], 4)
+
+
+def test_order_with_changes_of_weights():
+    """Each phase is a blend of its own, and no source reads a sample twice or leaves one out."""
+    order = order_of([([1, 2, 1], 40), ([0, 1, 3], 80), ([1, 0, 0], 8)])
+    assert [
+        np.bincount(part, minlength=3).tolist() for part in np.split(order.source, [40, 120])
+    ] == [[10, 20, 10], [0, 20, 60], [8, 0, 0]]
+    assert all(
+        order.sample[order.source == i].tolist() == list(range(count))
+        for i, count in enumerate((18, 40, 70))
+    )
+    first = blend_order([1, 2, 1], 40)
+    assert np.array_equal(order.source[:40], first.source)
 
 
 # ----------------------------------------------------------------------------------------- samples
