@@ -287,11 +287,11 @@ def _resumes(cfg: StageConfig, work: Path, owner: JsonObject, mine: JsonObject) 
         return True
     if cfg.overwrite:
         return False
-    ways = " (other weights from a step on: data.blend_changes)" if "data.blend" in changed else ""
+    ways = "; data.blend_changes has weights from a step on" if "data.blend" in changed else ""
     raise ValueError(
         f"{work} holds unfinished work of another config ({said(changed) or owner['stage']}); "
-        f"use the same keys and inputs to resume it{ways}, set overwrite=true to discard it, or "
-        "set another output_dir"
+        "use the same keys and inputs to resume it, set overwrite=true to discard it, or set "
+        f"another output_dir{ways}"
     )
 
 

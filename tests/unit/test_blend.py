@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from nemo_minitron.checkpoint.artifact import _resumes
 from nemo_minitron.config import load
 from nemo_minitron.config.blend import check_trained, parse_blend
 from nemo_minitron.config.identity import changes, config_values, input_paths
@@ -140,7 +141,7 @@ def test_changes_of_weights_are_for_training_alone(pairs):
     _refused(more, r"data.blend.0.path=.* its share of 8000 is 1598: .* epochs", train_samples=8000)
 
 
-def test_a_run_may_go_on_with_a_change_of_weights():
+def test_a_run_may_go_on_with_a_change_of_weights(tmp_path):
     line = ["checkpoint=c", "output_dir=o", "data.blend=[0.3,a,0.7,b]"]
     plain = _config("finetune", line)
     told = _config("finetune", [*line, load.override("data.blend_changes", [CHANGE])])
@@ -150,6 +151,12 @@ def test_a_run_may_go_on_with_a_change_of_weights():
     stored = _config("teacher_logits", [*line, "top_k=2"])
     other = replace(stored, data=replace(stored.data, blend_changes=[CHANGE]))
     assert changes(other, config_values(stored), resuming=True) == {key: (None, [CHANGE])}
+    other = _config("finetune", [*line[:2], "data.blend=[0.4,a,0.6,b]"])
+    owner = {"stage": "finetune", "config": config_values(plain), "inputs": {}}
+    says = r"data.blend \[0.3, 0.7\] -> \[0.4, 0.6\].*; data.blend_changes has weights from a step"
+    with pytest.raises(ValueError, match=says):
+        _resumes(other, tmp_path, owner, {**owner, "config": config_values(other)})
+    assert _resumes(told, tmp_path, owner, {**owner, "config": config_values(told)})
     check_trained([], [CHANGE], 3)
     with pytest.raises(ValueError, match=r"has none before step 4, and .* trained so far with \["):
         check_trained([CHANGE], [], 4)
