@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,15 +21,20 @@ PROMPT_WORDS = 6
 
 
 def make_inputs(
-    folder: Path, speeches: Path, sizes: Mapping[str, Mapping[str, int]], seeds: list[int]
+    folder: Path,
+    speeches: Path,
+    sizes: Mapping[str, Mapping[str, Any]],
+    seeds: list[int],
+    architecture: str = "Llama",
 ) -> None:
     """Write ``old/``, ``new/``, ``prompts.txt`` and ``SEED/NAME`` (Hugging Face folders).
 
     Args:
         folder: where; nothing is done when an earlier run finished there.
         speeches: one text file each, named ``YEAR-...``.
-        sizes: of the models to make, by name; keys of ``transformers.LlamaConfig``.
+        sizes: of the models to make, by name; keys of transformers' config of the architecture.
         seeds: of their weights.
+        architecture: what transformers' classes of it begin with.
     """
     if (folder / "done").exists():
         return
@@ -38,7 +43,7 @@ def make_inputs(
     tokenizer = _train_tokenizer(folder / "old")
     for seed in seeds:
         for name, config in sizes.items():
-            _random_model(folder / str(seed) / name, config, tokenizer, seed)
+            _random_model(folder / str(seed) / name, architecture, config, tokenizer, seed)
     (folder / "done").touch()
 
 
@@ -83,19 +88,23 @@ def _train_tokenizer(text: Path) -> "PreTrainedTokenizerFast":
 
 
 def _random_model(
-    folder: Path, sizes: Mapping[str, int], tokenizer: "PreTrainedTokenizerFast", seed: int
+    folder: Path,
+    architecture: str,
+    sizes: Mapping[str, Any],
+    tokenizer: "PreTrainedTokenizerFast",
+    seed: int,
 ) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
 
     torch.manual_seed(seed)
     end = tokenizer.eos_token_id
-    config = LlamaConfig(
+    config = getattr(transformers, f"{architecture}Config")(
+        **{"tie_word_embeddings": True, **sizes},
         vocab_size=VOCAB_SIZE,
-        tie_word_embeddings=True,
         bos_token_id=end,
         eos_token_id=end,
-        **sizes,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = getattr(transformers, f"{architecture}ForCausalLM")(config)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "seed.json").write_text(json.dumps({"seed": seed}))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.runtime.console import progress
+from nemo_minitron.runtime.scratch import scratch
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def run_graph(
     if sys.version_info >= (3, 11):
         renewed["max_tasks_per_child"] = stages_each
     with (
+        scratch(),  # compilers remember paths in it, so that it outlives the stages of a process
         ProcessPoolExecutor(processes, context, initializer=_one_thread, **renewed) as pool,
         progress("stages", len(waiting)) as advance,
     ):
