@@ -10,9 +10,10 @@ import torch
 
 from nemo_minitron.config.parallel import ParallelConfig
 from tests.cases.training import STEPS, train
-from tests.helpers.tiny import LLAMA, MIXTRAL, write_weights
+from tests.helpers.tiny import LLAMA, MIXTRAL, NEMOTRON_H, write_weights
 
 TIED = replace(LLAMA, share_embeddings_and_output_weights=True)
+HYBRID = replace(NEMOTRON_H, num_layers=4, hidden_size=48, hybrid_layer_pattern="M*E-")
 STUDENT = replace(LLAMA, num_layers=4, hidden_size=48, ffn_hidden_size=64)
 LAYOUTS = {
     "single": (1, ParallelConfig()),
@@ -39,6 +40,7 @@ def runs(ranks, tmp_path_factory):
     """``run(model, layout, work, **over)``, and ``undisturbed(model, layout)`` run once each."""
     folder = tmp_path_factory.mktemp("layouts")
     models = {"dense": (STUDENT, LLAMA), "experts": (replace(MIXTRAL, hidden_size=48), MIXTRAL)}
+    models["hybrid"] = (HYBRID, NEMOTRON_H)
     models["tied"] = (replace(STUDENT, share_embeddings_and_output_weights=True), TIED)
     return Runs(ranks, folder, models)
 
@@ -96,6 +98,9 @@ PAIRS = [
     ("dense", "dp2", "pp2_vpp2"),
     ("experts", "ep2", "single"),
     ("experts", "single", "ep2"),
+    ("hybrid", "tp2_sp", "pp2"),
+    ("hybrid", "pp2_vpp2", "dp2"),
+    ("hybrid", "ep2", "tp2_sp"),
     ("tied", "pp2", "pp2"),
     ("tied", "pp2_dp2", "pp2_dp2"),
     ("tied", "pp2_vpp2", "pp2_vpp2"),
