@@ -1,4 +1,4 @@
-"""Every loss on the logits gives one answer on every layout, with and without experts."""
+"""Every loss on the logits gives one answer on every layout, with and without experts and Mamba."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +12,7 @@ from nemo_minitron.config.distillation import LOSS_KINDS
 from nemo_minitron.config.parallel import ParallelConfig
 from tests.cases.kd import kd_gradients_of_kinds, read_gradients
 from tests.helpers.losses import loss_keys
-from tests.helpers.tiny import LLAMA, MIXTRAL, write_weights
+from tests.helpers.tiny import LLAMA, MIXTRAL, NEMOTRON_H, write_weights
 
 # Student and teacher: of different depth, width and, in a pipeline, split.
 MODELS = {
@@ -23,6 +23,11 @@ MODELS = {
     "experts": (
         replace(MIXTRAL, num_layers=2, num_moe_experts=2, moe_ffn_hidden_size=24),
         replace(MIXTRAL, num_layers=4, hidden_size=48),
+    ),
+    # Of another order of layers, too.
+    "hybrid": (
+        replace(NEMOTRON_H, num_layers=4, hidden_size=48, hybrid_layer_pattern="M*E-"),
+        NEMOTRON_H,
     ),
 }
 TP2 = {"tensor_model_parallel_size": 2}
@@ -47,6 +52,13 @@ LAYOUTS: dict[str, dict[str, tuple[int, dict[str, Any]]]] = {
         "PP2 CP2": (4, {**PP2, **CP2}),
     },
     "experts": {"EP2": (2, EP2), "TP2 SP": (2, SP), "EP2 PP2": (4, {**EP2, **PP2})},
+    "hybrid": {
+        "TP2 SP": (2, SP),
+        "PP2 VPP2": (2, VPP2),
+        "CP2": (2, CP2),
+        "EP2": (2, EP2),
+        "TP2 SP PP2": (4, {**SP, **PP2}),
+    },
 }
 CASES = [(model, layout) for model, layouts in LAYOUTS.items() for layout in layouts]
 Found = dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]
@@ -97,7 +109,7 @@ def test_one_answer(found, gradient_table, model, layout):
     gradient_table.record(
         f"test_every_loss.py::test_one_answer[{model} {layout}]",
         ranks=LAYOUTS[model][layout][0],
-        layout=layout + (", 2 experts" if model == "experts" else ""),
+        layout=layout + {"experts": ", 2 experts", "hybrid": ", hybrid"}.get(model, ""),
         losses=f"each of the {len(LOSS_KINDS)} on the logits",
         error=errors[worst],
     )
