@@ -139,11 +139,15 @@ def _patch_megatron() -> None:
 def _define_missing_name() -> None:
     """Megatron-Core 0.16 defines a name that its router reads only where Transformer Engine is.
 
-    That is as wrong on a GPU without Transformer Engine as it is on a CPU.
+    Its multi-latent attention believes that Transformer Engine is there, and asks for a class of
+    it. Both are as wrong on a GPU without Transformer Engine as on a CPU.
     """
     before_megatron()
+    from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
 
+    if not isinstance(multi_latent_attention.TELinear, type):
+        multi_latent_attention.HAVE_TE = False
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
 

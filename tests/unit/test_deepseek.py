@@ -18,7 +18,8 @@ from nemo_minitron.checkpoint.megatron_args import megatron_lm_args
 from nemo_minitron.checkpoint.source import open_source
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import PruningConfig, TargetConfig
-from nemo_minitron.families.registry import family_of
+from nemo_minitron.families.registry import family_of, read_config, written_config
+from nemo_minitron.families.table import parameter_count
 from nemo_minitron.pruning.targets import check_result
 from tests.helpers.tiny import DEEPSEEK_EXPERTS, DEEPSEEK_V2, DEEPSEEK_V3, random_weights
 
@@ -33,6 +34,70 @@ SOFTMAX = replace(
     moe_router_topk_scaling_factor=1.5,
 )
 GREEDY = {"topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1}
+
+
+PUBLISHED: dict[str, Any] = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "aux_loss_alpha": 0.001,
+    "bos_token_id": 100000,
+    "eos_token_id": 100001,
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 10944,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "model_type": "deepseek_v2",
+    "moe_intermediate_size": 1408,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 27,
+    "num_key_value_heads": 16,
+    "pretraining_tp": 1,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 1.0,
+    "scoring_func": "softmax",
+    "seq_aux": True,
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "topk_method": "greedy",
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.33.1",
+    "use_cache": True,
+    "v_head_dim": 128,
+    "vocab_size": 102400,
+}
+
+
+def test_deepseek_v2_lite_as_published() -> None:
+    """Its config.json comes back, and the parameters are as many as its files hold."""
+    family, config = read_config(PUBLISHED)
+    assert parameter_count(family, config)["total"] == 15_706_484_224
+    assert written_config(config) == PUBLISHED
+    smaller = written_config(config.resized({"num_moe_experts": 32}, list(range(20))))
+    changed = {key for key in PUBLISHED if smaller[key] != PUBLISHED[key]}
+    assert changed == {"n_routed_experts", "num_hidden_layers"}
 
 
 @pytest.mark.parametrize("config", [V3, DEEPSEEK_V3, V2, SOFTMAX])
