@@ -58,6 +58,9 @@ class Down(torch.nn.Module):
             return out, None
         latent, rotated = out.split([out.size(-1) - self.rotated, self.rotated], dim=-1)
         shared = copy_to_tensor_model_parallel_region(rotated, group=self.group)
+        if shared.requires_grad:
+            # Megatron-Core 0.16 sums a copy of a gradient that is not contiguous, and drops it.
+            shared.register_hook(Tensor.contiguous)
         return torch.cat([latent, shared], dim=-1), None
 
 
