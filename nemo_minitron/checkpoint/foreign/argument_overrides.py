@@ -283,7 +283,7 @@ def _check(given: Given, taken: Taken, model: ModelConfig | None) -> None:
         parallel = ParallelConfig(**sections["parallel"])
         TrainerConfig(**sections["trainer"])
         OptimConfig(**sections["optim"])
-        DataConfig(**{"path": "", **sections["data"]})
+        DataConfig(**{"path": "-", **sections["data"]})
         if model is not None:
             check_layout(model, parallel)
         warmup, steps = taken.keys.get("optim.lr_warmup_steps"), taken.keys.get("trainer.max_steps")
