@@ -101,7 +101,10 @@ def test_help_lists_stages_keys_defaults_and_groups(run):
         ("prune workers=abc", "workers: Value 'abc' of type 'str' could not be converted"),
         ("prune workers=0 checkpoint=a output_dir=b", "workers=0 must be at least 1"),
         ("prune", "prune needs output_dir, checkpoint; add output_dir=... checkpoint=..."),
-        ("prune pruning=mine", "Could not find 'pruning/mine'; pruning= is one of glm45_air_82b, llama31"),
+        (
+            "prune pruning=mine",
+            "Could not find 'pruning/mine'; pruning= is one of glm45_air_82b, llama31",
+        ),
         ("prune a=[", "a=[ is not a key=value that Hydra can read"),
         ("prune --config-dir /nowhere", "'/nowhere' not found"),
         ("prune workers=1,2", "Ambiguous value for argument 'workers=1,2'"),
