@@ -108,7 +108,7 @@ def _layers(
     away = max(0.0, 1 - cluster.ranks_per_node / (tp * ep))
     seconds += sent * away / cluster.network_gb_per_s / 1e9
     seconds += sent * ((ep - 1) / ep - away) / cluster.gpu_link_gb_per_s / 1e9
-    seconds += _ring(job, model, parallel, cluster, passes)
+    seconds += _ring(job, model, parallel, cluster, passes, letters.count(ATTENTION))
     if pp > 1 and parallel.virtual_pipeline_model_parallel_size is None:
         seconds += (forward + backward) * state / split / cluster.network_gb_per_s / 1e9
     return seconds * job.micro_batches
@@ -120,18 +120,27 @@ def _ring(
     parallel: ParallelConfig,
     cluster: ClusterConfig,
     passes: dict[str, float],
+    layers: int,
 ) -> float:
-    """Keys and values that context-parallel ranks pass round, less what attention hides."""
+    """Keys and values that context-parallel ranks pass round, less what attention hides.
+
+    Args:
+        job: gives the batch.
+        model: the student or the teacher.
+        parallel: its layout.
+        cluster: speed of what connects the GPUs.
+        passes: as ``_layers``.
+        layers: number of a stage's layers that have attention.
+    """
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     if cp == 1:
         return 0.0
     data = job.cfg.data
     count = data.micro_batch_size * data.seq_length // cp
-    letters = max(("".join(share.kinds) for share in shares(model, parallel)), key=len)
     rows = 2 * model.num_query_groups * model.kv_channels * count * job.element / tp
     rounds = passes["forward"] + 2 * passes.get("backward", 0.0)
-    sent = rounds * (cp - 1) * rows * letters.count(ATTENTION) / _link(cluster, tp * cp)
-    share = letters.count(ATTENTION) / max(1, "".join(kinds_of(model)).count(ATTENTION))
+    sent = rounds * (cp - 1) * rows * layers / _link(cluster, tp * cp)
+    share = layers / max(1, "".join(kinds_of(model)).count(ATTENTION))
     core = forward_parts(model, data.seq_length)["core_attn"] * count * share / tp
     return max(0.0, sent - rounds * core / (cluster.peak_tflops * 1e12))
 
