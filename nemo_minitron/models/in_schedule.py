@@ -5,16 +5,18 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from nemo_minitron.config.distillation import DistillationConfig
+from nemo_minitron.distillation.logit_loss import TeacherStates
 from nemo_minitron.distillation.vocab import VocabShard
 from nemo_minitron.models.build import unwrap
 from nemo_minitron.models.found import config_of
 from nemo_minitron.models.hidden import output_weight
-from nemo_minitron.models.objective import ResidentTeacher, micro_batch_loss
+from nemo_minitron.models.objective import micro_batch_loss
 from nemo_minitron.models.prune_check import agreed
-from nemo_minitron.models.schedule import output_of
+from nemo_minitron.models.schedule import gathered_hidden, output_of
 from nemo_minitron.models.teacher import Teacher
 from nemo_minitron.runtime.groups import ParallelGroups
 
@@ -26,8 +28,8 @@ Loss = Callable[..., tuple[Tensor, Tensor, dict[str, Tensor]]]
 class Distillation:
     """A frozen teacher, and the loss of a student inside Megatron's schedule.
 
-    For every global batch call ``prepare`` on every rank, then run the schedule over the same
-    micro-batches with a ``forward_step`` that returns what ``forward_step`` here returns.
+    The schedule's ``forward_step`` returns what ``forward_step`` here returns. Wherever a chunk of
+    the student runs, the teacher's chunk of that stage runs before it on the same micro-batch.
     """
 
     def __init__(
@@ -38,7 +40,7 @@ class Distillation:
         vocab_size: int | None = None,
         settings: DistillationConfig | None = None,
     ) -> None:
-        """Take two models on the same ranks, each with its own depth, width and layer split.
+        """Take two models on the same ranks (collective), each with its own depth and width.
 
         Args:
             teacher: this rank's part of the teacher, which is frozen from now on.
@@ -47,35 +49,26 @@ class Distillation:
             settings: the losses; None is the forward KL divergence of the logits alone.
 
         Raises:
-            ValueError: the vocabularies differ, or a setting is not supported here.
+            ValueError: the vocabularies or the numbers of chunks differ, or a setting is not
+                supported here.
         """
         self._groups = ParallelGroups.current()
         self._settings = settings or DistillationConfig()
-        frozen, bare = [unwrap(chunk) for chunk in teacher], unwrap(student[0])
-        agreed(partial(_check_pair, frozen[0], bare, self._settings, vocab_size))
-        self._vocab_size = vocab_size or config_of(bare).vocab_size
-        self._objective = ResidentTeacher(
-            Teacher(frozen, offload=self._settings.offload_teacher), None
-        )
-        self._done = 0
-
-    def prepare(
-        self, micro_batches: Sequence[MicroBatch], shape: tuple[int, int] | None = None
-    ) -> None:
-        """Run the teacher over a global batch (collective); the student's schedule comes next.
-
-        Args:
-            micro_batches: those of this rank, with ``tokens``, ``position_ids``, ``labels`` and
-                ``loss_mask`` (``attention_mask`` if the models read one), ``[b, s]`` each. A stage
-                may have None in place of what it does not read.
-            shape: ``(b, s)``, where ``tokens`` are None on this stage.
-        """
-        self._objective.shape = shape
-        self._objective.prepare(list(micro_batches), train=True)
-        self._done = 0
+        frozen, bare = ([unwrap(chunk) for chunk in model] for model in (teacher, student))
+        agreed(partial(_check_pair, frozen, bare, self._settings, vocab_size))
+        self._vocab_size = vocab_size or config_of(bare[0]).vocab_size
+        self._teacher = Teacher(frozen)
+        self._wire = _own_group(self._groups.pp)
+        self._sent: list[tuple[dist.Work, Tensor]] = []
 
     def forward_step(self, batch: MicroBatch, model: nn.Module) -> tuple[Tensor, Loss]:
-        """Run a chunk of the student on a micro-batch.
+        """Run a chunk of the teacher, then the student's, on a micro-batch.
+
+        Args:
+            batch: ``tokens``, ``position_ids``, ``labels`` and ``loss_mask`` (``attention_mask`` if
+                the models read one), ``[b, s]`` each, local to the context-parallel rank. A stage
+                may have None in place of what it does not read.
+            model: this rank's chunk of the student, wrapped for training or not.
 
         Returns:
             What Megatron's schedule wants of a ``forward_step``: the chunk's output, and the
@@ -83,22 +76,48 @@ class Distillation:
             tokens of what is logged.
         """
         chunk: Any = unwrap(model)
+        states = self._teacher_pass(chunk, batch)
         before = getattr(chunk, "return_hidden", False)
         chunk.return_hidden = True
         try:
             output = output_of(model, batch)
         finally:
             chunk.return_hidden = before
-        return output, partial(self._loss, model, batch)
+        return output, partial(self._loss, model, batch, states)
+
+    @torch.no_grad()
+    def _teacher_pass(self, student: Any, batch: MicroBatch) -> Tensor:
+        """Output ``[s, b, H]`` of the teacher's chunk of the stage at which a student's chunk is.
+
+        A stage runs a micro-batch after the one before it has, so its states are on their way.
+        """
+        chunk: Any = self._teacher.chunks[getattr(student, "vp_stage", None) or 0]
+        dtype, pp = chunk.config.pipeline_dtype, self._groups.pp
+        if not chunk.pre_process:
+            s, b, _ = student.decoder.input_tensor.shape
+            states = student.decoder.input_tensor.new_empty(
+                s, b, chunk.config.hidden_size, dtype=dtype
+            )
+            dist.recv(states, group=self._wire, group_src=(pp.rank() - 1) % pp.size())
+            chunk.set_input_tensor(states)
+        output = output_of(chunk, batch)
+        if not chunk.post_process:
+            output = output.to(dtype).contiguous()
+            work = dist.isend(output, group=self._wire, group_dst=(pp.rank() + 1) % pp.size())
+            assert work is not None  # this rank is in the group
+            # Memory must stay until it is sent.
+            self._sent = [(w, t) for w, t in self._sent if not w.is_completed()]
+            self._sent.append((work, output))
+        return output
 
     def _loss(
-        self, model: nn.Module, batch: MicroBatch, hidden: Tensor
+        self, model: nn.Module, batch: MicroBatch, states: Tensor, hidden: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The schedule calls it on the last stage, in the order of the micro-batches."""
-        index, self._done = self._done, self._done + 1
-        targets = self._objective.targets(index, batch, keep=False)
-        rows = output_weight(unwrap(model)).size(0)
-        shard = VocabShard(self._groups.tp, self._vocab_size, rows)
+        """The schedule calls it on the last stage."""
+        teacher = self._teacher
+        rows = gathered_hidden(states, teacher.chunks[-1])
+        targets = TeacherStates(rows, teacher.output_weight, teacher.logit_cap)
+        shard = VocabShard(self._groups.tp, self._vocab_size, output_weight(unwrap(model)).size(0))
         total, sums = micro_batch_loss(model, batch, hidden, targets, self._settings, shard)
         logged = {"distillation loss": torch.stack([sums.kd, sums.tokens]).detach()}
         if self._settings.ce_weight:
@@ -106,10 +125,28 @@ class Distillation:
         return total, sums.tokens.int(), logged
 
 
+def _own_group(pp: dist.ProcessGroup) -> dist.ProcessGroup | None:
+    """The pipeline's ranks again: with its messages those of the schedule would get mixed up."""
+    if pp.size() == 1:
+        return None
+    ranks = dist.get_process_group_ranks(pp)
+    group = dist.new_group(ranks, use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup)  # this rank is in it
+    return group
+
+
 def _check_pair(
-    teacher: Any, student: Any, settings: DistillationConfig, vocab_size: int | None
+    teacher: Sequence[Any],
+    student: Sequence[Any],
+    settings: DistillationConfig,
+    vocab_size: int | None,
 ) -> None:
-    sizes = [config_of(chunk).vocab_size for chunk in (teacher, student)]
+    if len(teacher) != len(student):
+        raise ValueError(
+            f"the teacher has {len(teacher)} chunks on this rank and the student {len(student)}; "
+            "give both as many virtual pipeline stages"
+        )
+    sizes = [config_of(model[0]).vocab_size for model in (teacher, student)]
     if sizes[0] != sizes[1] and vocab_size is None:
         raise ValueError(
             f"the teacher has vocab_size={sizes[0]} and the student {sizes[1]}; logits can be "
@@ -120,7 +157,12 @@ def _check_pair(
             f"intermediate losses ({settings.intermediate.losses}) train a projection of their "
             "own; use minitron distill for them"
         )
-    if not student.config.calculate_per_token_loss:
+    if settings.offload_teacher:
+        raise ValueError(
+            "offload_teacher=true would move the teacher's weights for every micro-batch; set it "
+            "to false, or use minitron distill, which runs the teacher on a whole global batch"
+        )
+    if not student[0].config.calculate_per_token_loss:
         raise ValueError(
             "calculate_per_token_loss=false of the student's TransformerConfig would weigh "
             "micro-batches, not tokens, and the loss would depend on the layout; set it to true"

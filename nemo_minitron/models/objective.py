@@ -161,14 +161,13 @@ class ResidentTeacher:
     def __init__(self, teacher: Teacher, intermediate: IntermediateLosses | None) -> None:
         """Take the frozen model and the losses that also read its inner states."""
         self.teacher, self.intermediate = teacher, intermediate
-        self.shape: tuple[int, int] | None = None  # as in `run_schedule`
         self._states: dict[int, Tensor] = {}
 
     def prepare(self, micro_batches: list[Batch], *, train: bool) -> None:
         """Run the teacher; in training its inner states travel to the stages that need them."""
         inner = self.intermediate if train else None
         with inner.captured(micro_batches) if inner else nullcontext():
-            self._states = dict(enumerate(self.teacher.hidden_states(micro_batches, self.shape)))
+            self._states = dict(enumerate(self.teacher.hidden_states(micro_batches)))
 
     def targets(self, index: int, batch: Batch, *, keep: bool) -> TeacherStates:
         """Final hidden state of a micro-batch; its memory is freed after the last use."""

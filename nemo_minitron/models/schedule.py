@@ -30,25 +30,23 @@ def run_schedule(
     *,
     forward_only: bool,
     collect_outputs: bool = False,
-    shape: tuple[int, int] | None = None,
 ) -> list[Any]:
     """Forward (and backward) of all micro-batches of one global batch on this rank.
 
     Args:
         chunks: this rank's model chunks; the last stage must return hidden states.
         micro_batches: ``tokens``, ``labels``, ``loss_mask``, ``position_ids``, each ``[b, s]``
-            (local to the context-parallel rank) or None where the stage does not read it.
+            (local to the context-parallel rank).
         loss_func: ``(index of the micro-batch, batch, hidden [s, b, h])`` -> what Megatron's
             schedule expects of a loss function, called on the last stage.
         forward_only: no backward.
         collect_outputs: ``loss_func`` returns data to collect instead of a loss.
-        shape: ``(b, s)`` of the micro-batches, where this stage has no tensor that says it.
 
     Returns:
         On the last stage one entry per micro-batch: what ``loss_func`` reported. Else empty.
     """
     config = unwrap(chunks[0]).config
-    b, s = shape or micro_batches[0]["tokens"].shape
+    b, s = micro_batches[0]["tokens"].shape
 
     def forward_step(
         iterator: Iterator[tuple[int, Batch]], model: torch.nn.Module

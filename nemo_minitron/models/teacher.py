@@ -38,14 +38,11 @@ class Teacher:
             chunk.requires_grad_(False)
 
     @torch.no_grad()
-    def hidden_states(
-        self, micro_batches: list[Batch], shape: tuple[int, int] | None = None
-    ) -> list[Tensor]:
+    def hidden_states(self, micro_batches: list[Batch]) -> list[Tensor]:
         """Final hidden state of every micro-batch, in order.
 
         Args:
             micro_batches: those of one global batch on this rank.
-            shape: as in ``run_schedule``.
 
         Returns:
             ``[s, b, H]`` each (``[s / tp, b, H]`` under sequence parallelism) on the last stage;
@@ -58,7 +55,6 @@ class Teacher:
                 lambda index, batch, hidden: hidden,
                 forward_only=True,
                 collect_outputs=True,
-                shape=shape,
             )
 
     def release(self) -> None:

@@ -143,12 +143,17 @@ def _users_step(teacher: list[Any], small: list[Any], vocab_size: int) -> dict[s
     distillation = nemo_minitron.Distillation(teacher, wrapped, vocab_size=vocab_size)
 
     def forward_step(iterator: Any, model: Any) -> Any:
-        return distillation.forward_step(next(iterator), model)
+        batch, reads = next(iterator), []
+        if model.module.pre_process:
+            reads += ["tokens", "position_ids"]
+        if model.module.post_process:
+            reads += ["labels", "loss_mask"]
+        batch = {key: value if key in reads else None for key, value in batch.items()}
+        return distillation.forward_step(batch, model)
 
     for chunk in wrapped:
         chunk.train()
         chunk.zero_grad_buffer()
-    distillation.prepare(micro_batches)
     _run(wrapped, micro_batches, forward_step, forward_only=False)
     return _gradients(wrapped)
 

@@ -1,0 +1,43 @@
+"""What ``nemo_minitron.Distillation`` refuses before it touches a model."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from nemo_minitron.config.distillation import DistillationConfig
+from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.models.in_schedule import _check_pair
+from tests.helpers.tiny import LLAMA
+
+
+def chunk(vocab_size: int = LLAMA.vocab_size, per_token: bool = True) -> SimpleNamespace:
+    return SimpleNamespace(
+        built_from=(replace(LLAMA, vocab_size=vocab_size), ParallelConfig()),
+        config=SimpleNamespace(calculate_per_token_loss=per_token),
+    )
+
+
+def intermediate() -> DistillationConfig:
+    settings = DistillationConfig()
+    settings.intermediate.losses = ["hidden"]
+    return settings
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "settings", "says"),
+    [
+        ([chunk()] * 2, [chunk()], DistillationConfig(), "2 chunks on this rank and the student 1"),
+        ([chunk(8)], [chunk(9)], DistillationConfig(), "vocab_size=8 and the student 9"),
+        ([chunk()], [chunk()], intermediate(), "use minitron distill for them"),
+        ([chunk()], [chunk()], DistillationConfig(offload_teacher=True), "offload_teacher=true"),
+        ([chunk()], [chunk(per_token=False)], DistillationConfig(), "set it to true"),
+    ],
+)
+def test_refusals(teacher, student, settings, says):
+    with pytest.raises(ValueError, match=says):
+        _check_pair(teacher, student, settings, None)
+
+
+def test_a_padded_vocabulary_is_said():
+    _check_pair([chunk(8)], [chunk(16)], DistillationConfig(), 8)
