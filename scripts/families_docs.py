@@ -8,7 +8,7 @@
 import sys
 from pathlib import Path
 
-from nemo_minitron.config.axes import AXES
+from nemo_minitron.config.axes import AXES, SETTINGS
 from nemo_minitron.families.dims import DIMS
 from nemo_minitron.families.registry import FAMILIES, UNSUPPORTED
 from nemo_minitron.families.table import Family, Row
@@ -57,6 +57,7 @@ def prunable(family: Family) -> list[str]:
     sizes = [
         axis.size for axis in AXES.values() if axis.name in held | {"layer"} and not axis.fixed
     ]
+    sizes += SETTINGS if "expert" in held else ()
     return [size for size in sizes if family.prunable is None or size in family.prunable]
 
 

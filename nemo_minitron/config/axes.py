@@ -181,11 +181,21 @@ _TABLE = (
 )
 AXES: dict[str, Axis] = {axis.name: axis for axis in _TABLE}
 """Every axis by its name, an axis that others are nested in before them."""
+SETTINGS = {
+    "moe_router_topk": "Experts that each token is routed to; needs no scores, and may grow too."
+}
+"""Fields of ``ModelConfig`` that are set as sizes are, but have no indices that could be kept, and
+what they are. Only models with experts have any."""
 
 
 def axis_size(config: "ModelConfig", name: str) -> int:
     """Size of an axis in a model before pruning; 0 where the model does not have it."""
     return getattr(config, AXES[name].size) or 0
+
+
+def targets() -> dict[str, str]:
+    """Every size that ``pruning.target`` sets, and what it is where its name does not say it."""
+    return {axis.size: axis.doc for axis in AXES.values() if not axis.fixed} | SETTINGS
 
 
 def groups_in(config: "ModelConfig", axis: Axis) -> int:

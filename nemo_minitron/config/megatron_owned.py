@@ -6,7 +6,7 @@ Megatron-Core; whatever is in none of them passes through (``config/megatron.py`
 
 from collections.abc import Mapping
 
-from nemo_minitron.config.axes import AXES
+from nemo_minitron.config.axes import AXES, SETTINGS
 
 Owned = Mapping[str, str]
 """Field -> end of the sentence "... is set by", with the key to use where there is one."""
@@ -47,7 +47,7 @@ _LAYOUT = (
 TRANSFORMER: Owned = {
     **{
         size: f"the checkpoint (its model.yaml); use pruning.target.{size} of minitron prune"
-        for size in (axis.size for axis in AXES.values())
+        for size in (*(axis.size for axis in AXES.values()), *SETTINGS)
     },
     **{name: f"the layout; use parallel.{name}" for name in _LAYOUT.split()},
     **_all(
@@ -73,7 +73,7 @@ TRANSFORMER: Owned = {
         "linear_attention_freq linear_conv_kernel_dim linear_key_head_dim "
         "linear_value_head_dim linear_num_key_heads linear_num_value_heads "
         "mtp_num_layers mtp_loss_scaling_factor mtp_use_repeated_layer mtp_detach_heads "
-        "mtp_hybrid_override_pattern moe_router_topk moe_router_pre_softmax "
+        "mtp_hybrid_override_pattern moe_router_pre_softmax "
         "moe_shared_expert_gate moe_layer_freq moe_latent_size moe_router_score_function "
         "moe_router_topk_scaling_factor moe_router_num_groups moe_router_group_topk "
         "moe_router_topk_limited_devices moe_router_enable_expert_bias moe_apply_probs_on_input "

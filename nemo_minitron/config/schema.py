@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import MISSING
 
 import nemo_minitron
-from nemo_minitron.config.axes import AXES
+from nemo_minitron.config.axes import targets
 from nemo_minitron.config.base import WORDS
 from nemo_minitron.config.pipeline import SubmitConfig
 from nemo_minitron.config.stages import STAGE_CONFIGS
@@ -86,9 +86,9 @@ def _keys(cls: type, instance: object, prefix: str) -> Iterator[Key]:
         name = prefix + field.name
         if dataclasses.is_dataclass(default):
             yield from _keys(type(default), default, name + ".")
-        elif isinstance(default, dict) and default:  # sizes after pruning, one for every axis
-            for axis in (one for one in AXES.values() if not one.fixed):
-                yield Key(f"{name}.{axis.size}", "int | None", default[axis.size], axis.doc)
+        elif isinstance(default, dict) and default:  # sizes after pruning
+            for size, doc in targets().items():
+                yield Key(f"{name}.{size}", "int | None", default[size], doc)
         else:
             words = " | ".join(field.metadata.get(WORDS, ()))
             yield Key(name, _type_name(field.type), default, docs.get(field.name, ""), words)

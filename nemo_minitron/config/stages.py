@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from nemo_minitron.config.axes import AXES, score_axes
+from nemo_minitron.config.axes import AXES, score_axes, targets
 from nemo_minitron.config.base import (
     ADDED,
     INPUT,
@@ -194,15 +194,15 @@ def check_save_every(value: int) -> None:
 
 
 class TargetConfig(dict[str, int | None]):
-    """Sizes after pruning: one key for the size of every axis; null keeps the size."""
+    """Sizes after pruning, one key for each (``config.axes.targets``); null keeps the size."""
 
     def __init__(self, *sizes: Mapping[str, int | None], **named: int | None) -> None:
         """Take sizes as ``dict`` does; those that are not given are kept.
 
         Raises:
-            ValueError: a key is not the size of an axis.
+            ValueError: a key is no size that can be pruned.
         """
-        super().__init__({axis.size: None for axis in AXES.values() if not axis.fixed})
+        super().__init__(dict.fromkeys(targets()))
         known = list(self)
         self.update(*sizes, **named)
         for name in list(self)[len(known) :]:

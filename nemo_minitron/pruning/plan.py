@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.config.axes import (
     AXES,
+    SETTINGS,
     Axis,
     Scope,
     axes_of,
@@ -63,11 +64,13 @@ class Plan(Mapping[str, Any]):
         merge: what kept query heads take over from others (``pruning/merge.py``) before anything is
             cut, one entry per kept layer; empty when heads stay what they are.
         model: sizes of the model that it is of (``scores.model_meta``); None of a plan from a file.
+        settings: new values of ``config.axes.SETTINGS``, where they change.
     """
 
     kept: dict[str, Any]
     merge: list[Terms] = field(default_factory=list)
     model: dict[str, Any] | None = field(default=None, compare=False)
+    settings: dict[str, int] = field(default_factory=dict)
 
     def __getitem__(self, axis: str) -> Any:
         """Kept indices of an axis."""
@@ -89,7 +92,7 @@ class Plan(Mapping[str, Any]):
 
     def replaced(self, **kept: object) -> Plan:
         """The same plan with other indices for some axes."""
-        return Plan({**self.kept, **kept}, self.merge, self.model)
+        return Plan({**self.kept, **kept}, self.merge, self.model, self.settings)
 
     def to_json(self) -> dict[str, Any]:
         """What ``plan.json`` holds."""
@@ -98,7 +101,8 @@ class Plan(Mapping[str, Any]):
         }
         kept = {axis: lists for axis, lists in self.kept.items() if axis != "layer"}
         merge = {"merge": self.merge} if self.merge else {}
-        return {"format": _FORMAT, "layers": self.layers, **lacking, **kept, **merge}
+        first = {"format": _FORMAT, "layers": self.layers}
+        return {**first, **self.settings, **lacking, **kept, **merge}
 
     def save(self, folder: Path) -> None:
         """Write ``plan.json`` into ``folder``."""
@@ -116,6 +120,8 @@ class Plan(Mapping[str, Any]):
         values = read_json_object(path, LARGEST_PLAN)
         if values.pop("format", None) != _FORMAT:
             raise ValueError(f"{path} is not a format-{_FORMAT} plan; run minitron prune again")
+        settings = {name: values.pop(name) for name in SETTINGS if name in values}
+        check_kinds(path, settings, dict.fromkeys(settings, int))
         needed, known = {"layers", *_ALWAYS_STORED}, {"layers", "merge", *AXES} - {"layer"}
         if not needed <= values.keys() <= known:
             raise ValueError(f"{path} must hold {sorted(needed)}, not {sorted(values)}")
@@ -124,7 +130,7 @@ class Plan(Mapping[str, Any]):
         layers = values.pop("layers")
         # A list for each layer, all of them empty: an axis that the model lacks.
         kept = {axis: lists for axis, lists in values.items() if any(x != [] for x in lists)}
-        return cls({"layer": layers, **kept}, merge)
+        return cls({"layer": layers, **kept}, merge, settings=settings)
 
 
 def full_plan(config: ModelConfig) -> Plan:
@@ -299,13 +305,15 @@ def make_plan(config: ModelConfig, pruning: PruningConfig, scores: Scores | None
         rows = scores["head"][layers].tolist()
         terms = zip(rows, kept["query_group"], kept["head"], strict=True)
         merge = [merge_terms(config, *layer) for layer in terms]
-    return Plan(kept, merge, model_meta(config))
+    known = {name: getattr(config, name) for name in SETTINGS if name in sizes}
+    settings = {name: sizes[name] for name, value in known.items() if sizes[name] != value}
+    return Plan(kept, merge, model_meta(config), settings)
 
 
 def pruned_config(config: ModelConfig, plan: Plan) -> ModelConfig:
     """Config of the pruned model; ``kept_layers`` stays in terms of the original model."""
     sizes = {AXES[axis].size: _kept_size(AXES[axis], lists) for axis, lists in plan.items()}
-    return config.resized(sizes, plan.layers)
+    return config.resized(sizes | plan.settings, plan.layers)
 
 
 def _kept_size(axis: Axis, kept: list[Any]) -> int:

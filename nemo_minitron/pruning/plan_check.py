@@ -38,6 +38,8 @@ def check_plan(config: ModelConfig, plan: Plan) -> None:
             f"the plan belongs to a different model: it has the axes {sorted(plan)}, the model "
             f"{sorted(whole)}"
         )
+    if plan.settings and "expert" not in whole:
+        raise ValueError(f"the plan sets {plan.settings}, but the model has no experts")
     _check_indices("layer", plan.layers, config.num_layers)
     for name, everything in whole.items():
         axis = AXES[name]

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any, TypeVar
 
-from nemo_minitron.config.axes import AXES, Axis, Scope, groups_in
+from nemo_minitron.config.axes import AXES, SETTINGS, Axis, Scope, groups_in
 from nemo_minitron.config.layout import check_pipeline
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
@@ -89,7 +89,10 @@ def _sizes_between(
     share: Fraction,
     parallel: ParallelConfig,
 ) -> dict[str, int]:
-    """Sizes after ``share`` of the way, each between the current one and the target."""
+    """Sizes after ``share`` of the way, each between the current one and the target.
+
+    What has no scores is at its target from the first round on, as it asks nothing of the others.
+    """
     axes = {axis.size: axis for axis in AXES.values()}
 
     def fits(name: str, size: int) -> bool:
@@ -101,8 +104,8 @@ def _sizes_between(
         return splits and (name != "num_layers" or _pipeline_fits(current, size, parallel))
 
     goal = {**final, _HEADS: final["num_attention_heads"] // final["num_query_groups"]}
-    sizes = {}
-    for name in (n for n in goal if n != "num_attention_heads"):
+    sizes = {name: final[name] for name in SETTINGS if name in final}
+    for name in (n for n in goal if n not in ("num_attention_heads", *SETTINGS)):
         begin, now, end = getattr(start, name), getattr(current, name), goal[name]
         wanted = begin - share * (begin - end)
         options = [size for size in range(end, now) if fits(name, size)]
@@ -135,7 +138,8 @@ def compose(first: Plan, second: Plan) -> Plan:
         heads = first["head"][layer], second["head"][position]
         merge.append(compose_terms(before, heads[0], after, heads[1]))
     kept = {axis: _composed(AXES[axis], first, second) for axis in second}
-    return Plan(kept, merge if any(merge) else [])
+    settings = {**first.settings, **second.settings}
+    return Plan(kept, merge if any(merge) else [], settings=settings)
 
 
 def _composed(axis: Axis, first: Plan, second: Plan) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.config.axes import AXES, axes_of, axis_size, has_axis
+from nemo_minitron.config.axes import AXES, SETTINGS, axes_of, axis_size, has_axis
 from nemo_minitron.config.layers import kinds_of
 from nemo_minitron.config.stages import BLOCK_CRITERIA, PruningConfig
 from nemo_minitron.families.registry import FAMILIES
@@ -29,11 +29,7 @@ def target_sizes(config: ModelConfig, pruning: PruningConfig) -> dict[str, int]:
         name, target = axis.size, pruning.target.get(axis.size)
         current = getattr(config, name)
         if not has_axis(config, axis):
-            if target is not None:
-                raise ValueError(
-                    f"pruning.target.{name}={target} is a size that this model does not have: "
-                    f"{_missing(config, name)}; leave it out"
-                )
+            _refuse_missing(config, name, target)
             continue
         if target is not None and not 1 <= target <= current:
             raise ValueError(
@@ -46,7 +42,21 @@ def target_sizes(config: ModelConfig, pruning: PruningConfig) -> dict[str, int]:
                 f"indices of axis '{axis.name}' are kept or dropped together"
             )
         sizes[name] = current if target is None else target
+    for name in SETTINGS:
+        target = pruning.target.get(name)
+        if "num_moe_experts" not in sizes:
+            _refuse_missing(config, name, target)
+            continue
+        sizes[name] = getattr(config, name) if target is None else target
     return sizes
+
+
+def _refuse_missing(config: ModelConfig, name: str, target: int | None) -> None:
+    if target is not None:
+        raise ValueError(
+            f"pruning.target.{name}={target} is a size that this model does not have: "
+            f"{_missing(config, name)}; leave it out"
+        )
 
 
 def _missing(config: ModelConfig, name: str) -> str:
@@ -64,7 +74,7 @@ def _check_prunable(config: ModelConfig, sizes: dict[str, int]) -> None:
         return
     for name, size in sizes.items():
         free = family.prunable is None or name in family.prunable
-        if not free and size < getattr(config, name):
+        if not free and size != getattr(config, name):
             raise ValueError(
                 f"pruning.target.{name}={size} is not supported for family '{family.name}': "
                 f"{family.why_not_prunable}; set only {_keys(family.prunable or ())}"
@@ -76,13 +86,19 @@ def _keys(names: tuple[str, ...]) -> str:
 
 
 def _check_experts(config: ModelConfig, sizes: dict[str, int]) -> None:
-    experts, topk = sizes.get("num_moe_experts"), config.moe_router_topk
-    if experts is None:
+    experts, topk = sizes.get("num_moe_experts"), sizes.get("moe_router_topk")
+    if experts is None or topk is None:
         return
+    if topk != config.moe_router_topk and not 1 <= topk <= experts:
+        raise ValueError(
+            f"pruning.target.moe_router_topk={topk} must be between 1 and {experts}, the experts "
+            "that are left (pruning.target.num_moe_experts)"
+        )
     if experts < topk:
         raise ValueError(
             f"pruning.target.num_moe_experts={experts} is fewer than moe_router_topk={topk}, the "
-            f"experts that each token is routed to; keep at least {topk}"
+            f"experts that each token is routed to; keep at least {topk}, or lower "
+            "pruning.target.moe_router_topk"
         )
     groups, picked = config.moe_router_num_groups or 1, config.moe_router_group_topk or 1
     if experts % groups:
@@ -97,7 +113,8 @@ def _check_experts(config: ModelConfig, sizes: dict[str, int]) -> None:
         raise ValueError(
             f"pruning.target.num_moe_experts={experts} leaves {experts // groups} experts in each "
             f"of moe_router_num_groups={groups}, but each token is routed to moe_router_topk={topk}"
-            f" of moe_router_group_topk={picked} groups; keep at least {least}"
+            f" of moe_router_group_topk={picked} groups; keep at least {least}, or lower "
+            "pruning.target.moe_router_topk"
         )
 
 
@@ -263,11 +280,20 @@ def check_result(config: ModelConfig, pruning: PruningConfig) -> None:
     Sizes between two rounds of pruning need not be such, so that ``check_pruning`` does not ask.
 
     Raises:
-        ValueError: see ``check_pruning``, and ``Family.to_hf`` of the family.
+        ValueError: see ``check_pruning``, and ``to_hf`` of the family; a router that the family
+            would not open again.
     """
     check_pruning(config, pruning)
-    if config.family in FAMILIES:
-        FAMILIES[config.family].to_hf(config.resized(target_sizes(config, pruning)))
+    family = FAMILIES.get(config.family)
+    if family is None:
+        return
+    small = config.resized(target_sizes(config, pruning))
+    written, topk = family.to_hf(small), small.moe_router_topk
+    if topk != config.moe_router_topk:
+        try:
+            family.from_hf(written)
+        except ValueError as error:
+            raise ValueError(f"pruning.target.moe_router_topk={topk}: {error}") from error
 
 
 def needed_scores(config: ModelConfig, pruning: PruningConfig) -> dict[str, str]:

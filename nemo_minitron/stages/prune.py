@@ -33,7 +33,7 @@ from nemo_minitron.stages.settings import check_forward, on_ranks, opened_inputs
 log = logging.getLogger(__name__)
 
 # Of ``model_sizes``: what the table leaves out.
-_NO_SIZES = ("moe_router_topk", "max_position_embeddings", "dtype")
+_NO_SIZES = ("max_position_embeddings", "dtype")
 
 
 def check(cfg: PruneConfig) -> None:

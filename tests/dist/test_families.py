@@ -259,14 +259,15 @@ CASES = {
             r"w[13]\.weight": ("ffn", "hidden"),
             r"w2\.weight": ("hidden", "ffn"),
         },
-        EXPERTS,
+        {**EXPERTS, "topk": {"moe_router_topk": 3}},
         sequence_parallel=True,
     ),
     "qwen2_moe": Case(
         "Qwen2Moe",
         {**QWEN_EXPERTS, "shared_expert_intermediate_size": 56},
         QWEN2_MOE_DIMS,
-        {**EXPERTS, "shared_expert_ffn": SHARED, "several": {**EXPERTS["several"], **SHARED}},
+        {**EXPERTS, "shared_expert_ffn": SHARED, "topk": {"moe_router_topk": 3},
+         "several": {**EXPERTS["several"], **SHARED, "moe_router_topk": 1}},
         sequence_parallel=True,
     ),
     "qwen2": Case(
@@ -446,7 +447,8 @@ CASES = {
         {**SIZES, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40,
          "first_k_dense_replace": 0, "num_nextn_predict_layers": 0},
         GLM_DIMS,
-        {"several": {**EXPERTS["several"], "moe_shared_expert_intermediate_size": 32}},
+        {"topk": {"moe_router_topk": 4},
+         "several": {**EXPERTS["several"], "moe_shared_expert_intermediate_size": 32}},
         sequence_parallel=True,
     ),
     "nemotron_h": Case(

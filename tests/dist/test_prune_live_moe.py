@@ -28,7 +28,7 @@ LAYOUTS = {
     "EP2 TP2 SP": layout(dp=2, ep=2, tp=2, sp=True),
     "EP2 TP2 SP PP2": layout(dp=2, ep=2, tp=2, sp=True, pp=2),
 }
-SHARED_WIDTH = TargetConfig(WIDTH, moe_shared_expert_intermediate_size=32)
+SHARED_WIDTH = TargetConfig(WIDTH, moe_shared_expert_intermediate_size=32, moe_router_topk=1)
 SHARED_LAYOUTS = {
     "EP2": LAYOUTS["EP2"],
     "TP2 SP": LAYOUTS["TP2 SP"],

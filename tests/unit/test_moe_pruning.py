@@ -19,7 +19,9 @@ from nemo_minitron.config.stages import PruningConfig, TargetConfig
 from nemo_minitron.families.mixtral import MIXTRAL as FAMILY
 from nemo_minitron.families.qwen2_moe import QWEN2_MOE as SHARED_FAMILY
 from nemo_minitron.families.registry import family_of
+from nemo_minitron.families.table import active_parameters
 from nemo_minitron.pruning.plan import Plan, full_plan, make_plan, pruned_config
+from nemo_minitron.pruning.plan_check import check_plan
 from nemo_minitron.pruning.rounds import compose, pruning_rounds
 from nemo_minitron.pruning.scores import Scores, check_axes, model_meta
 from nemo_minitron.pruning.slicing import dim_indices, prune_store
@@ -199,6 +201,10 @@ def test_rounds_are_one_plan(config, target):
         ),
         (QWEN2_MOE, {"moe_shared_expert_intermediate_size": 0}, "must be between 1 and 56"),
         (QWEN2_MOE, {"ffn_hidden_size": 8}, "pruning.target.moe_ffn_hidden_size is their width"),
+        (QWEN2_MOE, {"moe_router_topk": 5}, "moe_router_topk=5 must be between 1 and 4, the exp"),
+        (MIXTRAL, {"moe_router_topk": 3, "num_moe_experts": 2}, "topk=3 must be between 1 and 2"),
+        (QWEN2_MOE, {"moe_router_topk": 0}, "moe_router_topk=0 must be between 1 and 4"),
+        (LLAMA, {"moe_router_topk": 1}, "moe_router_topk=1 is a size .* it has no experts"),
     ],
 )
 def test_targets_refused(config, sizes, words):
@@ -255,6 +261,10 @@ def test_every_group_of_experts_keeps_as_many() -> None:
             {"moe_ffn_hidden_size": 20},
             "moe_shared_expert_intermediate_size=48 must be a multiple of moe_ffn_hidden_size=20",
         ),
+        (
+            {"moe_router_topk": 2},
+            "target.moe_router_topk=2: .* must be half of num_experts_per_tok",
+        ),
     ],
 )
 def test_targets_that_groups_and_config_json_cannot_hold(
@@ -269,3 +279,32 @@ def test_groups_that_hold_too_few_experts_are_refused() -> None:
     wide = replace(GLM4_MOE, moe_router_num_groups=2, moe_router_group_topk=1)
     with pytest.raises(ValueError, match=r"num_moe_experts=6 leaves 3 .* keep at least 8"):
         check_pruning(wide, targets(num_moe_experts=6))
+
+
+def test_experts_of_a_token_need_no_scores_and_cut_no_weight(tmp_path) -> None:
+    """The plan says it, rounds set it first, and fewer parameters are active."""
+    plan = make_plan(QWEN2_MOE, targets(moe_router_topk=1), None)
+    assert plan.settings == {"moe_router_topk": 1}
+    plan.save(tmp_path)
+    assert Plan.load(tmp_path) == plan
+    small = pruned_config(QWEN2_MOE, plan)
+    assert small == replace(QWEN2_MOE, moe_router_topk=1)
+    store = {name: from_tensor(t) for name, t in random_weights(QWEN2_MOE).items()}
+    assert prune_store(SHARED_FAMILY, QWEN2_MOE, plan, store) == store
+    expert = 3 * QWEN2_MOE.hidden_size * 40 * QWEN2_MOE.num_layers
+    active = [active_parameters(SHARED_FAMILY, config) for config in (QWEN2_MOE, small)]
+    assert active[0] - active[1] == expert
+    both = replace(targets(moe_router_topk=1, num_moe_experts=2), iterations=2)
+    one, two = pruning_rounds(QWEN2_MOE, both, ParallelConfig())
+    assert [one.target["moe_router_topk"], two.target["moe_router_topk"]] == [1, 1]
+    first = make_plan(QWEN2_MOE, one, random_scores(QWEN2_MOE))
+    middle = pruned_config(QWEN2_MOE, first)
+    whole = compose(first, make_plan(middle, two, random_scores(middle)))
+    assert pruned_config(QWEN2_MOE, whole).moe_router_topk == 1
+    with pytest.raises(ValueError, match=r"the plan sets .*, but the model has no experts"):
+        check_plan(LLAMA, Plan(full_plan(LLAMA).kept, settings={"moe_router_topk": 1}))
+
+
+def test_a_single_expert_that_megatron_would_not_scale() -> None:
+    with pytest.raises(ValueError, match=r"pruning\.target\.moe_router_topk=1: .* at least 2"):
+        pruning_rounds(MIXTRAL, targets(moe_router_topk=1), ParallelConfig())
