@@ -60,6 +60,18 @@ class DataConfig:
     """Seed of the document order (before the split) and of Megatron's sample shuffle."""
     text_key: str = field(default="text", metadata=TOKENS)
     """Key of the text in a JSONL record."""
+    records: str = field(
+        default="auto", metadata={**ADDED, **TOKENS, **one_of("auto", "text", "sft")}
+    )
+    """What records are: ``text`` under text_key, or ``sft`` (``messages``, or ``prompt`` and
+    ``completion``; the loss counts answers alone); ``auto`` looks at the first one."""
+    pack: bool = field(default=True, metadata={**ADDED, **TOKENS})
+    """Whether SFT records share samples, each with attention and positions of its own."""
+    record_too_long: str = field(
+        default="refuse", metadata={**ADDED, **TOKENS, **one_of("refuse", "keep", "cut", "drop")}
+    )
+    """SFT records longer than a sample: ``refuse``, ``keep`` the end (and leave out the beginning
+    of the prompt), ``cut`` the end, or ``drop`` them."""
     document_separator: str = field(default="\n\n", metadata=TOKENS)
     """What separates documents inside one plain text file."""
     cache_dir: str | None = field(default=None, metadata=NEUTRAL)

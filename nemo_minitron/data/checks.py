@@ -11,6 +11,7 @@ from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.training import DataConfig
 from nemo_minitron.data.indexed import TextTokenizer, check_ids, check_text
 from nemo_minitron.data.pair import Index, read_index
+from nemo_minitron.data.sft import check_first, check_sft, holds_sft, refuse_unblended
 from nemo_minitron.data.splits import (
     check_num_samples,
     check_shares,
@@ -27,7 +28,6 @@ from nemo_minitron.data.text import (
     find_source,
     no_documents,
     read_documents,
-    refuse_npy,
     warn_unread,
 )
 from nemo_minitron.documents import read_json_object
@@ -86,7 +86,7 @@ def check_data(
     held = []
     for index, source in enumerate(data.sources()):
         with naming(index):
-            refuse_npy(find_source(source.path))
+            refuse_unblended(find_source(source.path), source)
             lengths = _check_source(source, splits, vocab_size, tokenizer_dir)
             name = "train" if splits else data.split_name
             held.append(None if lengths is None else split_samples(source, lengths, name))
@@ -125,6 +125,9 @@ def _check_source(
     if source.kind == NPY:
         check_npy(source.path, data, vocab_size, splits)
         return None
+    if holds_sft(source, data):
+        _check_sft(source, data, splits, tokenizer_dir)
+        return None
     if source.kind == INDEXED:
         return check_index(source, data, splits)
     tokenizer = None if tokenizer_dir is None else TextTokenizer(tokenizer_dir)
@@ -134,6 +137,16 @@ def _check_source(
     if next(read_documents(source, data), None) is None:
         raise no_documents(source)
     return None
+
+
+def _check_sft(
+    source: Source, data: DataConfig, splits: Sequence[str] | None, tokenizer_dir: Path | None
+) -> None:
+    if source.size > _READ_UP_TO:
+        check_first(source)
+        return
+    small = source.size <= _TOKENISE_UP_TO
+    check_sft(source, data, splits, tokenizer_dir if small else None)
 
 
 def _check_origin(data: DataConfig, vocab_size: int | None, tokenizer_dir: Path | None) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset
 
 from nemo_minitron.config.blend import naming
@@ -30,7 +29,11 @@ from nemo_minitron.data.cache import build_for_all, cache_folder
 from nemo_minitron.data.checks import check_index, check_npy, scan_ids
 from nemo_minitron.data.gpt import TokenData, megatron_datasets
 from nemo_minitron.data.indexed import TextTokenizer, build_indexed
+from nemo_minitron.data.npy import NpyDataset
+from nemo_minitron.data.packing import RecordSamples
 from nemo_minitron.data.pair import read_index
+from nemo_minitron.data.sft import build_sft, holds_sft, refuse_unblended
+from nemo_minitron.data.sft_samples import stage_samples, training_samples
 from nemo_minitron.data.splits import (
     SPLITS,
     check_num_samples,
@@ -38,7 +41,7 @@ from nemo_minitron.data.splits import (
     check_tokens,
     split_samples,
 )
-from nemo_minitron.data.text import INDEXED, NPY, Source, find_source, refuse_npy
+from nemo_minitron.data.text import INDEXED, NPY, SFT, Source, find_source
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +81,9 @@ def prepare_tokens(
             f"data.path={data.path} is text but the checkpoint has no tokenizer; set data.path to "
             "a .bin/.idx prefix or a .npy of token ids"
         )
+    if holds_sft(source, data):
+        built = build_sft(source, data, tokenizer_dir, vocab_size, cache.absolute())
+        return TokenData(SFT, built[0], cache, built[1])
     tokenizer = TextTokenizer(tokenizer_dir)
     prefix = build_indexed(source, data, tokenizer, vocab_size, cache.absolute())
     check_tokens(data, read_index(prefix).lengths, splits)
@@ -115,6 +121,8 @@ def build_datasets(
             None,
             None,
         )
+    if tokens.kind == SFT:
+        return training_samples(data, tokens.path, tokens.pad, sizes)
     wanted: list[int | None] = [sizes[0], None, None]
     built = megatron_datasets(data, tokens, wanted, [size > 0 for size in sizes])
     return tuple(
@@ -123,7 +131,7 @@ def build_datasets(
     )
 
 
-def build_split(data: DataConfig, tokens: TokenData) -> "SampleSet":
+def build_split(data: DataConfig, tokens: TokenData, *, filled: bool = False) -> "SampleSet":
     """The samples a calibration or evaluation stage reads: each once, in a fixed order.
 
     Every rank calls this.
@@ -132,9 +140,16 @@ def build_split(data: DataConfig, tokens: TokenData) -> "SampleSet":
     Megatron's shuffled order for ``data.seed``, or the first rows of a ``.npy``, which is not
     split.
 
+    Args:
+        data: the data keys.
+        tokens: what :func:`prepare_tokens` gave for the same keys.
+        filled: whether samples of SFT records have no padding; others never have any.
+
     Raises:
         ValueError: there are fewer than ``data.num_samples``.
     """
+    if tokens.kind == SFT:
+        return stage_samples(data, tokens.path, tokens.pad, filled=filled)
     if tokens.kind == NPY:
         rows = np.load(tokens.path, mmap_mode="r")
         return NpyDataset(rows, data.num_samples or len(rows))
@@ -215,12 +230,20 @@ def _read_once(order: Order, sizes: list[int]) -> Order:
 
 
 def stage_dataset(
-    data: DataConfig, model: ModelConfig, checkpoint: Path, output_dir: str
+    data: DataConfig,
+    model: ModelConfig,
+    checkpoint: Path,
+    output_dir: str,
+    *,
+    filled: bool = False,
 ) -> "SampleSet":
-    """The samples of ``data.split_name`` that calibration and evaluation read."""
+    """The samples of ``data.split_name`` that calibration and evaluation read.
+
+    ``filled`` is that of :func:`build_split`.
+    """
     tokens = _tokens(data, model, checkpoint, output_dir, None)
     if not data.blend:
-        return build_split(data, tokens[0])
+        return build_split(data, tokens[0], filled=filled)
     wanted = data.num_samples or 0  # which a blend needs
     held = _samples_held(data, tokens, data.split_name)
     check_shares(data, held, wanted, repeats=False)
@@ -264,7 +287,7 @@ def _tokens(
     found = []
     for index, source in enumerate(data.sources()):
         with naming(index):
-            refuse_npy(find_source(source.path))
+            refuse_unblended(find_source(source.path), source)
             found.append(prepared(source))
     return found
 
@@ -288,41 +311,5 @@ class FirstSamples(Dataset[Sample]):
         return self.dataset[index]
 
 
-class NpyDataset(Dataset[Sample]):
-    """Rows of token ids, taken as they are: sample ``i`` is row ``i % rows``.
-
-    The label of a position is the next token of the row; the last position has none, so its loss
-    mask is 0.
-    """
-
-    def __init__(self, ids: np.ndarray, size: int) -> None:
-        """Wrap an array.
-
-        Args:
-            ids: integers ``[rows, seq_length]``, possibly memory-mapped.
-            size: samples.
-        """
-        self.ids = ids
-        self.size = size
-
-    def __len__(self) -> int:
-        """Samples."""
-        return self.size
-
-    def __getitem__(self, index: int | None) -> Sample:
-        """Return sample ``index``, or for None a filler whose loss mask is all 0."""
-        tokens = torch.from_numpy(self.ids[(index or 0) % len(self.ids)].astype(np.int64))
-        labels = torch.zeros_like(tokens)
-        labels[:-1] = tokens[1:]
-        loss_mask = torch.full(tokens.shape, 0.0 if index is None else 1.0)
-        loss_mask[-1] = 0.0
-        return {
-            "tokens": tokens,
-            "labels": labels,
-            "loss_mask": loss_mask,
-            "position_ids": torch.arange(len(tokens)),
-        }
-
-
-SampleSet = FirstSamples | NpyDataset | BlendedSamples
+SampleSet = FirstSamples | NpyDataset | BlendedSamples | RecordSamples
 """The samples of one split that a stage reads."""

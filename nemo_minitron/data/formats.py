@@ -12,7 +12,7 @@ import io
 import lzma
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import IO, TYPE_CHECKING, Any
@@ -67,16 +67,47 @@ def texts_of(file: Path, key: str, separator: str | None) -> Iterator[str]:
     Raises:
         ValueError: the file cannot be read, is damaged, or a record has no text.
     """
+    if form_of(file) == ".txt":
+        with _named_errors(file):
+            yield from _plain(file, separator)
+        return
+    for where, record in records_of(file, (key,)):
+        yield text_of(record, key, where)
+
+
+def records_of(file: Path, keys: Sequence[str]) -> Iterator[tuple[str, object]]:
+    """Where each record of a file is, for messages, and the record.
+
+    Args:
+        file: of a form that holds records, none of plain text.
+        keys: what is read of a table; having the first one twice in JSON is an error.
+
+    Raises:
+        ValueError: the file cannot be read, or is damaged.
+    """
     form = form_of(file)
     with _named_errors(file):
-        if form == ".txt":
-            yield from _plain(file, separator)
-        elif form in TABLES:
-            yield from _table(file, key)
+        if form in TABLES:
+            yield from _table(file, keys)
         elif form == ".json":
-            yield from _json(file, key)
+            yield from _json(file, keys[0])
         else:
-            yield from _json_lines(file, key)
+            yield from _json_lines(file, keys[0])
+
+
+def keys_of(file: Path) -> set[str]:
+    """The columns of a table, or the keys of the first record of another file.
+
+    Raises:
+        ValueError: the file cannot be read, or is damaged.
+    """
+    if form_of(file) == ".txt":
+        return set()
+    if form_of(file) in TABLES:
+        with _named_errors(file), _table_errors(file):
+            return set(_columns(file))
+    _, first = next(records_of(file, ("",)), ("", None))
+    return set(first) if isinstance(first, dict) else set()
 
 
 @contextlib.contextmanager
@@ -183,36 +214,40 @@ def _plain(file: Path, separator: str | None) -> Iterator[str]:
     yield "".join(pieces)
 
 
-def _json_lines(file: Path, key: str) -> Iterator[str]:
+def _json_lines(file: Path, key: str) -> Iterator[tuple[str, object]]:
     with _open_bytes(file) as stream:
         for number, line in enumerate(stream, start=1):
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             del line
             if text.strip():
                 where = f"data.path: {file}, line {number}"
-                yield text_of(parse_record(text, key, where), key, where)
+                yield where, parse_record(text, key, where)
 
 
-def _json(file: Path, key: str) -> Iterator[str]:
+def _json(file: Path, key: str) -> Iterator[tuple[str, object]]:
     """Records of a ``.json`` file: a list of them, or one after the other as in JSON lines."""
     with _open_text(file) as stream:
         for number, record in enumerate(values_of(stream, key, file, CHUNK), start=1):
-            where = f"data.path: {file}, record {number}"
-            yield text_of(record, key, where)
+            yield f"data.path: {file}, record {number}", record
 
 
-def _table(file: Path, key: str) -> Iterator[str]:
-    """The column ``key``, a batch of rows at a time."""
-    kind = "Parquet" if form_of(file) == ".parquet" else "Arrow"
-    pyarrow = _package("pyarrow", file, f"a file of {kind}", "save the texts as .jsonl")
-    opened = _parquet_rows if kind == "Parquet" else _arrow_rows
-    try:
+def _table(file: Path, keys: Sequence[str]) -> Iterator[tuple[str, object]]:
+    """Some columns, a batch of rows at a time."""
+    with _table_errors(file):
         number = 0
-        for batch in opened(file, key):
-            for value in batch.column(0):
+        for batch in _opened_table(file)(file, list(keys)):
+            for row in zip(*batch.columns, strict=True):
                 number += 1
                 where = f"data.path: {file}, row {number}"
-                yield text_of({key: _cell(value, where)}, key, where)
+                yield where, {key: _cell(one, where) for key, one in zip(keys, row, strict=True)}
+
+
+@contextlib.contextmanager
+def _table_errors(file: Path) -> Iterator[None]:
+    kind = "Parquet" if form_of(file) == ".parquet" else "Arrow"
+    pyarrow = _package("pyarrow", file, f"a file of {kind}", "save the texts as .jsonl")
+    try:
+        yield
     except pyarrow.ArrowException as error:
         raise ValueError(
             f"data.path: file {file} is not a readable {kind} file ({error}); write it again, or "
@@ -220,28 +255,42 @@ def _table(file: Path, key: str) -> Iterator[str]:
         ) from error
 
 
-def _parquet_rows(file: Path, key: str) -> Iterator["pyarrow.RecordBatch"]:
+def _opened_table(file: Path) -> Callable[[Path, list[str]], Iterator["pyarrow.RecordBatch"]]:
+    return _parquet_rows if form_of(file) == ".parquet" else _arrow_rows
+
+
+def _columns(file: Path) -> list[str]:
+    if form_of(file) == ".parquet":
+        parquet = importlib.import_module("pyarrow.parquet")
+        return list(parquet.read_schema(file).names)
+    pyarrow = importlib.import_module("pyarrow")
+    with pyarrow.memory_map(str(file)) as mapped, pyarrow.ipc.open_stream(mapped) as stream:
+        return list(stream.schema.names)
+
+
+def _parquet_rows(file: Path, keys: list[str]) -> Iterator["pyarrow.RecordBatch"]:
     parquet = importlib.import_module("pyarrow.parquet")
     with parquet.ParquetFile(file) as table:
-        _check_column(table.schema_arrow.names, key, file)
-        yield from table.iter_batches(batch_size=1000, columns=[key])
+        _check_columns(table.schema_arrow.names, keys, file)
+        yield from table.iter_batches(batch_size=1000, columns=keys)
 
 
-def _arrow_rows(file: Path, key: str) -> Iterator["pyarrow.RecordBatch"]:
+def _arrow_rows(file: Path, keys: list[str]) -> Iterator["pyarrow.RecordBatch"]:
     """Of the stream of batches that the library datasets writes."""
     pyarrow = importlib.import_module("pyarrow")
     with pyarrow.memory_map(str(file)) as mapped, pyarrow.ipc.open_stream(mapped) as stream:
-        _check_column(stream.schema.names, key, file)
+        _check_columns(stream.schema.names, keys, file)
         for batch in stream:
-            yield batch.select([key])
+            yield batch.select(keys)
 
 
-def _check_column(names: list[str], key: str, file: Path) -> None:
-    if names.count(key) != 1:
-        raise ValueError(
-            f"data.path: file {file} has {names.count(key)} columns '{key}'; set "
-            f"data.text_key to the column that holds the text, one of {sorted(names)}"
-        )
+def _check_columns(names: list[str], keys: list[str], file: Path) -> None:
+    for key in keys:
+        if names.count(key) != 1:
+            raise ValueError(
+                f"data.path: file {file} has {names.count(key)} columns '{key}'; set "
+                f"data.text_key to the column that holds the text, one of {sorted(names)}"
+            )
 
 
 def _cell(value: "pyarrow.Scalar", where: str) -> object:

@@ -18,14 +18,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenData:
-    """Tokens on disk, checked: a Megatron pair or a ``.npy``."""
+    """Tokens on disk, checked: a Megatron pair, a ``.npy`` or a folder of SFT records."""
 
     kind: str
-    """``indexed`` or ``npy``."""
+    """``indexed``, ``npy`` or ``sft``."""
     path: Path
-    """Prefix of the pair, or the ``.npy`` file."""
+    """Prefix of the pair, the ``.npy`` file, or the folder that ``sft.build_sft`` made."""
     cache: Path
     """Folder for Megatron's sample indices."""
+    pad: int = 0
+    """Of SFT records: the token that fills what they leave of a sample."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ _FORMAT = 1  # part of every cache key: raise it when the content of a cache fol
 _PREFIX = "tokens"
 _BATCH_CHARACTERS = 1 << 20
 _COPIED = 1 << 16  # documents between two steps of the progress bar
-_HASH_CONTENT_UP_TO = 1 << 30
+HASH_CONTENT_UP_TO = 1 << 30
 
 
 class TextTokenizer:
@@ -160,10 +160,10 @@ def build_indexed(
 
 
 def _cache_key(source: Source, data: DataConfig, tokenizer: TextTokenizer, vocab_size: int) -> str:
-    whole = source.size <= _HASH_CONTENT_UP_TO
+    whole = source.size <= HASH_CONTENT_UP_TO
     parts: dict[str, object] = {
         "format": _FORMAT,
-        "files": [_file_identity(file, whole) for file in source.files],
+        "files": [file_identity(file, whole) for file in source.files],
         "single": source.path == source.files[0],
         "separator": data.document_separator,
         "text_key": data.text_key,
@@ -174,7 +174,7 @@ def _cache_key(source: Source, data: DataConfig, tokenizer: TextTokenizer, vocab
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
-def _file_identity(file: Path, whole: bool) -> list[object]:
+def file_identity(file: Path, whole: bool) -> list[object]:
     """Name and content hash; of corpora too large to hash on every rank, name, size and times.
 
     An edit that puts the time of modification back still changes the time of the inode.

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 TEXT = "text"
 INDEXED = "indexed"
 NPY = "npy"
+SFT = "sft"
 _SUFFIXES = " ".join(FORMS)
 _FORMS = (
     f"a file of one of the forms {_SUFFIXES} (all but {' and '.join(TABLES)} also with one of "

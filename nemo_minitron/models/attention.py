@@ -44,6 +44,12 @@ def zigzag_positions(
     return torch.cat([first, second])
 
 
+def gathered_positions(local_length: int, size: int, device: torch.device | None = None) -> Tensor:
+    """``[s * cp]`` global positions of gathered tokens, those of the first rank first."""
+    ranks = [zigzag_positions(local_length, rank, size, device) for rank in range(size)]
+    return torch.cat(ranks)
+
+
 class _GatherSequence(torch.autograd.Function):
     """All-gather along dim 0; the gradient is reduce-scattered."""
 
@@ -87,7 +93,7 @@ def causal_mask(
     """
     size = group.size()
     queries = zigzag_positions(local_length, group.rank(), size, device)
-    keys = torch.cat([zigzag_positions(local_length, rank, size, device) for rank in range(size)])
+    keys = gathered_positions(local_length, size, device)
     distance = queries[:, None] - keys[None, :]
     seen = distance >= 0
     return seen if window is None else seen & (distance < window)
@@ -114,7 +120,8 @@ def attend_with_sinks(
         query: ``[b, n, s, d]``.
         key: ``[b, g, t, d]``.
         value: ``[b, g, t, d]``.
-        mask: ``[s, t]``, true where a query sees a key; None where all see all.
+        mask: ``[s, t]`` or ``[b, 1, s, t]``, true where a query sees a key; None where all see
+            all.
         sinks: ``[n]``, the scores; None without such keys.
         scale: of the other scores; None is ``d ** -0.5``.
         dropout: probability that a weight is 0.
@@ -190,9 +197,9 @@ class LocalAttention(torch.nn.Module):
         """``[s, b, n * e]`` of ``[s, b, n, d]`` query, ``[s, b, g, d]`` key and ``[.., e]`` value.
 
         With a KV cache Megatron says ``no_mask`` for the one query that follows the cached keys.
+        Samples that documents share bring their mask (``models.documents.SharedSamples``).
         """
         assert attention_bias is None
-        assert packed_seq_params is None
         mask, causal = None, attn_mask_type != AttnMaskType.no_mask
         assert causal or query.size(0) == 1, query.shape
         if not causal and self.window is not None:
@@ -200,8 +207,11 @@ class LocalAttention(torch.nn.Module):
         hides = causal and self.window is not None and self.window < query.size(0)
         sinks = self.softmax_offset
         eager = sinks is not None or self.cap is not None
-        if self.cp_group.size() > 1 or hides or (causal and eager):
+        if packed_seq_params is not None:
+            mask = packed_seq_params.mask(query.size(0), self.window)
+        elif self.cp_group.size() > 1 or hides or (causal and eager):
             mask = causal_mask(query.size(0), self.cp_group, query.device, self.window)
+        if mask is not None:
             key = gather_sequence(key, self.cp_group)
             value = gather_sequence(value, self.cp_group)
         # [s, b, n, d] -> [b, n, s, d]

@@ -27,6 +27,7 @@ from nemo_minitron.families.rope import latent_fields, yarn_fields
 from nemo_minitron.families.table import Family
 from nemo_minitron.families.windows import megatron_fields
 from nemo_minitron.models.attention import capped
+from nemo_minitron.models.documents import SharedSamples, rotary_of_positions
 from nemo_minitron.models.hidden import HiddenModel
 from nemo_minitron.models.rotary import set_frequencies
 from nemo_minitron.models.settings import transformer_defaults
@@ -43,8 +44,6 @@ _ACTIVATIONS = {
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
     "squared_relu": squared_relu,
 }
-
-
 _NOT_MEGATRONS = (
     "multipliers",
     "apply_embedding_scaling",
@@ -57,6 +56,15 @@ _NOT_MEGATRONS = (
 
 class HiddenGPTModel(HiddenModel, GPTModel):
     """Megatron-Core's GPTModel as ``HiddenModel``."""
+
+    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **more: Any) -> Any:
+        """As Megatron's; in samples that documents share each has rotary positions of its own."""
+        out = super()._preprocess(input_ids, position_ids, *args, **more)
+        shared = more.get("packed_seq_params")
+        if isinstance(shared, SharedSamples) and out[1] is not None:
+            whole = self.rotary_pos_emb(shared.max_seqlen_q, packed_seq=True)
+            out = (out[0], rotary_of_positions(whole, position_ids), *out[2:])
+        return out
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.return_hidden and self.post_process:

@@ -9,6 +9,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from nemo_minitron.models.build import HiddenGPTModel, unwrap
+from nemo_minitron.models.documents import DOCUMENTS, shared_samples
 from nemo_minitron.models.hidden import stopping_early
 from nemo_minitron.runtime.groups import ParallelGroups
 from nemo_minitron.runtime.megatron import batch_on_this_cp_rank
@@ -17,10 +18,15 @@ Batch = dict[str, Tensor]
 
 
 def on_this_cp_rank(batch: Batch, groups: ParallelGroups) -> Batch:
-    """This context-parallel rank's part of ``[b, s]`` tensors (Megatron's zigzag split)."""
+    """This context-parallel rank's part of ``[b, s]`` tensors (Megatron's zigzag split).
+
+    What documents share a sample stays whole: keys are gathered from all ranks.
+    """
     if groups.cp.size() == 1:
         return batch
-    return batch_on_this_cp_rank(batch, groups.cp)
+    whole = {name: batch[name] for name in (DOCUMENTS,) if name in batch}
+    rest = {name: tensor for name, tensor in batch.items() if name not in whole}
+    return {**batch_on_this_cp_rank(rest, groups.cp), **whole}
 
 
 def run_schedule(
@@ -77,7 +83,12 @@ def run_schedule(
 def output_of(model: torch.nn.Module, batch: Batch) -> Tensor:
     """What a chunk, wrapped for training or not, makes of a micro-batch or of its input tensor."""
     chunk = unwrap(model)
-    kwargs = {"fp32_output": False} if chunk.config.bf16 and chunk is not model else {}
+    kwargs: dict[str, Any] = {}
+    if chunk.config.bf16 and chunk is not model:
+        kwargs["fp32_output"] = False
+    shared = shared_samples(chunk, batch.get(DOCUMENTS))
+    if shared is not None:
+        kwargs["packed_seq_params"] = shared
     with stopping_early(chunk):
         output: Tensor = model(
             batch["tokens"], batch["position_ids"], batch.get("attention_mask"), **kwargs

@@ -23,6 +23,7 @@ from nemo_minitron.data.datasets import stage_dataset
 from nemo_minitron.importance.estimate import estimate_scores, forward_passes
 from nemo_minitron.importance.resume import SavedState
 from nemo_minitron.models.build import DTYPES
+from nemo_minitron.models.documents import check_shared
 from nemo_minitron.models.weights import load_frozen
 from nemo_minitron.pruning.plan import Plan, full_plan, make_plan, pruned_config
 from nemo_minitron.pruning.rounds import ROUNDS, compose
@@ -90,7 +91,8 @@ def calibrate(
         save_every: samples between two saves of the state.
     """
     config = ModelConfig.load(folder)
-    dataset = stage_dataset(data, config, folder, output_dir)
+    dataset = stage_dataset(data, config, folder, output_dir, filled=True)
+    check_shared(dataset, data, config, parallel)
     groups = ParallelGroups.current()
     # CPUs have no fast path for half precision.
     dtype = DTYPES[config.dtype] if torch.cuda.is_available() else torch.float32

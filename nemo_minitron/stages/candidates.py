@@ -23,6 +23,7 @@ from nemo_minitron.evaluation.lm_loss import evaluate_lm
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.models.build import HiddenGPTModel
 from nemo_minitron.models.distill import DistillationGPTModel
+from nemo_minitron.models.documents import check_shared
 from nemo_minitron.models.prune_live import prune_live
 from nemo_minitron.models.training import fit
 from nemo_minitron.models.weights import load_frozen
@@ -51,6 +52,7 @@ def score_candidates(cfg: SearchConfig, config: ModelConfig, work: Path) -> list
     source = Path(cfg.checkpoint) / "checkpoint"
     scores = None if cfg.importance is None else Scores.load(Path(cfg.importance))
     dataset = stage_dataset(cfg.data, config, source, cfg.output_dir)
+    check_shared(dataset, cfg.data, config, cfg.parallel)
     shapes = candidates(config, cfg.search)
     plans = {one.name: make_plan(config, pruning_of(cfg, config, one), scores) for one in shapes}
     records = []

@@ -110,6 +110,7 @@ def run(cfg: EvaluateConfig) -> None:
 def _evaluate(cfg: EvaluateConfig, model: ModelConfig) -> dict[str, Any]:
     from nemo_minitron.data.datasets import stage_dataset
     from nemo_minitron.evaluation.lm_loss import evaluate_lm
+    from nemo_minitron.models.documents import check_shared
     from nemo_minitron.models.weights import load_frozen
     from nemo_minitron.runtime.groups import ParallelGroups
 
@@ -118,6 +119,7 @@ def _evaluate(cfg: EvaluateConfig, model: ModelConfig) -> dict[str, Any]:
     dataset = None
     if cfg.data.given:
         dataset = stage_dataset(cfg.data, model, folder, cfg.output_dir)
+        check_shared(dataset, cfg.data, model, cfg.parallel)
     chunks = load_frozen(folder, cfg.parallel, groups, megatron=cfg.megatron)
     metrics: dict[str, Any] = {}
     if dataset is not None:

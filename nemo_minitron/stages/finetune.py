@@ -18,6 +18,7 @@ from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import FinetuneConfig
 from nemo_minitron.config.training_stages import TrainingStageConfig
 from nemo_minitron.data.checks import check_batches, check_data
+from nemo_minitron.data.sft import check_packing
 from nemo_minitron.runtime.ranks import launched_world_size, rank
 from nemo_minitron.stages.settings import (
     check_training_settings,
@@ -85,6 +86,7 @@ def check_training(
         tokenizer_dir=Path(getattr(cfg, key)) / "checkpoint" / "tokenizer",
         max_seq_length=min(lengths, default=None),
     )
+    check_packing(cfg.data, model, *others)
 
 
 def sections(cfg: TrainingStageConfig, model: ModelConfig) -> dict[str, Any]:
@@ -96,10 +98,13 @@ def sections(cfg: TrainingStageConfig, model: ModelConfig) -> dict[str, Any]:
 def datasets(cfg: TrainingStageConfig, model: ModelConfig, folder: Path) -> tuple[Any, ...]:
     """Training and validation samples (the latter None without validation)."""
     from nemo_minitron.data.datasets import training_datasets
+    from nemo_minitron.models.documents import check_shared
 
-    return training_datasets(
+    found = training_datasets(
         cfg.data, cfg.trainer, model, folder, cfg.output_dir, splits(cfg.trainer)
     )
+    check_shared(found[0], cfg.data, model, cfg.parallel)
+    return found
 
 
 def train(

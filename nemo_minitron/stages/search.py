@@ -19,6 +19,7 @@ from nemo_minitron.config.layout import check_layout
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import SearchConfig
 from nemo_minitron.data.checks import check_batches, check_data
+from nemo_minitron.data.sft import check_packing
 from nemo_minitron.pruning.scores import read_meta
 from nemo_minitron.pruning.targets import check_importance, check_result
 from nemo_minitron.runtime.ranks import launched_world_size, rank
@@ -76,6 +77,7 @@ def _check_data(cfg: SearchConfig, config: ModelConfig, folder: Path) -> None:
         "max_seq_length": config.max_seq_length,
     }
     check_data(cfg.data, **keys)
+    check_packing(cfg.data, config)
     if not cfg.search.distill.steps:
         return
     if cfg.data.split_name == "train":

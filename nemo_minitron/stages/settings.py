@@ -20,6 +20,7 @@ from nemo_minitron.config.stages import ImportanceConfig, PruneConfig, StageConf
 from nemo_minitron.config.training import DataConfig, TrainerConfig
 from nemo_minitron.config.training_stages import TeacherPassConfig, TrainingStageConfig
 from nemo_minitron.data.checks import check_batches, check_data
+from nemo_minitron.data.sft import check_packing
 from nemo_minitron.distillation.logit_index import FOLDER, INDEX, PARTS
 from nemo_minitron.pruning.scores import META_FILE
 from nemo_minitron.runtime.ranks import launched_world_size, rank
@@ -136,6 +137,7 @@ def check_forward(
         tokenizer_dir=Path(cfg.checkpoint) / "checkpoint" / "tokenizer",
         max_seq_length=model.max_seq_length,
     )
+    check_packing(data, model, padded=isinstance(cfg, EvaluateConfig))
 
 
 def check_settings(

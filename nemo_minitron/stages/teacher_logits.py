@@ -11,6 +11,7 @@ from nemo_minitron.config.layout import check_layout
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import TeacherLogitsConfig
 from nemo_minitron.data.checks import check_data, check_sequence
+from nemo_minitron.data.sft import check_packing
 from nemo_minitron.distillation.logit_index import FOLDER, PARTS, LogitIndex, data_keys
 from nemo_minitron.runtime.ranks import launched_world_size, rank
 from nemo_minitron.stages.settings import check_settings, on_ranks, opened_inputs, splits
@@ -43,6 +44,7 @@ def check(cfg: TeacherLogitsConfig) -> None:
             tokenizer_dir=folder / "tokenizer",
             max_seq_length=model.max_seq_length,
         )
+        check_packing(cfg.data, model)
 
 
 def run(cfg: TeacherLogitsConfig) -> None:
@@ -59,6 +61,7 @@ def run(cfg: TeacherLogitsConfig) -> None:
 
 def _store(cfg: TeacherLogitsConfig, folder: Path) -> dict[str, Any]:
     from nemo_minitron.data.datasets import training_datasets
+    from nemo_minitron.models.documents import check_shared
     from nemo_minitron.models.teacher_logits import read_part
     from nemo_minitron.runtime.console import progress
     from nemo_minitron.runtime.stop import StopOnRequest
@@ -68,6 +71,7 @@ def _store(cfg: TeacherLogitsConfig, folder: Path) -> dict[str, Any]:
     datasets = training_datasets(
         cfg.data, cfg.trainer, model, source, cfg.output_dir, splits(cfg.trainer)
     )
+    check_shared(datasets[0], cfg.data, model, cfg.parallel)
     parts = {name: d for name, d in zip(PARTS, datasets, strict=True) if d is not None}
     samples = sum(map(len, parts.values()))
     writer = _writer(cfg, model, source, folder)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_minitron.data.datasets import NpyDataset
+from nemo_minitron.data.npy import NpyDataset
 from nemo_minitron.data.sampler import GlobalBatchSampler, build_dataloader
 from tests.helpers.data_fixtures import data_config
 

@@ -1,0 +1,43 @@
+"""Samples that are there as rows of token ids."""
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from nemo_minitron.data.blend import Sample
+
+
+class NpyDataset(Dataset[Sample]):
+    """Rows of token ids, taken as they are: sample ``i`` is row ``i % rows``.
+
+    The label of a position is the next token of the row; the last position has none, so its loss
+    mask is 0.
+    """
+
+    def __init__(self, ids: np.ndarray, size: int) -> None:
+        """Wrap an array.
+
+        Args:
+            ids: integers ``[rows, seq_length]``, possibly memory-mapped.
+            size: samples.
+        """
+        self.ids = ids
+        self.size = size
+
+    def __len__(self) -> int:
+        """Samples."""
+        return self.size
+
+    def __getitem__(self, index: int | None) -> Sample:
+        """Return sample ``index``, or for None a filler whose loss mask is all 0."""
+        tokens = torch.from_numpy(self.ids[(index or 0) % len(self.ids)].astype(np.int64))
+        labels = torch.zeros_like(tokens)
+        labels[:-1] = tokens[1:]
+        loss_mask = torch.full(tokens.shape, 0.0 if index is None else 1.0)
+        loss_mask[-1] = 0.0
+        return {
+            "tokens": tokens,
+            "labels": labels,
+            "loss_mask": loss_mask,
+            "position_ids": torch.arange(len(tokens)),
+        }
