@@ -238,10 +238,12 @@ def _run(stage: str, config: StageConfig) -> None:
     if ranks.started_by_us():
         die_with_parent()
     ranks.adopt_slurm()
+    own = getattr(config, "teacher_parallel", None)
+    ranks.set_teacher_ranks(own.own_ranks if own else 0)
     launched = ranks.launched_world_size()
     ranks.check_nodes(getattr(getattr(config, "trainer", None), "num_nodes", None))
     parallel = getattr(config, "parallel", None)
-    world = parallel.world_size(launched) if parallel else 1
+    world = parallel.world_size(launched) + ranks.teacher_ranks() if parallel else 1
     module = stage_module(stage)
     if not ranks.started_by_us() and parallel:
         versions.check_megatron()

@@ -2,7 +2,10 @@
 
 import math
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from nemo_minitron.config.base import ADDED
 
 
 @dataclass(kw_only=True)
@@ -139,8 +142,22 @@ class ParallelConfig:
 
 @dataclass(kw_only=True)
 class TeacherParallelConfig:
-    """How a teacher's layers are split over the pipeline; its degrees are those of the student."""
+    """Where the teacher runs: on the ranks of the student, or on ranks of its own.
 
+    On the student's ranks it has the student's degrees, and may split its layers otherwise. On its
+    own it may have any degrees, but sequences are not split (no context parallelism).
+    """
+
+    own_ranks: int = field(default=0, metadata=ADDED)
+    """Ranks that run the teacher alone, the last ones of the job; 0 runs it on the student's."""
+    tensor_model_parallel_size: int | None = field(default=None, metadata=ADDED)
+    """As in ``parallel``, for ``own_ranks``; null is the student's."""
+    pipeline_model_parallel_size: int | None = field(default=None, metadata=ADDED)
+    """As in ``parallel``, for ``own_ranks``; null is the student's."""
+    expert_model_parallel_size: int | None = field(default=None, metadata=ADDED)
+    """As in ``parallel``, for ``own_ranks``; null is the student's."""
+    sequence_parallel: bool | None = field(default=None, metadata=ADDED)
+    """As in ``parallel``, for ``own_ranks``; null is the student's where tensors are split."""
     num_layers_in_first_pipeline_stage: int | None = None
     """As in ``parallel``."""
     num_layers_in_last_pipeline_stage: int | None = None
@@ -148,16 +165,60 @@ class TeacherParallelConfig:
     pipeline_model_parallel_layout: str | None = None
     """As in ``parallel``."""
 
+    def __post_init__(self) -> None:
+        """Check what can be checked without knowing the student's layout."""
+        if self.own_ranks < 0:
+            raise ValueError(f"teacher_parallel.own_ranks={self.own_ranks} must not be negative")
+        for name in (*_DEGREES, "sequence_parallel"):
+            if getattr(self, name) is not None and not self.own_ranks:
+                raise ValueError(
+                    f"teacher_parallel.{name}={getattr(self, name)} needs ranks for the teacher "
+                    "alone: set teacher_parallel.own_ranks, or leave it out (on the student's "
+                    "ranks the teacher has the degrees of parallel.*)"
+                )
+
     def of(self, student: ParallelConfig) -> ParallelConfig:
-        """Layout of the teacher on the ranks of the student.
+        """Layout of the teacher beside a student of this layout.
 
         Raises:
-            ValueError: the split does not fit the degrees.
+            ValueError: the split does not fit the degrees, or the degrees not ``own_ranks``.
         """
+        split = {name: getattr(self, name) for name in _SPLITS}
         try:
-            return replace(student, **asdict(self))
+            return self._own(student, split) if self.own_ranks else replace(student, **split)
         except ValueError as error:
-            raise ValueError(f"teacher_parallel: {error}") from error
+            named = re.sub(r"\bparallel\.", "teacher_parallel.", str(error))
+            raise ValueError(f"teacher_parallel: {named}") from error
+
+    def _own(self, student: ParallelConfig, split: dict[str, Any]) -> ParallelConfig:
+        degrees = {name: getattr(self, name) or getattr(student, name) for name in _DEGREES}
+        split_tensors = degrees["tensor_model_parallel_size"] > 1
+        sequence = self.sequence_parallel
+        if sequence is None:
+            sequence = student.sequence_parallel and split_tensors
+        layout = ParallelConfig(**degrees, sequence_parallel=sequence, **split)
+        replicas, rest = divmod(self.own_ranks, layout.model_parallel_size)
+        if rest:
+            raise ValueError(
+                f"parallel.own_ranks={self.own_ranks} must be a multiple of tensor x pipeline "
+                f"ranks, {layout.tensor_model_parallel_size} x "
+                f"{layout.pipeline_model_parallel_size}"
+            )
+        layout = replace(layout, data_parallel_size=replicas)
+        layout.world_size()
+        return layout
+
+
+_DEGREES = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+)
+_SPLITS = (
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "pipeline_model_parallel_layout",
+)
 
 
 # As Megatron unrolls them (PipelineParallelLayerLayout): first (..)*n, then x*n.

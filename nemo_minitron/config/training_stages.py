@@ -103,7 +103,7 @@ class DistillConfig(TrainingStageConfig):
                 f"{given} is set"
             )
         if self.teacher is not None:
-            return
+            return self._check_own_ranks()
         if self.teacher_parallel != TeacherParallelConfig():
             raise ValueError("teacher_parallel.* is for a teacher that is built; leave it out here")
         if self.distillation.loss not in TOP_K_LOSSES:
@@ -121,6 +121,31 @@ class DistillConfig(TrainingStageConfig):
             raise ValueError(
                 "distillation.offload_teacher=true is for a teacher that is built; leave it out "
                 "with teacher_logits"
+            )
+
+    def _check_own_ranks(self) -> None:
+        """Only final hidden states travel from a teacher on ranks of its own."""
+        own = self.teacher_parallel.own_ranks
+        if not own:
+            return
+        if self.distillation.intermediate.losses:
+            raise ValueError(
+                f"distillation.intermediate.losses={self.distillation.intermediate.losses} compare "
+                f"inner states, which a teacher on teacher_parallel.own_ranks={own} does not send; "
+                "set it to [], or teacher_parallel.own_ranks=0"
+            )
+        if self.distillation.offload_teacher:
+            raise ValueError(
+                "distillation.offload_teacher=true makes room on ranks that train, where a teacher "
+                f"on teacher_parallel.own_ranks={own} is not; leave it out"
+            )
+        replicas = self.teacher_parallel.of(self.parallel).data_parallel_size or 1
+        count = self.data.global_batch_size // self.data.micro_batch_size
+        if count % replicas:
+            raise ValueError(
+                f"teacher_parallel.own_ranks={own} make {replicas} replicas of the teacher, which "
+                f"must divide the {count} micro-batches of data.global_batch_size="
+                f"{self.data.global_batch_size}; change one of them"
             )
 
 

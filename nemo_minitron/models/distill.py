@@ -16,6 +16,7 @@ from nemo_minitron.models.gpt import MinitronGPTModel
 from nemo_minitron.models.intermediate import START_AGAIN, IntermediateLosses
 from nemo_minitron.models.objective import AlphaSchedule, ResidentTeacher, StepSums, StoredOutputs
 from nemo_minitron.models.optim import MegatronOptimizerAdapter
+from nemo_minitron.models.remote_teacher import RemoteTeacher, Sides
 from nemo_minitron.models.schedule import Batch
 from nemo_minitron.models.settings import frozen_settings
 from nemo_minitron.models.teacher import Teacher
@@ -155,3 +156,24 @@ class OfflineDistillationGPTModel(MinitronGPTModel):
         super().__init__(cfg=cfg, trainer=trainer)
         self.distillation = read_section(DistillationConfig, cfg.distillation)
         self.objective = StoredOutputs(cfg.stored_temperature)
+
+
+class RemoteDistillationGPTModel(MinitronGPTModel):
+    """A student whose teacher runs on ranks of its own; both sides connect when it is built.
+
+    More config entries are those of ``DistillationGPTModel``.
+    """
+
+    def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
+        super().__init__(cfg=cfg, trainer=trainer)
+        self.distillation = read_section(DistillationConfig, cfg.distillation)
+        self.teacher_gpt = read_section(ModelConfig, cfg.teacher)
+        teacher = read_section(TeacherParallelConfig, cfg.teacher_parallel).of(self.parallel)
+        sides = Sides(self.groups.dp.size(), self.groups.cp.size(), teacher.data_parallel_size or 1)
+        self.remote = RemoteTeacher(sides, self.groups, self.teacher_gpt)
+        self.objective = self.remote
+
+    def load_teacher(self, folder: Path) -> None:
+        """Read the teacher's output layer, all of the teacher that these ranks hold."""
+        rows = self.shard.rows if self.groups.is_last_stage else 0
+        self.remote.load_output(folder, rows, self.dtype_)

@@ -19,7 +19,12 @@ import nemo_minitron
 from nemo_minitron import usage
 from nemo_minitron.config import load
 from nemo_minitron.config.pipeline import ClusterConfig
-from nemo_minitron.config.stages import STAGE_CONFIGS, PipelineConfig, StageConfig
+from nemo_minitron.config.stages import (
+    STAGE_CONFIGS,
+    DistillConfig,
+    PipelineConfig,
+    StageConfig,
+)
 
 REPORT_FLAGS = ("--gpus-per-node=0", "--cpus-per-task=4")
 
@@ -139,13 +144,14 @@ def _resources(config: StageConfig, cluster: ClusterConfig) -> tuple[str, ...]:
         ValueError: the ranks do not spread evenly over whole nodes.
     """
     values: Any = config
+    teachers = config.teacher_parallel.own_ranks if isinstance(config, DistillConfig) else 0
     data = getattr(config, "data", None)
     if not hasattr(config, "parallel") or (data is not None and not data.given):
         return ()
     nodes = getattr(getattr(config, "trainer", None), "num_nodes", None) or cluster.slurm.nodes
     per_node = cluster.ranks_per_node
     if nodes is None:
-        world = values.parallel.world_size()
+        world = values.parallel.world_size() + teachers
         nodes = math.ceil(world / per_node)
         if world % nodes:
             raise ValueError(
@@ -154,7 +160,7 @@ def _resources(config: StageConfig, cluster: ClusterConfig) -> tuple[str, ...]:
                 "trainer.num_nodes or cluster.slurm.nodes"
             )
         per_node = world // nodes
-    values.parallel.world_size(nodes * per_node)
+    values.parallel.world_size(nodes * per_node - teachers)
     gpus = per_node if cluster.gpus_per_node else 0
     per = (f"--ntasks-per-node={per_node}", f"--gpus-per-node={gpus}")
     return (f"--nodes={nodes}", f"--ntasks={nodes * per_node}", *per)

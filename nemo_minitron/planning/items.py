@@ -127,6 +127,13 @@ def check_job(job: Job) -> None:
     if isinstance(job.cfg, TrainingStageConfig):
         check_recompute(job.trainer, job.model, job.parallel)
     if job.teacher is not None and isinstance(job.cfg, DistillConfig):
+        own = job.cfg.teacher_parallel.own_ranks
+        if own:
+            raise ValueError(
+                f"teacher_parallel.own_ranks={own} is not planned for: plan counts a teacher on "
+                "the student's ranks alone; set teacher_parallel.own_ranks=0 for an upper bound of "
+                "their memory"
+            )
         check_layout(job.teacher, job.cfg.teacher_parallel.of(job.parallel))
 
 

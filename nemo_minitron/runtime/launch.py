@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from nemo_minitron.runtime import cpu, peers
+from nemo_minitron.runtime import cpu, peers, worlds
 from nemo_minitron.runtime.atomic import atomic_file
 from nemo_minitron.runtime.extensions import before_megatron
-from nemo_minitron.runtime.ranks import launched_world_size, rank, store_address
+from nemo_minitron.runtime.ranks import launched_ranks, rank, store_address
 
 if TYPE_CHECKING:
     from nemo_minitron.config.parallel import ParallelConfig
@@ -48,19 +48,17 @@ def init_process_group(timeout_minutes: int = 30) -> None:
         torch.cuda.set_device(device())
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     timeout = timedelta(minutes=timeout_minutes)
-    if launched_world_size() is None:
+    if launched_ranks() is None:
         dist.init_process_group(
             backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
         )
     else:
         address = store_address()
         if address is None:
-            dist.init_process_group(backend, timeout=timeout)
+            store, *_ = next(dist.rendezvous("env://", timeout=timeout))
         else:
-            store, size = _store(address, timeout), launched_world_size() or 1
-            dist.init_process_group(
-                backend, store=store, rank=rank(), world_size=size, timeout=timeout
-            )
+            store = _store(address, timeout)
+        worlds.join(store, rank(), launched_ranks() or 1, backend, timeout)
         peers.introduce()
 
 

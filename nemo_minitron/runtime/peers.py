@@ -11,6 +11,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from nemo_minitron.runtime import ranks
+
 _SAME_START = 2.0  # seconds by which two readings of one process's start may differ (clock steps)
 
 
@@ -19,6 +21,7 @@ class _Known:
     """Process (host, id, start) of every rank, and where they leave notes for each other."""
 
     rank: int = 0
+    first: int = 0  # rank, in the whole job, of the first process of this world
     processes: tuple[tuple[str, int, float], ...] = ()
     store: Any = None
 
@@ -36,6 +39,7 @@ def introduce() -> None:
     found = [me] * size
     dist.all_gather_object(found, me)
     _known.rank, _known.processes = dist.get_rank(), tuple(found)
+    _known.first = ranks.rank() - dist.get_rank()
     _known.store = dist.distributed_c10d._get_default_store()
 
 
@@ -62,7 +66,7 @@ def _gone() -> int | None:
     host = socket.gethostname()
     for number, (where, process, started) in enumerate(_known.processes):
         if where == host and not is_running(process, started) and not _left(number):
-            return number
+            return _known.first + number
     return None
 
 

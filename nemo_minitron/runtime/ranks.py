@@ -28,6 +28,7 @@ _VERDICT_FILE = "MINITRON_VERDICT_FILE"
 """Where a process that another minitron started says why it failed. The first rank to fail does."""
 _STORE = "MINITRON_STORE"
 """File that says where ranks started by ``start_ranks`` meet."""
+_teacher_ranks = 0
 _LAUNCHER_KEYS = (
     "RANK",
     "LOCAL_RANK",
@@ -44,8 +45,41 @@ def rank() -> int:
 
 
 def launched_world_size() -> int | None:
-    """Ranks a launcher started; None when this process was started alone."""
+    """Ranks a launcher started, those of the teacher aside; None when started alone."""
+    total = launched_ranks()
+    return None if total is None else total - _teacher_ranks
+
+
+def launched_ranks() -> int | None:
+    """All ranks a launcher started; None when this process was started alone."""
     return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
+
+
+def set_teacher_ranks(count: int) -> None:
+    """Say how many of the last ranks run the teacher alone.
+
+    Raises:
+        ValueError: the launcher started too few ranks.
+    """
+    global _teacher_ranks
+    total = launched_ranks()
+    if count and total is not None and count >= total:
+        raise ValueError(
+            f"teacher_parallel.own_ranks={count} leaves none of the {total} ranks that the "
+            "launcher started to the student; start more, or make it smaller"
+        )
+    _teacher_ranks = count
+
+
+def teacher_ranks() -> int:
+    """How many of the last ranks run the teacher alone."""
+    return _teacher_ranks
+
+
+def runs_teacher_alone() -> bool:
+    """Whether this process is one of them."""
+    total = launched_ranks()
+    return total is not None and rank() >= total - _teacher_ranks
 
 
 def check_nodes(wanted: int | None) -> None:

@@ -1,5 +1,6 @@
 """``minitron distill``: the pruned model learns from the original one."""
 
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import DistillConfig
 from nemo_minitron.distillation.layer_map import check_intermediate
 from nemo_minitron.distillation.logit_index import FOLDER, PARTS, LogitIndex, check_stored
+from nemo_minitron.runtime.ranks import launched_world_size, runs_teacher_alone
 from nemo_minitron.stages.finetune import check_training, datasets, sections, train
 from nemo_minitron.stages.settings import check_settings, opened_inputs
 
@@ -69,26 +71,61 @@ def model_config(cfg: DistillConfig, student: ModelConfig) -> dict[str, Any]:
 
 def run(cfg: DistillConfig) -> None:
     """Train and write the result; a killed run goes on from its last checkpoint."""
+    if runs_teacher_alone():
+        return _serve(cfg)
+    with ExitStack() as after:
 
-    def build(student: ModelConfig, folder: Path) -> tuple[Any, tuple[Any, ...]]:
-        config, samples = model_config(cfg, student), datasets(cfg, student, folder)
-        if cfg.teacher is None:
-            return _with_stored_teacher(cfg, config, samples)
-        return _with_teacher(Path(cfg.teacher) / "checkpoint", config), samples
+        def build(student: ModelConfig, folder: Path) -> tuple[Any, tuple[Any, ...]]:
+            config, samples = model_config(cfg, student), datasets(cfg, student, folder)
+            if cfg.teacher is None:
+                return _with_stored_teacher(cfg, config, samples)
+            return _with_teacher(Path(cfg.teacher) / "checkpoint", config, after), samples
 
-    train(cfg, "distill", "student", build)
+        train(cfg, "distill", "student", build)
 
 
-def _with_teacher(teacher_dir: Path, config: dict[str, Any]) -> Any:
-    """The model with a teacher on the same ranks."""
+def _with_teacher(teacher_dir: Path, config: dict[str, Any], after: ExitStack) -> Any:
+    """The model with a teacher on the same ranks, or connected to one on others.
+
+    Args:
+        teacher_dir: ``checkpoint/`` of the teacher.
+        config: of the model, but for the sizes of the teacher.
+        after: what to do when training is over, whatever the reason.
+    """
     from omegaconf import OmegaConf
 
-    from nemo_minitron.models.distill import DistillationGPTModel
+    from nemo_minitron.models.distill import DistillationGPTModel, RemoteDistillationGPTModel
 
     teacher = asdict(ModelConfig.load(teacher_dir))
-    model = DistillationGPTModel(OmegaConf.create({**config, "teacher": teacher}))
+    own_ranks = config["teacher_parallel"]["own_ranks"]
+    model: DistillationGPTModel | RemoteDistillationGPTModel
+    if own_ranks:
+        model = RemoteDistillationGPTModel(OmegaConf.create({**config, "teacher": teacher}))
+        after.callback(model.remote.close, own_ranks)
+    else:
+        model = DistillationGPTModel(OmegaConf.create({**config, "teacher": teacher}))
     model.load_teacher(teacher_dir)
     return model
+
+
+def _serve(cfg: DistillConfig) -> None:
+    """Run the teacher for the ranks that train; this rank belongs to it alone."""
+    from nemo_minitron.models.build import PRECISION_DTYPES
+    from nemo_minitron.models.remote_teacher import Sides
+    from nemo_minitron.models.serve_teacher import TeacherServer
+    from nemo_minitron.models.weights import load_frozen
+    from nemo_minitron.runtime.groups import ParallelGroups
+    from nemo_minitron.runtime.launch import distributed
+
+    layout, student = cfg.teacher_parallel.of(cfg.parallel), cfg.parallel
+    replicas = student.world_size(launched_world_size()) // student.model_parallel_size
+    with distributed(layout, cfg.trainer.seed):
+        groups = ParallelGroups.current()
+        sides = Sides(replicas, student.context_parallel_size, groups.dp.size())
+        dtype = PRECISION_DTYPES[cfg.trainer.precision]
+        folder = Path(str(cfg.teacher)) / "checkpoint"
+        chunks = load_frozen(folder, layout, groups, dtype=dtype, megatron=cfg.megatron)
+        TeacherServer(chunks, groups, sides).serve()
 
 
 def _with_stored_teacher(

@@ -126,11 +126,13 @@ def kd_gradients_of_kinds(
             model.distillation = DistillationConfig(**{"chunk_size": 7, **over})
         zero_gradients(model)
         found.append(list(on_host(model.forward_backward(mine))))
-        _save_gradients(model, Path(out), student[0])
+        save_gradients(model, Path(out), student[0])
     return found
 
 
-def _save_gradients(model: Any, folder: Path, config: ModelConfig) -> None:
+def save_gradients(model: Any, folder: Path, config: ModelConfig) -> None:
+    """Write the gradients of the model as a checkpoint (collective)."""
+
     from nemo_minitron.models.weights import save_weights
 
     if torch.distributed.get_rank() == 0:
