@@ -7,7 +7,7 @@ from nemo_minitron.config.distillation import DistillationConfig
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.training import DataConfig
-from tests.cases.kd import _save_gradients, loaded, model_cfg, wrap, zero_gradients
+from tests.cases.kd import loaded, model_cfg, save_gradients, wrap, zero_gradients
 
 SEQ, BATCH = 128, 4
 
@@ -47,7 +47,7 @@ def gradients(
         zero_gradients(model)
         sums = model.forward_backward([on_this_cp_rank(batch, model.groups) for batch in mine])
         found[out] = list(on_host(sums))
-        _save_gradients(model, Path(out), student[0])
+        save_gradients(model, Path(out), student[0])
     return found
 
 
