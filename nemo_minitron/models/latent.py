@@ -107,6 +107,26 @@ class LatentAttention(MLASelfAttention):
         self.kv_layernorm = norm(config=config, hidden_size=latent, eps=_EPSILON)
         self.linear_kv_up_proj = self._up(latent, heads * (config.qk_head_dim + config.v_head_dim))
 
+    def get_query_key_value_tensors(
+        self,
+        hidden_states: Tensor,
+        key_value_states: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        packed_seq_params: Any = None,
+        **more: Any,
+    ) -> tuple[Any, ...]:
+        """As Megatron's, which takes all packed samples for those of Transformer Engine.
+
+        Where documents share samples in the ordinary layout, their mask parts them. Positions count
+        from the beginning of the sample: scores depend on distances alone.
+        """
+        if packed_seq_params is not None and packed_seq_params.qkv_format == "sbhd":
+            packed_seq_params = None
+        out: tuple[Any, ...] = super().get_query_key_value_tensors(
+            hidden_states, key_value_states, position_ids, packed_seq_params, **more
+        )
+        return out
+
     def _up(self, inputs: int, outputs: int) -> ColumnParallelLinear:
         """A projection whose rows are those of heads."""
         return ColumnParallelLinear(

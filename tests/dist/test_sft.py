@@ -12,7 +12,7 @@ from tests.cases.kd import read_gradients
 from tests.cases.sft import gradients
 from tests.dist.test_distillation import _hf_model
 from tests.helpers.sft_fixtures import chat_tokenizer, conversations, loaded, write_records
-from tests.helpers.tiny import GEMMA3, LLAMA, write_weights
+from tests.helpers.tiny import DEEPSEEK_V3, GEMMA3, GPT2, LLAMA, write_weights
 
 TEACHER = replace(LLAMA, num_layers=4, hidden_size=48)
 STUDENT = replace(LLAMA, hidden_size=32, ffn_hidden_size=48)
@@ -116,9 +116,9 @@ def test_each_record_alone_and_larger_micro_batches(llama, layout):
     llama.check(*llama.run(layout, micro_batch_size=2))
 
 
-@pytest.mark.parametrize("layout", ["single", "cp2"])
-def test_windows_and_two_rotations(ranks, tmp_path, layout):
-    """Gemma 3: a window that is longer than some records, and a base of its own for it."""
-    student = replace(GEMMA3, hidden_size=32, ffn_hidden_size=48)
-    case = Case(ranks, tmp_path, student, GEMMA3)
-    case.check(*case.run(layout, micro_batch_size=2))
+@pytest.mark.parametrize("model", [GEMMA3, DEEPSEEK_V3, GPT2], ids=lambda model: model.family)
+def test_other_attention(ranks, tmp_path, model):
+    """Windows longer than some records, two rotations; latents; positions that are learnt."""
+    case = Case(ranks, tmp_path, replace(model, ffn_hidden_size=48), model)
+    case.check(*case.run("cp2"))
+    case.check(*case.run("single", micro_batch_size=2))
