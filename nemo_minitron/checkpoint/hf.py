@@ -25,11 +25,13 @@ from nemo_minitron.checkpoint.hf_refusals import (
 )
 from nemo_minitron.checkpoint.inside import inside, refuse_links_out
 from nemo_minitron.checkpoint.lazy import LazyTensor, Store, from_runs, main_dtype
+from nemo_minitron.checkpoint.mxfp4 import MXFP4, dequantised_experts, is_mxfp4
 from nemo_minitron.checkpoint.safetensors_file import (
     stored_tensor,
     value_places,
     write_safetensors,
 )
+from nemo_minitron.checkpoint.stacked import stacked, unstacked
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.documents import JsonObject, read_json_object
 from nemo_minitron.families.dims import DIMS
@@ -131,8 +133,8 @@ def open_hf(folder: Path) -> tuple[JsonObject, Store]:
         folder: holds config.json and safetensors files.
 
     Returns:
-        config.json (of the dequantised model, where weights are FP8 with scales of blocks), and the
-        store under Hugging Face names, rows in Hugging Face order.
+        config.json (of the dequantised model, where weights are FP8 or MXFP4 with scales of
+        blocks), and the store under Hugging Face names, rows in Hugging Face order.
 
     Raises:
         ValueError: a file is missing, damaged, or disagrees with the index; a tensor is of a dtype
@@ -144,17 +146,19 @@ def open_hf(folder: Path) -> tuple[JsonObject, Store]:
     refuse_links_out(folder)
     refuse_pointer(folder / CONFIG_JSON)
     config = read_json_object(folder / CONFIG_JSON)
-    block = fp8_block(config)
-    if block is not None:
+    block, packed = fp8_block(config), is_mxfp4(config)
+    if block is not None or packed:
         config = {key: value for key, value in config.items() if key != QUANTISED}
     refuse_quantised(folder / CONFIG_JSON, config)
     family_of_hf(config)
     store: Store = {}
-    dtypes = DTYPES if block is None else DTYPES | FP8
+    dtypes = DTYPES | ({} if block is None else FP8) | (MXFP4 if packed else {})
     for file, names in _shard_names(folder).items():
         store.update(_open_shard(inside(folder, file), names, dtypes))
     if block is not None:
         store = dequantised(store, block)
+    if packed:
+        store = dequantised_experts(store)
     if not store:
         raise ValueError(f"{folder}: the .safetensors files hold no tensor; download them again")
     return config, store
@@ -219,7 +223,7 @@ def to_megatron(family: Family, config: ModelConfig, hf_store: Store) -> Store:
     Raises:
         ValueError: see ``check_hf``.
     """
-    hf_store = _prefixed(family, config, hf_store)
+    hf_store = _prefixed(family, config, unstacked(family, hf_store))
     check_hf(family, config, hf_store)
     return {
         name: _fused(row, config, hf_store, hf_names(row, layer))
@@ -246,7 +250,7 @@ def to_hf(family: Family, config: ModelConfig, store: Store) -> Store:
         dim = DIMS[row.dims[0]]
         for number, part in enumerate(names):
             result[part] = from_runs([whole], rows_of_part(dim, config, number))
-    return result
+    return stacked(result)
 
 
 def split_shards(store: Store, max_shard_size: str) -> StateDictSplit:

@@ -100,6 +100,9 @@ _OF_SPECS = (
 )
 
 
+_OF_QUICK_GEGLU = ("activation_func_clamp_value", "glu_linear_offset")
+
+
 def _hybrid_args(config: ModelConfig) -> JsonObject:
     return {
         "is_hybrid_model": True,
@@ -141,6 +144,10 @@ def megatron_lm_args(config: ModelConfig) -> Namespace:
     used |= {name: value for name in _OF_SPECS if (value := getattr(config, name))}
     if config.gated_linear_unit and config.activation == "gelu_tanh":
         used["geglu"] = True
+    if config.gated_linear_unit and config.activation == "quick_gelu":
+        used |= {name: getattr(config, name) for name in _OF_QUICK_GEGLU} | {"quick_geglu": True}
+    if "softmax_type" in family_of(config).megatron:
+        used["softmax_type"] = family_of(config).megatron["softmax_type"]
     if scaling.get("rope_type") == "linear":
         used["rotary_seq_len_interpolation_factor"] = scaling["factor"]
     if config.hybrid_layer_pattern is not None:

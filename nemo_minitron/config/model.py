@@ -49,7 +49,11 @@ class ModelConfig:
     """Norms multiply by 1 + weight."""
     gated_linear_unit: bool = True
     activation: str = "silu"
-    """``silu``, ``gelu``, ``gelu_tanh`` or ``squared_relu``."""
+    """``silu``, ``gelu``, ``gelu_tanh``, ``quick_gelu`` or ``squared_relu``."""
+    activation_func_clamp_value: float | None = field(default=None, metadata=OPTIONAL)
+    """What the gate never exceeds, and what is multiplied by it neither above nor below 0."""
+    glu_linear_offset: float = field(default=0.0, metadata=OPTIONAL)
+    """Added to what is multiplied by the gate."""
     add_bias_linear: bool = False
     add_qkv_bias: bool = False
     qk_layernorm: bool = False

@@ -79,7 +79,29 @@ def _pack_transposed_qkv(config: ModelConfig, tensor: Tensor) -> Tensor:
     return _transpose(config, _pack_qkv(config, tensor))
 
 
+def _apart(_: ModelConfig, packed: Tensor) -> Tensor:
+    """Rows of gate and up by turns [2f, ...] -> those of the gate, then those of up."""
+    return torch.cat([packed[::2], packed[1::2]])
+
+
+def _by_turns(_: ModelConfig, tensor: Tensor) -> Tensor:
+    """Inverse of ``_apart``."""
+    return torch.stack(tensor.chunk(2), dim=1).flatten(0, 1)
+
+
+def _apart_transposed(config: ModelConfig, packed: Tensor) -> Tensor:
+    """[h, 2f] -> [2f, h]."""
+    return _apart(config, packed.t())
+
+
+def _by_turns_transposed(config: ModelConfig, tensor: Tensor) -> Tensor:
+    """Inverse of ``_apart_transposed``."""
+    return _transpose(config, _by_turns(config, tensor))
+
+
 HF_FORMS: dict[str, HfForm] = {
+    "gate_up_by_turns": HfForm(_apart, _by_turns),
+    "gate_up_by_turns_transposed": HfForm(_apart_transposed, _by_turns_transposed, transposed=True),
     "packed_qkv": HfForm(_interleave_qkv, _pack_qkv),
     "transposed": HfForm(_transpose, _transpose, transposed=True),
     "packed_qkv_transposed": HfForm(

@@ -171,7 +171,6 @@ def to_hf(architecture: str, config: ModelConfig) -> dict[str, Any]:
         ValueError: transformers' config class does not take the sizes.
     """
     _check_sizes(config)
-    layers = config.window_size or [0] * config.num_layers
     scale = (config.multipliers or {}).get("attention", config.kv_channels**-0.5)
     said = {
         **llama.to_hf(config),
@@ -181,7 +180,7 @@ def to_hf(architecture: str, config: ModelConfig) -> dict[str, Any]:
         "hidden_activation": _GELU,
         "query_pre_attn_scalar": round(scale**-2),
         "sliding_window": windows.width_of(config),
-        "layer_types": [_SLIDING if window else _FULL for window in layers],
+        "layer_types": windows.layer_types(config),
         **{key: getattr(config, key) for key in sorted(_CAPS)},
     }
     if config.rotary_base_local is not None:

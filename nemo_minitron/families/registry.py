@@ -9,6 +9,7 @@ from nemo_minitron.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from nemo_minitron.families.gemma import GEMMA2, GEMMA3
 from nemo_minitron.families.glm4_moe import GLM4_MOE
 from nemo_minitron.families.gpt2 import GPT2
+from nemo_minitron.families.gpt_oss import GPT_OSS
 from nemo_minitron.families.granite import GRANITE
 from nemo_minitron.families.llama import LLAMA
 from nemo_minitron.families.mixtral import MIXTRAL
@@ -42,6 +43,7 @@ _ALL = (
     DEEPSEEK_V2,
     DEEPSEEK_V3,
     GLM4_MOE,
+    GPT_OSS,
 )
 FAMILIES: dict[str, Family] = with_added("families", {family.name: family for family in _ALL})
 

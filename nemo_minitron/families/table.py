@@ -33,7 +33,8 @@ class Row:
             ``{expert}`` for the 0-based global index of an expert.
         dims: what each tensor dim holds, keys of ``families.dims.DIMS``.
         tp_dim: dim that tensor parallelism splits, None when replicated.
-        hf: Hugging Face names; several are fused into one Megatron tensor along dim 0.
+        hf: Hugging Face names; several are fused into one Megatron tensor along dim 0. A name that
+            ends with ``[{expert}]`` is one expert's part of a tensor that holds those of all.
         hf_form: how the one Hugging Face tensor differs from Megatron's, a key of
             ``families.fuse.HF_FORMS``, or None if it is stored as it is.
         te_name: name under the Transformer Engine spec, and in checkpoints, where it differs.

@@ -81,6 +81,12 @@ def width_of(config: ModelConfig) -> int | None:
     return max(config.window_size or [0]) or None
 
 
+def layer_types(config: ModelConfig) -> list[str]:
+    """``layer_types`` of a config.json."""
+    layers = config.window_size or [0] * config.num_layers
+    return [_SLIDING if window else _FULL for window in layers]
+
+
 def written(config: ModelConfig) -> dict[str, Any]:
     """What config.json says of windows where layers may differ.
 
@@ -92,7 +98,7 @@ def written(config: ModelConfig) -> dict[str, Any]:
     if width is not None:
         said["max_window_layers"] = windows.index(width)
     if width is not None or config.hf.get("layer_types"):
-        said["layer_types"] = [_SLIDING if window else _FULL for window in windows]
+        said["layer_types"] = layer_types(config)
     return said
 
 

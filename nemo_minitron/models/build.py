@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from megatron.core.activations import squared_relu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -26,6 +24,7 @@ from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.rope import latent_fields, yarn_fields
 from nemo_minitron.families.table import Family
 from nemo_minitron.families.windows import megatron_fields
+from nemo_minitron.models.activations import activation_fields
 from nemo_minitron.models.attention import capped
 from nemo_minitron.models.documents import SharedSamples, rotary_of_positions
 from nemo_minitron.models.hidden import HiddenModel
@@ -38,12 +37,6 @@ from nemo_minitron.runtime.megatron import HAVE_HYBRID
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRECISION_DTYPES = {"32": torch.float32, "bf16-mixed": torch.bfloat16}
 """Of the weights in memory, by ``precision``."""
-_ACTIVATIONS = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "squared_relu": squared_relu,
-}
 _NOT_MEGATRONS = (
     "multipliers",
     "apply_embedding_scaling",
@@ -102,8 +95,7 @@ def transformer_config(
         normalization=config.normalization,
         layernorm_epsilon=config.layernorm_epsilon,
         layernorm_zero_centered_gamma=config.layernorm_zero_centered_gamma,
-        gated_linear_unit=config.gated_linear_unit,
-        activation_func=_ACTIVATIONS[config.activation],
+        **activation_fields(config),
         num_moe_experts=config.num_moe_experts,
         moe_layer_freq=config.moe_layer_freq or 1,
         moe_ffn_hidden_size=config.moe_ffn_hidden_size,
@@ -114,7 +106,8 @@ def transformer_config(
         # Distillation follows the teacher's logits, the router included: no balancing loss.
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
-        add_bias_linear=config.add_bias_linear,
+        # With experts Megatron-Core refuses it beside tensor parallelism (models.gpt_oss_spec).
+        add_bias_linear=config.add_bias_linear and config.num_moe_experts is None,
         add_qkv_bias=config.add_qkv_bias,
         # Megatron sums the gradients of norms of queries over the ranks that share out heads. In
         # multi-latent attention that norm is of a latent, which every rank holds whole.
@@ -145,6 +138,7 @@ def transformer_config(
         masked_softmax_fusion=False,
         **{**defaults, **given, **family.megatron},
     )
+    mcore.add_bias_linear = config.add_bias_linear
     for name, value in yarn_fields(config.rope_scaling).items():
         setattr(mcore, name, value)  # no fields; Megatron's attention looks for the attributes
     for name in _NOT_MEGATRONS:

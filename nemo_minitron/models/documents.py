@@ -16,6 +16,7 @@ from torch import Tensor
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.training import DataConfig
+from nemo_minitron.families.registry import family_of
 from nemo_minitron.models.attention import causal_mask, gathered_positions
 from nemo_minitron.models.spec import HAVE_TE
 
@@ -119,6 +120,7 @@ def check_shared(
             model.attn_logit_softcapping is not None
         ),
         "multi-latent attention": model.multi_latent,
+        "attention sinks": "softmax_type" in family_of(model).megatron,
     }
     for what, found in problems.items():
         if found:

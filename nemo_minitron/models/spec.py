@@ -144,16 +144,14 @@ def _te_spec(config: TransformerConfig, vp_stage: int | None, pp_rank: int) -> A
     return spec
 
 
-def block_spec(config: TransformerConfig, vp_stage: int | None, pp_rank: int) -> Any:
-    """Spec of this stage's transformer block.
+def local_block(config: TransformerConfig, vp_stage: int | None, pp_rank: int) -> Any:
+    """Spec of this stage's transformer block of local modules, whatever is installed.
 
     Args:
         config: Megatron configuration (global sizes).
         vp_stage: virtual pipeline stage, None without interleaving.
         pp_rank: pipeline rank.
     """
-    if HAVE_TE:
-        return _te_spec(config, vp_stage, pp_rank)
     count = get_num_layers_to_build(config, vp_stage, pp_rank)
     first = get_transformer_layer_offset(config, vp_stage, pp_rank)
     return TransformerBlockSubmodules(
@@ -163,3 +161,15 @@ def block_spec(config: TransformerConfig, vp_stage: int | None, pp_rank: int) ->
         ],
         layer_norm=LocalNorm,
     )
+
+
+def block_spec(config: TransformerConfig, vp_stage: int | None, pp_rank: int) -> Any:
+    """Spec of this stage's transformer block.
+
+    Args:
+        config: Megatron configuration (global sizes).
+        vp_stage: virtual pipeline stage, None without interleaving.
+        pp_rank: pipeline rank.
+    """
+    make = _te_spec if HAVE_TE else local_block
+    return make(config, vp_stage, pp_rank)

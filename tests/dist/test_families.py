@@ -142,6 +142,20 @@ QWEN3_MOE_DIMS = {
     r"[qk]_norm\.weight": (None,),
     r"mlp\.gate\.weight": ("expert", "hidden"),
 }
+# Of experts: all in one tensor, as (input, output), gate and up by turns.
+GPT_OSS_DIMS = {
+    **LLAMA_DIMS,
+    r"q_proj\.bias": ("q",),
+    r"[kv]_proj\.bias": ("kv",),
+    r"o_proj\.bias": ("hidden",),
+    r"sinks": ("head",),
+    r"router\.weight": ("expert", "hidden"),
+    r"router\.bias": ("expert",),
+    r"gate_up_proj\[\]": ("hidden", "gate_up_by_turns"),
+    r"gate_up_proj_bias\[\]": ("gate_up_by_turns",),
+    r"experts\.down_proj\[\]": ("ffn", "hidden"),
+    r"down_proj_bias\[\]": ("hidden",),
+}
 # Multi-latent attention: rotated channels are in neither of the sizes that are called head dim.
 LATENT = {
     "q_lora_rank": 24,
@@ -451,6 +465,16 @@ CASES = {
          "several": {**EXPERTS["several"], "moe_shared_expert_intermediate_size": 32}},
         sequence_parallel=True,
     ),
+    "gpt_oss": Case(
+        "GptOss",
+        {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5,
+         "swiglu_limit": 0.5, "rope_parameters": {
+             "rope_type": "yarn", "rope_theta": 1.5e5, "factor": 4.0, "truncate": False,
+             "original_max_position_embeddings": 16}},
+        GPT_OSS_DIMS,
+        EXPERTS,
+        sequence_parallel=True,
+    ),
     "nemotron_h": Case(
         "NemotronH",
         {"vocab_size": 101, "hybrid_override_pattern": "ME*-M-ME", "hidden_size": 48,
@@ -689,11 +713,15 @@ def kept_indices(kind: str, plan: Plan, layer: int, expert: int | None, case: Ca
         queries, keys = (case.fields[f"num_{x}_heads"] for x in ("attention", "key_value"))
         k, v = queries * HEAD_DIM, (queries + keys) * HEAD_DIM
         return rows(heads) + rows(groups, k) + rows(groups, v)
+    if kind == "head":
+        return heads
     if kind == "expert":
         return plan["expert"][layer]
     if kind == "shared_ffn":
         return plan["shared_expert_ffn"][layer]
     ffn = plan["ffn"][layer] if expert is None else plan["expert_ffn"][layer][expert]
+    if kind == "gate_up_by_turns":
+        return rows(ffn, each=2)
     if kind == "packed_gate_up":
         return ffn + [case.fields["intermediate_size"] + i for i in ffn]
     assert kind == "ffn"
@@ -722,24 +750,36 @@ def kept_of_mamba(kind: str, plan: Plan, layer: int, case: Case) -> list[int]:
     ]
 
 
+def each_expert(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same with ``name[i]`` for each expert where one tensor holds those of all."""
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if re.search(r"experts\.\w+$", name):
+            found |= {f"{name}[{index}]": part for index, part in enumerate(tensor)}
+        else:
+            found[name] = tensor
+    return found
+
+
 def test_pruned_exports_are_slices(models: Models) -> None:
     """Of the Hugging Face tensors, along every axis and several together."""
-    whole = load_file(models.home / "hf" / "model.safetensors")
+    whole = each_expert(load_file(models.home / "hf" / "model.safetensors"))
     for target in models.case.targets:
         plan = Plan.load(models.home / target)
-        exported = load_file(models.home / f"{target}_hf" / "model.safetensors")
+        exported = each_expert(load_file(models.home / f"{target}_hf" / "model.safetensors"))
         assert exported
         for name, got in exported.items():
             old, layer, expert = name, 0, None
             if found := re.search(r"(layers|h)\.(\d+)\.", name):
                 layer = int(found[2])
                 old = name.replace(found[0], f"{found[1]}.{plan.layers[layer]}.", 1)
-            if found := re.search(r"experts\.(\d+)\.", name):
-                expert = int(found[1])
+            if found := re.search(r"(experts\.|\[)(\d+)([.\]])", name):
+                expert = int(found[2])
                 kept = plan["expert"][layer][expert]
-                old = old.replace(found[0], f"experts.{kept}.")
-            want = whole[old]
-            dims = next(d for end, d in models.case.dims.items() if re.search(rf"\b({end})$", name))
+                old = old.replace(found[0], f"{found[1]}{kept}{found[3]}")
+            want, whose = whole[old], re.sub(r"\[\d+\]", "[]", name)
+            ends = models.case.dims.items()
+            dims = next(dims for end, dims in ends if re.search(rf"\b({end})$", whose))
             for dim, kind in enumerate(dims):
                 if kind is not None:
                     kept = kept_indices(kind, plan, layer, expert, models.case)

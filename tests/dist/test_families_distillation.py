@@ -26,8 +26,10 @@ from tests.helpers.tiny import (
     GEMMA2,
     GEMMA3,
     GPT2,
+    GPT_OSS,
     GRANITE,
     LLAMA,
+    MIXTRAL,
     NEMOTRON,
     OLMO2,
     QWEN3,
@@ -44,10 +46,13 @@ STUDENTS = {
     "gemma3": replace(GEMMA3, num_layers=2, window_size=[6, 0]),
     "nemotron": replace(NEMOTRON, num_layers=2),
     "gpt2": replace(GPT2, num_layers=2),
+    "gpt_oss": GPT_OSS.resized({}, [0, 1]),
     "deepseek_v3": replace(DEEPSEEK_V3, num_layers=2),
     "deepseek_v2": replace(DEEPSEEK_V2, num_layers=2),
     "deepseek_experts": DEEPSEEK_EXPERTS.resized({}, [0, 1]),
 }
+# Only experts can be shared out among ranks.
+TEACHERS = {"gpt_oss": replace(MIXTRAL, num_layers=2, hidden_size=48)}
 TP2, TP2_SP = layout(tp=2), layout(tp=2, sp=True)
 RUNS = {
     "qwen3": {"tp2": TP2, "tp2_sp": TP2_SP},
@@ -58,6 +63,12 @@ RUNS = {
     "gemma3": {"tp2_sp": TP2_SP, "pp2": layout(pp=2)},
     "nemotron": {"tp2_sp": TP2_SP},
     "gpt2": {"tp2_sp": TP2_SP, "pp2": layout(pp=2), "cp2": layout(cp=2)},
+    "gpt_oss": {
+        "tp2_sp": TP2_SP,
+        "pp2": layout(pp=2),
+        "cp2": layout(cp=2),
+        "ep2": layout(dp=2, ep=2),
+    },
     "deepseek_v3": {"tp2": TP2, "tp2_sp": TP2_SP, "pp2": layout(pp=2), "cp2": layout(cp=2)},
     "deepseek_v2": {"tp2": TP2, "tp2_sp": TP2_SP},
     "deepseek_experts": {"tp2_sp": TP2_SP, "pp2": layout(pp=2)},
@@ -67,7 +78,8 @@ RUNS = {
 def gradients(
     ranks: WorkerPool, home: Path, student: ModelConfig, parallel: ParallelConfig, name: str
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    pair = (student, str(home / "student")), (TEACHER, str(home / "teacher"))
+    teacher = TEACHERS.get(student.family, TEACHER)
+    pair = (student, str(home / "student")), (teacher, str(home / "teacher"))
     out = home / name
     sums = ranks.run(parallel.world_size(), kd_gradients, *pair, parallel, str(out), {})
     assert all(s == sums[0] for s in sums), "ranks disagree about the loss"
@@ -81,7 +93,7 @@ def test_gradients_do_not_depend_on_the_layout(
 ) -> None:
     student = STUDENTS[family]
     write_weights(tmp_path / "student", student, seed=1)
-    write_weights(tmp_path / "teacher", TEACHER, seed=2)
+    write_weights(tmp_path / "teacher", TEACHERS.get(student.family, TEACHER), seed=2)
     want_sums, want = gradients(ranks, tmp_path, student, layout(), "alone")
     for name, parallel in RUNS[family].items():
         sums, got = gradients(ranks, tmp_path, student, parallel, name)

@@ -158,6 +158,17 @@ GLM4_MOE = replace(
     moe_router_group_topk=2,
 )
 
+GPT_OSS = replace(
+    MIXTRAL,
+    family="gpt_oss",
+    activation="quick_gelu",
+    activation_func_clamp_value=0.5,
+    glu_linear_offset=1.0,
+    add_bias_linear=True,
+    add_qkv_bias=True,
+    window_size=[6, 0, 6, 0],
+)
+
 GPT2 = replace(
     LLAMA,
     family="gpt2",

@@ -25,6 +25,7 @@ from tests.helpers.tiny import (
     GEMMA3,
     GLM4_MOE,
     GPT2,
+    GPT_OSS,
     GRANITE,
     LLAMA,
     MIXTRAL,
@@ -55,6 +56,8 @@ FIELDS: dict[str, tuple[ModelConfig, Any]] = {
     "layernorm_zero_centered_gamma": (NEMOTRON, False),
     "gated_linear_unit": (LLAMA, False),
     "activation": (NEMOTRON, "gelu"),
+    "activation_func_clamp_value": (GPT_OSS, None),
+    "glu_linear_offset": (GPT_OSS, 0.0),
     "add_bias_linear": (GPT2, False),
     "add_qkv_bias": (QWEN2, False),
     "qk_layernorm": (QWEN3, False),
@@ -226,7 +229,7 @@ def test_dense_layers_of_megatron_are_a_list() -> None:
             read(wrong)
 
 
-@pytest.mark.parametrize("model", [OLMO2, LLAMA, GLM4_MOE], ids=["olmo2", "llama", "glm4_moe"])
+@pytest.mark.parametrize("model", [OLMO2, LLAMA, GLM4_MOE, GPT_OSS], ids=lambda m: m.family)
 def test_modules_of_a_family_are_named_and_read(model: ModelConfig) -> None:
     """All else that the arguments say of the first two is the same."""
     stated = of_args(vars(megatron_lm_args(model)), "here")

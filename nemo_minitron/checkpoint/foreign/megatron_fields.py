@@ -37,9 +37,7 @@ _ONLY: dict[str, tuple[_Allowed, str]] = {
     "qk_l2_norm": (_one_of(None, False), "false"),
     "attention_output_gate": (_one_of(None, False), "false"),
     "experimental_attention_variant": (_one_of(None), "null"),
-    "softmax_type": (_one_of(None, "vanilla"), "vanilla"),
-    "activation_func_clamp_value": (_one_of(None), "null"),
-    "glu_linear_offset": (_one_of(None, 0), "0"),
+    "softmax_type": (_one_of(None, "vanilla", "learnable"), "vanilla or learnable"),
     "mtp_num_layers": (_one_of(None, 0), "null"),
     "heterogeneous_block_specs": (_one_of(None, False), "false"),
     "is_hybrid_model": (_one_of(None, False), "false"),
@@ -62,6 +60,7 @@ _ACTIVATIONS = {
     "openai_gelu": "gelu_tanh",
     "gelu_impl": "gelu_tanh",
     "fast_gelu": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
     "squared_relu": "squared_relu",
 }
 
@@ -218,6 +217,8 @@ def model_fields(stated: Stated, vocab_size: int) -> JsonObject:
         "layernorm_zero_centered_gamma": bool(stated.get("layernorm_zero_centered_gamma", False)),
         "gated_linear_unit": bool(stated.need("gated_linear_unit")),
         "activation": _activation(stated),
+        "activation_func_clamp_value": stated.get("activation_func_clamp_value", None),
+        "glu_linear_offset": float(stated.get("glu_linear_offset", 0)),
         "add_bias_linear": bias,
         # Megatron-Core gives linear_qkv a bias for either.
         "add_qkv_bias": bias or bool(stated.get("add_qkv_bias", False)),
@@ -244,14 +245,18 @@ def _with_the_spec(stated: Stated) -> list[Family]:
     if stated_pattern(stated) is not None:
         hybrids = (family for family in FAMILIES.values() if "is_hybrid_model" in family.megatron)
         return list(hybrids)
-    latent = stated_latent(stated)
+    said = {
+        "multi_latent_attention": stated_latent(stated),
+        "softmax_type": stated.get("softmax_type", "vanilla") == "learnable",
+    }
     families = [
         family
         for family in FAMILIES.values()
-        if ("multi_latent_attention" in family.megatron) == latent
+        if all((key in family.megatron) == has for key, has in said.items())
     ]
     own = [family for family in families if family.layer_spec == spec]
-    return own or [family for family in families if family.layer_spec == COMMON_SPEC]
+    # Modules of a family with sinks compute what Megatron's own do.
+    return own or [f for f in families if f.layer_spec == COMMON_SPEC] or families
 
 
 def match_family(stated: Stated, fields: JsonObject) -> tuple[Family, ModelConfig]:
