@@ -139,6 +139,11 @@ class DistillConfig(TrainingStageConfig):
                 "distillation.offload_teacher=true makes room on ranks that train, where a teacher "
                 f"on teacher_parallel.own_ranks={own} is not; leave it out"
             )
+        if self.data.records == "sft" and self.data.pack:
+            raise ValueError(
+                "data.pack=true lets records share samples, whose borders are not sent to a "
+                f"teacher on teacher_parallel.own_ranks={own}; set data.pack=false"
+            )
         replicas = self.teacher_parallel.of(self.parallel).data_parallel_size or 1
         count = self.data.global_batch_size // self.data.micro_batch_size
         if count % replicas:

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_minitron.config.distillation import DistillationConfig, IntermediateConfig
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig, TeacherParallelConfig
+from nemo_minitron.config.stages import DistillConfig
+from nemo_minitron.config.training import DataConfig
 from tests.cases.kd import batches, kd_gradients, model_cfg, read_gradients, save_gradients, wrap
 from tests.cases.kd import zero_gradients as zeroed
 from tests.helpers.tiny import LLAMA, MIXTRAL, write_weights
@@ -175,6 +178,37 @@ def test_ranks_that_do_not_add_up_are_refused(name):
     with pytest.raises(ValueError, match=said) as refusal:
         TeacherParallelConfig(**keys).of(ParallelConfig())
     assert "teacher_parallel" in str(refusal.value)
+
+
+NOT_SENT: dict[str, tuple[dict[str, Any], str]] = {
+    "inner states": (
+        {"distillation": DistillationConfig(intermediate=IntermediateConfig(losses=["embedding"]))},
+        "inner states",
+    ),
+    "a teacher in host memory": (
+        {"distillation": DistillationConfig(offload_teacher=True)},
+        "offload_teacher",
+    ),
+    "borders of records": (
+        {"data": DataConfig(path="-", records="sft", global_batch_size=4)},
+        "data.pack=false",
+    ),
+    "replicas": ({"data": DataConfig(path="-", global_batch_size=3)}, "must divide the 3"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_SENT)
+def test_what_is_not_sent_is_refused(name):
+    """Before any rank starts, with the key that helps."""
+    keys, said = NOT_SENT[name]
+    with pytest.raises(ValueError, match=said):
+        DistillConfig(
+            student="student",
+            teacher="teacher",
+            output_dir="out",
+            teacher_parallel=TeacherParallelConfig(own_ranks=2),
+            **keys,
+        )
 
 
 def test_keys_of_the_layout_survive_a_config():
