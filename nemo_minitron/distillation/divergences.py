@@ -15,7 +15,7 @@ from torch import Tensor
 from nemo_minitron.config.distillation import DistillationConfig
 from nemo_minitron.distillation.top_k import top_k, top_k_tail
 from nemo_minitron.distillation.vocab import VocabShard, all_reduce, softmax_
-from nemo_minitron.runtime.plugins import with_added
+from nemo_minitron.runtime.plugins import named
 
 LossFunction = Callable[
     [Tensor, Any, Tensor, DistillationConfig, VocabShard], tuple[Tensor, Tensor]
@@ -132,7 +132,4 @@ def loss_function(kind: str) -> LossFunction:
     Raises:
         ValueError: the package that adds it cannot be imported.
     """
-    known = with_added("losses", LOSSES)
-    if kind not in known:
-        raise ValueError(f"distillation.loss={kind} is not known; known: {', '.join(known)}")
-    return known[kind]
+    return named("losses", LOSSES, kind, "distillation.loss")

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nemo_minitron.runtime.plugins import with_added
+from nemo_minitron.runtime.plugins import named
 
 Criterion = Callable[[Tensor, nn.Module], Tensor]
 """``(values, linear) -> scores`` of the channels that a linear layer reads, ``[w]`` each.
@@ -88,10 +88,7 @@ def criterion(name: str) -> Criterion:
     Raises:
         ValueError: the package that adds it cannot be imported.
     """
-    known = with_added("criteria", CRITERIA)
-    if name not in known:
-        raise ValueError(f"scores.criterion={name} is not known; known: {', '.join(known)}")
-    return known[name]
+    return named("criteria", CRITERIA, name, "scores.criterion")
 
 
 class Accumulator:

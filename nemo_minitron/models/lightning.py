@@ -11,8 +11,8 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from megatron.core import dist_checkpointing
 
 from nemo_minitron.checkpoint.manifest import FileEntry
+from nemo_minitron.checkpoint.refuse_code import refuse_code
 from nemo_minitron.checkpoint.seals import read_seal
-from nemo_minitron.checkpoint.torch_dist_read import refuse_code
 from nemo_minitron.models.saving import Saver, hashes_by_rank, step_of
 from nemo_minitron.models.weights import plain_errors
 

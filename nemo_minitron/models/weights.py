@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from nemo_minitron.checkpoint.megatron_args import common_state, extra_states, name_on_disk
+from nemo_minitron.checkpoint.refuse_code import refuse_code
 from nemo_minitron.checkpoint.torch_dist import settle_metadata
-from nemo_minitron.checkpoint.torch_dist_read import refuse_code
 from nemo_minitron.config.megatron import ForwardMegatronConfig
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig

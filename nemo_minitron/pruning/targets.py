@@ -8,6 +8,7 @@ from nemo_minitron.config.axes import AXES, SETTINGS, axes_of, axis_size, has_ax
 from nemo_minitron.config.layers import kinds_of
 from nemo_minitron.config.stages import BLOCK_CRITERIA, PruningConfig
 from nemo_minitron.families.registry import FAMILIES
+from nemo_minitron.pruning.expert_targets import check_experts
 from nemo_minitron.pruning.scores import check_model, how_to_score, layer_scores
 
 if TYPE_CHECKING:
@@ -83,39 +84,6 @@ def _check_prunable(config: ModelConfig, sizes: dict[str, int]) -> None:
 
 def _keys(names: tuple[str, ...]) -> str:
     return " and ".join(f"pruning.target.{name}" for name in names)
-
-
-def _check_experts(config: ModelConfig, sizes: dict[str, int]) -> None:
-    experts, topk = sizes.get("num_moe_experts"), sizes.get("moe_router_topk")
-    if experts is None or topk is None:
-        return
-    if topk != config.moe_router_topk and not 1 <= topk <= experts:
-        raise ValueError(
-            f"pruning.target.moe_router_topk={topk} must be between 1 and {experts}, the experts "
-            "that are left (pruning.target.num_moe_experts)"
-        )
-    if experts < topk:
-        raise ValueError(
-            f"pruning.target.num_moe_experts={experts} is fewer than moe_router_topk={topk}, the "
-            f"experts that each token is routed to; keep at least {topk}, or lower "
-            "pruning.target.moe_router_topk"
-        )
-    groups, picked = config.moe_router_num_groups or 1, config.moe_router_group_topk or 1
-    if experts % groups:
-        below, above = experts // groups * groups, -(-experts // groups) * groups
-        raise ValueError(
-            f"pruning.target.num_moe_experts={experts} must be a multiple of moe_router_num_groups="
-            f"{groups}, as every group of experts keeps as many; set it to "
-            f"{f'{below} or ' if below else ''}{above}"
-        )
-    if groups > 1 and experts // groups * picked < topk:
-        least = -(-topk // picked) * groups
-        raise ValueError(
-            f"pruning.target.num_moe_experts={experts} leaves {experts // groups} experts in each "
-            f"of moe_router_num_groups={groups}, but each token is routed to moe_router_topk={topk}"
-            f" of moe_router_group_topk={picked} groups; keep at least {least}, or lower "
-            "pruning.target.moe_router_topk"
-        )
 
 
 def _nearest(value: int, valid: list[int]) -> str:
@@ -268,7 +236,7 @@ def check_pruning(config: ModelConfig, pruning: PruningConfig) -> None:
     sizes = target_sizes(config, pruning)
     _check_prunable(config, sizes)
     _check_heads(config, sizes)
-    _check_experts(config, sizes)
+    check_experts(config, sizes)
     _check_drop_layers(config, pruning)
     _check_merge(config, pruning, sizes)
     _check_criterion(config, pruning, sizes)

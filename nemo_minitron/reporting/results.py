@@ -1,7 +1,5 @@
 """What the stages of a pipeline left on disk, read for the report, without torch."""
 
-import re
-import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +13,7 @@ from nemo_minitron.config import load
 from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.config.stages import PipelineConfig
 from nemo_minitron.documents import read_json_object, read_yaml, yaml_value
+from nemo_minitron.reporting.shell import shell_line
 
 Item = Mapping[str, Any]  # a stage of a pipeline, or a row of its table, as in the config
 _ROW_KEYS = {"label", "evaluate", "gap"}
@@ -193,7 +192,7 @@ def _pipeline_command() -> str:
     if not HydraConfig.initialized():
         return ""
     words = HydraConfig.get().overrides.task
-    return _shell(["minitron", "pipeline", *map(str, words), *load.config_flags()])
+    return shell_line(["minitron", "pipeline", *map(str, words), *load.config_flags()])
 
 
 def _leaks(stages: list[StageResult]) -> list[str]:
@@ -256,29 +255,12 @@ def _read_stage(output_dir: Path, item: Item) -> StageResult:
         name=item["name"],
         stage=item["stage"],
         folder=folder,
-        command=_shell(["minitron", item["stage"], *words]),
+        command=shell_line(["minitron", item["stage"], *words]),
         config=config.read_text() if config.is_file() else "",
         metrics=_read_json(folder / "metrics.json"),
         versions=manifest.get("versions", {}),
         created=manifest.get("created", ""),
     )
-
-
-def _shell(words: list[str]) -> str:
-    """A command line for people: as few quotes as Hydra and the shell need."""
-    return " ".join(_quote(_bare(word)) for word in words)
-
-
-def _bare(word: str) -> str:
-    """``key='value'`` without the quotes where Hydra reads a plain word as a string anyway."""
-    match = re.fullmatch(r"([\w.]+)='([A-Za-z/._][\w./@+-]*)'", word)
-    return word if match is None else load.override(match[1], match[2])
-
-
-def _quote(word: str) -> str:
-    if "'" in word and not set(word) & set('"$`\\!'):
-        return f'"{word}"'
-    return shlex.quote(word)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

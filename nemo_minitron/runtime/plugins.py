@@ -53,6 +53,24 @@ def with_added(kind: str, own: Mapping[str, Added]) -> dict[str, Added]:
     return table
 
 
+def named(kind: str, own: Mapping[str, Added], name: str, key: str) -> Added:
+    """What a config key names, of this package or of another.
+
+    Args:
+        kind: as in ``KINDS``.
+        own: table of this package.
+        name: value of the key.
+        key: the key, for the message.
+
+    Raises:
+        ValueError: nothing has the name, or the package that adds it cannot be imported.
+    """
+    known = with_added(kind, own)
+    if name not in known:
+        raise ValueError(f"{key}={name} is not known; known: {', '.join(known)}")
+    return known[name]
+
+
 def _warn(text: str) -> None:
     if rank() == 0:
         log.warning("%s", text)
