@@ -219,7 +219,7 @@ def open_model(
     dtype = dtype or (config.dtype if torch.cuda.is_available() else "float32")
     degrees = initialised_degrees()
     layout = parallel or ParallelConfig(**degrees)  # type: ignore[arg-type]  # only one may be None
-    chunks = load_frozen(checkpoint, layout, groups, dtype=DTYPES[dtype])
+    chunks = load_frozen(checkpoint, layout, groups, dtype=DTYPES[dtype], prediction=True)
     for chunk in chunks:
         chunk.return_hidden = False
     return list(chunks)

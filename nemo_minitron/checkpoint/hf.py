@@ -36,6 +36,7 @@ from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.documents import JsonObject, read_json_object
 from nemo_minitron.families.dims import DIMS
 from nemo_minitron.families.fuse import HF_FORMS, hf_shapes, rows_of_part
+from nemo_minitron.families.prediction import copies
 from nemo_minitron.families.registry import family_of_hf, read_config
 from nemo_minitron.families.table import Family, Row
 
@@ -240,7 +241,7 @@ def _reformed(row: Row, config: ModelConfig, whole: LazyTensor) -> LazyTensor:
 
 
 def to_hf(family: Family, config: ModelConfig, store: Store) -> Store:
-    """Inverse of ``to_megatron``; tied models get no output embedding."""
+    """Inverse of ``to_megatron``; tied models get no output embedding, other copies are written."""
     result: Store = {}
     for name, row, layer in family.parameters(config):
         whole, names = store[name], hf_names(row, layer)
@@ -250,7 +251,8 @@ def to_hf(family: Family, config: ModelConfig, store: Store) -> Store:
         dim = DIMS[row.dims[0]]
         for number, part in enumerate(names):
             result[part] = from_runs([whole], rows_of_part(dim, config, number))
-    return stacked(result)
+    found = stacked(result)
+    return found | {copy: found[original] for copy, original in copies(config).items()}
 
 
 def split_shards(store: Store, max_shard_size: str) -> StateDictSplit:

@@ -7,6 +7,7 @@ import torch
 from nemo_minitron.checkpoint.lazy import LazyTensor, Store, main_dtype, row_blocks
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.fuse import hf_shapes
+from nemo_minitron.families.prediction import copies, differs, lacking
 from nemo_minitron.families.table import Family, Row
 
 _EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -49,8 +50,8 @@ def check_hf(family: Family, config: ModelConfig, store: Store) -> None:
 
     Raises:
         ValueError: a tensor is missing, unexpected, not of the shape that the config asks for, or
-            of another dtype than the tensors around it, or tied embeddings differ; names file,
-            tensor and what was expected.
+            of another dtype than the tensors around it, or tied embeddings or copies differ; names
+            file, tensor and what was expected.
     """
     expected = expected_tensors(family, config)
     _check_names(family, config, store, set(expected))
@@ -62,6 +63,7 @@ def check_hf(family: Family, config: ModelConfig, store: Store) -> None:
             )
     _check_dtypes(family, config, store)
     _check_tied(family, config, store)
+    _check_copies(config, store)
 
 
 def _at(store: Store, name: str) -> str:
@@ -75,16 +77,17 @@ def _check_names(family: Family, config: ModelConfig, store: Store, expected: se
     if missing:
         _refuse_wrapped(family, missing, store)
         tied = " (tied models set tie_word_embeddings=true)" if "lm_head.weight" in missing else ""
+        why = lacking(config, missing) or _other_depth(family, config, store)
         raise ValueError(
             f"{len(missing)} tensors that config.json asks for are missing: {missing[:5]}{tied}"
-            f"{_other_depth(family, config, store)}"
+            f"{why}"
         )
     # Tied models may hold a copy of the embedding under the name an untied one would use.
-    copies = _tied_copies(family, config)
+    copied = _tied_copies(family, config) | {*copies(config)}
     extra = [
         name
         for name in store
-        if name not in expected and name not in copies and not name.endswith(DERIVED)
+        if name not in expected and name not in copied and not name.endswith(DERIVED)
     ]
     if extra:
         extra.sort()
@@ -116,6 +119,13 @@ def _check_tied(family: Family, config: ModelConfig, store: Store) -> None:
                 "(tie_word_embeddings=true, or its default); set tie_word_embeddings to false in a "
                 "copy of config.json, or take the tensor out of the file if it is a stale one"
             )
+
+
+def _check_copies(config: ModelConfig, store: Store) -> None:
+    """Refuse layers for multi-token prediction with embeddings of their own."""
+    for copy, original in copies(config).items():
+        if copy in store and not _equal(store[original], store[copy]):
+            raise ValueError(differs(_at(store, copy), original))
 
 
 def _equal(one: LazyTensor, other: LazyTensor) -> bool:

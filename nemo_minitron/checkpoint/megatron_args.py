@@ -135,6 +135,8 @@ def megatron_lm_args(config: ModelConfig) -> Namespace:
     used: JsonObject = {} if spec == COMMON_SPEC else {"spec": spec.split(":")}
     if config.no_rope_freq is not None:
         used["no_rope_freq"] = config.no_rope_freq
+    if config.mtp_num_layers is not None:
+        used["mtp_num_layers"] = config.mtp_num_layers
     if config.moe_layer_freq is not None:
         used["moe_layer_freq"] = config.moe_layer_freq
     scaling, yarn = config.rope_scaling or {}, yarn_fields(config.rope_scaling)
@@ -208,7 +210,9 @@ Place = tuple[str, tuple[int, ...], tuple[int, ...]]
 """Key, and where in a grid of what shape the object lies: a layer, or a layer and an expert."""
 
 # Modules of Transformer Engine that have a state. GPTModel takes its output layer's away itself.
-_WITH_STATE = re.compile(r"linear_\w+|\w*layernorm|core_attention|in_proj|out_proj|final_norm")
+_WITH_STATE = re.compile(
+    r"linear_\w+|\w*layernorm|core_attention|in_proj|out_proj|final_norm|eh_proj|enorm|hnorm"
+)
 _QKV, _ATTENTION = ".self_attention.linear_qkv", ".self_attention.core_attention"
 
 

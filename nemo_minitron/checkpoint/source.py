@@ -27,7 +27,7 @@ from nemo_minitron.checkpoint.tokenizer import (
 from nemo_minitron.checkpoint.tokenizer_read import keep_as_read
 from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.documents import read_json_object
-from nemo_minitron.families.registry import MTP_LAYERS
+from nemo_minitron.families.prediction import MTP_LAYERS
 from nemo_minitron.families.table import Family
 
 

@@ -30,6 +30,7 @@ from nemo_minitron.families.dims import DIMS
 from nemo_minitron.families.table import Family, Row
 
 FORMAT_JSON = "metadata.json"
+_WEIGHTS = ("embedding.", "decoder.", "output_layer.", "mtp.")
 METADATA = ".metadata"
 
 
@@ -229,7 +230,7 @@ def _wanted(
 
 def _refuse_unknown(used: set[str], checkpoint: Checkpoint, prefix: str) -> None:
     """Optimizer state and other bookkeeping may lie beside the weights; unknown weights may not."""
-    weights = tuple(prefix + name for name in ("embedding.", "decoder.", "output_layer."))
+    weights = tuple(prefix + name for name in _WEIGHTS)
     for key in checkpoint.metadata.state_dict_metadata:
         if key.startswith(weights) and key not in used and checkpoint.tensor(key):
             raise ValueError(f"{checkpoint.where} holds {key}, which this model does not have")

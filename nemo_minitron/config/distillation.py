@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from nemo_minitron.config.base import NEUTRAL, check_words, one_of
+from nemo_minitron.config.base import ADDED, NEUTRAL, check_words, one_of
 from nemo_minitron.runtime.plugins import added
 
 DENSE_LOSSES = ("forward_kl", "reverse_kl", "js", "mse", "cosine")
@@ -117,6 +117,9 @@ class DistillationConfig:
     """Weight of the distillation loss on the logits."""
     ce_weight: float = 0.0
     """Weight of the language-model loss added to the distillation loss."""
+    mtp_weight: float = field(default=0.1, metadata=ADDED)
+    """Weight of the same losses on what the student's layer for multi-token prediction says, if it
+    has one, against the teacher's; against the labels alone where the teacher has none."""
     offload_teacher: bool = field(default=False, metadata=NEUTRAL)
     """Keep the teacher's weights, all but its output layer, in host memory between its passes."""
     intermediate: IntermediateConfig = field(default_factory=IntermediateConfig)
@@ -128,7 +131,7 @@ class DistillationConfig:
         self._check_kind_keys()
         if self.chunk_size < 1:
             raise ValueError(f"distillation.chunk_size={self.chunk_size} must be at least 1")
-        for name in ("kd_weight", "ce_weight"):
+        for name in ("kd_weight", "ce_weight", "mtp_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"distillation.{name}={getattr(self, name)} must not be negative")
         if self.kd_weight == self.ce_weight == 0:

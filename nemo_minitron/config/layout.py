@@ -192,3 +192,33 @@ def check_recompute(trainer: TrainerConfig, model: ModelConfig, parallel: Parall
             f"trainer.recompute_num_layers={layers} must divide the layers of every pipeline stage "
             f"(model chunk), here {sizes}; 1 always does"
         )
+
+
+def check_prediction(
+    model: ModelConfig, parallel: ParallelConfig, trainer: TrainerConfig | None = None
+) -> None:
+    """Refuse what a model that is built with layers for multi-token prediction cannot take.
+
+    Args:
+        model: with or without such layers.
+        parallel: its layout.
+        trainer: of a model that is trained.
+
+    Raises:
+        ValueError: names the key and what fits.
+    """
+    if model.mtp_num_layers is None:
+        return
+    if parallel.pipeline_model_parallel_layout is not None:
+        raise ValueError(
+            f"parallel.pipeline_model_parallel_layout={parallel.pipeline_model_parallel_layout} is "
+            f"not supported for a model with mtp_num_layers={model.mtp_num_layers}, whose layers "
+            "for multi-token prediction lie on the last stage; use parallel."
+            "num_layers_in_last_pipeline_stage to make that one smaller"
+        )
+    if trainer and trainer.recompute_method == "uniform" and trainer.recompute_num_layers != 1:
+        raise ValueError(
+            f"trainer.recompute_num_layers={trainer.recompute_num_layers} with recompute_method="
+            f"uniform is not supported for a model with mtp_num_layers={model.mtp_num_layers}, "
+            "whose layer for multi-token prediction Megatron-Core recomputes alone; set it to 1"
+        )

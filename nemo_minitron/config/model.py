@@ -127,6 +127,8 @@ class ModelConfig:
     """Channels of a query or key head that are not rotated there."""
     qk_pos_emb_head_dim: int | None = field(default=None, metadata=OPTIONAL)
     """Channels of a query head that are rotated there; all heads share those of the key."""
+    mtp_num_layers: int | None = field(default=None, metadata=OPTIONAL)
+    """Layers for multi-token prediction after the last layer, each like it inside; None without."""
     dtype: str = "float32"
     """Storage dtype of the weights: ``float32``, ``bfloat16`` or ``float16``."""
     kept_layers: list[int] = field(default_factory=list)
@@ -161,6 +163,7 @@ class ModelConfig:
                 "in layers that see everything"
             )
         self._check_latent()
+        self._check_prediction()
         if self.num_moe_experts is not None:
             self._check_experts(self.num_moe_experts)
             return
@@ -199,6 +202,15 @@ class ModelConfig:
                 f"num_query_groups={self.num_query_groups} must equal num_attention_heads="
                 f"{self.num_attention_heads} in multi-latent attention, where every head has a key "
                 "of its own; set both to the same number"
+            )
+
+    def _check_prediction(self) -> None:
+        hybrid = self.hybrid_layer_pattern is not None
+        tied = self.share_embeddings_and_output_weights
+        if self.mtp_num_layers is not None and (self.mtp_num_layers < 1 or hybrid or tied):
+            raise ValueError(
+                f"mtp_num_layers={self.mtp_num_layers} must be at least 1, in a GPT model whose "
+                "embeddings are not tied to the output layer; leave it out for a model without"
             )
 
     def _check_experts(self, experts: int) -> None:
@@ -262,6 +274,10 @@ class ModelConfig:
         # Up to that length nothing is scaled; beyond, the scaling would change with every token.
         dynamic = (self.rope_scaling or {}).get("rope_type") == "dynamic"
         return self.max_position_embeddings if learned or dynamic else None
+
+    def without_prediction(self) -> "ModelConfig":
+        """The model without layers for multi-token prediction, as far as the next token needs."""
+        return replace(self, mtp_num_layers=None)
 
     def resized(
         self, sizes: Mapping[str, int], layers: Sequence[int] | None = None

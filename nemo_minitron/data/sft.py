@@ -83,6 +83,11 @@ def check_packing(data: DataConfig, *models: ModelConfig, padded: bool = True) -
             "data.pack=true is not supported for hybrid models: the state of a Mamba layer would "
             "go on from one record to the next; set data.pack=false"
         )
+    if data.pack and any(model.mtp_num_layers for model in models):
+        raise ValueError(
+            "data.pack=true is not supported for training a model with a layer for multi-token "
+            "prediction: it would predict from one record into the next; set data.pack=false"
+        )
     if not data.pack and not padded:
         raise ValueError(
             f"data.pack=false pads every record of data.path={data.path}, and scores would count "

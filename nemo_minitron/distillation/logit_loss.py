@@ -34,6 +34,8 @@ class TeacherStates:
     """``[rows, H]`` local rows of the output layer, over the student's vocabulary."""
     cap: float | None = None
     """What no logit exceeds (``capped_``)."""
+    predicting: Tensor | None = None
+    """``[N, H]`` final state of its layer for multi-token prediction, if it has one."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,12 @@ from nemo_minitron.families.experts import (
     shared_experts,
     sigmoid_router,
 )
+from nemo_minitron.families.prediction import (
+    MTP_LAYERS,
+    REFUSED_LAYERS,
+    prediction_rows,
+    read_layers,
+)
 from nemo_minitron.families.table import Family
 
 
@@ -38,7 +44,7 @@ _EXPERT_KEYS = words(
     "ep_size seq_aux aux_loss_alpha"
 )
 _READS = latent.READS | _EXPERT_KEYS | {"first_k_dense_replace"}
-V3_READS = _READS | {"rope_interleave"}
+V3_READS = _READS | {"rope_interleave", MTP_LAYERS}
 # What transformers' configs take where config.json says nothing.
 _V2_DEFAULTS = {
     **latent.DEFAULTS,
@@ -158,7 +164,8 @@ def v3_from_hf(hf: dict[str, Any]) -> ModelConfig:
         ValueError: the config asks for something this table does not hold.
     """
     known = {**_V3_DEFAULTS, **hf}
-    return replace(_from_hf("deepseek_v3", V3_READS, known, _sigmoid_router), hf=dict(hf))
+    found = _from_hf("deepseek_v3", V3_READS, known, _sigmoid_router)
+    return replace(found, mtp_num_layers=read_layers(hf), hf=dict(hf))
 
 
 def v2_from_hf(hf: dict[str, Any]) -> ModelConfig:
@@ -224,7 +231,7 @@ def v3_to_hf(config: ModelConfig) -> dict[str, Any]:
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",
         "rope_interleave": True,
-        "num_nextn_predict_layers": 0,
+        MTP_LAYERS: config.mtp_num_layers or 0,
         "norm_topk_prob": True,
     }
 
@@ -252,8 +259,6 @@ _REFUSES = (
     "`num_key_value_heads` other than `num_attention_heads`; both are pruned to the same number, "
     "and heads are not merged (`pruning.merge_heads`)",
     "a shared expert whose width is no multiple of that of the others: config.json counts them",
-    "weights of layers that predict several tokens, unless `source_ignore` names "
-    "`num_nextn_predict_layers`",
 )
 _MEGATRON = {"multi_latent_attention": True, "moe_router_dtype": "fp32"}
 DEEPSEEK_V2 = Family(
@@ -275,7 +280,7 @@ DEEPSEEK_V2 = Family(
 DEEPSEEK_V3 = Family(
     "deepseek_v3",
     {"DeepseekV3ForCausalLM": "deepseek_v3"},
-    ROWS,
+    (*ROWS, *prediction_rows(ROWS)),
     v3_from_hf,
     v3_to_hf,
     V3_READS,
@@ -284,6 +289,7 @@ DEEPSEEK_V3 = Family(
         *_REFUSES,
         "`rope_interleave=false`: Megatron-Core rotates neighbouring channels",
         "groups of experts that Megatron-Core ranks otherwise, and one expert per token",
+        REFUSED_LAYERS,
     ),
     megatron=_MEGATRON,
 )

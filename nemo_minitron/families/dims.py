@@ -115,6 +115,7 @@ def _gate_up(axis: str) -> Dim:
 DIMS: dict[str, Dim] = {
     **{name: Dim((Part(name),)) for name in FIXED},
     "hidden": Dim((Part("hidden"),)),
+    "hidden_twice": Dim((Part("hidden"), Part("hidden"))),
     "ffn": Dim((Part("ffn"),)),
     "gate_up": _gate_up("ffn"),
     "head": Dim((Part("head", "head_dim"),)),

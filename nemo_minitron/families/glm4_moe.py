@@ -20,6 +20,12 @@ from nemo_minitron.families.experts import (
     sigmoid_router,
     written_router,
 )
+from nemo_minitron.families.prediction import (
+    MTP_LAYERS,
+    REFUSED_LAYERS,
+    prediction_rows,
+    read_layers,
+)
 from nemo_minitron.families.rope import REFUSED_SCALINGS, read_rope
 from nemo_minitron.families.table import Family, Row
 
@@ -44,16 +50,18 @@ ROUTED = (
     *(_renamed(row) for row in qwen2_moe.ROUTED if "gate_weight" not in row.name),
 )
 """The router and the experts, also of other families."""
-ROWS = (
+_LAYERS = (
     *beside_dense((*llama.ROWS, qwen.QKV_BIAS), ROUTED),
     *(replace(row, when=_has_qk_norms) for row in qwen.QK_NORMS),
 )
+ROWS = (*_LAYERS, *prediction_rows(_LAYERS))
 
 _REFUSED = {"sliding_window", "mlp_bias"}  # keys of Llama's that this network does not have
 READS = (
     (llama.READS - _REFUSED)
     | ROUTER_KEYS
     | words("use_qk_norm moe_intermediate_size n_shared_experts first_k_dense_replace")
+    | {MTP_LAYERS}
 )
 # What transformers' Glm4MoeConfig takes where config.json says nothing.
 _DEFAULTS = {
@@ -110,6 +118,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
         family="glm4_moe",
         add_qkv_bias=bool(hf.get("attention_bias", False)),
         qk_layernorm=bool(hf.get("use_qk_norm", False)),
+        mtp_num_layers=read_layers(hf),
         hf=dict(hf),
         **sigmoid_router(known),
         **experts_after_dense(known),
@@ -145,6 +154,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "partial_rotary_factor": config.rotary_percent,
         "attention_bias": config.add_qkv_bias,
         "use_qk_norm": config.qk_layernorm,
+        MTP_LAYERS: config.mtp_num_layers or 0,
         **written_router(config),
         **written_experts(config),
     }
@@ -161,8 +171,7 @@ GLM4_MOE = Family(
     models="GLM-4.5, GLM-4.5-Air, GLM-4.6",
     refuses=(
         *REFUSED_SCALINGS,
-        "layers for multi-token prediction (`num_nextn_predict_layers`), unless `source_ignore` "
-        "names the key: then they are left out",
+        REFUSED_LAYERS,
         "one expert per token, `norm_topk_prob=false`, or groups of experts that Megatron-Core "
         "ranks otherwise",
         "a shared expert that was pruned to a width that is no multiple of the others'",

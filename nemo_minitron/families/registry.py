@@ -17,6 +17,7 @@ from nemo_minitron.families.nemotron import NEMOTRON
 from nemo_minitron.families.nemotron_h import NEMOTRON_H
 from nemo_minitron.families.olmo2 import OLMO2
 from nemo_minitron.families.phi3 import PHI3
+from nemo_minitron.families.prediction import MTP_LAYERS
 from nemo_minitron.families.qwen import QWEN2, QWEN3
 from nemo_minitron.families.qwen2_moe import QWEN2_MOE
 from nemo_minitron.families.qwen3_moe import QWEN3_MOE
@@ -53,8 +54,6 @@ _CODE = ("auto_map", "custom_pipelines")
 _DTYPES = ("torch_dtype", "dtype")
 # Of a Qwen; transformers 5 writes the second.
 _EXPERTS, _RENAMED = "num_experts", "num_local_experts"
-MTP_LAYERS = "num_nextn_predict_layers"
-"""Key of config.json: layers of multi-token prediction, numbered after those of the model."""
 # The first finds the sizes that changed, the second what the source left out and now has to say.
 _PASSES = 4
 
@@ -138,7 +137,7 @@ def read_config(
     for key in passed_over:
         if key not in hf_config:
             raise ValueError(f"source_ignore={list(passed_over)}: config.json has no {key}")
-        if key in family.hf_reads:
+        if key in family.hf_reads and key != MTP_LAYERS:
             raise ValueError(
                 f"source_ignore={list(passed_over)}: {key} is read, not unknown; change it in a "
                 "copy of config.json, or leave it out of source_ignore"

@@ -13,8 +13,12 @@ from nemo_minitron.config.layers import kinds_of
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.dims import DIMS
 
-_INDEX = re.compile(r"\\\{(layer|expert)\\\}")
+_INDEX = re.compile(r"\\\{(layer|expert|mtp)\\\}")
 _OF_EXPERT = re.compile(r"local_experts\.(\{expert\}|\d+)\.(linear_fc[12]\.(?:weight|bias))")
+
+PREDICTION, ON_DISK = "mtp.layers.", "transformer_layer."
+"""How Megatron-Core calls layers for multi-token prediction, and the layer inside each on disk."""
+_IN_MEMORY = "mtp_model_layer."
 
 COMMON_SPEC = "nemo_minitron.models.spec:block_spec"
 """The function that makes the layers of families without modules of their own."""
@@ -30,7 +34,8 @@ class Row:
 
     Attributes:
         name: Megatron name under the local spec; ``{layer}`` stands for the 0-based layer index,
-            ``{expert}`` for the 0-based global index of an expert.
+            ``{expert}`` for the 0-based global index of an expert, ``{mtp}`` for the number of a
+            layer for multi-token prediction (``families/prediction.py``).
         dims: what each tensor dim holds, keys of ``families.dims.DIMS``.
         tp_dim: dim that tensor parallelism splits, None when replicated.
         hf: Hugging Face names; several are fused into one Megatron tensor along dim 0. A name that
@@ -76,6 +81,11 @@ class Row:
         return "{expert}" in self.name
 
     @property
+    def predicts(self) -> bool:
+        """Whether it belongs to a layer for multi-token prediction."""
+        return self.name.startswith(PREDICTION)
+
+    @property
     def grouped_name(self) -> str | None:
         """Name where one module holds the matrices of all experts; None outside experts.
 
@@ -98,6 +108,17 @@ class Row:
             te_name=None if self.te_name is None else fill(self.te_name),
             expert=expert,
             template=self,
+        )
+
+    def of_prediction(self, number: int, layers: int) -> "Row":
+        """The row of one layer for multi-token prediction, after ``layers`` of the model."""
+        te_name = self.te_name and self.te_name.replace("{mtp}", str(number))
+        return replace(
+            self,
+            name=self.name.replace("{mtp}", str(number)),
+            hf=tuple(name.replace("{mtp}", str(layers + number)) for name in self.hf),
+            te_name=te_name,
+            stored_as=self.stored_as and self.stored_as.replace("{mtp}", str(number)),
         )
 
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
@@ -149,7 +170,8 @@ class Family:
     def parameters(self, config: ModelConfig) -> Iterator[tuple[str, Row, int | None]]:
         """Yield (Megatron name, row, layer index or None) of every parameter, layers in order.
 
-        Rows of experts come one by one, each bound to its expert (``Row.expert``).
+        Rows of experts come one by one, each bound to its expert (``Row.expert``). Those of layers
+        for multi-token prediction come last, without an index, as they are none of the decoder's.
         """
         rows: list[Row] = []
         kinds = kinds_of(config)
@@ -159,12 +181,16 @@ class Family:
             elif row.when(config):
                 rows.append(row)
         for row in rows:
-            if not row.per_layer:
+            if not row.per_layer and not row.predicts:
                 yield row.name, row, None
         for layer in range(config.num_layers):
             for row in rows:
                 if row.per_layer and row.kind in kinds[layer]:
                     yield row.name.format(layer=layer), row, layer
+        for number in range(config.mtp_num_layers or 0):
+            for row in (row for row in rows if row.predicts and row.kind in kinds[-1]):
+                bound = row.of_prediction(number, config.num_layers)
+                yield bound.name, bound, None
 
     def find(self, name: str, config: ModelConfig) -> tuple[Row, int | None]:
         """Row (bound to its expert) and layer of a Megatron name, under any layer spec.
@@ -173,25 +199,33 @@ class Family:
             ValueError: no row fits; names the parameter and lists the known rows.
         """
         kinds = kinds_of(config)
-        for row in self.rows:
-            if not row.when(config):
+        for row in (row for row in self.rows if row.when(config)):
+            index = _indices(row, name)
+            if index is None:
                 continue
-            for pattern in (row.name, row.te_name, row.grouped_name):
-                if pattern is None:
-                    continue
-                match = re.fullmatch(_INDEX.sub(r"(?P<\1>\\d+)", re.escape(pattern)), name)
-                if match:
-                    index = {key: int(value) for key, value in match.groupdict().items()}
-                    layer = index.get("layer")
-                    if layer is not None and row.kind not in kinds[min(layer, len(kinds) - 1)]:
-                        continue
-                    found = row.of_expert(index["expert"]) if row.per_expert else row
-                    return found, layer
+            layer = index.get("layer")
+            if row.kind not in kinds[min(index.get("layer", len(kinds)), len(kinds) - 1)]:
+                continue
+            found = row.of_expert(index["expert"]) if row.per_expert else row
+            if "mtp" in index:
+                found = found.of_prediction(index["mtp"], config.num_layers)
+            return found, layer
         known = "\n  ".join(row.name for row in self.rows)
         raise ValueError(
             f"parameter {name} has no row in the table of family '{self.name}'; add one to "
             f"nemo_minitron/families/{self.name}.py. Known rows:\n  {known}"
         )
+
+
+def _indices(row: Row, name: str) -> dict[str, int] | None:
+    """What stands in a name for the placeholders of a row, or None where it is another's."""
+    # Transformer Engine's names of what lies inside such a layer are those on disk.
+    for candidate in dict.fromkeys((name, name.replace(_IN_MEMORY, ON_DISK))):
+        for pattern in filter(None, (row.name, row.te_name, row.grouped_name)):
+            found = re.fullmatch(_INDEX.sub(r"(?P<\1>\\d+)", re.escape(pattern)), candidate)
+            if found:
+                return {key: int(value) for key, value in found.groupdict().items()}
+    return None
 
 
 def parameter_count(family: Family, config: ModelConfig) -> dict[str, int]:
@@ -206,9 +240,12 @@ def parameter_count(family: Family, config: ModelConfig) -> dict[str, int]:
 
 
 def active_parameters(family: Family, config: ModelConfig) -> int:
-    """Parameters that a token meets: of the routed experts only those that it is routed to."""
+    """Parameters that a token meets: of the routed experts only those that it is routed to.
+
+    Layers for multi-token prediction are not needed for the next token.
+    """
     always = routed = 0
-    for _, row, _ in family.parameters(config):
+    for row in (row for _, row, _ in family.parameters(config) if not row.predicts):
         count = math.prod(row.shape(config))
         always += count if row.expert is None else 0
         routed += 0 if row.expert is None else count

@@ -17,17 +17,19 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
-from nemo_minitron.config.layout import check_layout, padded_vocab_size
+from nemo_minitron.config.layout import check_layout, check_prediction, padded_vocab_size
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.families.registry import family_of
-from nemo_minitron.families.rope import latent_fields, yarn_fields
+from nemo_minitron.families.rope import yarn_fields
 from nemo_minitron.families.table import Family
 from nemo_minitron.families.windows import megatron_fields
 from nemo_minitron.models.activations import activation_fields
 from nemo_minitron.models.attention import capped
+from nemo_minitron.models.build_fields import latent_fields, mamba_fields, router_fields
 from nemo_minitron.models.documents import SharedSamples, rotary_of_positions
 from nemo_minitron.models.hidden import HiddenModel
+from nemo_minitron.models.prediction import predicted_beside, prediction_spec
 from nemo_minitron.models.rotary import set_frequencies
 from nemo_minitron.models.settings import transformer_defaults
 from nemo_minitron.models.spec import HAVE_GROUPED_GEMM, HAVE_TE
@@ -61,7 +63,7 @@ class HiddenGPTModel(HiddenModel, GPTModel):
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.return_hidden and self.post_process:
-            return hidden_states
+            return predicted_beside(self, hidden_states, kwargs)
         out: Tensor = super()._postprocess(hidden_states, *args, **kwargs)
         return capped(out, self.logit_cap) if self.post_process else out
 
@@ -80,6 +82,7 @@ def transformer_config(
         ValueError: ``settings`` holds a field that the family sets.
     """
     family, given = family_of(config), settings or {}
+    check_prediction(config, parallel)
     _refuse(family, config, parallel, given)
     on_gpu = torch.cuda.is_available()
     defaults = transformer_defaults(
@@ -114,9 +117,10 @@ def transformer_config(
         qk_layernorm=config.qk_layernorm and not config.multi_latent,
         no_rope_freq=config.no_rope_freq,
         **megatron_fields(config),
-        **_router_fields(config),
-        **_mamba_fields(config),
-        **_latent_fields(config),
+        **router_fields(config),
+        **mamba_fields(config),
+        **latent_fields(config),
+        mtp_num_layers=config.mtp_num_layers,
         softmax_scale=(config.multipliers or {}).get("attention"),
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -162,43 +166,6 @@ def _refuse(
         )
 
 
-def _router_fields(config: ModelConfig) -> dict[str, Any]:
-    """Fields of a router that picks experts by more than a softmax."""
-    found = {
-        "moe_router_topk_scaling_factor": config.moe_router_topk_scaling_factor,
-        "moe_router_num_groups": config.moe_router_num_groups,
-        "moe_router_group_topk": config.moe_router_group_topk,
-    }
-    if config.moe_router_score_function == "softmax":
-        return {} if config.moe_router_topk_scaling_factor is None else found
-    return {
-        **found,
-        "moe_router_score_function": config.moe_router_score_function,
-        "moe_router_enable_expert_bias": config.moe_router_enable_expert_bias,
-        # As there is no balancing loss: what the router picks is learnt from the teacher.
-        "moe_router_bias_update_rate": 0.0,
-    }
-
-
-def _mamba_fields(config: ModelConfig) -> dict[str, Any]:
-    """Sizes of Mamba layers, if there are any."""
-    names = ("mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim")
-    return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-
-
-def _latent_fields(config: ModelConfig) -> dict[str, Any]:
-    """Sizes and rotary positions of multi-latent attention, if that is what the model has."""
-    if not config.multi_latent:
-        return {}
-    names = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim")
-    return {
-        **{name: getattr(config, name) for name in names},
-        "v_head_dim": config.kv_channels,
-        "rotary_base": config.rotary_base,
-        **latent_fields(config.rope_scaling),
-    }
-
-
 def _split_fields(config: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
     """How layers are split over the pipeline; a hybrid model is told by its pattern."""
     names = (
@@ -227,10 +194,11 @@ def _build_chunk(
     chunks = mcore.virtual_pipeline_model_parallel_size or 1
     stage = vp_stage or 0
     scaling = config.rope_scaling or {}
-    spec = layer_spec(family_of(config))
+    layers = layer_spec(family_of(config))(mcore, vp_stage, groups.pp.rank())
     model = HiddenGPTModel(
         config=mcore,
-        transformer_layer_spec=spec(mcore, vp_stage, groups.pp.rank()),
+        transformer_layer_spec=layers,
+        mtp_block_spec=prediction_spec(mcore, layers, vp_stage, groups.pp.rank()),
         vocab_size=padded_vocab_size(config.vocab_size, mcore.tensor_model_parallel_size),
         max_sequence_length=max_sequence_length,
         pre_process=groups.is_first_stage and stage == 0,

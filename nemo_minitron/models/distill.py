@@ -41,6 +41,8 @@ class DistillationGPTModel(MinitronGPTModel):
         super().__init__(cfg=cfg, trainer=trainer)
         self.distillation = read_section(DistillationConfig, cfg.distillation)
         self.teacher_gpt = read_section(ModelConfig, cfg.teacher)
+        if self.gpt.mtp_num_layers is None:
+            self.teacher_gpt = self.teacher_gpt.without_prediction()
         parallel = read_section(TeacherParallelConfig, cfg.teacher_parallel).of(self.parallel)
         settings = frozen_settings(self.megatron_cfg)
         chunks = build_gpt(

@@ -324,7 +324,7 @@ class MinitronGPTModel(ModelPT):
         """Log the losses per token."""
         if not self._validation_sums:
             return
-        kd, ce, tokens = on_host(add_up(self._validation_sums))
+        kd, ce, tokens, _ = on_host(add_up(self._validation_sums))
         self._validation_sums.clear()
         self.log("val_loss", ce / max(tokens, 1.0), prog_bar=True, batch_size=1)
         if self.distillation.kd_weight:

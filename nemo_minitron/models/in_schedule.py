@@ -9,14 +9,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nemo_minitron.config.distillation import DistillationConfig
-from nemo_minitron.distillation.logit_loss import TeacherStates
 from nemo_minitron.distillation.vocab import VocabShard
 from nemo_minitron.models.build import unwrap
 from nemo_minitron.models.found import config_of
 from nemo_minitron.models.hidden import output_weight
-from nemo_minitron.models.objective import micro_batch_loss
+from nemo_minitron.models.objective import micro_batch_loss, teacher_states
 from nemo_minitron.models.prune_check import agreed
-from nemo_minitron.models.schedule import gathered_hidden, output_of
+from nemo_minitron.models.schedule import output_of
 from nemo_minitron.models.teacher import Teacher
 from nemo_minitron.runtime.groups import ParallelGroups
 
@@ -115,8 +114,7 @@ class Distillation:
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The schedule calls it on the last stage."""
         teacher = self._teacher
-        rows = gathered_hidden(states, teacher.chunks[-1])
-        targets = TeacherStates(rows, teacher.output_weight, teacher.logit_cap)
+        targets = teacher_states(teacher, states)
         shard = VocabShard(self._groups.tp, self._vocab_size, output_weight(unwrap(model)).size(0))
         total, sums = micro_batch_loss(model, batch, hidden, targets, self._settings, shard)
         logged = {"distillation loss": torch.stack([sums.kd, sums.tokens]).detach()}

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Generic, Protocol, TypeVar
+from dataclasses import replace
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from nemo_minitron.models.build import unwrap
 from nemo_minitron.models.hidden import logit_cap, output_weight
 from nemo_minitron.models.intermediate import IntermediateLosses
 from nemo_minitron.models.overlap import await_weight
+from nemo_minitron.models.prediction import final_states, shifted
 from nemo_minitron.models.schedule import Batch, gathered_hidden, tokens_first
 from nemo_minitron.models.teacher import Teacher
 from nemo_minitron.runtime.groups import ParallelGroups
@@ -33,11 +35,13 @@ class StepSums(NamedTuple, Generic[Number]):
         kd: the distillation loss on the logits.
         ce: the cross entropy.
         tokens: the number of target tokens.
+        mtp: the loss of the layer for multi-token prediction, 0 without one.
     """
 
     kd: Number
     ce: Number
     tokens: Number
+    mtp: Number
 
 
 def micro_batch_loss(
@@ -59,12 +63,29 @@ def micro_batch_loss(
         shard: rows of the vocabulary on this rank.
     """
     chunk = unwrap(model)
+    own, *further = final_states(chunk, hidden)
+    await_weight(model, output_weight(chunk))
+    total, (kd, ce) = _loss_on(chunk, batch, own, teacher, settings, shard)
+    mtp = torch.zeros_like(kd)
+    if further:
+        predicted, mtp = _prediction_loss(chunk, batch, further[0], teacher, settings, shard)
+        total = total + settings.mtp_weight * predicted
+    return total, StepSums(kd, ce, batch["loss_mask"].sum().to(kd), mtp)
+
+
+def _loss_on(
+    chunk: Any,
+    batch: Batch,
+    hidden: Tensor,
+    teacher: TeacherStates | TopKTargets | None,
+    settings: DistillationConfig,
+    shard: VocabShard,
+) -> tuple[Tensor, Tensor]:
+    """``logit_loss`` of the states of one kind; see ``micro_batch_loss``."""
     labels, mask = tokens_first(batch)
-    weight = output_weight(chunk)
-    await_weight(model, weight)
-    total, (kd, ce) = logit_loss(
+    return logit_loss(
         gathered_hidden(hidden, chunk),
-        weight,
+        output_weight(chunk),
         labels,
         mask.to(torch.float32),
         settings,
@@ -73,7 +94,29 @@ def micro_batch_loss(
         reduce_grad=not chunk.config.sequence_parallel,
         cap=logit_cap(chunk),
     )
-    return total, StepSums(kd, ce, mask.sum().to(kd))
+
+
+def _prediction_loss(
+    chunk: Any,
+    batch: Batch,
+    hidden: Tensor,
+    teacher: TeacherStates | TopKTargets | None,
+    settings: DistillationConfig,
+    shard: VocabShard,
+) -> tuple[Tensor, Tensor]:
+    """Loss of the layer for multi-token prediction, to be trained on and as a number.
+
+    It is that of the logits against the teacher's of the same kind, and the cross entropy where
+    the teacher has none (docs/design/mtp.md).
+    """
+    group = chunk.pg_collection.cp
+    later = {name: shifted(batch[name], group) for name in ("labels", "loss_mask")}
+    if isinstance(teacher, TeacherStates) and teacher.predicting is not None:
+        teacher = replace(teacher, hidden=teacher.predicting)
+    else:
+        teacher, settings = None, replace(settings, kd_weight=0.0, ce_weight=1.0)
+    loss, (kd, ce) = _loss_on(chunk, later, hidden, teacher, settings, shard)
+    return loss, settings.kd_weight * kd + settings.ce_weight * ce
 
 
 def on_host(sums: StepSums[Tensor]) -> StepSums[float]:
@@ -84,7 +127,7 @@ def on_host(sums: StepSums[Tensor]) -> StepSums[float]:
 def add_up(parts: Sequence[StepSums[Tensor]]) -> StepSums[Tensor]:
     """Add up the sums of several passes; no passes add up to zeros."""
     if not parts:
-        return StepSums(*torch.zeros(3, device=device()))
+        return StepSums(*torch.zeros(len(StepSums._fields), device=device()))
     return StepSums(*torch.stack([torch.stack(part) for part in parts]).sum(0))
 
 
@@ -104,7 +147,10 @@ def reduced(parts: Sequence[StepSums[Tensor]], groups: ParallelGroups) -> StepSu
 def losses_per_token(sums: StepSums[float], config: DistillationConfig) -> dict[str, float]:
     """Return the losses per token: ``loss`` is what was trained on, its parts follow."""
     count = max(sums.tokens, 1.0)
-    losses = {"loss": (config.kd_weight * sums.kd + config.ce_weight * sums.ce) / count}
+    trained = config.kd_weight * sums.kd + config.ce_weight * sums.ce
+    losses = {"loss": (trained + config.mtp_weight * sums.mtp) / count}
+    if sums.mtp:
+        losses["mtp_loss"] = sums.mtp / count
     if config.kd_weight:
         losses["kd_loss"] = sums.kd / count
     if config.ce_weight:
@@ -172,8 +218,20 @@ class ResidentTeacher:
     def targets(self, index: int, batch: Batch, *, keep: bool) -> TeacherStates:
         """Final hidden state of a micro-batch; its memory is freed after the last use."""
         hidden = self._states[index] if keep else self._states.pop(index)
-        rows = gathered_hidden(hidden, self.teacher.chunks[-1])
-        return TeacherStates(rows, self.teacher.output_weight, self.teacher.logit_cap)
+        return teacher_states(self.teacher, hidden)
+
+
+def teacher_states(teacher: Teacher, hidden: Tensor) -> TeacherStates:
+    """What the losses read of a teacher (last stage).
+
+    Args:
+        teacher: the frozen model.
+        hidden: what its last chunk returned for a micro-batch.
+    """
+    chunk = teacher.chunks[-1]
+    rows, *further = (gathered_hidden(state, chunk) for state in final_states(chunk, hidden))
+    predicting = further[0] if further else None
+    return TeacherStates(rows, teacher.output_weight, teacher.logit_cap, predicting)
 
 
 class AlphaSchedule:

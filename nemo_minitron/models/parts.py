@@ -22,8 +22,8 @@ def stored(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def outer_parameters(
     chunks: Sequence[HiddenGPTModel], family: Family, config: ModelConfig
-) -> Iterator[tuple[str, Row, nn.Parameter]]:
-    """Name, row and parameter of everything outside the layers.
+) -> Iterator[tuple[str, Row, Tensor]]:
+    """Name, row and parameter (or buffer) of everything outside the decoder's layers.
 
     Tied embeddings are held twice in a pipeline: the copy of the last stage goes by the name of
     the output layer, which the table of a tied model does not list.
@@ -33,7 +33,7 @@ def outer_parameters(
     """
     tied = config.share_embeddings_and_output_weights
     for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
+        for name, parameter in stored(chunk):
             if not name.startswith("decoder.layers."):
                 listed = _EMBEDDING if tied and name == _OUTPUT else name
                 yield name, family.find(listed, config)[0], parameter

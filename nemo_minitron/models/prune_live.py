@@ -34,7 +34,7 @@ from nemo_minitron.pruning.exchange import Traffic, redistribute, travel_order
 from nemo_minitron.pruning.merge import merge_qkv
 from nemo_minitron.pruning.moves import Grid, plan_move, row_before, rows_of_layers
 from nemo_minitron.pruning.plan import Plan, pruned_config
-from nemo_minitron.pruning.slicing import dim_indices, slice_tensor
+from nemo_minitron.pruning.slicing import dim_indices, row_indices, slice_tensor
 from nemo_minitron.runtime.groups import ParallelGroups
 
 
@@ -106,7 +106,7 @@ def prune_live(
     # From here on the old model is used up.
     old = _layers(chunks)
     _free(layer for index, layer in old.items() if index not in set(plan.layers))
-    outer = _prune_outer(chunks, family, config, plan)
+    outer = _prune_outer(chunks, family, config, plan, groups)
     _fill_outer(new_chunks, family, pruned, outer, shapes)
     new = _layers(new_chunks)
     grid, before, after = _placement(groups, chunks, new_chunks)
@@ -137,16 +137,28 @@ def _free(modules: Iterable[nn.Module]) -> None:
 
 
 def _prune_outer(
-    chunks: Sequence[HiddenGPTModel], family: Family, config: ModelConfig, plan: Plan
+    chunks: Sequence[HiddenGPTModel],
+    family: Family,
+    config: ModelConfig,
+    plan: Plan,
+    groups: ParallelGroups,
 ) -> dict[str, Tensor]:
-    """Sliced local tensors outside the layers; the old ones are freed.
+    """Sliced local tensors outside the decoder's layers; the old ones are freed.
 
-    They stay on their stage, and tensor parallelism splits only their vocabulary, which stays.
+    They stay on their stage. Tensor parallelism splits their vocabulary, which stays, and the rows
+    of ``eh_proj``, which every rank needs all of to find its share of the winners.
     """
     outer = {}
     for name, row, parameter in outer_parameters(chunks, family, config):
-        kept = tuple(dim_indices(dim, config, plan, None) for dim in row.dims)
-        outer[name] = _take_parameter(parameter, kept)
+        kept = row_indices(row, config, plan, None)
+        if row.tp_dim is None or kept[row.tp_dim] is None:
+            outer[name] = _take_parameter(parameter, kept)
+            continue
+        parts = [torch.empty_like(parameter) for _ in range(groups.tp.size())]
+        dist.all_gather(parts, parameter.data.contiguous(), group=groups.tp)
+        whole = _take_parameter(torch.cat(parts, dim=row.tp_dim), kept)
+        parameter.data = parameter.data.new_empty(0)
+        outer[name] = whole.chunk(groups.tp.size(), dim=row.tp_dim)[groups.tp.rank()].clone()
     return outer
 
 
@@ -158,7 +170,8 @@ def _fill_outer(
     shapes: Shapes,
 ) -> None:
     for name, _, parameter in outer_parameters(chunks, family, pruned):
-        assert outer[name].shape == shapes.get(parameter, parameter.shape), name
+        known = shapes.get(parameter) if isinstance(parameter, nn.Parameter) else None
+        assert outer[name].shape == (known or parameter.shape), name
         parameter.data = outer.pop(name)
     assert not outer, f"the pruned model lacks {sorted(outer)}"
 

@@ -102,7 +102,7 @@ def _nonfinite_in(chunk: HiddenGPTModel) -> str | None:
         # One sum is several times faster than isfinite; it can overflow, so it only acquits.
         if not parameter.sum().isfinite() and not parameter.isfinite().all():
             return re.sub(
-                r"(?<=layers\.)\d+",
+                r"(?<=decoder\.layers\.)\d+",
                 lambda found: str(chunk.decoder.layers[int(found.group())].layer_number - 1),
                 name,
             )
@@ -237,6 +237,7 @@ def load_frozen(
     *,
     dtype: torch.dtype = torch.float32,
     megatron: ForwardMegatronConfig | None = None,
+    prediction: bool = False,
 ) -> list[HiddenGPTModel]:
     """Build and fill this rank's part of a model (collective).
 
@@ -246,6 +247,7 @@ def load_frozen(
         groups: this rank's process groups.
         dtype: of the weights in memory.
         megatron: Megatron's own settings, or None for the defaults.
+        prediction: whether the layers for multi-token prediction are wanted too, if there are any.
 
     Returns:
         Chunks in eval mode that return hidden states, on this rank's device.
@@ -255,6 +257,7 @@ def load_frozen(
     """
     settings = frozen_settings(megatron or ForwardMegatronConfig())
     config = ModelConfig.load(folder)
+    config = config if prediction else config.without_prediction()
     chunks = [
         chunk.to(device())
         for chunk in build_gpt(config, parallel, groups, dtype=dtype, settings=settings)

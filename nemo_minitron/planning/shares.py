@@ -53,10 +53,13 @@ def shares(config: ModelConfig, parallel: ParallelConfig) -> list[Share]:
     kinds, padded = kinds_of(config), padded_vocab_size(config.vocab_size, tp)
     sizes: dict[str, dict[str, int]] = {}
     outer: dict[str, int] = {}
+    predicting = 0  # parameters of experts in layers for multi-token prediction
     one = _one_of_each_kind(config, {"vocab_size": padded})
     for name, row, index in family_of(config).parameters(one):
         size = math.prod(row.shape(one)) // (tp if row.tp_dim is not None else 1)
-        if index is None:
+        if index is None and row.expert is not None:
+            predicting += size
+        elif index is None:
             outer[name] = size
         else:
             layer = sizes.setdefault(kinds_of(one)[index], {"dense": 0, "expert": 0})
@@ -70,12 +73,13 @@ def shares(config: ModelConfig, parallel: ParallelConfig) -> list[Share]:
     found = []
     for stage, layers in enumerate(stages):
         first, last = stage == 0, stage == len(stages) - 1
-        # The last stage of a pipeline holds its own copy of tied embeddings.
-        copied = word if tied and last and not first else 0
+        # The last stage of a pipeline holds its own copy of tied embeddings, and of those that
+        # layers for multi-token prediction read.
+        copied = word if (tied or config.mtp_num_layers) and last and not first else 0
         held = [kinds[layer] for layer in layers]
         dense = sum(sizes[kind]["dense"] for kind in held) + copied
         dense += first * embedding + last * rest
-        experts = sum(sizes[kind]["expert"] for kind in held)
+        experts = sum(sizes[kind]["expert"] for kind in held) + last * predicting
         experts //= parallel.expert_model_parallel_size
         found.append(Share(stage, held, dense, experts, first * embedding, last * output))
     return found

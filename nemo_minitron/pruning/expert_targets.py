@@ -1,4 +1,4 @@
-"""Which numbers of experts a router can work with. Imports no torch."""
+"""What a router, and layers for multi-token prediction, allow as targets. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nemo_minitron.config.model import ModelConfig
+
+_WITH_PREDICTION = ("num_layers", "hidden_size", "moe_router_topk")
 
 
 def check_experts(config: ModelConfig, sizes: dict[str, int]) -> None:
@@ -48,3 +50,25 @@ def check_experts(config: ModelConfig, sizes: dict[str, int]) -> None:
             f" of moe_router_group_topk={picked} groups; keep at least {least}, or lower "
             "pruning.target.moe_router_topk"
         )
+
+
+def check_prediction(config: ModelConfig, sizes: dict[str, int]) -> None:
+    """Refuse sizes that layers for multi-token prediction could not follow.
+
+    Args:
+        config: the model to prune.
+        sizes: sizes after pruning.
+
+    Raises:
+        ValueError: names the target and the ways out.
+    """
+    if config.mtp_num_layers is None:
+        return
+    for name, size in sizes.items():
+        if name not in _WITH_PREDICTION and size != getattr(config, name):
+            raise ValueError(
+                f"pruning.target.{name}={size} is not supported for a model with mtp_num_layers="
+                f"{config.mtp_num_layers}: nothing scores what is inside its layers for "
+                f"multi-token prediction; set only {', '.join(_WITH_PREDICTION)}, or import it "
+                "without them: source_ignore=[num_nextn_predict_layers]"
+            )

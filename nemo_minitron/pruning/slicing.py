@@ -105,6 +105,30 @@ def dim_indices(
     return _kept_rows(held, config, kept)  # type: ignore[return-value]  # torch types every result as Tensor
 
 
+def row_indices(
+    row: Row, config: ModelConfig, plan: Plan, position: int | None
+) -> tuple[LongTensor | None, ...]:
+    """Indices that stay of each dim of a parameter.
+
+    What is inside a layer for multi-token prediction has no scores and stays whole; such a layer
+    follows the axes of the model alone.
+
+    Args:
+        row: of the pruned model.
+        config: the model before pruning.
+        plan: what to keep.
+        position: as in ``dim_indices``.
+    """
+    whole = [
+        row.predicts and any(AXES[axis].scope is not Scope.MODEL for axis in DIMS[dim].pruned_axes)
+        for dim in row.dims
+    ]
+    return tuple(
+        None if stays else dim_indices(dim, config, plan, position, row.expert)
+        for dim, stays in zip(row.dims, whole, strict=True)
+    )
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a pruned tensor comes from.
@@ -154,12 +178,12 @@ def sources(
     result = {}
     for name, row, position in family.parameters(pruned_config(config, plan)):
         old = name if position is None else _old_name(row, plan, position)
-        kept = tuple(dim_indices(dim, config, plan, position, row.expert) for dim in row.dims)
+        kept = row_indices(row, config, plan, position)
         merge: Terms = []
         if plan.merge and position is not None and row.dims[0] == "qkv":
             merge = plan.merge[position]
         change = None
-        if compensation is not None:
+        if compensation is not None and not row.predicts:
             layer = None if position is None else plan.layers[position]
             change = compensation.change(row, config, layer, kept[-1])
         result[name] = Source(old, kept, merge, change)

@@ -8,7 +8,7 @@ from nemo_minitron.config.axes import AXES, SETTINGS, axes_of, axis_size, has_ax
 from nemo_minitron.config.layers import kinds_of
 from nemo_minitron.config.stages import BLOCK_CRITERIA, PruningConfig
 from nemo_minitron.families.registry import FAMILIES
-from nemo_minitron.pruning.expert_targets import check_experts
+from nemo_minitron.pruning.expert_targets import check_experts, check_prediction
 from nemo_minitron.pruning.scores import check_model, how_to_score, layer_scores
 
 if TYPE_CHECKING:
@@ -237,6 +237,7 @@ def check_pruning(config: ModelConfig, pruning: PruningConfig) -> None:
     _check_prunable(config, sizes)
     _check_heads(config, sizes)
     check_experts(config, sizes)
+    check_prediction(config, sizes)
     _check_drop_layers(config, pruning)
     _check_merge(config, pruning, sizes)
     _check_criterion(config, pruning, sizes)

@@ -35,6 +35,14 @@ _COMMON_PT = "common.pt"
 
 
 @cache
+def builds_prediction() -> bool:
+    """Whether a layer for multi-token prediction is named inside as this package names it."""
+    from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayerSubmodules
+
+    return "mtp_model_layer" in _arguments(MultiTokenPredictionLayerSubmodules)
+
+
+@cache
 def _arguments(function: Callable[..., object]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
 

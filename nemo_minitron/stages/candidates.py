@@ -93,7 +93,7 @@ def _zero_shot(
     cfg: SearchConfig, config: ModelConfig, one: Candidate, plan: Plan, dataset: SampleSet
 ) -> Record:
     """Load the model, prune it where it is, and evaluate."""
-    groups = ParallelGroups.current()
+    groups, config = ParallelGroups.current(), config.without_prediction()
     chunks = load_frozen(
         Path(cfg.checkpoint) / "checkpoint", cfg.parallel, groups, megatron=cfg.megatron
     )
@@ -137,6 +137,7 @@ def _short_distillation(
         prune_checkpoint(source, config, plan, folder / "pruned", cfg.workers)
     barrier()
     log.info("distilling %s for %d steps", record["name"], cfg.search.distill.steps)
+    config = config.without_prediction()  # what is compared is the loss of the next token
     small = pruned_config(config, plan)
     distill = distill_config(cfg, config, small)
     keys = model_config(distill, small)

@@ -86,7 +86,7 @@ def check_training(
         tokenizer_dir=Path(getattr(cfg, key)) / "checkpoint" / "tokenizer",
         max_seq_length=min(lengths, default=None),
     )
-    check_packing(cfg.data, model, *others)
+    check_packing(cfg.data, model, *(other.without_prediction() for other in others))
 
 
 def sections(cfg: TrainingStageConfig, model: ModelConfig) -> dict[str, Any]:

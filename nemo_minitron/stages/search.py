@@ -77,7 +77,7 @@ def _check_data(cfg: SearchConfig, config: ModelConfig, folder: Path) -> None:
         "max_seq_length": config.max_seq_length,
     }
     check_data(cfg.data, **keys)
-    check_packing(cfg.data, config)
+    check_packing(cfg.data, config.without_prediction())
     if not cfg.search.distill.steps:
         return
     if cfg.data.split_name == "train":

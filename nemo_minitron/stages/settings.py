@@ -7,7 +7,7 @@ from typing import Protocol
 
 from nemo_minitron.checkpoint.artifact import Manifest, Ranks, open_result, output_folder
 from nemo_minitron.config.inference import EvaluateConfig
-from nemo_minitron.config.layout import check_layout, check_recompute
+from nemo_minitron.config.layout import check_layout, check_prediction, check_recompute
 from nemo_minitron.config.megatron import (
     ForwardMegatronConfig,
     given_keys,
@@ -137,7 +137,7 @@ def check_forward(
         tokenizer_dir=Path(cfg.checkpoint) / "checkpoint" / "tokenizer",
         max_seq_length=model.max_seq_length,
     )
-    check_packing(data, model, padded=isinstance(cfg, EvaluateConfig))
+    check_packing(data, model.without_prediction(), padded=isinstance(cfg, EvaluateConfig))
 
 
 def check_settings(
@@ -171,7 +171,9 @@ def check_training_settings(cfg: TrainingStageConfig, model: ModelConfig) -> Non
         ValueError: names the key and what it needs.
     """
     try:
-        check_recompute(merged_recompute(cfg.trainer, cfg.megatron), model, cfg.parallel)
+        trainer = merged_recompute(cfg.trainer, cfg.megatron)
+        check_recompute(trainer, model, cfg.parallel)
+        check_prediction(model, cfg.parallel, trainer)
     except ValueError as error:
         raise ValueError(named_as_given(str(error), cfg.megatron)) from error
     if not any(given_keys(cfg.megatron)):

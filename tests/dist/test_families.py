@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from nemo_minitron.config.axes import AXES, axis_size, has_axis
@@ -185,6 +185,17 @@ LATENT_MOE_DIMS = {
 }
 TINY = {"NemotronH": 1e-6, "DeepseekV3": 2e-6, "Glm4Moe": 2e-6}
 """Errors of scores that count for nothing, as a part of the largest score."""
+PREDICTION_NORMS = ("enorm.weight", "hnorm.weight", "shared_head.norm.weight")
+PREDICTION_DIMS = {
+    r"(enorm|hnorm|shared_head\.norm)\.weight": ("hidden",),
+    r"eh_proj\.weight": ("hidden", "hidden_twice"),
+    r"shared_head\.head\.weight": (None, "hidden"),
+}
+PREDICTION = {
+    "hidden": {"hidden_size": 44},
+    "layer": {"num_layers": 3},
+    "several": {"hidden_size": 44, "num_layers": 3},
+}
 LATENT_YARN = {
     "rope_type": "yarn",
     "rope_theta": 1e4,
@@ -208,6 +219,8 @@ class Case:
     targets: dict[str, dict[str, int]] = field(default_factory=lambda: DENSE)
     sequence_parallel: bool = False
     """In the tensor-parallel layout."""
+    prediction: bool = False
+    """Whether there is a layer for multi-token prediction."""
 
 
 CASES = {
@@ -456,6 +469,26 @@ CASES = {
          "several": {**MIXED["several"], **GLM_SHARED, "num_moe_experts": 4}},
         sequence_parallel=True,
     ),
+    "glm4_moe_mtp": Case(
+        "Glm4Moe",
+        {**SIZES, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40,
+         "first_k_dense_replace": 1, "attention_bias": True, "use_qk_norm": True,
+         "num_nextn_predict_layers": 1},
+        {**PREDICTION_DIMS, **GLM_DIMS},
+        PREDICTION,
+        sequence_parallel=True,
+        prediction=True,
+    ),
+    "deepseek_v3_mtp": Case(
+        "DeepseekV3",
+        {**LATENT_SIZES, **LATENT_EXPERTS, "first_k_dense_replace": 1, "num_mtp_layers": 1,
+         "n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+         "topk_group": 1, "rope_parameters": LATENT_YARN},
+        {**PREDICTION_DIMS, **LATENT_MOE_DIMS, r"e_score_correction_bias": ("expert",)},
+        PREDICTION,
+        sequence_parallel=True,
+        prediction=True,
+    ),
     "glm4_moe_air": Case(
         "Glm4Moe",
         {**SIZES, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40,
@@ -504,7 +537,11 @@ CASES = {
 }  # fmt: skip
 
 
-ROUTED = [name for name, case in CASES.items() if "num_moe_experts" in case.targets["several"]]
+ROUTED = [
+    name
+    for name, case in CASES.items()
+    if "num_moe_experts" in case.targets["several"] or case.prediction
+]
 
 
 # ---------------------------------------------------------------- a family's models
@@ -540,6 +577,24 @@ def write_random(case: Case, folder: Path) -> None:
         around = 1.0 if norm and case.model not in ("Nemotron", "Gemma2", "Gemma3") else 0.0
         torch.nn.init.normal_(parameter, mean=around, std=0.15)
     model.save_pretrained(folder)
+    if case.prediction:
+        add_prediction_layer(folder / "model.safetensors", case.fields["num_hidden_layers"])
+
+
+def add_prediction_layer(file: Path, layers: int) -> None:
+    """A random layer for multi-token prediction, like the last one inside, as it is published."""
+    tensors, last, new = load_file(file), f"model.layers.{layers - 1}.", f"model.layers.{layers}."
+    hidden = tensors["model.norm.weight"].size(0)
+    shapes: dict[str, tuple[int, ...]] = {new + name: (hidden,) for name in PREDICTION_NORMS}
+    shapes[new + "eh_proj.weight"] = (hidden, 2 * hidden)
+    inner = {name: t for name, t in tensors.items() if name.startswith(last)}
+    shapes |= {name.replace(last, new): tuple(tensor.shape) for name, tensor in inner.items()}
+    for name, shape in shapes.items():
+        around = 1.0 if "norm" in name else 0.0
+        tensors[name] = around + 0.15 * torch.randn(shape)
+    tensors[new + "embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors[new + "shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def transformers_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
@@ -683,10 +738,12 @@ def test_a_forgotten_row_is_named(alone: dict[str, Any], models: Models) -> None
     for row in (row for row in family.rows if row.when(config)):
         shorter = replace(family, rows=tuple(other for other in family.rows if other != row))
         having = (i for i, kinds in enumerate(kinds_of(config)) if row.kind in kinds)
-        first = next(having, None)
+        first = len(kinds_of(config)) - 1 if row.predicts else next(having, None)
+        if row.predicts and row.kind not in kinds_of(config)[-1]:
+            continue
         if first is None:
             continue  # of dense layers, where all layers have experts
-        name = row.name.format(layer=first, expert=0)
+        name = row.name.format(layer=first, expert=0, mtp=0)
         assert f"'{name}'" in missing_rows(alone["names"], config, shorter)
         with pytest.raises(ValueError, match=f"{re.escape(name)} has no row"):
             shorter.find(name, config)
@@ -700,6 +757,9 @@ def kept_indices(kind: str, plan: Plan, layer: int, expert: int | None, case: Ca
 
     if kind == "hidden":
         return plan["hidden"]
+    if kind == "hidden_twice":
+        width = case.fields["hidden_size"]
+        return plan["hidden"] + [width + index for index in plan["hidden"]]
     if kind.startswith("mamba"):
         return kept_of_mamba(kind, plan, layer, case)
     heads, groups = plan["head"][layer], plan["query_group"][layer]
@@ -769,19 +829,21 @@ def test_pruned_exports_are_slices(models: Models) -> None:
         exported = each_expert(load_file(models.home / f"{target}_hf" / "model.safetensors"))
         assert exported
         for name, got in exported.items():
-            old, layer, expert = name, 0, None
+            old, layer, expert, after = name, 0, None, False
             if found := re.search(r"(layers|h)\.(\d+)\.", name):
                 layer = int(found[2])
-                old = name.replace(found[0], f"{found[1]}.{plan.layers[layer]}.", 1)
+                after = layer >= len(plan.layers)  # which is for multi-token prediction
+                number = models.case.fields["num_hidden_layers"] if after else plan.layers[layer]
+                old = name.replace(found[0], f"{found[1]}.{number}.", 1)
             if found := re.search(r"(experts\.|\[)(\d+)([.\]])", name):
                 expert = int(found[2])
-                kept = plan["expert"][layer][expert]
+                kept = expert if after else plan["expert"][layer][expert]
                 old = old.replace(found[0], f"{found[1]}{kept}{found[3]}")
             want, whose = whole[old], re.sub(r"\[\d+\]", "[]", name)
             ends = models.case.dims.items()
             dims = next(dims for end, dims in ends if re.search(rf"\b({end})$", whose))
             for dim, kind in enumerate(dims):
-                if kind is not None:
+                if kind is not None and (not after or kind.startswith("hidden")):
                     kept = kept_indices(kind, plan, layer, expert, models.case)
                     want = want.index_select(dim, torch.tensor(kept))
             assert torch.equal(got, want), f"{target}: {name}"

@@ -51,7 +51,7 @@ REFUSED = {
         "no supported family has this position_embedding_type (position_embedding_type=rope)"
     ),
     "swiglu_bias": "no supported family has this add_bias_linear (add_bias_linear=True)",
-    "mtp": "mtp_num_layers=1 is not supported; only null",
+    "mtp": "no supported family has this mtp_num_layers (mtp_num_layers=1)",
     "qkl2": "qk_l2_norm=True is not supported; only false",
 }
 

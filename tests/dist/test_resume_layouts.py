@@ -10,11 +10,17 @@ import torch
 
 from nemo_minitron.config.parallel import ParallelConfig
 from tests.cases.training import STEPS, train
-from tests.helpers.tiny import LLAMA, MIXTRAL, NEMOTRON_H, write_weights
+from tests.helpers.tiny import GLM4_MOE, LLAMA, MIXTRAL, NEMOTRON_H, write_weights
 
 TIED = replace(LLAMA, share_embeddings_and_output_weights=True)
 HYBRID = replace(NEMOTRON_H, num_layers=4, hidden_size=48, hybrid_layer_pattern="M*E-")
 STUDENT = replace(LLAMA, num_layers=4, hidden_size=48, ffn_hidden_size=64)
+PREDICTING = replace(
+    replace(GLM4_MOE, moe_router_num_groups=None, moe_router_group_topk=None).resized({}, [0, 1]),
+    moe_router_topk=2,
+    num_moe_experts=4,
+    mtp_num_layers=1,
+)
 LAYOUTS = {
     "single": (1, ParallelConfig()),
     "tp2": (2, ParallelConfig(tensor_model_parallel_size=2)),
@@ -41,6 +47,7 @@ def runs(ranks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("layouts")
     models = {"dense": (STUDENT, LLAMA), "experts": (replace(MIXTRAL, hidden_size=48), MIXTRAL)}
     models["hybrid"] = (HYBRID, NEMOTRON_H)
+    models["prediction"] = (replace(PREDICTING, hidden_size=48), PREDICTING)
     models["tied"] = (replace(STUDENT, share_embeddings_and_output_weights=True), TIED)
     return Runs(ranks, folder, models)
 
@@ -101,6 +108,8 @@ PAIRS = [
     ("hybrid", "tp2_sp", "pp2"),
     ("hybrid", "pp2_vpp2", "dp2"),
     ("hybrid", "ep2", "tp2_sp"),
+    ("prediction", "pp2", "tp2_sp"),  # the copy of the embeddings on the last stage is one no more
+    ("prediction", "single", "pp2"),
     ("tied", "pp2", "pp2"),
     ("tied", "pp2_dp2", "pp2_dp2"),
     ("tied", "pp2_vpp2", "pp2_vpp2"),

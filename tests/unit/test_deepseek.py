@@ -136,7 +136,7 @@ def test_config_survives(config: ModelConfig) -> None:
             {"num_experts_per_tok": 3},
             "n_group=2 .* transformers by two",
         ),
-        (V3, {"num_nextn_predict_layers": 1}, r"source_ignore=\[num_nextn_predict_layers\]"),
+        (V3, {"num_nextn_predict_layers": 2}, r"source_ignore=\[num_nextn_predict_layers\]"),
         (SOFTMAX, GREEDY, "n_group=2 .* Megatron-Core ranks groups .*, 2, transformers by 1"),
         (SOFTMAX, {"norm_topk_prob": True}, "norm_topk_prob=True is not supported"),
     ],

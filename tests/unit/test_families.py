@@ -11,9 +11,9 @@ from nemo_minitron.checkpoint.lazy import from_tensor
 from nemo_minitron.families.dims import DIMS
 from nemo_minitron.families.fuse import fuse, hf_shapes, split
 from nemo_minitron.families.llama import from_hf, to_hf
+from nemo_minitron.families.prediction import MTP_LAYERS
 from nemo_minitron.families.registry import (
     FAMILIES,
-    MTP_LAYERS,
     family_of,
     family_of_hf,
     read_config,
@@ -184,8 +184,8 @@ def test_qwen2_moe_configs_refused(change, message):
         ({"num_experts_per_tok": 3}, "topk_group=2 must be half of num_experts_per_tok"),
         ({"n_group": 3}, "num_moe_experts=8 must be a multiple of moe_router_num_groups=3"),
         (
-            {"num_nextn_predict_layers": 1},
-            r"num_nextn_predict_layers=1 .* set source_ignore=\[num_nextn_predict_layers\]",
+            {"num_nextn_predict_layers": 2},
+            r"num_nextn_predict_layers=2 .* set source_ignore=\[num_nextn_predict_layers\]",
         ),
     ],
 )

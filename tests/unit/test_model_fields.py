@@ -94,6 +94,7 @@ FIELDS: dict[str, tuple[ModelConfig, Any]] = {
     "mamba_head_dim": (NEMOTRON_H, 4),
     "mamba_num_groups": (NEMOTRON_H, 4),
     "mamba_state_dim": (NEMOTRON_H, 8),
+    "mtp_num_layers": (replace(GLM4_MOE, mtp_num_layers=1), None),
 }
 # Fields that do not describe the network, and what they are.
 OTHERS = {
@@ -144,6 +145,7 @@ def megatron(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, A
 
     monkeypatch.setattr(build, "HiddenGPTModel", Recorder)
     monkeypatch.setattr(build, "layer_spec", lambda _: lambda *_: None)
+    monkeypatch.setattr(build, "prediction_spec", lambda *_: None)
     longest = model.max_seq_length or 0
     build._build_chunk(model, mcore, ALONE, None, longest)  # type: ignore[arg-type]  # no groups are needed on one rank
     if model.hybrid_layer_pattern is not None and build.HAVE_HYBRID:

@@ -1,0 +1,43 @@
+"""Fields of Megatron's ``TransformerConfig`` that not every model has."""
+
+from typing import Any
+
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.families.rope import latent_fields as rope_fields
+
+
+def router_fields(config: ModelConfig) -> dict[str, Any]:
+    """Fields of a router that picks experts by more than a softmax."""
+    found = {
+        "moe_router_topk_scaling_factor": config.moe_router_topk_scaling_factor,
+        "moe_router_num_groups": config.moe_router_num_groups,
+        "moe_router_group_topk": config.moe_router_group_topk,
+    }
+    if config.moe_router_score_function == "softmax":
+        return {} if config.moe_router_topk_scaling_factor is None else found
+    return {
+        **found,
+        "moe_router_score_function": config.moe_router_score_function,
+        "moe_router_enable_expert_bias": config.moe_router_enable_expert_bias,
+        # As there is no balancing loss: what the router picks is learnt from the teacher.
+        "moe_router_bias_update_rate": 0.0,
+    }
+
+
+def mamba_fields(config: ModelConfig) -> dict[str, Any]:
+    """Sizes of Mamba layers, if there are any."""
+    names = ("mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim")
+    return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+
+
+def latent_fields(config: ModelConfig) -> dict[str, Any]:
+    """Sizes and rotary positions of multi-latent attention, if that is what the model has."""
+    if not config.multi_latent:
+        return {}
+    names = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim")
+    return {
+        **{name: getattr(config, name) for name in names},
+        "v_head_dim": config.kv_channels,
+        "rotary_base": config.rotary_base,
+        **rope_fields(config.rope_scaling),
+    }
