@@ -10,7 +10,9 @@ import json
 import logging
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +35,7 @@ logger = logging.getLogger(__name__)
 _FORMAT = 1  # part of every cache key: raise it when the content of a cache folder changes
 _PREFIX = "tokens"
 _BATCH_CHARACTERS = 1 << 20
-_COPIED = 1 << 16  # documents between two steps of the progress bar
+_COPIED = 1 << 14  # documents between two steps of the progress bar
 HASH_CONTENT_UP_TO = 1 << 30
 
 
@@ -219,8 +221,9 @@ def _tokenise(
     with (
         Path(f"{prefix}.bin").open("wb") as file,
         progress("Tokenising (kB of text)", total) as advance,
+        closing(_read_ahead(texts)) as batches,
     ):
-        while batch := _next_batch(texts):
+        for batch in batches:
             for ids in tokenizer.encode(batch):
                 check_ids(int(ids.max()), vocab_size, where)
                 file.write(ids.astype(dtype).data)
@@ -233,6 +236,15 @@ def _tokenise(
     if not lengths:
         raise no_documents(source)
     return np.array(lengths, dtype=np.int64)
+
+
+def _read_ahead(texts: Iterator[str]) -> Generator[list[str], None, None]:
+    """Batches of texts; while one is tokenised, which holds no lock of Python, the next is read."""
+    with ThreadPoolExecutor(1) as reader:
+        following = reader.submit(_next_batch, texts)
+        while batch := following.result():
+            following = reader.submit(_next_batch, texts)
+            yield batch
 
 
 def _next_batch(texts: Iterator[str]) -> list[str]:
@@ -251,20 +263,21 @@ def _reorder(
     source: Path, target: Path, lengths: np.ndarray, order: np.ndarray, dtype: type[np.generic]
 ) -> None:
     """Second pass: copy documents in ``order``, then drop what the first wrote."""
-    ids = np.asarray(np.memmap(f"{source}.bin", dtype=dtype, mode="r"))
     ends = np.cumsum(lengths)
     with (
         Path(f"{target}.bin").open("wb") as file,
         progress("Shuffling documents", len(order)) as advance,
     ):
         for start in range(0, len(order), _COPIED):
+            # Mapped anew each time: pages that were looked at count as memory of this process.
+            ids = np.asarray(np.memmap(f"{source}.bin", dtype=dtype, mode="r"))
             chosen = order[start : start + _COPIED]
             bounds = zip((ends - lengths)[chosen].tolist(), ends[chosen].tolist(), strict=True)
             for begin, end in bounds:
                 file.write(ids[begin:end].data)
             advance(len(chosen))
+            del ids
     write_index(target, dtype, lengths[order])
-    del ids
     Path(f"{source}.bin").unlink()
 
 
