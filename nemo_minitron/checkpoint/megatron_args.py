@@ -152,6 +152,8 @@ def megatron_lm_args(config: ModelConfig) -> Namespace:
         used["softmax_type"] = family_of(config).megatron["softmax_type"]
     if scaling.get("rope_type") == "linear":
         used["rotary_seq_len_interpolation_factor"] = scaling["factor"]
+    if scaling.get("rope_type") == "longrope":
+        used["longrope"] = scaling  # no argument of Megatron-LM, which has no such scaling
     if config.hybrid_layer_pattern is not None:
         used |= _hybrid_args(config)
     if config.moe_router_score_function != "softmax" or config.moe_router_topk_scaling_factor:

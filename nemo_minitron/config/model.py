@@ -279,6 +279,19 @@ class ModelConfig:
         """The model without layers for multi-token prediction, as far as the next token needs."""
         return replace(self, mtp_num_layers=None)
 
+    @property
+    def longrope_length(self) -> int | None:
+        """Longest sequence that LongRoPE does not rotate as a long one; None without it."""
+        scaling = self.rope_scaling or {}
+        longrope = scaling.get("rope_type") == "longrope"
+        return scaling["original_max_position_embeddings"] if longrope else None
+
+    @property
+    def max_written_length(self) -> int:
+        """Longest sequence that can be written token by token."""
+        positions = self.max_position_embeddings
+        return min(positions, self.longrope_length or positions)
+
     def resized(
         self, sizes: Mapping[str, int], layers: Sequence[int] | None = None
     ) -> "ModelConfig":

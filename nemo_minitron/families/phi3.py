@@ -29,6 +29,8 @@ ROWS = tuple(map(_fused, llama.ROWS))
 # What transformers' Phi3Config takes where config.json says nothing.
 _DEFAULTS = {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
 READS = llama.READS | {"rope_percent"}
+_ORIGINAL = "original_max_position_embeddings"
+_ROPE_DICTIONARIES = ("rope_scaling", "rope_parameters")
 
 
 def from_hf(hf: dict[str, Any]) -> ModelConfig:
@@ -39,25 +41,54 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     """
     check_keys("phi3", hf, READS)
     known = {**_DEFAULTS, **hf}
-    rope = read_rope(known)
-    if rope.scaling is not None:
+    rope = read_rope({**known, **{key: _renamed(known.get(key)) for key in _ROPE_DICTIONARIES}})
+    if rope.scaling is not None and rope.scaling["rope_type"] != "longrope":
         kind = rope.scaling["rope_type"]
         raise ValueError(
-            f"rope_scaling type '{kind}' is not supported: transformers' Phi-3 has none"
+            f"rope_scaling type '{kind}' is not supported: transformers' Phi-3 has longrope alone"
         )
     dense = llama.dense(known, rope)
     return replace(dense, family="phi3", window_size=windows.everywhere(known), hf=dict(hf))
 
 
+def _renamed(scaling: Any) -> Any:
+    """The first files of Phi-3 call LongRoPE ``su``."""
+    if not isinstance(scaling, dict):
+        return scaling
+    return {key: "longrope" if value == "su" else value for key, value in scaling.items()}
+
+
+def _check_heads(config: ModelConfig) -> None:
+    """Of a model with LongRoPE, transformers counts frequencies by the hidden size.
+
+    Raises:
+        ValueError: names the sizes and the keys.
+    """
+    hidden, heads, width = config.hidden_size, config.num_attention_heads, config.kv_channels
+    if config.rope_scaling is not None and hidden // heads != width:
+        raise ValueError(
+            f"hidden_size={hidden} by num_attention_heads={heads} must be kv_channels={width} in "
+            "a Phi-3 with rope_scaling of type longrope, as transformers demands; set "
+            f"pruning.target.hidden_size={heads * width} and pruning.target.num_attention_heads="
+            f"{heads}, or others that fit"
+        )
+
+
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a (pruned) model."""
+    """config.json of a (pruned) model.
+
+    Raises:
+        ValueError: transformers' config class does not take the sizes.
+    """
+    _check_heads(config)
+    positions = config.max_position_embeddings
     return {
         **llama.to_hf(config),
         "architectures": ["Phi3ForCausalLM"],
         "model_type": "phi3",
         "sliding_window": windows.width_of(config),
         "partial_rotary_factor": config.rotary_percent,
-        "original_max_position_embeddings": config.max_position_embeddings,
+        "original_max_position_embeddings": (config.rope_scaling or {}).get(_ORIGINAL, positions),
     }
 
 
@@ -68,9 +99,11 @@ PHI3 = Family(
     from_hf,
     to_hf,
     READS,
-    models="Phi-3, Phi-3.5, Phi-4 (short context)",
+    models="Phi-3, Phi-3.5, Phi-4, Phi-4-mini",
     refuses=(
-        "`rope_scaling` of type `longrope` (the 128k variants): Megatron-Core's GPT model does not "
-        "have it",
+        "`rope_scaling` other than `longrope`: transformers' Phi-3 has no other",
+        "with `longrope` a hidden size and heads that do not go with the head dim, as transformers",
+        "with `longrope` texts that grow beyond `original_max_position_embeddings` while they are "
+        "written: all earlier tokens would be rotated anew",
     ),
 )

@@ -12,6 +12,7 @@ from nemo_minitron.families.gpt2 import GPT2
 from nemo_minitron.families.gpt_oss import GPT_OSS
 from nemo_minitron.families.granite import GRANITE
 from nemo_minitron.families.llama import LLAMA
+from nemo_minitron.families.ministral import MINISTRAL, MINISTRAL3
 from nemo_minitron.families.mixtral import MIXTRAL
 from nemo_minitron.families.nemotron import NEMOTRON
 from nemo_minitron.families.nemotron_h import NEMOTRON_H
@@ -45,6 +46,8 @@ _ALL = (
     DEEPSEEK_V3,
     GLM4_MOE,
     GPT_OSS,
+    MINISTRAL,
+    MINISTRAL3,
 )
 FAMILIES: dict[str, Family] = with_added("families", {family.name: family for family in _ALL})
 
@@ -57,15 +60,23 @@ _EXPERTS, _RENAMED = "num_experts", "num_local_experts"
 # The first finds the sizes that changed, the second what the source left out and now has to say.
 _PASSES = 4
 
+
+def _text_of(both: str) -> str:
+    """How to take the text model out of one that reads images too."""
+    return (
+        "it reads images too; with transformers the text model is: both = "
+        f"{both}ForConditionalGeneration.from_pretrained(FOLDER); text = AutoModelForCausalLM."
+        "from_config(both.config.text_config).to(both.dtype); text.model.load_state_dict("
+        "both.model.language_model.state_dict()); text.lm_head.load_state_dict("
+        "both.lm_head.state_dict()); text.save_pretrained(TEXT), and the tokenizer's files beside "
+        "it"
+    )
+
+
 UNSUPPORTED: dict[str, str] = {
     "GemmaForCausalLM": "the first Gemma has no table; Gemma 2 and 3 have",
-    "Gemma3ForConditionalGeneration": (
-        "it reads images too; with transformers the text model is: both = "
-        "Gemma3ForConditionalGeneration.from_pretrained(FOLDER); text = "
-        "Gemma3ForCausalLM(both.config.text_config).to(both.dtype); text.model.load_state_dict("
-        "both.model.language_model.state_dict()); text.save_pretrained(TEXT), and the tokenizer's "
-        "files beside it"
-    ),
+    "Gemma3ForConditionalGeneration": _text_of("Gemma3"),
+    "Mistral3ForConditionalGeneration": _text_of("Mistral3"),
 }
 """Architectures that people ask for and that do not open here as they are, and why."""
 

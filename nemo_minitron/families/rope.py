@@ -22,7 +22,10 @@ ROPE_KEYS = words(
     "rope_theta rope_scaling rope_parameters partial_rotary_factor original_max_position_embeddings"
 )
 """Keys of config.json that ``read_rope`` reads."""
+_SHARE = "partial_rotary_factor"
 _ORIGINAL = "original_max_position_embeddings"
+BETA = "llama_4_scaling_beta"
+"""Beside the values of YaRN: how fast the factor of queries grows (``families.ministral``)."""
 # Kind of scaling -> the values that it needs beside its name.
 _NEEDS = {
     "default": (),
@@ -30,14 +33,19 @@ _NEEDS = {
     "linear": ("factor",),
     "dynamic": ("factor",),
     "yarn": ("factor", _ORIGINAL),
+    "longrope": ("short_factor", "long_factor", _ORIGINAL),
 }
 REFUSED_SCALINGS = (
-    "`rope_scaling` other than `linear`, `dynamic`, `yarn` and `llama3`: the mapping has no other",
+    "`rope_scaling` other than `linear`, `dynamic`, `yarn`, `longrope` and `llama3`: the mapping "
+    "has no other",
     "sequences longer than `max_position_embeddings` where `rope_scaling` is `dynamic`: its "
     "frequencies would change with every token",
 )
 """Of every family whose positions are rotary, for the documentation."""
-_OF_YARN = words("attention_factor mscale mscale_all_dim beta_fast beta_slow truncate")
+_OPTIONAL = {
+    "yarn": words("attention_factor mscale mscale_all_dim beta_fast beta_slow truncate"),
+    "longrope": words("attention_factor short_factor long_factor"),
+}
 _KNOWN = {
     *("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"),
     *LLAMA3_SCALING,
@@ -84,7 +92,7 @@ def read_rope(hf: dict[str, Any], base: float = 10000.0, share: float = 1.0) -> 
         )
     rotated = found["partial_rotary_factor"]
     share = 1.0 if rotated is None else float(rotated)
-    scaling = _scaling(hf, given)
+    scaling = _scaling(hf, {**given, _SHARE: share})
     if share != 1 and scaling is not None and scaling["rope_type"] == "yarn":
         raise ValueError(
             f"rope_scaling type 'yarn' with partial_rotary_factor={share} is not supported; only "
@@ -143,7 +151,7 @@ def _scaling(hf: dict[str, Any], given: dict[str, Any]) -> dict[str, Any] | None
         raise ValueError(
             f"rope_scaling type '{kind}' is not supported; supported: {', '.join(_NEEDS)}"
         )
-    known = _KNOWN | _OF_YARN if kind == "yarn" else _KNOWN
+    known = _KNOWN | _OPTIONAL.get(kind, frozenset())
     unknown = sorted(key for key in set(given) - known if given[key] is not None)
     if unknown:
         raise ValueError(f"config.json rope_scaling holds {unknown}, which no mapping here reads")
@@ -154,12 +162,14 @@ def _scaling(hf: dict[str, Any], given: dict[str, Any]) -> dict[str, Any] | None
     for key in _NEEDS[kind]:
         if said.get(key) is None:
             raise ValueError(f"config.json rope_scaling of type {kind} lacks {key}")
-    if not isinstance(said["factor"], int | float) or said["factor"] <= 0:
-        raise ValueError(f"config.json rope_scaling.factor={said['factor']!r} must be above 0")
+    factor = said.get("factor", 1.0 if kind == "longrope" else None)
+    if not isinstance(factor, int | float) or factor <= 0:
+        raise ValueError(f"config.json rope_scaling.factor={factor!r} must be above 0")
     if kind == "llama3":
         _check_llama3(said)
     values = {key: said[key] for key in _NEEDS[kind]}
-    return {"rope_type": kind, **values, **(_yarn(said) if kind == "yarn" else {})}
+    more = {"yarn": _yarn, "longrope": _longrope}.get(kind)
+    return {"rope_type": kind, **values, **(more(said, hf) if more else {})}
 
 
 def _check_llama3(said: dict[str, Any]) -> None:
@@ -171,7 +181,29 @@ def _check_llama3(said: dict[str, Any]) -> None:
             )
 
 
-def _yarn(said: dict[str, Any]) -> dict[str, Any]:
+def _longrope(said: dict[str, Any], hf: dict[str, Any]) -> dict[str, Any]:
+    """What LongRoPE multiplies sines and cosines by (2402.13753), of any length.
+
+    Raises:
+        ValueError: a list of factors does not have one number above 0 for each frequency.
+    """
+    head_dim = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
+    count = int(head_dim * said[_SHARE]) // 2
+    for key in ("short_factor", "long_factor"):
+        factors = said[key]
+        numbers = isinstance(factors, list) and all(isinstance(x, int | float) for x in factors)
+        if not numbers or len(factors) != count or min(factors) <= 0:
+            raise ValueError(
+                f"config.json rope_scaling.{key} must be a list of {count} numbers above 0, one "
+                "for each frequency that a head is rotated with"
+            )
+    stated, original = said.get("attention_factor"), said[_ORIGINAL]
+    factor = said.get("factor") or hf.get("max_position_embeddings", original) / original
+    usual = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return {"attention_factor": usual if stated is None else float(stated)}
+
+
+def _yarn(said: dict[str, Any], _: dict[str, Any]) -> dict[str, Any]:
     """What else YaRN is made of; transformers takes null and 0 as left out."""
     factor, wanted = said["factor"], _attention_factor(said)
     if factor <= 1 and wanted != 1:
@@ -221,6 +253,21 @@ def yarn_fields(scaling: dict[str, Any] | None) -> dict[str, Any]:
         "yarn_mscale": None if usual else (wanted - 1) / (0.1 * math.log(factor)),
         "yarn_mscale_all_dim": None if usual else 0.0,
         "yarn_correction_range_round_to_int": scaling["truncate"],
+        **({BETA: scaling[BETA]} if BETA in scaling else {}),
+    }
+
+
+def attention_fields(scaling: dict[str, Any] | None) -> dict[str, Any]:
+    """What Megatron's attention reads of rotary positions in its configuration.
+
+    It has a factor of sines and cosines for YaRN alone, which is that of LongRoPE here.
+    """
+    if scaling is None or scaling["rope_type"] != "longrope":
+        return yarn_fields(scaling)
+    return {
+        "yarn_rotary_scaling_factor": math.e,
+        "yarn_mscale": (scaling["attention_factor"] - 1) / 0.1,
+        "yarn_mscale_all_dim": 0.0,
     }
 
 

@@ -21,7 +21,7 @@ from nemo_minitron.config.layout import check_layout, check_prediction, padded_v
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.families.registry import family_of
-from nemo_minitron.families.rope import yarn_fields
+from nemo_minitron.families.rope import attention_fields
 from nemo_minitron.families.table import Family
 from nemo_minitron.families.windows import megatron_fields
 from nemo_minitron.models.activations import activation_fields
@@ -143,7 +143,7 @@ def transformer_config(
         **{**defaults, **given, **family.megatron},
     )
     mcore.add_bias_linear = config.add_bias_linear
-    for name, value in yarn_fields(config.rope_scaling).items():
+    for name, value in attention_fields(config.rope_scaling).items():
         setattr(mcore, name, value)  # no fields; Megatron's attention looks for the attributes
     for name in _NOT_MEGATRONS:
         setattr(mcore, name, getattr(config, name))

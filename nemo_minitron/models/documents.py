@@ -17,7 +17,8 @@ from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.training import DataConfig
 from nemo_minitron.families.registry import family_of
-from nemo_minitron.models.attention import causal_mask, gathered_positions
+from nemo_minitron.families.rope import BETA
+from nemo_minitron.models.attention import causal_mask, gathered_positions, zigzag_positions
 from nemo_minitron.models.spec import HAVE_TE
 
 DOCUMENTS = "documents"
@@ -50,6 +51,17 @@ class SharedSamples(PackedSeqParams):
             seen = causal_mask(local_length, self.group, device, window)
             self.masks[window] = ((queries[:, :, None] == keys[:, None, :]) & seen)[:, None]
         return self.masks[window]
+
+    def positions(self, local_length: int) -> Tensor:
+        """``[b, s]``: positions of this rank's tokens in their documents."""
+        assert self.documents is not None
+        whole = torch.arange(self.documents.size(1), device=self.documents.device)
+        begins = self.documents[:, 1:] != self.documents[:, :-1]
+        first = F.pad(begins * whole[1:], (1, 0)).cummax(dim=1).values
+        mine = zigzag_positions(
+            local_length, self.group.rank(), self.group.size(), self.documents.device
+        )
+        return (whole - first)[:, mine]
 
 
 def shared_samples(chunk: Any, documents: Tensor | None) -> PackedSeqParams | None:
@@ -98,7 +110,9 @@ def rotary_of_positions(rotary: Tensor, position_ids: Tensor) -> Tensor:
 def check_shared(
     samples: object, data: DataConfig, model: ModelConfig, parallel: ParallelConfig
 ) -> None:
-    """Refuse documents that share samples where Transformer Engine's attention cannot part them.
+    """Refuse documents that share samples where attention cannot part them.
+
+    That of Transformer Engine cannot always, and LongRoPE has one rotation for all.
 
     Args:
         samples: of a stage.
@@ -109,7 +123,17 @@ def check_shared(
     Raises:
         ValueError: names the key and the way out.
     """
-    if not HAVE_TE or not getattr(samples, "shared", False):
+    if not getattr(samples, "shared", False):
+        return
+    longest = model.longrope_length
+    if longest is not None and data.seq_length > longest:
+        raise ValueError(
+            f"data.pack=true with data.seq_length={data.seq_length} above "
+            f"original_max_position_embeddings={longest} is not supported with rope_scaling of "
+            "type longrope, which rotates each document by its own length; set data.pack=false, or "
+            f"data.seq_length={longest}"
+        )
+    if not HAVE_TE:
         return
     problems = {
         f"data.micro_batch_size={data.micro_batch_size}": data.micro_batch_size > 1,
@@ -120,6 +144,7 @@ def check_shared(
             model.attn_logit_softcapping is not None
         ),
         "multi-latent attention": model.multi_latent,
+        "queries that are scaled by position": BETA in (model.rope_scaling or {}),
         "attention sinks": "softmax_type" in family_of(model).megatron,
     }
     for what, found in problems.items():

@@ -64,8 +64,32 @@ def _unscaled_share(scaling: dict[str, Any], dim: int, base: float) -> Tensor:
     return 1 - ramp.clamp(0, 1)
 
 
+def frequencies_by_length(config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Two times ``[d / 2]`` fp32 of LongRoPE (2402.13753): of short and of longer sequences."""
+    scaling, powers = config.rope_scaling or {}, _powers(config, config.rotary_base)
+    short, long = (torch.tensor(scaling[f"{length}_factor"]) for length in ("short", "long"))
+    return 1.0 / (short * powers), 1.0 / (long * powers)
+
+
+def _choose_by_length(rotary: Any, config: ModelConfig) -> None:
+    """Let the length of a sequence choose its frequencies, as in transformers.
+
+    That is the whole length, over all ranks that share it, with what is still to be written.
+    """
+    short, long = (found.to(rotary.inv_freq.device) for found in frequencies_by_length(config))
+    original = (config.rope_scaling or {})["original_max_position_embeddings"]
+
+    def before(module: Any, args: tuple[Any, ...]) -> None:
+        module.inv_freq = long if args[0] > original else short
+
+    rotary.register_forward_pre_hook(before)
+
+
 def set_frequencies(model: Any, config: ModelConfig) -> None:
     """Give a model of Megatron-Core the frequencies of its config."""
+    if (config.rope_scaling or {}).get("rope_type") == "longrope":
+        _choose_by_length(model.rotary_pos_emb, config)
+        return
     found = frequencies(config)
     if found is not None:
         rotary = model.rotary_pos_emb

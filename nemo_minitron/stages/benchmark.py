@@ -39,10 +39,10 @@ def check(cfg: BenchmarkConfig) -> None:
 
 def _check_size(cfg: BenchmarkConfig, model: ModelConfig) -> None:
     tokens = cfg.prompt_length + cfg.new_tokens
-    if tokens > model.max_position_embeddings:
+    if tokens > model.max_written_length:
         raise ValueError(
             f"prompt_length={cfg.prompt_length} and new_tokens={cfg.new_tokens} exceed the "
-            f"{model.max_position_embeddings} positions of the model; lower prompt_length"
+            f"{model.max_written_length} positions of the model; lower prompt_length"
         )
     if cfg.memory_limit_gb is None:
         return

@@ -166,6 +166,13 @@ def check_tasks(cfg: EvaluateConfig, model: ModelConfig, *, export: bool) -> Non
             f"lm_eval.max_length={cfg.lm_eval.max_length} is longer than max_position_embeddings="
             f"{limit} of the model, whose positions end there; lower lm_eval.max_length"
         )
+    longest = model.longrope_length
+    if not export and longest is not None and max_length(cfg, model) > longest:
+        raise ValueError(
+            f"lm_eval.max_length={cfg.lm_eval.max_length} must be at most "
+            f"original_max_position_embeddings={longest} with rope_scaling of type longrope, which "
+            "rotates all tokens of a batch by its longest text; lower it"
+        )
     _, tasks = load_tasks(cfg.tasks, cfg.tasks_path)
     generating = check_kinds(tasks, max_length(cfg, model), megatron=not export)
     if generating and not export:
@@ -175,7 +182,7 @@ def check_tasks(cfg: EvaluateConfig, model: ModelConfig, *, export: bool) -> Non
 def max_length(cfg: EvaluateConfig, model: ModelConfig) -> int:
     """Tokens of the longest request, a length that the layout can cut."""
     multiple = cfg.parallel.sequence_multiple
-    wanted = cfg.lm_eval.max_length or model.max_position_embeddings
+    wanted = cfg.lm_eval.max_length or model.max_written_length
     return max(wanted // multiple, 1) * multiple
 
 

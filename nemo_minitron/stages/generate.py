@@ -45,7 +45,7 @@ def _prompts(cfg: GenerateConfig, model: ModelConfig) -> tuple[list[Prompt], Any
     folder = Path(cfg.checkpoint) / "checkpoint" / "tokenizer"
     tokenizer = load_tokenizer(folder)
     stops = stop_ids(folder, tokenizer, model.hf.get("eos_token_id"))
-    return read_prompts(cfg, tokenizer, model.max_position_embeddings), tokenizer, stops
+    return read_prompts(cfg, tokenizer, model.max_written_length), tokenizer, stops
 
 
 def run(cfg: GenerateConfig) -> None:

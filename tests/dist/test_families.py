@@ -142,6 +142,30 @@ QWEN3_MOE_DIMS = {
     r"[qk]_norm\.weight": (None,),
     r"mlp\.gate\.weight": ("expert", "hidden"),
 }
+PHI3_DIMS = {
+    **LLAMA_DIMS,
+    r"qkv_proj\.weight": ("packed_qkv", "hidden"),
+    r"gate_up_proj\.weight": ("packed_gate_up", "hidden"),
+}
+LONGROPE = {
+    **SIZES,
+    "hidden_size": 64,
+    "pad_token_id": None,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.75,
+        "short_factor": [1.0, 1.1, 1.5],
+        "long_factor": [1.0, 2.0, 6.5],
+    },
+}
+LONGROPE_TARGETS = {
+    "ffn": {"ffn_hidden_size": 24},
+    "layer": {"num_layers": 2},
+    "head": {"hidden_size": 32, "num_attention_heads": 4},
+    "several": {**DENSE["several"], "hidden_size": 32},
+}
+"""Of a hidden size that is heads x head dim, as transformers demands."""
 # Of experts: all in one tensor, as (input, output), gate and up by turns.
 GPT_OSS_DIMS = {
     **LLAMA_DIMS,
@@ -311,14 +335,54 @@ CASES = {
         {name: DENSE[name] for name in ("layer", "several")},
         sequence_parallel=True,
     ),
+    "qwen3_yarn": Case(
+        "Qwen3",
+        {**SIZES, "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0,
+                                      "original_max_position_embeddings": 16}},
+        {**LLAMA_DIMS, r"[qk]_norm\.weight": (None,)},
+        {name: DENSE[name] for name in ("hidden", "several")},
+        sequence_parallel=True,
+    ),
+    "ministral": Case(
+        "Ministral",
+        {**SIZES, "sliding_window": 5,
+         "layer_types": ["sliding_attention", "full_attention"] * 2},
+        LLAMA_DIMS,
+        sequence_parallel=True,
+    ),
+    # Of 16 tokens those after the first 4 and after each 4 more have larger queries.
+    "ministral3": Case(
+        "Ministral3",
+        {**SIZES, "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "mscale": 1.0,
+            "mscale_all_dim": 1.0, "original_max_position_embeddings": 4,
+            "llama_4_scaling_beta": 0.5}},
+        LLAMA_DIMS,
+        sequence_parallel=True,
+    ),
+    "ministral3_window": Case(
+        "Ministral3",
+        {**SIZES, "sliding_window": 5},
+        LLAMA_DIMS,
+        {"several": DENSE["several"]},
+    ),
+    "phi3_longrope": Case(
+        "Phi3",
+        {**LONGROPE, "original_max_position_embeddings": 8},
+        PHI3_DIMS,
+        LONGROPE_TARGETS,
+        sequence_parallel=True,
+    ),
+    "phi3_shortrope": Case(
+        "Phi3",
+        {**LONGROPE, "original_max_position_embeddings": 16},
+        PHI3_DIMS,
+        {"several": LONGROPE_TARGETS["several"]},
+    ),
     "phi3_window": Case(
         "Phi3",
         {**SIZES, "pad_token_id": None, "sliding_window": 4},
-        {
-            **LLAMA_DIMS,
-            r"qkv_proj\.weight": ("packed_qkv", "hidden"),
-            r"gate_up_proj\.weight": ("packed_gate_up", "hidden"),
-        },
+        PHI3_DIMS,
         {"several": DENSE["several"]},
     ),
     "smollm3_windows": Case(

@@ -17,10 +17,13 @@ from tests.helpers.tiny import (
     GEMMA2,
     GEMMA3,
     GPT2,
+    GPT_OSS,
     GRANITE,
+    MINISTRAL3,
     MIXTRAL,
     NEMOTRON,
     NEMOTRON_H,
+    PHI3_LONG,
     QWEN3,
     write_result,
 )
@@ -76,7 +79,11 @@ def test_greedy_tokens_are_those_of_transformers(ranks, home, layout):
 
 @pytest.mark.parametrize(
     "config",
-    [GPT2, NEMOTRON, QWEN3, MIXTRAL, WINDOWS, GRANITE, NEMOTRON_H, GEMMA2, GEMMA3, DEEPSEEK_V3],
+    [
+        *(GPT2, NEMOTRON, QWEN3, MIXTRAL, WINDOWS, GRANITE, NEMOTRON_H, GEMMA2, GEMMA3),
+        *(DEEPSEEK_V3, GPT_OSS, MINISTRAL3, PHI3_LONG),
+    ],
+    ids=lambda config: config.family,
 )
 def test_the_cache_changes_nothing(ranks, tmp_path, config):
     """Every family: continuing word by word, and reading the whole text again each time."""

@@ -75,6 +75,34 @@ GEMMA3 = replace(
     window_size=[6, 6, 0, 6],
 )
 
+_YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 8,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "truncate": True,
+    "attention_factor": 1.0,
+}
+MINISTRAL = replace(LLAMA, family="ministral", window_size=[6, 0, 6, 0])
+MINISTRAL3 = replace(
+    LLAMA, family="ministral3", rope_scaling={**_YARN, "llama_4_scaling_beta": 0.1}
+)
+
+PHI3_LONG = replace(
+    LLAMA,
+    family="phi3",
+    kv_channels=8,
+    rotary_percent=0.75,
+    rope_scaling={
+        "rope_type": "longrope",
+        "short_factor": [1.0, 1.1, 1.5],
+        "long_factor": [1.0, 2.0, 6.5],
+        "original_max_position_embeddings": 16,
+        "attention_factor": 1.25,
+    },
+)
+
 NEMOTRON = replace(
     LLAMA,
     family="nemotron",

@@ -294,7 +294,7 @@ def test_head_dim_is_pinned_and_other_fields_carried_over():
         ({"attention_bias": True}, "attention_bias=true is not supported"),
         ({"mlp_bias": True}, "mlp_bias=true is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act=gelu is not supported"),
-        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope_scaling type 'longrope'"),
+        ({"rope_scaling": {"type": "ntk", "factor": 2.0}}, "rope_scaling type 'ntk'"),
         ({"num_key_value_heads": 3}, "num_attention_heads=4 must be a multiple"),
     ],
 )

@@ -1,6 +1,7 @@
 """Every family's config.json: there and back, as transformers reads it, and what is refused."""
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,9 +31,12 @@ from tests.helpers.tiny import (
     GPT2,
     GRANITE,
     LLAMA,
+    MINISTRAL,
+    MINISTRAL3,
     MIXTRAL,
     NEMOTRON,
     OLMO2,
+    PHI3_LONG,
     QWEN3,
     SMOLLM3,
     random_weights,
@@ -42,7 +46,11 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 QWEN2 = replace(LLAMA, family="qwen2", add_qkv_bias=True)
 PHI3 = replace(LLAMA, family="phi3", rotary_percent=0.5)
 QWEN3_MOE = replace(MIXTRAL, family="qwen3_moe", qk_layernorm=True, moe_router_pre_softmax=True)
-CONFIGS = [QWEN2, QWEN3, QWEN3_MOE, NEMOTRON, PHI3, GPT2, SMOLLM3, OLMO2, GRANITE, GEMMA2, GEMMA3]
+LONGROPE = PHI3_LONG.rope_scaling or {}
+CONFIGS = [
+    *(QWEN2, QWEN3, QWEN3_MOE, NEMOTRON, PHI3, PHI3_LONG, GPT2, SMOLLM3, OLMO2, GRANITE, GEMMA2),
+    *(GEMMA3, MINISTRAL, MINISTRAL3),
+]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.family)
@@ -84,11 +92,41 @@ def test_mistral_defaults_are_those_of_transformers() -> None:
         (NEMOTRON, {"hidden_act": "silu"}, "hidden_act=silu is not supported; only relu2"),
         (NEMOTRON, {"mlp_bias": True}, "mlp_bias=true is not supported"),
         (PHI3, {"sliding_window": 0}, "sliding_window=0 is not supported"),
-        (PHI3, {"rope_scaling": {"type": "longrope"}}, "rope_scaling type 'longrope'"),
+        (PHI3, {"rope_scaling": {"type": "longrope"}}, "type longrope lacks short_factor"),
+        (
+            PHI3_LONG,
+            {"head_dim": 16},
+            "rope_scaling.short_factor must be a list of 6 numbers above 0",
+        ),
+        (
+            PHI3_LONG,
+            {"rope_scaling": {**LONGROPE, "long_factor": [1.0, 2.0, 0.0]}},
+            "rope_scaling.long_factor must be a list of 3 numbers above 0",
+        ),
+        (PHI3_LONG, {"rope_scaling": {**LONGROPE, "factor": 0}}, "factor=0 must be above 0"),
+        (PHI3_LONG, {"rope_scaling": {**LONGROPE, "long_mscale": 1.2}}, r"holds \['long_mscale'\]"),
+        (MINISTRAL3, {"rope_scaling": {"rope_type": "yarn"}}, "of type yarn lacks factor"),
+        (
+            MINISTRAL3,
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "llama_4_scaling_beta": 0.1}},
+            "type linear with llama_4_scaling_beta=0.1 is not supported .*; only yarn",
+        ),
+        (
+            MINISTRAL3,
+            {"rope_scaling": {**YARN, "original_max_position_embeddings": 32}},
+            "type yarn with llama_4_scaling_beta=None is not supported",
+        ),
+        (MINISTRAL, {"layer_types": ["full_attention"]}, "layer_types is of 1 layers"),
+        (MINISTRAL, {"attention_bias": True}, "attention_bias=true"),
+        (
+            LLAMA,
+            {"rope_scaling": {**YARN, "llama_4_scaling_beta": 0.1}},
+            r"holds \['llama_4_scaling_beta'\]",
+        ),
         (
             PHI3,
             {"rope_scaling": {"type": "linear", "factor": 2.0}},
-            "'linear' .*Phi-3 has none",
+            "'linear' .*Phi-3 has longrope alone",
         ),
         (GEMMA2, {"hidden_activation": "gelu"}, "hidden_activation=gelu is not supported"),
         (GEMMA2, {"use_bidirectional_attention": True}, "use_bidirectional_attention=true"),
@@ -121,48 +159,85 @@ def test_a_window_that_no_sequence_reaches_is_none() -> None:
     assert replace(FAMILIES["phi3"].from_hf(hf), hf={}) == PHI3
 
 
+def test_longrope_needs_sizes_that_transformers_takes() -> None:
+    """Its class of Phi-3 counts frequencies by the hidden size and the heads."""
+    target = TargetConfig(hidden_size=40)
+    says = r"hidden_size=40 by num_attention_heads=8 must be kv_channels=8 .*hidden_size=64"
+    with pytest.raises(ValueError, match=says):
+        check_result(PHI3_LONG, PruningConfig(target=target))
+    check_result(
+        PHI3_LONG, PruningConfig(target=TargetConfig(hidden_size=32, num_attention_heads=4))
+    )
+    wrong = deepcopy({**FAMILIES["phi3"].to_hf(PHI3_LONG), "hidden_size": 40})
+    with pytest.raises(StrictDataclassClassValidationError, match="short_factor field must have"):
+        transformers.Phi3Config(**wrong)
+
+
+def test_the_first_files_of_phi3_call_longrope_su() -> None:
+    said = {**FAMILIES["phi3"].to_hf(PHI3_LONG), "rope_scaling": {**LONGROPE, "rope_type": "su"}}
+    assert FAMILIES["phi3"].from_hf(said).rope_scaling == LONGROPE
+
+
 @pytest.mark.parametrize("name", UNSUPPORTED)
-def test_other_gemmas_are_refused_with_a_way_out(name: str) -> None:
+def test_others_are_refused_with_a_way_out(name: str) -> None:
     says = r"(Gemma 2 and 3 have|text\.save_pretrained\(TEXT\)).*supported: \["
     with pytest.raises(ValueError, match=says):
         family_of_hf({"architectures": [name]})
 
 
-def test_the_text_model_of_a_gemma_that_sees_is_what_the_message_says(tmp_path: Path) -> None:
+TEXT = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+SEEING = {
+    "Gemma3": {"text_config": TEXT, "vision_config": VISION, "mm_tokens_per_image": 4},
+    "Mistral3": {
+        "text_config": {**TEXT, "model_type": "ministral3"},
+        "vision_config": {**VISION, "model_type": "pixtral", "head_dim": 8},
+        "tie_word_embeddings": False,
+    },
+}
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_the_text_model_of_one_that_sees_is_what_the_message_says(
+    name: str, tmp_path: Path
+) -> None:
     """What transformers' class of the text model writes holds the same weights, and opens here."""
-    text = {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-    }
-    vision = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 28,
-        "patch_size": 14,
-    }
-    sizes = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
-    seeing = transformers.Gemma3ForConditionalGeneration(sizes)
+    seeing_class = getattr(transformers, f"{name}ForConditionalGeneration")
+    seeing = seeing_class(getattr(transformers, f"{name}Config")(**SEEING[name]))
     seeing.save_pretrained(tmp_path / "both")
     with pytest.raises(ValueError, match="it reads images too"):
         family_of_hf(json.loads((tmp_path / "both" / "config.json").read_text()))
-    both = transformers.Gemma3ForConditionalGeneration.from_pretrained(tmp_path / "both")
-    alone = transformers.Gemma3ForCausalLM(both.config.text_config).to(both.dtype)
+    both = seeing_class.from_pretrained(tmp_path / "both")
+    alone = transformers.AutoModelForCausalLM.from_config(both.config.text_config).to(both.dtype)
     alone.model.load_state_dict(both.model.language_model.state_dict())
+    alone.lm_head.load_state_dict(both.lm_head.state_dict())
     alone.save_pretrained(tmp_path / "text")
-    mine = FAMILIES["gemma3"].from_hf(json.loads((tmp_path / "text" / "config.json").read_text()))
-    assert (mine.hidden_size, mine.kv_channels, mine.window_size) == (32, 8, [4096, 4096])
-    wanted = dict(seeing.model.language_model.named_parameters())
+    hf = json.loads((tmp_path / "text" / "config.json").read_text())
+    mine = family_of_hf(hf).from_hf(hf)
+    assert (mine.hidden_size, mine.kv_channels) == (32, 8)
+    assert mine.window_size == ([4096, 4096] if name == "Gemma3" else None)
+    language = seeing.model.language_model.named_parameters()
+    wanted = {f"model.{name}": weight for name, weight in language}
+    if not mine.share_embeddings_and_output_weights:
+        wanted["lm_head.weight"] = seeing.lm_head.weight
     written = load_file(tmp_path / "text" / "model.safetensors")
-    assert {f"model.{name}" for name in wanted} == written.keys()
-    for name, weight in wanted.items():
-        assert torch.equal(written[f"model.{name}"], weight), name
+    assert wanted.keys() == written.keys()
+    assert all(torch.equal(written[name], weight) for name, weight in wanted.items())
 
 
 def test_gemmas_as_google_publishes_them() -> None:

@@ -12,8 +12,8 @@ from nemo_minitron.checkpoint.foreign.megatron_fields import model_fields
 from nemo_minitron.checkpoint.foreign.megatron_stated import of_args
 from nemo_minitron.checkpoint.megatron_args import megatron_lm_args
 from nemo_minitron.families.registry import FAMILIES, family_of
-from nemo_minitron.models.rotary import frequencies
-from tests.helpers.tiny import LLAMA, MIXTRAL, NEMOTRON
+from nemo_minitron.models.rotary import frequencies, frequencies_by_length
+from tests.helpers.tiny import LLAMA, MIXTRAL, NEMOTRON, PHI3_LONG
 from tests.unit.test_families import LLAMA3_ROPE
 from tests.unit.test_family_configs import PHI3
 
@@ -80,6 +80,40 @@ def test_scaled_frequencies_are_those_of_transformers(config, change):
     assert (mine.rope_scaling or {}).get("attention_factor", 1.0) == factor
     again = FAMILIES[config.family].from_hf(FAMILIES[config.family].to_hf(mine))
     assert again.rope_scaling == mine.rope_scaling
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.25, 1.5],
+    "long_factor": [1.0, 4.0, 9.5],
+    "original_max_position_embeddings": 32,
+}
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"factor": 8.0}, {"attention_factor": 1.3}, {"factor": 0.5, "type": "longrope"}]
+)
+def test_longrope_is_that_of_transformers(change):
+    """Frequencies of both lengths, and the factor of sines and cosines that Megatron is told."""
+    from megatron.core.models.common.embeddings import yarn_rotary_pos_embedding as megatron
+
+    from nemo_minitron.config.parallel import ParallelConfig
+    from nemo_minitron.models.build import transformer_config
+
+    said = {"partial_rotary_factor": 0.75, "original_max_position_embeddings": 32}
+    hf = written(PHI3_LONG, {**said, "rope_scaling": {**LONGROPE, **change}})
+    theirs = AutoConfig.for_model(**deepcopy(hf))
+    mine = FAMILIES["phi3"].from_hf(deepcopy(hf))
+    for length, found in zip((32, 33), frequencies_by_length(mine), strict=True):
+        wanted, factor = ROPE_INIT_FUNCTIONS["longrope"](theirs, seq_len=length)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    core = transformer_config(mine, ParallelConfig(), torch.float32)
+    told = megatron._yarn_get_concentration_factor_from_config(core)
+    assert told == pytest.approx(factor, rel=1e-12)
+    again = FAMILIES["phi3"].from_hf(FAMILIES["phi3"].to_hf(mine))
+    stated = of_args(vars(megatron_lm_args(mine)), "here")
+    read = model_fields(stated, mine.vocab_size)["rope_scaling"]
+    assert again.rope_scaling == mine.rope_scaling == read
 
 
 @pytest.mark.parametrize(("config", "change"), STRETCHED)

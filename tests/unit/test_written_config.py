@@ -188,6 +188,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 24,
         "num_nextn_predict_layers": 0,
     },
+    "ministral": TINY | {"head_dim": 16, "sliding_window": 8},
+    "ministral3": TINY | {"head_dim": 16},
     "gpt_oss": TINY | {"head_dim": 16, "num_local_experts": 4, "sliding_window": 8},
     "nemotron_h": {
         "vocab_size": 64,

@@ -19,7 +19,7 @@ from nemo_minitron.checkpoint.foreign.megatron_stated import Stated
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.documents import JsonObject
 from nemo_minitron.families.registry import FAMILIES
-from nemo_minitron.families.rope import LLAMA3_SCALING, concentration
+from nemo_minitron.families.rope import BETA, LLAMA3_SCALING, concentration
 from nemo_minitron.families.table import COMMON_SPEC, Family
 
 _Allowed = Callable[[object], bool]
@@ -86,6 +86,8 @@ def _scaling(stated: Stated) -> JsonObject | None:
         return latent_yarn(stated)
     if stated.get("position_embedding_type", "rope") == "yarn":
         return _yarn(stated)
+    if stated.values.get("longrope"):  # of this package's own checkpoints
+        return dict(stated.values["longrope"])
     factor = stated.get("rope_scaling_factor", 8.0) if stated.get("rope_scaling", False) else None
     if stated.values.get("old_context_len"):  # of NeMo's and Bridge's configs of Llama 3.1
         factor = stated.get("scale_factor", 8.0)
@@ -121,6 +123,7 @@ def _yarn(stated: Stated) -> JsonObject:
         "beta_slow": stated.get("yarn_beta_slow", 1),
         "truncate": stated.get("yarn_correction_range_round_to_int", True),
         "attention_factor": attention,
+        **({BETA: stated.values[BETA]} if stated.values.get(BETA) else {}),
     }
 
 
