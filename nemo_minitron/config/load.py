@@ -201,6 +201,13 @@ def _fits(stage: str, experiment: Path, names: Sequence[str]) -> bool:
 
 
 def _check_key(stage: str, key: str) -> None:
+    named = re.match(r"stages\.(?!\d+(?:\.|$))([^.]+)(?:\.config)?(\..+)?", key)
+    if named and stage in ("pipeline", "plan"):
+        name, rest = named.group(1), named.group(2) or ".KEY"
+        raise ValueError(
+            f"{key}: stages is a list, whose items have numbers from 0; write +change.{name}{rest}"
+            "=... to change a key of the item of that name"
+        )
     known = [k.name for k in schema.keys(schema.COMMANDS[stage])]
     inside = any(name == key or name.startswith(key + ".") for name in known)
     if not inside and not _open_section(stage, key):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_minitron.config.base import NEUTRAL, StageConfig
+from nemo_minitron.config.base import ADDED, NEUTRAL, StageConfig
 
 
 @dataclass(kw_only=True)
@@ -93,6 +93,9 @@ class PipelineConfig(StageConfig):
     stages: list[dict[str, Any]] = field(default_factory=list)
     """Items ``{name: folder, stage: stage, config: {key: value}}``; ``${stage:NAME}`` in a value
     is the folder of an earlier item."""
+    change: dict[str, Any] = field(default_factory=dict, metadata=ADDED)
+    """Keys for the items of ``stages``, by their names, that win over those of their ``config``:
+    ``{NAME: {key: value}}``. So an experiment of your own extends one that it takes over."""
     report: dict[str, Any] = field(default_factory=dict)
     """Which results the final table compares: ``{rows: [{label, evaluate}], ...}``."""
     model: dict[str, Any] = field(default_factory=dict)

@@ -77,6 +77,14 @@ def read_items(cfg: PipelineConfig, *, at_hand: bool = True) -> list[Item]:
             items.append(_read_item(cfg, raw, [item.name for item in items], at_hand))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
+    names = [item.name for item in items]
+    for name in cfg.change:
+        if name not in names:
+            hint = load.nearest(name, names)
+            raise ValueError(
+                f"change.{name} names no item of stages; "
+                + (f"did you mean {hint}?" if hint else f"there are {', '.join(names)}")
+            )
     return items
 
 
@@ -91,7 +99,12 @@ def _read_item(
     config = raw.get("config") or {}
     if not isinstance(config, dict):
         raise ValueError(f"config={config} must be a dictionary of the keys of {stage}")
-    overrides = _overrides(cfg, name, flatten(config) if config else {})
+    changed = cfg.change.get(name) or {}
+    if not isinstance(changed, dict):
+        raise ValueError(f"change.{name}={changed} must be a dictionary of the keys of {stage}")
+    # An empty dictionary would be flattened to a value.
+    flat = [flatten(part) for part in (config, changed) if part]
+    overrides = _overrides(cfg, name, {k: v for part in flat for k, v in part.items()})
     composed = load.compose(stage, overrides)
     needs = _needs(cfg, composed, earlier, at_hand)
     return Item(name, stage, tuple(overrides), composed, needs)

@@ -111,6 +111,12 @@ def test_help_lists_stages_keys_defaults_and_groups(run):
         ("prune experiment=quickstart", "conf/experiment/quickstart.yaml sets model="),
         ("pipeline inputs.model=x", "write +inputs.model=... to add it"),
         (
+            "pipeline experiment=quickstart stages.pruned.config.workers=3",
+            "whose items have numbers from 0; write +change.pruned.workers=... to change",
+        ),
+        ("plan stages.pruned.name=a", "write +change.pruned.name=... to change a key of the item"),
+        ("pipeline experiment=quickstart stages.99.config.workers=3", "index out of range"),
+        (
             "distill student=a teacher=b data.path=c output_dir=d data.seq_length=0",
             "data.seq_length=0 must be at least 1",
         ),

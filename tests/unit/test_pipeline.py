@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -165,6 +166,51 @@ def test_items_know_what_they_need_and_inherit_shared_keys(tmp_path, monkeypatch
     assert (first.needs, second.needs) == ((), ("a",))
     assert second.config.output_dir == str(Path("out/b"))
     assert (second.config.workers, second.config.verify_inputs) == (5, "size")
+
+
+def test_an_experiment_extends_another_one(tmp_path, monkeypatch):
+    """Keys by the names of items, in a file that takes the items over and on the command line."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m.gguf").write_text("x")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\n"
+        "defaults: [quickstart, _self_]\n"
+        "inputs: {model: m.gguf, text: text}\n"
+        "change:\n"
+        "  pruned: {pruning: {target: {ffn_hidden_size: 640}}, workers: 3}\n"
+        "  importance: {data.num_samples: 5}\n"
+    )
+    path = [f"hydra.searchpath=[{tmp_path}]", "experiment=mine", "change.pruned.workers=2"]
+    inputs = ["experiment=quickstart", "inputs.model=m.gguf", "inputs.text=text"]
+    composed: list[Any] = [load.compose("pipeline", line) for line in (inputs, path)]
+    items: list[dict[str, Any]] = [
+        {item.name: item.config for item in read_items(config)} for config in composed
+    ]
+    before, after = items
+    assert list(before) == list(after)
+    assert after["pruned"].pruning.target["ffn_hidden_size"] == 640
+    assert after["pruned"].workers == 2
+    assert after["importance"].data.num_samples == 5
+    assert after["distilled"] == before["distilled"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"b": {"workers": 2}}, r"change.b names no item of stages; there are a$"),
+        ({"aa": {}}, "did you mean a"),
+        ({"a": 3}, r"stages.0 \(a\): change.a=3 must be a dictionary of the keys of import"),
+        ({"a": {"wokers": 3}}, r"stages.0 \(a\): wokers is not a key of import; .* workers"),
+    ],
+)
+def test_changes_are_checked(tmp_path, monkeypatch, change, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m.gguf").write_text("x")
+    stages = [{"name": "a", "stage": "import", "config": {"source": "m.gguf"}}]
+    with pytest.raises(ValueError, match=message):
+        read_items(PipelineConfig(output_dir="out", stages=stages, change=change))
 
 
 def test_quickstart_is_the_road_of_the_papers(tmp_path, monkeypatch):
