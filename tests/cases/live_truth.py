@@ -123,7 +123,8 @@ def score_alone(ranks: WorkerPool, folder: Path, config: ModelConfig, ids: torch
 def replicated(name: str) -> bool:
     """Whether all tensor-parallel ranks hold the whole tensor."""
     norm = "norm.weight" in name and "mixer.norm" not in name
-    return norm or "router" in name or "gate_weight" in name
+    added_once = name.endswith(("linear_proj.bias", "linear_fc2.bias"))
+    return norm or added_once or "router" in name or "gate_weight" in name
 
 
 def split_one_by_one(name: str, rows: int, config: ModelConfig) -> list[int]:

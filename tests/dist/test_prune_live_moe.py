@@ -10,7 +10,7 @@ from tests.cases.live import refused
 from tests.cases.live_truth import Truth, layout, make_truth, one_answer
 from tests.helpers.layout_table import LayoutTable
 from tests.helpers.pool import WorkerPool
-from tests.helpers.tiny import GLM4_MOE, MIXTRAL, QWEN2_MOE
+from tests.helpers.tiny import GLM4_MOE, GPT_OSS, MIXTRAL, QWEN2_MOE
 
 WIDTH = TargetConfig(
     hidden_size=40, num_attention_heads=4, num_moe_experts=2, moe_ffn_hidden_size=24
@@ -63,6 +63,9 @@ MIXED_LAYOUTS = {
     "TP2 SP": LAYOUTS["TP2 SP"],
     "EP2 PP2": LAYOUTS["EP2 PP2"],
 }
+# Windows follow the layers that stay, sinks and biases the heads; biases are merged too.
+GPT_OSS_WAYS = {**WAYS, "both": replace(WAYS["both"], merge_heads=True)}
+GPT_OSS_LAYOUTS = {**SHARED_LAYOUTS, "EP2 CP2": LAYOUTS["EP2 CP2"]}
 INTERLEAVED = {"PP2 VPP2": layout(pp=2, vpp=2), "EP2 PP2 VPP2": layout(dp=2, ep=2, pp=2, vpp=2)}
 
 
@@ -115,6 +118,19 @@ def test_dense_layers(mixed_truth: Truth, layout_table: LayoutTable, tmp_path, n
     shown = f"{name}, 8 experts in two groups after dense layers"
     arguments = (MIXED_LAYOUTS[name], MIXED_WAYS, tmp_path, layout_table, test, shown)
     one_answer(mixed_truth, *arguments)
+
+
+@pytest.fixture(scope="module")
+def gpt_oss_truth(ranks: WorkerPool, tmp_path_factory) -> Truth:
+    return make_truth(ranks, tmp_path_factory.mktemp("live-gpt-oss"), GPT_OSS)
+
+
+@pytest.mark.parametrize("name", GPT_OSS_LAYOUTS)
+def test_gpt_oss(gpt_oss_truth: Truth, layout_table: LayoutTable, tmp_path, name: str) -> None:
+    test = f"test_prune_live_moe.py::test_gpt_oss[{name}]"
+    shown = f"{name}, 4 experts with biases, windows and sinks"
+    arguments = (GPT_OSS_LAYOUTS[name], GPT_OSS_WAYS, tmp_path, layout_table, test, shown)
+    one_answer(gpt_oss_truth, *arguments)
 
 
 @pytest.fixture(scope="module")

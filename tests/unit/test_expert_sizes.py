@@ -8,7 +8,7 @@ import transformers
 
 from nemo_minitron.families.experts import warn_of_expert_sizes
 from nemo_minitron.families.registry import family_of
-from tests.helpers.tiny import LLAMA, MIXTRAL, QWEN2_MOE
+from tests.helpers.tiny import GPT_OSS, LLAMA, MIXTRAL, QWEN2_MOE
 
 
 def runs(config) -> bool:
@@ -26,14 +26,12 @@ def runs(config) -> bool:
     return True
 
 
-@pytest.mark.parametrize("config", [MIXTRAL, QWEN2_MOE], ids=["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("config", [MIXTRAL, QWEN2_MOE, GPT_OSS], ids=lambda m: m.family)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("hidden", "ffn"), [(64, 40), (64, 36), (64, 33), (60, 40), (62, 40)])
 def test_named_are_those_that_do_not_run(config, dtype, hidden, ffn, caplog):
-    small = replace(
-        config, num_layers=1, hidden_size=hidden, moe_ffn_hidden_size=ffn, ffn_hidden_size=ffn
-    )
-    small = replace(small, dtype=dtype)
+    sizes = {"hidden_size": hidden, "moe_ffn_hidden_size": ffn, "ffn_hidden_size": ffn}
+    small = replace(config.resized(sizes, [0]), dtype=dtype)
     said = warn_of_expert_sizes(small)
     assert (not said) == runs(small)
     assert all(line in caplog.text for line in said)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -18,6 +19,8 @@ from nemo_minitron.checkpoint.lazy import from_tensor
 from nemo_minitron.checkpoint.megatron_args import megatron_lm_args
 from nemo_minitron.checkpoint.mxfp4 import numbers_of
 from nemo_minitron.checkpoint.source import open_source
+from nemo_minitron.config import schema
+from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.registry import family_of, read_config, written_config
 from nemo_minitron.families.table import active_parameters, parameter_count
 from tests.helpers.tiny import GPT_OSS, random_weights
@@ -68,6 +71,8 @@ PUBLISHED: dict[str, Any] = {
 def test_gpt_oss_20b_as_published() -> None:
     """Its config.json comes back, and the parameters are as many as its model card says."""
     family, config = read_config(PUBLISHED)
+    shipped = yaml.safe_load((schema.conf_dir() / "model" / "gpt_oss_20b.yaml").read_text())
+    assert replace(config, hf={}, dtype="bfloat16") == ModelConfig(**shipped)
     assert round(parameter_count(family, config)["total"] / 1e9, 2) == 20.91
     embedding = config.vocab_size * config.hidden_size
     assert round((active_parameters(family, config) - embedding) / 1e9, 2) == 3.61
