@@ -170,6 +170,25 @@ def test_gradients(ranks: WorkerPool, tmp_path: Path, name: str) -> None:
                 assert error <= 1e-4 * tensor.norm(), f"{kind}: {key}: error {error:.2e}"
 
 
+def test_interleaved_pipeline(ranks: WorkerPool, tmp_path: Path) -> None:
+    """The layer lies on the last virtual stage."""
+    config = replace(GLM, num_layers=4, moe_layer_freq=[0, 1, 1, 1], kept_layers=[])
+    write_weights(tmp_path / "model", config, seed=1)
+    pair = ((config, str(tmp_path / "model")),) * 2
+    found = []
+    for kind, parallel in {"alone": layout(), "pp2_vpp2": layout(pp=2, vpp=2)}.items():
+        over = {"kd_weight": 0.0, "ce_weight": 1.0}  # the teacher's divergence from itself is 0
+        arguments = (*pair, parallel, str(tmp_path / kind), over)
+        each = ranks.run(parallel.world_size(), kd_gradients, *arguments)
+        found.append((torch.tensor(each[0]), read_gradients(tmp_path / kind, config)))
+    (want_sums, want), (sums, got) = found
+    assert want_sums[3] > 0
+    torch.testing.assert_close(sums, want_sums, rtol=1e-5, atol=1e-6)
+    for key, tensor in want.items():
+        if "expert_bias" not in key:
+            assert (got[key] - tensor).norm() <= 1e-4 * tensor.norm(), key
+
+
 def test_labels_where_the_teacher_has_no_such_layer(ranks: WorkerPool, tmp_path: Path) -> None:
     teacher = GLM.without_prediction()
     write_weights(tmp_path / "student", GLM, seed=1)
