@@ -12,7 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import apply_factories
+from torch import Tensor
 
 from nemo_minitron.checkpoint.manifest import FileEntry, files_in
 from nemo_minitron.checkpoint.seals import dumped, entries_of, loaded, write_seal
@@ -21,6 +26,7 @@ from nemo_minitron.runtime.atomic import rename_folder
 from nemo_minitron.runtime.megatron import (
     request_save,
     save_sharded,
+    saving_strategy,
     settle_common,
     writer_queue,
 )
@@ -50,6 +56,8 @@ class Saver:
 
     def __init__(self, background: bool) -> None:
         self._queue: Any = writer_queue() if background else None
+        # Weights and optimizer state have one structure for as long as a run goes.
+        self._strategy, self._validated = saving_strategy() if background else None, False
         self._writing: Path | None = None
         self._removals: list[Path] = []
 
@@ -66,7 +74,9 @@ class Saver:
                 save_sharded(state, str(work))
                 _publish(work, target, hashes_by_rank(work))
                 return
-            request = request_save(state, str(work))
+            _spare_copies(state)
+            validate, self._validated = not self._validated, True
+            request = request_save(state, str(work), self._strategy, validate=validate)
             write = partial(_write_and_hash, request.async_fn, work, dist.get_rank())
             request = request._replace(async_fn=write)
             request.add_finalize_fn(partial(_finish, work, target))
@@ -129,6 +139,29 @@ def _fresh_folder(target: Path, *, shared: bool) -> Path:
     dist.broadcast_object_list(box, group=dist.group.WORLD)
     folder: Path = box[0]
     return folder
+
+
+def _spare_copies(state: dict[str, object]) -> None:
+    """Keep Megatron from copying what is in host memory: the forked process has it as it is now.
+
+    Megatron copies a tensor whose storage is larger than itself, as in the flat buffers of weights
+    and of the optimizer, because whole storages are written.
+    """
+    apply_factories(state)
+    for part in nested_values(state):
+        if isinstance(part, ShardedTensor) and part.data is not None:
+            part.data = of_own_storage(part.data)
+
+
+def of_own_storage(tensor: Tensor) -> Tensor:
+    """The same memory as a tensor whose storage ends where it does.
+
+    Tensors on a GPU, empty ones and those that are not contiguous are returned as they are.
+    """
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.numel():
+        return tensor
+    memory = torch.from_numpy(tensor.detach().view(-1).view(torch.uint8).numpy())
+    return memory.view(tensor.dtype).view(tensor.shape)
 
 
 def _write_and_hash(

@@ -9,6 +9,7 @@ import inspect
 import multiprocessing
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cache, partial
 from multiprocessing.managers import SyncManager
 from pathlib import Path
@@ -164,12 +165,29 @@ def save_sharded(state: dict[str, object], folder: str) -> None:
     settle_common(folder)
 
 
-def request_save(state: dict[str, object], folder: str) -> Any:
+def saving_strategy() -> Any:
+    """Megatron's strategy for several checkpoints of the same structure, one after another.
+
+    From the third one on it takes the plan of the second, which equals that of the first, so that
+    ranks gather none; nvidia-resiliency-ext makes every plan anew.
+    """
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+    return TorchDistSaveShardedStrategy(
+        backend="torch_dist", version=1, cached_metadata=not _writes_by_nvrx()
+    )
+
+
+def request_save(
+    state: dict[str, object], folder: str, strategy: Any = None, *, validate: bool = True
+) -> Any:
     """Prepare a ``torch_dist`` checkpoint that a process beside this one is to write (collective).
 
     Args:
         state: as in ``save_sharded``; nothing of it is written yet.
         folder: an existing, empty folder.
+        strategy: that of the checkpoints before (``saving_strategy``), or None for Megatron's.
+        validate: whether the ranks compare who writes what; once is enough for one structure.
 
     Returns:
         Megatron's or nvidia-resiliency-ext's ``AsyncRequest``, for the queue of ``writer_queue``.
@@ -177,10 +195,17 @@ def request_save(state: dict[str, object], folder: str) -> Any:
     """
     from megatron.core import dist_checkpointing
 
-    settings: dict[str, Any] = {"async_sharded_save": True}
+    settings: dict[str, Any] = {"async_sharded_save": True, "validate_access_integrity": validate}
     if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:  # from 0.19 on
         settings["async_strategy"] = "nvrx" if _writes_by_nvrx() else "mcore"
-    return dist_checkpointing.save(state, folder, **settings)
+    request = dist_checkpointing.save(state, folder, strategy, **settings)
+    metadata: Any = getattr(strategy, "cached_global_metadata", None)
+    if metadata is not None:
+        # A plan that was used before names the files of its rank; .metadata never holds that.
+        metadata.all_local_plans = [
+            replace(plan, storage_data=None) for plan in metadata.all_local_plans
+        ]
+    return request
 
 
 def writer_queue() -> Any:

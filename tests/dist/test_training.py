@@ -6,8 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from nemo_minitron.checkpoint.seals import read_seal
 from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.models.saving import of_own_storage
 from tests.cases.training import (
     GLOBAL_BATCH,
     SEQ,
@@ -32,9 +37,9 @@ def run(ranks, tmp_path_factory):
     write_weights(folder / "teacher", TEACHER, 2)
     pair = [(STUDENT, str(folder / "student")), (TEACHER, str(folder / "teacher"))]
 
-    def run(task=train, work=None, **over):
+    def run(task=train, work=None, size=1, parallel=None, **over):
         work = work or folder / f"run{len(list(folder.iterdir()))}"
-        (found,) = ranks.run(1, task, *pair, ParallelConfig(), str(work), over)
+        found = ranks.run(size, task, *pair, parallel or ParallelConfig(), str(work), over)[0]
         return (found[0], work) if task is train else found
 
     return run
@@ -42,6 +47,19 @@ def run(ranks, tmp_path_factory):
 
 def _losses(history):
     return torch.tensor([record["loss"] for record in history if "loss" in record])
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """What a training checkpoint holds, read by torch."""
+    reader = FileSystemReader(folder)
+    known = reader.read_metadata().state_dict_metadata
+    found = {
+        name: torch.empty(one.size, dtype=one.properties.dtype)
+        for name, one in known.items()
+        if isinstance(one, TensorStorageMetadata)
+    }
+    torch.distributed.checkpoint.load(found, storage_reader=reader, no_dist=True)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +125,38 @@ def test_checkpoints_beside_training(run, every_step):
     shutil.rmtree(folder / "step=5")
     again, _ = run(work=work, trainer=over)
     assert torch.equal(_losses(again), _losses(history))
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_every_checkpoint_beside_training_is_that_of_its_step(run, tp):
+    """Though training goes on meanwhile, and later ones take over the plans of earlier ones."""
+    parallel = ParallelConfig(tensor_model_parallel_size=tp)
+    works = [
+        run(size=2, parallel=parallel, trainer={"limit_val_batches": 0, "async_save": beside})[1]
+        for beside in (False, True)
+    ]
+    last: dict[str, torch.Tensor] = {}
+    for step in range(1, STEPS + 1):
+        folders = [work / "checkpoints" / f"step={step}" for work in works]
+        assert read_seal(folders[0]).keys() == read_seal(folders[1]).keys()
+        want, got = map(_tensors, folders)
+        assert want.keys() == got.keys()
+        assert all(torch.equal(got[name], want[name]) for name in want)
+        assert not last or not all(torch.equal(got[name], last[name]) for name in last)
+        last = got
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_memory_is_not_copied(dtype):
+    """A part of a larger buffer becomes a tensor of its own, of the same bytes."""
+    buffer = torch.arange(60).to(dtype)
+    for part in (buffer[7:31].view(4, 6), buffer[3]):
+        alone = of_own_storage(part)
+        assert torch.equal(alone, part)
+        assert alone.untyped_storage().size() == part.numel() * part.element_size()
+        assert alone.data_ptr() == part.data_ptr()
+    for other in (buffer.view(6, 10).t(), buffer[:0]):
+        assert of_own_storage(other) is other
 
 
 def test_checkpoints_by_time(run):
