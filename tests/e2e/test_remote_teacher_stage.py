@@ -5,17 +5,15 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
+from tests.e2e.test_resume import STEPS, STUDENT, _run
 from tests.helpers.tiny import LLAMA, read_weights, write_npy, write_result
 
-STUDENT = replace(LLAMA, hidden_size=48, ffn_hidden_size=64, num_layers=2)
-STEPS = 8
 OWN = ("parallel.pipeline_model_parallel_size=2", "teacher_parallel.own_ranks=1")
 ONE = "teacher_parallel.pipeline_model_parallel_size=1"
 
@@ -49,11 +47,6 @@ def _command(folder: Path, name: str, *more: str) -> list[str]:
         "optim.lr_warmup_steps=2",
         *more,
     ]
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=170, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
 def _same(folder: Path, name: str) -> None:
