@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from nemo_minitron.config.axes import split_sizes
 from nemo_minitron.config.balance import balanced_layout
-from nemo_minitron.config.layers import ATTENTION, MAMBA, kinds_of
+from nemo_minitron.config.layers import ATTENTION, LINEAR, MAMBA, kinds_of
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import TeacherParallelConfig
 from nemo_minitron.config.search import SEARCHED, SEARCHED_LATER, SearchSpaceConfig
@@ -168,12 +168,18 @@ def _measured(config: ModelConfig, space: SearchSpaceConfig, sizes: Sizes) -> Ca
     count = parameter_count(family_of(config), small)["total"]
     active = active_parameters(family_of(config), small)
     element = _BYTES[config.dtype]
-    attending, scanning = ("".join(kinds_of(small)).count(kind) for kind in (ATTENTION, MAMBA))
+    letters = "".join(kinds_of(small))
+    attending, scanning, linear = (letters.count(kind) for kind in (ATTENTION, MAMBA, LINEAR))
     cached = attending * small.cached_channels * space.seq_length
     # A state for each channel of each Mamba head, and what the convolution looks back at.
     states = scanning * (
         DIMS["mamba_inner"].size(small) * (small.mamba_state_dim or 0)
         + DIMS["mamba_conv"].size(small) * DIMS["mamba_conv_width"].size(small)
+    )
+    # The same of a gated delta net.
+    states += linear * (
+        DIMS["linear_inner"].size(small) * (small.linear_key_head_dim or 0)
+        + DIMS["linear_conv"].size(small) * DIMS["linear_conv_width"].size(small)
     )
     memory = element * (count + (cached + states) * space.batch_size)
     return Candidate(sizes, count, active, memory / _GIB)

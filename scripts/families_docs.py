@@ -31,7 +31,8 @@ One row per parameter: its Megatron-Core name, what each dim holds, the dim that
 splits, its Hugging Face name. `qkv` are the rows of query, key and value interleaved per query
 group, `gate_up` are gate and up one after the other. Several Hugging Face names are fused; one
 that is stored in another order has its form in brackets. A letter in brackets says which layers
-have it, where they differ: `M` Mamba-2, `*` attention, `-` an MLP, `E` experts.
+have it, where they differ: `M` Mamba-2, `*` attention, `G` a gated delta net, `-` an MLP, `E`
+experts.
 """
 
 

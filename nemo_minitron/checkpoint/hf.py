@@ -34,8 +34,7 @@ from nemo_minitron.checkpoint.safetensors_file import (
 from nemo_minitron.checkpoint.stacked import stacked, unstacked
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.documents import JsonObject, read_json_object
-from nemo_minitron.families.dims import DIMS
-from nemo_minitron.families.fuse import HF_FORMS, hf_shapes, rows_of_part
+from nemo_minitron.families.fuse import HF_FORMS, hf_shapes, runs_from_hf, runs_to_hf
 from nemo_minitron.families.prediction import copies
 from nemo_minitron.families.registry import family_of_hf, read_config
 from nemo_minitron.families.table import Family, Row
@@ -192,7 +191,7 @@ def _fused(row: Row, config: ModelConfig, hf_store: Store, names: list[str]) -> 
         )
     if len(parts) == 1:
         return parts[0]
-    return from_runs(parts, list(DIMS[row.dims[0]].runs(config)))
+    return from_runs(parts, runs_from_hf(row, config))
 
 
 def _prefixed(family: Family, config: ModelConfig, store: Store) -> Store:
@@ -248,9 +247,8 @@ def to_hf(family: Family, config: ModelConfig, store: Store) -> Store:
         if len(names) == 1:
             result[names[0]] = _reformed(row, config, whole)
             continue
-        dim = DIMS[row.dims[0]]
         for number, part in enumerate(names):
-            result[part] = from_runs([whole], rows_of_part(dim, config, number))
+            result[part] = from_runs([whole], runs_to_hf(row, config, number))
     found = stacked(result)
     return found | {copy: found[original] for copy, original in copies(config).items()}
 

@@ -7,7 +7,7 @@ import torch
 from nemo_minitron.checkpoint.lazy import LazyTensor, Store, main_dtype, row_blocks
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.fuse import hf_shapes
-from nemo_minitron.families.prediction import copies, differs, lacking
+from nemo_minitron.families.prediction import LEFT_OUT, copies, differs, lacking
 from nemo_minitron.families.table import Family, Row
 
 _EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -93,9 +93,11 @@ def _check_names(family: Family, config: ModelConfig, store: Store, expected: se
         extra.sort()
         files = sorted({store[name].origin for name in extra} - {""})
         where = f" (in {', '.join(files[:3])})" if files else ""
+        apart = all(_left_out(family, name) for name in extra)
+        why = LEFT_OUT if apart else _other_depth(family, config, store)
         raise ValueError(
             f"{len(extra)} tensors have no row in the table of family '{family.name}': {extra[:5]}"
-            f"{where}{_other_depth(family, config, store)}"
+            f"{where}{why}"
         )
 
 
@@ -177,7 +179,16 @@ def _layers(family: Family, store: Store) -> dict[str, int]:
 def without_prediction_layers(family: Family, config: ModelConfig, store: Store) -> Store:
     """A store without layers of multi-token prediction, which stand after those of the model."""
     layers = _layers(family, store)
-    return {n: tensor for n, tensor in store.items() if layers.get(n, 0) < config.num_layers}
+    return {
+        name: tensor
+        for name, tensor in store.items()
+        if layers.get(name, 0) < config.num_layers and not _left_out(family, name)
+    }
+
+
+def _left_out(family: Family, name: str) -> bool:
+    """Whether a tensor is one that the table does not hold, of multi-token prediction."""
+    return bool(family.left_out) and name.startswith(family.left_out)
 
 
 def _other_depth(family: Family, config: ModelConfig, store: Store) -> str:

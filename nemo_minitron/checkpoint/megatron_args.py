@@ -15,6 +15,7 @@ import torch
 
 from nemo_minitron.checkpoint.torch_dist_read import stack_axes, stacked_name
 from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.model_checks import LINEAR_SIZES, LINEAR_VARIANT
 from nemo_minitron.documents import JsonObject
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.rope import latent_fields, yarn_fields
@@ -156,6 +157,12 @@ def megatron_lm_args(config: ModelConfig) -> Namespace:
         used["longrope"] = scaling  # no argument of Megatron-LM, which has no such scaling
     if config.hybrid_layer_pattern is not None:
         used |= _hybrid_args(config)
+    if config.linear_attention_freq is not None:
+        names = ("linear_attention_freq", *LINEAR_SIZES)
+        used |= {name: getattr(config, name) for name in names}
+        used["experimental_attention_variant"] = LINEAR_VARIANT
+    if config.attention_output_gate:
+        used["attention_output_gate"] = True
     if config.moe_router_score_function != "softmax" or config.moe_router_topk_scaling_factor:
         used |= {name: getattr(config, name) for name in _ROUTER} | {"moe_router_dtype": "fp32"}
     return Namespace(

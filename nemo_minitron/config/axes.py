@@ -5,6 +5,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from nemo_minitron.config.layers import ATTENTION, EXPERTS, MAMBA, MLP, kinds_of
+from nemo_minitron.config.model_checks import LINEAR_SIZES
 
 if TYPE_CHECKING:
     from nemo_minitron.config.model import ModelConfig
@@ -186,6 +187,14 @@ SETTINGS = {
 }
 """Fields of ``ModelConfig`` that are set as sizes are, but have no indices that could be kept, and
 what they are. Only models with experts have any."""
+
+
+NEVER_PRUNED = dict.fromkeys(
+    LINEAR_SIZES[:4],
+    "heads of a gated delta net share a convolution and keep states, and nothing here ranks them "
+    "or their channels",
+)
+"""Sizes that a user may look for among the targets, and why they are none."""
 
 
 def axis_size(config: "ModelConfig", name: str) -> int:

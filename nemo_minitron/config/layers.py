@@ -13,8 +13,9 @@ OPTIONAL: Mapping[str, Any] = {"optional": True}
 use it has the file that versions without the field write."""
 PER_LAYER: Mapping[str, Any] = {**OPTIONAL, "per_layer": True}
 """Metadata of a field that holds one entry per layer."""
-ATTENTION, MLP, EXPERTS, MAMBA = "*", "-", "E", "M"
-"""What a layer can be made of, in the letters of Megatron's hybrid models."""
+ATTENTION, MLP, EXPERTS, MAMBA, LINEAR = "*", "-", "E", "M", "G"
+"""What a layer can be made of, in the letters of Megatron's hybrid models; the last one is linear
+attention, a gated delta net."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ def per_layer_fields(config: Any) -> tuple[str, ...]:
 def kinds_of(config: Any) -> list[str]:
     """The letters of every layer.
 
-    A layer of a hybrid model is of one kind. A GPT layer is attention, then an MLP or experts,
-    whichever of the two this layer has.
+    A layer of a hybrid model is of one kind. A GPT layer is attention or linear attention, then an
+    MLP or experts, whichever of the two this layer has.
     """
     pattern = getattr(config, "hybrid_layer_pattern", None)
     if pattern is not None:
@@ -47,7 +48,11 @@ def kinds_of(config: Any) -> list[str]:
     routed = config.moe_layer_freq
     if not isinstance(routed, list):  # Megatron's configuration says 1 where all layers are alike
         routed = [config.num_moe_experts is not None] * config.num_layers
-    return [ATTENTION + (EXPERTS if has else MLP) for has in routed]
+    linear = getattr(config, "linear_attention_freq", None) or [0] * config.num_layers
+    return [
+        (LINEAR if delta else ATTENTION) + (EXPERTS if has else MLP)
+        for delta, has in zip(linear, routed, strict=True)
+    ]
 
 
 def layers_of(config: Any) -> list[Layer]:

@@ -20,6 +20,7 @@ def check_layout(config: ModelConfig, parallel: ParallelConfig) -> None:
         ValueError: names the size, the degree and the keys to change.
     """
     check_experts(config, parallel)
+    check_linear(config, parallel)
     tp = parallel.tensor_model_parallel_size
     for name, degree in split_sizes(config).items():
         # Experts are checked above, with the rest of their layout.
@@ -34,6 +35,38 @@ def check_layout(config: ModelConfig, parallel: ParallelConfig) -> None:
             f"{config.vocab_size} of the model; make it smaller"
         )
     check_pipeline(config, parallel)
+
+
+def check_linear(config: ModelConfig, parallel: ParallelConfig) -> None:
+    """Refuse layouts that cannot share out the heads of gated delta nets."""
+    if config.linear_attention_freq is None:
+        return
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    heads = config.linear_num_key_heads or 0
+    if heads % (tp * cp):
+        raise ValueError(
+            f"parallel.tensor_model_parallel_size={tp} times parallel.context_parallel_size={cp} "
+            f"must divide linear_num_key_heads={heads} of the model, as ranks of both share out "
+            "the heads of a gated delta net; make one of them smaller"
+        )
+
+
+def check_writes(config: ModelConfig, what: str) -> None:
+    """Refuse models that cannot write token by token.
+
+    Args:
+        config: the model.
+        what: who writes, for the message.
+
+    Raises:
+        ValueError: some of its layers are gated delta nets.
+    """
+    if config.linear_attention_freq is not None:
+        raise ValueError(
+            f"{what} text token by token, but a gated delta net of Megatron-Core (family "
+            f"'{config.family}') keeps no state from one token to the next; export the model and "
+            "let transformers write"
+        )
 
 
 def check_cached(parallel: ParallelConfig, what: str) -> None:

@@ -12,6 +12,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_minitron.config import schema
+from nemo_minitron.config.axes import NEVER_PRUNED
 from nemo_minitron.config.overrides import opened as opened
 from nemo_minitron.config.overrides import override as override
 from nemo_minitron.config.stages import StageConfig
@@ -227,6 +228,9 @@ def unknown_key(stage: str, key: str) -> str:
     key = key.replace("[", ".").replace("]", "")  # stages[0].x, as OmegaConf writes it
     if _open_section(stage, key):
         return f"{key} is not in the config files chosen; write +{key}=... to add it"
+    why = NEVER_PRUNED.get(key.removeprefix("pruning.target."))
+    if why is not None:
+        return f"{key} is not a size that can be pruned: {why}; leave it out"
     known = [k.name for k in schema.keys(schema.COMMANDS[stage])]
     near = nearest(key, known)
     # A key given without its section ("hidden_size") is near to nothing, but easy to place.

@@ -8,8 +8,6 @@ from typing import Any
 import yaml
 
 from nemo_minitron.config.layers import (
-    EXPERTS,
-    MAMBA,
     MLP,
     OPTIONAL,
     PER_LAYER,
@@ -17,6 +15,13 @@ from nemo_minitron.config.layers import (
     check_pattern,
     entries_of,
     kinds_of,
+)
+from nemo_minitron.config.model_checks import (
+    check_experts,
+    check_latent,
+    check_linear,
+    check_mamba,
+    check_prediction,
 )
 from nemo_minitron.documents import read_yaml_mapping
 
@@ -118,6 +123,22 @@ class ModelConfig:
     """Groups of these heads, each with an input and an output matrix (B and C) of its own."""
     mamba_state_dim: int | None = field(default=None, metadata=OPTIONAL)
     """Size of the state that each channel of a head has."""
+    linear_attention_freq: list[int] | None = field(default=None, metadata=PER_LAYER)
+    """One entry per layer of a GPT model: 1 if it has a gated delta net, a linear attention, in
+    place of attention, else 0. None if no layer has one."""
+    linear_num_key_heads: int | None = field(default=None, metadata=OPTIONAL)
+    """Heads of queries and keys in every gated delta net."""
+    linear_num_value_heads: int | None = field(default=None, metadata=OPTIONAL)
+    """Heads of values there, each with a state, a gate and a decay of its own."""
+    linear_key_head_dim: int | None = field(default=None, metadata=OPTIONAL)
+    """Channels of a head of queries or keys there."""
+    linear_value_head_dim: int | None = field(default=None, metadata=OPTIONAL)
+    """Channels of a head of values there."""
+    linear_conv_kernel_dim: int | None = field(default=None, metadata=OPTIONAL)
+    """Tokens that the convolution there sees, itself and those before it."""
+    attention_output_gate: bool = field(default=False, metadata=OPTIONAL)
+    """What the heads of attention put out is multiplied by the sigmoid of a gate of each channel,
+    whose rows come after those of the queries of a group."""
     kv_lora_rank: int | None = field(default=None, metadata=OPTIONAL)
     """Size of the latent that keys and values are made of in multi-latent attention (MLA), or None
     of a network without it."""
@@ -148,7 +169,7 @@ class ModelConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.hybrid_layer_pattern is not None:
             check_pattern(self.hybrid_layer_pattern)
-            self._check_mamba()
+            check_mamba(self)
         check_lengths(self)
         if not any(self.no_rope_freq or []):
             self.no_rope_freq = None  # one way to say that every layer rotates
@@ -162,78 +183,10 @@ class ModelConfig:
                 f"window_size={self.window_size} is not supported; only one number above 0, and 0 "
                 "in layers that see everything"
             )
-        self._check_latent()
-        self._check_prediction()
-        if self.num_moe_experts is not None:
-            self._check_experts(self.num_moe_experts)
-            return
-        for name in ("moe_shared_expert_intermediate_size", "moe_layer_freq"):
-            if getattr(self, name) is not None:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} needs experts that are not shared; set "
-                    "num_moe_experts"
-                )
-
-    def _check_mamba(self) -> None:
-        sizes = {
-            name: getattr(self, name)
-            for name in ("mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim")
-        }
-        if MAMBA in kinds_of(self) and not all(sizes.values()):
-            raise ValueError(f"a model with Mamba layers needs sizes above 0, not {sizes}")
-        heads, groups = self.mamba_num_heads, self.mamba_num_groups
-        if heads and groups and heads % groups:
-            raise ValueError(
-                f"mamba_num_heads={heads} must be a multiple of mamba_num_groups={groups}"
-            )
-        if EXPERTS in kinds_of(self) and self.num_moe_experts is None:
-            raise ValueError(
-                f"hybrid_layer_pattern={self.hybrid_layer_pattern} has layers of experts (E), but "
-                "num_moe_experts is not set"
-            )
-
-    def _check_latent(self) -> None:
-        names = ("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim")
-        sizes = {name: getattr(self, name) for name in names}
-        if any(sizes.values()) and not all(sizes.values()):
-            raise ValueError(f"multi-latent attention needs sizes above 0, not {sizes}")
-        if self.multi_latent and self.num_query_groups != self.num_attention_heads:
-            raise ValueError(
-                f"num_query_groups={self.num_query_groups} must equal num_attention_heads="
-                f"{self.num_attention_heads} in multi-latent attention, where every head has a key "
-                "of its own; set both to the same number"
-            )
-
-    def _check_prediction(self) -> None:
-        hybrid = self.hybrid_layer_pattern is not None
-        tied = self.share_embeddings_and_output_weights
-        if self.mtp_num_layers is not None and (self.mtp_num_layers < 1 or hybrid or tied):
-            raise ValueError(
-                f"mtp_num_layers={self.mtp_num_layers} must be at least 1, in a GPT model whose "
-                "embeddings are not tied to the output layer; leave it out for a model without"
-            )
-
-    def _check_experts(self, experts: int) -> None:
-        if not 1 <= self.moe_router_topk <= experts:
-            raise ValueError(
-                f"moe_router_topk={self.moe_router_topk} must be between 1 and num_moe_experts="
-                f"{experts}"
-            )
-        if self.moe_ffn_hidden_size is None or self.moe_ffn_hidden_size < 1:
-            raise ValueError(
-                f"moe_ffn_hidden_size={self.moe_ffn_hidden_size} must be at least 1 where there "
-                "are experts"
-            )
-        groups, picked = self.moe_router_num_groups or 1, self.moe_router_group_topk or 1
-        if experts % groups or (groups > 1 and experts // groups * picked < self.moe_router_topk):
-            raise ValueError(
-                f"num_moe_experts={experts} must be a multiple of moe_router_num_groups={groups}, "
-                f"and moe_router_group_topk={picked} groups must hold moe_router_topk="
-                f"{self.moe_router_topk} experts"
-            )
-        shared = self.moe_shared_expert_intermediate_size
-        if shared is not None and shared < 1:
-            raise ValueError(f"moe_shared_expert_intermediate_size={shared} must be at least 1")
+        check_linear(self)
+        check_latent(self)
+        check_prediction(self)
+        check_experts(self)
 
     @property
     def heads_per_group(self) -> int:
@@ -265,7 +218,8 @@ class ModelConfig:
 
         Megatron-Core does so where every layer has the same parameters.
         """
-        return self.hybrid_layer_pattern is None and self.moe_layer_freq is None
+        differ = (self.hybrid_layer_pattern, self.moe_layer_freq, self.linear_attention_freq)
+        return all(entries is None for entries in differ)
 
     @property
     def max_seq_length(self) -> int | None:

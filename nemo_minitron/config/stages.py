@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from nemo_minitron.config.axes import AXES, score_axes, targets
+from nemo_minitron.config.axes import AXES, NEVER_PRUNED, score_axes, targets
 from nemo_minitron.config.base import (
     ADDED,
     INPUT,
@@ -206,8 +206,10 @@ class TargetConfig(dict[str, int | None]):
         known = list(self)
         self.update(*sizes, **named)
         for name in list(self)[len(known) :]:
+            why = f": {NEVER_PRUNED[name]}" if name in NEVER_PRUNED else ""
             raise ValueError(
-                f"pruning.target.{name} is not a size that can be pruned; only {', '.join(known)}"
+                f"pruning.target.{name} is not a size that can be pruned{why}; only "
+                f"{', '.join(known)}"
             )
 
 

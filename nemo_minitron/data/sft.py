@@ -78,11 +78,12 @@ def check_packing(data: DataConfig, *models: ModelConfig, padded: bool = True) -
     """
     if data.blend or not holds_sft(find_source(data.path), data):
         return
-    if data.pack and any(model.hybrid_layer_pattern for model in models):
-        raise ValueError(
-            "data.pack=true is not supported for hybrid models: the state of a Mamba layer would "
-            "go on from one record to the next; set data.pack=false"
-        )
+    for states in filter(None, (_states(model) for model in models)):
+        if data.pack:
+            raise ValueError(
+                f"data.pack=true is not supported for {states} would go on from one record to the "
+                "next; set data.pack=false"
+            )
     if data.pack and any(model.mtp_num_layers for model in models):
         raise ValueError(
             "data.pack=true is not supported for training a model with a layer for multi-token "
@@ -93,6 +94,14 @@ def check_packing(data: DataConfig, *models: ModelConfig, padded: bool = True) -
             f"data.pack=false pads every record of data.path={data.path}, and scores would count "
             "the padding; set data.pack=true"
         )
+
+
+def _states(model: ModelConfig) -> str:
+    """Which layers of a model keep a state, for a message; empty where none do."""
+    if model.hybrid_layer_pattern is not None:
+        return "hybrid models: the state of a Mamba layer"
+    linear = model.linear_attention_freq is not None
+    return "models with linear attention: the state of a gated delta net" if linear else ""
 
 
 def refuse_unblended(source: Source, data: DataConfig) -> None:

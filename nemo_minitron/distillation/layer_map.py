@@ -93,9 +93,11 @@ def _check_kind(loss: str, model: ModelConfig, layer: int, key: str) -> None:
     """Refuse a loss of a part that a layer of a hybrid model does not have."""
     needs = _PART_OF.get(loss, "")
     if needs and not set(needs) & set(kinds_of(model)[layer]):
+        field = "hybrid_layer_pattern"
+        field = "linear_attention_freq" if model.linear_attention_freq else field
         raise ValueError(
             f"{_KEY}.losses holds {loss}, but {key} layer {layer} is of kind "
-            f"'{kinds_of(model)[layer]}' in hybrid_layer_pattern={model.hybrid_layer_pattern}; set "
+            f"'{kinds_of(model)[layer]}' in {field}={getattr(model, field)}; set "
             f"{_KEY}.layer_map to layers that have it, or leave {loss} out"
         )
 

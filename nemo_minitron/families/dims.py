@@ -27,6 +27,12 @@ FIXED: dict[str, Callable[[ModelConfig], int]] = {
     "query_dim": lambda config: config.query_channels,
     "key_value_dim": lambda config: (config.qk_head_dim or 0) + config.kv_channels,
     "one": lambda config: 1,
+    # Of a gated delta net.
+    "linear_key_head": lambda config: config.linear_num_key_heads or 0,
+    "linear_value_head": lambda config: config.linear_num_value_heads or 0,
+    "linear_key_dim": lambda config: config.linear_key_head_dim or 0,
+    "linear_value_dim": lambda config: config.linear_value_head_dim or 0,
+    "linear_conv_width": lambda config: config.linear_conv_kernel_dim or 0,
 }
 """Sizes that are never pruned, unless an axis has the same name."""
 
@@ -65,8 +71,8 @@ class Dim:
     Attributes:
         parts: in the order of their rows, which is that of the Hugging Face tensors they come from.
         interleaved_by: without it the parts lie one after another. With it they lie once for each
-            index of this axis, each restricted to the rows that belong to that index: those of its
-            children, or of the index itself.
+            index of this axis (or size), each restricted to the rows that belong to that index:
+            those of its children, or of the index itself.
     """
 
     parts: tuple[Part, ...]
@@ -93,7 +99,7 @@ class Dim:
 
     def repeats(self, config: ModelConfig) -> int:
         """How many times the sequence of parts lies in the dim."""
-        return axis_size(config, self.interleaved_by) if self.interleaved_by else 1
+        return _size(config, self.interleaved_by) if self.interleaved_by else 1
 
     def runs(self, config: ModelConfig) -> Iterator[Run]:
         """Yield the rows of the parts in the order in which they lie in the dim."""
@@ -104,6 +110,10 @@ class Dim:
                 yield number, repeat * step, (repeat + 1) * step
 
 
+_HEAD, _GROUP = Part("head", "head_dim"), Part("query_group", "head_dim")
+_LINEAR_K = Part("linear_key_head", "linear_key_dim")
+_LINEAR_V = Part("linear_value_head", "linear_value_dim")
+_LINEAR_ONE = Part("linear_value_head")
 _MAMBA_X, _MAMBA_B = Part("mamba_head", "mamba_head_dim"), Part("mamba_group", "mamba_state")
 
 
@@ -118,18 +128,15 @@ DIMS: dict[str, Dim] = {
     "hidden_twice": Dim((Part("hidden"), Part("hidden"))),
     "ffn": Dim((Part("ffn"),)),
     "gate_up": _gate_up("ffn"),
-    "head": Dim((Part("head", "head_dim"),)),
+    "head": Dim((_HEAD,)),
     "one_per_head": Dim((Part("head"),)),
-    "query_group": Dim((Part("query_group", "head_dim"),)),
+    "query_group": Dim((_GROUP,)),
     # Megatron interleaves linear_qkv: per query group its query heads, its key, its value.
-    "qkv": Dim(
-        (
-            Part("head", "head_dim"),
-            Part("query_group", "head_dim"),
-            Part("query_group", "head_dim"),
-        ),
-        interleaved_by="query_group",
-    ),
+    "qkv": Dim((_HEAD, _GROUP, _GROUP), interleaved_by="query_group"),
+    # The same where what heads put out is gated: queries, gates, key, value. Hugging Face has one
+    # tensor of queries and gates, per head.
+    "gated_qkv": Dim((_HEAD, _HEAD, _GROUP, _GROUP), interleaved_by="query_group"),
+    "query_and_gate": Dim((_HEAD, _HEAD), interleaved_by="head"),
     "latent_query": Dim((Part("head", "query_dim"),)),
     "latent_key_value": Dim((Part("head", "key_value_dim"),)),
     "mamba_head": Dim((Part("mamba_head"),)),
@@ -137,6 +144,16 @@ DIMS: dict[str, Dim] = {
     # The projection z, x, B, C, dt of a Mamba layer, and the three of them that are convolved.
     "mamba_in": Dim((_MAMBA_X, _MAMBA_X, _MAMBA_B, _MAMBA_B, Part("mamba_head"))),
     "mamba_conv": Dim((_MAMBA_X, _MAMBA_B, _MAMBA_B)),
+    # A gated delta net: queries, keys, values, gates, and of each value head how much is written
+    # (beta) and how fast is forgotten (alpha). The first three are convolved.
+    "linear_in": Dim((_LINEAR_K, _LINEAR_K, _LINEAR_V, _LINEAR_V, _LINEAR_ONE, _LINEAR_ONE)),
+    "linear_conv": Dim((_LINEAR_K, _LINEAR_K, _LINEAR_V)),
+    "linear_inner": Dim((_LINEAR_V,)),
+    # Of Hugging Face's Qwen3-Next, per key head.
+    "linear_qkvz": Dim(
+        (_LINEAR_K, _LINEAR_K, _LINEAR_V, _LINEAR_V), interleaved_by="linear_key_head"
+    ),
+    "linear_ba": Dim((_LINEAR_ONE, _LINEAR_ONE), interleaved_by="linear_key_head"),
     "expert": Dim((Part("expert"),)),
     "expert_ffn": Dim((Part("expert_ffn"),)),
     "expert_gate_up": _gate_up("expert_ffn"),

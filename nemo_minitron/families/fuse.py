@@ -1,12 +1,13 @@
 """How several Hugging Face tensors become one Megatron tensor, and back.
 
-What dim 0 of the Megatron tensor holds (``families.dims.DIMS``) says it, so a table row needs no
-code. One Hugging Face tensor whose values lie in another order has a *form* (``Row.hf_form``).
+What dim 0 of the Megatron tensor holds (``families.dims.DIMS``) says it, and what dim 0 of the
+others holds where each is more than a part of it (``Row.hf_dims``), so a table row needs no code.
+One Hugging Face tensor whose values lie in another order has a *form* (``Row.hf_form``).
 Values are only moved: every function is exact in every dtype.
 Letters: g query groups, n heads, d head dim, `...` the other dims.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,47 @@ def split(dim: Dim, config: ModelConfig, tensor: Tensor) -> list[Tensor]:
     return [
         torch.cat([tensor[start:stop] for _, start, stop in rows_of_part(dim, config, part)])
         for part in range(len(dim.parts))
+    ]
+
+
+def _located(dim: Dim, config: ModelConfig, part: int, start: int, stop: int) -> Iterator[Run]:
+    """Where rows ``start`` to ``stop`` of a part lie in the tensor of a dim."""
+    place = 0
+    for _, low, high in rows_of_part(dim, config, part):
+        first, last = max(start, place), min(stop, place + high - low)
+        if first < last:
+            yield 0, low + first - place, low + last - place
+        place += high - low
+
+
+def runs_from_hf(row: Row, config: ModelConfig) -> list[Run]:
+    """Rows of the Hugging Face tensors (by number) in the order of the Megatron tensor."""
+    runs = DIMS[row.dims[0]].runs(config)
+    if not row.hf_dims:
+        return list(runs)
+    holds = [
+        (number, dim, part)
+        for number, dim in enumerate(DIMS[name] for name in row.hf_dims)
+        for part in range(len(dim.parts))
+    ]
+    return [
+        (number, first, last)
+        for part, start, stop in runs
+        for number, dim, inner in holds[part : part + 1]
+        for _, first, last in _located(dim, config, inner, start, stop)
+    ]
+
+
+def runs_to_hf(row: Row, config: ModelConfig, number: int) -> list[Run]:
+    """Rows of the Megatron tensor in the order of one of the Hugging Face tensors."""
+    whole = DIMS[row.dims[0]]
+    if not row.hf_dims:
+        return rows_of_part(whole, config, number)
+    before = sum(len(DIMS[name].parts) for name in row.hf_dims[:number])
+    return [
+        place
+        for part, start, stop in DIMS[row.hf_dims[number]].runs(config)
+        for place in _located(whole, config, before + part, start, stop)
     ]
 
 
@@ -115,6 +157,8 @@ def hf_shapes(row: Row, config: ModelConfig) -> list[tuple[int, ...]]:
     if row.hf_form is not None and HF_FORMS[row.hf_form].transposed:
         return [row.shape(config)[::-1]]
     rest = row.shape(config)[1:]
+    if row.hf_dims:
+        return [(DIMS[name].size(config), *rest) for name in row.hf_dims]
     if len(row.hf) == 1:
         return [row.shape(config)]
     return [(size, *rest) for size in DIMS[row.dims[0]].part_sizes(config)]

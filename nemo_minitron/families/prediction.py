@@ -28,6 +28,8 @@ _COPIES = {
     "shared_head.head.weight": "lm_head.weight",
 }
 _WAY_OUT = f"set source_ignore=[{MTP_LAYERS}] to leave the layers out"
+LEFT_OUT = f"; they are of layers for multi-token prediction, which no row holds: {_WAY_OUT}"
+"""What to say of such tensors in a family that has none (``Family.left_out``)."""
 
 
 def _has_layers(config: ModelConfig) -> bool:

@@ -22,6 +22,7 @@ from nemo_minitron.families.prediction import MTP_LAYERS
 from nemo_minitron.families.qwen import QWEN2, QWEN3
 from nemo_minitron.families.qwen2_moe import QWEN2_MOE
 from nemo_minitron.families.qwen3_moe import QWEN3_MOE
+from nemo_minitron.families.qwen3_next import QWEN3_NEXT
 from nemo_minitron.families.smollm3 import SMOLLM3
 from nemo_minitron.families.table import Family
 from nemo_minitron.runtime.plugins import with_added
@@ -48,6 +49,7 @@ _ALL = (
     GPT_OSS,
     MINISTRAL,
     MINISTRAL3,
+    QWEN3_NEXT,
 )
 FAMILIES: dict[str, Family] = with_added("families", {family.name: family for family in _ALL})
 
@@ -146,7 +148,7 @@ def read_config(
     """
     family = family_of_hf(hf_config)
     for key in passed_over:
-        if key not in hf_config:
+        if key not in hf_config and not (key == MTP_LAYERS and family.left_out):
             raise ValueError(f"source_ignore={list(passed_over)}: config.json has no {key}")
         if key in family.hf_reads and key != MTP_LAYERS:
             raise ValueError(

@@ -42,6 +42,8 @@ class Row:
             ends with ``[{expert}]`` is one expert's part of a tensor that holds those of all.
         hf_form: how the one Hugging Face tensor differs from Megatron's, a key of
             ``families.fuse.HF_FORMS``, or None if it is stored as it is.
+        hf_dims: what dim 0 of each of several Hugging Face tensors holds, keys of ``DIMS`` whose
+            parts are, one tensor after another, those of dim 0; empty where each is one part.
         te_name: name under the Transformer Engine spec, and in checkpoints, where it differs.
         parts_on_disk: names of the parts of dim 0, each of which a checkpoint holds as a tensor of
             its own, named ``<te_name or name>.<part>``; empty where it is one tensor.
@@ -58,6 +60,7 @@ class Row:
     hf: tuple[str, ...]
     te_name: str | None = None
     hf_form: str | None = None
+    hf_dims: tuple[str, ...] = ()
     when: Callable[[ModelConfig], bool] = _always
     expert: int | None = None
     template: "Row | None" = None
@@ -145,6 +148,8 @@ class Family:
         why_not_prunable: why not the others.
         hf_prefix: what Hugging Face names start with, which checkpoints of the bare model leave
             out.
+        left_out: what Hugging Face names of tensors start with that the table does not hold and
+            that an import leaves out on request (``families.prediction``); empty where none do.
         layer_spec: what makes the layers of a pipeline stage, as ``module:function``. It is
             imported only where a model is built, so that the tables do not need Megatron, and is
             called with Megatron's configuration, the virtual stage (None without interleaving) and
@@ -164,6 +169,7 @@ class Family:
     prunable: tuple[str, ...] | None = None
     why_not_prunable: str = ""
     hf_prefix: str = "model."
+    left_out: str = ""
     layer_spec: str = COMMON_SPEC
     megatron: Mapping[str, Any] = field(default_factory=dict)
 

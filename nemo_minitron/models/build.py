@@ -26,7 +26,12 @@ from nemo_minitron.families.table import Family
 from nemo_minitron.families.windows import megatron_fields
 from nemo_minitron.models.activations import activation_fields
 from nemo_minitron.models.attention import capped
-from nemo_minitron.models.build_fields import latent_fields, mamba_fields, router_fields
+from nemo_minitron.models.build_fields import (
+    latent_fields,
+    linear_fields,
+    mamba_fields,
+    router_fields,
+)
 from nemo_minitron.models.documents import SharedSamples, rotary_of_positions
 from nemo_minitron.models.hidden import HiddenModel
 from nemo_minitron.models.prediction import predicted_beside, prediction_spec
@@ -34,7 +39,7 @@ from nemo_minitron.models.rotary import set_frequencies
 from nemo_minitron.models.settings import transformer_defaults
 from nemo_minitron.models.spec import HAVE_GROUPED_GEMM, HAVE_TE
 from nemo_minitron.runtime.groups import ParallelGroups
-from nemo_minitron.runtime.megatron import HAVE_HYBRID
+from nemo_minitron.runtime.megatron import HAVE_DELTA_NET, HAVE_HYBRID
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRECISION_DTYPES = {"32": torch.float32, "bf16-mixed": torch.bfloat16}
@@ -120,6 +125,7 @@ def transformer_config(
         **router_fields(config),
         **mamba_fields(config),
         **latent_fields(config),
+        **linear_fields(config),
         mtp_num_layers=config.mtp_num_layers,
         softmax_scale=(config.multipliers or {}).get("attention"),
         hidden_dropout=0.0,
@@ -158,6 +164,11 @@ def _refuse(
         raise ValueError(
             f"megatron.transformer.{name}={given[name]} is not supported for family "
             f"'{family.name}', which needs {name}={family.megatron[name]}; leave it out"
+        )
+    if config.linear_attention_freq is not None and not HAVE_DELTA_NET:
+        raise ValueError(
+            f"gated delta nets (family '{family.name}') need megatron-core 0.19 or later; install "
+            "it with Python 3.12"
         )
     if HAVE_TE and config.window_size is not None and parallel.context_parallel_size > 1:
         raise ValueError(

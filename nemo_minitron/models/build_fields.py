@@ -3,6 +3,7 @@
 from typing import Any
 
 from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.model_checks import LINEAR_SIZES, LINEAR_VARIANT
 from nemo_minitron.families.rope import latent_fields as rope_fields
 
 
@@ -28,6 +29,18 @@ def mamba_fields(config: ModelConfig) -> dict[str, Any]:
     """Sizes of Mamba layers, if there are any."""
     names = ("mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim")
     return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+
+
+def linear_fields(config: ModelConfig) -> dict[str, Any]:
+    """Fields of gated delta nets and gated attention, if there are any."""
+    found: dict[str, Any] = {}
+    if config.attention_output_gate:
+        found["attention_output_gate"] = True
+    if config.linear_attention_freq is None:
+        return found
+    names = ("linear_attention_freq", *LINEAR_SIZES)
+    sizes = {name: getattr(config, name) for name in names}
+    return {**found, **sizes, "experimental_attention_variant": LINEAR_VARIANT}
 
 
 def latent_fields(config: ModelConfig) -> dict[str, Any]:

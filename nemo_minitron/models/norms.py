@@ -52,7 +52,8 @@ def norms_and_readers(block: Any) -> list[tuple[nn.Module, nn.Module | None]]:
     found: list[tuple[nn.Module, nn.Module | None]] = []
     if not isinstance(block.self_attention, IdentityOp):
         # Multi-latent attention reads the norm with two linear layers.
-        reader = getattr(block.self_attention, "linear_qkv", None)
+        readers = (getattr(block.self_attention, n, None) for n in ("linear_qkv", "in_proj"))
+        reader = next(filter(None, readers), None)
         found.append((block.input_layernorm, reader))
     if not isinstance(block.mlp, IdentityOp):
         found.append((block.pre_mlp_layernorm, getattr(block.mlp, "linear_fc1", None)))

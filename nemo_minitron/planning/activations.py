@@ -8,7 +8,7 @@ what autograd really saves on a CPU.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nemo_minitron.config.layers import ATTENTION, EXPERTS, MAMBA, MLP
+from nemo_minitron.config.layers import ATTENTION, EXPERTS, LINEAR, MAMBA, MLP
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.training import DataConfig, TrainerConfig
@@ -73,6 +73,9 @@ def attention(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> 
         every_rank = 0 if tokens.fused else round(4 * width * config.rotary_percent * rotating)
     if config.qk_layernorm:
         rows += heads + groups + (0 if tokens.fused else heads)
+    if config.attention_output_gate:
+        # The gates, their sigmoids in fp32, and what they multiply.
+        rows += (2 + 4 / tokens.element) * heads
     split = parallel.tensor_model_parallel_size
     # What the heads put out is kept by attention too, so linear_proj's copy in fp8 comes on top.
     copied = heads * width * (tokens.matmul or 0)
@@ -153,7 +156,21 @@ def mamba(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> int:
     return _normed(config, parallel, tokens) + kept // parallel.tensor_model_parallel_size
 
 
-_KEPT = {ATTENTION: attention, MLP: mlp, EXPERTS: experts, MAMBA: mamba}
+def linear(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> int:
+    """What a gated delta net keeps beside its input and output in the residual stream.
+
+    The normed input; the projection; what is convolved after it; queries and keys of each value
+    head; the output of the rule, its norm, and what the last matrix reads.
+    """
+    projection, convolved, inner = (
+        DIMS[dim].size(config) for dim in ("linear_in", "linear_conv", "linear_inner")
+    )
+    repeated = 2 * (config.linear_num_value_heads or 0) * (config.linear_key_head_dim or 0)
+    kept = tokens.count * (projection + 2 * convolved + repeated + 3 * inner) * tokens.element
+    return _normed(config, parallel, tokens) + kept // parallel.tensor_model_parallel_size
+
+
+_KEPT = {ATTENTION: attention, MLP: mlp, EXPERTS: experts, MAMBA: mamba, LINEAR: linear}
 
 
 def layer(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from nemo_minitron.config.layers import ATTENTION, MAMBA, kinds_of
+from nemo_minitron.config.layers import ATTENTION, LINEAR, MAMBA, kinds_of
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.pipeline import ClusterConfig
 from nemo_minitron.config.stages import (
@@ -59,6 +59,10 @@ def forward_parts(config: ModelConfig, seq_length: int) -> dict[str, float]:
     )
     inner = (config.mamba_num_heads or 0) * (config.mamba_head_dim or 0)
     scan = 7.0 * inner * (config.mamba_state_dim or 0) * "".join(kinds).count(MAMBA)
+    # What is read, written and forgotten of a state of each value head, four multiplications each.
+    state = (config.linear_key_head_dim or 0) * (config.linear_value_head_dim or 0)
+    linear = "".join(kinds).count(LINEAR) * (config.linear_num_value_heads or 0)
+    scan += 8.0 * linear * state
     channels = config.query_channels + config.kv_channels
     core = 2.0 * seen * config.num_attention_heads * channels
     return {**products, "core_attn": core, "scan": scan}

@@ -192,6 +192,12 @@ def check_moments(config: ModelConfig, axes: list[str]) -> None:
             f"{config.hybrid_layer_pattern}), whose layers cannot be compensated; set "
             "scores.moments=[], and leave pruning.compensate out"
         )
+    if axes and config.linear_attention_freq is not None:
+        raise ValueError(
+            f"scores.moments={axes} is not supported for models with linear attention "
+            "(linear_attention_freq), whose gated delta nets cannot be compensated; set "
+            "scores.moments=[], and leave pruning.compensate out"
+        )
     if "ffn" in axes and config.num_moe_experts is not None:
         raise ValueError(
             f"scores.moments={axes} holds ffn, but the layers of this model have experts, whose "

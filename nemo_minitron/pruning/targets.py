@@ -160,12 +160,13 @@ def check_kinds_left(config: ModelConfig, layers: list[int]) -> None:
         ValueError: names the kind and its layers.
     """
     kinds = kinds_of(config)
-    field = "moe_layer_freq" if config.hybrid_layer_pattern is None else "hybrid_layer_pattern"
+    fields = ("hybrid_layer_pattern", "linear_attention_freq", "moe_layer_freq")
+    said = [f"{name}={getattr(config, name)}" for name in fields if getattr(config, name)]
     for kind in sorted({*kinds} - {kinds[layer] for layer in layers}):
         gone = [number for number, other in enumerate(kinds, start=1) if other == kind]
         raise ValueError(
-            f"pruning would drop all layers of kind '{kind}' of {field}="
-            f"{getattr(config, field)}, which are {gone} (counted from 1); keep one of them: "
+            f"pruning would drop all layers of kind '{kind}' of {' and '.join(said)}, which are "
+            f"{gone} (counted from 1); keep one of them: "
             "leave it out of pruning.drop_layers, or take a larger pruning.target.num_layers or a "
             "pruning.layer_criterion that ranks layers one by one"
         )
@@ -193,6 +194,11 @@ def _check_merge(config: ModelConfig, pruning: PruningConfig, sizes: dict[str, i
         raise ValueError(
             "pruning.merge_heads=true is not supported with multi-latent attention, whose heads "
             "share a latent; set pruning.merge_heads=false"
+        )
+    if config.attention_output_gate:
+        raise ValueError(
+            "pruning.merge_heads=true is not supported with attention_output_gate: a sum of heads "
+            "has no one gate; set pruning.merge_heads=false"
         )
     before, after = merged_heads(config, sizes)
     where = "layer" if config.heads_per_group == 1 else "query group"

@@ -207,6 +207,24 @@ def install_mamba() -> None:
 
 
 @cache
+def install_delta_net() -> None:
+    """Let Megatron-Core's ``GatedDeltaNet`` run where its CUDA kernels are not; idempotent.
+
+    Does nothing where ``fla`` is installed, or where there is a GPU.
+    """
+    from megatron.core.ssm.gated_delta_net import common, gdn
+
+    from nemo_minitron.runtime import delta
+
+    if common.HAVE_FLA or torch.cuda.is_available():
+        return
+    common.HAVE_FLA = True
+    common.l2norm = delta.l2norm
+    gdn.causal_conv1d = delta.causal_conv1d
+    gdn.chunk_gated_delta_rule = delta.chunk_gated_delta_rule
+
+
+@cache
 def _patch_all() -> None:
     _keep_freed_memory()
     _patch_torch()

@@ -32,6 +32,10 @@ before_megatron()
 
 HAVE_HYBRID = importlib.util.find_spec("megatron.core.models.hybrid") is not None
 """Whether there is a model whose layers differ (0.18 and later)."""
+_DELTA_NET = importlib.util.find_spec("megatron.core.ssm.gated_delta_net")
+HAVE_DELTA_NET = bool(_DELTA_NET and _DELTA_NET.submodule_search_locations)
+"""Whether the gated delta net is the package that ``models.delta_spec`` builds on; it was one
+module in 0.16."""
 _COMMON_PT = "common.pt"
 
 

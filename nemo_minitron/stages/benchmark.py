@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.checkpoint.artifact import check_output
 from nemo_minitron.config.inference import BenchmarkConfig
-from nemo_minitron.config.layout import check_cached, check_layout
+from nemo_minitron.config.layout import check_cached, check_layout, check_writes
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import parameter_count
@@ -31,6 +31,7 @@ def check(cfg: BenchmarkConfig) -> None:
             model = ModelConfig.load(Path(path) / "checkpoint")
             try:
                 check_layout(model, cfg.parallel)
+                check_writes(model, "benchmark lets models write")
                 check_settings(cfg, model, precision=cfg.precision)
                 _check_size(cfg, model)
             except ValueError as error:

@@ -10,7 +10,7 @@ from nemo_minitron.checkpoint.artifact import check_output, output_folder
 from nemo_minitron.checkpoint.tokenizer import tokenizer_files
 from nemo_minitron.checkpoint.tokenizer_read import load_tokenizer, stop_ids
 from nemo_minitron.config.inference import EvaluateConfig
-from nemo_minitron.config.layout import check_cached
+from nemo_minitron.config.layout import check_cached, check_writes
 from nemo_minitron.config.megatron import ForwardMegatronConfig
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
@@ -177,6 +177,7 @@ def check_tasks(cfg: EvaluateConfig, model: ModelConfig, *, export: bool) -> Non
     generating = check_kinds(tasks, max_length(cfg, model), megatron=not export)
     if generating and not export:
         check_cached(cfg.parallel, f"tasks={generating[0]} lets the model write")
+        check_writes(model, f"tasks={generating[0]} lets the model write")
 
 
 def max_length(cfg: EvaluateConfig, model: ModelConfig) -> int:

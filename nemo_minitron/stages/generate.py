@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron.checkpoint.artifact import check_output
 from nemo_minitron.checkpoint.tokenizer_read import load_tokenizer, stop_ids
 from nemo_minitron.config.inference import GenerateConfig
-from nemo_minitron.config.layout import check_cached, check_layout
+from nemo_minitron.config.layout import check_cached, check_layout, check_writes
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.data.prompts import Prompt, read_prompts
 from nemo_minitron.runtime.ranks import launched_world_size, rank
@@ -36,6 +36,7 @@ def check(cfg: GenerateConfig) -> None:
         check_layout(model, cfg.parallel)
         check_settings(cfg, model, precision=cfg.precision)
         check_cached(cfg.parallel, "generate writes")
+        check_writes(model, "generate writes")
         cfg.parallel.world_size(launched_world_size())
         _prompts(cfg, model)
 

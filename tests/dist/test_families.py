@@ -207,6 +207,8 @@ LATENT_MOE_DIMS = {
     r"mlp\.gate\.weight": ("expert", "hidden"),
     **LATENT_DIMS,
 }
+ABOUT_0 = ("Nemotron", "Gemma2", "Gemma3", "Qwen3Next")
+"""Whose norms have weights that are the distance from 1."""
 TINY = {"NemotronH": 1e-6, "DeepseekV3": 2e-6, "Glm4Moe": 2e-6}
 """Errors of scores that count for nothing, as a part of the largest score."""
 PREDICTION_NORMS = ("enorm.weight", "hnorm.weight", "shared_head.norm.weight")
@@ -231,6 +233,24 @@ LATENT_YARN = {
 LATENT_EXPERTS = {"moe_intermediate_size": 40}
 TWO_SHARED = {"moe_shared_expert_intermediate_size": 32}
 LATENT_HEADS = {"num_attention_heads": 4, "num_query_groups": 4}
+
+
+LINEAR_SIZES = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 10,
+    "linear_conv_kernel_dim": 3,
+}
+# Rows of a query head are followed by those of its gate; of a gated delta net nothing is cut.
+DELTA_DIMS = {
+    r"linear_attn\.in_proj_\w+\.weight": (None, "hidden"),
+    r"linear_attn\.out_proj\.weight": ("hidden", None),
+    r"linear_attn\.(conv1d\.weight|A_log|dt_bias|norm\.weight)": (None,),
+    r"[qk]_norm\.weight": (None,),
+    r"q_proj\.weight": ("q_and_gate", "hidden"),
+}
+DELTA_LAYERS = ["linear_attention", "full_attention", "linear_attention", "linear_attention"]
 
 
 @dataclass(frozen=True)
@@ -598,6 +618,14 @@ CASES = {
         HYBRID,
         sequence_parallel=True,
     ),
+    "qwen3_next": Case(
+        "Qwen3Next",
+        {**QWEN_EXPERTS, **LINEAR_SIZES, "shared_expert_intermediate_size": 56,
+         "partial_rotary_factor": 0.5, "layer_types": DELTA_LAYERS, "mlp_only_layers": [0]},
+        {**QWEN2_MOE_DIMS, **DELTA_DIMS},
+        {**MIXED, "shared_expert_ffn": SHARED, "several": {**MIXED["several"], **SHARED}},
+        sequence_parallel=True,
+    ),
 }  # fmt: skip
 
 
@@ -638,7 +666,8 @@ def write_random(case: Case, folder: Path) -> None:
     for name, parameter in [*model.named_parameters(), *biases]:
         # Norm weights around 1, or around 0 where that is what they are the distance from.
         norm = re.search(r"norm\w*\.weight|ln_\w\.weight", name)
-        around = 1.0 if norm and case.model not in ("Nemotron", "Gemma2", "Gemma3") else 0.0
+        about_0 = case.model in ABOUT_0 and "linear_attn" not in name
+        around = 1.0 if norm and not about_0 else 0.0
         torch.nn.init.normal_(parameter, mean=around, std=0.15)
     model.save_pretrained(folder)
     if case.prediction:
@@ -831,6 +860,8 @@ def kept_indices(kind: str, plan: Plan, layer: int, expert: int | None, case: Ca
         return rows(heads, each=LATENT_ROWS[kind])
     if kind == "q":
         return rows(heads)
+    if kind == "q_and_gate":
+        return rows(heads, each=2 * HEAD_DIM)
     if kind == "kv":
         return rows(groups)
     if kind == "packed_qkv":

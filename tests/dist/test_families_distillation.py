@@ -35,6 +35,7 @@ from tests.helpers.tiny import (
     OLMO2,
     PHI3_LONG,
     QWEN3,
+    QWEN3_NEXT,
     write_weights,
 )
 
@@ -54,6 +55,7 @@ STUDENTS = {
     "deepseek_v3": replace(DEEPSEEK_V3, num_layers=2),
     "deepseek_v2": replace(DEEPSEEK_V2, num_layers=2),
     "deepseek_experts": DEEPSEEK_EXPERTS.resized({}, [0, 1]),
+    "qwen3_next": QWEN3_NEXT.resized({}, [0, 1]),
 }
 # Only experts can be shared out among ranks.
 TEACHERS = {"gpt_oss": replace(MIXTRAL, num_layers=2, hidden_size=48)}
@@ -78,6 +80,7 @@ RUNS = {
     "deepseek_v3": {"tp2": TP2, "tp2_sp": TP2_SP, "pp2": layout(pp=2), "cp2": layout(cp=2)},
     "deepseek_v2": {"tp2": TP2, "tp2_sp": TP2_SP},
     "deepseek_experts": {"tp2_sp": TP2_SP, "pp2": layout(pp=2)},
+    "qwen3_next": {"tp2_sp": TP2_SP, "pp2": layout(pp=2), "cp2": layout(cp=2)},
 }
 
 

@@ -39,6 +39,25 @@ QWEN2_MOE = replace(
     moe_shared_expert_gate=True,
 )
 
+QWEN3_NEXT = replace(
+    QWEN2_MOE,
+    family="qwen3_next",
+    add_qkv_bias=False,
+    moe_router_pre_softmax=False,
+    qk_layernorm=True,
+    layernorm_zero_centered_gamma=True,
+    rotary_percent=0.5,
+    ffn_hidden_size=64,
+    moe_layer_freq=[0, 1, 1, 1],
+    linear_attention_freq=[1, 0, 1, 1],
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=6,
+    linear_value_head_dim=10,
+    linear_conv_kernel_dim=3,
+    attention_output_gate=True,
+)
+
 QWEN3 = replace(LLAMA, family="qwen3", qk_layernorm=True)
 
 SMOLLM3 = replace(LLAMA, family="smollm3", no_rope_freq=[0, 1, 1, 0])

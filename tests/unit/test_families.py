@@ -65,7 +65,11 @@ def test_dims_of_every_row_are_known():
     for row in (row for family in FAMILIES.values() for row in family.rows):
         assert set(row.dims) <= set(DIMS)
         assert row.tp_dim is None or row.tp_dim < len(row.dims)
-        assert len(row.hf) in (1, len(DIMS[row.dims[0]].parts))
+        parts = DIMS[row.dims[0]].parts
+        assert len(row.hf) in (1, len(row.hf_dims) or len(parts))
+        if row.hf_dims:
+            held = [part for name in row.hf_dims for part in DIMS[name].parts]
+            assert tuple(held) == parts
 
 
 def test_find_knows_both_layer_specs():

@@ -34,6 +34,7 @@ from tests.helpers.tiny import (
     OLMO2,
     QWEN2_MOE,
     QWEN3,
+    QWEN3_NEXT,
     SMOLLM3,
 )
 from tests.unit.test_families import LLAMA3_ROPE
@@ -85,6 +86,13 @@ FIELDS: dict[str, tuple[ModelConfig, Any]] = {
     "moe_router_topk_scaling_factor": (NEMOTRON_H, 1.0),
     "moe_router_num_groups": (GROUPED, 4),
     "moe_router_group_topk": (replace(GROUPED, moe_router_num_groups=4), 2),
+    "linear_attention_freq": (QWEN3_NEXT, [1, 1, 1, 0]),
+    "linear_num_key_heads": (QWEN3_NEXT, 4),
+    "linear_num_value_heads": (QWEN3_NEXT, 6),
+    "linear_key_head_dim": (QWEN3_NEXT, 8),
+    "linear_value_head_dim": (QWEN3_NEXT, 8),
+    "linear_conv_kernel_dim": (QWEN3_NEXT, 4),
+    "attention_output_gate": (QWEN3_NEXT, False),
     "kv_lora_rank": (DEEPSEEK_V3, 16),
     "q_lora_rank": (DEEPSEEK_V3, None),
     "qk_head_dim": (DEEPSEEK_V3, 8),
@@ -162,6 +170,10 @@ def test_megatron_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "hybrid_layer_pattern" and not build.HAVE_HYBRID:
         with pytest.raises(ValueError, match=r"hybrid models .* need megatron-core 0.18 or later"):
             build.hybrid_builder(ParallelConfig())
+        return
+    if model.linear_attention_freq is not None and not build.HAVE_DELTA_NET:
+        with pytest.raises(ValueError, match=r"need megatron-core 0\.19 or later"):
+            megatron(model, monkeypatch)
         return
     one, another = (megatron(m, monkeypatch) for m in (model, replace(model, **{name: other})))
     assert one != another

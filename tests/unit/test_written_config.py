@@ -191,6 +191,17 @@ MODELS: dict[str, dict[str, Any]] = {
     "ministral": TINY | {"head_dim": 16, "sliding_window": 8},
     "ministral3": TINY | {"head_dim": 16},
     "gpt_oss": TINY | {"head_dim": 16, "num_local_experts": 4, "sliding_window": 8},
+    "qwen3_next": TINY
+    | ROUTED
+    | {
+        "head_dim": 16,
+        "shared_expert_intermediate_size": 48,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
     "nemotron_h": {
         "vocab_size": 64,
         "hidden_size": 32,

@@ -12,11 +12,13 @@ from nemo_minitron.checkpoint.foreign.megatron_layers import (
     hybrid_fields,
     latent_fields,
     latent_yarn,
+    linear_fields,
     stated_latent,
     stated_pattern,
 )
 from nemo_minitron.checkpoint.foreign.megatron_stated import Stated
 from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.model_checks import LINEAR_VARIANT
 from nemo_minitron.documents import JsonObject
 from nemo_minitron.families.registry import FAMILIES
 from nemo_minitron.families.rope import BETA, LLAMA3_SCALING, concentration
@@ -35,8 +37,7 @@ _ONLY: dict[str, tuple[_Allowed, str]] = {
     "apply_residual_connection_post_layernorm": (_one_of(None, False), "false"),
     "rotary_interleaved": (_one_of(None, False), "false"),
     "qk_l2_norm": (_one_of(None, False), "false"),
-    "attention_output_gate": (_one_of(None, False), "false"),
-    "experimental_attention_variant": (_one_of(None), "null"),
+    "experimental_attention_variant": (_one_of(None, LINEAR_VARIANT), f"null or {LINEAR_VARIANT}"),
     "softmax_type": (_one_of(None, "vanilla", "learnable"), "vanilla or learnable"),
     "heterogeneous_block_specs": (_one_of(None, False), "false"),
     "is_hybrid_model": (_one_of(None, False), "false"),
@@ -206,6 +207,7 @@ def model_fields(stated: Stated, vocab_size: int) -> JsonObject:
         "num_query_groups": stated.get("num_query_groups", heads),
         "kv_channels": head_dim,
         **latent_fields(stated, heads),
+        **linear_fields(stated),
         "vocab_size": vocab_size,
         "mtp_num_layers": stated.get("mtp_num_layers", None) or None,
         **_positions(stated),

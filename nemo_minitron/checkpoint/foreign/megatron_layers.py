@@ -4,6 +4,7 @@ Part of ``megatron_fields``, which see.
 """
 
 from nemo_minitron.checkpoint.foreign.megatron_stated import Stated
+from nemo_minitron.config.model_checks import LINEAR_SIZES, LINEAR_VARIANT
 from nemo_minitron.documents import JsonObject
 from nemo_minitron.families.rope import concentration
 
@@ -70,6 +71,21 @@ def hybrid_fields(stated: Stated, ffn: int) -> JsonObject:
         ),
     }
     return found
+
+
+def linear_fields(stated: Stated) -> JsonObject:
+    """Fields of ModelConfig about gated delta nets and gated attention; nothing for others."""
+    found: JsonObject = {"attention_output_gate": bool(stated.get("attention_output_gate", False))}
+    if stated.get("experimental_attention_variant", None) != LINEAR_VARIANT:
+        return found
+    value, layers = stated.need("linear_attention_freq"), stated.need("num_layers")
+    if isinstance(value, int):  # attention in every n-th layer
+        value = [int((layer + 1) % value != 0) for layer in range(layers)]
+    return {
+        **found,
+        "linear_attention_freq": list(value),
+        **{name: stated.need(name) for name in LINEAR_SIZES},
+    }
 
 
 def _router(stated: Stated) -> JsonObject:

@@ -1,0 +1,131 @@
+"""Relations between the sizes of a model, each checked for one kind of layer."""
+
+from typing import TYPE_CHECKING
+
+from nemo_minitron.config.layers import EXPERTS, MAMBA, kinds_of
+
+if TYPE_CHECKING:
+    from nemo_minitron.config.model import ModelConfig
+
+LINEAR_VARIANT = "gated_delta_net"
+"""What Megatron-Core calls them (``experimental_attention_variant``)."""
+LINEAR_SIZES = (
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_conv_kernel_dim",
+)
+"""Sizes of every gated delta net, as Megatron-Core and Hugging Face call them; never pruned."""
+
+
+def check_mamba(config: "ModelConfig") -> None:
+    """Check the sizes of a hybrid model.
+
+    Raises:
+        ValueError: a size is missing, or the groups do not divide the heads.
+    """
+    names = ("mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim")
+    sizes = {name: getattr(config, name) for name in names}
+    if MAMBA in kinds_of(config) and not all(sizes.values()):
+        raise ValueError(f"a model with Mamba layers needs sizes above 0, not {sizes}")
+    heads, groups = config.mamba_num_heads, config.mamba_num_groups
+    if heads and groups and heads % groups:
+        raise ValueError(f"mamba_num_heads={heads} must be a multiple of mamba_num_groups={groups}")
+    if EXPERTS in kinds_of(config) and config.num_moe_experts is None:
+        raise ValueError(
+            f"hybrid_layer_pattern={config.hybrid_layer_pattern} has layers of experts (E), but "
+            "num_moe_experts is not set"
+        )
+
+
+def check_linear(config: "ModelConfig") -> None:
+    """Check the sizes of gated delta nets.
+
+    Raises:
+        ValueError: a size is missing, key heads do not divide value heads, or the model is one
+            whose layers cannot be gated delta nets.
+    """
+    if config.linear_attention_freq is None:
+        return
+    sizes = {name: getattr(config, name) for name in LINEAR_SIZES}
+    if not all(sizes.values()):
+        raise ValueError(f"a model with gated delta nets needs sizes above 0, not {sizes}")
+    keys, values = config.linear_num_key_heads or 1, config.linear_num_value_heads or 1
+    if values % keys:
+        raise ValueError(
+            f"linear_num_value_heads={values} must be a multiple of linear_num_key_heads={keys}"
+        )
+    if config.hybrid_layer_pattern is not None or config.multi_latent:
+        raise ValueError(
+            f"linear_attention_freq={config.linear_attention_freq} is for GPT models without "
+            "multi-latent attention; leave it out"
+        )
+
+
+def check_latent(config: "ModelConfig") -> None:
+    """Check the sizes of multi-latent attention.
+
+    Raises:
+        ValueError: a size is missing, or heads share keys.
+    """
+    names = ("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim")
+    sizes = {name: getattr(config, name) for name in names}
+    if any(sizes.values()) and not all(sizes.values()):
+        raise ValueError(f"multi-latent attention needs sizes above 0, not {sizes}")
+    if config.multi_latent and config.num_query_groups != config.num_attention_heads:
+        raise ValueError(
+            f"num_query_groups={config.num_query_groups} must equal num_attention_heads="
+            f"{config.num_attention_heads} in multi-latent attention, where every head has a key "
+            "of its own; set both to the same number"
+        )
+
+
+def check_prediction(config: "ModelConfig") -> None:
+    """Check the number of layers for multi-token prediction.
+
+    Raises:
+        ValueError: it is below 1, or the model cannot have such layers.
+    """
+    hybrid = config.hybrid_layer_pattern is not None
+    tied = config.share_embeddings_and_output_weights
+    if config.mtp_num_layers is not None and (config.mtp_num_layers < 1 or hybrid or tied):
+        raise ValueError(
+            f"mtp_num_layers={config.mtp_num_layers} must be at least 1, in a GPT model whose "
+            "embeddings are not tied to the output layer; leave it out for a model without"
+        )
+
+
+def check_experts(config: "ModelConfig") -> None:
+    """Check the sizes of experts and of their router.
+
+    Raises:
+        ValueError: a size is missing, out of range or does not go with another one, or sizes of
+            experts are given where there are none.
+    """
+    experts = config.num_moe_experts
+    if experts is None:
+        for name in ("moe_shared_expert_intermediate_size", "moe_layer_freq"):
+            if getattr(config, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(config, name)} needs experts that are not shared; set "
+                    "num_moe_experts"
+                )
+        return
+    topk = config.moe_router_topk
+    if not 1 <= topk <= experts:
+        raise ValueError(f"moe_router_topk={topk} must be between 1 and num_moe_experts={experts}")
+    if config.moe_ffn_hidden_size is None or config.moe_ffn_hidden_size < 1:
+        raise ValueError(
+            f"moe_ffn_hidden_size={config.moe_ffn_hidden_size} must be at least 1 where there "
+            "are experts"
+        )
+    shared = config.moe_shared_expert_intermediate_size
+    if shared is not None and shared < 1:
+        raise ValueError(f"moe_shared_expert_intermediate_size={shared} must be at least 1")
+    groups, picked = config.moe_router_num_groups or 1, config.moe_router_group_topk or 1
+    if experts % groups or (groups > 1 and experts // groups * picked < topk):
+        raise ValueError(
+            f"num_moe_experts={experts} must be a multiple of moe_router_num_groups={groups}, "
+            f"and moe_router_group_topk={picked} groups must hold moe_router_topk={topk} experts"
+        )
