@@ -34,6 +34,9 @@ DEFAULTS = {
     "max_position_embeddings": 32768,
 }
 """What transformers takes where config.json says nothing."""
+LAYER_SPEC = "nemo_minitron.models.delta_spec:block_spec"
+LEFT_OUT = "mtp."
+"""What the names of tensors of layers for multi-token prediction start with (``Family``)."""
 ROTATED = 0.25
 """The part of a head that is rotated, likewise."""
 REFUSES = (

@@ -75,6 +75,6 @@ QWEN3_NEXT = Family(
     READS,
     models="Qwen3-Next",
     refuses=(*qwen2_moe.REFUSES, *delta_net.REFUSES),
-    layer_spec="nemo_minitron.models.delta_spec:block_spec",
-    left_out="mtp.",
+    layer_spec=delta_net.LAYER_SPEC,
+    left_out=delta_net.LEFT_OUT,
 )

@@ -21,6 +21,7 @@ from nemo_minitron.families.phi3 import PHI3
 from nemo_minitron.families.prediction import MTP_LAYERS
 from nemo_minitron.families.qwen import QWEN2, QWEN3
 from nemo_minitron.families.qwen2_moe import QWEN2_MOE
+from nemo_minitron.families.qwen3_5 import QWEN3_5, QWEN3_5_MOE
 from nemo_minitron.families.qwen3_moe import QWEN3_MOE
 from nemo_minitron.families.qwen3_next import QWEN3_NEXT
 from nemo_minitron.families.smollm3 import SMOLLM3
@@ -50,6 +51,8 @@ _ALL = (
     MINISTRAL,
     MINISTRAL3,
     QWEN3_NEXT,
+    QWEN3_5,
+    QWEN3_5_MOE,
 )
 FAMILIES: dict[str, Family] = with_added("families", {family.name: family for family in _ALL})
 
@@ -79,6 +82,8 @@ UNSUPPORTED: dict[str, str] = {
     "GemmaForCausalLM": "the first Gemma has no table; Gemma 2 and 3 have",
     "Gemma3ForConditionalGeneration": _text_of("Gemma3"),
     "Mistral3ForConditionalGeneration": _text_of("Mistral3"),
+    "Qwen3_5ForConditionalGeneration": _text_of("Qwen3_5"),
+    "Qwen3_5MoeForConditionalGeneration": _text_of("Qwen3_5Moe"),
 }
 """Architectures that people ask for and that do not open here as they are, and why."""
 

@@ -207,7 +207,7 @@ LATENT_MOE_DIMS = {
     r"mlp\.gate\.weight": ("expert", "hidden"),
     **LATENT_DIMS,
 }
-ABOUT_0 = ("Nemotron", "Gemma2", "Gemma3", "Qwen3Next")
+ABOUT_0 = ("Nemotron", "Gemma2", "Gemma3", "Qwen3Next", "Qwen3_5", "Qwen3_5Moe")
 """Whose norms have weights that are the distance from 1."""
 TINY = {"NemotronH": 1e-6, "DeepseekV3": 2e-6, "Glm4Moe": 2e-6}
 """Errors of scores that count for nothing, as a part of the largest score."""
@@ -249,6 +249,13 @@ DELTA_DIMS = {
     r"linear_attn\.(conv1d\.weight|A_log|dt_bias|norm\.weight)": (None,),
     r"[qk]_norm\.weight": (None,),
     r"q_proj\.weight": ("q_and_gate", "hidden"),
+}
+QWEN35_ROPE = {
+    "rope_type": "default",
+    "rope_theta": 1e6,
+    "partial_rotary_factor": 0.5,
+    "mrope_section": [1, 1, 0],
+    "mrope_interleaved": True,
 }
 DELTA_LAYERS = ["linear_attention", "full_attention", "linear_attention", "linear_attention"]
 
@@ -626,6 +633,20 @@ CASES = {
         {**MIXED, "shared_expert_ffn": SHARED, "several": {**MIXED["several"], **SHARED}},
         sequence_parallel=True,
     ),
+    "qwen3_5": Case(
+        "Qwen3_5",
+        {**SIZES, **LINEAR_SIZES, "rope_parameters": QWEN35_ROPE, "layer_types": DELTA_LAYERS},
+        {**LLAMA_DIMS, **DELTA_DIMS},
+        {name: DENSE[name] for name in ("hidden", "ffn", "layer", "several")},
+    ),
+    "qwen3_5_moe": Case(
+        "Qwen3_5Moe",
+        {**QWEN_EXPERTS, **LINEAR_SIZES, "shared_expert_intermediate_size": 56,
+         "rope_parameters": QWEN35_ROPE, "layer_types": DELTA_LAYERS},
+        {**QWEN2_MOE_DIMS, **DELTA_DIMS},
+        {"several": {**EXPERTS["several"], **SHARED}},
+        sequence_parallel=True,
+    ),
 }  # fmt: skip
 
 
@@ -659,7 +680,7 @@ def architecture(case: Case) -> str:
 def write_random(case: Case, folder: Path) -> None:
     torch.manual_seed(0)
     name = case.model.removesuffix("LMHead")
-    name = "Gemma3Text" if name == "Gemma3" else name
+    name = f"{name}Text" if name in ("Gemma3", "Qwen3_5", "Qwen3_5Moe") else name
     config = getattr(transformers, f"{name}Config")(**deepcopy(case.fields))
     model = getattr(transformers, architecture(case))(config).eval()
     biases = ((name, b) for name, b in model.named_buffers() if "e_score_correction_bias" in name)

@@ -35,6 +35,7 @@ from tests.helpers.tiny import (
     OLMO2,
     PHI3_LONG,
     QWEN3,
+    QWEN3_5,
     QWEN3_NEXT,
     write_weights,
 )
@@ -56,6 +57,7 @@ STUDENTS = {
     "deepseek_v2": replace(DEEPSEEK_V2, num_layers=2),
     "deepseek_experts": DEEPSEEK_EXPERTS.resized({}, [0, 1]),
     "qwen3_next": QWEN3_NEXT.resized({}, [0, 1]),
+    "qwen3_5": QWEN3_5.resized({}, [0, 1]),
 }
 # Only experts can be shared out among ranks.
 TEACHERS = {"gpt_oss": replace(MIXTRAL, num_layers=2, hidden_size=48)}
@@ -80,6 +82,7 @@ RUNS = {
     "deepseek_v3": {"tp2": TP2, "tp2_sp": TP2_SP, "pp2": layout(pp=2), "cp2": layout(cp=2)},
     "deepseek_v2": {"tp2": TP2, "tp2_sp": TP2_SP},
     "deepseek_experts": {"tp2_sp": TP2_SP, "pp2": layout(pp=2)},
+    "qwen3_5": {"tp2": TP2},
     "qwen3_next": {"tp2_sp": TP2_SP, "pp2": layout(pp=2), "cp2": layout(cp=2)},
 }
 

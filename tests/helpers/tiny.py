@@ -58,6 +58,16 @@ QWEN3_NEXT = replace(
     attention_output_gate=True,
 )
 
+QWEN3_5 = replace(
+    QWEN3_NEXT,
+    family="qwen3_5",
+    num_moe_experts=None,
+    moe_ffn_hidden_size=None,
+    moe_shared_expert_intermediate_size=None,
+    moe_shared_expert_gate=False,
+    moe_layer_freq=None,
+)
+
 QWEN3 = replace(LLAMA, family="qwen3", qk_layernorm=True)
 
 SMOLLM3 = replace(LLAMA, family="smollm3", no_rope_freq=[0, 1, 1, 0])

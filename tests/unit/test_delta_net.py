@@ -1,5 +1,6 @@
 """Families with gated delta nets: config.json, and what is refused where."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from nemo_minitron.pruning.scores import check_moments
 from nemo_minitron.pruning.targets import check_pruning
 from tests.helpers.tiny import LLAMA, QWEN3_NEXT, random_weights
 
+MOE_OR_ROPE = re.compile("expert|rope_|router|moe|mlp|topk|rotary|sparse|sliding")
 PUBLISHED: dict[str, Any] = {
     "architectures": ["Qwen3NextForCausalLM"],
     "attention_dropout": 0.0,
@@ -79,6 +81,27 @@ def test_qwen3_next_as_it_was_published() -> None:
     kinds = ["linear_attention", "full_attention"]
     assert small["layer_types"] == [kinds[layer % 4 == 3] for layer in kept]
     assert read_config(small)[1].linear_attention_freq == [1, 0, 1, 1, 0]
+
+
+def test_qwen3_5_says_what_it_said() -> None:
+    """Sections of positions of images stay in config.json and change nothing; gates do."""
+    rope = {"rope_type": "default", "rope_theta": 10000000, "partial_rotary_factor": 0.25}
+    rope |= {"mrope_section": [11, 11, 10], "mrope_interleaved": True}
+    dense = {key: PUBLISHED[key] for key in PUBLISHED if not MOE_OR_ROPE.search(key)}
+    hf = {
+        **dense,
+        "architectures": ["Qwen3_5ForCausalLM"],
+        "model_type": "qwen3_5_text",
+        "rope_parameters": rope,
+        "attn_output_gate": True,
+        "mtp_num_hidden_layers": 1,
+        "mamba_ssm_dtype": "float32",
+    }
+    config = read_config(hf)[1]
+    assert (config.rotary_base, config.rotary_percent) == (1e7, 0.25)
+    assert written_config(config) == hf
+    with pytest.raises(ValueError, match="attn_output_gate=False is not supported"):
+        read_config({**hf, "attn_output_gate": False})
 
 
 @pytest.mark.parametrize(

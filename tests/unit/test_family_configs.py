@@ -202,6 +202,31 @@ VISION = {
     "image_size": 28,
     "patch_size": 14,
 }
+DELTA_NET = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    # As they are published, in which images have positions in three directions.
+    "attn_output_gate": True,
+    "mtp_num_hidden_layers": 1,
+    "mamba_ssm_dtype": "float32",
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000000,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [1, 0, 0],
+        "mrope_interleaved": True,
+    },
+}
+GRIDS = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+}
 SEEING = {
     "Gemma3": {"text_config": TEXT, "vision_config": VISION, "mm_tokens_per_image": 4},
     "Mistral3": {
@@ -209,6 +234,7 @@ SEEING = {
         "vision_config": {**VISION, "model_type": "pixtral", "head_dim": 8},
         "tie_word_embeddings": False,
     },
+    "Qwen3_5": {"text_config": {**TEXT, **DELTA_NET}, "vision_config": GRIDS},
 }
 
 

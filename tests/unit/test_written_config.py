@@ -161,6 +161,14 @@ LATENT = {
     "moe_intermediate_size": 24,
 }
 ROUTED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+LINEAR = {
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": TINY,
     "mistral": TINY,
@@ -191,17 +199,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "ministral": TINY | {"head_dim": 16, "sliding_window": 8},
     "ministral3": TINY | {"head_dim": 16},
     "gpt_oss": TINY | {"head_dim": 16, "num_local_experts": 4, "sliding_window": 8},
-    "qwen3_next": TINY
-    | ROUTED
-    | {
-        "head_dim": 16,
-        "shared_expert_intermediate_size": 48,
-        "layer_types": ["linear_attention", "full_attention"],
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-    },
+    "qwen3_next": TINY | ROUTED | LINEAR | {"shared_expert_intermediate_size": 48},
+    "qwen3_5_text": TINY | LINEAR,
+    "qwen3_5_moe_text": TINY | ROUTED | LINEAR | {"shared_expert_intermediate_size": 48},
     "nemotron_h": {
         "vocab_size": 64,
         "hidden_size": 32,
