@@ -26,7 +26,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
 export SRUN_CPUS_PER_TASK="${SRUN_CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-1}}"
 
 # Exit codes of a stage that was told to stop: the same command goes on, or starts over.
-readonly PREEMPTED=75 TERMINATED=143
+readonly PREEMPTED=75 TERMINATED=143 BAD_INPUT=2
 
 say() { printf '%s\n' "$*" >&2; }
 
@@ -89,10 +89,18 @@ job_state() {
   printf '%s' "$state"
 }
 
-# requeue STAGE OUTPUT_DIR BEFORE: start the job again, unless that cannot lead anywhere. BEFORE is
-# what `saved_work` said at the start. Returns 1 when the job has to end, with a message.
+# Whether a node of this job does not answer any more. The ranks of the others saw connections close,
+# and SLURM itself looks after such a node only now and then (SlurmdTimeout).
+lost_a_node() {
+  local nodes=${SLURM_JOB_NUM_NODES:-1}
+  ((nodes > 1)) && ! timeout 120 srun --overlap --nodes="$nodes" --ntasks="$nodes" \
+    --ntasks-per-node=1 --gpus-per-node=0 --cpus-per-task=1 true &>/dev/null
+}
+
+# requeue STAGE OUTPUT_DIR BEFORE WHY: start the job again, unless that cannot lead anywhere. BEFORE
+# is what `saved_work` said at the start. Returns 1 when the job has to end, with a message.
 requeue() {
-  local stage=$1 output=$2 before=$3 count="$2.idle_starts" idle=0 left
+  local stage=$1 output=$2 before=$3 why=$4 count="$2.idle_starts" idle=0 left
   if [[ $(job_state) != @(RUNNING|SIGNALING) ]]; then
     return 0 # it was cancelled, or SLURM itself puts it back into the queue
   fi
@@ -113,7 +121,7 @@ requeue() {
   else
     rm -f "$count"
   fi
-  say "minitron $stage was told to stop: requeueing job $SLURM_JOB_ID"
+  say "minitron $stage $why: requeueing job $SLURM_JOB_ID"
   scontrol requeue "$SLURM_JOB_ID" || say "job $SLURM_JOB_ID cannot be requeued: submit it again, it goes on"
 }
 
@@ -153,7 +161,9 @@ run_stage() {
   trap : TERM # SLURM signals the tasks; this shell stays to read their exit code
   "${command[@]}" || code=$?
   if ((code == PREEMPTED || code == TERMINATED)); then
-    requeue "$stage" "$output" "$before" || code=1
+    requeue "$stage" "$output" "$before" "was told to stop" || code=1
+  elif ((code && code != BAD_INPUT)) && lost_a_node; then
+    requeue "$stage" "$output" "$before" "lost a node" || code=1
   else
     rm -f "$output.idle_starts"
     if ((code)); then say_why "$stage" "$code" "$output"; fi

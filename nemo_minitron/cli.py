@@ -59,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return usage.complete(rest)
     if stage == "submit":
         return _submit(rest)
+    if stage == "status":
+        return _status(rest)
     if stage == "from-megatron":
         return _from_megatron(rest)
     if stage not in STAGE_CONFIGS:
@@ -91,6 +93,15 @@ def _submit(arguments: list[str]) -> int:
         return _say(f"{submit.parser().format_help()}\n{usage.stage_help('submit')}")
     try:
         return submit.main(arguments)
+    except ValueError as error:
+        return _refuse(str(error))
+
+
+def _status(arguments: list[str]) -> int:
+    from nemo_minitron.reporting import status
+
+    try:
+        return status.main(arguments)
     except ValueError as error:
         return _refuse(str(error))
 

@@ -62,6 +62,7 @@ def overview() -> str:
             "",
             "`minitron <stage> --help` lists its keys.",
             "`minitron submit <stage> key=value ...` queues it with SLURM.",
+            "`minitron status RUN` says how far a run is, or each stage of a pipeline.",
             "`minitron from-megatron ARGS...` prints the keys for arguments of Megatron-LM.",
             "",
             "flags:",

@@ -124,6 +124,15 @@ def is_ours(work: Path) -> bool:
     return any((work / name).is_file() for name in (OWNER, SIGNED))
 
 
+def has_owner(work: Path) -> bool:
+    """Whether a process works in a working folder; for those who only look on."""
+    owner, signed, _ = _owner(work)
+    try:
+        return is_alive(owner, time.time() - signed.stat().st_mtime)
+    except OSError:  # there is none
+        return False
+
+
 def owner_files(names: list[str]) -> list[str]:
     """Those of a folder's files that say whose it is, and are no part of a result."""
     return [name for name in names if f"{name}.".startswith((f"{OWNER}.", f"{SIGNED}."))]

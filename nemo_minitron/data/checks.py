@@ -189,7 +189,17 @@ def check_batch_sizes(data: DataConfig, data_parallel_size: int) -> None:
             f"data.global_batch_size={data.global_batch_size} must be a multiple of "
             f"data.micro_batch_size={data.micro_batch_size} x data-parallel size "
             f"{data_parallel_size}; set data.global_batch_size to a multiple of {step}"
+            f"{_replicas(data)}"
         )
+
+
+def _replicas(data: DataConfig) -> str:
+    """The other way out: numbers of replicas that share the micro-batches evenly."""
+    count, rest = divmod(data.global_batch_size, data.micro_batch_size)
+    if rest:
+        return ""
+    fit = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+    return f", or run it on a data-parallel size that divides its {count} micro-batches: {fit}"
 
 
 def check_batches(data: DataConfig, parallel: ParallelConfig, world_size: int) -> None:

@@ -3,7 +3,6 @@
 import logging
 import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -17,15 +16,14 @@ from megatron.core import dist_checkpointing
 from nemo.utils.exp_manager import exp_manager
 from torch.utils.data import Dataset
 
-from nemo_minitron.config.blend import check_trained
 from nemo_minitron.config.training import DataConfig, ExpManagerConfig, TrainerConfig
 from nemo_minitron.data.blend import BlendedSamples
 from nemo_minitron.data.sampler import build_dataloader
 from nemo_minitron.models.gpt import MinitronGPTModel
+from nemo_minitron.models.history import History
 from nemo_minitron.models.lightning import MegatronStrategy
 from nemo_minitron.models.saving import UNFINISHED, checkpoint_name, step_of
 from nemo_minitron.models.schedule import Batch
-from nemo_minitron.runtime.console import progress
 from nemo_minitron.runtime.errors import Preempted
 from nemo_minitron.runtime.launch import device
 from nemo_minitron.runtime.megatron import start_writer_helper
@@ -37,100 +35,6 @@ Samples = tuple[Dataset[Batch], Dataset[Batch] | None]
 """Training and validation samples."""
 CHECKPOINTS = "checkpoints"
 """Sub-folder of resumable training checkpoints."""
-
-
-class History(Callback):
-    """Keeps one record per logged step; saved in checkpoints, so a resumed run has the whole curve.
-
-    ``tokens_per_second`` counts global training tokens since the record before.
-    """
-
-    def __init__(
-        self,
-        total_steps: int,
-        blend: BlendedSamples | None = None,
-        changes: Sequence[dict[str, Any]] | None = None,
-    ) -> None:
-        self.records: list[dict[str, float]] = []
-        self.blend, self.changes = blend, list(changes or ())
-        self.total_steps = total_steps
-        self._tokens = 0.0
-        self._since = 0.0
-        self._paused = 0.0
-        self._bar: Any = None
-        self._advance: Any = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint."""
-        changes = {"blend_changes": self.changes} if self.changes else {}
-        return {"records": self.records, **changes}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """From the checkpoint."""
-        self.records = list(state_dict["records"])
-
-    def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Refuse other weights for steps that are trained."""
-        then = checkpoint["callbacks"][self.state_key].get("blend_changes", [])
-        check_trained(then, self.changes, checkpoint["global_step"])
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock and the bar."""
-        self._since = time.monotonic()
-        self._bar = progress("training", self.total_steps, trainer.global_step)
-        self._advance = self._bar.__enter__()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, *args: object
-    ) -> None:
-        """Keep what the step logged."""
-        metrics = pl_module.last_metrics
-        if metrics:
-            now = time.monotonic()
-            record = {"step": trainer.global_step, **metrics}
-            record["tokens_per_second"] = metrics["tokens"] / max(now - self._since, 1e-9)
-            record |= self._epochs(pl_module)
-            self.records.append(record)
-            self._since = now
-            pl_module.last_metrics = {}
-            pl_module.log("train/tokens_per_second", record["tokens_per_second"], batch_size=1)
-            figures = {"loss": metrics["loss"], "tokens/s": record["tokens_per_second"]}
-            self._advance(1, **figures)
-        else:
-            self._advance(1)
-
-    def _epochs(self, pl_module: LightningModule) -> dict[str, float]:
-        """How often each source of a blend was read."""
-        epochs = {} if self.blend is None else self.blend.epochs(pl_module.consumed_samples)
-        for name, value in epochs.items():
-            pl_module.log(f"epochs/{name}", value, batch_size=1)
-        return {f"epochs/{name}": value for name, value in epochs.items()}
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock: validation is not training time."""
-        self._paused = time.monotonic()
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add the validation losses to the record of this step."""
-        values = {
-            name: float(trainer.callback_metrics[name])
-            for name in ("val_loss", "val_kd_loss")
-            if name in trainer.callback_metrics
-        }
-        if self.records and self.records[-1]["step"] == trainer.global_step:
-            self.records[-1].update(values)
-        elif not trainer.sanity_checking:
-            self.records.append({"step": trainer.global_step, **values})
-        self._since += time.monotonic() - self._paused
-        if values:
-            figures = " ".join(f"{name}={value:.4f}" for name, value in values.items())
-            log.info("validation at step %d: %s", trainer.global_step, figures)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the bar."""
-        self._bar.__exit__(None, None, None)
 
 
 class StopEarly(Callback):
@@ -324,7 +228,7 @@ def fit(model: MinitronGPTModel, datasets: Samples, work: Path) -> list[dict[str
         log.info("going on from %s", resume)
     checkpoints = _checkpoint_callbacks(config, work / CHECKPOINTS)
     blend = datasets[0] if isinstance(datasets[0], BlendedSamples) else None
-    history = History(config.max_steps, blend, model.data_cfg.blend_changes)
+    history = History(work, config.max_steps, blend, model.data_cfg.blend_changes)
     stop = StopEarly(checkpoints[0], config)
     loaders = _loaders(model, model.data_cfg, datasets, consumed)
     model.set_loaders(*loaders)

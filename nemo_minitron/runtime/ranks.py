@@ -216,6 +216,8 @@ def leave_verdict(code: int, message: str) -> None:
         with contextlib.suppress(OSError):
             draft.write_text(json.dumps({"code": code, "message": message}))
             os.link(draft, os.environ[_VERDICT_FILE])  # whole, and only if there is none
+        with contextlib.suppress(OSError):
+            draft.unlink()
 
 
 def store_address() -> Path | None:

@@ -210,7 +210,8 @@ def test_layout_keys_reach_every_check(refuses, stage):
         (
             {},
             {"data.global_batch_size": 3, "parallel.data_parallel_size": 2},
-            "data-parallel size 2; set data.global_batch_size to a multiple of 2",
+            "data-parallel size 2; set data.global_batch_size to a multiple of 2, or run it on a "
+            "data-parallel size that divides its 3 micro-batches: 1, 3",
         ),
     ],
 )

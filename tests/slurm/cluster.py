@@ -4,6 +4,7 @@ Everything lies in a folder of its own and listens on free ports of the loopback
 disturb each other, nor a SLURM that the machine belongs to.
 """
 
+import contextlib
 import getpass
 import os
 import re
@@ -17,7 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-NODES = ("n1", "n2")
+import psutil
+
 TOOLS = ("slurmctld", "slurmd", "munged", "mungekey", "sbatch", "srun", "scontrol", "squeue")
 REPO = Path(__file__).parents[2]
 
@@ -38,12 +40,11 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 ReturnToService=2
-# Looks at the queue often (and cred_expire is how long a requeued job waits), but gives nodes time:
-# the machine may be slow.
+# Looks at the queue often (and cred_expire is how long a requeued job waits).
 SchedulerParameters=sched_interval=2,sched_min_interval=0,bf_interval=2
 SlurmdTimeout=600
 MessageTimeout=60
-KillWait=60
+KillWait={kill_wait}
 MinJobAge=7200
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -74,12 +75,18 @@ def _path() -> str:
 
 
 class Cluster:
-    """Two nodes of two GPUs each (SLURM counts them; nothing looks for them), two partitions.
+    """Nodes of two GPUs each (SLURM counts them; nothing looks for them), two partitions.
 
     Jobs in ``high`` pre-empt those in ``low``, which are told with SIGTERM.
+
+    Args:
+        nodes: how many.
+        kill_wait: seconds between SIGTERM and SIGKILL; long, as the machine may be slow.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, nodes: int = 2, kill_wait: int = 60) -> None:
+        self.names = [f"n{number + 1}" for number in range(nodes)]
+        self._kill_wait = kill_wait
         # Not pytest's folder: a socket's path may have 107 characters, and munge wants it public.
         self.folder = Path(tempfile.mkdtemp(prefix="minitron-slurm-"))
         self.folder.chmod(0o755)
@@ -96,16 +103,16 @@ class Cluster:
         self._daemon("munged", "--foreground", "--force", *munge)
         wait(socket_path.exists, "munged to listen")
         self._daemon("slurmctld", "-D")
-        for name in NODES:
+        for name in self.names:
             self._daemon("slurmd", "-D", "-N", name)
         wait(lambda: self._nodes() == {"idle"}, "idle nodes", self._said)
 
     def _write_conf(self) -> None:
         host = socket.gethostname().split(".")[0]
-        ports = free_ports(len(NODES) + 1)
+        ports = free_ports(len(self.names) + 1)
         nodes = [
             NODE.format(name=name, host=host, port=port)
-            for name, port in zip(NODES, ports[1:], strict=True)
+            for name, port in zip(self.names, ports[1:], strict=True)
         ]
         text = CONF.format(
             folder=self.folder,
@@ -113,7 +120,8 @@ class Cluster:
             user=getpass.getuser(),
             controller=ports[0],
             nodes="\n".join(nodes),
-            names=",".join(NODES),
+            names=",".join(self.names),
+            kill_wait=self._kill_wait,
         )
         (self.folder / "state").mkdir()
         (self.folder / "slurm.conf").write_text(text)
@@ -128,6 +136,20 @@ class Cluster:
                 command, env=self.environment(), stdout=log, stderr=log, start_new_session=True
             )
         self._daemons.append(daemon)
+
+    def kill_node(self, name: str) -> None:
+        """What a node that loses its power does: its daemon and whatever runs on it are gone."""
+        there = {"SLURMD_NODENAME": name, "SLURM_CONF": str(self.folder / "slurm.conf")}
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if there.items() <= process.environ().items():
+                    above = process.parent()
+                    if above is not None and above.name() == "slurmstepd":
+                        above.kill()
+                    process.kill()
+        for daemon in self._daemons:
+            if isinstance(daemon.args, tuple) and daemon.args[-1] == name:
+                daemon.kill()
 
     def _nodes(self) -> set[str]:
         done = self._run(["sinfo", "-h", "-N", "-p", "low", "-o", "%T"])

@@ -1,6 +1,7 @@
 """``minitron`` whose training waits before its fourth step for as long as the file HOLD is there.
 
-A job that a test wants to stop is then in the middle of its training, however fast the machine is.
+A job that a test wants to stop is then in the middle of its training, however fast the machine is,
+and the checkpoints that it has begun are complete.
 """
 
 import os
@@ -21,6 +22,8 @@ def _hold() -> None:
     step, file = MinitronGPTModel.training_step, Path(os.environ["HOLD"])
 
     def held_step(self, batch, batch_idx):
+        if self.trainer.global_step == 3 and file.exists():
+            self.trainer.strategy.settle(wait=True)
         while self.trainer.global_step == 3 and file.exists():
             time.sleep(0.1)
         return step(self, batch, batch_idx)

@@ -78,7 +78,9 @@ def commands() -> "list[tuple[str, str]]":
         for line in text.splitlines():
             # In a document, commands are indented by four; a wide gap starts an explanation.
             match = re.match(r"    .*?\bminitron (?:submit )?(\w+ .*?)(?:   .*)?$", line)
-            match = match or re.match(r"(?:# |    )sbatch .*launch/(\w+)\.sbatch(.*)$", line)
+            match = match or re.match(
+                r"(?:# |    )sbatch .*launch/(?:elastic\.sbatch )?(\w+)(?:\.sbatch)?(.*)$", line
+            )
             if match:
                 found.append((name(path), " ".join(match.groups(""))))
     return found
@@ -214,7 +216,8 @@ def sbatch(script: Path, *arguments: str, **env: str) -> "subprocess.CompletedPr
 
 
 def test_every_stage_has_a_script():
-    assert {path.stem for path in SCRIPTS} == {*STAGE_CONFIGS} - {"plan"}  # it runs nothing
+    stages = {*STAGE_CONFIGS} - {"plan"}  # it runs nothing
+    assert {path.stem for path in SCRIPTS} == {*stages, "elastic"}
 
 
 def test_shell_scripts_are_clean():
@@ -227,7 +230,10 @@ def test_shell_scripts_are_clean():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+STAGE_SCRIPTS = [path for path in SCRIPTS if path.stem != "elastic"]
+
+
+@pytest.mark.parametrize("script", STAGE_SCRIPTS, ids=lambda path: path.stem)
 def test_dry_run_prints_the_command(script):
     stage = script.stem
     bare = sbatch(script, "--dry-run", "a=b c", CONTAINER_IMAGE="none")
@@ -252,20 +258,48 @@ def test_dry_run_prints_the_command(script):
     ]
 
 
+@pytest.mark.parametrize(
+    ("fit", "nodes"), [("", 7), ("16 4 6 2", 6), ("16 8", None)], ids=["all", "largest", "none"]
+)
+def test_an_elastic_job_uses_the_most_nodes_that_fit(fit, nodes):
+    """Seven nodes of two GPUs and six cores."""
+    has = {"SLURM_JOB_NUM_NODES": "7", "SLURM_GPUS_ON_NODE": "2", "SLURM_CPUS_ON_NODE": "6"}
+    env = {**has, "MINITRON_NODES": fit, "CONTAINER_IMAGE": "none"}
+    done = sbatch(REPO / "launch" / "elastic.sbatch", "distill", "--dry-run", "a=b", **env)
+    if nodes is None:
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "MINITRON_NODES=16 8 has no number up to 7" in done.stderr
+        return
+    ranks = [f"--nodes={nodes}", f"--ntasks={2 * nodes}", "--ntasks-per-node=2"]
+    assert shlex.split(done.stdout)[3:] == [*ranks, "minitron", "distill", "a=b"]
+
+
+def test_a_job_that_lost_a_node_is_requeued(tmp_path):
+    """Code 1, and a node that does not answer; tests/slurm has a real one."""
+    tools = {
+        "srun": f"mkdir -p {tmp_path}/out.partial; date > {tmp_path}/out.partial/step; exit 1",
+        "scontrol": f'echo "$@" > {tmp_path}/said',
+        "squeue": "echo RUNNING",
+    }
+    done = distill_with(tmp_path, tools, tmp_path / "out", SLURM_JOB_NUM_NODES="2")
+    assert (done.returncode, (tmp_path / "said").read_text()) == (1, "requeue 17\n")
+    assert "minitron distill lost a node: requeueing job 17" in done.stderr
+
+
 def test_a_script_without_an_image_says_what_to_set():
     done = sbatch(SCRIPTS[0], "--dry-run")
     assert done.returncode == 2
     assert "CONTAINER_IMAGE=none" in done.stderr
 
 
-def distill_with(folder: Path, tools: dict[str, str], out: Path):
+def distill_with(folder: Path, tools: dict[str, str], out: Path, **more: str):
     """Run ``launch/distill.sbatch`` as job 17 with scripts in the place of commands."""
     for tool, body in tools.items():
         (folder / tool).write_text(f"#!/bin/sh\n{body}\n")
         (folder / tool).chmod(0o755)
     env = {"PATH": f"{folder}:{os.environ['PATH']}", "CONTAINER_IMAGE": "none"}
     script = REPO / "launch" / "distill.sbatch"
-    return sbatch(script, f"output_dir='{out}'", SLURM_JOB_ID="17", **env)
+    return sbatch(script, f"output_dir='{out}'", SLURM_JOB_ID="17", **env, **more)
 
 
 @pytest.mark.parametrize(
@@ -359,7 +393,9 @@ def test_scripts_ask_for_one_task_per_gpu_and_for_time_to_save():
         assert "requeue" in options
         assert options["open-mode"] == "append"
         alone = ("import", "prune", "export", "pipeline")
-        if script.stem not in alone:
+        if script.stem == "elastic":  # SLURM would keep the number of tasks for the next start
+            assert not [name for name in options if "task" in name]
+        elif script.stem not in alone:
             assert options["ntasks-per-node"] == options["gpus-per-node"]
         else:
             assert options["ntasks"] == "1"

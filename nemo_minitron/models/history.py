@@ -1,0 +1,135 @@
+"""What a training says of its steps: records, the progress bar, and where it is."""
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from nemo_minitron.checkpoint.progress import write_progress
+from nemo_minitron.config.blend import check_trained
+from nemo_minitron.data.blend import BlendedSamples
+from nemo_minitron.runtime.console import progress
+
+log = logging.getLogger(__name__)
+
+
+class History(Callback):
+    """Keeps one record per logged step; saved in checkpoints, so a resumed run has the whole curve.
+
+    ``tokens_per_second`` counts global training tokens since the record before.
+
+    Args:
+        work: folder for training checkpoints and logs.
+        total_steps: of the whole training.
+        blend: the training samples, if they have several sources.
+        changes: ``data.blend_changes``.
+    """
+
+    def __init__(
+        self,
+        work: Path,
+        total_steps: int,
+        blend: BlendedSamples | None = None,
+        changes: Sequence[dict[str, Any]] | None = None,
+    ) -> None:
+        self.records: list[dict[str, float]] = []
+        self.blend, self.changes = blend, list(changes or ())
+        self.work, self.total_steps = work, total_steps
+        self._begin = self._since = self._paused = self._noted = 0.0
+        self._first = 0
+        self._bar: Any = None
+        self._advance: Any = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        changes = {"blend_changes": self.changes} if self.changes else {}
+        return {"records": self.records, **changes}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From the checkpoint."""
+        self.records = list(state_dict["records"])
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Refuse other weights for steps that are trained."""
+        then = checkpoint["callbacks"][self.state_key].get("blend_changes", [])
+        check_trained(then, self.changes, checkpoint["global_step"])
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock and the bar."""
+        self._begin = self._since = time.monotonic()
+        self._first = trainer.global_step
+        self._bar = progress("training", self.total_steps, trainer.global_step)
+        self._advance = self._bar.__enter__()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *args: object
+    ) -> None:
+        """Keep what the step logged."""
+        metrics = pl_module.last_metrics
+        if metrics:
+            now = time.monotonic()
+            record = {"step": trainer.global_step, **metrics}
+            record["tokens_per_second"] = metrics["tokens"] / max(now - self._since, 1e-9)
+            record |= self._epochs(pl_module)
+            self.records.append(record)
+            self._since = now
+            pl_module.last_metrics = {}
+            pl_module.log("train/tokens_per_second", record["tokens_per_second"], batch_size=1)
+            figures = {"loss": metrics["loss"], "tokens/s": record["tokens_per_second"]}
+            self._advance(1, **figures)
+            self._note(trainer.global_step)
+        else:
+            self._advance(1)
+
+    def _note(self, step: int) -> None:
+        """Say for ``minitron status`` where training is, at most once a second."""
+        now = time.monotonic()
+        if dist.get_rank() != 0 or (now - self._noted < 1.0 and step < self.total_steps):
+            return
+        self._noted = now
+        write_progress(
+            self.work,
+            step=step,
+            max_steps=self.total_steps,
+            loss=self.records[-1]["loss"],
+            tokens=sum(record.get("tokens", 0.0) for record in self.records),
+            tokens_per_second=self.records[-1]["tokens_per_second"],
+            seconds_per_step=(now - self._begin) / max(step - self._first, 1),
+        )
+
+    def _epochs(self, pl_module: LightningModule) -> dict[str, float]:
+        """How often each source of a blend was read."""
+        epochs = {} if self.blend is None else self.blend.epochs(pl_module.consumed_samples)
+        for name, value in epochs.items():
+            pl_module.log(f"epochs/{name}", value, batch_size=1)
+        return {f"epochs/{name}": value for name, value in epochs.items()}
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock: validation is not training time."""
+        self._paused = time.monotonic()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add the validation losses to the record of this step."""
+        values = {
+            name: float(trainer.callback_metrics[name])
+            for name in ("val_loss", "val_kd_loss")
+            if name in trainer.callback_metrics
+        }
+        if self.records and self.records[-1]["step"] == trainer.global_step:
+            self.records[-1].update(values)
+        elif not trainer.sanity_checking:
+            self.records.append({"step": trainer.global_step, **values})
+        self._since += time.monotonic() - self._paused
+        if values:
+            figures = " ".join(f"{name}={value:.4f}" for name, value in values.items())
+            log.info("validation at step %d: %s", trainer.global_step, figures)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close the bar."""
+        self._bar.__exit__(None, None, None)
