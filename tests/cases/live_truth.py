@@ -131,6 +131,13 @@ def split_one_by_one(name: str, rows: int, config: ModelConfig) -> list[int]:
     """Sizes of the blocks of rows of which every tensor-parallel rank has a share."""
     if "linear_fc1" in name and config.gated_linear_unit:
         return [rows // 2] * 2
+    if config.linear_attention_freq is not None:
+        keys, values = config.linear_num_key_heads or 0, config.linear_num_value_heads or 0
+        key = keys * (config.linear_key_head_dim or 0)
+        value = values * (config.linear_value_head_dim or 0)
+        convolved = [key, key, value]
+        whole = [*convolved, value, values, values]
+        return convolved if "conv1d" in name else whole if "in_proj" in name else []
     heads = config.mamba_num_heads or 0
     x = heads * (config.mamba_head_dim or 0)
     b = (config.mamba_num_groups or 0) * (config.mamba_state_dim or 0)

@@ -10,7 +10,7 @@ from tests.cases.live import refused
 from tests.cases.live_truth import Truth, layout, make_truth, one_answer
 from tests.helpers.layout_table import LayoutTable
 from tests.helpers.pool import WorkerPool
-from tests.helpers.tiny import GLM4_MOE, GPT_OSS, MIXTRAL, QWEN2_MOE
+from tests.helpers.tiny import GLM4_MOE, GPT_OSS, MIXTRAL, QWEN2_MOE, QWEN3_NEXT
 
 WIDTH = TargetConfig(
     hidden_size=40, num_attention_heads=4, num_moe_experts=2, moe_ffn_hidden_size=24
@@ -66,6 +66,16 @@ MIXED_LAYOUTS = {
 # Windows follow the layers that stay, sinks and biases the heads; biases are merged too.
 GPT_OSS_WAYS = {**WAYS, "both": replace(WAYS["both"], merge_heads=True)}
 GPT_OSS_LAYOUTS = {**SHARED_LAYOUTS, "EP2 CP2": LAYOUTS["EP2 CP2"]}
+# Gated delta nets, whose rows stay with their heads, and gated attention in one layer.
+LINEAR_WIDTH = TargetConfig(
+    WIDTH, ffn_hidden_size=48, moe_shared_expert_intermediate_size=32, num_query_groups=2
+)
+LINEAR_WAYS = {
+    "width": PruningConfig(target=LINEAR_WIDTH),
+    "depth": PruningConfig(target=TargetConfig(num_layers=3)),
+    "both": PruningConfig(target=TargetConfig(LINEAR_WIDTH, num_layers=3)),
+}
+LINEAR_LAYOUTS = {name: GPT_OSS_LAYOUTS[name] for name in ("TP2 SP", "PP2", "EP2 CP2")}
 INTERLEAVED = {"PP2 VPP2": layout(pp=2, vpp=2), "EP2 PP2 VPP2": layout(dp=2, ep=2, pp=2, vpp=2)}
 
 
@@ -131,6 +141,19 @@ def test_gpt_oss(gpt_oss_truth: Truth, layout_table: LayoutTable, tmp_path, name
     shown = f"{name}, 4 experts with biases, windows and sinks"
     arguments = (GPT_OSS_LAYOUTS[name], GPT_OSS_WAYS, tmp_path, layout_table, test, shown)
     one_answer(gpt_oss_truth, *arguments)
+
+
+@pytest.fixture(scope="module")
+def linear_truth(ranks: WorkerPool, tmp_path_factory) -> Truth:
+    return make_truth(ranks, tmp_path_factory.mktemp("live-linear"), QWEN3_NEXT)
+
+
+@pytest.mark.parametrize("name", LINEAR_LAYOUTS)
+def test_delta_nets(linear_truth: Truth, layout_table: LayoutTable, tmp_path, name: str) -> None:
+    test = f"test_prune_live_moe.py::test_delta_nets[{name}]"
+    shown = f"{name}, gated delta nets and 4 experts"
+    arguments = (LINEAR_LAYOUTS[name], LINEAR_WAYS, tmp_path, layout_table, test, shown)
+    one_answer(linear_truth, *arguments)
 
 
 @pytest.fixture(scope="module")

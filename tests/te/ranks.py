@@ -30,6 +30,7 @@ class Case:
         parallel: keys of ``ParallelConfig``.
         run: whether to run, score and prune the model too.
         grouped: whether experts are multiplied together, where there are any.
+        hooked: whether to look for the places of hooks.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Case:
     parallel: dict[str, Any]
     run: bool = False
     grouped: bool = True
+    hooked: bool = True
 
 
 def main(folder: Path) -> None:
@@ -47,6 +49,7 @@ def main(folder: Path) -> None:
 
     torch.set_num_threads(1)
     cpu.install()
+    cpu.install_delta_net()  # before there is said to be a GPU, which would need the kernels
     size = launched_world_size() or 1
     store = dist.FileStore(str(folder / "store"), size)
     dist.init_process_group("gloo", store=store, rank=rank(), world_size=size)
@@ -97,7 +100,7 @@ def look_at(case: Case, folder: Path, rank: int) -> dict[str, Any]:
             for name, parameter in chunks[0].named_parameters()
         },
         "sharded": sharded(chunks, groups),
-        "hooks": [hook for chunk in chunks for hook in hooks(chunk, groups)],
+        "hooks": [hook for chunk in chunks for hook in hooks(chunk, groups)] if case.hooked else [],
         "settings": settings(chunks[0]),
     }
     if case.run:
