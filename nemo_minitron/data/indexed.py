@@ -36,6 +36,7 @@ _FORMAT = 1  # part of every cache key: raise it when the content of a cache fol
 _PREFIX = "tokens"
 _BATCH_CHARACTERS = 1 << 20
 _COPIED = 1 << 14  # documents between two steps of the progress bar
+_COPIED_BYTES = 1 << 22  # of a document at a time
 HASH_CONTENT_UP_TO = 1 << 30
 
 
@@ -263,20 +264,21 @@ def _reorder(
     source: Path, target: Path, lengths: np.ndarray, order: np.ndarray, dtype: type[np.generic]
 ) -> None:
     """Second pass: copy documents in ``order``, then drop what the first wrote."""
-    ends = np.cumsum(lengths)
+    # Read, not mapped: pages of a map that were looked at count as memory of this process.
+    sizes = lengths * np.dtype(dtype).itemsize
+    begins = np.cumsum(sizes) - sizes
     with (
+        Path(f"{source}.bin").open("rb") as unordered,
         Path(f"{target}.bin").open("wb") as file,
         progress("Shuffling documents", len(order)) as advance,
     ):
         for start in range(0, len(order), _COPIED):
-            # Mapped anew each time: pages that were looked at count as memory of this process.
-            ids = np.asarray(np.memmap(f"{source}.bin", dtype=dtype, mode="r"))
             chosen = order[start : start + _COPIED]
-            bounds = zip((ends - lengths)[chosen].tolist(), ends[chosen].tolist(), strict=True)
-            for begin, end in bounds:
-                file.write(ids[begin:end].data)
+            for begin, size in zip(begins[chosen].tolist(), sizes[chosen].tolist(), strict=True):
+                unordered.seek(begin)
+                for at in range(0, size, _COPIED_BYTES):
+                    file.write(unordered.read(min(_COPIED_BYTES, size - at)))
             advance(len(chosen))
-            del ids
     write_index(target, dtype, lengths[order])
     Path(f"{source}.bin").unlink()
 

@@ -4,7 +4,6 @@ A *document* is the unit that is shuffled and split: one ``.txt`` file of severa
 single ``.txt`` file between two ``data.document_separator``, or one record of another file.
 """
 
-import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,6 +14,7 @@ from nemo_minitron.checkpoint.hf_refusals import refuse_pointer
 from nemo_minitron.checkpoint.manifest import MANIFEST, matching, result_in
 from nemo_minitron.config.training import DataConfig
 from nemo_minitron.data.formats import COMPRESSIONS, FORMS, TABLES, form_of, texts_of
+from nemo_minitron.data.repeats import Digests
 from nemo_minitron.documents import read_json_object
 
 logger = logging.getLogger(__name__)
@@ -204,14 +204,12 @@ def unique_documents(documents: Iterable[str], dropped: Counter[str]) -> Iterato
         documents: texts in reading order; the first of equal ones stays.
         dropped: ``dropped["duplicates"]`` counts those left out.
     """
-    seen: set[bytes] = set()
+    seen = Digests()
     for text in documents:
-        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
-        if digest in seen:
+        if seen.add(text):
+            yield text
+        else:
             dropped["duplicates"] += 1
-            continue
-        seen.add(digest)
-        yield text
 
 
 def no_documents(source: Source) -> ValueError:

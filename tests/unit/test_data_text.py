@@ -1,6 +1,7 @@
 """Documents out of every text form, and what is refused."""
 
 import json
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from nemo_minitron.checkpoint.manifest import fingerprint
 from nemo_minitron.checkpoint.watched import files_read
 from nemo_minitron.data.checks import check_batch_sizes, check_data
+from nemo_minitron.data.repeats import Digests
 from nemo_minitron.data.splits import parse_split, split_bounds, split_numbers
 from nemo_minitron.data.text import find_source, read_documents, unique_documents
 from tests.helpers.data_fixtures import data_config, make_texts, write_jsonl
@@ -45,6 +47,17 @@ def test_exact_repeats_are_left_out():
     dropped: Counter[str] = Counter()
     assert list(unique_documents(["a", "b", "a", "a"], dropped)) == ["a", "b"]
     assert dropped["duplicates"] == 2
+
+
+def test_repeats_are_told_at_less_than_thirty_bytes_each():
+    texts, seen = list(map(str, range(20_000))), Digests()
+    tracemalloc.start()
+    assert all(map(seen.add, texts))
+    held, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 30 * len(texts)
+    assert most < 45 * len(texts)
+    assert not any(map(seen.add, texts))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,49 @@
+"""Texts that were read before, told by digests in one flat table.
+
+Python's own set takes a hundred bytes per text: for ten million lines more than everything else
+together. Here it is 12 to 24.
+"""
+
+import hashlib
+from array import array
+
+_PLACES = 1 << 10  # to begin with; always a power of two
+
+
+class Digests:
+    """Digests of 64 bits; that two of ten million texts have the same has a chance of 3e-6."""
+
+    def __init__(self) -> None:
+        """Nothing was read yet."""
+        self._table, self._held = _empty(_PLACES), 0
+
+    def add(self, text: str) -> bool:
+        """Keep the digest of a text; whether it is the first such text."""
+        if 3 * self._held >= 2 * len(self._table):
+            self._grow()
+        digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") or 1
+        place = _place(self._table, digest)
+        if self._table[place]:
+            return False
+        self._table[place] = digest
+        self._held += 1
+        return True
+
+    def _grow(self) -> None:
+        table = _empty(2 * len(self._table))
+        for digest in filter(None, self._table):
+            table[_place(table, digest)] = digest
+        self._table = table
+
+
+def _empty(places: int) -> "array[int]":
+    return array("Q", [0]) * places
+
+
+def _place(table: "array[int]", digest: int) -> int:
+    """Where a digest is, or the free place (0) that it would take: the next one from its own on."""
+    last = len(table) - 1
+    place = digest & last
+    while table[place] not in (0, digest):
+        place = (place + 1) & last
+    return place
