@@ -22,6 +22,7 @@ from nemo_minitron.config.megatron import ForwardMegatronConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.pipeline import PipelineConfig, PlanConfig
 from nemo_minitron.config.search import SearchConfig
+from nemo_minitron.config.sources import SourcesStageConfig
 from nemo_minitron.config.training import DataConfig, OptionalDataConfig
 from nemo_minitron.config.training_stages import (
     DistillConfig,
@@ -296,6 +297,7 @@ class ExportConfig(StageConfig):
 
 STAGE_CONFIGS: dict[str, type[StageConfig]] = {
     "import": ImportConfig,
+    "data": SourcesStageConfig,
     "importance": ImportanceConfig,
     "prune": PruneConfig,
     "search": SearchConfig,

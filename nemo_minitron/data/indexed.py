@@ -14,6 +14,7 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from nemo_minitron.config.training import DataConfig
 from nemo_minitron.data.cache import build_for_all
 from nemo_minitron.data.formats import suffix_of
 from nemo_minitron.data.long_texts import PIECE, encode_long
-from nemo_minitron.data.pair import write_index
+from nemo_minitron.data.shuffle import copy_documents, document_order
 from nemo_minitron.data.splits import check_documents, check_tokens
 from nemo_minitron.data.text import Source, no_documents, read_documents, unique_documents
 from nemo_minitron.documents import read_json_object
@@ -35,8 +36,6 @@ logger = logging.getLogger(__name__)
 _FORMAT = 1  # part of every cache key: raise it when the content of a cache folder changes
 _PREFIX = "tokens"
 _BATCH_CHARACTERS = 1 << 20
-_COPIED = 1 << 14  # documents between two steps of the progress bar
-_COPIED_BYTES = 1 << 22  # of a document at a time
 HASH_CONTENT_UP_TO = 1 << 30
 
 
@@ -92,11 +91,6 @@ class TextTokenizer:
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
-
-
-def document_order(count: int, seed: int) -> np.ndarray:
-    """The order in which documents are stored: a permutation of ``range(count)``, int64."""
-    return np.random.default_rng(seed).permutation(count)
 
 
 def check_text(
@@ -189,7 +183,7 @@ def file_identity(file: Path, whole: bool) -> list[object]:
     return [suffix_of(file), hash_file(file).sha256]
 
 
-def _dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
+def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
     """Megatron's rule (``DType.optimal_dtype``)."""
     return np.uint16 if vocab_size < 65500 else np.int32
 
@@ -202,7 +196,9 @@ def _build(
     unordered = folder / "unordered"
     lengths = _tokenise(unordered, texts, source, tokenizer, vocab_size)
     order = document_order(len(lengths), data.seed)
-    _reorder(unordered, folder / _PREFIX, lengths, order, _dtype(vocab_size))
+    ids = Path(f"{unordered}.bin")
+    copy_documents([ids], [lengths], order, folder / _PREFIX, token_dtype(vocab_size))
+    ids.unlink()
     logger.info("%s: %d documents, %d tokens", source.path, len(lengths), lengths.sum())
     if dropped["duplicates"]:
         logger.warning(
@@ -216,19 +212,16 @@ def _tokenise(
     prefix: Path, texts: Iterator[str], source: Source, tokenizer: TextTokenizer, vocab_size: int
 ) -> np.ndarray:
     """First pass: documents in reading order. Returns their lengths in tokens."""
-    where, dtype = f"the tokenizer gives data.path={source.path}", _dtype(vocab_size)
+    where = f"the tokenizer gives data.path={source.path}"
     lengths = array("q")
     total, done = -(-source.size // 1024), 0
     with (
         Path(f"{prefix}.bin").open("wb") as file,
         progress("Tokenising (kB of text)", total) as advance,
-        closing(_read_ahead(texts)) as batches,
+        closing(read_ahead(texts)) as batches,
     ):
         for batch in batches:
-            for ids in tokenizer.encode(batch):
-                check_ids(int(ids.max()), vocab_size, where)
-                file.write(ids.astype(dtype).data)
-                lengths.append(len(ids))
+            lengths.extend(write_ids(file, batch, tokenizer, vocab_size, where))
             read = min(sum(map(len, batch)) // 1024, total - done)
             done += read
             advance(read)
@@ -239,7 +232,21 @@ def _tokenise(
     return np.array(lengths, dtype=np.int64)
 
 
-def _read_ahead(texts: Iterator[str]) -> Generator[list[str], None, None]:
+def write_ids(
+    file: IO[bytes], batch: list[str], tokenizer: TextTokenizer, vocab_size: int, where: str
+) -> Iterator[int]:
+    """Write the ids of some texts one after another; yields how many each has.
+
+    Raises:
+        ValueError: the model has not all of them; the message begins with ``where``.
+    """
+    for ids in tokenizer.encode(batch):
+        check_ids(int(ids.max()), vocab_size, where)
+        file.write(ids.astype(token_dtype(vocab_size)).data)
+        yield len(ids)
+
+
+def read_ahead(texts: Iterator[str]) -> Generator[list[str], None, None]:
     """Batches of texts; while one is tokenised, which holds no lock of Python, the next is read."""
     with ThreadPoolExecutor(1) as reader:
         following = reader.submit(_next_batch, texts)
@@ -258,29 +265,6 @@ def _next_batch(texts: Iterator[str]) -> list[str]:
         if characters >= _BATCH_CHARACTERS:
             break
     return batch
-
-
-def _reorder(
-    source: Path, target: Path, lengths: np.ndarray, order: np.ndarray, dtype: type[np.generic]
-) -> None:
-    """Second pass: copy documents in ``order``, then drop what the first wrote."""
-    # Read, not mapped: pages of a map that were looked at count as memory of this process.
-    sizes = lengths * np.dtype(dtype).itemsize
-    begins = np.cumsum(sizes) - sizes
-    with (
-        Path(f"{source}.bin").open("rb") as unordered,
-        Path(f"{target}.bin").open("wb") as file,
-        progress("Shuffling documents", len(order)) as advance,
-    ):
-        for start in range(0, len(order), _COPIED):
-            chosen = order[start : start + _COPIED]
-            for begin, size in zip(begins[chosen].tolist(), sizes[chosen].tolist(), strict=True):
-                unordered.seek(begin)
-                for at in range(0, size, _COPIED_BYTES):
-                    file.write(unordered.read(min(_COPIED_BYTES, size - at)))
-            advance(len(chosen))
-    write_index(target, dtype, lengths[order])
-    Path(f"{source}.bin").unlink()
 
 
 def check_ids(largest: int, vocab_size: int, where: str, smallest: int = 0) -> None:

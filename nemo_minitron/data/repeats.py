@@ -10,6 +10,11 @@ from array import array
 _PLACES = 1 << 10  # to begin with; always a power of two
 
 
+def digest_of(text: str) -> int:
+    """64 bits that texts share when they are equal; never 0."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") or 1
+
+
 class Digests:
     """Digests of 64 bits; that two of ten million texts have the same has a chance of 3e-6."""
 
@@ -21,7 +26,7 @@ class Digests:
         """Keep the digest of a text; whether it is the first such text."""
         if 3 * self._held >= 2 * len(self._table):
             self._grow()
-        digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") or 1
+        digest = digest_of(text)
         place = _place(self._table, digest)
         if self._table[place]:
             return False

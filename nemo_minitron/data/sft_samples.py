@@ -14,7 +14,6 @@ import numpy as np
 
 from nemo_minitron.config.training import DataConfig
 from nemo_minitron.data.cache import build_for_all
-from nemo_minitron.data.indexed import document_order
 from nemo_minitron.data.packing import (
     FilledParts,
     Records,
@@ -23,6 +22,7 @@ from nemo_minitron.data.packing import (
     WholeParts,
     whole_rows,
 )
+from nemo_minitron.data.shuffle import document_order
 from nemo_minitron.data.splits import SPLITS, check_documents, check_num_samples, split_bounds
 
 logger = logging.getLogger(__name__)

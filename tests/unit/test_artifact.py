@@ -390,7 +390,7 @@ def test_the_hash_of_a_config_survives_new_keys():
     """Results keep their identity from version to version: a new key that decides something needs
     ``metadata=ADDED``, one that does not ``NEUTRAL`` (nemo_minitron/config/meaning.py)."""
     given = {"output_dir": "o", "checkpoint": "c", "source": "s", "student": "s", "teacher": "t"}
-    given |= {"prompts": "p"}
+    given |= {"prompts": "p", "total_tokens": 1}
     found = {}
     for stage, cls in STAGE_CONFIGS.items():
         if stage in ("pipeline", "plan"):  # nothing is made from what they leave
@@ -399,6 +399,7 @@ def test_the_hash_of_a_config_survives_new_keys():
         found[stage] = config_hash(cls(**keys))[:8]
     assert found == {
         "import": "8d5fbaf0",
+        "data": "48149d9d",
         "importance": "b25b9c48",
         "prune": "a712c2f6",
         "search": "2cd61a25",

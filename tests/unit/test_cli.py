@@ -90,7 +90,7 @@ def test_help_lists_stages_keys_defaults_and_groups(run):
     ("line", "message"),
     [
         ("prun", "prun is not a stage; did you mean prune?"),
-        ("frobnicate", "frobnicate is not a stage; stages: import, importance"),
+        ("frobnicate", "frobnicate is not a stage; stages: import, data"),
         (
             "prune pruning.target.hiden_size=1",
             "pruning.target.hiden_size is not a key of prune; "

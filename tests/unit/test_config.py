@@ -27,6 +27,7 @@ REQUIRED = {
     "teacher": "t",
     "data.path": "text",
     "prompts": "p.txt",
+    "total_tokens": 1,
 }
 ENTRIES = sorted(
     path.relative_to(CONF).as_posix() for path in CONF.glob("*/*.yaml") if path.parts[-2] != "hydra"
@@ -40,6 +41,7 @@ def complete(stage: str, overrides: list[str]) -> list[str]:
     if stage == "pipeline":
         return overrides
     missing = [f"{k}={v}" for k, v in REQUIRED.items() if k in known and k not in given]
+    missing += ["data.blend=[1,a]"] if stage == "data" else []
     return [*overrides, *missing]
 
 
@@ -52,7 +54,9 @@ def test_every_stage_composes_to_the_defaults_of_its_dataclass(stage):
         k: v for k, v in REQUIRED.items() if "." not in k and k in cls.__dataclass_fields__
     }
     expected = cls(**values)
-    if hasattr(expected, "data"):
+    if stage == "data":
+        expected.data.blend = [{"weight": 1.0, "path": "a"}]
+    elif hasattr(expected, "data"):
         expected.data.path = "text"
     assert composed == expected
 

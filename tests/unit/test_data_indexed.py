@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 from nemo_minitron.data.cache import build_once, cache_folder
 from nemo_minitron.data.checks import check_data
 from nemo_minitron.data.datasets import build_datasets, build_split, prepare_tokens
-from nemo_minitron.data.indexed import document_order
 from nemo_minitron.data.pair import read_index, write_index
+from nemo_minitron.data.shuffle import document_order
 from tests.helpers.data_fixtures import EOS, data_config, make_texts, save_tokenizer, write_jsonl
 
 TEXTS = make_texts(40)
@@ -144,7 +144,7 @@ def test_failed_build_leaves_nothing(tmp_path, corpus, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("nemo_minitron.data.indexed._reorder", full)
+    monkeypatch.setattr("nemo_minitron.data.indexed.copy_documents", full)
     with pytest.raises(OSError, match=r"No space left"):
         _prepare(data_config(corpus[0]), corpus, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []

@@ -392,7 +392,7 @@ def test_scripts_ask_for_one_task_per_gpu_and_for_time_to_save():
         assert options["signal"] == "TERM@120"
         assert "requeue" in options
         assert options["open-mode"] == "append"
-        alone = ("import", "prune", "export", "pipeline")
+        alone = ("import", "data", "prune", "export", "pipeline")
         if script.stem == "elastic":  # SLURM would keep the number of tasks for the next start
             assert not [name for name in options if "task" in name]
         elif script.stem not in alone:
