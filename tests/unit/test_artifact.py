@@ -389,8 +389,8 @@ def test_config_hash_leaves_out_paths_and_neutral_keys(tmp_path):
 def test_the_hash_of_a_config_survives_new_keys():
     """Results keep their identity from version to version: a new key that decides something needs
     ``metadata=ADDED``, one that does not ``NEUTRAL`` (nemo_minitron/config/meaning.py)."""
-    given = {"output_dir": "o", "checkpoint": "c", "source": "s", "student": "s", "teacher": "t"}
-    given |= {"prompts": "p", "total_tokens": 1}
+    given: dict[str, Any] = {"output_dir": "o", "checkpoint": "c", "source": "s", "student": "s"}
+    given |= {"teacher": "t", "prompts": "p", "total_tokens": 1}
     found = {}
     for stage, cls in STAGE_CONFIGS.items():
         if stage in ("pipeline", "plan"):  # nothing is made from what they leave

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from nemo_minitron.config import load, schema
+from nemo_minitron.config.sources import SourcesStageConfig
 from nemo_minitron.config.stages import (
     STAGE_CONFIGS,
     DistillConfig,
@@ -54,7 +55,7 @@ def test_every_stage_composes_to_the_defaults_of_its_dataclass(stage):
         k: v for k, v in REQUIRED.items() if "." not in k and k in cls.__dataclass_fields__
     }
     expected = cls(**values)
-    if stage == "data":
+    if isinstance(expected, SourcesStageConfig):
         expected.data.blend = [{"weight": 1.0, "path": "a"}]
     elif hasattr(expected, "data"):
         expected.data.path = "text"
