@@ -10,17 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from nemo_minitron.checkpoint.torch_dist import read_torch_dist
-from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.families.registry import family_of
-from nemo_minitron.pruning.plan import Plan
-from nemo_minitron.pruning.scores import Scores
 from tests.cases.live_truth import layout
-from tests.cases.megatron_lm import gradients
+from tests.cases.own_loop import gradients
+from tests.helpers.own_loop import SIZES, check_gradients, check_pruned, together
 from tests.helpers.pool import WorkerPool
 
 REPO = Path(__file__).parents[2]
@@ -37,7 +32,6 @@ CPU = """--use-cpu-initialization --distributed-backend gloo --num-workers 0
     --transformer-impl local --no-gradient-accumulation-fusion --no-masked-softmax-fusion
     --no-persist-layer-norm
     --no-bias-dropout-fusion --no-bias-swiglu-fusion --no-rope-fusion --attention-backend unfused"""
-SIZES = ("hidden_size=48", "ffn_hidden_size=96", "num_attention_heads=4", "num_layers=2")
 LAYOUTS = {
     1: (layout(), ""),
     4: (
@@ -68,31 +62,6 @@ def megatron_lm(folder: Path, ranks: int, name: str, *arguments: str) -> list[An
     return [torch.load(folder / name / f"{rank}.pt") for rank in range(ranks)]
 
 
-def minitron(stage: str, *overrides: object) -> None:
-    command = [sys.executable, "-m", "nemo_minitron", stage, *map(str, overrides)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def together(read: list[Any]) -> list[dict[str, torch.Tensor]]:
-    """Micro-batches as one rank without a pipeline reads them."""
-    return [
-        {
-            "tokens": first["tokens"],
-            "labels": last["labels"],
-            "loss_mask": last["loss_mask"],
-            "position_ids": first["position_ids"],
-        }
-        for first, last in zip(read[0], read[-1], strict=True)
-    ]
-
-
-def weights(result: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
-    config = ModelConfig.load(result / "checkpoint")
-    found = read_torch_dist(result / "checkpoint", family_of(config), config)
-    return config, {name: tensor.read() for name, tensor in found.items()}
-
-
 @needs_tree
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("world", LAYOUTS)
@@ -101,41 +70,14 @@ def test_its_own_loop(world: int, ranks: WorkerPool, tmp_path: Path) -> None:
     save = ("--minitron-save", str(tmp_path / "small"), "--save", str(tmp_path / "big"))
     sizes = ("--minitron-targets", *SIZES)
     read = together(megatron_lm(tmp_path, world, "compress", *MODEL.split(), *save, *sizes))
-    ids = torch.cat([batch["tokens"] for batch in read[-4:]])
-    np.save(tmp_path / "ids.npy", ids.numpy())
-    teacher, student = tmp_path / "teacher", tmp_path / "student"
-    for source, result in (("big/iter_0000002", teacher), ("small/release", student)):
-        # Its tokenizer without tokens has 127; until core 0.16 it had one more.
-        minitron("import", f"source={tmp_path / source}", f"output_dir={result}", "vocab_size=127")
-    data = (f"data.path={tmp_path}/ids.npy", "data.seq_length=32", "data.num_samples=8")
-    minitron("importance", f"checkpoint={teacher}", *data, f"output_dir={tmp_path}/scores")
-    targets = [f"pruning.target.{size}" for size in SIZES]
-    inputs = (f"checkpoint={teacher}", f"importance={tmp_path}/scores")
-    minitron("prune", *inputs, *targets, f"output_dir={tmp_path}/pruned")
-
-    theirs, ours = (Scores.load(tmp_path / name) for name in ("small", "scores"))
-    assert theirs.keys() == ours.keys()
-    for axis, values in ours.items():
-        torch.testing.assert_close(theirs[axis], values, rtol=1e-5, atol=0)
-    assert Plan.load(tmp_path / "small") == Plan.load(tmp_path / "pruned")
-    config, found = weights(student)
-    _, expected = weights(tmp_path / "pruned")
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    models = check_pruned(tmp_path, "big/iter_0000002", "small/release", read[-4:])
 
     again = ("--load", str(tmp_path / "distilled"), "--save", str(tmp_path / "distilled"))
     start = ("--use-checkpoint-args", "--pretrained-checkpoint", str(tmp_path / "small"))
     distil = ("--minitron-teacher", str(tmp_path / "big"), "--save-wgrads-interval", "1")
     read = together(megatron_lm(tmp_path, world, "distil", *start, *again, *distil))
-    parallel = LAYOUTS[world][0]
-    models = [(config, str(student / "checkpoint")), (weights(teacher)[0], f"{teacher}/checkpoint")]
-    own = ranks.run(world, gradients, models, parallel, read[:2])
-    for rank, mine in enumerate(own):
+    own = ranks.run(world, gradients, models, LAYOUTS[world][0], read[:2])
+    for rank, (_, mine) in enumerate(own):
         place = f"mp_rank_{rank % 2:02}" + (f"_{rank // 2:03}" if world > 1 else "")
         file = tmp_path / "distilled" / "wgrads" / "iter_0000001" / f"{place}.pth"
-        there = torch.load(file)["model_chunk0"]
-        assert there.keys() == mine.keys()
-        for name, gradient in mine.items():
-            # Without tensor parallelism its vocabulary alone is padded.
-            difference = (there[name][: len(gradient)] - gradient).abs().max()
-            assert difference < 1e-4 * gradient.abs().max(), name
+        check_gradients(torch.load(file)["model_chunk0"], mine)

@@ -17,7 +17,7 @@ import sys
 import traceback
 import types
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 # Read when torch is imported, and by Megatron-LM.
 os.environ.update(TORCH_COMPILE_DISABLE="1", CUDA_DEVICE_MAX_CONNECTIONS="1")
@@ -25,6 +25,13 @@ os.environ.update(TORCH_COMPILE_DISABLE="1", CUDA_DEVICE_MAX_CONNECTIONS="1")
 import torch
 
 from tests.helpers.pool import kill_children
+
+
+class Keep(NamedTuple):
+    """What a rank gathers while the script runs, and the folder that it is written to."""
+
+    folder: str
+    kept: Any
 
 
 def _without(call: Callable[..., Any], *names: str, **always: Any) -> Callable[..., Any]:
@@ -132,7 +139,8 @@ def _kept_batches() -> list[dict[str, Any]]:
     return kept
 
 
-def _rank(rank: int, ranks: int, port: int, batches: str, arguments: Sequence[str]) -> int:
+def _rank(rank: int, ranks: int, port: int, arguments: Sequence[str], keep: Keep) -> int:
+    """Run the script as one rank, then write what was kept; the exit code."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -141,7 +149,7 @@ def _rank(rank: int, ranks: int, port: int, batches: str, arguments: Sequence[st
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
-    sys.argv, kept = list(arguments), _kept_batches()
+    sys.argv = list(arguments)
     try:
         runpy.run_path(arguments[0], run_name="__main__")
     except SystemExit as stop:
@@ -149,16 +157,13 @@ def _rank(rank: int, ranks: int, port: int, batches: str, arguments: Sequence[st
     except BaseException:
         traceback.print_exc()
         return 1
-    os.makedirs(batches, exist_ok=True)
-    torch.save(kept, os.path.join(batches, f"{rank}.pt"))
+    os.makedirs(keep.folder, exist_ok=True)
+    torch.save(keep.kept, os.path.join(keep.folder, f"{rank}.pt"))
     return 0
 
 
-def main(ranks: int, batches: str, arguments: Sequence[str]) -> int:
-    """Imports take longest, so every rank is a fork of this process."""
-    install(os.environ["MEGATRON_LM"])
-    import pretrain_gpt  # noqa: F401
-
+def run_ranks(ranks: int, arguments: Sequence[str], keep: Keep) -> int:
+    """Run a script on ranks, forks of this process since imports take longest; the exit code."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -166,13 +171,19 @@ def main(ranks: int, batches: str, arguments: Sequence[str]) -> int:
     for rank in range(ranks):
         child = os.fork()
         if child == 0:
-            code = _rank(rank, ranks, port, batches, arguments)
+            code = _rank(rank, ranks, port, arguments, keep)
             sys.stdout.flush()
             sys.stderr.flush()
             kill_children(os.getpid())
             os._exit(code)
         children.append(child)
     return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+
+
+def main(ranks: int, batches: str, arguments: Sequence[str]) -> int:
+    """The exit code of a script of Megatron-LM."""
+    install(os.environ["MEGATRON_LM"])
+    return run_ranks(ranks, arguments, Keep(batches, _kept_batches()))
 
 
 if __name__ == "__main__":

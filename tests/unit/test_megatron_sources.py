@@ -63,6 +63,13 @@ def refuses(path: Path, *says: str, **keys: Any) -> None:
 # ---------------------------------------------------------------- which checkpoint
 
 
+def test_tokenizer_without_words(lm: Path) -> None:
+    """Since core 0.18 NullTokenizer has as many tokens as it is given, and an argument says so."""
+    assert open_source(str(lm)).config.vocab_size == LLAMA.vocab_size
+    set_args(lm, null_tokenizer_eod_id=None)
+    assert open_source(str(lm)).config.vocab_size == LLAMA.vocab_size - 1
+
+
 def test_iterations(lm: Path) -> None:
     assert open_source(str(lm.parent)).config.vocab_size == LLAMA.vocab_size
     tracker = lm.parent / "latest_checkpointed_iteration.txt"

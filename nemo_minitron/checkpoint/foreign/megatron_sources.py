@@ -142,8 +142,11 @@ def _megatron_lm(path: Path) -> Source:
         folder,
         in_folder(folder),
         tokenizer=_named_tokenizer(folder, said.get("tokenizer_model"), file),
-        # The tokenizer that has no words adds one for the end of a document.
-        vocab_size=int(vocab) + 1 if null and vocab is not None else None,
+        # Of the tokenizer without words. Until core 0.17 it adds one for the end of a document;
+        # since 0.18 that is the last of them, or the one that an argument names.
+        vocab_size=int(vocab) + ("null_tokenizer_eod_id" not in said)
+        if null and vocab is not None
+        else None,
     )
 
 

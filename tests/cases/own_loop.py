@@ -1,4 +1,4 @@
-"""Tasks for the rank pool: what a training loop of Megatron-LM is compared with."""
+"""Tasks for the rank pool: what the training loop of another program is compared with."""
 
 from typing import Any
 
@@ -12,15 +12,15 @@ from tests.cases.live import _start
 
 def gradients(
     models: list[tuple[ModelConfig, str]], parallel: ParallelConfig, batches: list[dict[str, Any]]
-) -> dict[str, torch.Tensor]:
-    """Gradients of a student after one global batch of our own distillation, on this rank."""
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss a token and this rank's gradients of one global batch of our own distillation."""
     _start(parallel)
     model = loaded(model_cfg(models[0][0], models[1][0], parallel), *models)
     wrap(model, use_distributed_optimizer=False)
     zero_gradients(model)
-    model.forward_backward(batches)
+    sums = model.forward_backward(batches)
     (chunk,) = model.model
-    return {
+    return float(sums.kd / sums.tokens), {
         name.removeprefix("module."): parameter.main_grad.clone()
         for name, parameter in chunk.named_parameters()
     }
