@@ -236,3 +236,22 @@ def stop_ids(
             "model's configs have no eos_token_id; set one and import the model again"
         )
     return frozenset(found)
+
+
+def continuation(
+    tokenizer: "PreTrainedTokenizerFast", prompt: list[int], new: list[int], stops: frozenset[int]
+) -> str:
+    """The text of new tokens, decoded after their prompt: some tokenizers join words so.
+
+    Args:
+        tokenizer: of the model.
+        prompt: token ids that the model read.
+        new: token ids that it wrote.
+        stops: tokens that end a text (``stop_ids``); the last new token is left out if it is one.
+    """
+    written = new[:-1] if new and new[-1] in stops else new
+    before = tokenizer.decode(prompt, skip_special_tokens=True)
+    whole = tokenizer.decode([*prompt, *written], skip_special_tokens=True)
+    if whole.startswith(before):
+        return str(whole[len(before) :])
+    return str(tokenizer.decode(written, skip_special_tokens=True))

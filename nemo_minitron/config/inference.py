@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from nemo_minitron.config.base import INPUT, MAY_CHANGE, NEUTRAL, StageConfig
+from nemo_minitron.config.base import ADDED, INPUT, MAY_CHANGE, NEUTRAL, StageConfig
 from nemo_minitron.config.megatron import ForwardMegatronConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.training import PRECISION, OptionalDataConfig
@@ -38,7 +38,7 @@ class LmEvalConfig:
 
 @dataclass(kw_only=True)
 class EvaluateConfig(StageConfig):
-    """Language-model loss on held-out data, and tasks of lm-eval."""
+    """Loss on held-out data, tasks of lm-eval, and how the model goes on with a text."""
 
     checkpoint: str = field(default=MISSING, metadata=INPUT)
     """Result folder that holds the model; for ``tasks`` also one of ``export``."""
@@ -48,8 +48,21 @@ class EvaluateConfig(StageConfig):
     tasks_path: str | None = field(default=None, metadata=INPUT)
     """Folder of task files (YAML) beside those that lm-eval brings."""
     lm_eval: LmEvalConfig = field(default_factory=LmEvalConfig)
+    prompts: list[str] = field(default_factory=list, metadata=ADDED)
+    """Beginnings of texts. The model goes on with its most likely tokens, and the report shows what
+    it wrote."""
+    max_new_tokens: int = field(default=40, metadata=ADDED)
+    """Tokens of the longest such continuation."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     megatron: ForwardMegatronConfig = field(default_factory=ForwardMegatronConfig)
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        super().__post_init__()
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        if not all(self.prompts):
+            raise ValueError(f"prompts={self.prompts} holds an empty text; take it out")
 
 
 @dataclass(kw_only=True)

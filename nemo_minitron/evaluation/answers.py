@@ -43,7 +43,7 @@ class Answers:
             ValueError: a score is NaN or infinite.
         """
         if isinstance(question, Continuations):
-            return self._continue(question)
+            return self.continued(question)
         return self._score(question)
 
     def _score(self, requests: Sequence[Request]) -> Scores:
@@ -56,8 +56,8 @@ class Answers:
             )
         return found
 
-    def _continue(self, asked: Continuations) -> list[list[int]]:
-        """Each data-parallel rank continues its share."""
+    def continued(self, asked: Continuations) -> list[list[int]]:
+        """Token ids that follow each prompt (collective): each data-parallel rank does its share."""
         groups, size = self.scorer.groups, self.scorer.batch_size
         model = CachedModel(self.scorer.chunks[0], groups, self.scorer.vocab_size)
         dp, count = groups.dp, len(asked.prompts)

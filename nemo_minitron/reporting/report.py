@@ -16,7 +16,7 @@ from nemo_minitron.reporting.model_card import templates
 from nemo_minitron.reporting.results import Pruning, Results, Row, StageResult, read_results
 from nemo_minitron.reporting.speed import SPEED_HEADER, generation_rows, speed_rows
 from nemo_minitron.runtime.atomic import atomic_file
-from nemo_minitron.runtime.console import show_table
+from nemo_minitron.runtime.console import show_table, show_texts
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,16 @@ _SIZES = {
     "head dim": "kv_channels",
     "vocabulary": "vocab_size",
 }
-_HEADER = ("model", "parameters", "held-out LM loss", "perplexity", "tokens/s", "gap closed")
+_HEADER = (
+    "model",
+    "parameters",
+    "size\non disk",
+    "held-out\nloss",
+    "per-\nplexity",
+    "writes\ntokens/s",
+    "gap\nclosed",
+)
+"""A terminal has 80 columns: no heading is wider than its figures."""
 
 
 def write_report(output_dir: str | Path, cfg: PipelineConfig) -> Path:
@@ -53,7 +62,8 @@ def write_report(output_dir: str | Path, cfg: PipelineConfig) -> Path:
     for warning in results.warnings:
         log.warning("%s", warning)
     if results.rows:
-        show_table(results.title, _HEADER, [_cells(row) for row in results.rows])
+        show_table(results.title, *_main_table(results.rows))
+        show_texts([(row.label, text) for row in results.rows for text in row.texts])
     if table := _task_table(results.rows):
         show_table("tasks", *table)
     for stage in results.stages_of("export"):
@@ -67,8 +77,8 @@ def render(results: Results) -> str:
     environment = templates(autoescape=True)
     return environment.get_template("report.html.j2").render(
         title=results.title,
-        header=_HEADER,
-        rows=[_cells(row) for row in results.rows],
+        evaluation=_main_table(results.rows),
+        texts=[(row.label, text) for row in results.rows for text in row.texts],
         evaluated=_evaluated(results),
         tasks=_task_table(results.rows),
         warnings=results.warnings,
@@ -95,16 +105,25 @@ def render(results: Results) -> str:
     )
 
 
+def _main_table(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows of what was evaluated, without the columns that no row fills."""
+    cells = [_cells(row) for row in rows]
+    filled = [any(row[column] != "-" for row in cells) for column in range(len(_HEADER))]
+    header = tuple(itertools.compress(_HEADER, filled))
+    return header, [tuple(itertools.compress(row, filled)) for row in cells]
+
+
 def _cells(row: Row) -> tuple[str, ...]:
     return (
         row.label,
         millions(row.parameters),
+        "-" if row.size is None else f"{row.size / 1e6:,.0f} MB",
         *(
             "-" if value is None else f"{value:{form}}"
             for value, form in (
                 (row.loss, ".4f"),
                 (row.perplexity, ".2f"),
-                (row.tokens_per_second, ",.0f"),
+                (row.speed, ",.1f"),
                 (row.closed, ".0%"),
             )
         ),

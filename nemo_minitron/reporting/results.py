@@ -1,6 +1,6 @@
 """What the stages of a pipeline left on disk, read for the report, without torch."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,15 +50,20 @@ class Row:
 
     label: str
     loss: float | None
-    """This and the next three are None if only tasks were evaluated."""
+    """This and the next two are None if only tasks were evaluated."""
     perplexity: float | None
     tokens: int | None
-    tokens_per_second: float | None
     parameters: int
     closed: float | None
     """Share of the loss gap between pruned and teacher that was closed; None without a gap."""
+    size: int | None = None
+    """Bytes of the model's folder; None if it is no longer there."""
+    speed: float | None = None
+    """Tokens per second that it writes, as a ``benchmark`` stage measured; None without one."""
     tasks: dict[str, str] = field(default_factory=dict)
     """As ``task_scores``."""
+    texts: list[dict[str, str]] = field(default_factory=list)
+    """What the model wrote: ``prompt`` and ``completion``."""
 
 
 @dataclass(frozen=True)
@@ -276,6 +281,7 @@ def _rows(cfg: PipelineConfig, stages: Mapping[str, StageResult]) -> list[Row]:
     losses = {item["label"]: _loss(stages[item["evaluate"]], "lm_loss") for item in items}
     first = list(losses)[:2]
     explicit = any("gap" in item for item in items)
+    speeds = _speeds(stages.values())
     rows = []
     for number, item in enumerate(items):
         gap = item.get("gap") if explicit else ([first[1], first[0]] if number >= 2 else None)
@@ -287,13 +293,37 @@ def _rows(cfg: PipelineConfig, stages: Mapping[str, StageResult]) -> list[Row]:
                 loss=loss,
                 perplexity=_loss(stage, "perplexity"),
                 tokens=None if tokens is None else int(tokens),
-                tokens_per_second=_loss(stage, "tokens_per_second"),
                 parameters=int(_metric(stage, "parameters", "total")),
                 closed=None if not gap else _closed(losses[gap[0]], losses[gap[1]], loss),
+                size=_size(stage),
+                speed=speeds.get(stage.values.get("checkpoint", "")),
                 tasks=task_scores(stage.metrics),
+                texts=stage.metrics.get("texts", []),
             )
         )
     return rows
+
+
+def _size(stage: StageResult) -> int | None:
+    """Bytes of the model that was evaluated: of a result its checkpoint, of an export all of it."""
+    named = stage.values.get("checkpoint")
+    if named is None:
+        return None
+    folder = Path(named)
+    folder = folder / "checkpoint" if (folder / "checkpoint").is_dir() else folder
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) or None
+
+
+def _speeds(stages: Iterable[StageResult]) -> dict[str, float]:
+    """Folder of a model -> tokens per second that it writes, from the ``benchmark`` stages."""
+    return {
+        folder: model["equal"]["decode_tokens_per_second"]["median"]
+        for stage in stages
+        if stage.stage == "benchmark"
+        for folder, model in zip(
+            stage.values.get("checkpoint", []), stage.metrics.get("models", []), strict=True
+        )
+    }
 
 
 def _loss(stage: StageResult, name: str) -> float | None:

@@ -5,7 +5,7 @@ import functools
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -157,3 +157,20 @@ def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]])
     if not out.is_terminal:  # a pipe has no width to fit into
         out = Console(width=200)
     out.print(table)
+
+
+def show_texts(written: Sequence[tuple[str, Mapping[str, str]]]) -> None:
+    """Print what models wrote on stdout, wrapped at the width of the terminal.
+
+    Args:
+        written: name of a model, and the ``prompt`` that it was given with its ``completion``.
+    """
+    if rank() > 0 or not written:
+        return
+    from rich.console import Console
+
+    out = Console()
+    for name, text in written:
+        prompt, completion = _cell(text["prompt"]), _cell(text["completion"])
+        prompt.stylize("dim")
+        out.print(_cell(f"{name}: ").append_text(prompt).append_text(completion))

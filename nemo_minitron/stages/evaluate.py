@@ -1,4 +1,4 @@
-"""``minitron evaluate``: language-model loss on held-out data, and tasks of lm-eval."""
+"""``minitron evaluate``: loss on held-out data, tasks of lm-eval, continuations of prompts."""
 
 import json
 import time
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.checkpoint.artifact import check_output, output_folder
 from nemo_minitron.checkpoint.tokenizer import tokenizer_files
-from nemo_minitron.checkpoint.tokenizer_read import load_tokenizer, stop_ids
+from nemo_minitron.checkpoint.tokenizer_read import continuation, load_tokenizer, stop_ids
 from nemo_minitron.config.inference import EvaluateConfig
 from nemo_minitron.config.layout import check_cached, check_writes
 from nemo_minitron.config.megatron import ForwardMegatronConfig
@@ -24,6 +24,7 @@ from nemo_minitron.runtime.ranks import launched_world_size, rank
 from nemo_minitron.stages.settings import check_forward, is_export, on_ranks, opened_inputs
 
 if TYPE_CHECKING:
+    from nemo_minitron.evaluation.answers import Answers
     from nemo_minitron.evaluation.requests import Question
     from nemo_minitron.models.build import HiddenGPTModel
     from nemo_minitron.runtime.groups import ParallelGroups
@@ -35,10 +36,10 @@ def check(cfg: EvaluateConfig) -> None:
     Raises:
         ValueError: names the value, the relation and the key to set.
     """
-    if not cfg.data.given and not cfg.tasks:
+    if not cfg.data.given and not cfg.tasks and not cfg.prompts:
         raise ValueError(
-            "evaluate needs data.path or tasks; add data.path=... (text, for the loss) or "
-            "tasks=[...] (of lm-eval)"
+            "evaluate needs data.path, tasks or prompts; add data.path=... (text, for the loss), "
+            "tasks=[...] (of lm-eval) or prompts=[...] (that the model continues)"
         )
     if cfg.tasks_path is not None and not cfg.tasks:
         raise ValueError(
@@ -53,6 +54,8 @@ def check(cfg: EvaluateConfig) -> None:
             check_forward(cfg, model, cfg.data if cfg.data.given else None)
         if cfg.tasks:
             check_tasks(cfg, model, export=export)
+        if cfg.prompts:
+            _check_prompts(cfg, model)
 
 
 def _model(cfg: EvaluateConfig) -> ModelConfig:
@@ -76,6 +79,11 @@ def _check_export(cfg: EvaluateConfig) -> None:
             f"checkpoint={cfg.checkpoint} is an export, whose loss evaluate does not measure; set "
             "checkpoint to the result that was exported, or leave data.path out"
         )
+    if cfg.prompts:
+        raise ValueError(
+            f"checkpoint={cfg.checkpoint} is an export, which does not continue prompts here; set "
+            "checkpoint to the result that was exported, or leave prompts out"
+        )
     if cfg.parallel != ParallelConfig() or (launched_world_size() or 1) > 1:
         raise ValueError(
             f"checkpoint={cfg.checkpoint} is an export, which lm-eval runs in one process; leave "
@@ -85,6 +93,20 @@ def _check_export(cfg: EvaluateConfig) -> None:
         raise ValueError(
             f"checkpoint={cfg.checkpoint} is an export, which lm-eval runs without Megatron; leave "
             "megatron.* out, or set checkpoint to the result that was exported"
+        )
+
+
+def _check_prompts(cfg: EvaluateConfig, model: ModelConfig) -> None:
+    check_cached(cfg.parallel, "prompts let the model write")
+    folder = Path(cfg.checkpoint) / "checkpoint" / "tokenizer"
+    tokenizer = load_tokenizer(folder)
+    stop_ids(folder, tokenizer, model.hf.get("eos_token_id"))
+    longest = max(len(tokenizer.encode(prompt)) for prompt in cfg.prompts)
+    if longest + cfg.max_new_tokens > model.max_written_length:
+        raise ValueError(
+            f"the longest of prompts has {longest} tokens, and with max_new_tokens="
+            f"{cfg.max_new_tokens} it exceeds the {model.max_written_length} positions of the "
+            "model; shorten it, or lower max_new_tokens"
         )
 
 
@@ -124,14 +146,16 @@ def _evaluate(cfg: EvaluateConfig, model: ModelConfig) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     if dataset is not None:
         metrics |= evaluate_lm(chunks, groups, model.vocab_size, dataset, cfg.data)
-    if cfg.tasks:
-        metrics |= answer_tasks(cfg, model, chunks, groups)
+    if cfg.tasks or cfg.prompts:
+        answers = _answers(cfg, model, chunks, groups)
+        metrics |= answer_tasks(cfg, model, answers) if cfg.tasks else {}
+        metrics |= _continued(cfg, answers) if cfg.prompts else {}
     return metrics
 
 
 def _show(cfg: EvaluateConfig, metrics: dict[str, Any]) -> None:
     from nemo_minitron.reporting.results import task_scores
-    from nemo_minitron.runtime.console import show_table
+    from nemo_minitron.runtime.console import show_table, show_texts
 
     rows = [("parameters", f"{metrics['parameters']['total']:,}")]
     if "lm_loss" in metrics:
@@ -142,7 +166,9 @@ def _show(cfg: EvaluateConfig, metrics: dict[str, Any]) -> None:
             ("tokens/s", f"{metrics['tokens_per_second']:.0f}"),
         ]
     rows += task_scores(metrics).items()
-    show_table("evaluate", ("", Path(cfg.checkpoint).name), rows)
+    name = Path(cfg.checkpoint).name
+    show_table("evaluate", ("", name), rows)
+    show_texts([(name, text) for text in metrics.get("texts", [])])
 
 
 def check_tasks(cfg: EvaluateConfig, model: ModelConfig, *, export: bool) -> None:
@@ -201,29 +227,47 @@ def tasks_of_export(cfg: EvaluateConfig, model: ModelConfig) -> dict[str, Any]:
     return {"tasks": found, "tasks_seconds": round(time.monotonic() - start, 3)}
 
 
-def answer_tasks(
+def _answers(
     cfg: EvaluateConfig,
     model: ModelConfig,
     chunks: "list[HiddenGPTModel]",
     groups: "ParallelGroups",
-) -> dict[str, Any]:
-    """Metrics of a Megatron model; rank 0 runs lm-eval, and every rank the model (collective)."""
+) -> "Answers":
+    """The model with its tokenizer, ready to be asked."""
     from nemo_minitron.evaluation.answers import Answers
-    from nemo_minitron.evaluation.lm_eval_models import MegatronLM
-    from nemo_minitron.evaluation.lockstep import led_by_first
     from nemo_minitron.evaluation.requests import RequestScorer
 
     folder = Path(cfg.checkpoint) / "checkpoint" / "tokenizer"
     tokenizer = load_tokenizer(folder)
-    start = time.monotonic()
     multiple = cfg.parallel.sequence_multiple
     scorer = RequestScorer(chunks, groups, model.vocab_size, cfg.lm_eval.batch_size, multiple)
-    stops = stop_ids(folder, tokenizer, model.hf.get("eos_token_id"))
-    answers = Answers(scorer, tokenizer, stops)
+    return Answers(scorer, tokenizer, stop_ids(folder, tokenizer, model.hf.get("eos_token_id")))
+
+
+def answer_tasks(cfg: EvaluateConfig, model: ModelConfig, answers: "Answers") -> dict[str, Any]:
+    """Metrics of a Megatron model; rank 0 runs lm-eval, and every rank the model (collective)."""
+    from nemo_minitron.evaluation.lm_eval_models import MegatronLM
+    from nemo_minitron.evaluation.lockstep import led_by_first
+
+    start = time.monotonic()
 
     def lead(ask: "Callable[[Question], Any]") -> Any:
-        lm = MegatronLM(ask, tokenizer, max_length=max_length(cfg, model))
+        lm = MegatronLM(ask, answers.tokenizer, max_length=max_length(cfg, model))
         return run_tasks(lm, cfg.tasks, cfg.tasks_path, cfg.lm_eval)
 
     found = led_by_first(lead, answers)
     return {"tasks": found, "tasks_seconds": round(time.monotonic() - start, 3)}
+
+
+def _continued(cfg: EvaluateConfig, answers: "Answers") -> dict[str, Any]:
+    """Each prompt with the text that the model writes after it (collective)."""
+    from nemo_minitron.evaluation.requests import Continuations
+
+    tokenizer = answers.tokenizer
+    prompts = [tokenizer.encode(prompt) for prompt in cfg.prompts]
+    written = answers.continued(Continuations(prompts, cfg.max_new_tokens, stop=[]))
+    texts = [
+        {"prompt": text, "completion": continuation(tokenizer, ids, new, answers.stops)}
+        for text, ids, new in zip(cfg.prompts, prompts, written, strict=True)
+    ]
+    return {"texts": texts}

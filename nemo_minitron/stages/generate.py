@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.checkpoint.artifact import check_output
-from nemo_minitron.checkpoint.tokenizer_read import load_tokenizer, stop_ids
+from nemo_minitron.checkpoint.tokenizer_read import continuation, load_tokenizer, stop_ids
 from nemo_minitron.config.inference import GenerateConfig
 from nemo_minitron.config.layout import check_cached, check_layout, check_writes
 from nemo_minitron.config.model import ModelConfig
@@ -160,17 +160,11 @@ def _generated(
     tokenizer: "PreTrainedTokenizerFast",
     stops: frozenset[int],
 ) -> "Generated":
-    """A sample as text. Tokens are decoded after their prompt: some tokenizers join words so."""
+    """A sample as text."""
     from nemo_minitron.data.filters import Generated
 
     ended = bool(new) and new[-1] in stops
-    written = new[:-1] if ended else new
-    before = tokenizer.decode(prompt.ids, skip_special_tokens=True)
-    whole = tokenizer.decode([*prompt.ids, *written], skip_special_tokens=True)
-    if whole.startswith(before):
-        completion = whole[len(before) :]
-    else:
-        completion = tokenizer.decode(written, skip_special_tokens=True)
+    completion = continuation(tokenizer, prompt.ids, new, stops)
     return Generated(index, prompt.text, completion, len(new), ended)
 
 

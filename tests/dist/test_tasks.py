@@ -12,6 +12,7 @@ from tests.cases.task import scores_at
 from tests.helpers.bad_input import Ending, done, line, run_line
 from tests.helpers.task_fixtures import build_model, write_tasks
 
+PROMPT = "some words of a text"
 TASKS = "tasks=[mini_choice,mini_cloze,mini_text,mini_answer]"
 TP, PP = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
 
@@ -24,8 +25,8 @@ def home(tmp_path_factory) -> Path:
     return folder
 
 
-def written_by(folder: Path) -> Callable[[str], str]:
-    """What transformers' greedy generation writes up to the next w."""
+def written_by(folder: Path, until: str = "w") -> Callable[[str], str]:
+    """What transformers' greedy generation writes up to a letter."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -35,7 +36,7 @@ def written_by(folder: Path) -> Callable[[str], str]:
         ids = tokenizer(question, return_tensors="pt")["input_ids"]
         found = model.generate(ids, max_new_tokens=12, do_sample=False)
         text = tokenizer.decode(found[0, ids.size(1) :], skip_special_tokens=True)
-        return str(text).split("w")[0]
+        return str(text).split(until)[0]
 
     return written
 
@@ -62,12 +63,19 @@ def by_hf(home, tmp_path_factory) -> dict:
     return tasks_of(out)
 
 
+@pytest.fixture(scope="module")
+def completion(home) -> str:
+    """What transformers writes after the prompt."""
+    return written_by(home / "exported", until="\0")(PROMPT)
+
+
 @pytest.mark.parametrize(
     "layout", [(), (f"{TP}=2",), (f"{PP}=2",), ("parallel.data_parallel_size=2",)]
 )
-def test_both_adapters_agree(ranks, home, tmp_path, by_hf, layout):
+def test_both_adapters_agree(ranks, home, tmp_path, by_hf, completion, layout):
+    keys = (TASKS, f"prompts=[{PROMPT}]", "max_new_tokens=12", *layout)
     endings: list[Ending] = ranks.run(
-        2 if layout else 1, run_line, evaluate(home, tmp_path / "out", "model", TASKS, *layout)
+        2 if layout else 1, run_line, evaluate(home, tmp_path / "out", "model", *keys)
     )
     for ending in endings:
         done(ending)
@@ -85,6 +93,8 @@ def test_both_adapters_agree(ranks, home, tmp_path, by_hf, layout):
     assert 0 < found["mini_choice"]["acc"]["value"] < 1
     assert found["mini_choice"]["acc"]["stderr"] > 0
     assert "mini_choice acc" in endings[0].out
+    [text] = json.loads((tmp_path / "out" / "metrics.json").read_text())["texts"]
+    assert text == {"prompt": PROMPT, "completion": completion}
 
 
 def test_settings_are_those_of_lm_eval(ranks, home, tmp_path, by_hf):

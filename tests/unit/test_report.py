@@ -83,10 +83,11 @@ def _make_pipeline(out):
             "lm_loss": loss,
             "perplexity": math.exp(loss),
             "tokens": 4096,
-            "tokens_per_second": 1500.4,
+            "texts": [{"prompt": "We", "completion": f" are <{label}>."}],
             "parameters": parameter_count(family_of(model), model),
         }
-        _write(out / f"eval_{label}", {"data": DATA}, metrics)
+        folder = out / {"teacher": "import", "pruned": "prune", "distilled": "distill"}[label]
+        _write(out / f"eval_{label}", {"data": DATA, "checkpoint": str(folder)}, metrics)
     _write(out / "export", {"checkpoint": str(out / "distill")})
     (out / "export" / ".hydra" / "overrides.yaml").write_text(
         "[checkpoint=a b, max_shard_size=1GB]"
@@ -134,11 +135,13 @@ def finished(tmp_path_factory):
 
 def test_page_and_table(finished, capsys):
     out, cfg = finished
+    (out / "prune" / "checkpoint" / "weights").write_bytes(bytes(2_000_000))
     assert write_report(out, cfg) == out / REPORT
-    table = capsys.readouterr().out
-    for cells in (("teacher", "3.0000", "20.09", "1,500", "-"), ("distilled", "3.5000", "75%")):
-        line = next(line for line in table.splitlines() if cells[0] in line)
+    lines = capsys.readouterr().out.splitlines()
+    for cells in (("teacher", "3.0000", "20.09", "-"), ("pruned", "2 MB"), ("distilled", "75%")):
+        line = next(line for line in lines if cells[0] in line)
         assert all(cell in line for cell in cells)
+    assert "distilled: We are <distilled>." in lines
     text = (out / REPORT).read_text()
     page = _Page(text)
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
@@ -152,6 +155,8 @@ def test_page_and_table(finished, capsys):
     assert "A small model" in page.text
     assert "75% of the loss of pruning won back" in page.text
     assert "4,096 tokens of the test split" in page.text
+    assert "teacher: We are <teacher>." in page.text
+    assert "tokens/s" not in page.text.split("Gap closed")[0]  # no benchmark stage measured it
     assert "8 steps, 105 tokens/s (median), validation loss 4.0000 to 3.6000" in page.text
     assert "torch 9.9.9" in page.text
     assert "Careful" not in page.text
@@ -317,6 +322,22 @@ def _speed(rate, batch, peak):
     }
 
 
+def test_speed_of_writing_is_that_of_the_benchmark(tmp_path, capsys):
+    cfg = _make_pipeline(tmp_path)
+    compared = [str(tmp_path / name) for name in ("import", "distill")]
+    models = [
+        {"label": "t", "equal": _speed(123.4, 1, 1)},
+        {"label": "s", "equal": _speed(150, 1, 1)},
+    ]
+    _write(tmp_path / "speed", {"checkpoint": compared}, {"device": "a CPU", "models": models})
+    cfg.stages = [s for s in cfg.stages if s["stage"] == "evaluate"]
+    cfg.stages.append({"name": "speed", "stage": "benchmark", "config": {}})
+    write_report(tmp_path, cfg)
+    rows = read_results(tmp_path, cfg).rows
+    assert [row.speed for row in rows] == [123.4, None, 150.0]
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
 def test_speed_and_written_text(tmp_path):
     """What benchmark and generate measured, and beginnings of the text."""
     stages = [{"name": "speed", "stage": "benchmark"}, {"name": "text", "stage": "generate"}]
@@ -324,7 +345,13 @@ def test_speed_and_written_text(tmp_path):
         {"label": "teacher", "equal": _speed(100.0, 1, None), "largest": _speed(400.0, 8, None)},
         {"label": "student", "equal": _speed(150.0, 1, 3e9), "largest": _speed(900.0, 20, 3e9)},
     ]
-    config = {"prompt_length": 512, "new_tokens": 64, "precision": "32", "rounds": 5}
+    config: dict[str, Any] = {
+        "prompt_length": 512,
+        "new_tokens": 64,
+        "precision": "32",
+        "rounds": 5,
+    }
+    config["checkpoint"] = ["teacher", "student"]
     _write(tmp_path / "speed", config, {"device": "a CPU", "models": models})
     counts: dict[str, Any] = {
         "prompts": 3,

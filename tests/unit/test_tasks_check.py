@@ -72,7 +72,24 @@ def test_folders_without_tasks(home, tmp_path):
 
 
 def test_nothing_to_evaluate(home, tmp_path):
-    refused(home, tmp_path / "out", "evaluate needs data.path or tasks", tasks=None)
+    refused(home, tmp_path / "out", "evaluate needs data.path, tasks or prompts", tasks=None)
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ({"prompts": "['']"}, "prompts=[''] holds an empty text"),
+        ({"max_new_tokens": 5000}, "max_new_tokens=5000 it exceeds the"),
+        ({"parallel.sequence_parallel": "true", "parallel.tensor_model_parallel_size": 2}, "write"),
+        ({"checkpoint": "exported"}, "is an export, which does not continue prompts here"),
+    ],
+)
+def test_prompts_that_cannot_be_continued(home, tmp_path, keys, says):
+    keys = {key.replace(".", "__"): value for key, value in keys.items()}
+    if "checkpoint" in keys:
+        keys["checkpoint"] = home / keys["checkpoint"]
+    refused(home, tmp_path / "out", says, **{"tasks": None, "prompts": "[a word]", **keys})
 
 
 def test_data_that_is_not_here(home, tmp_path):
