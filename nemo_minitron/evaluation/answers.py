@@ -57,7 +57,7 @@ class Answers:
         return found
 
     def continued(self, asked: Continuations) -> list[list[int]]:
-        """Token ids that follow each prompt (collective): each data-parallel rank does its share."""
+        """Token ids after each prompt (collective): each data-parallel rank writes its share."""
         groups, size = self.scorer.groups, self.scorer.batch_size
         model = CachedModel(self.scorer.chunks[0], groups, self.scorer.vocab_size)
         dp, count = groups.dp, len(asked.prompts)

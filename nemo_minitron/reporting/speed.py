@@ -40,30 +40,10 @@ def speed_rows(metrics: Figures) -> list[tuple[str, ...]]:
     models = metrics["models"]
     return [
         _speed_row(model, model[name], models[0][name], name)
-        for name in speed_runs(metrics)
+        for name in ("equal", "largest")
+        if name in models[0]
         for model in models
     ]
-
-
-def speed_runs(metrics: Figures) -> list[str]:
-    """What a result of ``benchmark`` measured: equal batches, and maybe the largest ones."""
-    return [name for name in ("equal", "largest") if name in metrics["models"][0]]
-
-
-def side_by_side(metrics: Figures, name: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """A table with a column per model, for terminals of 80 columns.
-
-    Args:
-        metrics: of one result of ``benchmark``.
-        name: one of ``speed_runs``.
-
-    Returns:
-        Header and rows.
-    """
-    models = metrics["models"]
-    rows = [_speed_row(model, model[name], models[0][name], name) for model in models]
-    header, *figures = zip(SPEED_HEADER, *rows, strict=True)
-    return ("", *header[1:]), figures
 
 
 def _speed_row(model: Figures, found: Figures, first: Figures, name: str) -> tuple[str, ...]:

@@ -141,22 +141,63 @@ def _cell(words: str) -> "Text":
 
 
 def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table on stdout; the first column is text, the others are figures."""
+    """Print a table on stdout; the first column is text, the others are figures.
+
+    Where it is wider than the terminal it is turned over or printed in parts (``fitted``).
+    """
     if rank() > 0:
         return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title))
-    for index, name in enumerate(header):
-        table.add_column(_cell(name), justify="right" if index else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*map(_cell, row))
     out = Console()
     if not out.is_terminal:  # a pipe has no width to fit into
         out = Console(width=200)
-    out.print(table)
+    for part, (names, cells) in enumerate(fitted(header, rows, out.width)):
+        table = Table(title=None if part else Text(title))
+        for index, name in enumerate(names):
+            table.add_column(_cell(name), justify="right" if index else "left", no_wrap=True)
+        for row in cells:
+            table.add_row(*map(_cell, row))
+        out.print(table)
+
+
+def fitted(
+    header: Sequence[str], rows: Sequence[Sequence[str]], width: int
+) -> list[tuple[Sequence[str], Sequence[Sequence[str]]]]:
+    """A table as one or more that fit a width.
+
+    A table that is too wide is turned over, a row for each of its columns. If that is too wide as
+    well, its columns are spread over several tables, each with the first column again.
+
+    Args:
+        header: names of the columns; a name may have several lines.
+        rows: cells.
+        width: columns of the terminal.
+
+    Returns:
+        Header and rows of each table.
+    """
+    columns = [list(column) for column in zip(header, *rows, strict=True)]
+    for names, *cells in ([header, *rows], columns):
+        if 1 + sum(map(_column_width, zip(names, *cells, strict=True))) <= width:
+            return [(names, cells)]
+    first, *others = columns
+    parts: list[list[list[str]]] = [[first]]
+    for column in others:
+        if len(parts[-1]) > 1 and 1 + sum(map(_column_width, [*parts[-1], column])) > width:
+            parts.append([first])
+        parts[-1].append(column)
+    tables = [[list(row) for row in zip(*part, strict=True)] for part in parts]
+    return [(names, cells) for names, *cells in tables]
+
+
+def _column_width(cells: Sequence[str]) -> int:
+    """Characters that a column takes with its padding and the line beside it."""
+    from rich.cells import cell_len
+
+    return 3 + max(cell_len(line) for cell in cells for line in cell.split("\n"))
 
 
 def show_texts(written: Sequence[tuple[str, Mapping[str, str]]]) -> None:

@@ -137,9 +137,7 @@ def _device() -> str:
 
 
 def _show(metrics: dict[str, Any]) -> None:
-    from nemo_minitron.reporting.speed import side_by_side, speed_runs
+    from nemo_minitron.reporting.speed import SPEED_HEADER, speed_rows
     from nemo_minitron.runtime.console import show_table
 
-    for name in speed_runs(metrics):
-        title = f"benchmark ({metrics['device']})" + ("" if name == "equal" else ", largest batch")
-        show_table(title, *side_by_side(metrics, name))
+    show_table(f"benchmark ({metrics['device']})", SPEED_HEADER, speed_rows(metrics))

@@ -307,6 +307,9 @@ def test_tasks_before_and_after(tmp_path, capsys, caplog):
     assert "0.250 +- 0.013" in capsys.readouterr().out
 
 
+SPEED = {"prompt_length": 512, "new_tokens": 64, "precision": "32", "rounds": 5}
+
+
 def _spread(median):
     return {"median": median, "low": median / 2, "high": median * 2}
 
@@ -329,7 +332,8 @@ def test_speed_of_writing_is_that_of_the_benchmark(tmp_path, capsys):
         {"label": "t", "equal": _speed(123.4, 1, 1)},
         {"label": "s", "equal": _speed(150, 1, 1)},
     ]
-    _write(tmp_path / "speed", {"checkpoint": compared}, {"device": "a CPU", "models": models})
+    config = {"checkpoint": compared, **SPEED}
+    _write(tmp_path / "speed", config, {"device": "a CPU", "models": models})
     cfg.stages = [s for s in cfg.stages if s["stage"] == "evaluate"]
     cfg.stages.append({"name": "speed", "stage": "benchmark", "config": {}})
     write_report(tmp_path, cfg)
