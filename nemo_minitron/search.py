@@ -1,8 +1,9 @@
 """Shapes of a search space that keep the rules and the budget."""
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from nemo_minitron.config.axes import split_sizes
 from nemo_minitron.config.balance import balanced_layout
@@ -267,6 +268,25 @@ def distill_config(cfg: SearchConfig, config: ModelConfig, small: ModelConfig) -
         megatron=cfg.megatron,
         optim=OptimConfig(lr=short.lr, min_lr=short.min_lr, lr_warmup_steps=short.lr_warmup_steps),
     )
+
+
+def objective(record: Mapping[str, Any]) -> float:
+    """What candidates are compared by, lower being better.
+
+    Args:
+        record: of ``candidates.json``.
+
+    Returns:
+        Minus the score of its tasks, or its loss if no tasks were asked; after the short
+        distillation where it had one.
+    """
+    for when in ("distilled_", ""):
+        score, loss = record.get(f"{when}score"), record.get(f"{when}loss")
+        if score is not None:
+            return -float(score)
+        if loss is not None:
+            return float(loss)
+    raise KeyError("loss")
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:

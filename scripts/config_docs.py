@@ -18,10 +18,27 @@ HEAD = """\
 # Every key
 
 Written by `make docs` from the dataclasses in `nemo_minitron/config/`; do not edit.
-`???` must be given, `null` means "not set". A key of a shared section is listed with a stage too
-where its default differs there. [configuration.md](configuration.md) says how keys, groups and
-sweeps work.
+"required" keys have no default, `null` means "not set". A key of a shared section is listed with
+a stage too where its default differs there. [configuration.md](configuration.md) says how keys,
+groups and sweeps work.
 """
+
+
+_TYPES = {
+    "str": "text",
+    "int": "whole number",
+    "float": "number",
+    "bool": "`true` or `false`",
+    "Any": "text or list",
+    "dict[str, Any]": "keys and values",
+    "list[str]": "list of texts",
+    "list[int]": "list of whole numbers",
+    "list[Any]": "list",
+    "list[list[int]]": "list of lists of whole numbers",
+    "dict[str, int]": "names and whole numbers",
+    "dict[str, str]": "names and texts",
+    "list[dict[str, Any]]": "list of mappings",
+}
 
 
 def page() -> str:
@@ -83,12 +100,25 @@ def _table(keys: Iterable[Key]) -> str:
     for key in keys:
         cells = (
             f"`{key.name}`",
-            f"`{shown(key.default)}`",
-            f"`{key.words or key.type.replace('typing.', '')}`",
+            _default(key),
+            _type(key),
             key.doc,
         )
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _default(key: Key) -> str:
+    default = shown(key.default)
+    return "required" if default == "???" else f"`{default}`"
+
+
+def _type(key: Key) -> str:
+    """What may be given, in words: ``int | None`` is a whole number, since null is "not set"."""
+    if key.words:
+        return " or ".join(f"`{word}`" for word in key.words.split(" | "))
+    names = key.type.replace("typing.", "").split(" | ")
+    return " or ".join(_TYPES[name] for name in names if name != "None")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Open every page of the built site in headless Chromium, on a phone's and a desktop's width.
+"""Open every page of the built site in headless Chromium, at three widths.
 
     python scripts/look_at_site.py build/site build/screenshots
 
-Reports console messages, requests that fail or leave the machine, pages that scroll sideways, and
-a search that finds nothing. Needs the system's chromium and chromedriver, and the extra ``docs``.
+Reports console messages, requests that fail or leave the machine, pages that scroll sideways,
+tables of which a laptop shows a part, and a search that finds nothing. A folder with the
+``report.html`` of a pipeline can be looked at too; it has no search. Needs the system's chromium
+and chromedriver, and the extra ``docs``.
 """
 
 import functools
@@ -22,7 +24,7 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 
-WIDTHS = {"phone": (390, 844), "desktop": (1280, 900)}
+WIDTHS = {"phone": (500, 900), "laptop": (1366, 768), "desktop": (1920, 1080)}
 """CSS pixels: width, height."""
 # The first elements that reach out of the page; what scrolls inside itself is as it should be.
 _TOO_WIDE = """
@@ -32,6 +34,11 @@ const inside = e => e && (getComputedStyle(e).overflowX != 'visible' || inside(e
 return [...document.body.querySelectorAll('*')]
   .filter(e => e.getBoundingClientRect().right > wide + 1 && !inside(e.parentElement))
   .slice(0, 3).map(e => e.outerHTML.slice(0, 120));
+"""
+# Tables that scroll sideways by themselves, which only a phone may need.
+_CUT_TABLES = """
+return [...document.querySelectorAll('.md-typeset__scrollwrap, .scroll')]
+  .filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.innerText.slice(0, 80));
 """
 
 
@@ -51,7 +58,11 @@ def look(site: Path, screenshots: Path) -> list[str]:
                     wrong += [f"{device} {page}: {text}" for text in _complaints(browser, address)]
                     if not page.startswith("source/"):
                         _screenshot(browser, screenshots / device / f"{page}.png")
-                wrong += [f"{device} search: {text}" for text in _search(browser, address)]
+                    if size[0] > WIDTHS["phone"][0]:
+                        cut = browser.execute_script(_CUT_TABLES)
+                        wrong += [f"{device} {page}: a table is cut: {text!r}" for text in cut]
+                if "index.html" in pages:
+                    wrong += [f"{device} search: {text}" for text in _search(browser, address)]
     return wrong
 
 

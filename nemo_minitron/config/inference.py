@@ -48,10 +48,10 @@ class EvaluateConfig(StageConfig):
     tasks_path: str | None = field(default=None, metadata=INPUT)
     """Folder of task files (YAML) beside those that lm-eval brings."""
     lm_eval: LmEvalConfig = field(default_factory=LmEvalConfig)
-    prompts: list[str] = field(default_factory=list, metadata=ADDED)
+    sample_prompts: list[str] = field(default_factory=list, metadata=ADDED)
     """Beginnings of texts. The model goes on with its most likely tokens, and the report shows what
     it wrote."""
-    max_new_tokens: int = field(default=40, metadata=ADDED)
+    sample_tokens: int = field(default=40, metadata=ADDED)
     """Tokens of the longest such continuation."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     megatron: ForwardMegatronConfig = field(default_factory=ForwardMegatronConfig)
@@ -59,10 +59,12 @@ class EvaluateConfig(StageConfig):
     def __post_init__(self) -> None:
         """Check ranges."""
         super().__post_init__()
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
-        if not all(self.prompts):
-            raise ValueError(f"prompts={self.prompts} holds an empty text; take it out")
+        if self.sample_tokens < 1:
+            raise ValueError(f"sample_tokens={self.sample_tokens} must be at least 1")
+        if not all(self.sample_prompts):
+            raise ValueError(
+                f"sample_prompts={self.sample_prompts} holds an empty text; take it out"
+            )
 
 
 @dataclass(kw_only=True)

@@ -6,6 +6,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from nemo_minitron.config.base import ADDED, INPUT, MAY_CHANGE, NEUTRAL, StageConfig
+from nemo_minitron.config.inference import LmEvalConfig
 from nemo_minitron.config.megatron import ForwardMegatronConfig, MegatronConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.training import PRECISION, DataConfig, TrainerConfig
@@ -151,7 +152,7 @@ def _sizes(name: str, values: list[Any]) -> list[int]:
 
 @dataclass(kw_only=True)
 class SearchConfig(StageConfig):
-    """Shapes within a budget, compared by loss after pruning and after a short distillation."""
+    """Shapes within a budget, compared by loss or tasks after pruning or a short distillation."""
 
     checkpoint: str = field(default=MISSING, metadata=INPUT)
     """Result folder that holds the model to prune."""
@@ -163,6 +164,15 @@ class SearchConfig(StageConfig):
     data: DataConfig = field(
         default_factory=lambda: DataConfig(split_name="validation", num_samples=64)
     )
+    tasks: list[str] = field(default_factory=list, metadata=ADDED)
+    """Tasks or groups of lm-eval whose score orders candidates. Empty: the LM loss on ``data``
+    does, which is measured in any case."""
+    task_metric: str = field(default="acc", metadata=ADDED)
+    """What counts of each task, higher being better, as ``evaluate`` names it; candidates are
+    ordered by its mean over ``tasks``."""
+    tasks_path: str | None = field(default=None, metadata={**INPUT, **ADDED})
+    """Folder of task files (YAML) beside those that lm-eval brings."""
+    lm_eval: LmEvalConfig = field(default_factory=LmEvalConfig, metadata=ADDED)
     parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata=MAY_CHANGE)
     megatron: MegatronConfig = field(default_factory=MegatronConfig)
     """Candidates are scored with ``transformer``, less what is about the backward pass, and
@@ -171,6 +181,12 @@ class SearchConfig(StageConfig):
     def __post_init__(self) -> None:
         """Refuse settings of the short training when no candidate is trained."""
         super().__post_init__()
+        given = {"task_metric": "acc", "tasks_path": None, "lm_eval": LmEvalConfig()}
+        for name, default in given.items():
+            if not self.tasks and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is for tasks, and none is named; add tasks=[...]"
+                )
         if not self.search.distill.steps:
             # As a stage that trains nothing would.
             ForwardMegatronConfig(transformer=self.megatron.transformer)

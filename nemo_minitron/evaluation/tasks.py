@@ -223,3 +223,35 @@ def task_metrics(results: Mapping[str, Mapping[str, Any]]) -> Metrics:
                 "stderr": float(error) if isinstance(error, int | float) else None,
             }
     return found
+
+
+def check_metric(tasks: Mapping[str, "Task"], names: Sequence[str], metric: str) -> None:
+    """Refuse a metric that a task does not have. What a group has is known after it was run.
+
+    Raises:
+        ValueError: names the task and its metrics.
+    """
+    for name in names:
+        known = sorted(tasks[name].aggregation()) if name in tasks else None
+        if known is not None and metric.partition(",")[0] not in known:
+            raise ValueError(
+                f"task_metric={metric} is none of tasks={name}, which has {', '.join(known)}; set "
+                "task_metric to one of them"
+            )
+
+
+def mean_metric(found: Metrics, names: Sequence[str], metric: str) -> float:
+    """Mean of one metric over the tasks that were named, a group counting as one task.
+
+    Raises:
+        ValueError: a task or group does not have it.
+    """
+    for name in names:
+        if metric not in found.get(name, {}):
+            raise ValueError(
+                f"task_metric={metric} is none of tasks={name}, which has "
+                f"{', '.join(found.get(name, {})) or 'no figure of its own'}; set task_metric to "
+                "one of them, or name the tasks of a group one by one"
+            )
+    values = [found[name][metric]["value"] for name in names]
+    return sum(value for value in values if value is not None) / len(values)

@@ -120,12 +120,12 @@ def search_front(records: Sequence[Record]) -> Picture:
     Args:
         records: as in ``candidates.json``.
     """
-    from nemo_minitron.search import pareto_front
+    from nemo_minitron.search import objective, pareto_front
 
     distilled = np.array([r["distilled_loss"] is not None for r in records], dtype=bool)
-    losses = np.array(
-        [r["loss"] if r["distilled_loss"] is None else r["distilled_loss"] for r in records]
-    )
+    found = np.array([objective(record) for record in records])
+    tasks = any(record.get("score") is not None for record in records)
+    shown, what = (-found, "score of the tasks") if tasks else (found, "LM loss")
     panels = (("parameters, millions", "parameters", 1e-6), ("ms per sample", "latency_ms", 1.0))
 
     def draw(figure: "Figure") -> None:
@@ -133,19 +133,19 @@ def search_front(records: Sequence[Record]) -> Picture:
         for axes, (label, key, scale) in zip(drawn, panels, strict=True):
             costs = np.array([record[key] * scale for record in records])
             for chosen, marker in ((distilled, "D"), (~distilled, "o")):
-                axes.scatter(costs[chosen], losses[chosen], marker=marker, color=_KEPT)
-            front = pareto_front(list(zip(costs.tolist(), losses.tolist(), strict=True)))
-            axes.step(costs[front], losses[front], color=_DROPPED, where="post")
+                axes.scatter(costs[chosen], shown[chosen], marker=marker, color=_KEPT)
+            front = pareto_front(list(zip(costs.tolist(), found.tolist(), strict=True)))
+            axes.step(costs[front], shown[front], color=_DROPPED, where="post")
             axes.set_xlabel(label)
             axes.grid()
-        drawn[0].set_ylabel("LM loss")
+        drawn[0].set_ylabel(what)
         drawn[0].set_title("diamonds: after a short distillation" if distilled.any() else "")
 
     return _picture(
         draw,
         3.0,
         "Candidates of the search; the line joins those that none beats in both.",
-        f"LM loss of {len(records)} candidates against parameters and latency.",
+        f"{what} of {len(records)} candidates against parameters and latency.",
     )
 
 

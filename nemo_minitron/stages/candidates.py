@@ -20,6 +20,7 @@ from nemo_minitron.config.stages import SearchConfig
 from nemo_minitron.data.datasets import SampleSet, stage_dataset, training_datasets
 from nemo_minitron.documents import read_json_object
 from nemo_minitron.evaluation.lm_loss import evaluate_lm
+from nemo_minitron.evaluation.tasks import mean_metric
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.models.build import HiddenGPTModel
 from nemo_minitron.models.distill import DistillationGPTModel
@@ -33,8 +34,9 @@ from nemo_minitron.pruning.slicing import prune_checkpoint
 from nemo_minitron.runtime.groups import ParallelGroups
 from nemo_minitron.runtime.launch import barrier, seen_by_all
 from nemo_minitron.runtime.ranks import rank
-from nemo_minitron.search import Candidate, candidates, distill_config, pruning_of
+from nemo_minitron.search import Candidate, candidates, distill_config, objective, pruning_of
 from nemo_minitron.stages.distill import model_config
+from nemo_minitron.stages.tasks import answer_tasks, ready_to_answer
 
 log = logging.getLogger(__name__)
 
@@ -63,13 +65,13 @@ def score_candidates(cfg: SearchConfig, config: ModelConfig, work: Path) -> list
             _keep(kept, _zero_shot(cfg, config, one, plans[one.name], dataset))
         records.append(_kept(kept))
     if cfg.search.distill.steps:
-        best = sorted(records, key=lambda record: record["loss"])[: cfg.search.distill.top]
+        best = sorted(records, key=objective)[: cfg.search.distill.top]
         for record in best:
             kept = work / "distilled" / f"{record['name']}.json"
             if not seen_by_all(kept):
-                loss = _short_distillation(cfg, config, record, plans, dataset, work)
-                _keep(kept, {"loss": loss})
-            record["distilled_loss"] = _kept(kept)["loss"]
+                _keep(kept, _short_distillation(cfg, config, record, plans, dataset, work))
+            found = _kept(kept)
+            record |= {"distilled_loss": found["loss"], "distilled_score": found.get("score")}
     barrier()  # rank 0 removes these files later, and they are read by all
     return records
 
@@ -99,7 +101,7 @@ def _zero_shot(
     )
     small, _ = prune_live(chunks, family_of(config), config, plan, cfg.parallel, groups)
     del chunks
-    metrics = _evaluate(cfg, small, config.vocab_size, dataset)
+    metrics = _evaluate(cfg, config, small, dataset)
     return {
         "name": one.name,
         "sizes": one.sizes,
@@ -107,17 +109,26 @@ def _zero_shot(
         "memory_gib": one.memory_gib,
         "latency_ms": 1000 * metrics["seconds"] / metrics["samples"],
         "loss": metrics["lm_loss"],
+        "score": metrics.get("score"),
         "distilled_loss": None,
+        "distilled_score": None,
     }
 
 
 def _evaluate(
-    cfg: SearchConfig, chunks: list[HiddenGPTModel], vocab_size: int, dataset: SampleSet
+    cfg: SearchConfig, config: ModelConfig, chunks: list[HiddenGPTModel], dataset: SampleSet
 ) -> dict[str, float]:
+    """Loss and speed of a candidate, and ``score`` if tasks are asked."""
     for chunk in chunks:
         chunk.eval()
         chunk.return_hidden = True
-    return evaluate_lm(chunks, ParallelGroups.current(), vocab_size, dataset, cfg.data)
+    groups = ParallelGroups.current()
+    metrics = evaluate_lm(chunks, groups, config.vocab_size, dataset, cfg.data)
+    if cfg.tasks:
+        answers = ready_to_answer(cfg, config, chunks, groups)
+        found = answer_tasks(cfg, config, answers)["tasks"]
+        metrics["score"] = mean_metric(found, cfg.tasks, cfg.task_metric)
+    return metrics
 
 
 def _short_distillation(
@@ -127,8 +138,8 @@ def _short_distillation(
     plans: dict[str, Plan],
     dataset: SampleSet,
     work: Path,
-) -> float:
-    """LM loss of a candidate after a few steps; training goes on from its last checkpoint."""
+) -> Record:
+    """Loss and score of a candidate after a few steps, which go on from its last checkpoint."""
     source, plan = Path(cfg.checkpoint) / "checkpoint", plans[record["name"]]
     folder = work / "distilled" / record["name"]
     if rank() == 0:
@@ -148,10 +159,10 @@ def _short_distillation(
         distill.data, distill.trainer, config, source, cfg.output_dir, ("train",)
     )
     fit(model, samples, folder)
-    loss = _evaluate(cfg, model.chunks, config.vocab_size, dataset)["lm_loss"]
+    metrics = _evaluate(cfg, config, model.chunks, dataset)
     del model
     gc.collect()  # Lightning and Megatron hold it in cycles, with the optimizer's state
     if rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
     barrier()
-    return loss
+    return {"loss": metrics["lm_loss"], "score": metrics.get("score")}

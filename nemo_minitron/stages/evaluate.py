@@ -2,32 +2,23 @@
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.checkpoint.artifact import check_output, output_folder
-from nemo_minitron.checkpoint.tokenizer import tokenizer_files
 from nemo_minitron.checkpoint.tokenizer_read import continuation, load_tokenizer, stop_ids
 from nemo_minitron.config.inference import EvaluateConfig
 from nemo_minitron.config.layout import check_cached, check_writes
 from nemo_minitron.config.megatron import ForwardMegatronConfig
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.evaluation.tasks import (
-    check_installed,
-    check_kinds,
-    load_tasks,
-    run_tasks,
-)
+from nemo_minitron.evaluation.tasks import run_tasks
 from nemo_minitron.runtime.ranks import launched_world_size, rank
 from nemo_minitron.stages.settings import check_forward, is_export, on_ranks, opened_inputs
+from nemo_minitron.stages.tasks import answer_tasks, check_tasks, max_length, ready_to_answer
 
 if TYPE_CHECKING:
     from nemo_minitron.evaluation.answers import Answers
-    from nemo_minitron.evaluation.requests import Question
-    from nemo_minitron.models.build import HiddenGPTModel
-    from nemo_minitron.runtime.groups import ParallelGroups
 
 
 def check(cfg: EvaluateConfig) -> None:
@@ -36,10 +27,10 @@ def check(cfg: EvaluateConfig) -> None:
     Raises:
         ValueError: names the value, the relation and the key to set.
     """
-    if not cfg.data.given and not cfg.tasks and not cfg.prompts:
+    if not cfg.data.given and not cfg.tasks and not cfg.sample_prompts:
         raise ValueError(
-            "evaluate needs data.path, tasks or prompts; add data.path=... (text, for the loss), "
-            "tasks=[...] (of lm-eval) or prompts=[...] (that the model continues)"
+            "evaluate needs data.path, tasks or sample_prompts; add data.path=... (text, for the "
+            "loss), tasks=[...] (of lm-eval) or sample_prompts=[...] (that the model continues)"
         )
     if cfg.tasks_path is not None and not cfg.tasks:
         raise ValueError(
@@ -54,7 +45,7 @@ def check(cfg: EvaluateConfig) -> None:
             check_forward(cfg, model, cfg.data if cfg.data.given else None)
         if cfg.tasks:
             check_tasks(cfg, model, export=export)
-        if cfg.prompts:
+        if cfg.sample_prompts:
             _check_prompts(cfg, model)
 
 
@@ -79,10 +70,10 @@ def _check_export(cfg: EvaluateConfig) -> None:
             f"checkpoint={cfg.checkpoint} is an export, whose loss evaluate does not measure; set "
             "checkpoint to the result that was exported, or leave data.path out"
         )
-    if cfg.prompts:
+    if cfg.sample_prompts:
         raise ValueError(
             f"checkpoint={cfg.checkpoint} is an export, which does not continue prompts here; set "
-            "checkpoint to the result that was exported, or leave prompts out"
+            "checkpoint to the result that was exported, or leave sample_prompts out"
         )
     if cfg.parallel != ParallelConfig() or (launched_world_size() or 1) > 1:
         raise ValueError(
@@ -97,16 +88,17 @@ def _check_export(cfg: EvaluateConfig) -> None:
 
 
 def _check_prompts(cfg: EvaluateConfig, model: ModelConfig) -> None:
-    check_cached(cfg.parallel, "prompts let the model write")
+    check_cached(cfg.parallel, "sample_prompts let the model write")
+    check_writes(model, "sample_prompts let the model write")
     folder = Path(cfg.checkpoint) / "checkpoint" / "tokenizer"
     tokenizer = load_tokenizer(folder)
     stop_ids(folder, tokenizer, model.hf.get("eos_token_id"))
-    longest = max(len(tokenizer.encode(prompt)) for prompt in cfg.prompts)
-    if longest + cfg.max_new_tokens > model.max_written_length:
+    longest = max(len(tokenizer.encode(prompt)) for prompt in cfg.sample_prompts)
+    if longest + cfg.sample_tokens > model.max_written_length:
         raise ValueError(
-            f"the longest of prompts has {longest} tokens, and with max_new_tokens="
-            f"{cfg.max_new_tokens} it exceeds the {model.max_written_length} positions of the "
-            "model; shorten it, or lower max_new_tokens"
+            f"the longest of sample_prompts has {longest} tokens, and with sample_tokens="
+            f"{cfg.sample_tokens} it exceeds the {model.max_written_length} positions of the "
+            "model; shorten it, or lower sample_tokens"
         )
 
 
@@ -146,10 +138,10 @@ def _evaluate(cfg: EvaluateConfig, model: ModelConfig) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     if dataset is not None:
         metrics |= evaluate_lm(chunks, groups, model.vocab_size, dataset, cfg.data)
-    if cfg.tasks or cfg.prompts:
-        answers = _answers(cfg, model, chunks, groups)
+    if cfg.tasks or cfg.sample_prompts:
+        answers = ready_to_answer(cfg, model, chunks, groups)
         metrics |= answer_tasks(cfg, model, answers) if cfg.tasks else {}
-        metrics |= _continued(cfg, answers) if cfg.prompts else {}
+        metrics |= _continued(cfg, answers) if cfg.sample_prompts else {}
     return metrics
 
 
@@ -171,48 +163,6 @@ def _show(cfg: EvaluateConfig, metrics: dict[str, Any]) -> None:
     show_texts([(name, text) for text in metrics.get("texts", [])])
 
 
-def check_tasks(cfg: EvaluateConfig, model: ModelConfig, *, export: bool) -> None:
-    """Refuse tasks that do not exist, whose data are missing, or that the model cannot answer.
-
-    Raises:
-        ValueError: names the task or key, and the way out.
-    """
-    folder = Path(cfg.checkpoint) if export else Path(cfg.checkpoint) / "checkpoint" / "tokenizer"
-    if not tokenizer_files(folder):
-        raise ValueError(
-            f"tasks={','.join(cfg.tasks)} are text, and checkpoint={cfg.checkpoint} has no "
-            "tokenizer; import the model from a source that has one"
-        )
-    if not export:
-        load_tokenizer(folder)
-    check_installed()
-    limit = model.max_seq_length
-    if limit is not None and max_length(cfg, model) > limit:
-        raise ValueError(
-            f"lm_eval.max_length={cfg.lm_eval.max_length} is longer than max_position_embeddings="
-            f"{limit} of the model, whose positions end there; lower lm_eval.max_length"
-        )
-    longest = model.longrope_length
-    if not export and longest is not None and max_length(cfg, model) > longest:
-        raise ValueError(
-            f"lm_eval.max_length={cfg.lm_eval.max_length} must be at most "
-            f"original_max_position_embeddings={longest} with rope_scaling of type longrope, which "
-            "rotates all tokens of a batch by its longest text; lower it"
-        )
-    _, tasks = load_tasks(cfg.tasks, cfg.tasks_path)
-    generating = check_kinds(tasks, max_length(cfg, model), megatron=not export)
-    if generating and not export:
-        check_cached(cfg.parallel, f"tasks={generating[0]} lets the model write")
-        check_writes(model, f"tasks={generating[0]} lets the model write")
-
-
-def max_length(cfg: EvaluateConfig, model: ModelConfig) -> int:
-    """Tokens of the longest request, a length that the layout can cut."""
-    multiple = cfg.parallel.sequence_multiple
-    wanted = cfg.lm_eval.max_length or model.max_written_length
-    return max(wanted // multiple, 1) * multiple
-
-
 def tasks_of_export(cfg: EvaluateConfig, model: ModelConfig) -> dict[str, Any]:
     """Metrics of an exported folder, by lm-eval's own Hugging Face backend."""
     from nemo_minitron.evaluation.lm_eval_models import hf_model
@@ -227,47 +177,15 @@ def tasks_of_export(cfg: EvaluateConfig, model: ModelConfig) -> dict[str, Any]:
     return {"tasks": found, "tasks_seconds": round(time.monotonic() - start, 3)}
 
 
-def _answers(
-    cfg: EvaluateConfig,
-    model: ModelConfig,
-    chunks: "list[HiddenGPTModel]",
-    groups: "ParallelGroups",
-) -> "Answers":
-    """The model with its tokenizer, ready to be asked."""
-    from nemo_minitron.evaluation.answers import Answers
-    from nemo_minitron.evaluation.requests import RequestScorer
-
-    folder = Path(cfg.checkpoint) / "checkpoint" / "tokenizer"
-    tokenizer = load_tokenizer(folder)
-    multiple = cfg.parallel.sequence_multiple
-    scorer = RequestScorer(chunks, groups, model.vocab_size, cfg.lm_eval.batch_size, multiple)
-    return Answers(scorer, tokenizer, stop_ids(folder, tokenizer, model.hf.get("eos_token_id")))
-
-
-def answer_tasks(cfg: EvaluateConfig, model: ModelConfig, answers: "Answers") -> dict[str, Any]:
-    """Metrics of a Megatron model; rank 0 runs lm-eval, and every rank the model (collective)."""
-    from nemo_minitron.evaluation.lm_eval_models import MegatronLM
-    from nemo_minitron.evaluation.lockstep import led_by_first
-
-    start = time.monotonic()
-
-    def lead(ask: "Callable[[Question], Any]") -> Any:
-        lm = MegatronLM(ask, answers.tokenizer, max_length=max_length(cfg, model))
-        return run_tasks(lm, cfg.tasks, cfg.tasks_path, cfg.lm_eval)
-
-    found = led_by_first(lead, answers)
-    return {"tasks": found, "tasks_seconds": round(time.monotonic() - start, 3)}
-
-
 def _continued(cfg: EvaluateConfig, answers: "Answers") -> dict[str, Any]:
     """Each prompt with the text that the model writes after it (collective)."""
     from nemo_minitron.evaluation.requests import Continuations
 
     tokenizer = answers.tokenizer
-    prompts = [tokenizer.encode(prompt) for prompt in cfg.prompts]
-    written = answers.continued(Continuations(prompts, cfg.max_new_tokens, stop=[]))
+    prompts = [tokenizer.encode(prompt) for prompt in cfg.sample_prompts]
+    written = answers.continued(Continuations(prompts, cfg.sample_tokens, stop=[]))
     texts = [
         {"prompt": text, "completion": continuation(tokenizer, ids, new, answers.stops)}
-        for text, ids, new in zip(cfg.prompts, prompts, written, strict=True)
+        for text, ids, new in zip(cfg.sample_prompts, prompts, written, strict=True)
     ]
     return {"texts": texts}

@@ -23,13 +23,23 @@ from nemo_minitron.data.sft import check_packing
 from nemo_minitron.pruning.scores import read_meta
 from nemo_minitron.pruning.targets import check_importance, check_result
 from nemo_minitron.runtime.ranks import launched_world_size, rank
-from nemo_minitron.search import candidates, distill_config, pruning_of, training_data
+from nemo_minitron.search import (
+    candidates,
+    distill_config,
+    objective,
+    pareto_front,
+    pruning_of,
+    training_data,
+)
 from nemo_minitron.stages.settings import (
     check_settings,
     check_training_settings,
     on_ranks,
     opened_inputs,
 )
+from nemo_minitron.stages.tasks import check_tasks
+
+_METRICS = ("parameters", "loss", "distilled_loss", "score", "distilled_score", "sizes")
 
 
 def check(cfg: SearchConfig) -> None:
@@ -61,6 +71,8 @@ def check(cfg: SearchConfig) -> None:
                 _check_distillation(cfg, config, small)
         check_batches(cfg.data, cfg.parallel, cfg.parallel.world_size(launched_world_size()))
         _check_data(cfg, config, folder)
+        if cfg.tasks:
+            check_tasks(cfg, config, export=False)
 
 
 def _check_distillation(cfg: SearchConfig, config: ModelConfig, small: ModelConfig) -> None:
@@ -105,7 +117,7 @@ def run(cfg: SearchConfig) -> None:
 
 
 def ranked(records: list[dict[str, Any]], max_latency_ms: float | None) -> list[dict[str, Any]]:
-    """Records in order of loss, with ``rank`` from 1: distilled ones first, then the others.
+    """Records by ``search.objective``, with ``rank`` from 1: distilled ones first.
 
     Raises:
         ValueError: every candidate takes longer than ``search.max_latency_ms``.
@@ -118,8 +130,7 @@ def ranked(records: list[dict[str, Any]], max_latency_ms: float | None) -> list[
             f"{fastest['name']}, takes {fastest['latency_ms']:.4g} ms a sample; raise it, or add "
             "smaller sizes to search.<size>"
         )
-    none = float("inf")
-    inside.sort(key=lambda r: (r["distilled_loss"] is None, r["distilled_loss"] or none, r["loss"]))
+    inside.sort(key=lambda r: (r["distilled_loss"] is None, objective(r), r["loss"]))
     slow = sorted((r for r in records if r not in inside), key=lambda r: r["latency_ms"])
     placed = [{**record, "rank": place} for place, record in enumerate(inside, start=1)]
     return placed + [{**record, "rank": None} for record in slow]
@@ -133,7 +144,7 @@ def _write(
     values = {"candidates": records, "winner": records[0]["name"], "search": asdict(cfg.search)}
     (work / "candidates.json").write_text(json.dumps(values, indent=1) + "\n")
     best = records[0]
-    metrics = {key: best[key] for key in ("parameters", "loss", "distilled_loss", "sizes")}
+    metrics = {key: best.get(key) for key in _METRICS}
     (work / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     (work / "pareto.png").write_bytes(png_bytes(search_front(records)))
     _write_winner(cfg, config, best, work / "pruning")
@@ -154,13 +165,13 @@ def _write_winner(
 
 def _show(cfg: SearchConfig, records: list[dict[str, Any]]) -> None:
     from nemo_minitron.runtime.console import show_table
-    from nemo_minitron.search import pareto_front
 
-    front = {records[i]["name"] for i in pareto_front([_point(r) for r in records])}
+    points = [(record["parameters"], objective(record)) for record in records]
+    front = {records[i]["name"] for i in pareto_front(points)}
+    measured = ["loss", "distilled_loss", *(("score", "distilled_score") if cfg.tasks else ())]
     rows = []
     for record in records:
         sizes = [f"{size:,}" for size in record["sizes"].values()]
-        distilled = record["distilled_loss"]
         rows.append(
             (
                 "too slow" if record["rank"] is None else str(record["rank"]),
@@ -168,15 +179,20 @@ def _show(cfg: SearchConfig, records: list[dict[str, Any]]) -> None:
                 f"{record['parameters']:,}",
                 f"{record['memory_gib']:.3g}",
                 f"{record['latency_ms']:.4g}",
-                f"{record['loss']:.4f}",
-                "" if distilled is None else f"{distilled:.4f}",
+                *("" if record.get(name) is None else f"{record[name]:.4f}" for name in measured),
                 "yes" if record["name"] in front else "",
             )
         )
-    names = ("layers", "hidden", "ffn", "heads", "groups", "parameters", "GiB", "ms", "LM loss")
-    show_table(f"search: {cfg.output_dir}", ("rank", *names, "distilled", "Pareto"), rows)
+    columns = (
+        *map(_column, records[0]["sizes"]),
+        "parameters",
+        "GiB",
+        "ms",
+        *map(_column, measured),
+    )
+    show_table(f"search: {cfg.output_dir}", ("rank", *columns, "Pareto"), rows)
 
 
-def _point(record: dict[str, Any]) -> tuple[float, float]:
-    loss = record["distilled_loss"]
-    return record["parameters"], record["loss"] if loss is None else loss
+def _column(name: str) -> str:
+    """Heading of a size or a figure."""
+    return name.removeprefix("num_").replace("_", " ")

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tests.cases.task import scores_at
-from tests.helpers.bad_input import Ending, done, line, run_line
+from tests.helpers.bad_input import Ending, done, line, run_line, write_scores
+from tests.helpers.data_fixtures import make_texts
 from tests.helpers.task_fixtures import build_model, write_tasks
 
 PROMPT = "some words of a text"
@@ -73,7 +74,7 @@ def completion(home) -> str:
     "layout", [(), (f"{TP}=2",), (f"{PP}=2",), ("parallel.data_parallel_size=2",)]
 )
 def test_both_adapters_agree(ranks, home, tmp_path, by_hf, completion, layout):
-    keys = (TASKS, f"prompts=[{PROMPT}]", "max_new_tokens=12", *layout)
+    keys = (TASKS, f"sample_prompts=[{PROMPT}]", "sample_tokens=12", *layout)
     endings: list[Ending] = ranks.run(
         2 if layout else 1, run_line, evaluate(home, tmp_path / "out", "model", *keys)
     )
@@ -113,6 +114,37 @@ def test_settings_are_those_of_lm_eval(ranks, home, tmp_path, by_hf):
         round(found["mini_choice"]["acc"]["value"] * 5)
     )
     assert found["mini_choice"]["acc"]["stderr"] is None
+
+
+def test_search_orders_candidates_by_tasks(ranks, home, tmp_path):
+    """The score of a candidate is what ``evaluate`` finds for the same pruned model."""
+    sizes = (64, 48)
+    prunings = [f"pruning.target.ffn_hidden_size={size}" for size in sizes]
+    search = f"search.ffn_hidden_size=[{sizes[0]},{sizes[1]}]"
+    write_scores(home / "scores", home / "model")
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in make_texts(40))
+    )
+    scores = f"importance={home}/scores"
+    asked = ("tasks=[mini_choice]", f"tasks_path={home}/tasks")
+    line = ["search", f"checkpoint={home}/model", scores, *asked, search, "data.num_samples=4"]
+    line += [f"data.path={tmp_path}/texts.jsonl", "data.seq_length=16"]
+    line += ["data.global_batch_size=2", "search.distill.steps=1", "search.distill.top=1"]
+    for ending in ranks.run(2, run_line, [*line, f"{TP}=2", f"output_dir={tmp_path}/found"]):
+        done(ending)
+    found = json.loads((tmp_path / "found" / "candidates.json").read_text())
+    want = {}
+    for size, pruning in zip(sizes, prunings, strict=True):
+        out = tmp_path / str(size)
+        done(run_line(["prune", f"checkpoint={home}/model", scores, pruning, f"output_dir={out}"]))
+        (ending,) = ranks.run(1, run_line, evaluate(home, tmp_path / f"of{size}", str(out), *asked))
+        done(ending)
+        want[size] = tasks_of(tmp_path / f"of{size}")["mini_choice"]["acc"]["value"]
+    records = {record["sizes"]["ffn_hidden_size"]: record for record in found["candidates"]}
+    assert {size: record["score"] for size, record in records.items()} == pytest.approx(want)
+    best = max(sizes, key=lambda size: (want[size], -records[size]["loss"]))
+    assert records[best]["distilled_score"] is not None
+    assert records[best]["rank"] == 1
 
 
 LAYOUTS = {

@@ -229,6 +229,7 @@ def test_quickstart_is_the_road_of_the_papers(tmp_path, monkeypatch):
         "evaluate",
         "distill",
         "evaluate",
+        "benchmark",
         "export",
     ]
     names = {item.name for item in items}

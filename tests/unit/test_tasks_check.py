@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron.evaluation.tasks import task_metrics
-from tests.helpers.bad_input import done, line, run_line
+from tests.helpers.bad_input import done, line, run_line, write_scores
 from tests.helpers.task_fixtures import build_model, write_tasks
 
 _SAMPLING = """\
@@ -72,15 +72,15 @@ def test_folders_without_tasks(home, tmp_path):
 
 
 def test_nothing_to_evaluate(home, tmp_path):
-    refused(home, tmp_path / "out", "evaluate needs data.path, tasks or prompts", tasks=None)
+    refused(home, tmp_path / "out", "evaluate needs data.path, tasks or sample_prompts", tasks=None)
 
 
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
-        ({"prompts": "['']"}, "prompts=[''] holds an empty text"),
-        ({"max_new_tokens": 5000}, "max_new_tokens=5000 it exceeds the"),
+        ({"sample_tokens": 0}, "sample_tokens=0 must be at least 1"),
+        ({"sample_prompts": "['']"}, "sample_prompts=[''] holds an empty text"),
+        ({"sample_tokens": 5000}, "sample_tokens=5000 it exceeds the"),
         ({"parallel.sequence_parallel": "true", "parallel.tensor_model_parallel_size": 2}, "write"),
         ({"checkpoint": "exported"}, "is an export, which does not continue prompts here"),
     ],
@@ -89,7 +89,34 @@ def test_prompts_that_cannot_be_continued(home, tmp_path, keys, says):
     keys = {key.replace(".", "__"): value for key, value in keys.items()}
     if "checkpoint" in keys:
         keys["checkpoint"] = home / keys["checkpoint"]
-    refused(home, tmp_path / "out", says, **{"tasks": None, "prompts": "[a word]", **keys})
+    refused(home, tmp_path / "out", says, **{"tasks": None, "sample_prompts": "[a word]", **keys})
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        (["task_metric=f1"], "task_metric=f1 is for tasks, and none is named"),
+        (["lm_eval.limit=3"], "is for tasks, and none is named"),
+        (["tasks=[mini_choice]", "task_metric=f1"], "task_metric=f1 is none of tasks=mini_choice"),
+    ],
+)
+def test_tasks_of_a_search(home, tmp_path, keys, says):
+    keys += [f"tasks_path={home}/tasks"] if keys[0].startswith("tasks=") else []
+    where = f"output_dir={tmp_path}/out"
+    line = [
+        "search",
+        where,
+        f"checkpoint={home}/model",
+        f"data.path={tmp_path}/t.txt",
+        "data.seq_length=16",
+        "data.split=1/1/1",
+    ]
+    (tmp_path / "t.txt").write_text("some words of a text " * 500)
+    write_scores(tmp_path / "scores", home / "model")
+    line += [f"importance={tmp_path}/scores", "search.ffn_hidden_size=[64]", *keys]
+    ending = run_line(line)
+    assert ending.code == 2
+    assert says in ending.err.splitlines()[-1]
 
 
 def test_data_that_is_not_here(home, tmp_path):
