@@ -154,6 +154,7 @@ _NOT_NEGATIVE = (
     "keep_every_n_steps",
     "exit_interval",
     "exit_duration_in_mins",
+    "hang_after_minutes",
     "gradient_clip_val",
 )
 
@@ -184,6 +185,12 @@ class TrainerConfig:
     """Save and exit with 75 at steps that this divides, as when a signal asks for it; 0 never."""
     exit_duration_in_mins: float = field(default=0.0, metadata=NEUTRAL)
     """Save and exit with 75 once training has run for so many minutes; 0 never."""
+    hang_after_minutes: float = field(default=0.0, metadata=NEUTRAL)
+    """Once a rank has ended no step and no batch of a validation, and begun no checkpoint, for so
+    long, it leaves the stacks of its threads in ``logs/hung`` and exits with 75; 0 waits for ever.
+    """
+    log_memory: bool = field(default=False, metadata=NEUTRAL)
+    """Whether to log the most memory of a rank (on a GPU that of its tensors)."""
     gradient_clip_val: float = 1.0
     """Global gradient norm limit; 0 switches clipping off."""
     precision: str = field(default="32", metadata=PRECISION)
@@ -219,10 +226,7 @@ class TrainerConfig:
         for name, least in (("val_check_interval", 1), ("log_every_n_steps", 1), ("save_top_k", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"trainer.{name}={getattr(self, name)} must be at least {least}")
-        not_negative = (
-            "limit_val_batches save_every_n_steps save_every_n_minutes keep_every_n_steps"
-        )
-        for name in (*not_negative.split(), "gradient_clip_val"):
+        for name in _NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise ValueError(f"trainer.{name}={getattr(self, name)} must not be negative")
         self._check_recompute()

@@ -12,9 +12,18 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from nemo_minitron.checkpoint.progress import write_progress
 from nemo_minitron.config.blend import check_trained
 from nemo_minitron.data.blend import BlendedSamples
+from nemo_minitron.models.speed import Speed
 from nemo_minitron.runtime.console import progress
 
 log = logging.getLogger(__name__)
+
+_SHOWN = {
+    "tokens_per_second": "tokens/s",
+    "tflops_per_gpu": "TFLOP/s/GPU",
+    "mfu": "MFU",
+    "peak_memory_gib": "GiB",
+}
+"""Figures of speed by their names on the log line."""
 
 
 class History(Callback):
@@ -25,6 +34,7 @@ class History(Callback):
     Args:
         work: folder for training checkpoints and logs.
         total_steps: of the whole training.
+        speed: what a step computes.
         blend: the training samples, if they have several sources.
         changes: ``data.blend_changes``.
     """
@@ -33,14 +43,15 @@ class History(Callback):
         self,
         work: Path,
         total_steps: int,
+        speed: Speed,
         blend: BlendedSamples | None = None,
         changes: Sequence[dict[str, Any]] | None = None,
     ) -> None:
         self.records: list[dict[str, float]] = []
         self.blend, self.changes = blend, list(changes or ())
-        self.work, self.total_steps = work, total_steps
+        self.work, self.total_steps, self.speed = work, total_steps, speed
         self._begin = self._since = self._paused = self._noted = 0.0
-        self._first = 0
+        self._first = self._logged = 0
         self._bar: Any = None
         self._advance: Any = None
 
@@ -63,7 +74,7 @@ class History(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock and the bar."""
         self._begin = self._since = time.monotonic()
-        self._first = trainer.global_step
+        self._first = self._logged = trainer.global_step
         self._bar = progress("training", self.total_steps, trainer.global_step)
         self._advance = self._bar.__enter__()
 
@@ -73,16 +84,17 @@ class History(Callback):
         """Keep what the step logged."""
         metrics = pl_module.last_metrics
         if metrics:
-            now = time.monotonic()
-            record = {"step": trainer.global_step, **metrics}
-            record["tokens_per_second"] = metrics["tokens"] / max(now - self._since, 1e-9)
-            record |= self._epochs(pl_module)
-            self.records.append(record)
-            self._since = now
+            now, step = time.monotonic(), trainer.global_step
+            seconds = max(now - self._since, 1e-9)
+            speed = {"tokens_per_second": metrics["tokens"] / seconds}
+            speed |= self.speed.figures(step - self._logged, seconds)
+            self.records.append({"step": step, **metrics, **speed, **self._epochs(pl_module)})
+            self._since, self._logged = now, step
             pl_module.last_metrics = {}
-            pl_module.log("train/tokens_per_second", record["tokens_per_second"], batch_size=1)
-            figures = {"loss": metrics["loss"], "tokens/s": record["tokens_per_second"]}
-            self._advance(1, **figures)
+            for name, value in speed.items():
+                pl_module.log(f"train/{name}", value, batch_size=1)
+            shown = {_SHOWN[name]: value for name, value in speed.items()}
+            self._advance(1, loss=metrics["loss"], **shown)
             self._note(trainer.global_step)
         else:
             self._advance(1)

@@ -24,6 +24,8 @@ from nemo_minitron.models.history import History
 from nemo_minitron.models.lightning import MegatronStrategy
 from nemo_minitron.models.saving import UNFINISHED, checkpoint_name, step_of
 from nemo_minitron.models.schedule import Batch
+from nemo_minitron.models.signs_of_life import SignsOfLife
+from nemo_minitron.models.speed import Speed
 from nemo_minitron.runtime.errors import Preempted
 from nemo_minitron.runtime.launch import device
 from nemo_minitron.runtime.megatron import start_writer_helper
@@ -204,17 +206,20 @@ def _loaders(
     return train, build_dataloader(datasets[1], data, drop_last=False, **share)
 
 
-def fit(model: MinitronGPTModel, datasets: Samples, work: Path) -> list[dict[str, float]]:
+def fit(
+    model: MinitronGPTModel, datasets: Samples, work: Path, *, flops: float = 0.0
+) -> list[dict[str, float]]:
     """Train to ``trainer.max_steps``, going on from the newest checkpoint in ``work`` if any.
 
     Args:
         model: the model, weights loaded.
         datasets: train and validation samples (validation may be None).
         work: folder for training checkpoints and logs.
+        flops: operations of a step on all ranks, to log how fast they are; 0 does not.
 
     Returns:
-        One record per logged step: step, loss, lr, grad_norm, tokens, tokens_per_second, and
-        val_loss / val_kd_loss at validation steps.
+        One record per logged step: step, loss, lr, grad_norm, tokens, tokens_per_second, what
+        ``models.speed`` finds, and val_loss / val_kd_loss at validation steps.
 
     Raises:
         Preempted: a signal asked to stop; the state is saved.
@@ -228,16 +233,19 @@ def fit(model: MinitronGPTModel, datasets: Samples, work: Path) -> list[dict[str
         log.info("going on from %s", resume)
     checkpoints = _checkpoint_callbacks(config, work / CHECKPOINTS)
     blend = datasets[0] if isinstance(datasets[0], BlendedSamples) else None
-    history = History(work, config.max_steps, blend, model.data_cfg.blend_changes)
+    speed = Speed.of(flops, config.precision, memory=config.log_memory)
+    history = History(work, config.max_steps, speed, blend, model.data_cfg.blend_changes)
     stop = StopEarly(checkpoints[0], config)
     loaders = _loaders(model, model.data_cfg, datasets, consumed)
     model.set_loaders(*loaders)
     validate = loaders[1] is not None and config.limit_val_batches > 0
-    trainer = _trainer(config, [history, *checkpoints, stop], validate)
+    watch = SignsOfLife(config.hang_after_minutes, work / "logs" / "hung")
+    trainer = _trainer(config, [history, *checkpoints, stop, watch], validate)
     _log_with_nemo(trainer, work / "logs", model.exp_manager_cfg)
     try:
         trainer.fit(model, ckpt_path=None if resume is None else str(resume))
     finally:
+        watch.stop()
         stop.restore()
         _close_logs(work / "logs")
     return history.records

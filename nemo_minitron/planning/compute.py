@@ -73,18 +73,23 @@ def forward_flops(config: ModelConfig, seq_length: int) -> float:
     return sum(forward_parts(config, seq_length).values())
 
 
+def training_flops(model: ModelConfig, teacher: ModelConfig | None, seq_length: int) -> float:
+    """Operations of one token of a training, without what the backward pass does again."""
+    # The backward pass takes twice the forward pass.
+    each = 3 * forward_flops(model, seq_length)
+    return each if teacher is None else each + forward_flops(teacher, seq_length)
+
+
 def work(job: Job) -> Work:
     """Tokens and operations of an item."""
     tokens = _tokens(job)
     if tokens is None:
         return Work(None, None)
     cfg, length = job.cfg, job.cfg.data.seq_length
-    each = forward_flops(job.model, length)
-    if isinstance(cfg, TrainingStageConfig):
-        # The backward pass takes twice the forward pass; recomputation is one more of some of it.
-        each = 3 * each + recomputed_flops(job, cfg, length)
-        if isinstance(cfg, DistillConfig) and job.teacher is not None:
-            each += forward_flops(job.teacher, length)
+    if not isinstance(cfg, TrainingStageConfig):
+        return Work(tokens, forward_flops(job.model, length) * tokens)
+    teacher = job.teacher if isinstance(cfg, DistillConfig) else None
+    each = training_flops(job.model, teacher, length) + recomputed_flops(job, cfg, length)
     return Work(tokens, each * tokens)
 
 

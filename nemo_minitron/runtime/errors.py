@@ -39,6 +39,13 @@ class Preempted(Ending):
     line = "stopped early ({}); run the same command again to go on"
 
 
+class Hung(Ending):
+    """A rank gave no sign of life for long; the same command goes on from the work it saved."""
+
+    code = PREEMPTED
+    line = "hung: {}; run the same command again to go on"
+
+
 class Terminated(Ending):
     """A stage was told to stop, and has no work that could be saved half done."""
 

@@ -16,9 +16,10 @@ from nemo_minitron.checkpoint.lineage import record
 from nemo_minitron.config.layout import check_layout
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import FinetuneConfig
-from nemo_minitron.config.training_stages import TrainingStageConfig
+from nemo_minitron.config.training_stages import DistillConfig, TrainingStageConfig
 from nemo_minitron.data.checks import check_batches, check_data
 from nemo_minitron.data.sft import check_packing
+from nemo_minitron.planning.compute import training_flops
 from nemo_minitron.runtime.ranks import launched_world_size, rank
 from nemo_minitron.stages.settings import (
     check_training_settings,
@@ -149,7 +150,7 @@ def _fit(
     from nemo_minitron.families.table import parameter_count
     from nemo_minitron.models.training import fit
 
-    history = fit(model, samples, work)
+    history = fit(model, samples, work, flops=flops_per_step(cfg, config))
     model.save(work / "checkpoint")
     last = history[-1]
     return {
@@ -160,6 +161,15 @@ def _fit(
         "val_loss": last.get("val_loss"),
         "history": history,
     }
+
+
+def flops_per_step(cfg: TrainingStageConfig, model: ModelConfig) -> float:
+    """Operations of a step on all ranks, as ``plan`` counts them, recomputation apart."""
+    teacher = None
+    if isinstance(cfg, DistillConfig) and cfg.teacher is not None:
+        teacher = ModelConfig.load(Path(cfg.teacher) / "checkpoint")
+    tokens = cfg.data.global_batch_size * cfg.data.seq_length
+    return tokens * training_flops(model, teacher, cfg.data.seq_length)
 
 
 def _show(stage: str, metrics: dict[str, Any]) -> None:

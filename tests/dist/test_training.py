@@ -64,10 +64,11 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def every_step(run):
-    """A run that logs every step, with a language-model loss and Weights & Biases."""
+    """A run that logs all there is at every step, in Weights & Biases too; it may take hours."""
     kwargs = {"project": "minitron", "name": "test", "offline": True}
     loggers = {"create_wandb_logger": True, "wandb_logger_kwargs": kwargs}
-    return run(ce_weight=0.5, exp_manager=loggers)
+    trainer = {"log_memory": True, "hang_after_minutes": 100}
+    return run(ce_weight=0.5, exp_manager=loggers, flops=6e9, trainer=trainer)
 
 
 def test_history_and_loggers(every_step):
@@ -79,13 +80,17 @@ def test_history_and_loggers(every_step):
     for record in history:
         assert record["loss"] == pytest.approx(record["kd_loss"] + 0.5 * record["lm_loss"])
         assert record["tokens"] == TOKENS
-        assert record["tokens_per_second"] > 0
+        steps_per_second = record["tokens_per_second"] / TOKENS
+        assert record["tflops_per_gpu"] == pytest.approx(steps_per_second * 6e9 / 1e12)
+        assert 0.1 < record["peak_memory_gib"] < 100
+        assert "mfu" not in record  # the peak of a CPU is not known
     assert [r["step"] for r in history if {"val_loss", "val_kd_loss"} <= set(r)] == [3, 6]
     events = EventAccumulator(str(work / "logs"))
     events.Reload()
     names = set(events.Tags()["scalars"])
     shown = ("loss", "kd_loss", "lm_loss", "lr", "grad_norm", "tokens_per_second")
-    assert {f"train/{name}" for name in shown} | {"val_loss", "val_kd_loss"} <= names
+    speed = ("tflops_per_gpu", "peak_memory_gib")
+    assert {f"train/{name}" for name in (*shown, *speed)} | {"val_loss", "val_kd_loss"} <= names
     logged = [event.value for event in events.Scalars("train/kd_loss")]
     assert logged == pytest.approx([record["kd_loss"] for record in history])
     assert list(Path(work / "logs/wandb").glob("offline-run-*/*.wandb"))

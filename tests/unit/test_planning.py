@@ -14,6 +14,7 @@ from nemo_minitron.config import load, schema
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.stages import (
+    DistillConfig,
     FinetuneConfig,
     PipelineConfig,
     PlanConfig,
@@ -30,6 +31,7 @@ from nemo_minitron.planning.compute import forward_flops, work
 from nemo_minitron.planning.items import plan_items, room
 from nemo_minitron.planning.memory import Job, fullest_rank
 from nemo_minitron.planning.models import target_model
+from nemo_minitron.stages.finetune import flops_per_step
 from tests.helpers.bad_input import run_line
 from tests.helpers.tiny import NEMOTRON_H
 
@@ -214,6 +216,17 @@ def flops(job: Job) -> float:
     found = work(job).flops
     assert found is not None
     return found
+
+
+def test_a_training_logs_the_operations_that_are_planned(tmp_path):
+    """Of a step, recomputation apart."""
+    teacher = replace(job().model, num_layers=4)
+    teacher.save(tmp_path / "t" / "checkpoint")
+    keys = {"data": job().cfg.data, "trainer": TrainerConfig(max_steps=7)}
+    cfg = DistillConfig(output_dir="o", student="s", teacher=f"{tmp_path}/t", **keys)
+    planned = flops(Job(cfg, job().model, teacher, 1, on_gpus=True))
+    assert 7 * flops_per_step(cfg, job().model) == pytest.approx(planned)
+    assert flops_per_step(job().cfg, job().model) < planned / 7
 
 
 def test_recomputation_trades_memory_for_work():
