@@ -24,6 +24,12 @@ class SignsOfLife(Callback):
         if self._watch is not None:
             self._watch.start()
 
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *args: object
+    ) -> None:
+        """A step begins: checkpoint and validation of the one before are done."""
+        self._alive(f"began step {trainer.global_step + 1}")
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *args: object
     ) -> None:

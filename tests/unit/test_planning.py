@@ -221,6 +221,7 @@ def flops(job: Job) -> float:
 def test_a_training_logs_the_operations_that_are_planned(tmp_path):
     """Of a step, recomputation apart."""
     teacher = replace(job().model, num_layers=4)
+    (tmp_path / "t" / "checkpoint").mkdir(parents=True)
     teacher.save(tmp_path / "t" / "checkpoint")
     keys = {"data": job().cfg.data, "trainer": TrainerConfig(max_steps=7)}
     cfg = DistillConfig(output_dir="o", student="s", teacher=f"{tmp_path}/t", **keys)
