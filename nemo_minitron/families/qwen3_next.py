@@ -24,6 +24,7 @@ _DEFAULTS = {
     "intermediate_size": 5632,
     "moe_intermediate_size": 512,
     "shared_expert_intermediate_size": 512,
+    "num_experts": 512,
     "num_experts_per_tok": 10,
     "norm_topk_prob": True,
 }

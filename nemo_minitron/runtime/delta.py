@@ -14,9 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def _wide(x: Tensor) -> Tensor:
+    """At least float32, in which the kernels compute too."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """``[..., d]`` divided by its length."""
-    wide = x.float()
+    wide = _wide(x)
     return (wide * (wide.square().sum(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
 
 
@@ -53,8 +58,8 @@ def _refuse(more: dict[str, Any]) -> None:
 
 
 def _chunks(x: Tensor, size: int) -> Tensor:
-    """``[b, l, h, ...]`` -> ``[b, h, c, q, ...]`` in float32, zeros after the last token."""
-    x = x.transpose(1, 2).float()
+    """``[b, l, h, ...]`` -> ``[b, h, c, q, ...]``, zeros after the last token."""
+    x = _wide(x.transpose(1, 2))
     short = -x.shape[2] % size
     padded = F.pad(x, (0, 0) * (x.dim() - 3) + (0, short))
     return padded.unflatten(2, (-1, size))

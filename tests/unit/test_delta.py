@@ -11,15 +11,15 @@ from nemo_minitron.runtime.delta import causal_conv1d, chunk_gated_delta_rule, l
 BATCH, LENGTH, HEADS, CHANNELS, VALUES = 2, 21, 4, 6, 5
 
 
-def inputs(decay: float = 1.0) -> dict[str, Any]:
+def inputs(decay: float = 1.0, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
     torch.manual_seed(0)
-    q, k = (torch.randn(BATCH, LENGTH, HEADS, CHANNELS) for _ in "qk")
+    q, k = (torch.randn(BATCH, LENGTH, HEADS, CHANNELS, dtype=dtype) for _ in "qk")
     found = {
         "q": l2norm(q),
         "k": l2norm(k),
-        "v": torch.randn(BATCH, LENGTH, HEADS, VALUES),
-        "g": -torch.rand(BATCH, LENGTH, HEADS) * decay,
-        "beta": torch.rand(BATCH, LENGTH, HEADS),
+        "v": torch.randn(BATCH, LENGTH, HEADS, VALUES, dtype=dtype),
+        "g": -torch.rand(BATCH, LENGTH, HEADS, dtype=dtype) * decay,
+        "beta": torch.rand(BATCH, LENGTH, HEADS, dtype=dtype),
     }
     return {name: tensor.requires_grad_() for name, tensor in found.items()}
 
@@ -41,17 +41,17 @@ def test_the_rule_is_the_recurrence_and_so_are_its_gradients(chunk_size: int) ->
     given = inputs()
     wanted = recurrence(**given)
     found, _ = chunk_gated_delta_rule(**given, chunk_size=chunk_size)
-    torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found, wanted, atol=1e-12, rtol=1e-12)
     weights = torch.randn_like(found)
     grads = torch.autograd.grad((found * weights).sum(), list(given.values()))
     expected = torch.autograd.grad((wanted * weights).sum(), list(given.values()))
-    torch.testing.assert_close(grads, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(grads, expected, atol=1e-10, rtol=1e-10)
 
 
 def test_a_strong_decay_does_not_overflow() -> None:
     given = inputs(decay=1e4)
     found, _ = chunk_gated_delta_rule(**given, chunk_size=8)
-    torch.testing.assert_close(found.double(), recurrence(**given), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found, recurrence(**given), atol=1e-12, rtol=1e-12)
     assert torch.autograd.grad(found.sum(), given["g"])[0].isfinite().all()
 
 
@@ -67,7 +67,7 @@ def test_what_transformers_computes() -> None:
     """Its torch fallback, gradients too; several chunks, and key heads shared by value heads."""
     from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
-    given = inputs()
+    given = inputs(dtype=torch.float32)
     wanted, _ = torch_chunk_gated_delta_rule(
         given["q"], given["k"], given["v"], g=given["g"], beta=given["beta"], chunk_size=8
     )

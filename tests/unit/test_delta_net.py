@@ -1,5 +1,6 @@
 """Families with gated delta nets: config.json, and what is refused where."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -7,13 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+import yaml
 from safetensors.torch import load_file, save_file
 
 from nemo_minitron.checkpoint.hf import to_hf, write_hf
 from nemo_minitron.checkpoint.lazy import from_tensor
 from nemo_minitron.checkpoint.source import open_source
+from nemo_minitron.config import schema
 from nemo_minitron.config.distillation import IntermediateConfig
 from nemo_minitron.config.layout import check_layout, check_writes
+from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.stages import PruningConfig, TargetConfig
 from nemo_minitron.config.training import DataConfig
@@ -73,14 +78,29 @@ def test_qwen3_next_as_it_was_published() -> None:
     """80B parameters, 3B of them active; config.json comes out as it came in."""
     family, config = read_config(PUBLISHED)
     assert config.linear_attention_freq == [1, 1, 1, 0] * 12
-    assert parameter_count(family, config)["total"] == pytest.approx(79.7e9, rel=1e-3)
-    assert active_parameters(family, config) == pytest.approx(3.9e9, rel=0.02)
+    count = parameter_count(family, config)
+    assert [round(size / 1e9) for size in count.values()] == [80, 79]
+    embedding = config.vocab_size * config.hidden_size
+    assert round((active_parameters(family, config) - embedding) / 1e9, 2) == 3.56
+    shipped = yaml.safe_load((schema.conf_dir() / "model" / "qwen3_next_80b.yaml").read_text())
+    assert replace(config, hf={}) == ModelConfig(**shipped)
     assert written_config(config) == PUBLISHED
     kept = [0, 3, 4, 5, 7]
     small = written_config(config.resized({"hidden_size": 1024}, kept))
     kinds = ["linear_attention", "full_attention"]
     assert small["layer_types"] == [kinds[layer % 4 == 3] for layer in kept]
     assert read_config(small)[1].linear_attention_freq == [1, 0, 1, 1, 0]
+
+
+@pytest.mark.parametrize("name", ["Qwen3Next", "Qwen3_5Text", "Qwen3_5MoeText"])
+def test_what_config_json_leaves_out_is_what_transformers_takes(name: str) -> None:
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    short = {key: PUBLISHED[key] for key in sizes} | {"max_position_embeddings": 32768}
+    theirs = getattr(transformers, f"{name}Config")(**short)
+    short["model_type"] = theirs.model_type
+    whole = json.loads(theirs.to_json_string(use_diff=False))
+    mine = (read_config(hf)[1] for hf in (short, {**whole, "architectures": None}))
+    assert replace(next(mine), hf={}) == replace(next(mine), hf={})
 
 
 def test_qwen3_5_says_what_it_said() -> None:
