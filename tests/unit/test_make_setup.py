@@ -80,8 +80,8 @@ def test_no_python_is_an_error_that_says_what_was_looked_for(tmp_path):
     ("version", "says", "pins", "tests"),
     [
         ("3.12", "megatron-core 0.19", "tested-3.12.txt", '"not alone" '),
-        ("3.11", "0.16: the older stack", "tested-3.11.txt", "tests/unit --ignore=tests/unit/test_"),
-        ("3.10", "0.16: the older stack", "", "tests/unit --ignore=tests/unit/test_"),
+        ("3.11", "0.16: the older stack", "tested-3.11.txt", "tests/unit --ignore=tests/unit/test"),
+        ("3.10", "0.16: the older stack", "", "tests/unit --ignore=tests/unit/test"),
     ],
 )
 def test_python_decides_on_the_stack(tmp_path, version, says, pins, tests):
