@@ -193,6 +193,10 @@ class TrainerConfig:
     """Whether to log the most memory of a rank (on a GPU that of its tensors)."""
     gradient_clip_val: float = 1.0
     """Global gradient norm limit; 0 switches clipping off."""
+    skip_loss_above: float = field(default=0.0, metadata=ADDED)
+    """A step whose loss (on labels and logits) is above so many times the mean of those before, or
+    that gives no number, changes nothing, and is logged; 0: all count, and NaN ends the training.
+    """
     precision: str = field(default="32", metadata=PRECISION)
     """``32`` or ``bf16-mixed`` (bf16 weights, fp32 main weights and gradients)."""
     seed: int = 1234
@@ -229,6 +233,11 @@ class TrainerConfig:
         for name in _NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise ValueError(f"trainer.{name}={getattr(self, name)} must not be negative")
+        if self.skip_loss_above and self.skip_loss_above <= 1:
+            raise ValueError(
+                f"trainer.skip_loss_above={self.skip_loss_above:g} must be above 1, or 0: the loss "
+                "of any step may lie a little above the mean"
+            )
         self._check_recompute()
 
     def _check_recompute(self) -> None:

@@ -52,6 +52,7 @@ from nemo_minitron.models.schedule import (
     run_schedule,
 )
 from nemo_minitron.models.settings import trained_settings
+from nemo_minitron.models.spikes import Spikes
 from nemo_minitron.models.weights import (
     load_weights,
     model_sharded_state_dict,
@@ -101,6 +102,7 @@ class MinitronGPTModel(ModelPT):
             chunk.return_hidden = True
         self.consumed_samples = 0
         self.last_metrics: dict[str, float] = {}
+        self.spikes = Spikes(self.trainer_cfg.skip_loss_above)
         # fp64 counts beyond 2**24 exactly.
         self._tokens = torch.zeros((), dtype=torch.float64, device=device())
         self._validation_sums: list[StepSums[Tensor]] = []
@@ -207,6 +209,7 @@ class MinitronGPTModel(ModelPT):
             state["lr_scheduler"] = self._lr_scheduler.state_dict()
             state["consumed_samples"] = self.consumed_samples
             state["unlogged_tokens"] = self._tokens.item()
+            state["spikes"] = self.spikes.state_dict()
         return state
 
     def check_training_checkpoint(self, folder: Path) -> None:
@@ -220,6 +223,7 @@ class MinitronGPTModel(ModelPT):
         self._lr_scheduler.load_state_dict(state["lr_scheduler"])
         self.consumed_samples = state["consumed_samples"]
         self._tokens.fill_(state["unlogged_tokens"])
+        self.spikes.load_state_dict(state.get("spikes", {}))
 
     # ---- steps
 
@@ -275,7 +279,8 @@ class MinitronGPTModel(ModelPT):
         """One optimizer step over a global batch (this rank's micro-batches).
 
         A batch without a target token counts as a step with loss 0 that changes neither weights
-        nor optimizer state; the learning-rate schedule goes on.
+        nor optimizer state; the learning-rate schedule goes on. A step that ``trainer.
+        skip_loss_above`` leaves out changes as little.
         """
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
@@ -290,16 +295,20 @@ class MinitronGPTModel(ModelPT):
         # Here the host waits for the device, once per global batch; Megatron's optimizer does so
         # once more for the gradient norm.
         values = on_host(sums)  # the same on every rank
-        if not all(map(math.isfinite, values)):
-            raise diverged(f"the loss sums are {list(values)}", step)
+        counts = all(map(math.isfinite, values))
+        loss = losses_per_token(values, self.distillation)["loss"] if counts else math.nan
         # No target token: Adam's moments and the weight decay would still move the weights.
-        self._optimizer.skip = values.tokens == 0
+        empty = values.tokens == 0
+        spike = not empty and self.spikes.is_one(loss, step)
+        self._optimizer.skip, self._optimizer.careful = empty or spike, self.spikes.factor > 0
         optimizer.step()
         self._lr_scheduler.step(increment=1)
         self.consumed_samples += self.data_cfg.global_batch_size
         grad_norm = self._optimizer.grad_norm
-        if grad_norm is not None and not math.isfinite(grad_norm):
-            raise diverged(f"the gradient norm is {grad_norm}", step)
+        if not self._optimizer.skip:
+            self.spikes.look_at(grad_norm, step)
+        if not counts:
+            return  # there is nothing to log
         if step == self.trainer_cfg.max_steps or step % self.trainer_cfg.log_every_n_steps == 0:
             self._log_step(values, lr, grad_norm)
 
@@ -311,6 +320,8 @@ class MinitronGPTModel(ModelPT):
         """Log a step; ``tokens`` are those since the last logged one."""
         metrics = self.step_losses(sums)
         metrics |= {"lr": lr, "grad_norm": float(grad_norm or 0.0), "tokens": self._tokens.item()}
+        if self.spikes.factor:
+            metrics["left_out"] = self.spikes.left_out
         self._tokens.zero_()
         self.last_metrics = metrics
         for name, value in metrics.items():

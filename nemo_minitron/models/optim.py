@@ -1,5 +1,6 @@
 """Megatron's DDP, optimizer and learning-rate schedule for a list of model chunks."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -107,7 +108,9 @@ class MegatronOptimizerAdapter(torch.optim.Optimizer):
         self.defaults: dict[str, Any] = {}
         self.grad_norm: float | None = None
         self.skip = False
-        """Whether the next step changes nothing (the global batch has no target token)."""
+        """Whether the next step changes nothing."""
+        self.careful = False
+        """Whether steps whose gradient norm is no number change nothing either."""
         self._optimizer_step_pre_hooks = {}
         self._optimizer_step_post_hooks = {}
 
@@ -131,10 +134,18 @@ class MegatronOptimizerAdapter(torch.optim.Optimizer):
         if self.skip:
             self.grad_norm = 0.0
             return result
+        if self.careful and not self._is_finite():
+            return result
         success, self.grad_norm, _ = self.megatron.step()
         if not success:
             raise RuntimeError("the optimizer step failed: gradients hold inf or NaN")
         return result
+
+    def _is_finite(self) -> bool:
+        """Look at the gradient norm before the step, which computes it once more."""
+        self.megatron.prepare_grads()
+        self.grad_norm = float(self.megatron.get_grad_norm())
+        return math.isfinite(self.grad_norm)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: optimizer state is saved sharded by ``MegatronStrategy.save_checkpoint``."""
