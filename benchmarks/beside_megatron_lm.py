@@ -1,0 +1,177 @@
+"""``minitron finetune`` beside the training loop of Megatron-LM itself.
+
+``MEGATRON_LM=/path/to/Megatron-LM python -m benchmarks.beside_megatron_lm`` from the repository
+root, with a checkout of core 0.19; about ten minutes on two cores. Both train a model of the same
+sizes on the same ``.bin``/``.idx`` pair, at the same layout, with the same optimizer and the same
+number of micro-batches, in fp32 with gloo; a step of one follows a step of the other
+(``benchmarks/beside.py``). ``tests/helpers/megatron_lm.py`` answers what Megatron-LM asks of CUDA.
+Exit status 1 when a step or the peak of the memory is more than 1.05 of Megatron-LM's.
+"""
+
+import argparse
+import os
+import platform
+import socket
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.beside import Loop, alternate, ratio
+from benchmarks.docs_block import markdown_table, write_block
+from nemo_minitron.config.model import ModelConfig
+
+LIMIT = 1.05
+RANKS, UNSEEN = 2, 2
+MODEL = ModelConfig(
+    family="llama",
+    num_layers=8,
+    hidden_size=512,
+    ffn_hidden_size=1408,
+    num_attention_heads=8,
+    num_query_groups=4,
+    kv_channels=64,
+    vocab_size=16384,
+    max_position_embeddings=256,
+    share_embeddings_and_output_weights=False,
+)
+SEQ, MICRO, BATCH = 256, 1, 4
+LAYOUTS = {
+    "TP2": ("parallel.tensor_model_parallel_size=2", "--tensor-model-parallel-size 2"),
+    "PP2": ("parallel.pipeline_model_parallel_size=2", "--pipeline-model-parallel-size 2"),
+}
+THEIRS = f"""--num-layers {MODEL.num_layers} --hidden-size {MODEL.hidden_size}
+    --ffn-hidden-size {MODEL.ffn_hidden_size} --num-attention-heads {MODEL.num_attention_heads}
+    --group-query-attention --num-query-groups {MODEL.num_query_groups}
+    --max-position-embeddings {SEQ} --seq-length {SEQ}
+    --swiglu --normalization RMSNorm --disable-bias-linear --position-embedding-type rope
+    --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
+    --tokenizer-type NullTokenizer --vocab-size {MODEL.vocab_size - 1}
+    --make-vocab-size-divisible-by 64 --micro-batch-size {MICRO} --global-batch-size {BATCH}
+    --split 100,0,0 --eval-iters 0 --eval-interval 1000 --log-interval 1
+    --lr 1e-4 --lr-decay-style constant
+    --weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1.0 --use-distributed-optimizer
+    --calculate-per-token-loss
+    --use-cpu-initialization --distributed-backend gloo --num-workers 0 --transformer-impl local
+    --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-persist-layer-norm
+    --no-bias-dropout-fusion --no-bias-swiglu-fusion --no-rope-fusion --attention-backend unfused"""
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+_ROOT = Path(__file__).resolve().parents[1]
+MARK = "minitron-benchmark step"
+
+
+def minitron(arguments: list[str]) -> int:
+    """``minitron`` that says when a step is done."""
+    from nemo_minitron.cli import main
+    from nemo_minitron.models.training import History
+
+    own: Any = History.on_train_batch_end
+
+    def said(self: History, *args: object) -> None:
+        own(self, *args)
+        if os.environ.get("RANK", "0") == "0":
+            print(MARK, flush=True)
+
+    setattr(History, "on_train_batch_end", said)
+    return main(arguments)
+
+
+def ranks(arguments: list[str]) -> int:
+    """Fork the ranks of ``minitron`` from one process that imports, as those of Megatron-LM are."""
+    import nemo_minitron.models.training  # noqa: F401
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for number in range(RANKS):
+        child = os.fork()
+        if child == 0:
+            own = {"RANK": number, "LOCAL_RANK": number, "MASTER_PORT": port}
+            own |= {"WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
+            os.environ.update({key: str(value) for key, value in own.items()})
+            os.environ["MASTER_ADDR"] = "127.0.0.1"
+            os._exit(minitron(arguments))
+        children.append(child)
+    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+
+
+def loops(layout: str, work: Path, steps: int) -> tuple[Loop, Loop]:
+    """Ours and Megatron-LM's."""
+    key, flags = LAYOUTS[layout]
+    total = UNSEEN + steps + 2  # what comes after the last step is not to begin
+    ours = ["finetune", f"checkpoint={work}/model", f"data.path={work}/tokens", "data.split='1'"]
+    ours += [f"data.seq_length={SEQ}", f"data.micro_batch_size={MICRO}", key]
+    ours += [f"data.global_batch_size={BATCH}", f"output_dir={work}/{layout}", "optim.lr=1e-4"]
+    ours += ["optim.lr_decay_style=constant", f"trainer.max_steps={total}"]
+    ours += ["trainer.limit_val_batches=0", "trainer.save_every_n_steps=0"]
+    tree = os.environ["MEGATRON_LM"]
+    theirs = ["tests.helpers.megatron_lm", str(RANKS), f"{work}/{layout}-batches"]
+    theirs += [f"{tree}/pretrain_gpt.py", *THEIRS.split(), *flags.split()]
+    theirs += ["--data-path", f"{work}/tokens", "--train-iters", str(total)]
+    theirs += ["--data-cache-path", f"{work}/cache"]
+    start = [sys.executable, "-m"]
+    environment = {**ONE_THREAD, "PYTHONPATH": str(_ROOT)}
+    return (
+        Loop([*start, "benchmarks.beside_megatron_lm", "--ranks", *ours], MARK, environment,
+             work / f"{layout}-ours.log"),
+        Loop([*start, *theirs], "elapsed time per iteration", environment,
+             work / f"{layout}-theirs.log"),
+    )  # fmt: skip
+
+
+def rows(work: Path, steps: int) -> tuple[list[list[str]], float]:
+    """The table, and the largest ratio in it."""
+    from tests.helpers.data_fixtures import write_pair
+    from tests.helpers.tiny import write_result
+
+    write_result(work / "model", MODEL, 1)
+    write_pair(work / "tokens", 400 * (steps + UNSEEN + 2), MODEL.vocab_size)
+    table, worst = [], 0.0
+    for layout in LAYOUTS:
+        ours, theirs = loops(layout, work, steps)
+        alternate([ours, theirs], steps, UNSEEN)
+        found = [ratio(ours, theirs, 0), ratio(ours, theirs, 1), ours.peak / theirs.peak]
+        seconds = [f"{loop.median(0):.2f}" for loop in (theirs, ours)]
+        peaks = [f"{loop.peak / 1e9:.2f}" for loop in (theirs, ours)]
+        table.append(
+            [layout, *seconds, *(f"{one:.3f}" for one in found[:2]), *peaks, f"{found[2]:.3f}"]
+        )
+        worst = max(worst, *found)
+        print(table[-1], flush=True)
+    return table, worst
+
+
+def main() -> int:
+    """Show the table; with ``--write`` put it into docs/benchmarks.md."""
+    if sys.argv[1:2] == ["--ranks"]:
+        return ranks(sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=12, help="of each that count")
+    parser.add_argument("--keep", help="folder for what is made")
+    parser.add_argument("--write", action="store_true", help="update docs/benchmarks.md")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="minitron-") as name:
+        table, worst = rows(Path(args.keep or name), args.steps)
+    head = ("layout", "Megatron-LM s", "finetune s", "ratio", "of processor time",
+            "Megatron-LM GB", "finetune GB", "ratio")  # fmt: skip
+    load = " ".join(f"{value:.1f}" for value in os.getloadavg())
+    text = (
+        "## finetune beside Megatron-LM\n\n"
+        f"Megatron-LM's `pretrain_gpt.py` (core 0.19) and `minitron finetune`: {MODEL.num_layers} "
+        f"layers of hidden size {MODEL.hidden_size} and {MODEL.ffn_hidden_size}, vocabulary "
+        f"{MODEL.vocab_size:,}, {BATCH // MICRO} micro-batches of {SEQ} tokens, distributed Adam, "
+        f"fp32, {RANKS} ranks of one thread with gloo ({platform.machine()}). Medians of "
+        f"{args.steps} steps that take turns, and of the ratios of neighbours; GB are the most "
+        "that all processes hold together, mapped files aside. Load of the machine at the end: "
+        f"{load}.\n\n"
+        f"{markdown_table(head, table)}"
+    )
+    print(text)
+    if args.write:
+        write_block("beside_megatron_lm", text)
+    return int(worst > LIMIT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
