@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 _TICKS = os.sysconf("SC_CLK_TCK")
-_EVERY = 0.1  # seconds between two looks at the memory
+_EVERY = 0.5  # seconds between two looks at the memory
 
 
 @dataclass
