@@ -1,7 +1,8 @@
 """A family, a criterion and a loss.
 
-Pocket is a Llama under another name. ``read_weights`` scores a channel as Wanda does (2306.11695):
-by its activations and the weights that read them. The loss is the Jeffreys divergence.
+Pocket is a Llama that rotates no queries and keys. ``read_weights`` scores a channel as Wanda does
+(2306.11695): by its activations and the weights that read them. The loss is the Jeffreys
+divergence.
 """
 
 from dataclasses import replace
@@ -22,7 +23,8 @@ NAMES = {"PocketForCausalLM": "pocket"}
 
 def from_hf(hf: dict[str, Any]) -> ModelConfig:
     """Read the sizes of a config.json."""
-    return replace(dense(hf), family="pocket")
+    sizes = dense(hf)
+    return replace(sizes, family="pocket", no_rope_freq=[1] * sizes.num_layers)
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:

@@ -1,90 +1,12 @@
 """The axes: every size of a model that can be pruned (docs/design/axes.md)."""
 
-from dataclasses import dataclass
-from enum import Enum
-from typing import TYPE_CHECKING
+from dataclasses import fields, replace
 
+from nemo_minitron.config.axis import Axis, Scope
 from nemo_minitron.config.layers import ATTENTION, EXPERTS, MAMBA, MLP, kinds_of
+from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.model_checks import LINEAR_SIZES
-
-if TYPE_CHECKING:
-    from nemo_minitron.config.model import ModelConfig
-
-
-class Scope(Enum):
-    """How many lists of kept indices an axis has."""
-
-    MODEL = "model"
-    """One list for the whole model."""
-    LAYER = "layer"
-    """One list per kept layer."""
-    EXPERT = "expert"
-    """One list per kept layer and kept expert."""
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One prunable size.
-
-    Attributes:
-        name: what scores, plans and messages call it.
-        size: field of ``ModelConfig`` that holds its size.
-        scope: how many lists of kept indices it has.
-        kind: what a layer has to be made of to have it (``config.layers``); empty for the axes of
-            the model.
-        nested_in: the axis whose indices each own an equal, contiguous run of this one's indices.
-            Every kept index of that axis keeps the same number of its own.
-        grouped_by: field of ``ModelConfig`` that says in how many equal, contiguous groups the
-            indices lie, where it says so; every group keeps the same number of them.
-        scores: name of the scores that rank it, where they are not its own: a query group is
-            ranked by the sum of the scores of its heads.
-        seen_at: path, inside a transformer layer, of the module whose input is scored; empty for an
-            axis that is scored in its own way. Tensor parallelism splits the last dim of that
-            input.
-        seen_dim: what that last dim holds (``families.dims``), where it is not the dim of the same
-            name.
-        seen_part: where the module's output is scored in place of its input: which part of the dim
-            ``seen_dim`` of the output is.
-        within: the axis whose indices every index of this one has (each Mamba head has all head
-            channels). Its scores are kept for each of them, and combined by the L2 norm over those
-            that stay (2504.11409, section 3.1).
-        split_by: the parallel degree that has to divide the size; empty where nothing splits it.
-        grain: how many neighbouring indices are ranked, kept and dropped together.
-        fixed: whether it cannot be pruned; others may be nested in it.
-        later: whether versions that stored results did not have it yet; no result changes its
-            identity by it.
-        label: what reports call its indices, where they show what each layer keeps.
-        doc: what the size is, where its name does not say it.
-    """
-
-    name: str
-    size: str
-    scope: Scope
-    kind: str = ""
-    nested_in: str | None = None
-    grouped_by: str = ""
-    scores: str = ""
-    seen_at: str = ""
-    seen_dim: str = ""
-    seen_part: int | None = None
-    within: str = ""
-    split_by: str = ""
-    grain: int = 1
-    fixed: bool = False
-    later: bool = False
-    label: str = ""
-    doc: str = ""
-
-    @property
-    def scored_dim(self) -> str:
-        """Name of the dim that is scored at ``seen_at``."""
-        return self.seen_dim or self.name
-
-    @property
-    def scored_as(self) -> str:
-        """Name of the scores that rank the axis."""
-        return self.scores or self.name
-
+from nemo_minitron.runtime.plugins import with_added
 
 _TP, _EP = "tensor_model_parallel_size", "expert_model_parallel_size"
 _TABLE = (
@@ -180,7 +102,22 @@ _TABLE = (
         doc="FFN width of the shared expert.",
     ),
 )
-AXES: dict[str, Axis] = {axis.name: axis for axis in _TABLE}
+
+
+def _added(name: str, axis: Axis) -> Axis:
+    """An axis of another package; ``later``, since stored results did not have it.
+
+    Raises:
+        ValueError: its size is no field of a model, or another axis has it.
+    """
+    if axis.size not in {field.name for field in fields(ModelConfig)}:
+        raise ValueError(f"size={axis.size} is no field of ModelConfig")
+    if axis.size in {known.size for known in _TABLE}:
+        raise ValueError(f"size={axis.size} has an axis already")
+    return replace(axis, name=name, later=True)
+
+
+AXES: dict[str, Axis] = with_added("axes", {axis.name: axis for axis in _TABLE}, _added)
 """Every axis by its name, an axis that others are nested in before them."""
 SETTINGS = {
     "moe_router_topk": "Experts that each token is routed to; needs no scores, and may grow too."
@@ -197,7 +134,7 @@ NEVER_PRUNED = dict.fromkeys(
 """Sizes that a user may look for among the targets, and why they are none."""
 
 
-def axis_size(config: "ModelConfig", name: str) -> int:
+def axis_size(config: ModelConfig, name: str) -> int:
     """Size of an axis in a model before pruning; 0 where the model does not have it."""
     return getattr(config, AXES[name].size) or 0
 
@@ -207,22 +144,22 @@ def targets() -> dict[str, str]:
     return {axis.size: axis.doc for axis in AXES.values() if not axis.fixed} | SETTINGS
 
 
-def groups_in(config: "ModelConfig", axis: Axis) -> int:
+def groups_in(config: ModelConfig, axis: Axis) -> int:
     """In how many groups the indices of an axis lie that has to keep as many of each; else 1."""
     return (getattr(config, axis.grouped_by) or 1) if axis.grouped_by else 1
 
 
-def axes_of(config: "ModelConfig") -> list[Axis]:
+def axes_of(config: ModelConfig) -> list[Axis]:
     """The axes that a model has, in the order of the table."""
     return [axis for axis in AXES.values() if has_axis(config, axis)]
 
 
-def layers_with(config: "ModelConfig", axis: Axis) -> list[int]:
+def layers_with(config: ModelConfig, axis: Axis) -> list[int]:
     """Layers (0-based) that have an axis; all of them for an axis of the model."""
     return [layer for layer, kinds in enumerate(kinds_of(config)) if axis.kind in kinds]
 
 
-def split_sizes(config: "ModelConfig") -> dict[str, str]:
+def split_sizes(config: ModelConfig) -> dict[str, str]:
     """Size that a model has -> the parallel degree that has to divide it."""
     return {axis.size: axis.split_by for axis in axes_of(config) if axis.split_by}
 
@@ -239,7 +176,7 @@ def score_axes(*, earlier: bool = False) -> list[str]:
     return [axis.name for axis in own]
 
 
-def has_axis(config: "ModelConfig", axis: Axis) -> bool:
+def has_axis(config: ModelConfig, axis: Axis) -> bool:
     """Whether a model has an axis: the size, and a layer of the kind that it belongs to."""
     found = not axis.kind or any(axis.kind in kinds for kinds in kinds_of(config))
     return found and axis_size(config, axis.name) > 0

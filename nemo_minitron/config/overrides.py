@@ -7,14 +7,15 @@ from collections.abc import Iterable, Sequence
 
 _PLAIN = re.compile(r"[A-Za-z_./][A-Za-z0-9_./-]*")
 _SPLIT = re.compile(r"(\+*data\.split)=\[?\s*([\d.]+(?:\s*,\s*[\d.]+)*)\s*\]?")
+_FREE = ("megatron.", "exp_manager.loggers.")
 _HOME = re.compile(r"([+\w./@]+)=(~[^',]*)")
 
 
 def opened(overrides: Iterable[str]) -> list[str]:
     """Overrides as Hydra needs them: ``megatron.<part>.<field>`` is new to its config.
 
-    The fields of Megatron's dataclasses are no keys of ours, so Hydra would ask for a ``+`` before
-    each. Whether there is such a field is checked when the section becomes a dataclass. What people
+    The fields of Megatron's dataclasses and the arguments of loggers are no keys of ours, so Hydra
+    would ask for a ``+`` before each. Whether there is one is checked elsewhere. What people
     write for lists of shares and for their home is text to Hydra: ``data.split=99,1,0``, ``~/x``.
     """
     written = []
@@ -24,7 +25,7 @@ def opened(overrides: Iterable[str]) -> list[str]:
             text = override(split[1], re.sub(r"\s", "", split[2]))
         elif home:
             text = override(home[1], os.path.expanduser(home[2]))
-        written.append(f"++{text}" if text.startswith("megatron.") else text)
+        written.append(f"++{text}" if text.startswith(_FREE) else text)
     return written
 
 

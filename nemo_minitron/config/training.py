@@ -1,6 +1,5 @@
 """Data, trainer and optimizer settings shared by the stages that run a model."""
 
-import importlib.util
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -303,46 +302,3 @@ class OptimConfig:
                 f"optim.min_lr={self.min_lr} must lie between 0 and optim.lr={self.lr}"
             )
         check_words(self, "optim.")
-
-
-@dataclass(kw_only=True)
-class WandbConfig:
-    """Arguments of Lightning's ``WandbLogger``."""
-
-    project: str | None = None
-    """Project of the run; must be given."""
-    name: str | None = None
-    """Name of the run; must be given."""
-    entity: str | None = None
-    """User or team; null means that of the login."""
-    group: str | None = None
-    """Runs to show together."""
-    offline: bool = False
-    """Write to ``logs/wandb`` only, for ``wandb sync`` later: on nodes without a network."""
-
-
-@dataclass(kw_only=True)
-class ExpManagerConfig:
-    """Loggers of a training run; the names are those of NeMo's ``exp_manager``."""
-
-    create_tensorboard_logger: bool = True
-    """Write TensorBoard events into ``logs/`` of the result."""
-    create_wandb_logger: bool = False
-    """Log to Weights & Biases too (``pip install wandb``)."""
-    wandb_logger_kwargs: WandbConfig = field(default_factory=WandbConfig)
-
-    def __post_init__(self) -> None:
-        """Check that the loggers can be had."""
-        if not self.create_wandb_logger:
-            return
-        for name in ("project", "name"):
-            if not getattr(self.wandb_logger_kwargs, name):
-                raise ValueError(
-                    f"exp_manager.create_wandb_logger=true needs exp_manager.wandb_logger_kwargs."
-                    f"{name}; set it"
-                )
-        if importlib.util.find_spec("wandb") is None:
-            raise ValueError(
-                "exp_manager.create_wandb_logger=true needs the package wandb, which is not "
-                "installed: pip install wandb, or set it to false"
-            )

@@ -14,6 +14,7 @@ from nemo_minitron.config.base import (
     one_of,
 )
 from nemo_minitron.config.distillation import TOP_K_LOSSES, DistillationConfig
+from nemo_minitron.config.loggers import ExpManagerConfig
 from nemo_minitron.config.megatron import (
     ForwardMegatronConfig,
     MegatronConfig,
@@ -24,7 +25,6 @@ from nemo_minitron.config.parallel import ParallelConfig, TeacherParallelConfig
 from nemo_minitron.config.training import (
     PRECISION,
     DataConfig,
-    ExpManagerConfig,
     OptimConfig,
     TrainerConfig,
 )

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from nemo_minitron.config.distillation import DistillationConfig
 from nemo_minitron.config.load import read_section
+from nemo_minitron.config.loggers import ExpManagerConfig
 from nemo_minitron.config.megatron import MegatronConfig
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
-from nemo_minitron.config.training import DataConfig, ExpManagerConfig, OptimConfig, TrainerConfig
+from nemo_minitron.config.training import DataConfig, OptimConfig, TrainerConfig
 from nemo_minitron.distillation.logit_loss import TeacherStates
 from nemo_minitron.distillation.top_k import TopKTargets
 from nemo_minitron.distillation.vocab import VocabShard

@@ -16,12 +16,14 @@ from megatron.core import dist_checkpointing
 from nemo.utils.exp_manager import exp_manager
 from torch.utils.data import Dataset
 
-from nemo_minitron.config.training import DataConfig, ExpManagerConfig, TrainerConfig
+from nemo_minitron.config.loggers import ExpManagerConfig
+from nemo_minitron.config.training import DataConfig, TrainerConfig
 from nemo_minitron.data.blend import BlendedSamples
 from nemo_minitron.data.sampler import build_dataloader
 from nemo_minitron.models.gpt import MinitronGPTModel
 from nemo_minitron.models.history import History
 from nemo_minitron.models.lightning import MegatronStrategy
+from nemo_minitron.models.loggers import make_loggers
 from nemo_minitron.models.saving import UNFINISHED, checkpoint_name, step_of
 from nemo_minitron.models.schedule import Batch
 from nemo_minitron.models.signs_of_life import SignsOfLife
@@ -180,6 +182,7 @@ def _log_with_nemo(trainer: Trainer, folder: Path, config: ExpManagerConfig) -> 
             "seconds_to_sleep": 0,
         },
     )
+    trainer.loggers = [*trainer.loggers, *make_loggers(config.loggers, folder)]
 
 
 def _close_logs(folder: Path) -> None:

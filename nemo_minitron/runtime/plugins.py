@@ -1,11 +1,11 @@
-"""What other packages add by entry points: families, criteria and losses, as ``examples/plugin``.
+"""What other packages add by entry points, as ``examples/plugin`` does.
 
 A package that cannot be imported is named in one line and the rest works. Of two that give one
 name, or one that this package has, neither is taken.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
@@ -14,7 +14,13 @@ from nemo_minitron.runtime.ranks import rank
 
 log = logging.getLogger(__name__)
 
-KINDS = {"families": "family", "criteria": "criterion", "losses": "loss"}
+KINDS = {
+    "families": "family",
+    "criteria": "criterion",
+    "losses": "loss",
+    "axes": "axis",
+    "loggers": "logger",
+}
 """Part of the group's name, ``nemo_minitron.<kind>`` -> what one of them is called."""
 Added = TypeVar("Added")
 
@@ -37,8 +43,18 @@ def added(kind: str, own: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in names if names.count(name) == 1 and name not in own)
 
 
-def with_added(kind: str, own: Mapping[str, Added]) -> dict[str, Added]:
-    """A table of this package with what others add to it, imported."""
+def with_added(
+    kind: str,
+    own: Mapping[str, Added],
+    checked: Callable[[str, Added], Added] = lambda name, one: one,
+) -> dict[str, Added]:
+    """A table of this package with what others add to it, imported.
+
+    Args:
+        kind: as in ``KINDS``.
+        own: table of this package.
+        checked: what is taken for a name and what was imported; it is left out where this raises.
+    """
     table, taken = dict(own), added(kind, tuple(own))
     for point in found(kind):
         label = f"{KINDS[kind]} '{point.name}' of {origin(point)}"
@@ -46,10 +62,10 @@ def with_added(kind: str, own: Mapping[str, Added]) -> dict[str, Added]:
             _warn(f"{label} is left out: another package, or this one, has one of the name")
             continue
         try:
-            table[point.name] = point.load()
+            table[point.name] = checked(point.name, point.load())
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            _warn(f"{label} cannot be imported and is left out ({reason})")
+            _warn(f"{label} cannot be used and is left out ({reason})")
     return table
 
 

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import LlamaConfig, LlamaForCausalLM
 
 REPO = Path(__file__).parents[2]
 _ASKS = """
 import contextlib, io, json, logging
-from nemo_minitron import cli
 log = io.StringIO()
 logging.basicConfig(stream=log)
+from nemo_minitron import cli
 shown = io.StringIO()
 with contextlib.redirect_stdout(shown):
     assert cli.main(["--help"]) == 0
@@ -51,6 +52,7 @@ def bad_package(site: Path) -> None:
     (info / "METADATA").write_text("Name: bad\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
         "[nemo_minitron.families]\nabsent = no_such_module:FAMILY\nllama = json:loads\n"
+        "[nemo_minitron.axes]\nodd = json:loads\n"
     )
 
 
@@ -84,14 +86,16 @@ def test_the_example_is_used_and_bad_ones_are_named(site: Path, tmp_path: Path) 
     done = python("-c", _ASKS, paths=[site, tmp_path], folder=tmp_path)
     assert done.returncode == 0, done.stderr
     shown, family, kind, loss, parts, families, log = json.loads(done.stdout.splitlines()[-1])
-    for added in ("family pocket", "criterion read_weights", "loss jeffreys"):
+    names = ("family pocket", "criterion read_weights", "loss jeffreys", "axis head_dim")
+    for added in (*names, "logger lines"):
         assert added in shown
     assert "from minitron-pocket 0.1.0" in shown
     assert (family, kind) == ("pocket", "pocket")
     assert loss == parts
     assert {"llama", "pocket"} <= set(families)
     assert "absent" not in families
-    assert "family 'absent' of bad 1.0 cannot be imported and is left out (ModuleNotFound" in log
+    assert "family 'absent' of bad 1.0 cannot be used and is left out (ModuleNotFound" in log
+    assert "axis 'odd' of bad 1.0 cannot be used and is left out (AttributeError" in log
     assert "family 'llama' of bad 1.0 is left out: another package, or this one, has one" in log
 
 
@@ -119,8 +123,10 @@ def test_a_pipeline_uses_family_criterion_and_loss_by_name(site: Path, tmp_path:
         "inputs.tensor_parallel=2",
     ]
     command = ["-m", "nemo_minitron", "pipeline", "--config-dir", str(REPO / "examples/plugin")]
-    done = python(*command, *inputs, paths=[site], folder=tmp_path)
-    assert done.returncode == 0, done.stderr
+    for code in (75, 0):  # stopped after two steps, and gone on with
+        inputs_now = [*inputs, "inputs.steps=4", "+change.distilled.trainer.exit_interval=2"]
+        done = python(*command, *inputs_now, paths=[site], folder=tmp_path)
+        assert done.returncode == code, done.stderr
     plain = [
         "checkpoint=pocket/teacher",
         "data.path=ids.npy",
@@ -137,8 +143,22 @@ def test_a_pipeline_uses_family_criterion_and_loss_by_name(site: Path, tmp_path:
         for run in ("pocket/importance", "plain")
     )
     torch.testing.assert_close(scores, values * torch.stack(norms), rtol=1e-5, atol=0)
+    logs = tmp_path / "pocket" / "distilled" / "logs"
+    lines = [
+        json.loads(line) for line in (logs / "lines" / "metrics.jsonl").read_text().splitlines()
+    ]
+    events = EventAccumulator(str(logs))
+    events.Reload()
+    for name in set(events.Tags()["scalars"]) - {"hp_metric"}:  # TensorBoard's own
+        shown = [(event.step, event.value) for event in events.Scalars(name)]
+        logged = [(line["step"], line[name]) for line in lines if name in line]
+        assert [step for step, _ in logged] == [step for step, _ in shown]
+        np.testing.assert_allclose([v for _, v in logged], [v for _, v in shown], rtol=1e-6)
+    # Lightning's loggers do not get the step that a run was stopped at.
+    assert sum("train/loss" in line for line in lines) == 3
     exported = json.loads((tmp_path / "pocket" / "exported" / "config.json").read_text())
-    assert (exported["model_type"], exported["intermediate_size"]) == ("pocket", 64)
+    sizes = [exported[name] for name in ("model_type", "intermediate_size", "head_dim")]
+    assert sizes == ["pocket", 64, 8]
     said = (tmp_path / "pocket" / "exported" / "README.md").read_text()
-    assert "ffn by `read_weights`" in said
+    assert "ffn, head_dim by `read_weights`" in said
     assert "`distillation.loss=jeffreys`" in said
