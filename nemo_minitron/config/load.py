@@ -16,6 +16,7 @@ from nemo_minitron.config.axes import NEVER_PRUNED
 from nemo_minitron.config.overrides import opened as opened
 from nemo_minitron.config.overrides import override as override
 from nemo_minitron.config.stages import StageConfig
+from nemo_minitron.config.training import DataConfig
 from nemo_minitron.documents import refuse_too_much
 
 T = TypeVar("T")
@@ -52,9 +53,24 @@ def stage_config(stage: str, composed: DictConfig) -> StageConfig:
         if missing:
             needed = " ".join(f"{key}=..." for key in missing)
             raise ValueError(f"{stage} needs {', '.join(missing)}; add {needed}")
-        return cast(StageConfig, OmegaConf.to_object(typed))
+        cfg = cast(StageConfig, OmegaConf.to_object(typed))
     except OmegaConfBaseException as error:
         raise ValueError(explain(stage, error)) from error
+    _take_row_length(getattr(cfg, "data", None))
+    return cfg
+
+
+def _take_row_length(data: object) -> None:
+    """The rows of a ``.npy`` say how long samples are, where ``data.seq_length`` does not."""
+    if not isinstance(data, DataConfig) or data.seq_length != DataConfig.seq_length:
+        return
+    path = Path(data.path or "")
+    if path.suffix == ".npy" and path.is_file():
+        import numpy as np
+
+        with contextlib.suppress(Exception):  # data/checks.py says what is wrong with it
+            rows = np.load(path, mmap_mode="r", allow_pickle=False)
+            data.seq_length = max(rows.shape[-1], 1) if rows.ndim == 2 else data.seq_length
 
 
 def _with_names_for_inputs(composed: DictConfig) -> DictConfig:

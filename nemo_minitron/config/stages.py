@@ -23,7 +23,7 @@ from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.pipeline import PipelineConfig, PlanConfig
 from nemo_minitron.config.search import SearchConfig
 from nemo_minitron.config.sources import SourcesStageConfig
-from nemo_minitron.config.training import DataConfig, OptionalDataConfig
+from nemo_minitron.config.training import CALIBRATION_SAMPLES, DataConfig, OptionalDataConfig
 from nemo_minitron.config.training_stages import (
     DistillConfig,
     FinetuneConfig,
@@ -175,7 +175,9 @@ class ImportanceConfig(StageConfig):
 
     checkpoint: str = field(default=MISSING, metadata=INPUT)
     """Result folder of import, prune, distill or finetune."""
-    data: DataConfig = field(default_factory=lambda: DataConfig(num_samples=1024), metadata=BATCHES)
+    data: DataConfig = field(
+        default_factory=lambda: DataConfig(num_samples=CALIBRATION_SAMPLES), metadata=BATCHES
+    )
     parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata=MAY_CHANGE)
     megatron: ForwardMegatronConfig = field(default_factory=ForwardMegatronConfig)
     scores: ScoreConfig = field(default_factory=ScoreConfig)
@@ -271,7 +273,8 @@ class PruneConfig(StageConfig):
     alone, nor with ``data.path``."""
     pruning: PruningConfig = field(default_factory=PruningConfig)
     data: OptionalDataConfig = field(
-        default_factory=lambda: OptionalDataConfig(num_samples=1024), metadata=BATCHES
+        default_factory=lambda: OptionalDataConfig(num_samples=CALIBRATION_SAMPLES),
+        metadata=BATCHES,
     )
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     megatron: ForwardMegatronConfig = field(default_factory=ForwardMegatronConfig)

@@ -26,6 +26,8 @@ RECOMPUTE_KEYS = (
 )
 """Megatron's settings of activation recomputation that ``trainer`` has too."""
 PRECISION = one_of("32", "bf16-mixed")
+CALIBRATION_SAMPLES = 1024
+"""What the stages that score ask for where nobody says; they take fewer where there are no more."""
 
 
 @dataclass(kw_only=True)

@@ -36,9 +36,9 @@ from nemo_minitron.data.sft import build_sft, holds_sft, refuse_unblended
 from nemo_minitron.data.sft_samples import stage_samples, training_samples
 from nemo_minitron.data.splits import (
     SPLITS,
-    check_num_samples,
     check_shares,
     check_tokens,
+    samples_taken,
     split_samples,
 )
 from nemo_minitron.data.text import INDEXED, NPY, SFT, Source, find_source
@@ -152,12 +152,11 @@ def build_split(data: DataConfig, tokens: TokenData, *, filled: bool = False) ->
         return stage_samples(data, tokens.path, tokens.pad, filled=filled)
     if tokens.kind == NPY:
         rows = np.load(tokens.path, mmap_mode="r")
-        return NpyDataset(rows, data.num_samples or len(rows))
+        return NpyDataset(rows, samples_taken(data, len(rows)))
     chosen = [name == data.split_name for name in SPLITS]
     built = megatron_datasets(data, tokens, [None, None, None], chosen)
     dataset = built[SPLITS.index(data.split_name)]
-    check_num_samples(data, len(dataset))
-    return FirstSamples(dataset, data.num_samples or len(dataset))
+    return FirstSamples(dataset, samples_taken(data, len(dataset)))
 
 
 def training_datasets(

@@ -23,7 +23,7 @@ from nemo_minitron.data.packing import (
     whole_rows,
 )
 from nemo_minitron.data.shuffle import document_order
-from nemo_minitron.data.splits import SPLITS, check_documents, check_num_samples, split_bounds
+from nemo_minitron.data.splits import SPLITS, check_documents, samples_taken, split_bounds
 
 logger = logging.getLogger(__name__)
 
@@ -126,5 +126,4 @@ def stage_samples(data: DataConfig, folder: Path, pad: int, *, filled: bool) -> 
             f"the {split} split of data.path={data.path} has fewer tokens than one sample of "
             f"data.seq_length={data.seq_length}; lower data.seq_length, or add records"
         )
-    check_num_samples(data, held)
-    return _samples(data, records, parts, pad, data.num_samples or held)
+    return _samples(data, records, parts, pad, samples_taken(data, held))

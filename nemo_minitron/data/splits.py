@@ -5,13 +5,16 @@ here in numpy so that bad splits are found before Megatron, which takes seconds,
 """
 
 import itertools
+import logging
 import math
 import re
 from collections.abc import Sequence
 
 import numpy as np
 
-from nemo_minitron.config.training import DataConfig
+from nemo_minitron.config.training import CALIBRATION_SAMPLES, DataConfig
+
+logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 _SEARCH_UP_TO = 10_000
@@ -187,13 +190,35 @@ def check_shares(
             )
 
 
+def samples_taken(data: DataConfig, samples: int) -> int:
+    """How many of the samples that there are a stage reads; says so where they are fewer.
+
+    Raises:
+        ValueError: as ``check_num_samples``.
+    """
+    check_num_samples(data, samples)
+    if (data.num_samples or 0) > samples:
+        logger.warning(
+            "data.path=%s has %d samples of data.seq_length=%d in its %s split: all of them are "
+            "read, not %d",
+            data.path,
+            samples,
+            data.seq_length,
+            data.split_name,
+            data.num_samples,
+        )
+    return min(samples, data.num_samples or samples)
+
+
 def check_num_samples(data: DataConfig, samples: int) -> None:
     """Refuse to read more samples than there are: each is read once, none twice.
+
+    The default of the stages that score is no wish: they take what there is.
 
     Raises:
         ValueError: ``data.num_samples`` exceeds ``samples``.
     """
-    if (data.num_samples or 0) > samples:
+    if (data.num_samples or 0) > samples and data.num_samples != CALIBRATION_SAMPLES:
         raise ValueError(
             f"data.num_samples={data.num_samples} is more than the {samples} sequences of "
             f"data.seq_length={data.seq_length} in the {data.split_name} split of data.path="

@@ -14,6 +14,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from nemo_minitron.api import prune
 from nemo_minitron.checkpoint.seals import check_seal, sealed_file
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import SearchConfig
@@ -21,11 +22,9 @@ from nemo_minitron.data.datasets import SampleSet, stage_dataset, training_datas
 from nemo_minitron.documents import read_json_object
 from nemo_minitron.evaluation.lm_loss import evaluate_lm
 from nemo_minitron.evaluation.tasks import mean_metric
-from nemo_minitron.families.registry import family_of
 from nemo_minitron.models.build import HiddenGPTModel
 from nemo_minitron.models.distill import DistillationGPTModel
 from nemo_minitron.models.documents import check_shared
-from nemo_minitron.models.prune_live import prune_live
 from nemo_minitron.models.training import fit
 from nemo_minitron.models.weights import load_frozen
 from nemo_minitron.pruning.plan import Plan, make_plan, pruned_config
@@ -95,13 +94,9 @@ def _zero_shot(
     cfg: SearchConfig, config: ModelConfig, one: Candidate, plan: Plan, dataset: SampleSet
 ) -> Record:
     """Load the model, prune it where it is, and evaluate."""
-    groups, config = ParallelGroups.current(), config.without_prediction()
-    chunks = load_frozen(
-        Path(cfg.checkpoint) / "checkpoint", cfg.parallel, groups, megatron=cfg.megatron
-    )
-    small, _ = prune_live(chunks, family_of(config), config, plan, cfg.parallel, groups)
-    del chunks
-    metrics = _evaluate(cfg, config, small, dataset)
+    source, groups = Path(cfg.checkpoint) / "checkpoint", ParallelGroups.current()
+    small = prune(load_frozen(source, cfg.parallel, groups, megatron=cfg.megatron), plan)
+    metrics = _evaluate(cfg, config.without_prediction(), small, dataset)
     return {
         "name": one.name,
         "sizes": one.sizes,

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Protocol
 
 from nemo_minitron.checkpoint.artifact import Manifest, Ranks, open_result, output_folder
+from nemo_minitron.checkpoint.foreign.megatron_sources import is_megatron
+from nemo_minitron.checkpoint.manifest import MANIFEST
 from nemo_minitron.config.inference import EvaluateConfig
 from nemo_minitron.config.layout import check_layout, check_prediction, check_recompute
 from nemo_minitron.config.megatron import (
@@ -55,8 +57,25 @@ def open_inputs(cfg: StageConfig, verify: str, *, exports: bool = False) -> dict
         named = getattr(cfg, key, None)
         for path in [named] if isinstance(named, str) else named or ():
             needs = None if exports and is_export(path) else needed
+            _refuse_unimported(key, path)
             opened[key] = open_result(path, verify, key=key, needs=needs, workers=cfg.workers)
     return opened
+
+
+def _refuse_unimported(key: str, path: str) -> None:
+    """Say what makes a result of a model as other programs store it.
+
+    Raises:
+        ValueError: names the command.
+    """
+    folder = Path(path)
+    if any((place / MANIFEST).is_file() for place in (folder, folder.parent)):
+        return
+    if (folder / "config.json").is_file() or folder.suffix == ".gguf" or is_megatron(folder):
+        raise ValueError(
+            f"{key}={path} is not a complete result but a model as other programs store it; "
+            f"minitron import source={path} output_dir=... makes one of it"
+        )
 
 
 @contextmanager

@@ -134,7 +134,7 @@ def test_complete_result_is_not_replaced_unasked(source, imported):
 
 def test_export_refuses_what_is_no_checkpoint(source, imported, tmp_path):
     output = tmp_path / "exported"
-    with pytest.raises(ValueError, match=r"checkpoint=.* is not a complete result"):
+    with pytest.raises(ValueError, match=r"not a complete result but a model .* import source="):
         run_export(source, output)
     with pytest.raises(ValueError, match=r"give the result folder .*imported itself"):
         run_export(imported / "checkpoint", output)

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nemo_minitron.config import load, schema
@@ -124,6 +125,15 @@ def test_defaults_that_differ_between_stages():
     assert isinstance(evaluate, EvaluateConfig)
     assert importance.data.num_samples == 1024
     assert evaluate.data.split_name == "test"
+
+
+@pytest.mark.parametrize(("given", "length"), [([], 24), (["data.seq_length=16"], 16)])
+def test_rows_of_ids_say_how_long_they_are(tmp_path, given, length):
+    path = tmp_path / "ids.npy"
+    np.save(path, np.zeros((2, 24), dtype=np.int64))
+    config = load.compose("importance", complete("importance", [f"data.path={path}", *given]))
+    assert isinstance(config, ImportanceConfig)
+    assert config.data.seq_length == length
 
 
 @pytest.mark.parametrize("stage", STAGE_CONFIGS)

@@ -11,6 +11,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from tokenizers import Tokenizer
 
+from nemo_minitron.config.training import CALIBRATION_SAMPLES
 from nemo_minitron.data.cache import build_once, cache_folder
 from nemo_minitron.data.checks import check_data
 from nemo_minitron.data.datasets import build_datasets, build_split, prepare_tokens
@@ -191,7 +192,7 @@ def test_training_repeats_epochs_and_the_others_never_do(tmp_path, corpus):
     assert test is None
 
 
-def test_num_samples_takes_the_first_and_is_repeatable(tmp_path, corpus):
+def test_num_samples_takes_the_first_and_is_repeatable(tmp_path, corpus, caplog):
     data = data_config(corpus[0])
     tokens = _prepare(data, corpus, tmp_path / "a")
     whole = _split(data, tokens)
@@ -199,6 +200,9 @@ def test_num_samples_takes_the_first_and_is_repeatable(tmp_path, corpus):
     again = _split(few, _prepare(few, corpus, tmp_path / "b"))
     assert len(again) == 5
     assert all(torch.equal(whole[i]["tokens"], again[i]["tokens"]) for i in range(5))
+    default = data_config(corpus[0], num_samples=CALIBRATION_SAMPLES)
+    assert len(_split(default, tokens)) == len(whole) < CALIBRATION_SAMPLES
+    assert f"all of them are read, not {CALIBRATION_SAMPLES}" in caplog.text
     many = data_config(corpus[0], num_samples=10**4)
     message = f"set data.num_samples to at most {len(whole)}"
     with pytest.raises(ValueError, match=message):
