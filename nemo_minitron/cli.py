@@ -152,12 +152,12 @@ def _run_hydra(stage: str, arguments: list[str]) -> int:
 
     # Hydra would answer every exception with exit code 1; this makes it let them through.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    load.register()
+    load.register(stage)
     flags, unknown = get_args_parser().parse_known_intermixed_args(arguments)
     codes: list[int] = []
 
     def job(composed: "DictConfig") -> None:
-        load.register()  # a launcher may run this in a process that has not
+        load.register(stage)  # a launcher may run this in a process that has not
         code, message = run_job(stage, composed)
         codes.append(code)
         if code == PREEMPTED:

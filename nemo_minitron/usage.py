@@ -180,7 +180,7 @@ def complete(arguments: Sequence[str]) -> int:
 def _ask_hydra(config_name: str, action: str) -> int:
     import hydra
 
-    load.register()
+    load.register(config_name)
     before = sys.argv
     sys.argv = ["minitron", "-sc", action]
     folder = str(schema.conf_dir())

@@ -22,9 +22,9 @@ from nemo_minitron.documents import refuse_too_much
 T = TypeVar("T")
 
 
-def register() -> None:
-    """Make the schemas and the ``${stage:NAME}`` resolver known to Hydra (idempotent)."""
-    schema.register_schemas()
+def register(stage: str) -> None:
+    """Make the schema of a stage and the ``${stage:NAME}`` resolver known to Hydra (idempotent)."""
+    schema.register_schema(stage)
     OmegaConf.register_new_resolver("stage", _stage_folder, replace=True)
 
 
@@ -101,7 +101,7 @@ def compose(stage: str, overrides: Sequence[str], config_dir: str | None = None)
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
 
-    register()
+    register(stage)
     try:
         overrides = opened([*overrides, *searchpath()])
         check_overrides(stage, overrides, config_dir)

@@ -61,12 +61,12 @@ def schema_name(stage: str) -> str:
     return f"{stage}_schema"
 
 
-def register_schemas() -> None:
-    """Put every stage dataclass into Hydra's ConfigStore (idempotent)."""
+def register_schema(stage: str) -> None:
+    """Put the dataclass of a stage into Hydra's ConfigStore (idempotent)."""
     from hydra.core.config_store import ConfigStore
 
-    for stage, cls in COMMANDS.items():
-        ConfigStore.instance().store(name=schema_name(stage), node=cls, provider="nemo_minitron")
+    name, node = schema_name(stage), COMMANDS[stage]
+    ConfigStore.instance().store(name=name, node=node, provider="nemo_minitron")
 
 
 def summary(stage: str) -> str:
