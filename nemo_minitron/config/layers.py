@@ -109,14 +109,3 @@ def check_lengths(config: Any) -> None:
                 f"{name} has {len(values)} entries, but num_layers={config.num_layers}; it needs "
                 "one for each layer"
             )
-
-
-def has_plain_gate(config: Any) -> bool:
-    """Whether every MLP is ``silu(gate) * linear`` and none belongs to an expert.
-
-    Of such a model a CPU keeps as little for the backward pass as a GPU does.
-    """
-    changed = config.activation_func_clamp_value is not None or bool(config.glu_linear_offset)
-    others = config.num_moe_experts is not None or config.hybrid_layer_pattern is not None
-    plain: bool = config.gated_linear_unit and config.activation == "silu"
-    return plain and not (changed or others)

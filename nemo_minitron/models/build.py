@@ -93,8 +93,6 @@ def transformer_config(
     defaults = transformer_defaults(
         config, on_gpu=on_gpu, have_te=HAVE_TE, have_grouped_gemm=HAVE_GROUPED_GEMM
     )
-    if given.get("bias_activation_fusion"):
-        defaults["use_te_activation_func"] = False  # Megatron takes one of the two
     mcore = (MLATransformerConfig if config.multi_latent else TransformerConfig)(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,

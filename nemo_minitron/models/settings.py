@@ -11,7 +11,6 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.tensor_parallel import layers as megatron_layers
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from nemo_minitron.config.layers import has_plain_gate
 from nemo_minitron.config.layout import recompute_settings
 from nemo_minitron.config.megatron import ForwardMegatronConfig, MegatronConfig, merged_recompute
 from nemo_minitron.config.megatron_owned import TRAINING_ONLY
@@ -69,8 +68,6 @@ def transformer_defaults(
         "bias_activation_fusion": (
             on_gpu and config.gated_linear_unit and config.activation == "silu"
         ),
-        # Without that kernel the activation is not Transformer Engine's but ``GatedSilu``.
-        "use_te_activation_func": not on_gpu and has_plain_gate(config),
         "bias_dropout_fusion": on_gpu,
         "persist_layer_norm": have_te,
         "batch_p2p_comm": on_gpu,

@@ -21,10 +21,8 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 
 from nemo_minitron.config.layers import EXPERTS, kinds_of
-from nemo_minitron.models.activations import GatedSilu
 from nemo_minitron.models.attention import LocalAttention
 from nemo_minitron.models.latent import LatentAttention
-from nemo_minitron.runtime.megatron import mlp_submodules
 
 HAVE_TE = MEGATRON_HAS_TE and torch.cuda.is_available()
 HAVE_GROUPED_GEMM = HAVE_TE and TEColumnParallelGroupedLinear is not None
@@ -99,8 +97,6 @@ def local_layer(config: TransformerConfig, num_experts: int | None) -> ModuleSpe
         names = dict(layer.sharded_state_dict_keys_map)
         del names["pre_mlp_layernorm."]
         layer.sharded_state_dict_keys_map = names
-    if config.use_te_activation_func:
-        mlp_submodules(layer.mlp).activation_func = GatedSilu
     attention = layer.self_attention.submodules
     attention.core_attention = LocalAttention
     for holder in (layer, attention):

@@ -8,7 +8,7 @@ what autograd really saves on a CPU.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nemo_minitron.config.layers import ATTENTION, EXPERTS, LINEAR, MAMBA, MLP, has_plain_gate
+from nemo_minitron.config.layers import ATTENTION, EXPERTS, LINEAR, MAMBA, MLP
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.training import DataConfig, TrainerConfig
@@ -137,12 +137,11 @@ def experts(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> in
 def _kept_per_channel(config: ModelConfig, tokens: Tokens) -> float:
     """Elements per token and FFN channel: outputs of fc1, what the activation keeps, input of fc2.
 
-    A gate of several kernels keeps both of its factors beside the two halves they are made of.
+    SwiGLU of several kernels keeps both of its factors beside the two halves they are made of.
     """
     elements = 2.0
     if config.gated_linear_unit:
-        fused = tokens.fused and config.activation == "silu"
-        elements = 3 if fused or has_plain_gate(config) else 5
+        elements = 3 if tokens.fused and config.activation == "silu" else 5
     # The input of fc2 may be kept in fewer bytes.
     return elements if tokens.matmul is None else elements - 1 + tokens.matmul / tokens.element
 
