@@ -13,7 +13,8 @@ from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import parameter_count
 from nemo_minitron.reporting import plots
 from nemo_minitron.reporting.model_card import templates
-from nemo_minitron.reporting.results import Pruning, Results, Row, StageResult, read_results
+from nemo_minitron.reporting.results import Pruning, Results, read_results
+from nemo_minitron.reporting.rows import Row, StageResult
 from nemo_minitron.reporting.speed import SPEED_HEADER, generation_rows, speed_rows
 from nemo_minitron.runtime.atomic import atomic_file
 from nemo_minitron.runtime.console import show_table, show_texts
@@ -47,7 +48,7 @@ def write_report(output_dir: str | Path, cfg: PipelineConfig) -> Path:
 
     Args:
         output_dir: folder of a pipeline whose stages are all complete.
-        cfg: its config; ``report`` says what the table compares (``results.check_report``).
+        cfg: its config; ``report`` says what the table compares (``rows.check_report``).
 
     Returns:
         The page.

@@ -146,7 +146,7 @@ def _evaluate(cfg: EvaluateConfig, model: ModelConfig) -> dict[str, Any]:
 
 
 def _show(cfg: EvaluateConfig, metrics: dict[str, Any]) -> None:
-    from nemo_minitron.reporting.results import task_scores
+    from nemo_minitron.reporting.rows import task_scores
     from nemo_minitron.runtime.console import show_table, show_texts
 
     rows = [("parameters", f"{metrics['parameters']['total']:,}")]

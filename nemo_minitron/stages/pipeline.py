@@ -10,7 +10,7 @@ from nemo_minitron.checkpoint.output_checks import check_apart, check_cache, che
 from nemo_minitron.config.stages import PipelineConfig
 from nemo_minitron.pipeline.plan import Item, read_items, run_items
 from nemo_minitron.planning.models import stated_model, warn_of_another_model
-from nemo_minitron.reporting.results import check_report
+from nemo_minitron.reporting.rows import check_report
 from nemo_minitron.runtime import ranks
 
 log = logging.getLogger(__name__)

@@ -21,7 +21,8 @@ from nemo_minitron.families.table import parameter_count
 from nemo_minitron.pruning.plan import make_plan, pruned_config
 from nemo_minitron.pruning.scores import Scores, model_meta
 from nemo_minitron.reporting.report import REPORT, millions, render, write_report
-from nemo_minitron.reporting.results import check_report, read_results
+from nemo_minitron.reporting.results import read_results
+from nemo_minitron.reporting.rows import check_report
 
 MODEL = ModelConfig(
     family="llama",
