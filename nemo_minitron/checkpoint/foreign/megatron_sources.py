@@ -136,17 +136,15 @@ def _megatron_lm(path: Path) -> Source:
     said = vars(args)
     vocab = said.get("vocab_size")
     null = str(said.get("tokenizer_type", "")).startswith("Null")
+    # Until core 0.17 the tokenizer without words adds one for the end of a document.
+    adds_one = "null_tokenizer_eod_id" not in said
     return Source(
         folder,
         of_args(said, f"args in {file}"),
         folder,
         in_folder(folder),
         tokenizer=_named_tokenizer(folder, said.get("tokenizer_model"), file),
-        # Of the tokenizer without words. Until core 0.17 it adds one for the end of a document;
-        # since 0.18 that is the last of them, or the one that an argument names.
-        vocab_size=int(vocab) + ("null_tokenizer_eod_id" not in said)
-        if null and vocab is not None
-        else None,
+        vocab_size=int(vocab) + adds_one if null and vocab is not None else None,
     )
 
 
