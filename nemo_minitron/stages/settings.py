@@ -57,7 +57,8 @@ def open_inputs(cfg: StageConfig, verify: str, *, exports: bool = False) -> dict
         named = getattr(cfg, key, None)
         for path in [named] if isinstance(named, str) else named or ():
             needs = None if exports and is_export(path) else needed
-            _refuse_unimported(key, path)
+            if needed == _MODEL:
+                _refuse_unimported(key, path)
             opened[key] = open_result(path, verify, key=key, needs=needs, workers=cfg.workers)
     return opened
 
