@@ -36,7 +36,7 @@ _HEADER = (
     "parameters",
     "size\non disk",
     "held-out\nloss",
-    "per-\nplexity",
+    "perplexity",
     "writes\ntokens/s",
     "gap\nclosed",
 )
