@@ -88,7 +88,7 @@ def test_only_the_axes_asked_for(ranks: WorkerPool, home: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"checkpoint": "hf-fp32"}, r"checkpoint=.*manifest\.json is missing"),
+        ({"checkpoint": "hf-fp32"}, r"checkpoint=.* is not a complete result but a model"),
         ({"tensor_model_parallel_size": 3}, r"size=3 must divide num_query_groups=4"),
         (
             {"pipeline_model_parallel_size": 3},
