@@ -126,6 +126,16 @@ def _latent_args(config: ModelConfig) -> JsonObject:
     }
 
 
+def _linear_args(config: ModelConfig) -> JsonObject:
+    """Of gated delta nets and gated attention; nothing for others."""
+    found: JsonObject = {}
+    if config.linear_attention_freq is not None:
+        names = ("linear_attention_freq", *LINEAR_SIZES)
+        found = {name: getattr(config, name) for name in names}
+        found["experimental_attention_variant"] = LINEAR_VARIANT
+    return found | ({"attention_output_gate": True} if config.attention_output_gate else {})
+
+
 def megatron_lm_args(config: ModelConfig) -> Namespace:
     """Arguments with which Megatron-LM builds this model."""
     positions = config.max_position_embeddings
@@ -157,12 +167,7 @@ def megatron_lm_args(config: ModelConfig) -> Namespace:
         used["longrope"] = scaling  # no argument of Megatron-LM, which has no such scaling
     if config.hybrid_layer_pattern is not None:
         used |= _hybrid_args(config)
-    if config.linear_attention_freq is not None:
-        names = ("linear_attention_freq", *LINEAR_SIZES)
-        used |= {name: getattr(config, name) for name in names}
-        used["experimental_attention_variant"] = LINEAR_VARIANT
-    if config.attention_output_gate:
-        used["attention_output_gate"] = True
+    used |= _linear_args(config)
     if config.moe_router_score_function != "softmax" or config.moe_router_topk_scaling_factor:
         used |= {name: getattr(config, name) for name in _ROUTER} | {"moe_router_dtype": "fp32"}
     return Namespace(

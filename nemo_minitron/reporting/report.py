@@ -40,7 +40,7 @@ _HEADER = (
     "writes\ntokens/s",
     "gap\nclosed",
 )
-"""A terminal has 80 columns: no heading is wider than its figures."""
+"""Headings of two lines, so that the table fits the 80 columns of a terminal."""
 
 
 def write_report(output_dir: str | Path, cfg: PipelineConfig) -> Path:
