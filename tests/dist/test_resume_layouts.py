@@ -10,6 +10,7 @@ import torch
 
 from nemo_minitron.config.parallel import ParallelConfig
 from tests.cases.training import STEPS, train
+from tests.helpers.history import without_speed
 from tests.helpers.tiny import GLM4_MOE, LLAMA, MIXTRAL, NEMOTRON_H, write_weights
 
 TIED = replace(LLAMA, share_embeddings_and_output_weights=True)
@@ -162,10 +163,6 @@ def test_goes_on_bit_for_bit(runs, layout, at, over):
     want, _ = runs.undisturbed("dense", layout, **over)
     got = runs.resumed("dense", layout, layout, at, **over)
     for (history, weights), (want_history, want_weights) in zip(got, want, strict=True):
-        assert _without_speed(history) == _without_speed(want_history)
+        assert without_speed(history) == without_speed(want_history)
         assert weights.keys() == want_weights.keys()
         assert all(torch.equal(weights[name], want_weights[name]) for name in weights)
-
-
-def _without_speed(history):
-    return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in history]

@@ -13,6 +13,7 @@ import torch
 
 from tests.helpers.bad_input import Ending, done, run_line, write_pair
 from tests.helpers.damage import flip_bit
+from tests.helpers.history import without_speed
 from tests.helpers.tiny import LLAMA, read_weights, write_result
 
 STUDENT = replace(LLAMA, hidden_size=48, ffn_hidden_size=64, num_layers=2)
@@ -58,8 +59,7 @@ def stored(ranks, folder) -> Path:
 
 
 def _history(result: Path) -> list[dict[str, float]]:
-    records = json.loads((result / "metrics.json").read_text())["history"]
-    return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in records]
+    return without_speed(json.loads((result / "metrics.json").read_text())["history"])
 
 
 def test_stored_outputs_give_the_curve_of_a_resident_teacher(ranks, folder, stored):

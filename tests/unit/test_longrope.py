@@ -8,7 +8,7 @@ from nemo_minitron.config.inference import BenchmarkConfig, EvaluateConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.training import DataConfig
 from nemo_minitron.models.documents import check_shared
-from nemo_minitron.stages import benchmark, evaluate
+from nemo_minitron.stages import benchmark, tasks
 from tests.helpers.tiny import LLAMA, PHI3_LONG
 
 
@@ -32,10 +32,10 @@ def test_no_text_grows_beyond_the_short_ones() -> None:
 
 def test_requests_of_tasks_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("tokenizer_files", "load_tokenizer", "check_installed"):
-        monkeypatch.setattr(evaluate, name, lambda *_: ["tokenizer.json"])
+        monkeypatch.setattr(tasks, name, lambda *_: ["tokenizer.json"])
     cfg = EvaluateConfig(checkpoint="-", output_dir="-", tasks=["piqa"])
-    assert (evaluate.max_length(cfg, PHI3_LONG), evaluate.max_length(cfg, LLAMA)) == (16, 128)
+    assert (tasks.max_length(cfg, PHI3_LONG), tasks.max_length(cfg, LLAMA)) == (16, 128)
     cfg.lm_eval.max_length = 32
     says = "lm_eval.max_length=32 must be at most original_max_position_embeddings=16"
     with pytest.raises(ValueError, match=says):
-        evaluate.check_tasks(cfg, PHI3_LONG, export=False)
+        tasks.check_tasks(cfg, PHI3_LONG, export=False)
