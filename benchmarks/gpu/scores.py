@@ -49,7 +49,7 @@ def _target(config: ModelConfig) -> PruningConfig:
 
 def scored(config: ModelConfig, samples: int, length: int) -> tuple[dict[str, Tensor], Plan]:
     """Scores and plan of a random model, inside ``distributed``."""
-    from nemo_minitron.data.npy import NpyDataset
+    from nemo_minitron.data.samples import NpyDataset
     from nemo_minitron.importance.estimate import estimate_scores
 
     chunk, groups = _model(config)

@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset
 
 from nemo_minitron.data.cache import build_for_all
+from nemo_minitron.data.samples import Sample
 from nemo_minitron.runtime.extensions import before_megatron
 
 logger = logging.getLogger(__name__)
-
-Sample = dict[str, torch.Tensor]
 
 
 class Order(NamedTuple):

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from torch.utils.data import Dataset
 
 from nemo_minitron.config.blend import naming
 from nemo_minitron.config.model import ModelConfig
@@ -20,7 +19,6 @@ from nemo_minitron.config.training_stages import TeacherPassConfig
 from nemo_minitron.data.blend import (
     BlendedSamples,
     Order,
-    Sample,
     blend_order,
     part_sizes,
     stored_order,
@@ -29,9 +27,9 @@ from nemo_minitron.data.cache import build_for_all, cache_folder
 from nemo_minitron.data.checks import check_index, check_npy, scan_ids
 from nemo_minitron.data.gpt import TokenData, megatron_datasets
 from nemo_minitron.data.indexed import TextTokenizer, build_indexed
-from nemo_minitron.data.npy import NpyDataset
 from nemo_minitron.data.packing import RecordSamples
 from nemo_minitron.data.pair import read_index
+from nemo_minitron.data.samples import FirstSamples, NpyDataset
 from nemo_minitron.data.sft import build_sft, holds_sft, refuse_unblended
 from nemo_minitron.data.sft_samples import stage_samples, training_samples
 from nemo_minitron.data.splits import (
@@ -289,25 +287,6 @@ def _tokens(
             refuse_unblended(find_source(source.path), source)
             found.append(prepared(source))
     return found
-
-
-class FirstSamples(Dataset[Sample]):
-    """The first ``size`` samples of a dataset.
-
-    Unlike ``torch.utils.data.Subset`` it passes the index None on, which stands for a filler.
-    """
-
-    def __init__(self, dataset: Dataset[Sample], size: int) -> None:
-        """Wrap a dataset of at least ``size`` samples."""
-        self.dataset, self.size = dataset, size
-
-    def __len__(self) -> int:
-        """Samples."""
-        return self.size
-
-    def __getitem__(self, index: int | None) -> Sample:
-        """Return sample ``index``, or for None a filler whose loss mask is all 0."""
-        return self.dataset[index]
 
 
 SampleSet = FirstSamples | NpyDataset | BlendedSamples | RecordSamples

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nemo_minitron.config.training import DataConfig
-from nemo_minitron.data.datasets import FirstSamples
 from nemo_minitron.data.sampler import build_dataloader
+from nemo_minitron.data.samples import FirstSamples
 from nemo_minitron.models.build import HiddenGPTModel
 from nemo_minitron.models.schedule import Batch, on_this_cp_rank
 from nemo_minitron.runtime.groups import ParallelGroups

@@ -24,9 +24,9 @@ from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.rope import attention_fields
 from nemo_minitron.families.table import Family
 from nemo_minitron.families.windows import megatron_fields
-from nemo_minitron.models.activations import activation_fields
 from nemo_minitron.models.attention import capped
 from nemo_minitron.models.build_fields import (
+    activation_fields,
     latent_fields,
     linear_fields,
     mamba_fields,

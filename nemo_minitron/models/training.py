@@ -3,7 +3,6 @@
 import logging
 import shutil
 import time
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -13,17 +12,15 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from megatron.core import dist_checkpointing
-from nemo.utils.exp_manager import exp_manager
 from torch.utils.data import Dataset
 
-from nemo_minitron.config.loggers import ExpManagerConfig
 from nemo_minitron.config.training import DataConfig, TrainerConfig
 from nemo_minitron.data.blend import BlendedSamples
 from nemo_minitron.data.sampler import build_dataloader
 from nemo_minitron.models.gpt import MinitronGPTModel
 from nemo_minitron.models.history import History
 from nemo_minitron.models.lightning import MegatronStrategy
-from nemo_minitron.models.loggers import make_loggers
+from nemo_minitron.models.loggers import close_logs, log_with_nemo
 from nemo_minitron.models.saving import UNFINISHED, checkpoint_name, step_of
 from nemo_minitron.models.schedule import Batch
 from nemo_minitron.models.signs_of_life import SignsOfLife
@@ -162,43 +159,6 @@ def _trainer(config: TrainerConfig, callbacks: list[Callback], validate: bool) -
     )
 
 
-def _log_with_nemo(trainer: Trainer, folder: Path, config: ExpManagerConfig) -> None:
-    """Loggers and log files through NeMo's exp_manager; our own callbacks do the rest."""
-    wandb = asdict(config.wandb_logger_kwargs)
-    exp_manager(
-        trainer,
-        {
-            "explicit_log_dir": str(folder),
-            "create_checkpoint_callback": False,
-            "create_preemption_callback": False,
-            # Checkpoints are written before the validation of their step: Lightning makes up for
-            # it, and NeMo's default is to leave out the first validation after a resume.
-            "disable_validation_on_resume": False,
-            "create_tensorboard_logger": config.create_tensorboard_logger,
-            "create_wandb_logger": config.create_wandb_logger,
-            "wandb_logger_kwargs": {k: v for k, v in wandb.items() if v is not None},
-            "log_step_timing": False,
-            "log_tflops_per_sec_per_gpu": False,
-            "seconds_to_sleep": 0,
-        },
-    )
-    trainer.loggers = [*trainer.loggers, *make_loggers(config.loggers, folder)]
-
-
-def _close_logs(folder: Path) -> None:
-    """Take away the handlers that ``exp_manager`` leaves on the loggers of NeMo and Lightning.
-
-    They would write what the next training of this process says into files of this one; and where
-    Hydra closed them since, and the result has its final name, they would not find their folder.
-    """
-    for logger in list(logging.root.manager.loggerDict.values()):
-        for handler in list(getattr(logger, "handlers", [])):
-            path = Path(getattr(handler, "baseFilename", "/"))
-            if path.resolve().is_relative_to(folder.resolve()):
-                logger.removeHandler(handler)  # type: ignore[union-attr]  # a PlaceHolder has no handlers
-                handler.close()
-
-
 def _loaders(
     model: MinitronGPTModel, data: DataConfig, datasets: Samples, consumed: int
 ) -> tuple[Any, Any]:
@@ -244,11 +204,11 @@ def fit(
     validate = loaders[1] is not None and config.limit_val_batches > 0
     watch = SignsOfLife(config.hang_after_minutes, work / "logs" / "hung")
     trainer = _trainer(config, [history, *checkpoints, stop, watch], validate)
-    _log_with_nemo(trainer, work / "logs", model.exp_manager_cfg)
+    log_with_nemo(trainer, work / "logs", model.exp_manager_cfg)
     try:
         trainer.fit(model, ckpt_path=None if resume is None else str(resume))
     finally:
         watch.stop()
         stop.restore()
-        _close_logs(work / "logs")
+        close_logs(work / "logs")
     return history.records

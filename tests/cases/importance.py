@@ -21,7 +21,7 @@ def score(
     moments: str | None = None,
 ) -> dict[str, torch.Tensor]:
     """Scores of the checkpoint in ``folder`` on ``[samples, s]`` ids; moments into a folder."""
-    from nemo_minitron.data.npy import NpyDataset
+    from nemo_minitron.data.samples import NpyDataset
     from nemo_minitron.importance.estimate import estimate_scores
     from nemo_minitron.models.build import build_gpt
     from nemo_minitron.models.weights import load_weights

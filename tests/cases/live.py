@@ -36,7 +36,7 @@ def _load(config: ModelConfig, folder: str, parallel: ParallelConfig, groups):
 
 
 def _score(chunks, config: ModelConfig, groups, ids: torch.Tensor, global_batch_size: int):
-    from nemo_minitron.data.npy import NpyDataset
+    from nemo_minitron.data.samples import NpyDataset
     from nemo_minitron.importance.estimate import estimate_scores
 
     data = DataConfig(

@@ -54,7 +54,7 @@ def _bytes(model: Any) -> int:
 
 
 def _dataset(samples: int, vocab_size: int) -> Any:
-    from nemo_minitron.data.npy import NpyDataset
+    from nemo_minitron.data.samples import NpyDataset
 
     return NpyDataset(token_batch(samples, 15, vocab_size).numpy(), samples)
 

@@ -29,7 +29,7 @@ def score(
 
     The cut comes once ``cut_after`` forward passes of a sample are done.
     """
-    from nemo_minitron.data.npy import NpyDataset
+    from nemo_minitron.data.samples import NpyDataset
     from nemo_minitron.importance.estimate import estimate_scores
     from nemo_minitron.importance.resume import SavedState
     from nemo_minitron.models.build import build_gpt

@@ -29,7 +29,7 @@ def train(
     Returns:
         The history and the weights, or the error.
     """
-    from nemo_minitron.data.npy import NpyDataset
+    from nemo_minitron.data.samples import NpyDataset
     from nemo_minitron.models.gpt import MinitronGPTModel
     from nemo_minitron.models.training import fit
     from nemo_minitron.runtime.launch import init_model_parallel

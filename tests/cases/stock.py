@@ -96,7 +96,7 @@ def _forward_only(iterator: Any, model: Any) -> Any:
 
 
 def _samples(ids: torch.Tensor) -> list[dict[str, torch.Tensor]]:
-    from nemo_minitron.data.npy import NpyDataset
+    from nemo_minitron.data.samples import NpyDataset
 
     dataset = NpyDataset(ids.numpy(), len(ids))
     return [{k: v[None] for k, v in dataset[index].items()} for index in range(len(ids))]

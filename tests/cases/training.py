@@ -26,7 +26,7 @@ def train(
 
     Returns the history and the final weights of this rank.
     """
-    from nemo_minitron.data.npy import NpyDataset
+    from nemo_minitron.data.samples import NpyDataset
     from nemo_minitron.models.distill import DistillationGPTModel
     from nemo_minitron.models.training import fit
     from nemo_minitron.runtime.launch import init_model_parallel

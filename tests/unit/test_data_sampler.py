@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_minitron.data.npy import NpyDataset
 from nemo_minitron.data.sampler import GlobalBatchSampler, build_dataloader
+from nemo_minitron.data.samples import NpyDataset
 from tests.helpers.data_fixtures import data_config
 
 

@@ -13,7 +13,7 @@ from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.stages import DistillConfig, TeacherLogitsConfig
 from nemo_minitron.config.training import DataConfig, TrainerConfig
 from nemo_minitron.config.training_stages import TeacherPassConfig
-from nemo_minitron.data.npy import NpyDataset
+from nemo_minitron.data.samples import NpyDataset
 from nemo_minitron.distillation.logit_index import LogitIndex, Part, check_stored, data_keys
 from nemo_minitron.distillation.logit_shards import (
     StoredTeacher,

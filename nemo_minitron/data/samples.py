@@ -1,10 +1,10 @@
-"""Samples that are there as rows of token ids."""
+"""What a sample is, samples that are there as rows of token ids, and the first of others."""
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from nemo_minitron.data.blend import Sample
+Sample = dict[str, torch.Tensor]
 
 
 class NpyDataset(Dataset[Sample]):
@@ -41,3 +41,22 @@ class NpyDataset(Dataset[Sample]):
             "loss_mask": loss_mask,
             "position_ids": torch.arange(len(tokens)),
         }
+
+
+class FirstSamples(Dataset[Sample]):
+    """The first ``size`` samples of a dataset.
+
+    Unlike ``torch.utils.data.Subset`` it passes the index None on, which stands for a filler.
+    """
+
+    def __init__(self, dataset: Dataset[Sample], size: int) -> None:
+        """Wrap a dataset of at least ``size`` samples."""
+        self.dataset, self.size = dataset, size
+
+    def __len__(self) -> int:
+        """Samples."""
+        return self.size
+
+    def __getitem__(self, index: int | None) -> Sample:
+        """Return sample ``index``, or for None a filler whose loss mask is all 0."""
+        return self.dataset[index]
