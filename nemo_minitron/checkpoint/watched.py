@@ -31,7 +31,7 @@ from nemo_minitron.config.stages import StageConfig
 _ALSO_READ = ("tokenizer",)
 _PAIR = (".bin", ".idx")
 _MOST_FILES = 100_000
-_MAY_HOLD_MANY = ("data.path", "data.blend.")  # one file for every document
+_MAY_HOLD_MANY = ("data.path", "data.blend.", "trainer.phases.")  # one file for every document
 
 
 def read_paths(cfg: StageConfig) -> dict[str, str]:

@@ -81,8 +81,8 @@ def config_values(cfg: StageConfig) -> dict[str, Any]:
         if value is None and _is_new_entry(meaning, name, key):
             continue
         added = meaning.role == "added" and value != meaning.default
-        if meaning.role == "input" and (weights := _weights(value)) is not None:
-            values[key] = weights
+        if meaning.role == "input" and (beside := _beside_paths(value)) is not None:
+            values[key] = beside
         if meaning.role == "counts" or added:
             values[key] = meaning.plain(value)
     return values
@@ -94,32 +94,48 @@ def _is_new_entry(meaning: Meaning, name: str, key: str) -> bool:
     return name != key and isinstance(known, dict) and key[len(name) + 1 :] not in known
 
 
-def _weights(value: object) -> list[Any] | None:
-    """What counts of weighted sources beside their content; None for any other input."""
+def _beside_paths(value: object) -> list[Any] | None:
+    """What counts of weighted sources or phases besides what their paths hold; None for others."""
     if not isinstance(value, list) or any(isinstance(entry, str) for entry in value):
         return None
-    return [entry["weight"] if isinstance(entry, dict) else entry for entry in value]
+    return [_without_paths(entry) for entry in value]
+
+
+def _without_paths(entry: Any) -> Any:
+    if not isinstance(entry, dict):
+        return entry
+    if set(entry) == {"weight", "path"}:
+        return entry["weight"]
+    found = {key: value for key, value in entry.items() if key != "path"}
+    if isinstance(entry.get("data"), dict):
+        found["data"] = _without_paths(entry["data"])
+    return found | ({"blend": _beside_paths(entry["blend"])} if entry.get("blend") else {})
 
 
 def input_paths(cfg: StageConfig) -> dict[str, str]:
     """Config key -> path, for every input the stage config names.
 
-    Keys are ``key.0``, ... for a list, and ``key.0.path``, ... for one of weighted sources.
+    Keys are ``key.0``, ... for a list, ``key.0.path``, ... for one of weighted sources, and
+    ``key.0.data.path``, ... for phases.
     """
     values = flatten(asdict(cfg))
     found: dict[str, str] = {}
     for key, meaning in meanings(type(cfg)).items():
-        value = values.get(key)
-        if meaning.role != "input" or value in (None, ""):
-            continue
-        if not isinstance(value, list):
-            found[key] = value
-            continue
-        for i, one in enumerate(value):
-            weighted = isinstance(one, dict)
-            name = f"{key}.{i}.path" if weighted else f"{key}.{i}"
-            found[name] = one["path"] if weighted else one
+        if meaning.role == "input":
+            found.update(_named_paths(key, values.get(key)))
     return found
+
+
+def _named_paths(key: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Every path that an input names, with its key."""
+    if isinstance(value, list):
+        for index, entry in enumerate(value):
+            yield from _named_paths(f"{key}.{index}", entry)
+    elif isinstance(value, dict):
+        for name in ("path", "blend", "data"):
+            yield from _named_paths(f"{key}.{name}", value.get(name))
+    elif value not in (None, ""):
+        yield key, value
 
 
 def changes(
@@ -142,9 +158,9 @@ def changes(
                 found[key] = (before[key], None)
             continue
         if meaning.role == "input":
-            weights = _weights(before.get(key)), _weights(now.get(key))
-            if weights[0] != weights[1]:
-                found[key] = weights
+            beside = _beside_paths(before.get(key)), _beside_paths(now.get(key))
+            if beside[0] != beside[1]:
+                found[key] = beside
             continue
         if meaning.role not in ("counts", "added") or (
             resuming and _may_change(meaning, name, key)

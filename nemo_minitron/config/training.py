@@ -122,7 +122,7 @@ class DataConfig:
         """Of the sources of ``blend``, as given."""
         return [source["weight"] for source in self.blend]
 
-    def phases(self, samples: int) -> list[tuple[list[float], int]]:
+    def weights_by_samples(self, samples: int) -> list[tuple[list[float], int]]:
         """Weights of the sources of ``blend``, and how many samples in turn are drawn by them.
 
         Args:
@@ -166,6 +166,9 @@ class TrainerConfig:
 
     max_steps: int = 100
     """Optimizer steps."""
+    phases: list[dict[str, Any]] | None = field(default=None, metadata=INPUT)
+    """Parts of the training with other data: a list of ``{steps, data}``, where ``data`` holds what
+    differs from ``data.*`` (seq_length, path or blend, batch sizes, ...); null: one part."""
     val_check_interval: int = 50
     """Steps between validations."""
     limit_val_batches: int = 8

@@ -22,6 +22,7 @@ from nemo_minitron.config.megatron import (
     merged_recompute,
 )
 from nemo_minitron.config.parallel import ParallelConfig, TeacherParallelConfig
+from nemo_minitron.config.phases import Phase, parse_phases, phases_of
 from nemo_minitron.config.training import (
     PRECISION,
     DataConfig,
@@ -44,6 +45,9 @@ class TrainingStageConfig(StageConfig):
     def __post_init__(self) -> None:
         """Check relations between sections."""
         super().__post_init__()
+        if self.trainer.phases is not None:
+            self.trainer.phases = parse_phases(self.trainer.phases)
+        self.phases()  # refuses phases that do not fit
         if self.optim.lr_warmup_steps >= self.trainer.max_steps:
             raise ValueError(
                 f"optim.lr_warmup_steps={self.optim.lr_warmup_steps} must be below "
@@ -51,6 +55,10 @@ class TrainingStageConfig(StageConfig):
             )
         check_optimizer(self.megatron, self.optim)
         merged_recompute(self.trainer, self.megatron)
+
+    def phases(self) -> list[Phase]:
+        """Parts of the training, each with its data; one if ``trainer.phases`` is not set."""
+        return phases_of(self.data, self.trainer)
 
 
 @dataclass(kw_only=True)
@@ -104,6 +112,11 @@ class DistillConfig(TrainingStageConfig):
             )
         if self.teacher is not None:
             return self._check_own_ranks()
+        if self.trainer.phases is not None:
+            raise ValueError(
+                "trainer.phases changes the samples, and teacher_logits holds outputs for samples "
+                "of one kind; give teacher=, or distil once for each phase"
+            )
         if self.teacher_parallel != TeacherParallelConfig():
             raise ValueError("teacher_parallel.* is for a teacher that is built; leave it out here")
         if self.distillation.loss not in TOP_K_LOSSES:
@@ -139,19 +152,26 @@ class DistillConfig(TrainingStageConfig):
                 "distillation.offload_teacher=true makes room on ranks that train, where a teacher "
                 f"on teacher_parallel.own_ranks={own} is not; leave it out"
             )
-        if self.data.records == "sft" and self.data.pack:
-            raise ValueError(
-                "data.pack=true lets records share samples, whose borders are not sent to a "
-                f"teacher on teacher_parallel.own_ranks={own}; set data.pack=false"
-            )
         replicas = self.teacher_parallel.of(self.parallel).data_parallel_size or 1
-        count = self.data.global_batch_size // self.data.micro_batch_size
-        if count % replicas:
-            raise ValueError(
-                f"teacher_parallel.own_ranks={own} make {replicas} replicas of the teacher, which "
-                f"must divide the {count} micro-batches of data.global_batch_size="
-                f"{self.data.global_batch_size}; change one of them"
-            )
+        for phase in self.phases():
+            with phase.naming():
+                _check_served(phase.data, own, replicas)
+
+
+def _check_served(data: DataConfig, own: int, replicas: int) -> None:
+    """Refuse samples that cannot be sent to a teacher on ranks of its own, or not evenly."""
+    if data.records == "sft" and data.pack:
+        raise ValueError(
+            "data.pack=true lets records share samples, whose borders are not sent to a "
+            f"teacher on teacher_parallel.own_ranks={own}; set data.pack=false"
+        )
+    count = data.global_batch_size // data.micro_batch_size
+    if count % replicas:
+        raise ValueError(
+            f"teacher_parallel.own_ranks={own} make {replicas} replicas of the teacher, which "
+            f"must divide the {count} micro-batches of data.global_batch_size="
+            f"{data.global_batch_size}; change one of them"
+        )
 
 
 @dataclass(kw_only=True)

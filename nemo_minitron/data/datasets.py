@@ -197,7 +197,7 @@ def _blended_training(
             data.sources(), tokens, part_sizes(weights, sizes[0]), strict=True
         )
     ]
-    order = stored_order(cache, data.phases(sizes[0]))
+    order = stored_order(cache, data.weights_by_samples(sizes[0]))
     train = BlendedSamples([part[0] for part in parts], order, data.names(), held)
     train.log()
     if not sizes[1]:

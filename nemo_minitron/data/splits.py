@@ -175,7 +175,7 @@ def check_shares(
         ValueError: names the source, its share, and the epochs that it would take.
     """
     limit = data.blend_max_epochs if repeats else 1.0
-    phases = data.phases(wanted)
+    phases = data.weights_by_samples(wanted)
     key, way = "data.num_samples, each sample of which is read once", "data.num_samples"
     if repeats:
         key, way = f"data.blend_max_epochs={limit}", "trainer.max_steps"

@@ -21,6 +21,7 @@ from nemo_minitron.config.loggers import ExpManagerConfig
 from nemo_minitron.config.megatron import MegatronConfig
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.config.phases import phases_of, samples_before
 from nemo_minitron.config.training import DataConfig, OptimConfig, TrainerConfig
 from nemo_minitron.distillation.logit_loss import TeacherStates
 from nemo_minitron.distillation.top_k import TopKTargets
@@ -84,6 +85,7 @@ class MinitronGPTModel(ModelPT):
         self.parallel = read_section(ParallelConfig, cfg.parallel)
         self.data_cfg = read_section(DataConfig, cfg.data)
         self.trainer_cfg = read_section(TrainerConfig, cfg.trainer)
+        self.phases = phases_of(self.data_cfg, self.trainer_cfg)
         self.optim_cfg = read_section(OptimConfig, cfg.optim)
         self.exp_manager_cfg = read_section(ExpManagerConfig, cfg.get("exp_manager", {}))
         self.megatron_cfg = read_section(MegatronConfig, cfg.get("megatron", {}))
@@ -180,8 +182,14 @@ class MinitronGPTModel(ModelPT):
     def set_loaders(self, train: Iterable[Batch], validation: Iterable[Batch] | None) -> None:
         """Attach loaders of micro-batches (``data.sampler.build_dataloader``)."""
         count = self.micro_batches_per_step()
-        self._train_dl = StepLoader(train, count)
-        self._validation_dl = None if validation is None else StepLoader(validation, count)
+        held_out = None if validation is None else StepLoader(validation, count)
+        self.set_step_loaders(StepLoader(train, count), held_out)
+
+    def set_step_loaders(
+        self, train: Iterable[list[Batch]], validation: Iterable[list[Batch]] | None
+    ) -> None:
+        """Attach loaders of this rank's part of global batches, of one phase or of several."""
+        self._train_dl, self._validation_dl = train, validation
 
     # ---- optimisation
 
@@ -304,7 +312,7 @@ class MinitronGPTModel(ModelPT):
         self._optimizer.skip, self._optimizer.careful = empty or spike, self.spikes.factor > 0
         optimizer.step()
         self._lr_scheduler.step(increment=1)
-        self.consumed_samples += self.data_cfg.global_batch_size
+        self.consumed_samples = sum(samples_before(self.phases, step))
         grad_norm = self._optimizer.grad_norm
         if not self._optimizer.skip:
             self.spikes.look_at(grad_norm, step)

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nemo_minitron.checkpoint.progress import write_progress
 from nemo_minitron.config.blend import check_trained
-from nemo_minitron.data.blend import BlendedSamples
+from nemo_minitron.models.phases import Course
 from nemo_minitron.models.speed import Speed
 from nemo_minitron.runtime.console import progress
 
@@ -34,8 +34,8 @@ class History(Callback):
     Args:
         work: folder for training checkpoints and logs.
         total_steps: of the whole training.
-        speed: what a step computes.
-        blend: the training samples, if they have several sources.
+        speed: of what figures to log.
+        course: what is read, and what each step computes.
         changes: ``data.blend_changes``.
     """
 
@@ -44,11 +44,11 @@ class History(Callback):
         work: Path,
         total_steps: int,
         speed: Speed,
-        blend: BlendedSamples | None = None,
+        course: Course,
         changes: Sequence[dict[str, Any]] | None = None,
     ) -> None:
         self.records: list[dict[str, float]] = []
-        self.blend, self.changes = blend, list(changes or ())
+        self.course, self.changes = course, list(changes or ())
         self.work, self.total_steps, self.speed = work, total_steps, speed
         self._begin = self._since = self._paused = self._noted = 0.0
         self._first = self._logged = 0
@@ -87,8 +87,10 @@ class History(Callback):
             now, step = time.monotonic(), trainer.global_step
             seconds = max(now - self._since, 1e-9)
             speed = {"tokens_per_second": metrics["tokens"] / seconds}
-            speed |= self.speed.figures(step - self._logged, seconds)
-            self.records.append({"step": step, **metrics, **speed, **self._epochs(pl_module)})
+            flops = self.course.flops_between(self._logged, step)
+            speed |= self.speed.figures(flops, seconds)
+            epochs = self._epochs(pl_module, step)
+            self.records.append({"step": step, **metrics, **speed, **epochs})
             self._since, self._logged = now, step
             pl_module.last_metrics = {}
             for name, value in speed.items():
@@ -115,9 +117,9 @@ class History(Callback):
             seconds_per_step=(now - self._begin) / max(step - self._first, 1),
         )
 
-    def _epochs(self, pl_module: LightningModule) -> dict[str, float]:
+    def _epochs(self, pl_module: LightningModule, step: int) -> dict[str, float]:
         """How often each source of a blend was read."""
-        epochs = {} if self.blend is None else self.blend.epochs(pl_module.consumed_samples)
+        epochs = self.course.epochs(step)
         for name, value in epochs.items():
             pl_module.log(f"epochs/{name}", value, batch_size=1)
         return {f"epochs/{name}": value for name, value in epochs.items()}

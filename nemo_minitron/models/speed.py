@@ -33,33 +33,37 @@ def peak_tflops(gpu: str) -> float | None:
 
 @dataclass(frozen=True)
 class Speed:
-    """What a step computes, on how many ranks.
+    """How many ranks compute, at what peak.
 
     Attributes:
-        flops: of a step, on all ranks together, without what the backward pass does again.
         ranks: those that train and those of the teacher.
         peak: of a GPU for the arithmetic of this training, 1e12 operations a second, if known.
         memory: whether to look at it.
     """
 
-    flops: float
     ranks: int
     peak: float | None
     memory: bool
 
     @classmethod
-    def of(cls, flops: float, precision: str, *, memory: bool) -> "Speed":
+    def of(cls, precision: str, *, memory: bool) -> "Speed":
         """On the ranks of this job, whose GPUs are alike."""
         known = torch.cuda.is_available() and precision == "bf16-mixed"
         peak = peak_tflops(torch.cuda.get_device_name()) if known else None
-        return cls(flops, dist.get_world_size() + teacher_ranks(), peak, memory)
+        return cls(dist.get_world_size() + teacher_ranks(), peak, memory)
 
-    def figures(self, steps: int, seconds: float) -> dict[str, float]:
-        """Of some steps: ``tflops_per_gpu``, ``mfu`` and ``peak_memory_gib`` (collective)."""
+    def figures(self, flops: float, seconds: float) -> dict[str, float]:
+        """``tflops_per_gpu``, ``mfu`` and ``peak_memory_gib`` of some steps (collective).
+
+        Args:
+            flops: of these steps on all ranks together, without what the backward pass does again;
+                0 if they were not counted.
+            seconds: that they took.
+        """
         found: dict[str, float] = {}
-        if self.flops:
-            found["tflops_per_gpu"] = steps * self.flops / seconds / self.ranks / 1e12
-        if self.flops and self.peak:
+        if flops:
+            found["tflops_per_gpu"] = flops / seconds / self.ranks / 1e12
+        if flops and self.peak:
             found["mfu"] = found["tflops_per_gpu"] / self.peak
         if self.memory:
             found["peak_memory_gib"] = _peak_memory()

@@ -3,6 +3,7 @@
 import logging
 import shutil
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -12,17 +13,14 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from megatron.core import dist_checkpointing
-from torch.utils.data import Dataset
 
-from nemo_minitron.config.training import DataConfig, TrainerConfig
-from nemo_minitron.data.blend import BlendedSamples
-from nemo_minitron.data.sampler import build_dataloader
+from nemo_minitron.config.training import TrainerConfig
 from nemo_minitron.models.gpt import MinitronGPTModel
 from nemo_minitron.models.history import History
 from nemo_minitron.models.lightning import MegatronStrategy
 from nemo_minitron.models.loggers import close_logs, log_with_nemo
+from nemo_minitron.models.phases import Course, Samples
 from nemo_minitron.models.saving import UNFINISHED, checkpoint_name, step_of
-from nemo_minitron.models.schedule import Batch
 from nemo_minitron.models.signs_of_life import SignsOfLife
 from nemo_minitron.models.speed import Speed
 from nemo_minitron.runtime.errors import Preempted
@@ -32,8 +30,6 @@ from nemo_minitron.runtime.stop import StopOnRequest
 
 log = logging.getLogger(__name__)
 
-Samples = tuple[Dataset[Batch], Dataset[Batch] | None]
-"""Training and validation samples."""
 CHECKPOINTS = "checkpoints"
 """Sub-folder of resumable training checkpoints."""
 
@@ -159,26 +155,20 @@ def _trainer(config: TrainerConfig, callbacks: list[Callback], validate: bool) -
     )
 
 
-def _loaders(
-    model: MinitronGPTModel, data: DataConfig, datasets: Samples, consumed: int
-) -> tuple[Any, Any]:
-    share = {"dp_rank": model.groups.dp.rank(), "dp_size": model.groups.dp.size()}
-    train = build_dataloader(datasets[0], data, consumed_samples=consumed, drop_last=True, **share)
-    if datasets[1] is None:
-        return train, None
-    return train, build_dataloader(datasets[1], data, drop_last=False, **share)
-
-
 def fit(
-    model: MinitronGPTModel, datasets: Samples, work: Path, *, flops: float = 0.0
+    model: MinitronGPTModel,
+    samples: Sequence[Samples],
+    work: Path,
+    *,
+    flops: Sequence[float] = (),
 ) -> list[dict[str, float]]:
     """Train to ``trainer.max_steps``, going on from the newest checkpoint in ``work`` if any.
 
     Args:
         model: the model, weights loaded.
-        datasets: train and validation samples (validation may be None).
+        samples: train and validation samples of each phase (validation may be None in all).
         work: folder for training checkpoints and logs.
-        flops: operations of a step on all ranks, to log how fast they are; 0 does not.
+        flops: operations of a step of each phase on all ranks, to log how fast they are.
 
     Returns:
         One record per logged step: step, loss, lr, grad_norm, tokens, tokens_per_second, what
@@ -190,18 +180,17 @@ def fit(
     config = model.trainer_cfg
     remove_unfinished(work / CHECKPOINTS)
     resume = newest_checkpoint(work / CHECKPOINTS)
-    consumed = 0 if resume is None else step_of(resume)
-    consumed *= model.data_cfg.global_batch_size
+    done = 0 if resume is None else step_of(resume)
     if resume is not None:
         log.info("going on from %s", resume)
     checkpoints = _checkpoint_callbacks(config, work / CHECKPOINTS)
-    blend = datasets[0] if isinstance(datasets[0], BlendedSamples) else None
-    speed = Speed.of(flops, config.precision, memory=config.log_memory)
-    history = History(work, config.max_steps, speed, blend, model.data_cfg.blend_changes)
+    course = Course(model.phases, samples, flops)
+    speed = Speed.of(config.precision, memory=config.log_memory)
+    history = History(work, config.max_steps, speed, course, model.data_cfg.blend_changes)
     stop = StopEarly(checkpoints[0], config)
-    loaders = _loaders(model, model.data_cfg, datasets, consumed)
-    model.set_loaders(*loaders)
-    validate = loaders[1] is not None and config.limit_val_batches > 0
+    validation = course.validation(model.groups, lambda: trainer.global_step)
+    model.set_step_loaders(course.training(model.groups, done), validation)
+    validate = validation is not None and config.limit_val_batches > 0
     watch = SignsOfLife(config.hang_after_minutes, work / "logs" / "hung")
     trainer = _trainer(config, [history, *checkpoints, stop, watch], validate)
     log_with_nemo(trainer, work / "logs", model.exp_manager_cfg)

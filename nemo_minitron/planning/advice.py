@@ -12,7 +12,7 @@ from nemo_minitron.config.training import RECOMPUTE_KEYS
 from nemo_minitron.config.training_stages import TrainingStageConfig
 from nemo_minitron.data.checks import check_batches
 from nemo_minitron.planning.items import Run, check_job
-from nemo_minitron.planning.memory import fits, fullest_rank
+from nemo_minitron.planning.memory import fits, fullest_rank, stage_of_each_phase
 
 _Change = tuple[str, Callable[[Any], Any]]
 
@@ -105,7 +105,8 @@ def _fits(run: Run, cfg: Any, cluster: ClusterConfig) -> bool:
     try:
         check_job(job)
         cfg.parallel.world_size(ranks)
-        check_batches(cfg.data, cfg.parallel, ranks)
+        for one in stage_of_each_phase(cfg):
+            check_batches(one.data, cfg.parallel, ranks)
     except ValueError:
         return False
     return fits(fullest_rank(job), cluster)

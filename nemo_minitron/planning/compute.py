@@ -81,7 +81,15 @@ def training_flops(model: ModelConfig, teacher: ModelConfig | None, seq_length: 
 
 
 def work(job: Job) -> Work:
-    """Tokens and operations of an item."""
+    """Tokens and operations of an item, of all its phases."""
+    parts = [_work(one) for one in job.of_phases()]
+    tokens, flops = [part.tokens for part in parts], [part.flops for part in parts]
+    if None in tokens or None in flops:
+        return Work(None, None)
+    return Work(sum(filter(None, tokens)), sum(filter(None, flops)))
+
+
+def _work(job: Job) -> Work:
     tokens = _tokens(job)
     if tokens is None:
         return Work(None, None)

@@ -1,6 +1,7 @@
 """Bytes on the fullest rank of a stage that runs a model."""
 
-from dataclasses import asdict, dataclass, fields
+from copy import copy
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from nemo_minitron.config.megatron import merged_recompute
@@ -106,10 +107,31 @@ class Job:
         data = self.cfg.data
         return max(1, data.global_batch_size // (data.micro_batch_size * self.data_parallel_size))
 
+    def of_phases(self) -> list["Job"]:
+        """The phases of a training, each as a job of its own; otherwise this one alone."""
+        return [replace(self, cfg=cfg) for cfg in stage_of_each_phase(self.cfg)]
+
+
+def stage_of_each_phase(cfg: Any) -> list[Any]:
+    """The config of a stage as it is in each phase of a training; of another stage as it is."""
+    if not isinstance(cfg, TrainingStageConfig) or cfg.trainer.phases is None:
+        return [cfg]
+    found = []
+    for phase in cfg.phases():
+        one = copy(cfg)  # ``replace`` would check it as a whole training
+        one.data = phase.data
+        one.trainer = replace(cfg.trainer, max_steps=phase.steps, phases=None)
+        found.append(one)
+    return found
+
 
 def fullest_rank(job: Job) -> Memory:
-    """Memory of the pipeline stage that needs most."""
-    found = [_rank_memory(job, share) for share in shares(job.model, job.parallel)]
+    """Memory of the pipeline stage that needs most, in the phase that needs most."""
+    found = [
+        _rank_memory(one, share)
+        for one in job.of_phases()
+        for share in shares(job.model, job.parallel)
+    ]
     return max(found, key=lambda memory: memory.total)
 
 

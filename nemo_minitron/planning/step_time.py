@@ -41,7 +41,9 @@ class StepTime:
 
 
 def step_time(job: Job, cluster: ClusterConfig, mfu: float) -> StepTime | None:
-    """Estimate a training step; None for a stage that trains nothing, or has no GPUs.
+    """Estimate a training step, the mean one if phases have others.
+
+    None for a stage that trains nothing, or has no GPUs.
 
     Args:
         job: the item on its ranks.
@@ -50,6 +52,15 @@ def step_time(job: Job, cluster: ClusterConfig, mfu: float) -> StepTime | None:
     """
     if not (job.trains and job.on_gpus):
         return None
+    total: dict[str, float] = {}
+    for one in job.of_phases():
+        share = one.cfg.trainer.max_steps / job.cfg.trainer.max_steps
+        for part, seconds in asdict(_step_time(one, cluster, mfu)).items():
+            total[part] = total.get(part, 0.0) + share * seconds
+    return StepTime(**total)
+
+
+def _step_time(job: Job, cluster: ClusterConfig, mfu: float) -> StepTime:
     speed = cluster.peak_tflops * 1e12 * mfu * job.parallel.model_parallel_size
     cfg, length = job.cfg, job.cfg.data.seq_length
     batch = cfg.data.global_batch_size * length / job.data_parallel_size

@@ -110,7 +110,9 @@ def _leaks(stages: list[StageResult]) -> list[str]:
     for test in (s for s in stages if s.stage == "evaluate"):
         for train in (s for s in stages if s.stage in ("distill", "finetune")):
             mine, theirs = test.values.get("data", {}), train.values.get("data", {})
-            if not _paths(mine) & _paths(theirs):
+            phases = (train.values.get("trainer") or {}).get("phases") or ()
+            read = set().union(*(_paths(one) for one in (theirs, *(p["data"] for p in phases))))
+            if not _paths(mine) & read:
                 continue
             different = [f"data.{key}" for key in _DEAL if mine.get(key) != theirs.get(key)]
             if str(mine.get("path")).endswith(".npy"):

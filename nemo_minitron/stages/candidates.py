@@ -153,7 +153,7 @@ def _short_distillation(
     samples = training_datasets(
         distill.data, distill.trainer, config, source, cfg.output_dir, ("train",)
     )
-    fit(model, samples, folder)
+    fit(model, [samples], folder)
     metrics = _evaluate(cfg, config, model.chunks, dataset)
     del model
     gc.collect()  # Lightning and Megatron hold it in cycles, with the optimizer's state

@@ -75,10 +75,11 @@ def run(cfg: DistillConfig) -> None:
         return _serve(cfg)
     with ExitStack() as after:
 
-        def build(student: ModelConfig, folder: Path) -> tuple[Any, tuple[Any, ...]]:
+        def build(student: ModelConfig, folder: Path) -> tuple[Any, list[tuple[Any, ...]]]:
             config, samples = model_config(cfg, student), datasets(cfg, student, folder)
-            if cfg.teacher is None:
-                return _with_stored_teacher(cfg, config, samples)
+            if cfg.teacher is None:  # then there is one phase
+                model, joined = _with_stored_teacher(cfg, config, *samples)
+                return model, [joined]
             return _with_teacher(Path(cfg.teacher) / "checkpoint", config, after), samples
 
         train(cfg, "distill", "student", build)

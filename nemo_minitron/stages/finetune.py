@@ -6,8 +6,8 @@ teacher wrote.
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from nemo_minitron.checkpoint.artifact import check_output
 from nemo_minitron.checkpoint.lineage import record
 from nemo_minitron.config.layout import check_layout
 from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.phases import Phase
 from nemo_minitron.config.stages import FinetuneConfig
 from nemo_minitron.config.training_stages import DistillConfig, TrainingStageConfig
 from nemo_minitron.data.checks import check_batches, check_data
@@ -30,7 +31,7 @@ from nemo_minitron.stages.settings import (
 
 if TYPE_CHECKING:
     from nemo_minitron.models.gpt import MinitronGPTModel
-    from nemo_minitron.models.training import Samples
+    from nemo_minitron.models.phases import Samples
 
 
 def check(cfg: FinetuneConfig) -> None:
@@ -47,7 +48,7 @@ def check(cfg: FinetuneConfig) -> None:
 def run(cfg: FinetuneConfig) -> None:
     """Train and write the result; a killed run goes on from its last checkpoint."""
 
-    def build(config: ModelConfig, folder: Path) -> tuple[Any, tuple[Any, ...]]:
+    def build(config: ModelConfig, folder: Path) -> tuple[Any, list[tuple[Any, ...]]]:
         from omegaconf import OmegaConf
 
         from nemo_minitron.models.gpt import MinitronGPTModel
@@ -77,17 +78,31 @@ def check_training(
     except ValueError as error:
         raise ValueError(f"{key}={getattr(cfg, key)}: {error}") from error
     check_training_settings(cfg, model)
-    check_batches(cfg.data, cfg.parallel, cfg.parallel.world_size(launched_world_size()))
     lengths = [known.max_seq_length for known in (model, *others) if known.max_seq_length]
-    check_data(
-        cfg.data,
-        splits=splits(cfg.trainer),
-        train_samples=cfg.trainer.max_steps * cfg.data.global_batch_size,
-        vocab_size=model.vocab_size,
-        tokenizer_dir=Path(getattr(cfg, key)) / "checkpoint" / "tokenizer",
-        max_seq_length=min(lengths, default=None),
-    )
-    check_packing(cfg.data, model, *(other.without_prediction() for other in others))
+    for phase in cfg.phases():
+        with phase.naming():
+            _check_one_kind(cfg, phase)
+            world_size = cfg.parallel.world_size(launched_world_size())
+            check_batches(phase.data, cfg.parallel, world_size)
+            check_data(
+                phase.data,
+                splits=splits(cfg.trainer),
+                train_samples=phase.steps * phase.data.global_batch_size,
+                vocab_size=model.vocab_size,
+                tokenizer_dir=Path(getattr(cfg, key)) / "checkpoint" / "tokenizer",
+                max_seq_length=min(lengths, default=None),
+            )
+            check_packing(phase.data, model, *(other.without_prediction() for other in others))
+
+
+def _check_one_kind(cfg: TrainingStageConfig, phase: Phase) -> None:
+    """Refuse phases of which one has validation samples and another has none."""
+    rows = Path(phase.data.path or "").suffix == ".npy"
+    if rows and cfg.trainer.phases and cfg.trainer.limit_val_batches:
+        raise ValueError(
+            f"data.path={phase.data.path} of a phase is not split, so it has no validation; set "
+            "trainer.limit_val_batches=0, or name a source of another form"
+        )
 
 
 def sections(cfg: TrainingStageConfig, model: ModelConfig) -> dict[str, Any]:
@@ -96,15 +111,20 @@ def sections(cfg: TrainingStageConfig, model: ModelConfig) -> dict[str, Any]:
     return {"gpt": asdict(model), **{name: asdict(getattr(cfg, name)) for name in names}}
 
 
-def datasets(cfg: TrainingStageConfig, model: ModelConfig, folder: Path) -> tuple[Any, ...]:
-    """Training and validation samples (the latter None without validation)."""
+def datasets(cfg: TrainingStageConfig, model: ModelConfig, folder: Path) -> list[tuple[Any, ...]]:
+    """Training and validation samples of each phase (the latter None without validation)."""
     from nemo_minitron.data.datasets import training_datasets
     from nemo_minitron.models.documents import check_shared
 
-    found = training_datasets(
-        cfg.data, cfg.trainer, model, folder, cfg.output_dir, splits(cfg.trainer)
-    )
-    check_shared(found[0], cfg.data, model, cfg.parallel)
+    found = []
+    for phase in cfg.phases():
+        trainer = replace(cfg.trainer, max_steps=phase.steps, phases=None)
+        with phase.naming():
+            samples = training_datasets(
+                phase.data, trainer, model, folder, cfg.output_dir, splits(trainer)
+            )
+            check_shared(samples[0], phase.data, model, cfg.parallel)
+        found.append(samples)
     return found
 
 
@@ -143,7 +163,7 @@ def _fit(
     cfg: TrainingStageConfig,
     config: ModelConfig,
     model: "MinitronGPTModel",
-    samples: "Samples",
+    samples: "Sequence[Samples]",
     work: Path,
 ) -> dict[str, Any]:
     from nemo_minitron.families.registry import family_of
@@ -163,13 +183,15 @@ def _fit(
     }
 
 
-def flops_per_step(cfg: TrainingStageConfig, model: ModelConfig) -> float:
-    """Operations of a step on all ranks, as ``plan`` counts them, recomputation apart."""
+def flops_per_step(cfg: TrainingStageConfig, model: ModelConfig) -> list[float]:
+    """Operations of a step of each phase on all ranks, as ``plan`` counts, recomputation apart."""
     teacher = None
     if isinstance(cfg, DistillConfig) and cfg.teacher is not None:
         teacher = ModelConfig.load(Path(cfg.teacher) / "checkpoint")
-    tokens = cfg.data.global_batch_size * cfg.data.seq_length
-    return tokens * training_flops(model, teacher, cfg.data.seq_length)
+    return [
+        data.global_batch_size * data.seq_length * training_flops(model, teacher, data.seq_length)
+        for data in (phase.data for phase in cfg.phases())
+    ]
 
 
 def _show(stage: str, metrics: dict[str, Any]) -> None:

@@ -6,8 +6,10 @@ from typing import Any
 
 from nemo_minitron.checkpoint.lineage import model_facts, read_lineage, read_source_card
 from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.phases import Phase
 from nemo_minitron.config.schema import flatten
 from nemo_minitron.config.stages import DistillConfig, ImportConfig, PruneConfig, PruningConfig
+from nemo_minitron.config.training import DataConfig
 from nemo_minitron.config.training_stages import TrainingStageConfig
 from nemo_minitron.documents import read_yaml
 from nemo_minitron.pruning.scores import META_FILE, read_meta
@@ -115,6 +117,8 @@ def training_entry(
         "data": {"name": _data_name(cfg), "tokens": int(metrics["train_tokens"])},
         "settings": {key: values[key] for key in _TRAINING_KEYS},
     }
+    if cfg.trainer.phases is not None:
+        entry["settings"]["trainer.phases"] = "; ".join(map(_phase, cfg.phases()))
     if isinstance(cfg, DistillConfig):
         entry["settings"] = {**_distillation(cfg), **entry["settings"]}
         entry["teacher"] = _teacher(cfg)
@@ -124,11 +128,21 @@ def training_entry(
     return entry
 
 
+def _phase(phase: Phase) -> str:
+    data = phase.data
+    return f"{phase.steps} steps of {data.global_batch_size} x {data.seq_length} tokens"
+
+
 def _data_name(cfg: TrainingStageConfig) -> str:
+    """What the phases read, named once each."""
+    return "; ".join(dict.fromkeys(_read_by(phase.data) for phase in cfg.phases()))
+
+
+def _read_by(data: DataConfig) -> str:
     """Last part of ``data.path``, or the sources of a blend with their weights."""
-    sources = cfg.data.blend or ()
+    sources = data.blend or ()
     names = [f"{Path(source['path']).name} ({source['weight']:g})" for source in sources]
-    return ", ".join(names) or Path(cfg.data.path).name
+    return ", ".join(names) or Path(data.path).name
 
 
 def _distillation(cfg: DistillConfig) -> dict[str, Any]:

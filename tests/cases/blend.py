@@ -81,6 +81,6 @@ def train(
     assert isinstance(samples, BlendedSamples)
     noted = Noted(samples.parts, samples.order, samples.names, samples.held)
     try:
-        return read, fit(model, (noted, held_out), Path(work))
+        return read, fit(model, [(noted, held_out)], Path(work))
     except ValueError as error:
         return str(error)

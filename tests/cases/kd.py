@@ -182,7 +182,8 @@ def train_with_masked_step(
     Returns how far the weights and Adam's moments moved in each step (this rank), and the losses.
     """
     from nemo_minitron.models.distill import DistillationGPTModel
-    from nemo_minitron.models.training import _checkpoint_callbacks, _loaders, _trainer
+    from nemo_minitron.models.phases import Course
+    from nemo_minitron.models.training import _checkpoint_callbacks, _trainer
     from nemo_minitron.runtime.launch import init_model_parallel
 
     init_model_parallel(parallel)
@@ -210,7 +211,8 @@ def train_with_masked_step(
     model.load(Path(student[1]))
     model.load_teacher(Path(teacher[1]))
     samples = _MaskedSamples(3, 1, student[0].vocab_size)
-    model.set_loaders(*_loaders(model, model.data_cfg, (samples, None), 0))
+    course = Course(model.phases, [(samples, None)])
+    model.set_step_loaders(course.training(model.groups, 0), None)
     callbacks = _checkpoint_callbacks(model.trainer_cfg, Path(work))  # write none
     trainer = _trainer(model.trainer_cfg, callbacks, validate=False)
     trainer.fit(model)

@@ -57,7 +57,7 @@ def train(
     if bad is None:
         ids = torch.cat([ids[: BAD * BATCH], ids[(BAD + 1) * BATCH :]])
     try:
-        history = fit(model, (NpyDataset(ids.numpy(), len(ids)), None), Path(work))
+        history = fit(model, [(NpyDataset(ids.numpy(), len(ids)), None)], Path(work))
     except ValueError as error:
         return str(error)
     named = [pair for chunk in model.chunks for pair in chunk.named_parameters()]

@@ -32,14 +32,14 @@ def train(
     from nemo_minitron.runtime.launch import init_model_parallel
 
     init_model_parallel(parallel)
-    flops = over.pop("flops", 0.0)
+    flops = over.pop("flops", ())
     model = DistillationGPTModel(training_cfg(student[0], teacher[0], parallel, **over))
     model.load(Path(student[1]))
     model.load_teacher(Path(teacher[1]))
     ids = token_batch(STEPS * GLOBAL_BATCH, SEQ - 1, student[0].vocab_size)
     held_out = token_batch(GLOBAL_BATCH, SEQ - 1, student[0].vocab_size, seed=1)
     datasets = (NpyDataset(ids.numpy(), len(ids)), NpyDataset(held_out.numpy(), len(held_out)))
-    history = fit(model, datasets, Path(work), flops=flops)
+    history = fit(model, [datasets], Path(work), flops=flops)
     weights = {
         f"{index}.{name}": parameter.detach().clone()
         for index, chunk in enumerate(model.chunks)

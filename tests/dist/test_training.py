@@ -68,7 +68,7 @@ def every_step(run):
     kwargs = {"project": "minitron", "name": "test", "offline": True}
     loggers = {"create_wandb_logger": True, "wandb_logger_kwargs": kwargs}
     trainer = {"log_memory": True, "hang_after_minutes": 100}
-    return run(ce_weight=0.5, exp_manager=loggers, flops=6e9, trainer=trainer)
+    return run(ce_weight=0.5, exp_manager=loggers, flops=[6e9], trainer=trainer)
 
 
 def test_history_and_loggers(every_step):

@@ -17,7 +17,7 @@ from nemo_minitron.families.table import parameter_count
 from nemo_minitron.pipeline.plan import read_items
 from nemo_minitron.planning.compute import work
 from nemo_minitron.planning.items import plan_items
-from nemo_minitron.planning.memory import Job
+from nemo_minitron.planning.memory import Job, fullest_rank
 from nemo_minitron.planning.step_time import StepTime, step_time
 
 LAYERS, HIDDEN, LENGTH = 32, 4096, 8192
@@ -79,6 +79,26 @@ def test_gradients_travel_beside_the_last_backward_pass():
     left = max(0, down - 2 * forward) + max(0, up - forward)
     beside = timed(job(ParallelConfig(), batch=16, replicas=16))
     assert beside.replicas == pytest.approx(left, rel=1e-3)
+
+
+def test_phases_are_added_up():
+    """Work of all, the mean step, and the memory of the fullest phase."""
+    parallel, long = ParallelConfig(tensor_model_parallel_size=2), {"seq_length": 4 * LENGTH}
+    phases = [{"steps": 75}, {"steps": 25, "data": long}]
+    plain = job(parallel, batch=8)
+    both, second = (
+        replace(plain, cfg=replace(plain.cfg, data=data, trainer=trainer))
+        for data, trainer in (
+            (plain.cfg.data, replace(plain.cfg.trainer, phases=phases)),
+            (replace(plain.cfg.data, **long), plain.cfg.trainer),
+        )
+    )
+    for kind in ("tokens", "flops"):
+        whole, first, other = (getattr(work(one), kind) for one in (both, plain, second))
+        assert whole == pytest.approx(0.75 * first + 0.25 * other)
+    mean = 0.75 * timed(plain).total + 0.25 * timed(second).total
+    assert timed(both).total == pytest.approx(mean)
+    assert fullest_rank(both) == fullest_rank(second)
 
 
 def test_a_slower_network_is_seen_where_experts_leave_the_node():
