@@ -4,19 +4,25 @@ Each loop is a group of processes that prints a line for every step. While one m
 other is stopped, so whatever else the machine does hits both alike.
 """
 
+import argparse
 import contextlib
 import os
 import re
 import signal
 import statistics
 import subprocess
+import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
+from benchmarks.docs_block import markdown_table, write_block
+
+UNSEEN = 2
+"""Steps of each loop that do not count, in which buffers are made."""
 _TICKS = os.sysconf("SC_CLK_TCK")
 _EVERY = 0.5  # seconds between two looks at the memory
 
@@ -107,13 +113,7 @@ class Loop:
 
 
 def alternate(loops: Sequence[Loop], steps: int, unseen: int) -> None:
-    """Run loops by turns.
-
-    Args:
-        loops: two or more.
-        steps: of each that count.
-        unseen: that come before, in which buffers are made.
-    """
+    """Run loops by turns, so many steps of each that count after ``unseen`` that do not."""
     try:
         for loop in loops:
             loop.start()
@@ -126,10 +126,65 @@ def alternate(loops: Sequence[Loop], steps: int, unseen: int) -> None:
             loop.end()
 
 
-def ratio(first: Loop, second: Loop, kind: int) -> float:
-    """Median over the turns of a step of the first by one of the second."""
-    pairs = zip(first.steps, second.steps, strict=True)
-    return statistics.median(one[kind] / other[kind] for one, other in pairs)
+class Ratios(NamedTuple):
+    """A loop by another: medians over the turns of one step by the other's, and of the peaks."""
+
+    seconds: float
+    processor: float
+    memory: float
+
+
+def compare(name: str, ours: Loop, theirs: Loop, steps: int) -> tuple[list[str], Ratios]:
+    """Run two loops by turns; returns a row of the table of ``report``, and its ratios."""
+    alternate([ours, theirs], steps, UNSEEN)
+    pairs = list(zip(ours.steps, theirs.steps, strict=True))
+    clock, processor = (statistics.median(a[k] / b[k] for a, b in pairs) for k in (0, 1))
+    found = Ratios(clock, processor, ours.peak / theirs.peak)
+    seconds = [f"{loop.median(0):.2f}" for loop in (theirs, ours)]
+    peaks = [f"{loop.peak / 1e9:.2f}" for loop in (theirs, ours)]
+    row = [name, *seconds, *(f"{one:.3f}" for one in found[:2]), *peaks, f"{found.memory:.3f}"]
+    print(row, flush=True)
+    return row, found
+
+
+def report(
+    name: str,
+    rows: Callable[[Path, int], tuple[list[list[str]], bool]],
+    columns: tuple[str, str, str],
+    said: str,
+) -> int:
+    """Make a table, show it, and with ``--write`` put it into docs/benchmarks.md.
+
+    Args:
+        name: of the block in that page, and of the module in ``benchmarks``.
+        rows: makes the rows in a folder with so many counted steps, and says whether all of them
+            are within their limits.
+        columns: what the first column is, the other program, and our stage.
+        said: heading, and what was run.
+
+    Returns:
+        The exit status: 1 where a limit is passed.
+    """
+    parser = argparse.ArgumentParser(description=said.splitlines()[0].lstrip("# "))
+    parser.add_argument("--steps", type=int, default=12, help="of each that count")
+    parser.add_argument("--keep", help="folder for what is made")
+    parser.add_argument("--write", action="store_true", help="update docs/benchmarks.md")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="minitron-") as folder:
+        table, within = rows(Path(args.keep or folder), args.steps)
+    what, theirs, ours = columns
+    head = (what, f"{theirs} s", f"{ours} s", "ratio", "of processor time",
+            f"{theirs} GB", f"{ours} GB", "ratio")  # fmt: skip
+    load = " ".join(f"{value:.1f}" for value in os.getloadavg())
+    text = (
+        f"{said} Medians of {args.steps} steps that take turns, and of the ratios of "
+        "neighbours; GB are the most that all processes hold together, mapped files aside. Load "
+        f"of the machine at the end: {load}.\n\n{markdown_table(head, table)}"
+    )
+    print(text)
+    if args.write:
+        write_block(name, text)
+    return int(not within)
 
 
 def _held(pid: int) -> int:

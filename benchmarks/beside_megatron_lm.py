@@ -8,21 +8,18 @@ number of micro-batches, in fp32 with gloo; a step of one follows a step of the 
 Exit status 1 when a step or the peak of the memory is more than 1.05 of Megatron-LM's.
 """
 
-import argparse
 import os
 import platform
 import socket
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.beside import Loop, alternate, ratio
-from benchmarks.docs_block import markdown_table, write_block
+from benchmarks.beside import UNSEEN, Loop, compare, report
 from nemo_minitron.config.model import ModelConfig
 
 LIMIT = 1.05
-RANKS, UNSEEN = 2, 2
+RANKS = 2
 MODEL = ModelConfig(
     family="llama",
     num_layers=8,
@@ -120,58 +117,28 @@ def loops(layout: str, work: Path, steps: int) -> tuple[Loop, Loop]:
     )  # fmt: skip
 
 
-def rows(work: Path, steps: int) -> tuple[list[list[str]], float]:
-    """The table, and the largest ratio in it."""
+def rows(work: Path, steps: int) -> tuple[list[list[str]], bool]:
+    """The table, and whether steps and memory are within their limit."""
     from tests.helpers.data_fixtures import write_pair
     from tests.helpers.tiny import write_result
 
     write_result(work / "model", MODEL, 1)
     write_pair(work / "tokens", 400 * (steps + UNSEEN + 2), MODEL.vocab_size)
-    table, worst = [], 0.0
-    for layout in LAYOUTS:
-        ours, theirs = loops(layout, work, steps)
-        alternate([ours, theirs], steps, UNSEEN)
-        found = [ratio(ours, theirs, 0), ratio(ours, theirs, 1), ours.peak / theirs.peak]
-        seconds = [f"{loop.median(0):.2f}" for loop in (theirs, ours)]
-        peaks = [f"{loop.peak / 1e9:.2f}" for loop in (theirs, ours)]
-        table.append(
-            [layout, *seconds, *(f"{one:.3f}" for one in found[:2]), *peaks, f"{found[2]:.3f}"]
-        )
-        worst = max(worst, *found)
-        print(table[-1], flush=True)
-    return table, worst
+    found = [compare(layout, *loops(layout, work, steps), steps) for layout in LAYOUTS]
+    within = all(max(one.seconds, one.memory) <= LIMIT for _, one in found)
+    return [row for row, _ in found], within
 
 
-def main() -> int:
-    """Show the table; with ``--write`` put it into docs/benchmarks.md."""
-    if sys.argv[1:2] == ["--ranks"]:
-        return ranks(sys.argv[2:])
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=12, help="of each that count")
-    parser.add_argument("--keep", help="folder for what is made")
-    parser.add_argument("--write", action="store_true", help="update docs/benchmarks.md")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="minitron-") as name:
-        table, worst = rows(Path(args.keep or name), args.steps)
-    head = ("layout", "Megatron-LM s", "finetune s", "ratio", "of processor time",
-            "Megatron-LM GB", "finetune GB", "ratio")  # fmt: skip
-    load = " ".join(f"{value:.1f}" for value in os.getloadavg())
-    text = (
-        "## finetune beside Megatron-LM\n\n"
-        f"Megatron-LM's `pretrain_gpt.py` (core 0.19) and `minitron finetune`: {MODEL.num_layers} "
-        f"layers of hidden size {MODEL.hidden_size} and {MODEL.ffn_hidden_size}, vocabulary "
-        f"{MODEL.vocab_size:,}, {BATCH // MICRO} micro-batches of {SEQ} tokens, distributed Adam, "
-        f"fp32, {RANKS} ranks of one thread with gloo ({platform.machine()}). Medians of "
-        f"{args.steps} steps that take turns, and of the ratios of neighbours; GB are the most "
-        "that all processes hold together, mapped files aside. Load of the machine at the end: "
-        f"{load}.\n\n"
-        f"{markdown_table(head, table)}"
-    )
-    print(text)
-    if args.write:
-        write_block("beside_megatron_lm", text)
-    return int(worst > LIMIT)
+SAID = (
+    "## finetune beside Megatron-LM\n\n"
+    f"Megatron-LM's `pretrain_gpt.py` (core 0.19) and `minitron finetune`: {MODEL.num_layers} "
+    f"layers of hidden size {MODEL.hidden_size:,} and {MODEL.ffn_hidden_size:,}, vocabulary "
+    f"{MODEL.vocab_size:,}, {BATCH // MICRO} micro-batches of {SEQ} tokens, distributed Adam, "
+    f"fp32, {RANKS} ranks of one thread with gloo ({platform.machine()})."
+)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if sys.argv[1:2] == ["--ranks"]:
+        sys.exit(ranks(sys.argv[2:]))
+    sys.exit(report("beside_megatron_lm", rows, ("layout", "Megatron-LM", "finetune"), SAID))

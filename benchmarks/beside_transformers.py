@@ -9,21 +9,17 @@ write: two ``LlamaForCausalLM``, the forward KL divergence of all logits, ``Adam
 takes more than 1.1 of the plain one's, or the peak of the memory more than the plain one's.
 """
 
-import argparse
-import os
 import platform
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.beside import Loop, alternate, ratio
+from benchmarks.beside import UNSEEN, Loop, compare, report
 from benchmarks.beside_megatron_lm import MARK, minitron
 from benchmarks.distill_step import TEACHER
-from benchmarks.docs_block import markdown_table, write_block
 
 SLOWEST, LARGEST = 1.1, 1.0
-UNSEEN, THREADS = 2, 2
+THREADS = 2
 STUDENT = replace(TEACHER, ffn_hidden_size=1024)
 SEQ, BATCH, LR, EVERY = 256, 4, 5e-4, 3
 """``EVERY``: steps between two checkpoints, where there are some."""
@@ -93,51 +89,25 @@ def rows(work: Path, steps: int) -> tuple[list[list[str]], bool]:
     for name, config in (("teacher", TEACHER), ("student", STUDENT)):
         write_result(work / name, config, 1)
     write_pair(work / "tokens", 40 * BATCH * (steps + UNSEEN + 2), TEACHER.vocab_size)
-    table, within = [], True
+    found = []
     for every in (0, EVERY):
-        ours, theirs = loops(work, steps, every)
-        alternate([ours, theirs], steps, UNSEEN)
-        found = [ratio(ours, theirs, 0), ratio(ours, theirs, 1), ours.peak / theirs.peak]
-        seconds = [f"{loop.median(0):.2f}" for loop in (theirs, ours)]
-        peaks = [f"{loop.peak / 1e9:.2f}" for loop in (theirs, ours)]
-        ratios = [f"{one:.3f}" for one in found]
         name = f"every {every} steps" if every else "none"
-        table.append([name, *seconds, *ratios[:2], *peaks, ratios[2]])
-        within = within and found[0] <= SLOWEST and found[2] <= LARGEST
-        print(table[-1], flush=True)
-    return table, within
+        found.append(compare(name, *loops(work, steps, every), steps))
+    within = all(one.seconds <= SLOWEST and one.memory <= LARGEST for _, one in found)
+    return [row for row, _ in found], within
 
 
-def main() -> int:
-    """Show the table; with ``--write`` put it into docs/benchmarks.md."""
-    if sys.argv[1:2] == ["--ours"]:
-        return minitron(sys.argv[2:])
-    if sys.argv[1:2] == ["--plain"]:
-        return plain(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=12, help="of each that count")
-    parser.add_argument("--write", action="store_true", help="update docs/benchmarks.md")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="minitron-") as name:
-        table, within = rows(Path(name), args.steps)
-    head = ("checkpoints", "transformers s", "distill s", "ratio", "of processor time",
-            "transformers GB", "distill GB", "ratio")  # fmt: skip
-    load = " ".join(f"{value:.1f}" for value in os.getloadavg())
-    text = (
-        "## distill beside a plain loop\n\n"
-        f"SmolLM2-135M as the teacher of itself with an MLP of {STUDENT.ffn_hidden_size}, random "
-        f"weights, {BATCH} x {SEQ} tokens a step, fp32, {THREADS} threads ({platform.machine()}): "
-        "`minitron distill`, and a loop of transformers that holds all logits. Medians of "
-        f"{args.steps} steps that take turns, and of the ratios of neighbours; GB are the most "
-        "that all processes hold, mapped files aside. Load of the machine at the end: "
-        f"{load}.\n\n"
-        f"{markdown_table(head, table)}"
-    )
-    print(text)
-    if args.write:
-        write_block("beside_transformers", text)
-    return int(not within)
+SAID = (
+    "## distill beside a plain loop\n\n"
+    f"SmolLM2-135M as the teacher of itself with an MLP of {STUDENT.ffn_hidden_size:,}, random "
+    f"weights, {BATCH} x {SEQ} tokens a step, fp32, {THREADS} threads ({platform.machine()}): "
+    "`minitron distill`, and a loop of transformers that holds all logits."
+)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if sys.argv[1:2] == ["--ours"]:
+        sys.exit(minitron(sys.argv[2:]))
+    if sys.argv[1:2] == ["--plain"]:
+        sys.exit(plain(sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))
+    sys.exit(report("beside_transformers", rows, ("checkpoints", "transformers", "distill"), SAID))

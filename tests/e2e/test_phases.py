@@ -74,7 +74,8 @@ def _history(result: Path) -> list[dict[str, float]]:
 def test_phases_of_the_same_samples_are_one_training(ranks, folder):
     """Bit for bit: the second phase reads what the training would have read."""
     rows = {"data.path": folder / "rows.npy", "trainer.limit_val_batches": 0}
-    phases = [{"steps": 2}, {"steps": 2, "data": {"path": str(folder / "last.npy")}}]
+    last = {"path": str(folder / "last.npy")}
+    phases: list[dict[str, Any]] = [{"steps": 2}, {"steps": 2, "data": last}]
     done(*ranks.run(1, run_line, _line(folder, "finetune", "whole", [], **rows)))
     done(*ranks.run(1, run_line, _line(folder, "finetune", "parts", phases, **rows)))
     assert _history(folder / "parts") == _history(folder / "whole")
