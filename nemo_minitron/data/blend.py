@@ -11,13 +11,13 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from nemo_minitron.data.cache import build_for_all
-from nemo_minitron.data.samples import Sample
+from nemo_minitron.data.samples import Sample, WholeDocument
 from nemo_minitron.runtime.extensions import before_megatron
 
 logger = logging.getLogger(__name__)
@@ -92,6 +92,14 @@ def stored_order(cache: Path, phases: Sequence[tuple[Sequence[float], int]]) -> 
     return Order(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in Order._fields))
 
 
+def alike(parts: Sequence[Any]) -> list[Any]:
+    """Datasets whose samples have the same keys: where documents share some, all name them."""
+    shared = [getattr(part, "shared", False) for part in parts]
+    if not any(shared):
+        return list(parts)
+    return [part if one else WholeDocument(part) for part, one in zip(parts, shared, strict=True)]
+
+
 class BlendedSamples(Dataset[Sample]):
     """Samples of several datasets in a given order."""
 
@@ -111,6 +119,7 @@ class BlendedSamples(Dataset[Sample]):
             held: samples of one epoch of each source.
         """
         self.parts, self.order, self.names, self.held = parts, order, names, held
+        self.shared = any(getattr(part, "shared", False) for part in parts)
         self._counted, self._counts = 0, np.zeros(len(parts), np.int64)
 
     def __len__(self) -> int:

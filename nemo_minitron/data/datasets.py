@@ -9,6 +9,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from nemo_minitron.config.training_stages import TeacherPassConfig
 from nemo_minitron.data.blend import (
     BlendedSamples,
     Order,
+    alike,
     blend_order,
     part_sizes,
     stored_order,
@@ -30,8 +32,8 @@ from nemo_minitron.data.indexed import TextTokenizer, build_indexed
 from nemo_minitron.data.packing import RecordSamples
 from nemo_minitron.data.pair import read_index
 from nemo_minitron.data.samples import FirstSamples, NpyDataset
-from nemo_minitron.data.sft import build_sft, holds_sft, refuse_unblended
-from nemo_minitron.data.sft_samples import stage_samples, training_samples
+from nemo_minitron.data.sft import as_part, build_sft, holds_sft
+from nemo_minitron.data.sft_samples import records_held, stage_samples, training_samples
 from nemo_minitron.data.splits import (
     SPLITS,
     check_shares,
@@ -190,19 +192,18 @@ def _blended_training(
     weights = data.weights()
     held = _samples_held(data, tokens, SPLITS[0])
     check_shares(data, held, sizes[0], repeats=True)
-    chosen = [True, sizes[1] > 0, False]
     parts = [
-        megatron_datasets(source, pair, [size, None, None], chosen)
+        _training_part(source, pair, size, sizes[1])
         for source, pair, size in zip(
-            data.sources(), tokens, part_sizes(weights, sizes[0]), strict=True
+            map(as_part, data.sources()), tokens, part_sizes(weights, sizes[0]), strict=True
         )
     ]
     order = stored_order(cache, data.weights_by_samples(sizes[0]))
-    train = BlendedSamples([part[0] for part in parts], order, data.names(), held)
+    train = BlendedSamples(alike([part[0] for part in parts]), order, data.names(), held)
     train.log()
     if not sizes[1]:
         return train, None
-    held_out = [part[1] for part in parts]
+    held_out = alike([part[1] for part in parts])
     once = _read_once(blend_order(weights, sizes[1]), list(map(len, held_out)))
     if len(once.source) < sizes[1]:
         logger.warning(
@@ -213,10 +214,21 @@ def _blended_training(
     return train, BlendedSamples(held_out, once, data.names(), list(map(len, held_out)))
 
 
+def _training_part(source: DataConfig, pair: TokenData, size: int, held_out: int) -> Sequence[Any]:
+    """Train and validation samples of one source of a blend."""
+    if pair.kind == SFT:
+        return training_samples(source, pair.path, pair.pad, (size, held_out, 0))
+    return megatron_datasets(source, pair, [size, None, None], [True, held_out > 0, False])
+
+
 def _samples_held(data: DataConfig, tokens: list[TokenData], split: str) -> list[int]:
     """Samples of one epoch of each source."""
-    lengths = [read_index(pair.path).lengths for pair in tokens]
-    return [split_samples(data, one, split) for one in lengths]
+    return [
+        records_held(source, pair.path, split)
+        if pair.kind == SFT
+        else split_samples(source, read_index(pair.path).lengths, split)
+        for source, pair in zip(map(as_part, data.sources()), tokens, strict=True)
+    ]
 
 
 def _read_once(order: Order, sizes: list[int]) -> Order:
@@ -244,11 +256,12 @@ def stage_dataset(
     wanted = data.num_samples or 0  # which a blend needs
     held = _samples_held(data, tokens, data.split_name)
     check_shares(data, held, wanted, repeats=False)
-    chosen = [name == data.split_name for name in SPLITS]
-    parts = [
-        megatron_datasets(source, pair, [None, None, None], chosen)[chosen.index(True)]
-        for source, pair in zip(data.sources(), tokens, strict=True)
-    ]
+    parts = alike(
+        [
+            build_split(source, pair, filled=filled)
+            for source, pair in zip(map(as_part, data.sources()), tokens, strict=True)
+        ]
+    )
     order = blend_order(data.weights(), wanted)
     once = _read_once(order, list(map(len, parts)))
     if len(once.source) < wanted:
@@ -284,8 +297,7 @@ def _tokens(
     found = []
     for index, source in enumerate(data.sources()):
         with naming(index):
-            refuse_unblended(find_source(source.path), source)
-            found.append(prepared(source))
+            found.append(prepared(as_part(source)))
     return found
 
 

@@ -12,10 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
-Sample = dict[str, Tensor]
+from nemo_minitron.data.samples import Sample
 
 
 class Records(NamedTuple):

@@ -1,4 +1,4 @@
-"""What a sample is, samples that are there as rows of token ids, and the first of others."""
+"""What a sample is, samples that are there as rows of token ids, and others in a new form."""
 
 import numpy as np
 import torch
@@ -60,3 +60,20 @@ class FirstSamples(Dataset[Sample]):
     def __getitem__(self, index: int | None) -> Sample:
         """Return sample ``index``, or for None a filler whose loss mask is all 0."""
         return self.dataset[index]
+
+
+class WholeDocument(Dataset[Sample]):
+    """Samples of one document each, for a place beside samples that documents share."""
+
+    def __init__(self, dataset: Dataset[Sample]) -> None:
+        """Wrap a dataset whose samples do not say what their documents are."""
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        """Samples."""
+        return len(self.dataset)  # type: ignore[arg-type]  # torch's Dataset declares no length
+
+    def __getitem__(self, index: int | None) -> Sample:
+        """Return sample ``index`` with its ``documents``, all 0."""
+        sample = self.dataset[index]
+        return {**sample, "documents": torch.zeros_like(sample["tokens"])}

@@ -6,12 +6,14 @@ import logging
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nemo_minitron.checkpoint.tokenizer_read import ids_of, load_tokenizer
+from nemo_minitron.config.blend import naming
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.training import DataConfig
 from nemo_minitron.data.cache import build_for_all
@@ -76,7 +78,12 @@ def check_packing(data: DataConfig, *models: ModelConfig, padded: bool = True) -
     Raises:
         ValueError: names the key and why.
     """
-    if data.blend or not holds_sft(find_source(data.path), data):
+    if data.blend:
+        for index, source in enumerate(data.sources()):
+            with naming(index):
+                check_packing(as_part(source), *models, padded=padded)
+        return
+    if not holds_sft(find_source(data.path), data):
         return
     for states in filter(None, (_states(model) for model in models)):
         if data.pack:
@@ -104,17 +111,29 @@ def _states(model: ModelConfig) -> str:
     return "models with linear attention: the state of a gated delta net" if linear else ""
 
 
-def refuse_unblended(source: Source, data: DataConfig) -> None:
-    """Refuse what cannot be a source of a blend.
+def as_part(data: DataConfig) -> DataConfig:
+    """The keys of a source of a blend: those for SFT records count where it holds some.
 
     Raises:
-        ValueError: it holds samples as they are, or SFT records.
+        ValueError: it holds samples as they are.
     """
+    source, plain = find_source(data.path), replace(data, pack=True, record_too_long="refuse")
     refuse_npy(source)
-    if holds_sft(source, data):
+    return data if holds_sft(source, plain) else plain
+
+
+def check_blended(data: DataConfig) -> None:
+    """Refuse keys for SFT records where no source of a blend holds any.
+
+    Raises:
+        ValueError: names them.
+    """
+    if data.pack and data.record_too_long == "refuse":
+        return
+    if not any(holds_sft(find_source(part.path), part) for part in map(as_part, data.sources())):
         raise ValueError(
-            f"data.path={data.path} holds SFT records, which cannot be blended; put all records "
-            "into one source, or set data.records=text for texts under data.text_key"
+            f"data.pack={str(data.pack).lower()} and data.record_too_long={data.record_too_long} "
+            "are for SFT records, and no source of data.blend holds any; leave them out"
         )
 
 

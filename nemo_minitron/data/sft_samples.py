@@ -91,6 +91,11 @@ def training_samples(
     return tuple(found)
 
 
+def records_held(data: DataConfig, folder: Path, split: str) -> int:
+    """Samples of one pass over a split; every rank calls this."""
+    return len(_rows(data, folder, _opened(folder), split).ends)
+
+
 def _samples(
     data: DataConfig, records: Records, parts: WholeParts | FilledParts, pad: int, size: int
 ) -> RecordSamples:

@@ -82,6 +82,13 @@ def test_training(ranks, home, tmp_path):
         assert losses[1] == pytest.approx(losses[0], rel=1e-4)
         assert four["val_loss"] == pytest.approx(one["val_loss"], rel=1e-4)
         assert four["train_tokens"] == one["train_tokens"]
+    texts = [{"text": f"d{n}w1 " * 60} for n in range(20)]
+    write_records(home / "text.jsonl", texts)
+    blend = {"data.path": None, "data.blend": "[0.5,{home}/chat.jsonl,0.5,{home}/text.jsonl]"}
+    one = _run(ranks, 1, "finetune", home, tmp_path / "mixed1", **TRAINER, **blend)
+    four = _run(ranks, 4, "finetune", home, tmp_path / "mixed4", **TRAINER, **blend, **TP2_CP2)
+    assert four["val_loss"] == pytest.approx(one["val_loss"], rel=1e-4)
+    assert four["train_tokens"] == one["train_tokens"] > 0
     keys = {"data.num_samples": None, "data.split_name": "validation"}
     packed = _run(ranks, 1, "evaluate", home, tmp_path / "packed", **keys)
     alone = _run(ranks, 1, "evaluate", home, tmp_path / "alone", **keys, **{"data.pack": "false"})

@@ -1,6 +1,7 @@
 """SFT records: which tokens are learnt, which records share a sample, and what is refused."""
 
 import json
+import shutil
 from dataclasses import replace
 from typing import Any
 
@@ -8,10 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_minitron.config.training import DataConfig
+from nemo_minitron.config.training import DataConfig, TrainerConfig
+from nemo_minitron.data.blend import BlendedSamples
 from nemo_minitron.data.chat import check_record, encode
 from nemo_minitron.data.checks import check_data
-from nemo_minitron.data.datasets import build_datasets, build_split, prepare_tokens
+from nemo_minitron.data.datasets import (
+    build_datasets,
+    build_split,
+    prepare_tokens,
+    training_datasets,
+)
 from nemo_minitron.data.packing import best_fit
 from nemo_minitron.data.sft import check_packing
 from tests.helpers.data_fixtures import EOS
@@ -272,8 +279,8 @@ def test_keys_and_data_that_do_not_go_together(folders, tmp_path):
         (replace(data, path=str(text), records="sft"), "this one has ['text']"),
         (replace(data, records="text"), "no key 'text'"),
         (
-            replace(data, path="", blend=[{"weight": 1, "path": str(sft)}], num_samples=1),
-            "data.blend.0.path",
+            replace(data, path="", blend=[1, str(text)], num_samples=1, pack=False),
+            "are for SFT records, and no source of data.blend holds any",
         ),
     ):
         with pytest.raises(ValueError, match="data") as error:
@@ -284,4 +291,52 @@ def test_keys_and_data_that_do_not_go_together(folders, tmp_path):
         check_packing(data, LLAMA, NEMOTRON_H)
     check_packing(replace(data, pack=False), NEMOTRON_H)
     with pytest.raises(ValueError, match="scores would count"):
+        check_packing(replace(data, pack=False), LLAMA, padded=False)
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_records_blended_with_text(folders, tmp_path, pack):
+    """Each source gives the samples that it gives alone, and all of them have the same keys."""
+    sft = write_records(tmp_path / "a.jsonl", conversations(8))
+    text = write_records(tmp_path / "b.jsonl", [{"text": f"d{n}w1 " * 60} for n in range(8)])
+    data, alone = _samples(folders, sft, pack=pack)
+    data = replace(data, path="", blend=[0.5, str(sft), 0.5, str(text)], split="80,20,0")
+    (tmp_path / "run").mkdir()
+    shutil.copytree(folders / "plain", tmp_path / "checkpoint" / "tokenizer")
+    check_data(data, splits=("train", "validation"), tokenizer_dir=folders / "plain")
+    vocab, size = len(loaded(folders / "plain")), 5 * data.global_batch_size
+    train, held_out = training_datasets(
+        data,
+        TrainerConfig(max_steps=5, limit_val_batches=1),
+        replace(LLAMA, vocab_size=vocab),
+        tmp_path / "checkpoint",
+        str(tmp_path / "run" / "out"),
+        ("train", "validation"),
+    )
+    assert isinstance(train, BlendedSamples)
+    assert (train.shared, len(train)) == (pack, size)
+    assert held_out
+    records, texts = train.parts
+    first = replace(data, path=str(sft), blend=None)
+    want = build_datasets(first, alone, (size, 0, 0))[0]
+    assert want is not None
+    for index in range(size):
+        sample, place = train[index], int(train.order.sample[index])
+        assert sample.keys() == train[0].keys()
+        assert ("documents" in sample) == pack
+        source = want if train.order.source[index] == 0 else texts
+        assert all(torch.equal(sample[key], value) for key, value in source[place].items())
+        if source is texts:
+            assert sample["loss_mask"].all()
+    assert not records[0]["loss_mask"].all()
+
+
+def test_a_source_of_records_beside_models_that_cannot_pack(folders, tmp_path):
+    """The source is named, and the way out is that of records alone."""
+    sft = write_records(tmp_path / "a.jsonl", conversations(8))
+    data = DataConfig(path="", blend=[1, str(sft)], seq_length=SEQ, split="1")
+    with pytest.raises(ValueError, match="hybrid models"):
+        check_packing(data, NEMOTRON_H)
+    check_packing(replace(data, pack=False), NEMOTRON_H)
+    with pytest.raises(ValueError, match=r"of data.blend.0.path=.* scores would count"):
         check_packing(replace(data, pack=False), LLAMA, padded=False)
