@@ -9,14 +9,22 @@ import torch.distributed as dist
 from nemo_minitron.runtime.launch import device
 from nemo_minitron.runtime.ranks import teacher_ranks
 
+# Dense rates; from Hopper on NVIDIA's data sheets print those with sparsity, twice as much. Under
+# nvidia.com/en-us/data-center: a100 (312), h100 (1,979 sparse; NVL 1,671; PCIe 1,513), h200 (1,979;
+# NVL 1,671), grace-hopper-superchip (990), hgx (B200, B300: 36,000 sparse for 8), l40s (362.05),
+# gb200-nvl72 and gb300-nvl72 (360,000 sparse for 72). A800 and H800 compute as A100 and H100.
 _PEAKS = {
+    "GB300": 2500.0,
     "GB200": 2500.0,
+    "B300": 2250.0,
     "B200": 2250.0,
     "GH200": 989.0,
+    "H200 NVL": 835.0,
     "H200": 989.0,
     "H100 NVL": 835.0,
     "H100 PCIe": 756.0,
     "H100": 989.0,
+    "H800 PCIe": 756.0,
     "H800": 989.0,
     "A100": 312.0,
     "A800": 312.0,

@@ -5,6 +5,7 @@ import yaml
 
 from nemo_minitron.config.pipeline import ClusterConfig
 from nemo_minitron.config.schema import conf_dir
+from nemo_minitron.models.speed import peak_tflops
 
 SHIPPED = {"dgx_h100": (8, 80, 989), "dgx_a100": (8, 80, 312), "cpu": (0, 8, 0.19)}
 
@@ -29,3 +30,19 @@ def test_shipped_clusters(name):
 def test_values_that_no_machine_has(keys, says):
     with pytest.raises(ValueError, match=says):
         ClusterConfig(**keys)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", SHIPPED["dgx_a100"][2]),
+        ("NVIDIA H100 80GB HBM3", SHIPPED["dgx_h100"][2]),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA GB300", 2500),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_peaks_by_the_names_of_cuda(gpu, peak):
+    assert peak_tflops(gpu) == peak
