@@ -41,7 +41,8 @@ class ItemPlan:
         stage: what runs.
         before: sizes of the model it reads, or None if it reads no model.
         after: sizes of the model it leaves.
-        run: None for an item that runs no model (import, prune, export).
+        run: None for an item that runs no model (import, prune, export), or reads no samples
+            (generate, benchmark).
     """
 
     name: str
@@ -74,7 +75,8 @@ def _plan_item(cfg: PlanConfig, item: Item, models: Models) -> ItemPlan:
     teacher = None
     if isinstance(config, DistillConfig) and config.teacher is not None:
         teacher = models.of("teacher", config.teacher)
-    runs = hasattr(config, "parallel")
+    # What ``generate`` and ``benchmark`` take depends on texts, not on samples of one length.
+    runs = hasattr(config, "parallel") and hasattr(config, "data")
     if isinstance(config, PruneConfig):
         runs = config.data.given
     run = _place(cfg, config, before, teacher) if runs else None

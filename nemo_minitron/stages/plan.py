@@ -23,6 +23,7 @@ _SIZES = (
     "num_attention_heads",
     "num_query_groups",
 )
+_DEPEND_ON_TEXTS = ("data", "generate", "benchmark")
 _DEGREES = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -202,6 +203,9 @@ def _show_warnings(records: list[dict[str, Any]]) -> None:
     ]
     if rows:
         show_table("DOES NOT FIT", ("run", "needs", "what to change"), rows)
+    depends = [(r["name"], r["stage"]) for r in records if r["stage"] in _DEPEND_ON_TEXTS]
+    if depends:
+        show_table("not counted: it depends on the texts", ("run", "stage"), depends)
 
 
 def _billions(count: int) -> str:

@@ -159,6 +159,21 @@ def test_one_stage(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "stage",
+    [
+        ["generate", "prompts=texts.txt"],
+        ["benchmark", "new_tokens=8"],
+        ["data", "data.blend=[1,a]", "total_tokens=100"],
+    ],
+)
+def test_stages_that_depend_on_texts_are_said_to_be_left_out(stage):
+    ending = run_line(["plan", *stage, "checkpoint=none", "model=llama31_8b", "output_dir=out"])
+    assert ending.code == 0, ending.err
+    assert "not counted" in ending.out
+    assert f"│ {stage[0]}" in ending.out
+
+
+@pytest.mark.parametrize(
     ("overrides", "says"),
     [
         (["evaluate", "checkpoint=none", "data.path=x"], "choose model=<entry of conf/model>, or"),
