@@ -14,6 +14,11 @@ _WAYS = (
 )
 
 
+def is_blend(path: object) -> bool:
+    """Whether a path names a YAML file of weighted sources."""
+    return str(path).endswith((".yaml", ".yml"))
+
+
 def parse_blend(value: object) -> list[dict[str, Any]]:
     """The sources of a blend as a list of ``{weight, path}``; those of weight 0 are left out.
 
@@ -44,7 +49,7 @@ def _read(text: str) -> object:
     if len(words) > 1:
         return words
     path = Path(text)
-    if path.suffix not in (".yaml", ".yml"):
+    if not is_blend(path):
         raise ValueError(f"data.blend={text} must be {_WAYS}")
     if not path.is_file():
         raise ValueError(f"data.blend={text} does not exist; it must be {_WAYS}")

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_minitron.config.blend import parse_blend
+from nemo_minitron.config.blend import is_blend, parse_blend
 from nemo_minitron.config.training import DataConfig, TrainerConfig
 
 _NOT_OF_A_PHASE = ("blend_changes", "num_samples", "split_name", "cache_dir")
@@ -105,10 +105,14 @@ def _checked(index: int, entry: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"{where}.data.{unknown[0]} is no key of a phase; those are {', '.join(_OWN)}"
         )
-    if entry["data"].get("blend") is None:
+    data = entry["data"]
+    if is_blend(data.get("path")):
+        data = {**data, "blend": data["path"]}
+        del data["path"]
+    if data.get("blend") is None:
         return entry
-    with _naming(index, entry["data"]):
-        return {**entry, "data": {**entry["data"], "blend": parse_blend(entry["data"]["blend"])}}
+    with _naming(index, data):
+        return {**entry, "data": {**data, "blend": parse_blend(data["blend"])}}
 
 
 def _data(index: int, data: DataConfig, own: dict[str, Any]) -> DataConfig:

@@ -16,7 +16,7 @@ from nemo_minitron.config.base import (
     check_words,
     one_of,
 )
-from nemo_minitron.config.blend import parse_blend, parse_changes
+from nemo_minitron.config.blend import is_blend, parse_blend, parse_changes
 
 RECOMPUTE_KEYS = (
     "recompute_granularity",
@@ -36,7 +36,7 @@ class DataConfig:
 
     path: str = field(default=MISSING, metadata=INPUT)
     """Text, JSON(L), Parquet or Arrow file, folder of such files or pattern that names them, folder
-    of ``datasets``, Megatron .bin/.idx prefix, or .npy of token ids."""
+    of ``datasets``, Megatron .bin/.idx prefix, .npy of token ids, or YAML file as for ``blend``."""
     blend: Any = field(default=None, metadata=INPUT)
     """Weighted sources in place of ``path``: a list of ``{weight, path}``, weights and paths in
     turn, or a YAML file that holds such a list; samples come in Megatron's blended order."""
@@ -89,6 +89,8 @@ class DataConfig:
         self._check_blend()
 
     def _check_blend(self) -> None:
+        if self.blend is None and is_blend(self.path):
+            self.path, self.blend = "", self.path
         if self.blend is not None:
             self.blend = parse_blend(self.blend)
         if self.blend is not None and self.path not in ("", None, MISSING):

@@ -13,6 +13,7 @@ from nemo_minitron.checkpoint.artifact import _resumes
 from nemo_minitron.config import load
 from nemo_minitron.config.blend import check_trained, parse_blend
 from nemo_minitron.config.identity import changes, config_values, input_paths
+from nemo_minitron.config.phases import parse_phases
 from nemo_minitron.config.training import DataConfig, TrainerConfig
 from nemo_minitron.data.blend import BlendedSamples, blend_order, order_of
 from nemo_minitron.data.checks import check_data
@@ -50,6 +51,11 @@ def test_every_way_to_write_a_blend_is_the_same(tmp_path):
     files = [str(tmp_path / "list.yaml"), str(tmp_path / "words.yml")]
     for way in (TWO, [0.3, "a", 0.7, "b"], ["0.3", "a", "0.7", "b"], "0.3 a 0.7 b", *files):
         assert parse_blend(way) == TWO
+    (tmp_path / "list.yaml").rename(tmp_path / "blend.yaml")
+    data = DataConfig(path=str(tmp_path / "blend.yaml"))
+    assert (data.path, data.blend) == ("", TWO)
+    phases = parse_phases([{"steps": 1, "data": {"path": str(tmp_path / "blend.yaml")}}])
+    assert phases == [{"steps": 1, "data": {"blend": TWO}}]
     zero = [*TWO, {"weight": 0, "path": "c"}]
     assert parse_blend(zero) == TWO == parse_blend(TWO)
 
