@@ -7,6 +7,7 @@ ModelOpt and what it misses are downloaded (about 30 MB instead of 2 GB).
 ``python -m tests.oracle.environment`` makes it by hand and prints the interpreter.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -34,6 +35,12 @@ def oracle_python() -> Path:
     Raises:
         OracleUnavailableError: pip cannot reach ModelOpt.
     """
+    with Path(f"{FOLDER}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two processes of the suite may want it at once
+        return _made()
+
+
+def _made() -> Path:
     python = FOLDER / "bin" / "python"
     packages = "\n".join(site.getsitepackages())
     stamp = FOLDER / "complete"
