@@ -150,6 +150,8 @@ class OptionalDataConfig(DataConfig):
     nothing, ``evaluate`` of tasks alone)."""
 
 
+MOST_LEFT_OUT = 10
+"""Steps in a row that ``trainer.skip_loss_above`` leaves out: with more it is not the data."""
 _NOT_NEGATIVE = (
     "limit_val_batches",
     "save_every_n_steps",
@@ -159,6 +161,8 @@ _NOT_NEGATIVE = (
     "exit_duration_in_mins",
     "hang_after_minutes",
     "gradient_clip_val",
+    "rewind_steps",
+    "max_rewinds",
 )
 
 
@@ -203,6 +207,12 @@ class TrainerConfig:
     """A step whose loss (on labels and logits) is above so many times the mean of those before, or
     that gives no number, changes nothing, and is logged; 0: all count, and NaN ends the training.
     """
+    rewind_steps: int = field(default=0, metadata=ADDED)
+    """After more than ten steps in a row that skip_loss_above left out, weights and optimizer go
+    back to the newest checkpoint so many steps before them or more, and the batches since then are
+    left out too; 0 ends the training instead."""
+    max_rewinds: int = field(default=3, metadata=NEUTRAL)
+    """Times that rewind_steps may do so in a training; after that it ends."""
     precision: str = field(default="32", metadata=PRECISION)
     """``32`` or ``bf16-mixed`` (bf16 weights, fp32 main weights and gradients)."""
     seed: int = 1234
@@ -244,7 +254,34 @@ class TrainerConfig:
                 f"trainer.skip_loss_above={self.skip_loss_above:g} must be above 1, or 0: the loss "
                 "of any step may lie a little above the mean"
             )
+        self._check_rewinds()
         self._check_recompute()
+
+    def _check_rewinds(self) -> None:
+        """The checkpoint to go back to must be written, and still be there."""
+        key = f"trainer.rewind_steps={self.rewind_steps}"
+        if not self.rewind_steps:
+            return
+        if not self.skip_loss_above:
+            raise ValueError(
+                f"{key} goes back when leaving out steps did not help, and "
+                "trainer.skip_loss_above=0 leaves out none; set that to 3, say"
+            )
+        if not self.save_every_n_steps:
+            raise ValueError(
+                f"{key} goes back to a checkpoint, and trainer.save_every_n_steps=0 writes none; "
+                "set the number of steps between them"
+            )
+        held, back = (
+            (self.save_top_k - 1) * self.save_every_n_steps,
+            self.rewind_steps + MOST_LEFT_OUT,
+        )
+        if held < back:
+            raise ValueError(
+                f"{key} and the {MOST_LEFT_OUT} bad steps before it go back {back} steps, which "
+                f"must be at most (trainer.save_top_k - 1) * trainer.save_every_n_steps={held}: "
+                "older checkpoints are deleted; raise trainer.save_top_k"
+            )
 
     def _check_recompute(self) -> None:
         """Megatron's rules, with the keys to set."""

@@ -130,13 +130,13 @@ class DistillationGPTModel(MinitronGPTModel):
         if self.intermediate:
             self.intermediate.check_checkpoint(folder)
 
-    def load_training_state(self, state: dict[str, Any]) -> None:
+    def load_learned(self, state: dict[str, Any]) -> None:
         """As the base, and the weight of the intermediate losses.
 
         Raises:
             ValueError: the checkpoint was written without intermediate losses.
         """
-        super().load_training_state(state)
+        super().load_learned(state)
         if self.intermediate is None:
             return
         if "intermediate" not in state:

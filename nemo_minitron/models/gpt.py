@@ -105,7 +105,7 @@ class MinitronGPTModel(ModelPT):
             chunk.return_hidden = True
         self.consumed_samples = 0
         self.last_metrics: dict[str, float] = {}
-        self.spikes = Spikes(self.trainer_cfg.skip_loss_above)
+        self.spikes = Spikes(self.trainer_cfg.skip_loss_above, self.trainer_cfg.rewind_steps > 0)
         # fp64 counts beyond 2**24 exactly.
         self._tokens = torch.zeros((), dtype=torch.float64, device=device())
         self._validation_sums: list[StepSums[Tensor]] = []
@@ -224,11 +224,15 @@ class MinitronGPTModel(ModelPT):
     def check_training_checkpoint(self, folder: Path) -> None:
         """Refuse a training checkpoint that lacks what this model trains; none does here."""
 
-    def load_training_state(self, state: dict[str, Any]) -> None:
-        """Restore what ``training_state`` saved."""
+    def load_learned(self, state: dict[str, Any]) -> None:
+        """Restore weights and optimizer of what ``training_state`` saved, not how far it was."""
         for index, chunk in enumerate(self.chunks):
             chunk.load_state_dict(state[f"model{index}"], strict=False)
         load_optimizer(self._megatron, state["optimizer"])
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Restore what ``training_state`` saved."""
+        self.load_learned(state)
         self._lr_scheduler.load_state_dict(state["lr_scheduler"])
         self.consumed_samples = state["consumed_samples"]
         self._tokens.fill_(state["unlogged_tokens"])
@@ -316,9 +320,8 @@ class MinitronGPTModel(ModelPT):
         grad_norm = self._optimizer.grad_norm
         if not self._optimizer.skip:
             self.spikes.look_at(grad_norm, step)
-        if not counts:
-            return  # there is nothing to log
-        if step == self.trainer_cfg.max_steps or step % self.trainer_cfg.log_every_n_steps == 0:
+        due = step == self.trainer_cfg.max_steps or step % self.trainer_cfg.log_every_n_steps == 0
+        if due and counts:  # of a step without a number there is nothing to log
             self._log_step(values, lr, grad_norm)
 
     def step_losses(self, sums: StepSums[float]) -> dict[str, float]:
@@ -327,10 +330,8 @@ class MinitronGPTModel(ModelPT):
 
     def _log_step(self, sums: StepSums[float], lr: float, grad_norm: float | None) -> None:
         """Log a step; ``tokens`` are those since the last logged one."""
-        metrics = self.step_losses(sums)
+        metrics = self.step_losses(sums) | self.spikes.figures()
         metrics |= {"lr": lr, "grad_norm": float(grad_norm or 0.0), "tokens": self._tokens.item()}
-        if self.spikes.factor:
-            metrics["left_out"] = self.spikes.left_out
         self._tokens.zero_()
         self.last_metrics = metrics
         for name, value in metrics.items():

@@ -133,14 +133,20 @@ class MegatronStrategy(SingleDeviceStrategy):
 
     def load_checkpoint(self, checkpoint_path: str | Path) -> dict[str, Any]:
         """Load weights, optimizer and scheduler in place; returns Lightning's state."""
-        self._check(Path(checkpoint_path))
-        refuse_code(Path(checkpoint_path))
-        self._module.check_training_checkpoint(Path(checkpoint_path))
-        state = self._module.training_state(is_loading=True)
-        with plain_errors(Path(checkpoint_path)):
-            loaded = dist_checkpointing.load(state, str(checkpoint_path))
+        loaded = self.read_checkpoint(Path(checkpoint_path))
         self._module.load_training_state(loaded)
-        return loaded[STATE]
+        lightning: dict[str, Any] = loaded[STATE]
+        return lightning
+
+    def read_checkpoint(self, path: Path) -> dict[str, Any]:
+        """What ``save_checkpoint`` wrote, at this layout; tensors may be those of the model."""
+        self._check(path)
+        refuse_code(path)
+        self._module.check_training_checkpoint(path)
+        state = self._module.training_state(is_loading=True)
+        with plain_errors(path):
+            loaded: dict[str, Any] = dist_checkpointing.load(state, str(path))
+        return loaded
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Nothing left to do after ``load_checkpoint``."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories
@@ -45,6 +46,15 @@ def checkpoint_name(step: int) -> str:
 def step_of(path: Path) -> int:
     """Steps done at a training checkpoint, by its folder name."""
     return int(path.name.split("=")[1])
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Training checkpoints below ``folder``, without those that are being written or deleted."""
+    return [
+        path
+        for path in folder.glob("step=*")
+        if path.suffix != UNFINISHED and dist_checkpointing.check_is_distributed_checkpoint(path)
+    ]
 
 
 class Saver:

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from megatron.core import dist_checkpointing
 
 from nemo_minitron.config.training import TrainerConfig
 from nemo_minitron.models.gpt import MinitronGPTModel
@@ -20,7 +19,13 @@ from nemo_minitron.models.history import History
 from nemo_minitron.models.lightning import MegatronStrategy
 from nemo_minitron.models.loggers import close_logs, log_with_nemo
 from nemo_minitron.models.phases import Course, Samples
-from nemo_minitron.models.saving import UNFINISHED, checkpoint_name, step_of
+from nemo_minitron.models.rewind import Rewind
+from nemo_minitron.models.saving import (
+    UNFINISHED,
+    checkpoint_name,
+    complete_checkpoints,
+    step_of,
+)
 from nemo_minitron.models.signs_of_life import SignsOfLife
 from nemo_minitron.models.speed import Speed
 from nemo_minitron.runtime.errors import Preempted
@@ -91,12 +96,7 @@ def save_now(trainer: Trainer, callback: ModelCheckpoint) -> None:
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The last complete training checkpoint below ``folder``."""
-    found = [
-        path
-        for path in folder.glob("step=*")
-        if path.suffix != UNFINISHED and dist_checkpointing.check_is_distributed_checkpoint(path)
-    ]
-    return max(found, key=step_of, default=None)
+    return max(complete_checkpoints(folder), key=step_of, default=None)
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -192,7 +192,8 @@ def fit(
     model.set_step_loaders(course.training(model.groups, done), validation)
     validate = validation is not None and config.limit_val_batches > 0
     watch = SignsOfLife(config.hang_after_minutes, work / "logs" / "hung")
-    trainer = _trainer(config, [history, *checkpoints, stop, watch], validate)
+    rewind = Rewind(work / CHECKPOINTS, config)
+    trainer = _trainer(config, [history, rewind, *checkpoints, stop, watch], validate)
     log_with_nemo(trainer, work / "logs", model.exp_manager_cfg)
     try:
         trainer.fit(model, ckpt_path=None if resume is None else str(resume))

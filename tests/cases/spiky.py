@@ -1,6 +1,7 @@
-"""Task for the rank pool: a training one of whose batches gives a spike, or no number."""
+"""Task for the rank pool: a training with batches that give a spike, or no number."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,50 +16,65 @@ STEPS, BATCH, SEQ, BAD = 6, 4, 16, 3
 
 
 def train(
-    weights: str, work: str, bad: str | None, trainer: dict[str, Any]
+    weights: str,
+    work: str,
+    bad: str | None,
+    trainer: dict[str, Any],
+    batches: Sequence[int] = (BAD,),
+    steps: int = STEPS,
+    parallel: dict[str, Any] | None = None,
+    optim: dict[str, Any] | None = None,
 ) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]] | str:
-    """Train with or without the bad batch; one of its samples is bad, so one rank has it.
+    """Train with or without the bad batches; one sample of each is bad, so one rank has it.
 
     Args:
         weights: checkpoint folder of the model.
         work: for ``fit``; may hold checkpoints to go on from.
-        bad: None leaves the batch out of the data; ``spike``, ``loss`` or ``gradient`` says what is
-            wrong with it.
+        bad: None leaves the batches out of the data; ``spike``, ``loss`` or ``gradient`` says what
+            is wrong with them.
         trainer: further keys.
+        batches: which ones, counted from 0.
+        steps: of the training with them.
+        parallel: keys of the layout.
+        optim: further keys.
 
     Returns:
-        The history and the weights, or the error.
+        The history and the weights, or what it ended with.
     """
     from nemo_minitron.data.samples import NpyDataset
     from nemo_minitron.models.gpt import MinitronGPTModel
     from nemo_minitron.models.training import fit
+    from nemo_minitron.runtime.errors import Preempted
     from nemo_minitron.runtime.launch import init_model_parallel
 
-    ids = token_batch(STEPS * BATCH, SEQ - 1, LLAMA.vocab_size)
-    marked = ids[BAD * BATCH + 1]
+    ids = token_batch(steps * BATCH, SEQ - 1, LLAMA.vocab_size)
+    marked = ids[[index * BATCH + 1 for index in batches], :-1]
 
     class Spiky(MinitronGPTModel):
         def loss(self, batch, hidden, teacher):
             total, sums = super().loss(batch, hidden, teacher)
-            if bad is None or not torch.equal(batch["tokens"][0, : SEQ - 1], marked[:-1]):
+            if bad is None or not (batch["tokens"][:, : SEQ - 1] == marked).all(1).any():
                 return total, sums
             factor = {"spike": 50.0, "loss": math.nan, "gradient": math.nan}[bad]
             ce = sums.ce if bad == "gradient" else sums.ce * factor
             return total * factor, sums._replace(ce=ce)
 
-    init_model_parallel(ParallelConfig())
-    steps = STEPS - (bad is None)
+    layout = ParallelConfig(**(parallel or {}))
+    init_model_parallel(layout)
+    steps -= len(batches) * (bad is None)
     keys = {"max_steps": steps, "limit_val_batches": 0, "save_every_n_steps": 0, **trainer}
-    cfg = model_cfg(LLAMA, None, ParallelConfig(), trainer=keys)
-    cfg.optim.update({"lr": 1e-3, "min_lr": 1e-3, "lr_decay_style": "constant"})
+    cfg = model_cfg(LLAMA, None, layout, trainer=keys)
+    constant = {"lr": 1e-3, "min_lr": 1e-3, "lr_decay_style": "constant"}
+    cfg.optim.update({**constant, **(optim or {})})
     cfg.exp_manager = {}
     model = Spiky(cfg)
     model.load(Path(weights))
     if bad is None:
-        ids = torch.cat([ids[: BAD * BATCH], ids[(BAD + 1) * BATCH :]])
+        kept = [i for i in range(len(ids)) if i // BATCH not in batches]
+        ids = ids[kept]
     try:
         history = fit(model, [(NpyDataset(ids.numpy(), len(ids)), None)], Path(work))
-    except ValueError as error:
+    except (ValueError, Preempted) as error:
         return str(error)
     named = [pair for chunk in model.chunks for pair in chunk.named_parameters()]
     return history, {name: parameter.detach().clone() for name, parameter in named}
