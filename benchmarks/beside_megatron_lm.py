@@ -13,9 +13,9 @@ import platform
 import socket
 import sys
 from pathlib import Path
-from typing import Any
 
 from benchmarks.beside import UNSEEN, Loop, compare, report
+from benchmarks.marked import MARK, minitron
 from nemo_minitron.config.model import ModelConfig
 
 LIMIT = 1.05
@@ -54,23 +54,6 @@ THEIRS = f"""--num-layers {MODEL.num_layers} --hidden-size {MODEL.hidden_size}
     --no-bias-dropout-fusion --no-bias-swiglu-fusion --no-rope-fusion --attention-backend unfused"""
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 _ROOT = Path(__file__).resolve().parents[1]
-MARK = "minitron-benchmark step"
-
-
-def minitron(arguments: list[str]) -> int:
-    """``minitron`` that says when a step is done."""
-    from nemo_minitron.cli import main
-    from nemo_minitron.models.training import History
-
-    own: Any = History.on_train_batch_end
-
-    def said(self: History, *args: object) -> None:
-        own(self, *args)
-        if os.environ.get("RANK", "0") == "0":
-            print(MARK, flush=True)
-
-    setattr(History, "on_train_batch_end", said)
-    return main(arguments)
 
 
 def ranks(arguments: list[str]) -> int:

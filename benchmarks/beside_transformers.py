@@ -15,8 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.beside import UNSEEN, Loop, compare, report
-from benchmarks.beside_megatron_lm import MARK, minitron
 from benchmarks.distill_step import TEACHER
+from benchmarks.marked import MARK, minitron
 
 SLOWEST, LARGEST = 1.1, 1.0
 THREADS = 2
