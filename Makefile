@@ -24,9 +24,10 @@ CONSTRAINTS ?= $(wildcard requirements/tested-$(PYTHON_VERSION).txt)
 STACK := $(if $(filter 3.12,$(PYTHON_VERSION)),0.19,0.16: the older stack (Python 3.12 would give 0.19))
 
 # What the suite runs on the older stack: the unit tests but for those that meet no Megatron, torch or
-# transformers at all, three files on several ranks, the road from import to export.
-STACK_FREE := balance carry completion docs docs_block examples layout make_setup mutants repo \
-  search_space step_time submit
+# transformers at all (pipeline: through stages that the road has too), three files on several ranks,
+# the road from import to export.
+STACK_FREE := balance carry cluster_config completion docs docs_block examples layout make_setup \
+  mutants pipeline planning planning_precision repo search_space step_time submit
 OLDER_TESTS := tests/unit $(STACK_FREE:%=--ignore=tests/unit/test_%.py) tests/dist/test_importance_scores.py tests/dist/test_distillation.py \
   tests/dist/test_checkpoint_layouts.py tests/e2e/test_road.py
 TESTS ?= $(if $(filter 3.12,$(PYTHON_VERSION)),,$(OLDER_TESTS))
