@@ -201,6 +201,9 @@ class TrainerConfig:
     """
     log_memory: bool = field(default=False, metadata=NEUTRAL)
     """Whether to log the most memory of a rank (on a GPU that of its tensors)."""
+    straggler_ratio: float = field(default=0.0, metadata=NEUTRAL)
+    """Name the slowest rank and its node where its own part of a step takes above so many times the
+    median of all ranks, at each log line; 0 does not measure it."""
     gradient_clip_val: float = 1.0
     """Global gradient norm limit; 0 switches clipping off."""
     skip_loss_above: float = field(default=0.0, metadata=ADDED)
@@ -249,11 +252,9 @@ class TrainerConfig:
         for name in _NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise ValueError(f"trainer.{name}={getattr(self, name)} must not be negative")
-        if self.skip_loss_above and self.skip_loss_above <= 1:
-            raise ValueError(
-                f"trainer.skip_loss_above={self.skip_loss_above:g} must be above 1, or 0: the loss "
-                "of any step may lie a little above the mean"
-            )
+        for name in ("skip_loss_above", "straggler_ratio"):
+            if getattr(self, name) and getattr(self, name) <= 1:
+                raise ValueError(f"trainer.{name}={getattr(self, name):g} must be above 1, or 0")
         self._check_rewinds()
         self._check_recompute()
 

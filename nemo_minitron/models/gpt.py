@@ -173,15 +173,10 @@ class MinitronGPTModel(ModelPT):
     def setup_validation_data(self, val_data_config: object) -> None:
         """Nothing at construction: stages give loaders through ``set_loaders``."""
 
-    def micro_batches_per_step(self) -> int:
-        """Micro-batches of this rank in one global batch."""
-        return self.data_cfg.global_batch_size // (
-            self.data_cfg.micro_batch_size * self.groups.dp.size()
-        )
-
     def set_loaders(self, train: Iterable[Batch], validation: Iterable[Batch] | None) -> None:
         """Attach loaders of micro-batches (``data.sampler.build_dataloader``)."""
-        count = self.micro_batches_per_step()
+        data, replicas = self.data_cfg, self.groups.dp.size()
+        count = data.global_batch_size // (data.micro_batch_size * replicas)
         held_out = None if validation is None else StepLoader(validation, count)
         self.set_step_loaders(StepLoader(train, count), held_out)
 
@@ -292,8 +287,7 @@ class MinitronGPTModel(ModelPT):
         """One optimizer step over a global batch (this rank's micro-batches).
 
         A batch without a target token counts as a step with loss 0 that changes neither weights
-        nor optimizer state; the learning-rate schedule goes on. A step that ``trainer.
-        skip_loss_above`` leaves out changes as little.
+        nor optimizer state; the learning-rate schedule goes on. A spike changes as little.
         """
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
@@ -311,9 +305,8 @@ class MinitronGPTModel(ModelPT):
         counts = all(map(math.isfinite, values))
         loss = losses_per_token(values, self.distillation)["loss"] if counts else math.nan
         # No target token: Adam's moments and the weight decay would still move the weights.
-        empty = values.tokens == 0
-        spike = not empty and self.spikes.is_one(loss, step)
-        self._optimizer.skip, self._optimizer.careful = empty or spike, self.spikes.factor > 0
+        self._optimizer.skip = values.tokens == 0 or self.spikes.is_one(loss, step)
+        self._optimizer.careful = self.spikes.factor > 0
         optimizer.step()
         self._lr_scheduler.step(increment=1)
         self.consumed_samples = sum(samples_before(self.phases, step))

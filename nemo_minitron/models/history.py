@@ -13,6 +13,7 @@ from nemo_minitron.checkpoint.progress import write_progress
 from nemo_minitron.config.blend import check_trained
 from nemo_minitron.models.phases import Course
 from nemo_minitron.models.speed import Speed
+from nemo_minitron.models.stragglers import Stragglers
 from nemo_minitron.runtime.console import progress
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ class History(Callback):
         total_steps: of the whole training.
         speed: of what figures to log.
         course: what is read, and what each step computes.
+        stragglers: says which rank is slow.
         changes: ``data.blend_changes``.
     """
 
@@ -45,10 +47,12 @@ class History(Callback):
         total_steps: int,
         speed: Speed,
         course: Course,
+        stragglers: Stragglers,
         changes: Sequence[dict[str, Any]] | None = None,
     ) -> None:
         self.records: list[dict[str, float]] = []
         self.course, self.changes = course, list(changes or ())
+        self.stragglers = stragglers
         self.work, self.total_steps, self.speed = work, total_steps, speed
         self._begin = self._since = self._paused = self._noted = 0.0
         self._first = self._logged = 0
@@ -114,6 +118,7 @@ class History(Callback):
             loss=self.records[-1]["loss"],
             tokens=sum(record.get("tokens", 0.0) for record in self.records),
             tokens_per_second=self.records[-1]["tokens_per_second"],
+            slow=self.stragglers.found,
             seconds_per_step=(now - self._begin) / max(step - self._first, 1),
         )
 

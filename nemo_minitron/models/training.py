@@ -28,6 +28,7 @@ from nemo_minitron.models.saving import (
 )
 from nemo_minitron.models.signs_of_life import SignsOfLife
 from nemo_minitron.models.speed import Speed
+from nemo_minitron.models.stragglers import Stragglers
 from nemo_minitron.runtime.errors import Preempted
 from nemo_minitron.runtime.launch import device
 from nemo_minitron.runtime.megatron import start_writer_helper
@@ -186,14 +187,15 @@ def fit(
     checkpoints = _checkpoint_callbacks(config, work / CHECKPOINTS)
     course = Course(model.phases, samples, flops)
     speed = Speed.of(config.precision, memory=config.log_memory)
-    history = History(work, config.max_steps, speed, course, model.data_cfg.blend_changes)
+    slow, changes = Stragglers(config.straggler_ratio), model.data_cfg.blend_changes
+    history = History(work, config.max_steps, speed, course, slow, changes)
     stop = StopEarly(checkpoints[0], config)
     validation = course.validation(model.groups, lambda: trainer.global_step)
     model.set_step_loaders(course.training(model.groups, done), validation)
     validate = validation is not None and config.limit_val_batches > 0
     watch = SignsOfLife(config.hang_after_minutes, work / "logs" / "hung")
     rewind = Rewind(work / CHECKPOINTS, config)
-    trainer = _trainer(config, [history, rewind, *checkpoints, stop, watch], validate)
+    trainer = _trainer(config, [slow, history, rewind, *checkpoints, stop, watch], validate)
     log_with_nemo(trainer, work / "logs", model.exp_manager_cfg)
     try:
         trainer.fit(model, ckpt_path=None if resume is None else str(resume))

@@ -39,6 +39,7 @@ class Status:
         loss: of the last logged step.
         tokens: that were trained on.
         tokens_per_second: of the last logged step.
+        slow: the rank that others wait for, with its node, if ``trainer.straggler_ratio`` looks.
         seconds_left: until the last step, at the speed since the start.
         checkpoint: step of the newest complete training checkpoint.
         checkpoint_age: seconds since it was complete.
@@ -53,6 +54,7 @@ class Status:
     loss: float | None = None
     tokens: float | None = None
     tokens_per_second: float | None = None
+    slow: str | None = None
     seconds_left: float | None = None
     checkpoint: int | None = None
     checkpoint_age: float | None = None
@@ -139,7 +141,7 @@ def _add_progress(status: Status, work: Path) -> None:
     """What the training said at its last logged step."""
     said, _ = read_progress(work)
     status.step, status.steps = said.get("step"), said.get("max_steps")
-    for name in ("loss", "tokens", "tokens_per_second"):
+    for name in ("loss", "tokens", "tokens_per_second", "slow"):
         setattr(status, name, said.get(name))
     if status.step is not None and status.steps is not None:
         status.seconds_left = (status.steps - status.step) * said.get("seconds_per_step", 0.0)
@@ -199,6 +201,8 @@ def _lines(status: Status) -> list[str]:
         speed = status.tokens_per_second
         at = "" if speed is None else f" at {speed:,.0f} per second"
         rows.append(f"  tokens {status.tokens:,.0f}{at}")
+    if status.slow:
+        rows.append(f"  slow: {status.slow}")
     if status.checkpoint is not None:
         age = _duration(status.checkpoint_age or 0.0)
         rows.append(f"  checkpoint of step {status.checkpoint:,}, {age} ago")

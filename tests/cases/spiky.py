@@ -1,6 +1,7 @@
 """Task for the rank pool: a training with batches that give a spike, or no number."""
 
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ def train(
     Args:
         weights: checkpoint folder of the model.
         work: for ``fit``; may hold checkpoints to go on from.
-        bad: None leaves the batches out of the data; ``spike``, ``loss`` or ``gradient`` says what
-            is wrong with them.
+        bad: None leaves the batches out of the data; ``spike``, ``loss``, ``gradient`` or ``slow``
+            says what is wrong with them.
         trainer: further keys.
         batches: which ones, counted from 0.
         steps: of the training with them.
@@ -55,7 +56,8 @@ def train(
             total, sums = super().loss(batch, hidden, teacher)
             if bad is None or not (batch["tokens"][:, : SEQ - 1] == marked).all(1).any():
                 return total, sums
-            factor = {"spike": 50.0, "loss": math.nan, "gradient": math.nan}[bad]
+            time.sleep(0.5 if bad == "slow" else 0.0)
+            factor = {"spike": 50.0, "slow": 1.0}.get(bad, math.nan)
             ce = sums.ce if bad == "gradient" else sums.ce * factor
             return total * factor, sums._replace(ce=ce)
 

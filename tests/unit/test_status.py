@@ -24,6 +24,7 @@ SAID = {
     "tokens": 61440.0,
     "tokens_per_second": 2048.0,
     "seconds_per_step": 41.0,
+    "slow": "rank 5 on node-3, 1.31 times the median",
 }
 
 
@@ -89,12 +90,13 @@ def test_a_run_that_goes_on(run, status):
         assert (found["checkpoint"], found["error"], found["seconds_left"]) == (25, None, 3690.0)
         assert 0 <= found["checkpoint_age"] < 100
         lines = text.splitlines()
-        assert lines[:3] == [
+        assert lines[:4] == [
             "tuned  finetune  running",
             "  step 30 of 120 (25%)  loss 1.2500  left 1:01:30",
             "  tokens 61,440 at 2,048 per second",
+            "  slow: rank 5 on node-3, 1.31 times the median",
         ]
-        assert lines[3].startswith("  checkpoint of step 25, 0:0")
+        assert lines[4].startswith("  checkpoint of step 25, 0:0")
         assert status(run.place.parent)[0]["run"] == "pipe/tuned"  # as a stage of a pipeline
         old = time.time() - 3600
         os.utime(work / "logs" / "status.json", (old, old))
