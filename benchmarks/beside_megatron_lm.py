@@ -22,17 +22,17 @@ LIMIT = 1.05
 RANKS = 2
 MODEL = ModelConfig(
     family="llama",
-    num_layers=8,
-    hidden_size=512,
-    ffn_hidden_size=1408,
-    num_attention_heads=8,
-    num_query_groups=4,
+    num_layers=24,
+    hidden_size=1024,
+    ffn_hidden_size=2816,
+    num_attention_heads=16,
+    num_query_groups=8,
     kv_channels=64,
-    vocab_size=16384,
+    vocab_size=32768,
     max_position_embeddings=256,
     share_embeddings_and_output_weights=False,
 )
-SEQ, MICRO, BATCH = 256, 1, 4
+SEQ, MICRO, BATCH = 256, 1, 2
 LAYOUTS = {
     "TP2": ("parallel.tensor_model_parallel_size=2", "--tensor-model-parallel-size 2"),
     "PP2": ("parallel.pipeline_model_parallel_size=2", "--pipeline-model-parallel-size 2"),
@@ -117,7 +117,8 @@ SAID = (
     f"Megatron-LM's `pretrain_gpt.py` (core 0.19) and `minitron finetune`: {MODEL.num_layers} "
     f"layers of hidden size {MODEL.hidden_size:,} and {MODEL.ffn_hidden_size:,}, vocabulary "
     f"{MODEL.vocab_size:,}, {BATCH // MICRO} micro-batches of {SEQ} tokens, distributed Adam, "
-    f"fp32, {RANKS} ranks of one thread with gloo ({platform.machine()})."
+    f"fp32, {RANKS} ranks of one thread with gloo ({platform.machine()}). NeMo and Lightning take "
+    "0.1 GB of a process, which is more than a twentieth of a model of a few million parameters."
 )
 
 
