@@ -248,10 +248,13 @@ def export(
     target = Path(folder)
     if isinstance(model, str | Path):
         _refuse_existing(target)
-        return _write_export(_checkpoint(model), target, max_shard_size, workers)
+        checkpoint = _checkpoint(model)
+        _refuse_sizes(ModelConfig.load(checkpoint))
+        return _write_export(checkpoint, target, max_shard_size, workers)
     groups, first = ParallelGroups.current(), dist.get_rank() == 0
     agreed(partial(check_bare, model))
     config = agreed(partial(config_of, model[0]))
+    agreed(partial(_refuse_sizes, config))
     draft = Path(f"{target}.checkpoint")
     agreed(partial(_refuse_existing, *([target, draft] if first else [])))
     if first:
@@ -269,6 +272,11 @@ def _write_export(checkpoint: Path, target: Path, max_shard_size: str, workers: 
     target.mkdir(parents=True)
     title = target.resolve().name
     write_folder(checkpoint, target, title=title, max_shard_size=max_shard_size, workers=workers)
+
+
+def _refuse_sizes(config: ModelConfig) -> None:
+    """Refuse a model that config.json cannot say."""
+    family_of(config).to_hf(config)
 
 
 def _refuse_existing(*folders: Path) -> None:

@@ -27,8 +27,9 @@ _WRAPPERS = {
 
 
 def hf_names(row: Row, layer: int | None) -> list[str]:
-    """Hugging Face names of a row, with the number of its layer."""
-    return [name.format(layer=layer) for name in row.hf]
+    """Hugging Face names of a row, with the number of its layer (``families.letters``)."""
+    pair = None if layer is None else layer // 2
+    return [name.format(layer=layer, pair=pair) for name in row.hf]
 
 
 def expected_tensors(family: Family, config: ModelConfig) -> dict[str, tuple[tuple[int, ...], Row]]:

@@ -148,10 +148,11 @@ def _open_megatron(path: Path, tokenizer: str | None, vocab_size: int | None) ->
     from nemo_minitron.checkpoint.foreign.megatron_open import open_megatron  # a second to import
 
     found = open_megatron(path, Path(tokenizer) if tokenizer else None, vocab_size)
+    written = found.family.to_hf(found.config)  # refuses what config.json cannot say
 
     def save_extras(folder: Path) -> None:
         write_tokenizer(found.tokenizer, folder)
-        keep_as_read(folder, found.family.to_hf(found.config))
+        keep_as_read(folder, written)
         if found.generation:
             text = json.dumps(found.generation, indent=2, sort_keys=True) + "\n"
             (folder / GENERATION_JSON).write_text(text)

@@ -30,7 +30,7 @@ def check_mamba(config: "ModelConfig") -> None:
     if MAMBA in kinds_of(config) and not all(sizes.values()):
         raise ValueError(f"a model with Mamba layers needs sizes above 0, not {sizes}")
     heads, groups = config.mamba_num_heads, config.mamba_num_groups
-    if heads and groups and heads % groups:
+    if MAMBA in kinds_of(config) and heads and groups and heads % groups:
         raise ValueError(f"mamba_num_heads={heads} must be a multiple of mamba_num_groups={groups}")
     if EXPERTS in kinds_of(config) and config.num_moe_experts is None:
         raise ValueError(

@@ -11,6 +11,7 @@ from nemo_minitron.families.glm4_moe import GLM4_MOE
 from nemo_minitron.families.gpt2 import GPT2
 from nemo_minitron.families.gpt_oss import GPT_OSS
 from nemo_minitron.families.granite import GRANITE
+from nemo_minitron.families.letters import by_letters
 from nemo_minitron.families.llama import LLAMA
 from nemo_minitron.families.ministral import MINISTRAL, MINISTRAL3
 from nemo_minitron.families.mixtral import MIXTRAL
@@ -89,10 +90,10 @@ UNSUPPORTED: dict[str, str] = {
 
 
 def family_of(config: ModelConfig) -> Family:
-    """Family of a stored model."""
+    """Family of a stored model; of a HybridModel with the table for its letters."""
     if config.family not in FAMILIES:
         raise ValueError(f"family '{config.family}' is unknown; known: {sorted(FAMILIES)}")
-    return FAMILIES[config.family]
+    return by_letters(FAMILIES[config.family], config)
 
 
 def family_of_hf(hf_config: dict[str, Any]) -> Family:

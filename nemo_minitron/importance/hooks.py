@@ -114,10 +114,8 @@ class ChunkRecorder:
         scored = (axis for axis in AXES.values() if axis.seen_at and axis.name in scores.axes)
         kinds = kinds_of_chunk(chunk)
         # A stage takes part in what only layers of other stages have.
-        hybrid = getattr(chunk.decoder, "layer_type_list", None) is not None
-        whole = "".join(kinds_of(config))
-        axes = [a for a in scored if hybrid or a.kind in whole]
-        axes = [a for a in axes if axis_size(config, a.name)]
+        whole = getattr(chunk, "hybrid_layer_pattern", None) or "".join(kinds_of(config))
+        axes = [a for a in scored if a.kind in whole and axis_size(config, a.name)]
         self.seen = {a.name: [i for i, kind in enumerate(kinds) if a.kind in kind] for a in axes}
         self.seen["hidden"] = [layer for layer, *_ in self._norms]
         widths = {a.name: rows_seen(a, config)[1] // tp for a in axes}

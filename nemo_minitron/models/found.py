@@ -71,12 +71,32 @@ def _stated(chunk: Any) -> dict[str, Any]:
         "activation_func": _named(chunk.config.activation_func),
         "spec": None,
     }
+    if rotary is not None and not hasattr(chunk, "rotary_base"):
+        values |= _rotation(rotary.inv_freq, chunk.config.kv_channels)
     if values["rope_scaling"] and rotary is not None:
         # Only the frequencies say it: the slowest is divided by the whole factor.
         share = 2 / (2 * len(rotary.inv_freq))
         plain = float(chunk.rotary_base) ** (share - 1)
         values["rope_scaling_factor"] = round(plain / float(rotary.inv_freq[-1]), 3)
     return values
+
+
+def _rotation(inv_freq: torch.Tensor, kv_channels: int) -> dict[str, float]:
+    """Base and share of the rotary positions of a HybridModel, which keeps the frequencies alone.
+
+    Raises:
+        ValueError: they are not those of a base, as of YaRN.
+    """
+    channels = 2 * len(inv_freq)
+    slowest = float(inv_freq[-1]) ** (channels / (2 - channels)) if channels > 2 else 1e4
+    base = float(f"{slowest:.6g}")  # fp32 tells no more digits
+    powers = base ** (-torch.arange(0, channels, 2, device=inv_freq.device) / channels)
+    if not torch.allclose(inv_freq, powers, rtol=1e-5, atol=0):
+        raise ValueError(
+            "rotary_pos_emb.inv_freq of the HybridModel is not made of one base; only "
+            "position_embedding_type=rope is supported, without a scaling of its own"
+        )
+    return {"rotary_base": base, "rotary_percent": channels / kv_channels}
 
 
 def _named(function: Any) -> Any:
@@ -178,7 +198,7 @@ def _build_like(
     mcore.perform_initialization = initialises
     for chunk in chunks:
         if hasattr(like, "rotary_pos_emb"):
-            chunk.rotary_pos_emb.inv_freq = like.rotary_pos_emb.inv_freq
+            chunk.rotary_pos_emb = like.rotary_pos_emb  # nothing of it is pruned
         mark_tensor_parallel(chunk)
         chunk.to(next(like.parameters()).dtype)
         chunk.built_from = built_from

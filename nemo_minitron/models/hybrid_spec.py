@@ -29,6 +29,7 @@ from nemo_minitron.config.layout import layers_on_stages, padded_vocab_size
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.models.hidden import HiddenModel
+from nemo_minitron.models.rotary import set_frequencies
 from nemo_minitron.models.spec import HAVE_TE, LocalNorm, local_layer
 from nemo_minitron.runtime import cpu
 from nemo_minitron.runtime.groups import ParallelGroups
@@ -115,7 +116,7 @@ def build_hybrid_chunk(
             "pip install mamba-ssm causal-conv1d"
         )
     stage, chunks = vp_stage or 0, mcore.virtual_pipeline_model_parallel_size or 1
-    return HiddenHybridModel(
+    model = HiddenHybridModel(
         mcore,
         stack_spec(mcore),
         vocab_size=padded_vocab_size(config.vocab_size, mcore.tensor_model_parallel_size),
@@ -125,18 +126,26 @@ def build_hybrid_chunk(
         post_process=groups.is_last_stage and stage == chunks - 1,
         share_embeddings_and_output_weights=config.share_embeddings_and_output_weights,
         position_embedding_type=config.position_embedding_type,
+        rotary_percent=config.rotary_percent,
+        rotary_base=int(config.rotary_base),
         pg_collection=groups,
         vp_stage=vp_stage,
     )
+    set_frequencies(model, config)
+    return model
 
 
 def stack_spec(config: TransformerConfig) -> ModuleSpec:
     """Spec of a hybrid model's layers, whatever their order."""
     if HAVE_TE:
+        from megatron.core.extensions.transformer_engine import TENorm
         from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 
         spec = copy.deepcopy(hybrid_stack_spec)
         spec.submodules.mamba_layer.submodules.mixer.module = BatchMixer
+        if config.qk_layernorm:  # of a GPT family in letters; Megatron's hybrids have no such norms
+            attention = spec.submodules.attention_layer.submodules.self_attention.submodules
+            attention.q_layernorm = attention.k_layernorm = TENorm
         return spec
     layers = HybridStackSubmodules(
         mamba_layer=ModuleSpec(module=MambaLayer, submodules=_mamba()),

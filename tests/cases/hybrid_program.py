@@ -19,11 +19,17 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    MoETransformerLayer,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
 
 from nemo_minitron.runtime import cpu
 
-PATTERN, VOCAB, LENGTH = "M-M*|M-M*", 64, 32
+VOCAB, LENGTH = 64, 32
+PATTERNS = {"nemotron_h": "M-M*|M-M*", "llama": "*-*-|*-*-"}
+"""Letters of a hybrid model, and of one that could be a GPTModel."""
 SIZES = {
     "num_layers": 8,
     "hidden_size": 32,
@@ -42,11 +48,8 @@ ARGS = {
     "max_position_embeddings": LENGTH,
     "normalization": "RMSNorm",
     "norm_epsilon": 1e-5,
-    "swiglu": False,
-    "squared_relu": True,
     "quick_geglu": False,
     "add_bias_linear": False,
-    "position_embedding_type": "none",
     "untie_embeddings_and_output_weights": True,
     "num_experts": None,
     "tokenizer_type": "NullTokenizer",
@@ -54,9 +57,14 @@ ARGS = {
     "padded_vocab_size": VOCAB,
     "params_dtype": torch.float32,
 }
+OWN_ARGS = {
+    "nemotron_h": {"swiglu": False, "squared_relu": True, "position_embedding_type": "none"},
+    "llama": {"swiglu": True, "position_embedding_type": "rope", "rotary_base": 500},
+}
 
 
-def _stack() -> ModuleSpec:
+def local_stack(experts: int | None = None, norm: Any = WrappedTorchNorm) -> ModuleSpec:
+    """Layers of Megatron's local modules, whatever their letters."""
     from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
     from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
     from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
@@ -67,11 +75,11 @@ def _stack() -> ModuleSpec:
             super().__init__(config, submodules, **{**more, "post_layer_norm": False})
             self.post_layer_norm = True
             if self.post_process:
-                self.final_norm = WrappedTorchNorm(config, config.hidden_size)
+                self.final_norm = norm(config, config.hidden_size)
 
     local = get_gpt_layer_local_spec(normalization="RMSNorm").submodules
     mamba = MambaLayerSubmodules(
-        norm=WrappedTorchNorm,
+        norm=norm,
         mixer=ModuleSpec(
             module=MambaMixer,
             submodules=MambaMixerSubmodules(
@@ -82,13 +90,13 @@ def _stack() -> ModuleSpec:
         sharded_state_dict_keys_map={"norm.": "mixer.in_proj.layer_norm_"},
     )
     attention = TransformerLayerSubmodules(
-        input_layernorm=local.input_layernorm,
+        input_layernorm=norm,
         self_attention=local.self_attention,
         self_attn_bda=local.self_attn_bda,
         sharded_state_dict_keys_map={"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
     )
     mlp = TransformerLayerSubmodules(
-        pre_mlp_layernorm=local.pre_mlp_layernorm,
+        pre_mlp_layernorm=norm,
         mlp=local.mlp,
         mlp_bda=local.mlp_bda,
         sharded_state_dict_keys_map={"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"},
@@ -98,10 +106,20 @@ def _stack() -> ModuleSpec:
         attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
         mlp_layer=ModuleSpec(module=MLPLayer, submodules=mlp),
     )
+    if experts is not None:
+        routed = get_gpt_layer_local_spec(experts, normalization="RMSNorm").submodules
+        layers.moe_layer = ModuleSpec(
+            module=MoETransformerLayer,
+            submodules=TransformerLayerSubmodules(
+                pre_mlp_layernorm=norm,
+                mlp=routed.mlp,
+                mlp_bda=routed.mlp_bda,
+            ),
+        )
     return ModuleSpec(module=LocalStack, submodules=layers)
 
 
-def _model(tp: int, pp: int) -> Any:
+def _model(family: str, tp: int, pp: int) -> Any:
     from megatron.core.models.hybrid.hybrid_model import HybridModel
 
     cpu.install()
@@ -109,14 +127,15 @@ def _model(tp: int, pp: int) -> Any:
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(tp, pp)
     tensor_parallel.model_parallel_cuda_manual_seed(11)
+    gated, pattern = OWN_ARGS[family]["swiglu"], PATTERNS[family]
     config = TransformerConfig(
         **SIZES,
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         pipeline_dtype=torch.float32,
         is_hybrid_model=True,
-        activation_func=squared_relu,
-        gated_linear_unit=False,
+        activation_func=torch.nn.functional.silu if gated else squared_relu,
+        gated_linear_unit=gated,
         add_bias_linear=False,
         normalization="RMSNorm",
         hidden_dropout=0.0,
@@ -128,10 +147,12 @@ def _model(tp: int, pp: int) -> Any:
     )
     return HybridModel(
         config,
-        _stack(),
+        local_stack(),
         vocab_size=VOCAB,
         max_sequence_length=LENGTH,
-        hybrid_layer_pattern=PATTERN if pp == 2 else PATTERN.replace("|", ""),
+        hybrid_layer_pattern=pattern if pp == 2 else pattern.replace("|", ""),
+        position_embedding_type=OWN_ARGS[family]["position_embedding_type"],
+        rotary_base=OWN_ARGS[family].get("rotary_base"),
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
     ).eval()
@@ -157,9 +178,9 @@ def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor | None:
     return torch.cat(shards, dim=-1)
 
 
-def write(folder: str, tp: int, pp: int, ids: torch.Tensor) -> torch.Tensor | None:
+def write(folder: str, family: str, tp: int, pp: int, ids: torch.Tensor) -> torch.Tensor | None:
     """A checkpoint of random weights, as a run of Megatron-LM leaves it, and its logits."""
-    model, iteration = _model(tp, pp), Path(folder) / "iter_0000002"
+    model, iteration = _model(family, tp, pp), Path(folder) / "iter_0000002"
     draw = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -169,7 +190,8 @@ def write(folder: str, tp: int, pp: int, ids: torch.Tensor) -> torch.Tensor | No
         iteration.mkdir(parents=True)
         (Path(folder) / "latest_checkpointed_iteration.txt").write_text("2")
     dist.barrier()
-    args = Namespace(**SIZES, **ARGS, hybrid_layer_pattern=PATTERN)
+    own = {**OWN_ARGS[family], "hybrid_layer_pattern": PATTERNS[family]}
+    args = Namespace(**SIZES, **ARGS, **own)
     state = {"args": args, "checkpoint_version": 3.0, "iteration": 2}
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     weights = model.sharded_state_dict(metadata=metadata)
@@ -177,9 +199,9 @@ def write(folder: str, tp: int, pp: int, ids: torch.Tensor) -> torch.Tensor | No
     return _logits(model, ids)
 
 
-def read(folder: str, tp: int, pp: int, ids: torch.Tensor) -> torch.Tensor | None:
+def read(folder: str, family: str, tp: int, pp: int, ids: torch.Tensor) -> torch.Tensor | None:
     """Logits of a checkpoint; every tensor of the model has to be in it."""
-    model = _model(tp, pp)
+    model = _model(family, tp, pp)
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     weights = model.sharded_state_dict(metadata=metadata)
     model.load_state_dict(dist_checkpointing.load({"model": weights}, folder)["model"])

@@ -1,76 +1,26 @@
-"""Tasks for the rank pool: a GPTModel of megatron-core that another program built."""
+"""Tasks for the rank pool: models of megatron-core that another program built."""
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 
 import nemo_minitron
 from nemo_minitron.config.balance import balanced_layout
-from nemo_minitron.config.layout import padded_vocab_size
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.stages import PruningConfig, TargetConfig
 from nemo_minitron.families.registry import family_of
+from nemo_minitron.models.parts import stored
 from nemo_minitron.pruning.plan import Plan, full_plan, make_plan, pruned_config
 from tests.cases.kd import batches, model_cfg, wrap, zero_gradients
-from tests.cases.live import _load, _score, _start
-
-
-def stock_model(config: ModelConfig, parallel: ParallelConfig, own: list[Any]) -> list[Any]:
-    """As a program builds one that knows megatron-core alone, with the weights of ``own``."""
-    from megatron.core import parallel_state
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    tp, vpp = (
-        parallel.tensor_model_parallel_size,
-        parallel.virtual_pipeline_model_parallel_size,
-    )
-    mcore = TransformerConfig(
-        num_layers=config.num_layers,
-        hidden_size=config.hidden_size,
-        ffn_hidden_size=config.ffn_hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        num_query_groups=config.num_query_groups,
-        kv_channels=config.kv_channels,
-        normalization="RMSNorm",
-        layernorm_epsilon=config.layernorm_epsilon,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=vpp,
-        pipeline_dtype=torch.float32,
-        calculate_per_token_loss=True,
-        # What a CPU cannot: Megatron's kernels, and batches of sends.
-        use_cpu_initialization=True,
-        bias_activation_fusion=False,
-        masked_softmax_fusion=False,
-        batch_p2p_comm=False,
-    )
-    first, last = parallel_state.is_pipeline_first_stage, parallel_state.is_pipeline_last_stage
-    chunks = []
-    for stage, mine in enumerate(own):
-        model = GPTModel(
-            config=mcore,
-            transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
-            vocab_size=padded_vocab_size(config.vocab_size, tp),
-            max_sequence_length=config.max_position_embeddings,
-            pre_process=first(ignore_virtual=True) and stage == 0,
-            post_process=last(ignore_virtual=True) and stage == len(own) - 1,
-            position_embedding_type="rope",
-            vp_stage=stage if vpp else None,
-        )
-        model.load_state_dict(mine.state_dict())
-        chunks.append(model)
-    return chunks
+from tests.cases.live import _load, _logits, _score, _start
+from tests.cases.stock_models import by_name, fill, stock_model
 
 
 def _run(models: list[Any], micro_batches: list[Any], forward_step: Any, **over: Any) -> Any:
@@ -102,12 +52,11 @@ def _samples(ids: torch.Tensor) -> list[dict[str, torch.Tensor]]:
     return [{k: v[None] for k, v in dataset[index].items()} for index in range(len(ids))]
 
 
-def _gradients(models: list[Any]) -> dict[str, torch.Tensor]:
-    return {
-        f"{stage}.{name.removeprefix('module.')}": parameter.main_grad.clone()
-        for stage, model in enumerate(models)
-        for name, parameter in model.named_parameters()
-    }
+def _gradients(models: list[Any], pairs: bool = False) -> dict[str, torch.Tensor]:
+    def gradients(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from ((name, p.main_grad.clone()) for name, p in model.named_parameters())
+
+    return by_name(models, gradients, pairs)
 
 
 def _own_step(
@@ -128,7 +77,9 @@ def _own_step(
     return _gradients(list(model.model))
 
 
-def _users_step(teacher: list[Any], small: list[Any], vocab_size: int) -> dict[str, torch.Tensor]:
+def _users_step(
+    teacher: list[Any], small: list[Any], vocab_size: int, pairs: bool
+) -> dict[str, torch.Tensor]:
     """The same in somebody else's training loop."""
     from megatron.core.distributed import (
         DistributedDataParallel,
@@ -155,49 +106,106 @@ def _users_step(teacher: list[Any], small: list[Any], vocab_size: int) -> dict[s
         chunk.train()
         chunk.zero_grad_buffer()
     _run(wrapped, micro_batches, forward_step, forward_only=False)
-    return _gradients(wrapped)
+    return _gradients(wrapped, pairs)
 
 
 def against_our_own(
-    config: ModelConfig, folder: str, ids: torch.Tensor, parallel: ParallelConfig, targets: Any
+    config: ModelConfig,
+    folder: str,
+    ids: torch.Tensor,
+    parallel: ParallelConfig,
+    targets: Any,
+    pattern: str | None = None,
 ) -> dict[str, Any]:
-    """Scores, kept indices, weights and gradients of a stock model, and how ours differ."""
+    """Scores, kept indices, weights, logits and gradients of a stock model, and how ours differ.
+
+    ``pattern`` builds a HybridModel; where ours is a GPT model it has two layers for each of ours.
+    """
     from nemo_minitron.models.prune_live import prune_live
 
-    groups = _start(parallel)
+    groups, pairs = _start(parallel), pattern is not None and config.hybrid_layer_pattern is None
     own = _load(config, folder, parallel, groups)
-    chunks = stock_model(config, parallel, own)
-    teacher = stock_model(config, parallel, own)
+    chunks = stock_model(config, parallel, own, pattern)
+    teacher = stock_model(config, parallel, own, pattern)
     with nemo_minitron.score(chunks) as scores:
         _run(chunks, _samples(ids), _forward_only, forward_only=True, collect_non_loss_data=True)
     assert all(chunk.training for chunk in chunks)
     expected = _score(own, config, groups, ids, len(ids))
-    plan = nemo_minitron.make_plan(scores, targets)
     own_plan = make_plan(config, PruningConfig(target=TargetConfig(targets)), expected)
+    if pairs:
+        apart = _apart(config, parallel, own, str(pattern))
+        expected["layer"] = _score(*apart, groups, ids, len(ids))["layer"]
+        sizes = {name: size for name, size in targets.items() if name != "num_layers"}
+        gone = {*range(config.num_layers)} - {*own_plan.layers}
+        dropped = sorted(2 * layer + half for layer in gone for half in (1, 2))
+        plan = nemo_minitron.make_plan(scores, sizes, drop_layers=dropped)
+    else:
+        plan = nemo_minitron.make_plan(scores, targets)
     small = nemo_minitron.prune(chunks, plan)
     own_small, _ = prune_live(own, family_of(config), config, own_plan, parallel, groups)
-    weights = [
-        dict(torch.nn.ModuleList(models).named_parameters()) for models in (small, own_small)
-    ]
+    weights = by_name(small, stored, pairs), by_name(own_small, stored)
     assert weights[0].keys() == weights[1].keys()
-    theirs = _users_step(teacher, small, config.vocab_size)
+    logits, own_logits = (_logits(model, groups, ids) for model in (small, own_small))
+    theirs = _users_step(teacher, small, config.vocab_size, pairs)
     ours = _own_step(config, folder, own_plan, parallel, own_small)
     assert theirs.keys() == ours.keys()
     return {
         "scores": {
-            name: ((scores[name] - values).abs() / values.abs().max()).max().item()
+            name: _difference(_of_its_layers(scores[name], values), values)
             for name, values in expected.items()
         },
         "meta": {k: (scores.meta[k], expected.meta[k]) for k in ("num_samples", "num_tokens")},
         "axes": (list(scores), list(expected)),
-        "plans": (plan, own_plan),
+        "plans": (_in_pairs(plan) if pairs else plan, own_plan),
         "class": {type(chunk).__name__ for chunk in small},
         "equal": all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0]),
-        "gradients": max(
-            ((theirs[name] - ours[name]).abs().max() / ours[name].abs().max()).item()
-            for name in ours
-        ),
+        "logits": _difference(logits, own_logits),
+        "gradients": max(_difference(theirs[name], ours[name]) for name in ours),
     }
+
+
+def _difference(found: torch.Tensor | None, wanted: torch.Tensor | None) -> float:
+    if found is None or wanted is None:  # logits, but on the last stage
+        assert found is wanted
+        return 0.0
+    return ((found - wanted).abs().max() / wanted.abs().max()).item()
+
+
+def _of_its_layers(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Without the rows of layers that do not have the axis, which are zeros."""
+    if len(found) == len(wanted):
+        return found
+    halves = found[::2], found[1::2]
+    empty = [not half.any() for half in halves]
+    assert sorted(empty) == [False, True]
+    return halves[empty.index(False)]
+
+
+def _in_pairs(plan: Plan) -> Plan:
+    """The plan of the GPT model of which every layer is two."""
+    assert all(
+        len(set(pair)) == 1
+        for pair in zip(plan.layers[::2], (layer - 1 for layer in plan.layers[1::2]))
+    )
+    kept = {
+        axis: lists if axis == "hidden" else [entry for entry in lists if entry != []]
+        for axis, lists in plan.items()
+    }
+    return Plan({**kept, "layer": [layer // 2 for layer in plan.layers[::2]]})
+
+
+def _apart(
+    config: ModelConfig, parallel: ParallelConfig, own: list[Any], pattern: str
+) -> tuple[list[Any], ModelConfig]:
+    """Our own HybridModel with the weights of a GPT model, and its config."""
+    from nemo_minitron.models.build import build_gpt
+    from nemo_minitron.runtime.groups import ParallelGroups
+
+    letters = pattern.replace("|", "")
+    config = replace(config, num_layers=len(letters), hybrid_layer_pattern=letters)
+    chunks = build_gpt(config, parallel, ParallelGroups.current())
+    fill(chunks, own, pairs=True)
+    return chunks, config
 
 
 @contextmanager
@@ -245,25 +253,56 @@ def refusals(
         cases["setting"] = (plan, _setting(chunks, "qk_l2_norm", True))
     found = {}
     for name, (chosen, context) in cases.items():
-        said = ""
         with context:
-            try:
-                nemo_minitron.prune(chunks, chosen)
-            except ValueError as error:
-                said = str(error)
+            said = _refusal(partial(nemo_minitron.prune, chunks, chosen))
         after = [p for chunk in chunks for p in chunk.parameters()]
         found[name] = said, all(map(torch.equal, before, after))
     return found
 
 
-def without_groups() -> str:
-    """What scoring says where Megatron's groups are not initialised."""
+def hybrid_refusals(config: ModelConfig, folder: str, pattern: str, out: str) -> dict[str, str]:
+    """What is said to a HybridModel that cannot be scored or pruned; its weights stay as they were.
+
+    Megatron-Core built it; only what it says of itself is changed.
+    """
+    parallel = ParallelConfig()
+    groups = _start(parallel)
+    (chunk,) = stock_model(config, parallel, _load(config, folder, parallel, groups), pattern)
+    before, rotary = [p.detach().clone() for p in chunk.parameters()], chunk.rotary_pos_emb
+    plan, odd = (
+        nemo_minitron.make_plan(None, model=[chunk], drop_layers=drop) for drop in ([3, 4], [4])
+    )
+    letters = "hybrid_layer_pattern"
+    cases: dict[str, tuple[Any, Any]] = {
+        "frequencies": (plan, patch.object(rotary, "inv_freq", rotary.inv_freq.flip(0))),
+        "prediction": (plan, patch.object(chunk, letters, pattern + "/*-")),
+        "letter": (plan, patch.object(chunk, letters, pattern.replace("-", "G"))),
+        "sinks": (plan, patch.object(chunk.config, "softmax_type", "learnable")),
+        "part": (plan, _adapter([chunk], 0)),
+    }
+    found = {}
+    for name, (chosen, context) in cases.items():
+        with context:
+            found[name] = _refusal(partial(nemo_minitron.prune, [chunk], chosen))
+        assert all(map(torch.equal, before, chunk.parameters()))
+    small = nemo_minitron.prune([chunk], odd)
+    found["half"] = _refusal(partial(nemo_minitron.export, small, out))
+    assert not list(Path(out).parent.iterdir())
+    return found
+
+
+def _refusal(call: Callable[[], object]) -> str:
+    """What a call says that is refused."""
     try:
-        with nemo_minitron.score([torch.nn.Linear(2, 2)]):
-            pass
+        call()
     except ValueError as error:
         return str(error)
     return ""
+
+
+def without_groups() -> str:
+    """What scoring says where Megatron's groups are not initialised."""
+    return _refusal(nemo_minitron.score([torch.nn.Linear(2, 2)]).__enter__)
 
 
 def run_page(blocks: list[str], folder: str) -> list[str]:

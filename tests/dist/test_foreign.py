@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+import nemo_minitron
 from nemo_minitron.checkpoint import torch_dist
 from nemo_minitron.checkpoint.source import open_source
 from nemo_minitron.config.model import ModelConfig
@@ -93,15 +95,26 @@ def test_logits(ranks: WorkerPool, opened: dict[str, str]) -> None:
         torch.testing.assert_close(found, wanted[..., : found.size(-1)], atol=atol, rtol=0)
 
 
-@pytest.mark.parametrize(("there", "here"), [((2, 1), (1, 2)), ((1, 2), (2, 1))])
+@pytest.mark.parametrize(
+    ("family", "there", "here"),
+    [
+        ("nemotron_h", (2, 1), (1, 2)),
+        ("nemotron_h", (1, 2), (2, 1)),
+        ("llama", (2, 1), (1, 2)),
+    ],
+)
 def test_hybrid_model(
     ranks: WorkerPool,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    family: str,
     there: tuple[int, int],
     here: tuple[int, int],
 ) -> None:
-    """Megatron-Core's HybridModel (TP, PP) opens here, ours opens there, at other layouts."""
+    """Megatron-Core's HybridModel (TP, PP) opens here, ours opens there, at other layouts.
+
+    One of attention and MLP alone goes to transformers as a Llama.
+    """
     ids = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(7))
 
     def logits(task: Any, *arguments: object) -> Any:
@@ -113,7 +126,7 @@ def test_hybrid_model(
         import_.run(cfg)
         return cfg.output_dir
 
-    theirs = logits(hybrid_program.write, str(tmp_path / "theirs"), *there, ids)
+    theirs = logits(hybrid_program.write, str(tmp_path / "theirs"), family, *there, ids)
     results = {"ours": imported("ours")}
     # As earlier versions wrote them, which did not know what else HybridModel asks for.
     monkeypatch.setattr(torch_dist, "extra_states", lambda *_: iter(()))
@@ -121,5 +134,11 @@ def test_hybrid_model(
     found = logits(logits_of, results, ids, layout(tp=here[0], pp=here[1]))
     for ours in found.values():
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
-    again = logits(hybrid_program.read, f"{results['ours']}/checkpoint", *here, ids)
+    again = logits(hybrid_program.read, f"{results['ours']}/checkpoint", family, *here, ids)
     torch.testing.assert_close(again, theirs, atol=1e-5, rtol=0)
+    if family == "llama":
+        nemo_minitron.export(results["ours"], tmp_path / "hf")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+        assert isinstance(model, LlamaForCausalLM)
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids).logits, theirs, atol=1e-5, rtol=0)

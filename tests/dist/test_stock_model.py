@@ -7,10 +7,16 @@ import pytest
 
 from nemo_minitron.config.parallel import ParallelConfig
 from tests.cases.live_truth import Truth, layout, make_truth
-from tests.cases.stock import against_our_own, refusals, run_page, without_groups
+from tests.cases.stock import (
+    against_our_own,
+    hybrid_refusals,
+    refusals,
+    run_page,
+    without_groups,
+)
 from tests.helpers.pool import WorkerPool
 from tests.helpers.snippets import REPO, snippets
-from tests.helpers.tiny import LLAMA
+from tests.helpers.tiny import LLAMA, MIXTRAL, NEMOTRON_H, token_batch, write_weights
 
 MODEL = replace(LLAMA, num_layers=8)
 TARGETS = {"hidden_size": 40, "ffn_hidden_size": 64, "num_attention_heads": 4}
@@ -18,6 +24,17 @@ LAYOUTS = {
     "TP1": layout(),
     "TP2 PP2": layout(tp=2, pp=2),
     "PP2 VPP2": layout(pp=2, vpp=2),
+}
+# A HybridModel does not keep the base of its rotary positions, nor is it asked to scale them.
+STRETCHED = replace(LLAMA, rotary_base=500000.0, rope_scaling={"rope_type": "linear", "factor": 2})
+EXPERTS = {"hidden_size": 40, "num_moe_experts": 2, "moe_ffn_hidden_size": 24, "num_layers": 3}
+MAMBA = {"ffn_hidden_size": 64, "mamba_num_heads": 4, "mamba_head_dim": 6, "num_layers": 6}
+HYBRIDS = {
+    "TP1": (STRETCHED, "*-*-*-*-", layout(), {**TARGETS, "num_layers": 3}),
+    "TP2 SP": (STRETCHED, "*-*-*-*-", layout(tp=2, sp=True), {**TARGETS, "num_layers": 3}),
+    "PP2": (STRETCHED, "*-*|-*-*-", layout(pp=2), {**TARGETS, "num_layers": 3}),
+    "experts TP2 SP": (MIXTRAL, "*E*E*E*E", layout(tp=2, sp=True), EXPERTS),
+    "mamba TP2 SP PP2": (NEMOTRON_H, "M-M*|MEM-", layout(tp=2, sp=True, pp=2), MAMBA),
 }
 pytestmark = pytest.mark.timeout(300)
 
@@ -40,6 +57,25 @@ def test_as_our_own_model(ranks: WorkerPool, truth: Truth, name: str) -> None:
         assert found["plans"][0] == found["plans"][1]
         assert found["class"] == {"GPTModel"}
         assert found["equal"]
+        assert found["logits"] < 1e-5
+        assert found["gradients"] < 1e-4
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_hybrid_model(ranks: WorkerPool, tmp_path, name: str) -> None:
+    """The same of a HybridModel: as our GPT model of whose layers each is two, or as our hybrid."""
+    config, pattern, parallel, targets = HYBRIDS[name]
+    write_weights(tmp_path / "model", config, seed=0)
+    ids = token_batch(4, 16, config.vocab_size)[:, :16].contiguous()
+    arguments = (config, str(tmp_path / "model"), ids, parallel, targets, pattern)
+    for found in ranks.run(parallel.world_size(), against_our_own, *arguments):
+        assert found["axes"][0] == found["axes"][1]
+        assert max(found["scores"].values()) < 1e-5
+        assert all(mine == ours for mine, ours in found["meta"].values())
+        assert found["plans"][0] == found["plans"][1]
+        assert found["class"] == {"HybridModel"}
+        assert found["equal"]
+        assert found["logits"] < 1e-5
         assert found["gradients"] < 1e-4
 
 
@@ -59,6 +95,25 @@ def test_a_refusal_leaves_the_weights_alone(ranks: WorkerPool, truth: Truth, our
         for name, (said, untouched) in found.items():
             assert says[name] in said, name
             assert untouched, name
+
+
+def test_a_hybrid_model_that_is_refused_is_as_it_was(ranks: WorkerPool, tmp_path) -> None:
+    folder, out = tmp_path / "model", tmp_path / "out"
+    write_weights(folder, STRETCHED, seed=0)
+    out.mkdir()
+    arguments = (STRETCHED, str(folder), "*-*-*-*-", str(out / "hf"))
+    said = ranks.run(1, hybrid_refusals, *arguments)[0]
+    says = {
+        "frequencies": "rotary_pos_emb.inv_freq of the HybridModel is not made of one base",
+        "prediction": "hybrid_layer_pattern=*-*-*-*-/*- is not supported; only a pattern without",
+        "letter": "hybrid_layer_pattern=*G*G*G*G holds G",
+        "sinks": "softmax_type=learnable is not supported; only vanilla in a HybridModel",
+        "part": "adapter.weight has no row",
+        "half": "hybrid_layer_pattern=*-**-*- has no Hugging Face format in family 'llama'",
+    }
+    assert said.keys() == says.keys()
+    for name, words in says.items():
+        assert words in said[name]
 
 
 def test_groups_have_to_be_initialised(ranks: WorkerPool) -> None:

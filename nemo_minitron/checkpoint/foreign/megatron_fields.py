@@ -20,7 +20,8 @@ from nemo_minitron.checkpoint.foreign.megatron_stated import Stated
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.model_checks import LINEAR_VARIANT
 from nemo_minitron.documents import JsonObject
-from nemo_minitron.families.registry import FAMILIES
+from nemo_minitron.families.letters import is_hybrid, takes_letters, without_letters
+from nemo_minitron.families.registry import FAMILIES, family_of
 from nemo_minitron.families.rope import BETA, LLAMA3_SCALING, concentration
 from nemo_minitron.families.table import COMMON_SPEC, Family
 
@@ -139,7 +140,9 @@ def _positions(stated: Stated) -> JsonObject:
     if kind in ("rope", "yarn"):
         found["rotary_base"] = float(stated.get("rotary_base", 10000))
         found["rotary_percent"] = float(stated.get("rotary_percent", 1.0))
-        found["rope_scaling"] = _scaling(stated)
+        found["rope_scaling"] = scaling = _scaling(stated)
+        if stated_pattern(stated) and (scaling or {}).get("rope_type") == "llama3":
+            raise stated.refuse("rope_scaling", "false in a HybridModel, which has no such scaling")
         found["no_rope_freq"] = _without_rotation(stated)
     return found
 
@@ -178,6 +181,8 @@ def _refuse_others(stated: Stated, head_dim: int) -> None:
             continue
         if not allowed(stated.values.get(key)):
             raise stated.refuse(key, only)
+    if hybrid and stated.get("softmax_type", "vanilla") != "vanilla":
+        raise stated.refuse("softmax_type", "vanilla in a HybridModel")
     scale = stated.get("softmax_scale", None)
     if scale is not None and not math.isclose(scale, head_dim**-0.5):
         raise stated.refuse("softmax_scale", "null")
@@ -247,9 +252,6 @@ def _differences(family: Family, fields: JsonObject) -> JsonObject:
 def _with_the_spec(stated: Stated) -> list[Family]:
     """Families whose layers are built by the spec that is stated, else those with Megatron's."""
     spec = ":".join(stated.get("spec", None) or ())
-    if stated_pattern(stated) is not None:
-        hybrids = (family for family in FAMILIES.values() if "is_hybrid_model" in family.megatron)
-        return list(hybrids)
     said = {
         "multi_latent_attention": stated_latent(stated),
         "softmax_type": stated.get("softmax_type", "vanilla") == "learnable",
@@ -259,6 +261,9 @@ def _with_the_spec(stated: Stated) -> list[Family]:
         for family in FAMILIES.values()
         if all((key in family.megatron) == has for key, has in said.items())
     ]
+    if (pattern := stated_pattern(stated)) is not None:
+        hybrids = [family for family in FAMILIES.values() if is_hybrid(family)]
+        return hybrids + [f for f in families if not is_hybrid(f) and takes_letters(f, pattern)]
     own = [family for family in families if family.layer_spec == spec]
     # Modules of a family with sinks compute what Megatron's own do.
     return own or [f for f in families if f.layer_spec == COMMON_SPEC] or families
@@ -276,9 +281,12 @@ def match_family(stated: Stated, fields: JsonObject) -> tuple[Family, ModelConfi
         raise ValueError(f"{stated.where}: {error}") from error
     nearest: tuple[Family, JsonObject] | None = None
     for family in _with_the_spec(stated):
-        differ = _differences(family, fields)
+        known = without_letters(family, fields)
+        differ = _differences(family, known)
         if not differ:
-            return family, ModelConfig(family=family.name, **fields)
+            known["hybrid_layer_pattern"] = fields.get("hybrid_layer_pattern")
+            config = ModelConfig(family=family.name, **known)
+            return family_of(config), config
         if nearest is None or len(differ) < len(nearest[1]):
             nearest = family, differ
     assert nearest is not None
