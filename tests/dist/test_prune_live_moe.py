@@ -1,9 +1,11 @@
 """The same for experts: spread over expert-parallel ranks, pruned in number and in width."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 
+from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.stages import PruningConfig, TargetConfig
 from nemo_minitron.pruning.plan import full_plan
 from tests.cases.live import refused
@@ -90,87 +92,58 @@ def shared_ways(num_layers: int) -> dict[str, PruningConfig]:
     }
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A model with experts, what is cut of it, and where."""
+
+    has: str
+    config: ModelConfig
+    ways: dict[str, PruningConfig]
+    layouts: dict[str, ParallelConfig]
+
+
+SHARED, LINEAR = "4 experts and a shared one", "gated delta nets and 4 experts"
+KINDS = {
+    "mixtral": Kind("4 experts", MIXTRAL, WAYS, LAYOUTS),
+    "qwen2_moe": Kind(SHARED, QWEN2_MOE, shared_ways(3), SHARED_LAYOUTS),
+    "glm4_moe": Kind(
+        "8 experts in two groups after dense layers", MIXED, MIXED_WAYS, MIXED_LAYOUTS
+    ),
+    "gpt_oss": Kind(
+        "4 experts with biases, windows and sinks", GPT_OSS, GPT_OSS_WAYS, GPT_OSS_LAYOUTS
+    ),
+    "qwen3_next": Kind(LINEAR, QWEN3_NEXT, LINEAR_WAYS, LINEAR_LAYOUTS),
+    # Layers enough to interleave and to drop some.
+    "deep": Kind(SHARED, replace(QWEN2_MOE, num_layers=8), shared_ways(4), INTERLEAVED),
+}
+CASES = [
+    pytest.param(kind, name, id=f"{name}, {found.has}")
+    for kind, found in KINDS.items()
+    for name in found.layouts
+]
 pytestmark = pytest.mark.timeout(300)  # eight ranks start on two cores
 
 
 @pytest.fixture(scope="module")
-def truth(ranks: WorkerPool, tmp_path_factory) -> Truth:
-    return make_truth(ranks, tmp_path_factory.mktemp("live-moe"), MIXTRAL)
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_one_answer(truth: Truth, layout_table: LayoutTable, tmp_path, name: str) -> None:
-    test, shown = f"test_prune_live_moe.py::test_one_answer[{name}]", f"{name}, 4 experts"
-    one_answer(truth, LAYOUTS[name], WAYS, tmp_path, layout_table, test, shown)
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return KINDS[request.param]
 
 
 @pytest.fixture(scope="module")
-def shared_truth(ranks: WorkerPool, tmp_path_factory) -> Truth:
-    return make_truth(ranks, tmp_path_factory.mktemp("live-shared"), QWEN2_MOE)
+def truth(ranks: WorkerPool, tmp_path_factory: pytest.TempPathFactory, kind: Kind) -> Truth:
+    return make_truth(ranks, tmp_path_factory.mktemp("live-moe"), kind.config)
 
 
-@pytest.mark.parametrize("name", SHARED_LAYOUTS)
-def test_shared_expert(shared_truth: Truth, layout_table: LayoutTable, tmp_path, name: str) -> None:
-    test = f"test_prune_live_moe.py::test_shared_expert[{name}]"
-    shown = f"{name}, 4 experts and a shared one"
-    arguments = (SHARED_LAYOUTS[name], shared_ways(3), tmp_path, layout_table, test, shown)
-    one_answer(shared_truth, *arguments)
+@pytest.mark.parametrize(("kind", "name"), CASES, indirect=["kind"])
+def test_one_answer(
+    kind: Kind, truth: Truth, layout_table: LayoutTable, tmp_path, name: str
+) -> None:
+    shown = f"{name}, {kind.has}"
+    test = f"test_prune_live_moe.py::test_one_answer[{shown}]"
+    one_answer(truth, kind.layouts[name], kind.ways, tmp_path, layout_table, test, shown)
 
 
-@pytest.fixture(scope="module")
-def mixed_truth(ranks: WorkerPool, tmp_path_factory) -> Truth:
-    return make_truth(ranks, tmp_path_factory.mktemp("live-mixed"), MIXED)
-
-
-@pytest.mark.parametrize("name", MIXED_LAYOUTS)
-def test_dense_layers(mixed_truth: Truth, layout_table: LayoutTable, tmp_path, name: str) -> None:
-    test = f"test_prune_live_moe.py::test_dense_layers[{name}]"
-    shown = f"{name}, 8 experts in two groups after dense layers"
-    arguments = (MIXED_LAYOUTS[name], MIXED_WAYS, tmp_path, layout_table, test, shown)
-    one_answer(mixed_truth, *arguments)
-
-
-@pytest.fixture(scope="module")
-def gpt_oss_truth(ranks: WorkerPool, tmp_path_factory) -> Truth:
-    return make_truth(ranks, tmp_path_factory.mktemp("live-gpt-oss"), GPT_OSS)
-
-
-@pytest.mark.parametrize("name", GPT_OSS_LAYOUTS)
-def test_gpt_oss(gpt_oss_truth: Truth, layout_table: LayoutTable, tmp_path, name: str) -> None:
-    test = f"test_prune_live_moe.py::test_gpt_oss[{name}]"
-    shown = f"{name}, 4 experts with biases, windows and sinks"
-    arguments = (GPT_OSS_LAYOUTS[name], GPT_OSS_WAYS, tmp_path, layout_table, test, shown)
-    one_answer(gpt_oss_truth, *arguments)
-
-
-@pytest.fixture(scope="module")
-def linear_truth(ranks: WorkerPool, tmp_path_factory) -> Truth:
-    return make_truth(ranks, tmp_path_factory.mktemp("live-linear"), QWEN3_NEXT)
-
-
-@pytest.mark.parametrize("name", LINEAR_LAYOUTS)
-def test_delta_nets(linear_truth: Truth, layout_table: LayoutTable, tmp_path, name: str) -> None:
-    test = f"test_prune_live_moe.py::test_delta_nets[{name}]"
-    shown = f"{name}, gated delta nets and 4 experts"
-    arguments = (LINEAR_LAYOUTS[name], LINEAR_WAYS, tmp_path, layout_table, test, shown)
-    one_answer(linear_truth, *arguments)
-
-
-@pytest.fixture(scope="module")
-def deep_truth(ranks: WorkerPool, tmp_path_factory) -> Truth:
-    """Layers enough to interleave and to drop some."""
-    config = replace(QWEN2_MOE, num_layers=8)
-    return make_truth(ranks, tmp_path_factory.mktemp("live-deep"), config)
-
-
-@pytest.mark.parametrize("name", INTERLEAVED)
-def test_interleaved(deep_truth: Truth, layout_table: LayoutTable, tmp_path, name: str) -> None:
-    test = f"test_prune_live_moe.py::test_interleaved[{name}]"
-    shown = f"{name}, 4 experts and a shared one"
-    arguments = (INTERLEAVED[name], shared_ways(4), tmp_path, layout_table, test, shown)
-    one_answer(deep_truth, *arguments)
-
-
+@pytest.mark.parametrize("kind", ["mixtral"], indirect=True)
 def test_experts_that_cannot_be_shared_out_are_refused(ranks: WorkerPool, truth: Truth) -> None:
     plan = full_plan(MIXTRAL)
     three = plan.replaced(
