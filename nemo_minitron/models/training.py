@@ -57,6 +57,7 @@ class StopEarly(Callback):
         """Take the signals over from Lightning, and keep them from what writes checkpoints."""
         start_writer_helper()
         self._request.__enter__()
+        remove_left_over(trainer, Path(str(self.checkpoint.dirpath)), self.config.save_top_k)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *args: object
@@ -93,6 +94,21 @@ def save_now(trainer: Trainer, callback: ModelCheckpoint) -> None:
     if not path.exists():
         trainer.save_checkpoint(path)
         strategy.settle(wait=True)
+
+
+def remove_left_over(trainer: Trainer, folder: Path, newest: int) -> None:
+    """Delete old checkpoints that nobody else would: those written when earlier runs had to stop.
+
+    Args:
+        trainer: whose callbacks know the checkpoints that they will delete themselves.
+        folder: of the training checkpoints.
+        newest: number that stays in any case, the newest ones.
+    """
+    callbacks = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+    known = {Path(path).name for callback in callbacks for path in callback.best_k_models}
+    for path in sorted(complete_checkpoints(folder), key=step_of)[:-newest]:
+        if path.name not in known:
+            trainer.strategy.remove_checkpoint(path)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

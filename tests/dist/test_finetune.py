@@ -69,6 +69,20 @@ def by_torch(home) -> tuple[list[float], dict[str, torch.Tensor]]:
     return losses, {name: weight.detach() for name, weight in model.state_dict().items()}
 
 
+def test_checkpoints_of_earlier_stops_do_not_pile_up(ranks, home, tmp_path):
+    """The newest ones stay, the last of them from the stop itself, and the run ends as ever."""
+    out, kept = tmp_path / "out", []
+    keys = {"trainer.max_steps": 6, "trainer.save_top_k": 2, "trainer.exit_interval": 1}
+    command = line("finetune", home, out, **{**KEYS, **keys})
+    for _ in range(5):
+        (ending,) = ranks.run(1, run_line, command)
+        assert ending.code == 75, ending.err
+        names = [path.name for path in Path(f"{out}.partial").glob("checkpoints/step=*")]
+        kept.append(sorted(int(name.removeprefix("step=")) for name in names))
+    assert kept == [[1], [1, 2], [1, 2, 3], [2, 3, 4], [3, 4, 5]]
+    done(*ranks.run(1, run_line, command))
+
+
 @pytest.mark.parametrize("world", LAYOUTS)
 def test_losses_and_weights_are_those_of_torch(ranks, home, tmp_path, by_torch, world):
     losses, weights = by_torch
