@@ -65,12 +65,14 @@ class Loop:
         seen = threading.Event()
         watch = threading.Thread(target=self._watch, args=(seen,))
         watch.start()
-        wall, cpu = time.monotonic(), self._processor_seconds()
-        self._read_to_mark()
-        spent = time.monotonic() - wall, self._processor_seconds() - cpu
-        os.killpg(self._process.pid, signal.SIGSTOP)
-        seen.set()
-        watch.join()
+        try:
+            wall, cpu = time.monotonic(), self._processor_seconds()
+            self._read_to_mark()
+            spent = time.monotonic() - wall, self._processor_seconds() - cpu
+            os.killpg(self._process.pid, signal.SIGSTOP)
+        finally:
+            seen.set()
+            watch.join()
         if count:
             self.steps.append(spent)
 
