@@ -79,6 +79,9 @@ class History(Callback):
         """Start the clock and the bar."""
         self._begin = self._since = time.monotonic()
         self._first = self._logged = trainer.global_step
+        # The steps of the loggers. Lightning saves their number before it counts the last step, so
+        # that every resume would put the curve one step to the left.
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
         self._bar = progress("training", self.total_steps, trainer.global_step)
         self._advance = self._bar.__enter__()
 

@@ -19,8 +19,15 @@ _GOES_ON = {"comet": "experiment_key", "mlflow": "run_id"}
 """The argument that says which run a logger goes on with."""
 
 
-def log_with_nemo(trainer: Trainer, folder: Path, config: ExpManagerConfig) -> None:
-    """Loggers and log files through NeMo's exp_manager; our own callbacks do the rest."""
+def log_with_nemo(trainer: Trainer, folder: Path, config: ExpManagerConfig, done: int) -> None:
+    """Loggers and log files through NeMo's exp_manager; our own callbacks do the rest.
+
+    Args:
+        trainer: gets them.
+        folder: of the logs.
+        config: which ones.
+        done: steps that are trained. TensorBoard leaves out what an earlier run wrote behind them.
+    """
     wandb = asdict(config.wandb_logger_kwargs)
     exp_manager(
         trainer,
@@ -32,6 +39,7 @@ def log_with_nemo(trainer: Trainer, folder: Path, config: ExpManagerConfig) -> N
             # it, and NeMo's default is to leave out the first validation after a resume.
             "disable_validation_on_resume": False,
             "create_tensorboard_logger": config.create_tensorboard_logger,
+            "summary_writer_kwargs": {"purge_step": done} if done else None,
             "create_wandb_logger": config.create_wandb_logger,
             "wandb_logger_kwargs": {k: v for k, v in wandb.items() if v is not None},
             "log_step_timing": False,

@@ -69,6 +69,8 @@ class StopEarly(Callback):
         if not self._request.asked() or trainer.global_step >= self.config.max_steps:
             return
         save_now(trainer, self.checkpoint)
+        # Lightning logs a step once all callbacks have returned, and this one does not.
+        trainer._logger_connector.update_train_step_metrics()
         reason = reason or "a signal asked to stop"
         raise Preempted(f"{reason}; saved at step {trainer.global_step}")
 
@@ -212,7 +214,7 @@ def fit(
     watch = SignsOfLife(config.hang_after_minutes, work / "logs" / "hung")
     rewind = Rewind(work / CHECKPOINTS, config)
     trainer = _trainer(config, [slow, history, rewind, *checkpoints, stop, watch], validate)
-    log_with_nemo(trainer, work / "logs", model.exp_manager_cfg)
+    log_with_nemo(trainer, work / "logs", model.exp_manager_cfg, done)
     try:
         trainer.fit(model, ckpt_path=None if resume is None else str(resume))
     finally:

@@ -69,10 +69,13 @@ def by_torch(home) -> tuple[list[float], dict[str, torch.Tensor]]:
     return losses, {name: weight.detach() for name, weight in model.state_dict().items()}
 
 
-def test_checkpoints_of_earlier_stops_do_not_pile_up(ranks, home, tmp_path):
-    """The newest ones stay, the last of them from the stop itself, and the run ends as ever."""
+def test_a_training_that_is_stopped_at_every_step(ranks, home, tmp_path):
+    """Checkpoints do not pile up, but the newest ones stay; TensorBoard has each step once."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     out, kept = tmp_path / "out", []
-    keys = {"trainer.max_steps": 6, "trainer.save_top_k": 2, "trainer.exit_interval": 1}
+    keys: dict[str, object] = {"trainer.max_steps": 6, "trainer.save_top_k": 2}
+    keys |= {"trainer.exit_interval": 1, "exp_manager.create_tensorboard_logger": "true"}
     command = line("finetune", home, out, **{**KEYS, **keys})
     for _ in range(5):
         (ending,) = ranks.run(1, run_line, command)
@@ -81,6 +84,10 @@ def test_checkpoints_of_earlier_stops_do_not_pile_up(ranks, home, tmp_path):
         kept.append(sorted(int(name.removeprefix("step=")) for name in names))
     assert kept == [[1], [1, 2], [1, 2, 3], [2, 3, 4], [3, 4, 5]]
     done(*ranks.run(1, run_line, command))
+    (folder,) = {path.parent for path in out.rglob("events.out.tfevents.*")}
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("world", LAYOUTS)
