@@ -40,6 +40,10 @@ class Phase:
         """Optimizer steps."""
         return self.end - self.begin
 
+    def steps_between(self, first: int, last: int) -> int:
+        """Its steps among those after step ``first`` up to step ``last``."""
+        return max(0, min(last, self.end) - max(first, self.begin))
+
     def naming(self) -> AbstractContextManager[None]:
         """Let an error about ``data.*`` name the key of this phase, where it has one."""
         return _naming(self.index, self.own)
@@ -154,7 +158,4 @@ def phase_of(phases: Sequence[Phase], step: int) -> int:
 
 def samples_before(phases: Sequence[Phase], step: int) -> list[int]:
     """Samples of each phase that are consumed when a step, counted from 1, is done."""
-    return [
-        max(0, min(step, phase.end) - phase.begin) * phase.data.global_batch_size
-        for phase in phases
-    ]
+    return [phase.steps_between(0, step) * phase.data.global_batch_size for phase in phases]

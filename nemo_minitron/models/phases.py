@@ -69,7 +69,7 @@ class Course:
     def flops_between(self, first: int, last: int) -> float:
         """Operations of the steps after step ``first`` up to step ``last``."""
         return sum(
-            max(0, min(last, phase.end) - max(first, phase.begin)) * each
+            phase.steps_between(first, last) * each
             for phase, each in zip(self.phases, self.flops, strict=False)
         )
 

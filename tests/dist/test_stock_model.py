@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -44,6 +45,18 @@ def truth(ranks: WorkerPool, tmp_path_factory) -> Truth:
     return make_truth(ranks, tmp_path_factory.mktemp("stock"), MODEL)
 
 
+def assert_as_ours(found: dict[str, Any], kind: str) -> None:
+    """What ``against_our_own`` found on a rank, of a model of class ``kind``."""
+    assert found["axes"][0] == found["axes"][1]
+    assert max(found["scores"].values()) < 1e-5
+    assert all(mine == ours for mine, ours in found["meta"].values())
+    assert found["plans"][0] == found["plans"][1]
+    assert found["class"] == {kind}
+    assert found["equal"]
+    assert found["logits"] < 1e-5
+    assert found["gradients"] < 1e-4
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_as_our_own_model(ranks: WorkerPool, truth: Truth, name: str) -> None:
     """Scores, kept indices, weights, and gradients of a distillation of the pruned model."""
@@ -51,14 +64,7 @@ def test_as_our_own_model(ranks: WorkerPool, truth: Truth, name: str) -> None:
     targets = {**TARGETS, "num_layers": 4 if "VPP" in name else 6}
     arguments = (MODEL, str(truth.folder), truth.ids, parallel, targets)
     for found in ranks.run(parallel.world_size(), against_our_own, *arguments):
-        assert found["axes"][0] == found["axes"][1]
-        assert max(found["scores"].values()) < 1e-5
-        assert all(mine == ours for mine, ours in found["meta"].values())
-        assert found["plans"][0] == found["plans"][1]
-        assert found["class"] == {"GPTModel"}
-        assert found["equal"]
-        assert found["logits"] < 1e-5
-        assert found["gradients"] < 1e-4
+        assert_as_ours(found, "GPTModel")
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
@@ -69,14 +75,7 @@ def test_hybrid_model(ranks: WorkerPool, tmp_path, name: str) -> None:
     ids = token_batch(4, 16, config.vocab_size)[:, :16].contiguous()
     arguments = (config, str(tmp_path / "model"), ids, parallel, targets, pattern)
     for found in ranks.run(parallel.world_size(), against_our_own, *arguments):
-        assert found["axes"][0] == found["axes"][1]
-        assert max(found["scores"].values()) < 1e-5
-        assert all(mine == ours for mine, ours in found["meta"].values())
-        assert found["plans"][0] == found["plans"][1]
-        assert found["class"] == {"HybridModel"}
-        assert found["equal"]
-        assert found["logits"] < 1e-5
-        assert found["gradients"] < 1e-4
+        assert_as_ours(found, "HybridModel")
 
 
 @pytest.mark.parametrize("ours", [False, True], ids=["stock", "ours"])
