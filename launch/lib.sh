@@ -6,6 +6,7 @@
 #   CONTAINER_MOUNTS  one comma-separated list, /host:/container,...; the submit folder is added
 #   MINITRON          the command to run; default "minitron" (bare metal: /path/.venv/bin/minitron)
 #   SRUN_ARGS         more arguments of srun, split at spaces ("--mpi=pmix")
+#   MINITRON_LOST_NODE_SECONDS  how long SLURM may take to find a node dead; default 600 (SlurmdTimeout is 300)
 #   MINITRON_MAX_IDLE_STARTS  starts in a row that may be stopped before they saved anything; default 5
 # Arguments of a script are those of the stage, output_dir= among them; --dry-run prints the srun
 # command and stops.
@@ -97,6 +98,18 @@ lost_a_node() {
     --ntasks-per-node=1 --gpus-per-node=0 --cpus-per-task=1 true &>/dev/null
 }
 
+# Wait until SLURM itself gives up a node that does not answer, and puts the job back into the queue.
+# A job that is requeued before would not start sooner, and SLURM 22.05 then starts it without its
+# GPUs. Where the node answers again the job goes on waiting in vain, so there is a limit.
+await_slurm() {
+  local stage=$1 seconds=${MINITRON_LOST_NODE_SECONDS:-600}
+  local end=$((SECONDS + seconds))
+  say "minitron $stage lost a node: waiting up to $seconds seconds for SLURM to requeue job $SLURM_JOB_ID"
+  while ((SECONDS < end)) && [[ $(job_state) == @(RUNNING|SIGNALING) ]]; do
+    sleep 5 || true # SLURM's signal ends it
+  done
+}
+
 # requeue STAGE OUTPUT_DIR BEFORE WHY: start the job again, unless that cannot lead anywhere. BEFORE
 # is what `saved_work` said at the start. Returns 1 when the job has to end, with a message.
 requeue() {
@@ -163,6 +176,7 @@ run_stage() {
   if ((code == PREEMPTED || code == TERMINATED)); then
     requeue "$stage" "$output" "$before" "was told to stop" || code=1
   elif ((code && code != BAD_INPUT)) && lost_a_node; then
+    await_slurm "$stage"
     requeue "$stage" "$output" "$before" "lost a node" || code=1
   else
     rm -f "$output.idle_starts"

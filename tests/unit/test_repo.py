@@ -274,16 +274,28 @@ def test_an_elastic_job_uses_the_most_nodes_that_fit(fit, nodes):
     assert shlex.split(done.stdout)[3:] == [*ranks, "minitron", "distill", "a=b"]
 
 
-def test_a_job_that_lost_a_node_is_requeued(tmp_path):
-    """Code 1, and a node that does not answer; tests/slurm has a real one."""
+@pytest.mark.parametrize(("states", "by_script"), [("RUNNING PENDING", False), ("RUNNING", True)])
+def test_a_job_that_lost_a_node_is_requeued(tmp_path, states, by_script):
+    """Code 1, and a node that does not answer: by SLURM, or, where it does not see it, by the script.
+
+    tests/slurm has a real one.
+    """
     tools = {
         "srun": f"mkdir -p {tmp_path}/out.partial; date > {tmp_path}/out.partial/step; exit 1",
         "scontrol": f'echo "$@" > {tmp_path}/said',
-        "squeue": "echo RUNNING",
+        "squeue": f"""for state in {states}; do  # each once, and the last from then on
+            if [ ! -e {tmp_path}/$state ]; then break; fi
+        done
+        touch {tmp_path}/$state; echo $state""",
     }
-    done = distill_with(tmp_path, tools, tmp_path / "out", SLURM_JOB_NUM_NODES="2")
-    assert (done.returncode, (tmp_path / "said").read_text()) == (1, "requeue 17\n")
-    assert "minitron distill lost a node: requeueing job 17" in done.stderr
+    lost = {"SLURM_JOB_NUM_NODES": "2", "MINITRON_LOST_NODE_SECONDS": "7"}
+    done = distill_with(tmp_path, tools, tmp_path / "out", **lost)
+    assert done.returncode == 1
+    assert "lost a node: waiting up to 7 seconds for SLURM to requeue job 17" in done.stderr
+    said = "minitron distill lost a node: requeueing job 17"
+    assert (said in done.stderr, (tmp_path / "said").exists()) == (by_script, by_script)
+    if by_script:
+        assert (tmp_path / "said").read_text() == "requeue 17\n"
 
 
 def test_a_script_without_an_image_says_what_to_set():
