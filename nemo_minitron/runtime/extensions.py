@@ -177,6 +177,7 @@ _LOGGERS = (
     "megatron",
     "megatron_fsdp",
     "lightning",
+    "lightning.fabric",
     "lightning.pytorch",
     "pytorch_lightning",
     "nv_one_logger",
@@ -206,8 +207,7 @@ def be_quiet() -> None:
     warnings.filterwarnings("ignore", module=r"(megatron|nemo|lightning|torch|nv_one_logger)\b")
     warnings.filterwarnings("ignore", message=r".*\.grad attribute of a Tensor that is not a leaf")
     warnings.filterwarnings("ignore", message=r"Please use DTensor instead")
-    for name in _LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    _quiet_loggers()
     if _CALLBACKS in sys.modules:
         _quiet_nemo()
 
@@ -215,7 +215,13 @@ def be_quiet() -> None:
 def nemo_imported() -> None:
     """Call once NeMo is imported: the command line wants it quiet, too."""
     if _asked:
+        _quiet_loggers()  # Lightning has set levels of its own while it was imported
         _quiet_nemo()
+
+
+def _quiet_loggers() -> None:
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _quiet_nemo() -> None:
