@@ -27,7 +27,9 @@ from nemo_minitron.checkpoint.tokenizer import (
 from nemo_minitron.checkpoint.tokenizer_read import keep_as_read
 from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.documents import read_json_object
+from nemo_minitron.families.letters import in_letters, name_of_pair
 from nemo_minitron.families.prediction import MTP_LAYERS
+from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import Family
 
 
@@ -54,6 +56,7 @@ def open_source(
     tokenizer: str | None = None,
     vocab_size: int | None = None,
     source_ignore: Sequence[str] = (),
+    as_hybrid: bool = False,
 ) -> Opened:
     """Open what ``source`` names; only headers are read.
 
@@ -62,10 +65,24 @@ def open_source(
         tokenizer: folder of the tokenizer, instead of what the source has.
         vocab_size: true vocabulary, for sources that pad it.
         source_ignore: keys of config.json, or of GGUF metadata, that are not looked at.
+        as_hybrid: whether a GPT model becomes a HybridModel of Megatron-Core.
 
     Raises:
         ValueError: the source is missing, damaged, incomplete or of an unknown architecture.
     """
+    opened = _opened(source, tokenizer, vocab_size, source_ignore)
+    if not as_hybrid or opened.config.hybrid_layer_pattern is not None:
+        return opened
+    config = in_letters(opened.config)
+    family = family_of(config)
+    names = [name for name, *_ in family.parameters(config)]
+    store = {name: opened.store[name_of_pair(name)] for name in names}
+    return replace(opened, family=family, config=config, store=store)
+
+
+def _opened(
+    source: str, tokenizer: str | None, vocab_size: int | None, source_ignore: Sequence[str]
+) -> Opened:
     path = Path(source)
     if not path.exists():
         raise ValueError(

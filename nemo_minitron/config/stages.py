@@ -48,6 +48,9 @@ class ImportConfig(StageConfig):
     source_ignore: list[str] = field(default_factory=list, metadata=ADDED)
     """Keys of the source's config.json (or of its GGUF metadata) that ``import`` would refuse as
     unknown, and without which the network is the same."""
+    as_hybrid: bool = field(default=False, metadata=ADDED)
+    """Whether a GPT model becomes Megatron-Core's ``HybridModel`` (``*-*-``), in which attention
+    and MLP are layers of their own, scored and dropped one by one."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

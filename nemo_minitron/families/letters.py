@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from nemo_minitron.config.layers import ATTENTION, EXPERTS, MAMBA, MLP
+from nemo_minitron.config.layers import ATTENTION, EXPERTS, MAMBA, MLP, kinds_of
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.table import COMMON_SPEC, Family, Row
 
 _LAYER = "decoder.layers.{layer}."
 _SPEC = "nemo_minitron.models.hybrid_spec:stack_spec"
+_OF_LAYERS = ("no_rope_freq", "window_size")
 _MAMBA_SIZES = ("mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim")
 
 
@@ -45,7 +46,7 @@ def by_letters(family: Family, config: ModelConfig) -> Family:
         raise ValueError(
             f"hybrid_layer_pattern={pattern} is not supported for family '{family.name}'; only "
             "letters of attention (*) with MLP (-) or with experts (E), and only in families whose "
-            "layers are Megatron-Core's own"
+            "layers are Megatron-Core's own; leave as_hybrid out for a GPT model"
         )
     routed = any(".router." in row.name for row in family.rows)
     return replace(
@@ -72,6 +73,41 @@ def _row(row: Row, mlp: str) -> Row:
     return replace(row, kind=row.kind or letter, hf=hf)
 
 
+def in_letters(config: ModelConfig) -> ModelConfig:
+    """Sizes of the HybridModel with the same tensors as a GPT model (``as_hybrid``).
+
+    Raises:
+        ValueError: HybridModel has no such model.
+    """
+    if config.hybrid_layer_pattern is not None:
+        return config
+    if (config.rope_scaling or {}).get("rope_type") == "llama3":
+        raise ValueError(
+            "as_hybrid=true is not supported for a model with rope_scaling of type llama3, which "
+            "Megatron-Core's HybridModel does not have; set as_hybrid to false"
+        )
+    lists = {name: getattr(config, name) for name in _OF_LAYERS}
+    doubled: dict[str, Any] = {
+        name: entries and [entry for entry in entries for _ in "*-"]
+        for name, entries in lists.items()
+    }
+    return replace(
+        config,
+        num_layers=2 * config.num_layers,
+        hybrid_layer_pattern="".join(kinds_of(config)),
+        moe_layer_freq=None,
+        **doubled,
+    )
+
+
+def name_of_pair(name: str) -> str:
+    """Name in the GPT model of a parameter of the HybridModel."""
+    name = name.replace("decoder.final_norm.", "decoder.final_layernorm.")
+    return re.sub(
+        r"^(decoder\.layers\.)(\d+)", lambda found: f"{found[1]}{int(found[2]) // 2}", name
+    )
+
+
 def of_whole_layers(family: Family, config: ModelConfig) -> ModelConfig:
     """Sizes of the GPT model with the same tensors.
 
@@ -86,7 +122,7 @@ def of_whole_layers(family: Family, config: ModelConfig) -> ModelConfig:
             f"hybrid_layer_pattern={pattern} has no Hugging Face format in family '{family.name}', "
             "whose layers are attention (*) and then an MLP (-) or experts (E); drop both of a pair"
         )
-    fields = {name: getattr(config, name) for name in ("no_rope_freq", "window_size")}
+    fields = {name: getattr(config, name) for name in _OF_LAYERS}
     return replace(
         config,
         hybrid_layer_pattern=None,

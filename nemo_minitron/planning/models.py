@@ -9,6 +9,7 @@ from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.config.stages import ImportConfig, PipelineConfig, PruneConfig, PruningConfig
 from nemo_minitron.documents import read_json_object
 from nemo_minitron.families.experts import warn_of_expert_sizes
+from nemo_minitron.families.letters import in_letters
 from nemo_minitron.families.registry import family_of, read_config
 from nemo_minitron.pipeline.plan import Item
 from nemo_minitron.pruning.targets import check_result, target_sizes
@@ -134,7 +135,7 @@ class Models:
                 f"source={cfg.source} does not exist, and the sizes of the model are not known; "
                 "choose model=<entry of conf/model>, or set source to a model that is there"
             )
-        return self._stated
+        return in_letters(self._stated) if cfg.as_hybrid else self._stated
 
 
 def source_model(cfg: ImportConfig) -> ModelConfig:
@@ -142,10 +143,13 @@ def source_model(cfg: ImportConfig) -> ModelConfig:
     path = Path(cfg.source) / "config.json"
     if path.is_file():
         values = read_json_object(path)
-        return read_config(values, cfg.source_ignore)[1]
-    from nemo_minitron.checkpoint.source import open_source
+        config = read_config(values, cfg.source_ignore)[1]
+    else:
+        from nemo_minitron.checkpoint.source import open_source
 
-    return open_source(cfg.source, cfg.tokenizer, cfg.vocab_size, cfg.source_ignore).config
+        opened = open_source(cfg.source, cfg.tokenizer, cfg.vocab_size, cfg.source_ignore)
+        config = opened.config
+    return in_letters(config) if cfg.as_hybrid else config
 
 
 def warn_of_another_model(items: list[Item], stated: ModelConfig | None) -> None:

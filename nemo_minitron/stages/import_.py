@@ -14,7 +14,7 @@ from nemo_minitron.checkpoint.lazy import (
     store_nbytes,
 )
 from nemo_minitron.checkpoint.lineage import copy_licence_texts, record
-from nemo_minitron.checkpoint.source import open_source
+from nemo_minitron.checkpoint.source import Opened, open_source
 from nemo_minitron.checkpoint.tokenizer import check_gguf_tokenizer
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import ImportConfig
@@ -33,10 +33,15 @@ def check(cfg: ImportConfig) -> None:
         ValueError: see ``open_source``; or the output folder cannot take the result.
     """
     check_output(cfg, "import")
-    opened = open_source(cfg.source, cfg.tokenizer, cfg.vocab_size, cfg.source_ignore)
+    opened = _open(cfg)
     if Path(cfg.source).suffix == ".gguf" and cfg.tokenizer is None:
         check_gguf_tokenizer(Path(cfg.source))
     _check_first_weights(opened.store, cfg.workers)
+
+
+def _open(cfg: ImportConfig) -> Opened:
+    arguments = (cfg.tokenizer, cfg.vocab_size, cfg.source_ignore, cfg.as_hybrid)
+    return open_source(cfg.source, *arguments)
 
 
 def _check_first_weights(store: Store, workers: int) -> None:
@@ -60,7 +65,7 @@ def run(cfg: ImportConfig) -> None:
     from nemo_minitron.checkpoint.torch_dist import write_torch_dist  # a second to import
 
     start = time.perf_counter()
-    opened = open_source(cfg.source, cfg.tokenizer, cfg.vocab_size, cfg.source_ignore)
+    opened = _open(cfg)
     family, config, store = opened.family, opened.config, opened.store
     with output_folder(cfg, "import") as work:
         folder = work / "checkpoint"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemo_minitron.families.letters import in_letters
 from tests.cases.generate import continuations_at
 from tests.helpers.bad_input import done, edited, line, run_line
 from tests.helpers.damage import flip_bit
@@ -19,6 +20,7 @@ from tests.helpers.tiny import (
     GPT2,
     GPT_OSS,
     GRANITE,
+    LLAMA,
     MINISTRAL3,
     MIXTRAL,
     NEMOTRON,
@@ -81,7 +83,7 @@ def test_greedy_tokens_are_those_of_transformers(ranks, home, layout):
     "config",
     [
         *(GPT2, NEMOTRON, QWEN3, MIXTRAL, WINDOWS, GRANITE, NEMOTRON_H, GEMMA2, GEMMA3),
-        *(DEEPSEEK_V3, GPT_OSS, MINISTRAL3, PHI3_LONG),
+        *(DEEPSEEK_V3, GPT_OSS, MINISTRAL3, PHI3_LONG, in_letters(LLAMA)),
     ],
     ids=lambda config: config.family,
 )
