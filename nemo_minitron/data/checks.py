@@ -11,7 +11,7 @@ from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.training import DataConfig
 from nemo_minitron.data.indexed import TextTokenizer, check_ids, check_text
 from nemo_minitron.data.pair import Index, read_index
-from nemo_minitron.data.sft import as_part, check_blended, check_first, check_sft, holds_sft
+from nemo_minitron.data.sft import check_first, check_sft, holds_sft, parts_of
 from nemo_minitron.data.splits import (
     check_num_samples,
     check_shares,
@@ -83,11 +83,9 @@ def check_data(
             "data.blend needs data.num_samples where each sample is read once: there are no shares "
             "of all there is; set data.num_samples"
         )
-    check_blended(data)
     held = []
-    for index, source in enumerate(data.sources()):
+    for index, source in enumerate(parts_of(data)):
         with naming(index):
-            source = as_part(source)
             lengths = _check_source(source, splits, vocab_size, tokenizer_dir)
             name = "train" if splits else data.split_name
             held.append(None if lengths is None else split_samples(source, lengths, name))

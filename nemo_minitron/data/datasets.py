@@ -32,7 +32,7 @@ from nemo_minitron.data.indexed import TextTokenizer, build_indexed
 from nemo_minitron.data.packing import RecordSamples
 from nemo_minitron.data.pair import read_index
 from nemo_minitron.data.samples import FirstSamples, NpyDataset
-from nemo_minitron.data.sft import as_part, build_sft, holds_sft
+from nemo_minitron.data.sft import build_sft, holds_sft, parts_of
 from nemo_minitron.data.sft_samples import records_held, stage_samples, training_samples
 from nemo_minitron.data.splits import (
     SPLITS,
@@ -195,7 +195,7 @@ def _blended_training(
     parts = [
         _training_part(source, pair, size, sizes[1])
         for source, pair, size in zip(
-            map(as_part, data.sources()), tokens, part_sizes(weights, sizes[0]), strict=True
+            parts_of(data), tokens, part_sizes(weights, sizes[0]), strict=True
         )
     ]
     order = stored_order(cache, data.weights_by_samples(sizes[0]))
@@ -227,7 +227,7 @@ def _samples_held(data: DataConfig, tokens: list[TokenData], split: str) -> list
         records_held(source, pair.path, split)
         if pair.kind == SFT
         else split_samples(source, read_index(pair.path).lengths, split)
-        for source, pair in zip(map(as_part, data.sources()), tokens, strict=True)
+        for source, pair in zip(parts_of(data), tokens, strict=True)
     ]
 
 
@@ -259,7 +259,7 @@ def stage_dataset(
     parts = alike(
         [
             build_split(source, pair, filled=filled)
-            for source, pair in zip(map(as_part, data.sources()), tokens, strict=True)
+            for source, pair in zip(parts_of(data), tokens, strict=True)
         ]
     )
     order = blend_order(data.weights(), wanted)
@@ -295,9 +295,9 @@ def _tokens(
     if not data.blend:
         return [prepared(data)]
     found = []
-    for index, source in enumerate(data.sources()):
+    for index, source in enumerate(parts_of(data)):
         with naming(index):
-            found.append(prepared(as_part(source)))
+            found.append(prepared(source))
     return found
 
 

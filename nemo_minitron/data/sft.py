@@ -79,9 +79,9 @@ def check_packing(data: DataConfig, *models: ModelConfig, padded: bool = True) -
         ValueError: names the key and why.
     """
     if data.blend:
-        for index, source in enumerate(data.sources()):
+        for index, source in enumerate(parts_of(data)):
             with naming(index):
-                check_packing(as_part(source), *models, padded=padded)
+                check_packing(source, *models, padded=padded)
         return
     if not holds_sft(find_source(data.path), data):
         return
@@ -111,30 +111,31 @@ def _states(model: ModelConfig) -> str:
     return "models with linear attention: the state of a gated delta net" if linear else ""
 
 
-def as_part(data: DataConfig) -> DataConfig:
-    """The keys of a source of a blend: those for SFT records count where it holds some.
+def parts_of(data: DataConfig) -> list[DataConfig]:
+    """The keys of each source of a blend: those for SFT records count where it holds some.
 
     Raises:
-        ValueError: it holds samples as they are.
+        ValueError: a source holds samples as they are; or keys for SFT records are set, and no
+            source holds any.
     """
-    source, plain = find_source(data.path), replace(data, pack=True, record_too_long="refuse")
-    refuse_npy(source)
-    return data if holds_sft(source, plain) else plain
-
-
-def check_blended(data: DataConfig) -> None:
-    """Refuse keys for SFT records where no source of a blend holds any.
-
-    Raises:
-        ValueError: names them.
-    """
+    parts = []
+    for index, source in enumerate(data.sources()):
+        with naming(index):
+            parts.append(_as_part(source))
     if data.pack and data.record_too_long == "refuse":
-        return
-    if not any(holds_sft(find_source(part.path), part) for part in map(as_part, data.sources())):
+        return parts
+    if not any(holds_sft(find_source(part.path), part) for part in parts):
         raise ValueError(
             f"data.pack={str(data.pack).lower()} and data.record_too_long={data.record_too_long} "
             "are for SFT records, and no source of data.blend holds any; leave them out"
         )
+    return parts
+
+
+def _as_part(data: DataConfig) -> DataConfig:
+    source, plain = find_source(data.path), replace(data, pack=True, record_too_long="refuse")
+    refuse_npy(source)
+    return data if holds_sft(source, plain) else plain
 
 
 def _encoded(
