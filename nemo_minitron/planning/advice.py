@@ -11,7 +11,7 @@ from nemo_minitron.config.stages import DistillConfig
 from nemo_minitron.config.training import RECOMPUTE_KEYS
 from nemo_minitron.config.training_stages import TrainingStageConfig
 from nemo_minitron.data.checks import check_batches
-from nemo_minitron.planning.items import Run, check_job
+from nemo_minitron.planning.items import Run, check_job, own_ranks
 from nemo_minitron.planning.memory import fits, fullest_rank, stage_of_each_phase
 
 _Change = tuple[str, Callable[[Any], Any]]
@@ -64,7 +64,8 @@ def _changes(cfg: Any) -> list[_Change]:
         found.append(("data.micro_batch_size=1", lambda c: replace(c, data=data)))
     if isinstance(cfg, TrainingStageConfig):
         found += _recompute(cfg)
-    if isinstance(cfg, DistillConfig) and cfg.teacher and not cfg.distillation.offload_teacher:
+    resident = isinstance(cfg, DistillConfig) and cfg.teacher and not own_ranks(cfg)
+    if resident and not cfg.distillation.offload_teacher:
         section = replace(cfg.distillation, offload_teacher=True)
         word = "distillation.offload_teacher=true"
         found.append((word, lambda c: replace(c, distillation=section)))
@@ -100,7 +101,7 @@ def _degrees(cfg: Any, cluster: ClusterConfig) -> Iterator[tuple[int, int]]:
 
 
 def _fits(run: Run, cfg: Any, cluster: ClusterConfig) -> bool:
-    ranks, size = run.ranks, cfg.parallel.model_parallel_size
+    ranks, size = run.ranks - own_ranks(cfg), cfg.parallel.model_parallel_size
     job = replace(run.job, cfg=cfg, data_parallel_size=max(1, ranks // size))
     try:
         check_job(job)

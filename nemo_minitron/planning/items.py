@@ -21,7 +21,7 @@ class Run:
 
     Attributes:
         job: the item on its ranks.
-        ranks: how many those are.
+        ranks: how many those are, with those of a teacher on ranks of its own.
         memory: of the fullest one.
         work: what they compute.
     """
@@ -97,14 +97,24 @@ def _place(cfg: PlanConfig, config: Any, model: ModelConfig, teacher: ModelConfi
             failure = error
             continue
         job = replace(job, data_parallel_size=ranks // config.parallel.model_parallel_size)
-        return Run(job, ranks, fullest_rank(job), work(job))
+        return Run(job, ranks + own_ranks(config), fullest_rank(job), work(job))
     raise failure or ValueError(f"nodes={cfg.nodes} must be at least 1")
 
 
+def own_ranks(config: Any) -> int:
+    """Ranks that run a teacher alone, beside those of ``parallel``."""
+    return config.teacher_parallel.own_ranks if isinstance(config, DistillConfig) else 0
+
+
 def _ranks(config: Any, cluster: ClusterConfig, nodes: int) -> int:
-    """Ranks of a layout on some nodes, batches checked."""
-    there, parallel = nodes * cluster.ranks_per_node, config.parallel
+    """Ranks of the layout ``parallel`` on some nodes, batches checked."""
+    there, parallel = nodes * cluster.ranks_per_node - own_ranks(config), config.parallel
     where = f"nodes={nodes} x cluster.gpus_per_node={cluster.gpus_per_node}"
+    if there < 1:
+        raise ValueError(
+            f"{where} has no ranks for the student beside teacher_parallel.own_ranks="
+            f"{own_ranks(config)}; use more nodes"
+        )
     if parallel.data_parallel_size is not None and parallel.world_size() <= there:
         ranks: int = parallel.world_size()
     else:
@@ -130,13 +140,6 @@ def check_job(job: Job) -> None:
     if isinstance(job.cfg, TrainingStageConfig):
         check_recompute(job.trainer, job.model, job.parallel)
     if job.teacher is not None and isinstance(job.cfg, DistillConfig):
-        own = job.cfg.teacher_parallel.own_ranks
-        if own:
-            raise ValueError(
-                f"teacher_parallel.own_ranks={own} is not planned for: plan counts a teacher on "
-                "the student's ranks alone; set teacher_parallel.own_ranks=0 for an upper bound of "
-                "their memory"
-            )
         check_layout(job.teacher, job.cfg.teacher_parallel.of(job.parallel))
 
 

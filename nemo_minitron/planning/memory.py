@@ -4,6 +4,7 @@ from copy import copy
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from nemo_minitron.config.layout import padded_vocab_size
 from nemo_minitron.config.megatron import merged_recompute
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
@@ -19,6 +20,7 @@ from nemo_minitron.planning.shares import Share, shares
 GIB = float(1 << 30)
 # Buffers [chunk_size, v / tp] in fp32 of the loss: student, teacher, and what the loss makes.
 _LOGIT_BUFFERS = 4
+_RECEIVED = 3  # hidden states from a teacher on ranks of its own: the loss's, and two in advance
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,14 @@ class Job:
         return 2 if self.bf16 else 4
 
     @property
+    def teacher_apart(self) -> ParallelConfig | None:
+        """Layout of a teacher on ranks of its own."""
+        if self.teacher is None or not isinstance(self.cfg, DistillConfig):
+            return None
+        where = self.cfg.teacher_parallel
+        return where.of(self.parallel) if where.own_ranks else None
+
+    @property
     def micro_batches(self) -> int:
         """Of one replica in a global batch."""
         data = self.cfg.data
@@ -126,12 +136,14 @@ def stage_of_each_phase(cfg: Any) -> list[Any]:
 
 
 def fullest_rank(job: Job) -> Memory:
-    """Memory of the pipeline stage that needs most, in the phase that needs most."""
-    found = [
-        _rank_memory(one, share)
-        for one in job.of_phases()
-        for share in shares(job.model, job.parallel)
-    ]
+    """Memory of the pipeline stage that needs most, in the phase that needs most.
+
+    Ranks that run a teacher alone count, too.
+    """
+    found = []
+    for one in job.of_phases():
+        found += [_rank_memory(one, share) for share in shares(job.model, job.parallel)]
+        found += _ranks_of_teacher(one)
     return max(found, key=lambda memory: memory.total)
 
 
@@ -140,9 +152,13 @@ def fits(memory: Memory, cluster: ClusterConfig) -> bool:
     return memory.total <= (cluster.gpu_memory_gb - cluster.reserved_memory_gb) * GIB
 
 
-def _rank_memory(job: Job, share: Share) -> Memory:
+def _tokens(job: Job, parallel: ParallelConfig) -> Tokens:
     kinds = {"bf16": job.bf16, "fp8": fp8(job.megatron), "fused": job.on_gpus}
-    tokens = Tokens.of(job.cfg.data, job.parallel, **kinds)
+    return Tokens.of(job.cfg.data, parallel, **kinds)
+
+
+def _rank_memory(job: Job, share: Share) -> Memory:
+    tokens = _tokens(job, job.parallel)
     weights = weight_bytes(job.model, share, job.megatron, job.element, trained=job.trains)
     last = share.stage == job.parallel.pipeline_model_parallel_size - 1
     logits = _logits(job, share, tokens) if last else 0.0
@@ -181,6 +197,9 @@ def _teacher(job: Job, stage: int, tokens: Tokens) -> tuple[float, float]:
     """Bytes that are there throughout, and those of its own pass alone."""
     if job.teacher is None or not isinstance(job.cfg, DistillConfig):
         return 0.0, 0.0
+    if job.teacher_apart is not None:
+        last = stage == job.parallel.pipeline_model_parallel_size - 1
+        return (_received(job, job.teacher, tokens) if last else 0.0), 0.0
     cfg, parallel = job.cfg, job.cfg.teacher_parallel.of(job.parallel)
     share = shares(job.teacher, parallel)[stage]
     weights = weight_bytes(job.teacher, share, job.megatron, job.element, trained=False)
@@ -193,6 +212,30 @@ def _teacher(job: Job, stage: int, tokens: Tokens) -> tuple[float, float]:
         return weights + states, once
     stays = share.output * job.element
     return stays + states, weights - stays + once
+
+
+def _received(job: Job, teacher: ModelConfig, tokens: Tokens) -> float:
+    """Bytes on the student's last stage of a teacher that is on ranks of its own.
+
+    Its output layer, from which the loss makes logits, and hidden states of micro-batches.
+    """
+    tp = job.parallel.tensor_model_parallel_size
+    rows = padded_vocab_size(teacher.vocab_size, tp) // tp
+    states = _RECEIVED * tokens.count * tokens.element
+    return float((rows * job.element + states) * teacher.hidden_size)
+
+
+def _ranks_of_teacher(job: Job) -> list[Memory]:
+    """Ranks that run the teacher alone, one of each pipeline stage."""
+    parallel, teacher = job.teacher_apart, job.teacher
+    if parallel is None or teacher is None:
+        return []
+    found, tokens = [], _tokens(job, parallel)
+    for share in shares(teacher, parallel):
+        weights = weight_bytes(teacher, share, job.megatron, job.element, trained=False)
+        kept = activations.layer(teacher, parallel, tokens, share.kinds)
+        found.append(Memory(0.0, 0.0, 0.0, weights, kept, 0.0))
+    return found
 
 
 def _logits(job: Job, share: Share, tokens: Tokens) -> float:

@@ -5,7 +5,7 @@ step, validation, checkpoints and reading data, which are below a hundredth of a
 the papers.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from nemo_minitron.config.layers import ATTENTION, EXPERTS, kinds_of
 from nemo_minitron.config.model import ModelConfig
@@ -27,6 +27,7 @@ class StepTime:
     recomputed: float
     """Forward passes that the backward pass does again."""
     teacher: float
+    """Its forward passes; of a teacher on ranks of its own, what the student waits for."""
     layers: float
     """Exchange inside layers and between pipeline stages: tensor, context and expert parallel."""
     bubble: float
@@ -69,14 +70,15 @@ def _step_time(job: Job, cluster: ClusterConfig, mfu: float) -> StepTime:
     passes = {"forward": 1.0 + again / forward, "backward": 1.0}
     traffic = _layers(job, job.model, job.parallel, cluster, passes)
     teacher = teachers_traffic = 0.0
-    if isinstance(cfg, DistillConfig) and job.teacher is not None:
+    resident = isinstance(cfg, DistillConfig) and job.teacher_apart is None
+    if resident and job.teacher is not None:
         teacher = batch * forward_flops(job.teacher, length) / speed
         layout = cfg.teacher_parallel.of(job.parallel)
         teachers_traffic = _layers(job, job.teacher, layout, cluster, {"forward": 1.0})
     chunks = job.parallel.virtual_pipeline_model_parallel_size or 1
     waiting = (job.parallel.pipeline_model_parallel_size - 1) / (job.micro_batches * chunks)
     busy = 3 * forward + again + teacher + traffic + teachers_traffic
-    return StepTime(
+    found = StepTime(
         student=3 * forward,
         recomputed=again,
         teacher=teacher,
@@ -84,6 +86,25 @@ def _step_time(job: Job, cluster: ClusterConfig, mfu: float) -> StepTime:
         bubble=waiting * busy,
         replicas=_replicas(job, cluster, forward / job.micro_batches),
     )
+    return replace(found, teacher=teacher + _awaited(job, cluster, mfu, found.total))
+
+
+def _awaited(job: Job, cluster: ClusterConfig, mfu: float, student: float) -> float:
+    """Seconds that the student waits for a teacher on ranks of its own.
+
+    For its pass over the first micro-batch, and for what its passes over the others take longer
+    than the ``student`` seconds beside them. The hidden states travel meanwhile.
+    """
+    parallel, teacher = job.teacher_apart, job.teacher
+    if parallel is None or teacher is None:
+        return 0.0
+    alone = replace(job, data_parallel_size=parallel.data_parallel_size or 1)
+    data, each = job.cfg.data, cluster.peak_tflops * 1e12 * mfu * parallel.model_parallel_size
+    batch = data.global_batch_size * data.seq_length / alone.data_parallel_size
+    passes = batch * forward_flops(teacher, data.seq_length) / each
+    passes += _layers(alone, teacher, parallel, cluster, {"forward": 1.0})
+    one = passes / alone.micro_batches
+    return one * parallel.pipeline_model_parallel_size + max(0.0, passes - one - student)
 
 
 def _layers(

@@ -276,10 +276,7 @@ def test_an_elastic_job_uses_the_most_nodes_that_fit(fit, nodes):
 
 @pytest.mark.parametrize(("states", "by_script"), [("RUNNING PENDING", False), ("RUNNING", True)])
 def test_a_job_that_lost_a_node_is_requeued(tmp_path, states, by_script):
-    """Code 1, and a node that does not answer: by SLURM, or, where it does not see it, by the script.
-
-    tests/slurm has a real one.
-    """
+    """By SLURM, or by the script where SLURM does not see the lost node; tests/slurm has one."""
     tools = {
         "srun": f"mkdir -p {tmp_path}/out.partial; date > {tmp_path}/out.partial/step; exit 1",
         "scontrol": f'echo "$@" > {tmp_path}/said',
