@@ -27,7 +27,7 @@ STACK := $(if $(filter 3.12,$(PYTHON_VERSION)),0.19,0.16: the older stack (Pytho
 # transformers at all (pipeline: through stages that the road has too), three files on several ranks,
 # the road from import to export.
 STACK_FREE := balance carry cluster_config completion docs docs_block examples layout make_setup \
-  mutants pipeline planning planning_precision repo search_space step_time submit
+  mutants pipeline planning planning_precision planning_teacher repo search_space step_time submit
 OLDER_TESTS := tests/unit $(STACK_FREE:%=--ignore=tests/unit/test_%.py) tests/dist/test_importance_scores.py tests/dist/test_distillation.py \
   tests/dist/test_checkpoint_layouts.py tests/e2e/test_road.py
 TESTS ?= $(if $(filter 3.12,$(PYTHON_VERSION)),,$(OLDER_TESTS))
