@@ -19,6 +19,9 @@ class SlurmConfig:
     nodes: int | None = None
     """Nodes of a stage that runs a model, all their GPUs, where ``trainer.num_nodes`` is not set;
     null: as few as the layout needs."""
+    min_nodes: int | None = None
+    """Nodes that are enough for a stage that trains, where fewer than those above are there at a
+    start, as after one has died; null: it waits for all of them."""
     container_image: str | None = None
     """Image for pyxis/enroot, or ``none`` for bare metal; CONTAINER_IMAGE, if set, wins."""
     container_mounts: str | None = None
@@ -30,8 +33,10 @@ class SlurmConfig:
 
     def __post_init__(self) -> None:
         """Check ranges and forms."""
-        if self.nodes is not None and self.nodes < 1:
-            raise ValueError(f"cluster.slurm.nodes={self.nodes} must be at least 1, or null")
+        for name in ("nodes", "min_nodes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"cluster.slurm.{name}={value} must be at least 1, or null")
         wrong = [flag for flag in self.sbatch_args if not flag.startswith("-")]
         if wrong:
             raise ValueError(

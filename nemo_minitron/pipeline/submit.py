@@ -25,6 +25,8 @@ from nemo_minitron.config.stages import (
     PipelineConfig,
     StageConfig,
 )
+from nemo_minitron.config.training_stages import TrainingStageConfig
+from nemo_minitron.data.checks import check_batches
 
 REPORT_FLAGS = ("--gpus-per-node=0", "--cpus-per-task=4")
 
@@ -39,6 +41,7 @@ class Job:
         arguments: of the stage.
         flags: of sbatch, beside those of the cluster.
         after: names of earlier jobs that have to end well first.
+        fits: of a job that goes on with fewer nodes, the numbers of nodes that it can use.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Job:
     arguments: tuple[str, ...]
     flags: tuple[str, ...]
     after: tuple[str, ...] = ()
+    fits: tuple[int, ...] = ()
 
 
 class _Parser(ArgumentParser):
@@ -106,8 +110,7 @@ def _lines(given: Namespace) -> list[str]:
         jobs = list(_chain(config, theirs, flags, cluster))
         logs = Path(config.output_dir) / "slurm"
     else:
-        resources = _resources(config, cluster)
-        jobs = [Job(given.stage, given.stage, (*theirs, *flags), resources)]
+        jobs = [_job(given.stage, given.stage, (*theirs, *flags), config, cluster)]
         logs = Path(config.output_dir).parent / "slurm"
     return [*_head(cluster, logs), *_submissions(jobs, cluster, logs, given.after)]
 
@@ -129,14 +132,36 @@ def _chain(
             continue
         due.append(item.name)
         own = (*item.overrides, "overwrite=true", *flags)
-        yield Job(item.name, item.stage, own, _resources(item.config, cluster), after)
+        yield _job(item.name, item.stage, own, item.config, cluster, after)
     again = [o for o in overrides if not o.startswith(("overwrite=", "output_dir="))]
     again.append(load.override("output_dir", config.output_dir))
     yield Job("report", "pipeline", (*again, *flags), REPORT_FLAGS, tuple(due))
 
 
-def _resources(config: StageConfig, cluster: ClusterConfig) -> tuple[str, ...]:
-    """Nodes and tasks of a stage that runs a model; the scripts say what the others need.
+def _job(
+    name: str,
+    stage: str,
+    arguments: tuple[str, ...],
+    config: StageConfig,
+    cluster: ClusterConfig,
+    after: tuple[str, ...] = (),
+) -> Job:
+    """The job of a stage: one that goes on with fewer nodes where the cluster's keys ask for it."""
+    size = _size(config, cluster)
+    if size is None:  # the scripts say what these need
+        return Job(name, stage, arguments, (), after)
+    nodes, per_node = size
+    gpus = f"--gpus-per-node={per_node if cluster.gpus_per_node else 0}"
+    if cluster.slurm.min_nodes is None or not isinstance(config, TrainingStageConfig):
+        tasks = (f"--ntasks={nodes * per_node}", f"--ntasks-per-node={per_node}")
+        return Job(name, stage, arguments, (f"--nodes={nodes}", *tasks, gpus), after)
+    fits = _fits(config, cluster.slurm.min_nodes, nodes, per_node)
+    flags = (f"--nodes={fits[-1]}-{fits[0]}", gpus)
+    return Job(name, "elastic", (stage, *arguments), flags, after, fits)
+
+
+def _size(config: StageConfig, cluster: ClusterConfig) -> tuple[int, int] | None:
+    """Nodes of a stage that runs a model, and ranks on each.
 
     As many ranks as the layout needs, or all GPUs of ``trainer.num_nodes`` nodes.
 
@@ -144,14 +169,13 @@ def _resources(config: StageConfig, cluster: ClusterConfig) -> tuple[str, ...]:
         ValueError: the ranks do not spread evenly over whole nodes.
     """
     values: Any = config
-    teachers = config.teacher_parallel.own_ranks if isinstance(config, DistillConfig) else 0
     data = getattr(config, "data", None)
     if not hasattr(config, "parallel") or (data is not None and not data.given):
-        return ()
+        return None
     nodes = getattr(getattr(config, "trainer", None), "num_nodes", None) or cluster.slurm.nodes
     per_node = cluster.ranks_per_node
     if nodes is None:
-        world = values.parallel.world_size() + teachers
+        world = values.parallel.world_size() + _teachers(config)
         nodes = math.ceil(world / per_node)
         if world % nodes:
             raise ValueError(
@@ -160,10 +184,49 @@ def _resources(config: StageConfig, cluster: ClusterConfig) -> tuple[str, ...]:
                 "trainer.num_nodes or cluster.slurm.nodes"
             )
         per_node = world // nodes
-    values.parallel.world_size(nodes * per_node - teachers)
-    gpus = per_node if cluster.gpus_per_node else 0
-    per = (f"--ntasks-per-node={per_node}", f"--gpus-per-node={gpus}")
-    return (f"--nodes={nodes}", f"--ntasks={nodes * per_node}", *per)
+    values.parallel.world_size(nodes * per_node - _teachers(config))
+    return nodes, per_node
+
+
+def _teachers(config: StageConfig) -> int:
+    """Ranks that run a teacher alone."""
+    return config.teacher_parallel.own_ranks if isinstance(config, DistillConfig) else 0
+
+
+def _fits(config: TrainingStageConfig, least: int, most: int, per_node: int) -> tuple[int, ...]:
+    """Numbers of nodes on which a training can be, the largest first.
+
+    Raises:
+        ValueError: the least or the most of them is none.
+    """
+    if config.trainer.num_nodes is not None:
+        raise ValueError(
+            f"trainer.num_nodes={config.trainer.num_nodes} wants as many nodes at every start, and "
+            f"cluster.slurm.min_nodes={least} fewer; set cluster.slurm.nodes in place of "
+            "trainer.num_nodes"
+        )
+    if least > most:
+        raise ValueError(
+            f"cluster.slurm.min_nodes={least} must be at most the nodes of the job, {most}; lower "
+            "it, or set cluster.slurm.nodes"
+        )
+    failures: dict[int, ValueError] = {}
+    for nodes in range(least, most + 1):
+        try:
+            ranks = config.parallel.world_size(nodes * per_node - _teachers(config))
+            for phase in config.phases():
+                check_batches(phase.data, config.parallel, ranks)
+        except ValueError as error:
+            failures[nodes] = error
+    fits = tuple(nodes for nodes in range(most, least - 1, -1) if nodes not in failures)
+    for nodes in (least, most):
+        if nodes in failures:
+            raise ValueError(
+                f"cluster.slurm.min_nodes={least} lets this training be on {nodes} nodes of "
+                f"{per_node} ranks: {failures[nodes]}"
+                + (f"; {', '.join(map(str, fits))} nodes would do" if fits else "")
+            )
+    return fits
 
 
 def _head(cluster: ClusterConfig, logs: Path) -> Iterator[str]:
@@ -213,6 +276,8 @@ def _submissions(
         words = ["sbatch", "--parsable", f"--job-name=minitron-{job.name}"]
         words += [f"--output={logs}/%x_%j.log", *job.flags, *_cluster_flags(cluster)]
         line = shlex.join(words)
+        if job.fits:
+            line = f"MINITRON_NODES={shlex.quote(' '.join(map(str, job.fits)))} {line}"
         if waits:
             line += f' --kill-on-invalid-dep=yes --dependency="afterok:{":".join(waits)}"'
         line += f' "$MINITRON_HOME/launch/{job.stage}.sbatch" {shlex.join(job.arguments)}'

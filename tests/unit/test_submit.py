@@ -17,6 +17,7 @@ from nemo_minitron.runtime import ranks
 
 REPO = Path(__file__).parents[2]
 DISTILL = ("distill", "student=s", "teacher=t", "data.path=d", "output_dir=runs/a b/d")
+FEWER = ("cluster.slurm.container_image=none", "cluster.slurm.min_nodes=3")
 BARE = "cluster.slurm.container_image=none"
 CLUSTER = {
     "gpus_per_node": 4,
@@ -121,6 +122,21 @@ def test_as_many_ranks_as_the_layout_needs_or_whole_nodes(submit, keys, nodes, p
     assert f"--gpus-per-node={per_node}" in line
 
 
+def test_a_training_may_go_on_with_the_numbers_of_nodes_that_fit(submit):
+    """A batch of 8 on nodes of four ranks, TP 2: three nodes would be six replicas."""
+    nodes = ("cluster.slurm.min_nodes=1", "cluster.slurm.nodes=4", "parallel=tp2")
+    (line,) = sbatch_lines(submit(*DISTILL, "data.global_batch_size=8", *nodes, *MINE)[1])
+    assert line[:2] == ["MINITRON_NODES=4 2 1", "sbatch"]
+    assert {"--nodes=1-4", "--gpus-per-node=4"} <= {*line}
+    assert not any(word.startswith("--ntasks") for word in line)
+    script = line.index("$MINITRON_HOME/launch/elastic.sbatch")
+    assert line[script + 1 : script + 3] == ["distill", "student=s"]
+    evaluate = ("evaluate", "checkpoint=s", "data.path=d", "output_dir=e")
+    (line,) = sbatch_lines(submit(*evaluate, *nodes, *MINE)[1])  # it trains nothing
+    assert line[0] == "sbatch"
+    assert "--nodes=4" in line
+
+
 def test_a_pipeline_is_a_chain_of_what_is_not_up_to_date(submit):
     chain = ("pipeline", "experiment=chain", "overwrite=true", *MINE)
     teacher, scores, pruned, exported, report = sbatch_lines(submit(*chain)[1])
@@ -207,6 +223,12 @@ def test_half_a_chain_is_taken_back(submit, queue, monkeypatch):
         ((*DISTILL, "cluster.slurm.nodes=0"), "cluster.slurm.nodes=0 must be at least 1"),
         ((*DISTILL, "trainer.num_nodes=0", BARE), "trainer.num_nodes=0 must be at least 1"),
         ((*DISTILL, "trainer.num_nodes=2", BARE, "parallel=tp3"), "16"),
+        ((*DISTILL, *FEWER, "trainer.num_nodes=2"), "set cluster.slurm.nodes in place of trainer."),
+        ((*DISTILL, *FEWER), "cluster.slurm.min_nodes=3 must be at most the nodes of the job, 1"),
+        (
+            (*DISTILL, *FEWER, "cluster.slurm.nodes=4", "data.global_batch_size=32"),
+            "lets this training be on 3 nodes of 8 ranks: data.global_batch_size=32 must be a",
+        ),
         ((*DISTILL, "--config-dir", "nowhere", BARE), "--config-dir nowhere is not a folder"),
         (
             (*DISTILL, BARE, "cluster.gpus_per_node=2", "parallel=tp3"),
