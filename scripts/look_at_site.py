@@ -71,6 +71,13 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         """Requests are not worth a line each."""
 
+    def do_GET(self) -> None:
+        """Browsers ask every server for an icon, which a report opened as a file has no need of."""
+        if self.path == "/favicon.ico":
+            self.send_response(http.HTTPStatus.NO_CONTENT)
+            return self.end_headers()
+        super().do_GET()
+
 
 @contextmanager
 def _served(site: Path) -> Iterator[str]:
