@@ -127,6 +127,7 @@ def test_a_pipeline_uses_family_criterion_and_loss_by_name(site: Path, tmp_path:
         inputs_now = [*inputs, "inputs.steps=4", "+change.distilled.trainer.exit_interval=2"]
         done = python(*command, *inputs_now, paths=[site], folder=tmp_path)
         assert done.returncode == code, done.stderr
+        assert "Trainer.fit" not in done.stdout + done.stderr  # Lightning's own lines
     plain = [
         "checkpoint=pocket/teacher",
         "data.path=ids.npy",
