@@ -1,7 +1,7 @@
 """``minitron finetune`` beside the training loop of Megatron-LM itself.
 
 ``MEGATRON_LM=/path/to/Megatron-LM python -m benchmarks.beside_megatron_lm`` from the repository
-root, with a checkout of core 0.19; about ten minutes on two cores. Both train a model of the same
+root, with a checkout of core 0.19; about seven minutes on two cores. Both train a model of the same
 sizes on the same ``.bin``/``.idx`` pair, at the same layout, with the same optimizer and the same
 number of micro-batches, in fp32 with gloo; a step of one follows a step of the other
 (``benchmarks/beside.py``). ``tests/helpers/megatron_lm.py`` answers what Megatron-LM asks of CUDA.
