@@ -20,6 +20,7 @@ import nemo_minitron
 from nemo_minitron import sweeps, usage
 from nemo_minitron.config import load, schema
 from nemo_minitron.config.overrides import refuse_blanks
+from nemo_minitron.config.parallel import own_ranks
 from nemo_minitron.config.stages import (
     STAGE_CONFIGS,
     ImportanceConfig,
@@ -249,8 +250,7 @@ def _run(stage: str, config: StageConfig) -> None:
     if ranks.started_by_us():
         die_with_parent()
     ranks.adopt_slurm()
-    own = getattr(config, "teacher_parallel", None)
-    ranks.set_teacher_ranks(own.own_ranks if own else 0)
+    ranks.set_teacher_ranks(own_ranks(config))
     launched = ranks.launched_world_size()
     ranks.check_nodes(getattr(getattr(config, "trainer", None), "num_nodes", None))
     parallel = getattr(config, "parallel", None)

@@ -209,6 +209,12 @@ class TeacherParallelConfig:
         return layout
 
 
+def own_ranks(config: object) -> int:
+    """Ranks that run the teacher of a stage alone, beside those of ``parallel``."""
+    where = getattr(config, "teacher_parallel", None)
+    return where.own_ranks if where else 0
+
+
 _DEGREES = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",

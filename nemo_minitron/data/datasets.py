@@ -44,6 +44,7 @@ from nemo_minitron.data.splits import (
 from nemo_minitron.data.text import INDEXED, NPY, SFT, Source, find_source
 
 logger = logging.getLogger(__name__)
+_Source = tuple[DataConfig, TokenData]
 
 
 def prepare_tokens(
@@ -168,21 +169,21 @@ def training_datasets(
     splits: tuple[str, ...],
 ) -> "tuple[SampleSet, SampleSet | None]":
     """Train samples for every step and the validation samples (None without validation)."""
-    tokens = _tokens(data, model, checkpoint, output_dir, splits)
+    sources = _sources(data, model, checkpoint, output_dir, splits)
     sizes = (
         trainer.max_steps * data.global_batch_size,
         trainer.limit_val_batches * data.global_batch_size,
         0,
     )
     if data.blend:
-        return _blended_training(data, tokens, sizes, cache_folder(data, output_dir))
-    train, validation, _ = build_datasets(data, tokens[0], sizes)
+        return _blended_training(data, sources, sizes, cache_folder(data, output_dir))
+    train, validation, _ = build_datasets(*sources[0], sizes)
     assert train is not None  # max_steps is at least 1
     return train, validation
 
 
 def _blended_training(
-    data: DataConfig, tokens: list[TokenData], sizes: tuple[int, int, int], cache: Path
+    data: DataConfig, sources: list[_Source], sizes: tuple[int, int, int], cache: Path
 ) -> tuple[BlendedSamples, BlendedSamples | None]:
     """As Megatron blends: every source has as many epochs as its share of the training takes.
 
@@ -190,13 +191,11 @@ def _blended_training(
     reads one epoch of each source at most.
     """
     weights = data.weights()
-    held = _samples_held(data, tokens, SPLITS[0])
+    held = _samples_held(sources, SPLITS[0])
     check_shares(data, held, sizes[0], repeats=True)
     parts = [
-        _training_part(source, pair, size, sizes[1])
-        for source, pair, size in zip(
-            parts_of(data), tokens, part_sizes(weights, sizes[0]), strict=True
-        )
+        _training_part(*source, size, sizes[1])
+        for source, size in zip(sources, part_sizes(weights, sizes[0]), strict=True)
     ]
     order = stored_order(cache, data.weights_by_samples(sizes[0]))
     train = BlendedSamples(alike([part[0] for part in parts]), order, data.names(), held)
@@ -221,13 +220,13 @@ def _training_part(source: DataConfig, pair: TokenData, size: int, held_out: int
     return megatron_datasets(source, pair, [size, None, None], [True, held_out > 0, False])
 
 
-def _samples_held(data: DataConfig, tokens: list[TokenData], split: str) -> list[int]:
+def _samples_held(sources: list[_Source], split: str) -> list[int]:
     """Samples of one epoch of each source."""
     return [
         records_held(source, pair.path, split)
         if pair.kind == SFT
         else split_samples(source, read_index(pair.path).lengths, split)
-        for source, pair in zip(parts_of(data), tokens, strict=True)
+        for source, pair in sources
     ]
 
 
@@ -250,18 +249,13 @@ def stage_dataset(
 
     ``filled`` is that of :func:`build_split`.
     """
-    tokens = _tokens(data, model, checkpoint, output_dir, None)
+    sources = _sources(data, model, checkpoint, output_dir, None)
     if not data.blend:
-        return build_split(data, tokens[0], filled=filled)
+        return build_split(*sources[0], filled=filled)
     wanted = data.num_samples or 0  # which a blend needs
-    held = _samples_held(data, tokens, data.split_name)
+    held = _samples_held(sources, data.split_name)
     check_shares(data, held, wanted, repeats=False)
-    parts = alike(
-        [
-            build_split(source, pair, filled=filled)
-            for source, pair in zip(parts_of(data), tokens, strict=True)
-        ]
-    )
+    parts = alike([build_split(*source, filled=filled) for source in sources])
     order = blend_order(data.weights(), wanted)
     once = _read_once(order, list(map(len, parts)))
     if len(once.source) < wanted:
@@ -273,14 +267,14 @@ def stage_dataset(
     return BlendedSamples(parts, once, data.names(), held)
 
 
-def _tokens(
+def _sources(
     data: DataConfig,
     model: ModelConfig,
     checkpoint: Path,
     output_dir: str,
     splits: tuple[str, ...] | None,
-) -> list[TokenData]:
-    """The tokens of ``data.path``, or of every source of ``data.blend``."""
+) -> list[_Source]:
+    """``data.path``, or every source of ``data.blend``: its keys and its tokens."""
     tokenizer = checkpoint / "tokenizer"
 
     def prepared(source: DataConfig) -> TokenData:
@@ -293,11 +287,11 @@ def _tokens(
         )
 
     if not data.blend:
-        return [prepared(data)]
+        return [(data, prepared(data))]
     found = []
     for index, source in enumerate(parts_of(data)):
         with naming(index):
-            found.append(prepared(source))
+            found.append((source, prepared(source)))
     return found
 
 

@@ -18,10 +18,10 @@ from typing import Any, NoReturn
 import nemo_minitron
 from nemo_minitron import usage
 from nemo_minitron.config import load
+from nemo_minitron.config.parallel import own_ranks
 from nemo_minitron.config.pipeline import ClusterConfig
 from nemo_minitron.config.stages import (
     STAGE_CONFIGS,
-    DistillConfig,
     PipelineConfig,
     StageConfig,
 )
@@ -175,7 +175,7 @@ def _size(config: StageConfig, cluster: ClusterConfig) -> tuple[int, int] | None
     nodes = getattr(getattr(config, "trainer", None), "num_nodes", None) or cluster.slurm.nodes
     per_node = cluster.ranks_per_node
     if nodes is None:
-        world = values.parallel.world_size() + _teachers(config)
+        world = values.parallel.world_size() + own_ranks(config)
         nodes = math.ceil(world / per_node)
         if world % nodes:
             raise ValueError(
@@ -184,13 +184,8 @@ def _size(config: StageConfig, cluster: ClusterConfig) -> tuple[int, int] | None
                 "trainer.num_nodes or cluster.slurm.nodes"
             )
         per_node = world // nodes
-    values.parallel.world_size(nodes * per_node - _teachers(config))
+    values.parallel.world_size(nodes * per_node - own_ranks(config))
     return nodes, per_node
-
-
-def _teachers(config: StageConfig) -> int:
-    """Ranks that run a teacher alone."""
-    return config.teacher_parallel.own_ranks if isinstance(config, DistillConfig) else 0
 
 
 def _fits(config: TrainingStageConfig, least: int, most: int, per_node: int) -> tuple[int, ...]:
@@ -213,7 +208,7 @@ def _fits(config: TrainingStageConfig, least: int, most: int, per_node: int) -> 
     failures: dict[int, ValueError] = {}
     for nodes in range(least, most + 1):
         try:
-            ranks = config.parallel.world_size(nodes * per_node - _teachers(config))
+            ranks = config.parallel.world_size(nodes * per_node - own_ranks(config))
             for phase in config.phases():
                 check_batches(phase.data, config.parallel, ranks)
         except ValueError as error:

@@ -6,12 +6,13 @@ from functools import partial
 from typing import Any
 
 from nemo_minitron.config.megatron import merged_recompute
+from nemo_minitron.config.parallel import own_ranks
 from nemo_minitron.config.pipeline import ClusterConfig
 from nemo_minitron.config.stages import DistillConfig
 from nemo_minitron.config.training import RECOMPUTE_KEYS
 from nemo_minitron.config.training_stages import TrainingStageConfig
 from nemo_minitron.data.checks import check_batches
-from nemo_minitron.planning.items import Run, check_job, own_ranks
+from nemo_minitron.planning.items import Run, check_job
 from nemo_minitron.planning.memory import fits, fullest_rank, stage_of_each_phase
 
 _Change = tuple[str, Callable[[Any], Any]]

@@ -5,6 +5,7 @@ from typing import Any
 
 from nemo_minitron.config.layout import check_layout, check_recompute
 from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.parallel import own_ranks
 from nemo_minitron.config.pipeline import ClusterConfig, PlanConfig
 from nemo_minitron.config.stages import DistillConfig, PruneConfig
 from nemo_minitron.config.training_stages import TrainingStageConfig
@@ -99,11 +100,6 @@ def _place(cfg: PlanConfig, config: Any, model: ModelConfig, teacher: ModelConfi
         job = replace(job, data_parallel_size=ranks // config.parallel.model_parallel_size)
         return Run(job, ranks + own_ranks(config), fullest_rank(job), work(job))
     raise failure or ValueError(f"nodes={cfg.nodes} must be at least 1")
-
-
-def own_ranks(config: Any) -> int:
-    """Ranks that run a teacher alone, beside those of ``parallel``."""
-    return config.teacher_parallel.own_ranks if isinstance(config, DistillConfig) else 0
 
 
 def _ranks(config: Any, cluster: ClusterConfig, nodes: int) -> int:

@@ -17,8 +17,8 @@ from nemo_minitron.runtime import ranks
 
 REPO = Path(__file__).parents[2]
 DISTILL = ("distill", "student=s", "teacher=t", "data.path=d", "output_dir=runs/a b/d")
-FEWER = ("cluster.slurm.container_image=none", "cluster.slurm.min_nodes=3")
 BARE = "cluster.slurm.container_image=none"
+FEWER = (BARE, "cluster.slurm.min_nodes=3")
 CLUSTER = {
     "gpus_per_node": 4,
     "slurm": {
