@@ -51,7 +51,7 @@ THEIRS = f"""--num-layers {MODEL.num_layers} --hidden-size {MODEL.hidden_size}
     --calculate-per-token-loss
     --use-cpu-initialization --distributed-backend gloo --num-workers 0 --transformer-impl local
     --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-persist-layer-norm
-    --no-bias-dropout-fusion --no-bias-swiglu-fusion --no-rope-fusion --attention-backend unfused"""
+    --no-bias-dropout-fusion --no-rope-fusion --attention-backend unfused"""
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 _ROOT = Path(__file__).resolve().parents[1]
 

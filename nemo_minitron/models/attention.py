@@ -144,6 +144,11 @@ def attend_with_sinks(
     return F.dropout(weights.to(value.dtype), dropout) @ value
 
 
+def _of_its_own(x: Tensor) -> Tensor:
+    """A tensor that is not a view of a larger one, which the backward pass would keep with it."""
+    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()
+
+
 class LocalAttention(torch.nn.Module):
     """Scaled dot-product attention: causal, with windows, sinks, soft caps and grouped queries.
 
@@ -177,6 +182,8 @@ class LocalAttention(torch.nn.Module):
         self.window = size[0] + 1 if windowed and size is not None else None
         self.cap: float | None = config.attn_logit_softcapping  # set by models.build
         assert config.softmax_type in ("vanilla", "learnable"), config.softmax_type
+        # The norms of queries and keys keep the whole projection anyway.
+        self.normed = config.qk_layernorm
         self.tp_group, sinks = pg_collection.tp, None
         if config.softmax_type == "learnable":
             heads = config.num_attention_heads // self.tp_group.size()
@@ -214,6 +221,8 @@ class LocalAttention(torch.nn.Module):
         if mask is not None:
             key = gather_sequence(key, self.cp_group)
             value = gather_sequence(value, self.cp_group)
+        if torch.is_grad_enabled() and not self.normed:
+            query, key, value = map(_of_its_own, (query, key, value))
         # [s, b, n, d] -> [b, n, s, d]
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         dropout = self.dropout if self.training else 0.0

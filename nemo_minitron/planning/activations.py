@@ -1,7 +1,7 @@
 """Bytes of activations that a layer keeps for its backward pass.
 
-Counted tensor by tensor as the layers keep them: attention without its score matrix (flash), norms,
-rotation and SwiGLU fused where there are GPUs. ``tests/dist/test_planning_memory.py`` compares with
+Counted tensor by tensor as the layers keep them: attention without its score matrix (flash), SwiGLU
+as Megatron fuses it, norms and rotation fused where there are GPUs. ``tests/dist/test_planning_memory.py`` compares with
 what autograd really saves on a CPU.
 """
 
@@ -23,7 +23,7 @@ class Tokens:
     Attributes:
         count: T.
         element: bytes of an activation.
-        fused: norms, rotation and SwiGLU are one kernel each (GPU).
+        fused: norms and rotation are one kernel each (GPU).
         matmul: bytes of what a matrix product keeps of its input; 1 in fp8, which is a copy.
     """
 
@@ -56,9 +56,10 @@ def residual(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> i
 def attention(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> int:
     """What attention keeps beside its input and output in the residual stream.
 
-    The normed input; the rows of ``linear_qkv`` (values are a view of them); rotated queries and
-    keys; the output of the heads, which ``linear_proj`` reads, and the log-sum of each of its rows.
-    Where some layers do not rotate (SmolLM3), this is the average over the layers.
+    The normed input; the rows of ``linear_qkv``, of which values are a view, and rotated queries
+    and keys, or without Transformer Engine copies of the three; the output of the heads, which
+    ``linear_proj`` reads, and the log-sum of each of its rows. Where some layers do not rotate
+    (SmolLM3), this is the average over the layers.
     """
     if config.multi_latent:
         return _latent(config, parallel, tokens)
@@ -67,8 +68,9 @@ def attention(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> 
     every_rank = 0
     if config.position_embedding_type == "rope":
         rotating = 1 - sum(config.no_rope_freq or []) / config.num_layers
-        # Without rotation the keys are a view, but the queries of a group are still copied.
-        rows += rotating * (heads + groups) + (1 - rotating) * heads
+        if tokens.fused or config.qk_layernorm:  # otherwise LocalAttention copies what it keeps
+            # Without rotation the keys are a view, but the queries of a group are still copied.
+            rows += rotating * (heads + groups) + (1 - rotating) * heads
         # Sines and cosines, of queries and of keys.
         every_rank = 0 if tokens.fused else round(4 * width * config.rotary_percent * rotating)
     if config.qk_layernorm:
@@ -124,9 +126,10 @@ def experts(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> in
     """What the experts that tokens are routed to keep, the normed input included."""
     kept, split = _normed(config, parallel, tokens), parallel.tensor_model_parallel_size
     per_channel = _kept_per_channel(config, tokens)
-    # Channels are weighted by the router; tokens reach their experts as copies (on a GPU twice,
-    # before and after they travel); the router works in fp32.
-    channels = (config.moe_ffn_hidden_size or 0) * (per_channel + (0 if tokens.fused else 1))
+    # Channels are weighted by the router, which only SwiGLU does in its kernel; tokens reach their
+    # experts as copies (on a GPU twice, before and after they travel); the router works in fp32.
+    weighted = 0 if tokens.fused or _is_swiglu(config) else 1
+    channels = (config.moe_ffn_hidden_size or 0) * (per_channel + weighted)
     copies = (2 if tokens.fused else 1) * config.hidden_size
     routed = config.moe_router_topk * (channels // split + copies)
     shared = (config.moe_shared_expert_intermediate_size or 0) * per_channel // split
@@ -137,13 +140,18 @@ def experts(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> in
 def _kept_per_channel(config: ModelConfig, tokens: Tokens) -> float:
     """Elements per token and FFN channel: outputs of fc1, what the activation keeps, input of fc2.
 
-    SwiGLU of several kernels keeps both of its factors beside the two halves they are made of.
+    SwiGLU keeps the two halves that it is made of; other activations both of their factors, too.
     """
     elements = 2.0
     if config.gated_linear_unit:
-        elements = 3 if tokens.fused and config.activation == "silu" else 5
+        elements = 3 if _is_swiglu(config) else 5
     # The input of fc2 may be kept in fewer bytes.
     return elements if tokens.matmul is None else elements - 1 + tokens.matmul / tokens.element
+
+
+def _is_swiglu(config: ModelConfig) -> bool:
+    """Whether Megatron's own function is the activation (``models.settings``)."""
+    return config.gated_linear_unit and config.activation == "silu"
 
 
 def mamba(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> int:

@@ -102,3 +102,39 @@ def test_the_router_finds_its_name_also_beside_a_gpu(monkeypatch: pytest.MonkeyP
     cpu._define_missing_name.cache_clear()
     assert cpu.install() is False
     assert moe_utils.te_general_gemm is None
+
+
+def _reduced_and_gathered() -> dict[str, list[float]]:
+    from megatron.core.distributed import param_and_grad_buffer as buffers
+
+    size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    group, found = torch.distributed.group.WORLD, {}
+    given = torch.arange(1.0, 4 * size + 1) * (rank + 1)
+    shard, whole = given.chunk(size)[rank], torch.zeros(4 * size)
+    buffers.dist_reduce_scatter_func(shard, given, group=group)
+    found["reduced in place"] = shard.tolist()
+    buffers.dist_all_gather_func(whole, shard, group=group)
+    found["gathered elsewhere"] = whole.tolist()
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_gradients_and_weights_of_some_replicas(ranks: WorkerPool, size: int) -> None:
+    """What a group of one leaves out changes nothing, and a group of two does it all."""
+    factor = 3.0 if size == 2 else 1.0
+    every = [factor * value for value in range(1, 4 * size + 1)]
+    for rank, found in enumerate(ranks.run(size, _reduced_and_gathered)):
+        assert found["reduced in place"] == every[4 * rank : 4 * rank + 4]
+        assert found["gathered elsewhere"] == every
+
+
+def _compiled_functions() -> list[str]:
+    from megatron.core.fusions import fused_bias_swiglu
+
+    return [
+        k for k, v in vars(fused_bias_swiglu).items() if hasattr(v, "_torchdynamo_orig_callable")
+    ]
+
+
+def test_swiglu_needs_no_compiler(ranks: WorkerPool) -> None:
+    assert ranks.run(1, _compiled_functions) == [[]]

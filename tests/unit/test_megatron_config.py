@@ -286,7 +286,9 @@ def test_defaults_on_a_gpu():
         assert not found["overlap_param_gather"]
     assert not ddp_defaults(**{**keys, "distributed_optimizer": False})["overlap_param_gather"]
     fused = transformer_defaults(LLAMA, on_gpu=True, have_te=True)
+    on_cpu = transformer_defaults(LLAMA, on_gpu=False, have_te=False)
     assert fused["bias_activation_fusion"]
+    assert on_cpu["bias_activation_fusion"], "the same function of Megatron, uncompiled"
     assert fused["apply_rope_fusion"]
     assert fused["persist_layer_norm"]
     made = ddp_config(OptimConfig(), MegatronConfig(ddp={"overlap_param_gather": True}), 2)
