@@ -18,7 +18,7 @@ from torch import Tensor
 from nemo_minitron.config.distillation import DistillationConfig
 from nemo_minitron.distillation.divergences import loss_function
 from nemo_minitron.distillation.top_k import TopKTargets, top_k_targets
-from nemo_minitron.distillation.vocab import VocabShard, all_reduce, log_normalizer
+from nemo_minitron.distillation.vocab import VocabShard, all_reduce, softmax_
 
 # Elements of logits that a CPU works on at a time, so that a loss's passes over them hit the cache.
 _CACHED = 1 << 17
@@ -75,18 +75,18 @@ class _Job:
 
 
 def _ce(
-    student: Tensor, labels: Tensor, weight: Tensor, shard: VocabShard
+    student: Tensor, labels: Tensor, weight: Tensor, shard: VocabShard, *, stay: bool
 ) -> tuple[Tensor, Tensor]:
     """Local part of the weighted cross-entropy sum and its gradient by the student logits.
 
-    The logits ``[c, v]`` stay.
+    The gradient takes the place of the logits ``[c, v]``, unless they are to stay.
     """
-    log_z = log_normalizer(student, shard)
     column, mine = shard.local(labels)
-    grad = (student - log_z).exp_()
-    if student.size(-1) == 0:
+    picked = student.gather(-1, column[:, None]).squeeze(-1) if student.size(-1) else None
+    grad = student.clone() if stay else student
+    (log_z,) = softmax_([grad], shard)
+    if picked is None:
         return log_z.new_zeros(()), grad
-    picked = student.gather(-1, column[:, None]).squeeze(-1)
     # log_z is the same on every rank of the group: the rank that owns the label adds it.
     loss = torch.where(mine, log_z.squeeze(-1) - picked, 0.0) @ weight
     grad.scatter_add_(-1, column[:, None], -mine.to(grad.dtype)[:, None])
@@ -165,9 +165,10 @@ def _chunk_losses(
         slope = None if job.cap is None else 1 - (student / job.cap).square_()
         grads = []
         if job.with_ce:
-            loss, grad = _ce(student, job.labels[tokens], job.mask[tokens], job.shard)
+            labels, stay = job.labels[tokens], job.with_teacher
+            loss, grad = _ce(student, labels, job.mask[tokens], job.shard, stay=stay)
             parts[1] += loss
-            grads.append(grad.mul_(config.ce_weight))
+            grads.append(grad if config.ce_weight == 1.0 else grad.mul_(config.ce_weight))
         if job.with_teacher:
             teacher = None if teacher_logits is None else teacher_logits[block]
             loss, grad = _kd(job, tokens, student, teacher)

@@ -1,8 +1,8 @@
 """Bytes of activations that a layer keeps for its backward pass.
 
 Counted tensor by tensor as the layers keep them: attention without its score matrix (flash), SwiGLU
-as Megatron fuses it, norms and rotation fused where there are GPUs. ``tests/dist/test_planning_memory.py`` compares with
-what autograd really saves on a CPU.
+as Megatron fuses it, norms and rotation fused where there are GPUs.
+``tests/dist/test_planning_memory.py`` compares with what autograd really saves on a CPU.
 """
 
 from collections.abc import Sequence
