@@ -2,8 +2,9 @@
 
 Megatron-Core 0.16 assumes CUDA in a few spots: tensor factories with ``device="cuda"``,
 ``torch.cuda.current_device()``, ``Tensor.type()`` compared with ``torch.cuda.*`` spellings,
-streams, and a CUDA random-state tracker. ``install()`` answers each of them on the CPU; with CUDA
-present it does nothing but define a name that Megatron-Core forgets without Transformer Engine.
+streams, and a CUDA random-state tracker. ``install()`` answers each of them on the CPU, and sees to
+memory: gloo's copies, what a compiler would fuse, blocks that malloc keeps. With CUDA present it
+does nothing but define a name that Megatron-Core forgets without Transformer Engine.
 """
 
 import contextlib
