@@ -187,10 +187,10 @@ def _define_missing_name() -> None:
 def _keep_freed_memory() -> None:
     """Ask glibc to keep freed blocks, but for those of 32 MB and more.
 
-    By its defaults it gives back what lies at the end of the heap, and every activation is mapped
-    and zeroed anew. It would do so for a block of a megabyte, too, which makes a step a quarter
-    longer. Kept blocks of any size leave too many holes, as glibc 2.36 fits an aligned block into
-    about half of the holes of its own size: two stages of a 220M model held 8.1 GB in place of 5.4.
+    Its defaults give back the end of the heap, too, so that activations are mapped and zeroed anew
+    in every step. Giving back every block of a megabyte makes a step a quarter longer. Keeping all
+    leaves holes, as glibc 2.36 fits an aligned block into about half of those of its own size: two
+    stages of a model with 220M parameters held 8.1 GB in place of 5.4.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
