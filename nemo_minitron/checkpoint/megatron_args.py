@@ -195,7 +195,7 @@ def megatron_lm_args(config: ModelConfig) -> Namespace:
         # Their names before core 0.16, which Bridge 0.3 reads.
         norm_epsilon=config.layernorm_epsilon,
         apply_layernorm_1p=config.layernorm_zero_centered_gamma,
-        swiglu=config.gated_linear_unit and config.activation == "silu",
+        swiglu=config.swiglu,
         squared_relu=config.activation == "squared_relu",
         # Its fused kernel is the tanh approximation of GELU.
         bias_gelu_fusion=config.activation == "gelu_tanh",

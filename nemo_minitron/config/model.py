@@ -194,6 +194,11 @@ class ModelConfig:
         return self.num_attention_heads // self.num_query_groups
 
     @property
+    def swiglu(self) -> bool:
+        """Whether the MLP is SwiGLU, for which Megatron has a function of its own."""
+        return self.gated_linear_unit and self.activation == "silu"
+
+    @property
     def multi_latent(self) -> bool:
         """Whether keys and values of all heads are made of one small latent (MLA)."""
         return self.kv_lora_rank is not None

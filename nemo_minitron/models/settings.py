@@ -65,7 +65,7 @@ def transformer_defaults(
         "moe_token_dispatcher_type": "alltoall" if on_gpu else "allgather",
         "apply_rope_fusion": have_te,
         # Megatron has no such kernel for the other activations, and a tanh one for "gelu".
-        "bias_activation_fusion": config.gated_linear_unit and config.activation == "silu",
+        "bias_activation_fusion": config.swiglu,
         "bias_dropout_fusion": on_gpu,
         "persist_layer_norm": have_te,
         "batch_p2p_comm": on_gpu,

@@ -128,7 +128,7 @@ def experts(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> in
     per_channel = _kept_per_channel(config, tokens)
     # Channels are weighted by the router, which only SwiGLU does in its kernel; tokens reach their
     # experts as copies (on a GPU twice, before and after they travel); the router works in fp32.
-    weighted = 0 if tokens.fused or _is_swiglu(config) else 1
+    weighted = 0 if tokens.fused or config.swiglu else 1
     channels = (config.moe_ffn_hidden_size or 0) * (per_channel + weighted)
     copies = (2 if tokens.fused else 1) * config.hidden_size
     routed = config.moe_router_topk * (channels // split + copies)
@@ -144,14 +144,9 @@ def _kept_per_channel(config: ModelConfig, tokens: Tokens) -> float:
     """
     elements = 2.0
     if config.gated_linear_unit:
-        elements = 3 if _is_swiglu(config) else 5
+        elements = 3 if config.swiglu else 5
     # The input of fc2 may be kept in fewer bytes.
     return elements if tokens.matmul is None else elements - 1 + tokens.matmul / tokens.element
-
-
-def _is_swiglu(config: ModelConfig) -> bool:
-    """Whether Megatron's own function is the activation (``models.settings``)."""
-    return config.gated_linear_unit and config.activation == "silu"
 
 
 def mamba(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> int:
