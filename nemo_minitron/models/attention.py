@@ -221,7 +221,7 @@ class LocalAttention(torch.nn.Module):
         if mask is not None:
             key = gather_sequence(key, self.cp_group)
             value = gather_sequence(value, self.cp_group)
-        if torch.is_grad_enabled() and not self.normed:
+        if torch.is_grad_enabled() and not (self.normed or eager):  # eager attention copies them
             query, key, value = map(_of_its_own, (query, key, value))
         # [s, b, n, d] -> [b, n, s, d]
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
