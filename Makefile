@@ -87,9 +87,10 @@ slurm:
 	export DEBIAN_FRONTEND=noninteractive; \
 	apt-get update -q && apt-get install -y -q --no-install-recommends $(SLURM)
 
-# Tests that measure seconds come last and alone.
+# The order of files is that of tests/conftest.py; pytest-xdist would take them by number of tests, and
+# end with one of ten minutes on one worker. Tests that measure seconds come last and alone.
 test: setup slurm
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not alone" $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not alone" $(TESTS)
 	$(BIN)/python -m pytest -m alone $(TESTS)
 
 test-older:

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,16 @@ from tests.helpers.pool import WorkerPool
 # Hydra closes every log handler when it configures logging. absl's, which Megatron-Core 0.17 and
 # later bring, closes its stream too unless that is the real one; pytest's capture would be lost.
 absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with the longest time limits come first: a long one that comes last runs alone."""
+    limits: dict[Path, float] = {}
+    for item in items:
+        mark = item.get_closest_marker("timeout")
+        limit = mark.args[0] if mark else 0
+        limits[item.path] = max(limit, limits.get(item.path, 0))
+    items.sort(key=lambda item: -limits[item.path])
 
 
 @pytest.fixture(scope="session")
