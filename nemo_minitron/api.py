@@ -28,7 +28,7 @@ from nemo_minitron.models.build import DTYPES, unwrap
 from nemo_minitron.models.found import check_bare, config_of, layout_of
 from nemo_minitron.models.prune_check import agreed
 from nemo_minitron.models.prune_live import prune_live
-from nemo_minitron.models.weights import load_frozen, save_weights
+from nemo_minitron.models.weights import load_frozen, save_model
 from nemo_minitron.pruning import plan as plans
 from nemo_minitron.pruning import slicing
 from nemo_minitron.pruning.plan import Plan
@@ -36,7 +36,7 @@ from nemo_minitron.pruning.plan_check import check_plan
 from nemo_minitron.pruning.scores import Scores, check_axes, check_block_sizes, check_finite
 from nemo_minitron.reporting.hf_folder import write_folder
 from nemo_minitron.runtime.groups import ParallelGroups, initialised_degrees
-from nemo_minitron.runtime.launch import barrier
+from nemo_minitron.runtime.worlds import barrier
 
 _OWN_PASSES = ("lm_loss", "block_lm_loss")
 
@@ -74,6 +74,7 @@ def score(
     """
     groups, bare = ParallelGroups.current(), [unwrap(chunk) for chunk in chunks]
     config = agreed(partial(config_of, bare[0]))
+    agreed(partial(_refuse_without_layers, bare))
     settings = ScoreConfig(
         axes=score_axes() if axes is None else list(axes),
         layer_criteria=list(layer_criteria),
@@ -105,6 +106,15 @@ def score(
     check_finite(result)
     found.update(result)
     found.meta = {**result.meta, "config": asdict(config)}
+
+
+def _refuse_without_layers(chunks: Sequence[Any]) -> None:
+    """Refuse a stage that sees no layer, and so can count neither samples nor scores."""
+    if not all(len(chunk.decoder.layers) for chunk in chunks):
+        raise ValueError(
+            "a pipeline stage without a layer of the decoder is not supported for scores; set "
+            "pipeline_model_parallel_layout with at least one t in each stage"
+        )
 
 
 def make_plan(
@@ -257,12 +267,8 @@ def export(
     agreed(partial(_refuse_sizes, config))
     draft = Path(f"{target}.checkpoint")
     agreed(partial(_refuse_existing, *([target, draft] if first else [])))
+    save_model(list(model), groups, config, draft)  # type: ignore[arg-type]  # any of Megatron's
     if first:
-        draft.mkdir(parents=True)
-    barrier()
-    save_weights(list(model), groups, config, draft)  # type: ignore[arg-type]  # any of Megatron's
-    if first:
-        config.save(draft)
         _write_export(draft, target, max_shard_size, workers)
         shutil.rmtree(draft)
     barrier()

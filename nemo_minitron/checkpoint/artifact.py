@@ -299,11 +299,13 @@ def _complete(job: _Job) -> None:
     """Turn the working folder into the result."""
     cfg, work = job.cfg, job.claim.work
     refuse_changed(cfg, job.states, job.contents, exact=not job.resumable)
-    for name in job.temporary:
-        shutil.rmtree(work / name, ignore_errors=True)
     there = files_in(work)
     ours = {MANIFEST, *owner_files(there)}
-    names = [name for name in there if name not in ours and not is_seal(name)]
+    names = [
+        name
+        for name in there
+        if name not in ours and not is_seal(name) and name.split("/")[0] not in job.temporary
+    ]
     inputs, sealed = read_signed(work / SIGNED)["inputs"], sealed_files(work)
     write_manifest(cfg, job.stage, work, inputs, names, sealed)
     remove_seals(work)
@@ -311,7 +313,10 @@ def _complete(job: _Job) -> None:
     output = Path(cfg.output_dir).resolve()
     check_neighbours(cfg, output)
     check_existing(cfg, job.stage, output)
-    replace(work, output)
+    with endings.held():
+        replace(work, output)
+        for name in job.temporary:  # not before: until then a stopped job needs it to go on
+            discard(output / name, beside=work)
 
 
 def _abandon(job: _Job, error: BaseException) -> None:

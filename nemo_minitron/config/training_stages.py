@@ -1,6 +1,7 @@
 """Keys of the stages that train a model, and of ``teacher_logits``, which runs for one of them."""
 
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from omegaconf import MISSING
 
@@ -158,13 +159,18 @@ class DistillConfig(TrainingStageConfig):
                 _check_served(phase.data, own, replicas)
 
 
+def refuse_packed(own: int) -> NoReturn:
+    """Raise the error for SFT records that share samples, and a teacher on ranks of its own."""
+    raise ValueError(
+        "data.pack=true lets records share samples, whose borders are not sent to a "
+        f"teacher on teacher_parallel.own_ranks={own}; set data.pack=false"
+    )
+
+
 def _check_served(data: DataConfig, own: int, replicas: int) -> None:
     """Refuse samples that cannot be sent to a teacher on ranks of its own, or not evenly."""
     if data.records == "sft" and data.pack:
-        raise ValueError(
-            "data.pack=true lets records share samples, whose borders are not sent to a "
-            f"teacher on teacher_parallel.own_ranks={own}; set data.pack=false"
-        )
+        refuse_packed(own)
     count = data.global_batch_size // data.micro_batch_size
     if count % replicas:
         raise ValueError(

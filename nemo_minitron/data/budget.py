@@ -6,6 +6,7 @@ seed draws, the first of equal documents stays, and the document that fills the 
 """
 
 import multiprocessing
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -147,7 +148,7 @@ def _pool(processes: int, threads: int) -> Iterator[ProcessPoolExecutor]:
     """Processes that end with the body, at the next batch of what they read."""
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
-    pool = ProcessPoolExecutor(processes, context, begin, (stop, threads))
+    pool = ProcessPoolExecutor(processes, context, begin, (stop, threads, os.getpid()))
     try:
         yield pool
     finally:

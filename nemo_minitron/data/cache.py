@@ -3,7 +3,6 @@
 import shutil
 import uuid
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from nemo_minitron.checkpoint.seals import compare, dumped, entries_of, loaded
@@ -62,7 +61,9 @@ def build_for_all(folder: Path, fill: Callable[[Path], None]) -> None:
     import torch.distributed as dist
 
     if dist.is_initialized():
-        build_once(folder, fill, dist.get_rank(), partial(dist.barrier, group=dist.group.WORLD))
+        from nemo_minitron.runtime.worlds import barrier
+
+        build_once(folder, fill, dist.get_rank(), barrier)
     else:
         build_once(folder, fill)
 

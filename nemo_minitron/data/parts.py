@@ -58,14 +58,17 @@ class StoppedError(Exception):
     """The other process was asked to stop."""
 
 
-def begin(stop: Event, threads: int) -> None:
+def begin(stop: Event, threads: int, parent: int) -> None:
     """Prepare a process that writes parts.
 
     Args:
         stop: set when no part is wanted any more.
         threads: of the tokenizer.
+        parent: process that started this one.
     """
     die_with_parent()
+    if os.getppid() != parent:
+        os._exit(1)  # it died before, and the next run writes the same parts
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # the other process says when to stop
     os.environ.update(

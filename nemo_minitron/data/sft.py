@@ -103,6 +103,12 @@ def check_packing(data: DataConfig, *models: ModelConfig, padded: bool = True) -
         )
 
 
+def packs(data: DataConfig) -> bool:
+    """Whether samples hold several SFT records, whose borders the model has to know."""
+    parts = parts_of(data) if data.blend else [data]
+    return any(part.pack and holds_sft(find_source(part.path), part) for part in parts)
+
+
 def _states(model: ModelConfig) -> str:
     """Which layers of a model keep a state, for a message; empty where none do."""
     if model.hybrid_layer_pattern is not None:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from nemo_minitron.distillation.offload import HostWeights
 from nemo_minitron.models.inference import CachedModel
-from nemo_minitron.runtime.launch import barrier, device
+from nemo_minitron.runtime.launch import device
+from nemo_minitron.runtime.worlds import barrier
 
 # Kept free below the limit: allocators round up, and activations are not quite linear.
 _SLACK = 0.05

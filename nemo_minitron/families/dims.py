@@ -7,6 +7,7 @@ from that description (docs/design/axes.md).
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from nemo_minitron.config.axes import AXES, axis_size
 from nemo_minitron.config.model import ModelConfig
@@ -17,7 +18,7 @@ Run = tuple[int, int, int]
 FIXED: dict[str, Callable[[ModelConfig], int]] = {
     "vocab": lambda config: config.vocab_size,
     "position": lambda config: config.max_position_embeddings,
-    "head_dim": lambda config: config.kv_channels,
+    "head_dim": lambda config: _head_dim(config),
     "mamba_state": lambda config: config.mamba_state_dim or 0,
     "mamba_conv_width": lambda config: 4,
     "q_lora": lambda config: config.q_lora_rank or 0,
@@ -35,6 +36,12 @@ FIXED: dict[str, Callable[[ModelConfig], int]] = {
     "linear_conv_width": lambda config: config.linear_conv_kernel_dim or 0,
 }
 """Sizes that are never pruned, unless an axis has the same name."""
+
+
+def _head_dim(config: Any) -> int:
+    """Channels of a head's output; Megatron has a name of its own for those of latent attention."""
+    latent = getattr(config, "multi_latent_attention", False) and hasattr(config, "v_head_dim")
+    return int(config.v_head_dim if latent else config.kv_channels)
 
 
 def _size(config: ModelConfig, name: str) -> int:

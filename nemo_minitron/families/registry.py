@@ -192,7 +192,8 @@ def written_config(config: ModelConfig) -> dict[str, Any]:
         for key, value in wanted.items()
         if key not in _DTYPES and (key not in layers or key in family.hf_reads)
     }
-    written = source
+    # What the source said, of the weights that are there now: they may have been trained in others.
+    written = {k: config.dtype if k in _DTYPES and v else v for k, v in source.items()}
     for _ in range(_PASSES):
         said = _spelled(_said(family, written), source)
         changed = {k: v for k, v in wanted.items() if k not in said or said[k] != v}

@@ -108,6 +108,10 @@ class DistillationGPTModel(MinitronGPTModel):
             self.intermediate.finalize_with(self.last_chunk.config)
         return optimizers
 
+    def leave_out(self) -> None:
+        """The weight of the intermediate losses does not follow a batch that taught nothing."""
+        self.alpha.put_back()
+
     def step_losses(self, sums: StepSums[float]) -> dict[str, float]:
         """The weighted intermediate losses are part of ``loss``; all parts are logged too."""
         losses = super().step_losses(sums)

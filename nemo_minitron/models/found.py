@@ -19,6 +19,7 @@ from torch import nn
 
 from nemo_minitron.checkpoint.foreign.megatron_fields import match_family, model_fields
 from nemo_minitron.checkpoint.foreign.megatron_stated import Stated
+from nemo_minitron.config.layers import kinds_of
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.families.windows import megatron_fields
@@ -140,12 +141,12 @@ def layout_of(chunk: Any) -> ParallelConfig:
 
 
 def builder_like(
-    like: Any, config: ModelConfig, pruned: ModelConfig, layout: ParallelConfig
+    chunks: Sequence[Any], config: ModelConfig, pruned: ModelConfig, layout: ParallelConfig
 ) -> Builder:
     """What builds this rank's part of a smaller model of the same class, settings and layer spec.
 
     Args:
-        like: a chunk of the model.
+        chunks: this rank's part of the model, one per virtual stage.
         config: its sizes.
         pruned: sizes of the smaller one.
         layout: of the smaller one.
@@ -153,7 +154,7 @@ def builder_like(
     Raises:
         ValueError: its class or its layer spec cannot be given other sizes; says why.
     """
-    groups = ParallelGroups.current()
+    groups, like = ParallelGroups.current(), chunks[0]
     if isinstance(like, HiddenModel):
         return functools.partial(
             build_gpt,
@@ -164,11 +165,11 @@ def builder_like(
             max_sequence_length=like.max_sequence_length,  # type: ignore[attr-defined]  # as above
             settings=like.settings,
         )
+    _check_layers(like, config, pruned)
     mcore = _resized(like.config, config, pruned, layout)
-    chunks = layout.virtual_pipeline_model_parallel_size or 1
     arguments = []
-    for stage in range(chunks):
-        known = _arguments(like, mcore, groups, None if chunks == 1 else stage)
+    for stage, chunk in enumerate(chunks):
+        known = _arguments(chunk, mcore, groups, None if len(chunks) == 1 else stage)
         if pruned.hybrid_layer_pattern is not None and pruned.num_layers != config.num_layers:
             from nemo_minitron.models.hybrid_spec import staged_pattern
 
@@ -188,6 +189,31 @@ def builder_like(
             )
         arguments.append({name: value for name, value in known.items() if name in parameters})
     return functools.partial(_build_like, like, mcore, arguments, (pruned, layout))
+
+
+def _check_layers(like: Any, config: ModelConfig, pruned: ModelConfig) -> None:
+    """Refuse layers of which nothing says how those of a smaller model are made.
+
+    All ranks and stages come to the same answer.
+    """
+    if config.mtp_num_layers:
+        raise ValueError(
+            f"mtp_num_layers={config.mtp_num_layers}: nothing says how the layer for multi-token "
+            f"prediction of a smaller {type(like).__name__} is built; prune the checkpoint instead"
+        )
+    if pruned.num_layers == config.num_layers or not hasattr(like, "transformer_layer_spec"):
+        return
+    listed = hasattr(_block_of(like.transformer_layer_spec), "layer_specs")
+    if listed and len({*kinds_of(config)}) > 1:
+        raise ValueError(
+            f"the layer spec of {type(like).__name__} lists layers that differ, so it cannot say "
+            "how those of a smaller model are made; prune the checkpoint instead"
+        )
+
+
+def _block_of(spec: Any) -> Any:
+    """What may list a spec for each layer of a stage."""
+    return spec if hasattr(spec, "layer_specs") else getattr(spec, "submodules", None)
 
 
 def _build_like(
@@ -215,7 +241,8 @@ def _resized(
         for name, value in vars(pruned).items()
         if value != getattr(config, name) and hasattr(old, name)
     }
-    changed |= megatron_fields(pruned) if changed.pop("window_size", None) else {}
+    if "window_size" in changed:  # also to None, where the last layer with a window is cut
+        changed |= {"window_attn_skip_freq": None, **megatron_fields(pruned)}
     if "moe_layer_freq" in changed:
         changed["moe_layer_freq"] = pruned.moe_layer_freq or 1  # Megatron's word for all alike
     if pruned.num_layers != config.num_layers:
@@ -255,7 +282,7 @@ def _arguments(
 def _spec(like: Any, mcore: TransformerConfig, vp_stage: int | None, pp_rank: int) -> Any:
     """The layer spec, with as many layers as the stage now has where it lists them."""
     spec = like.transformer_layer_spec
-    block: Any = spec if hasattr(spec, "layer_specs") else getattr(spec, "submodules", None)
+    block = _block_of(spec)
     if not hasattr(block, "layer_specs") or mcore.num_layers == like.config.num_layers:
         return spec
     count = get_num_layers_to_build(mcore, vp_stage, pp_rank)

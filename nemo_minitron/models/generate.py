@@ -11,7 +11,7 @@ import torch.distributed as dist
 from nemo_minitron.checkpoint.seals import check_seal, sealed_file
 from nemo_minitron.documents import json_value
 from nemo_minitron.models.inference import CachedModel, Sampling, continue_prompts, draws_of
-from nemo_minitron.runtime.launch import barrier
+from nemo_minitron.runtime.worlds import barrier
 
 
 def read_samples(folder: Path) -> dict[int, list[int]]:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from megatron.core.distributed import DistributedDataParallel
@@ -59,7 +58,7 @@ from nemo_minitron.models.weights import (
     load_weights,
     model_sharded_state_dict,
     nonfinite_parameter,
-    save_weights,
+    save_model,
 )
 from nemo_minitron.runtime.extensions import nemo_imported
 from nemo_minitron.runtime.groups import ParallelGroups
@@ -140,13 +139,9 @@ class MinitronGPTModel(ModelPT):
         Raises:
             ValueError: training ended with NaN or infinite weights.
         """
-        bad = nonfinite_parameter(self.chunks)
-        if bad:
+        if bad := nonfinite_parameter(self.chunks):
             raise diverged(f"{bad} is not finite", self.trainer_cfg.max_steps)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_weights(self.chunks, self.groups, self.gpt, folder)
-        if dist.get_rank() == 0:
-            self.gpt.save(folder)
+        save_model(self.chunks, self.groups, self.gpt, folder)
 
     def save_to(self, save_path: str) -> None:
         """Write a ``.nemo`` archive: weights, config and tokenizer files (a call of every rank).
@@ -313,9 +308,14 @@ class MinitronGPTModel(ModelPT):
         grad_norm = self._optimizer.grad_norm
         if not self._optimizer.skip:
             self.spikes.look_at(grad_norm, step)
+        if self._optimizer.skip or self.spikes.in_a_row:
+            self.leave_out()
         due = step == self.trainer_cfg.max_steps or step % self.trainer_cfg.log_every_n_steps == 0
         if due and counts:  # of a step without a number there is nothing to log
             self._log_step(values, lr, grad_norm)
+
+    def leave_out(self) -> None:
+        """Put back what a step changed although it was left out; there is nothing here."""
 
     def step_losses(self, sums: StepSums[float]) -> dict[str, float]:
         """Losses per token of a step: ``loss`` is what was trained on, its parts follow."""

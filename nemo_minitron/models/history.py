@@ -135,6 +135,9 @@ class History(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock: validation is not training time."""
         self._paused = time.monotonic()
+        # Lightning counts the step after its validation, and once more where a resumed run
+        # begins with that.
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step - 1
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the validation losses to the record of this step."""

@@ -33,7 +33,7 @@ from nemo_minitron.config.training import DataConfig, OptimConfig, TrainerConfig
 from nemo_minitron.documents import yaml_value
 from nemo_minitron.models.weights import load_weights
 from nemo_minitron.runtime.groups import initialised_degrees
-from nemo_minitron.runtime.launch import barrier
+from nemo_minitron.runtime.worlds import barrier
 
 WEIGHTS = "model_weights"
 

@@ -261,11 +261,17 @@ class AlphaSchedule:
         self._zero = torch.zeros((), dtype=torch.float64, device=device)
         self.value: Tensor | None = None if self.dynamic else self._zero + float(config.alpha)
         self.used = self._zero
+        self._before = self.value
 
     def begin_step(self) -> Tensor:
         """Weight of the training step that begins; 0 while there is no value."""
+        self._before = self.value
         self.used = self._zero if self.value is None else self.value
         return self.used
+
+    def put_back(self) -> None:
+        """Forget what the step that ran last made of the weight."""
+        self.value = self._before
 
     def update_alpha(self, sums: StepSums[Tensor], inner: Tensor) -> None:
         """Take the sums of a pass over a global batch.
@@ -276,13 +282,13 @@ class AlphaSchedule:
         """
         if not self.dynamic:
             return
-        logits, total = self.kd_weight * sums.kd.double(), inner.double().sum()
+        ratio = self.kd_weight * sums.kd.double() / inner.double().sum()
         # Nothing to compare in a batch without target tokens: the ratio before stays.
-        valid = (logits > 0) & (total > 0)
+        valid = (ratio > 0) & torch.isfinite(ratio)
         if self.value is not None:
-            self.value = torch.where(valid, logits / total, self.value)
+            self.value = torch.where(valid, ratio, self.value)
         elif valid.item():  # the host waits here before the first step alone
-            self.value = logits / total
+            self.value = ratio
 
     def state_dict(self) -> dict[str, float | None]:
         """State for the training checkpoint."""

@@ -101,7 +101,7 @@ def prune_live(
     check_before(chunks, family, config, plan, groups)
     pruned = pruned_config(config, plan)
     layout = balanced_layout(config, pruned, parallel)
-    build = agreed(partial(builder_like, chunks[0], config, pruned, layout))
+    build = agreed(partial(builder_like, chunks, config, pruned, layout))
     new_chunks, shapes = build_empty_gpt(build, like=chunks[0])
     # From here on the old model is used up.
     old = _layers(chunks)

@@ -32,7 +32,8 @@ from nemo_minitron.models.attention import zigzag_positions
 from nemo_minitron.models.build import HiddenGPTModel
 from nemo_minitron.models.schedule import Batch, gathered_hidden, on_this_cp_rank, run_schedule
 from nemo_minitron.runtime.groups import ParallelGroups
-from nemo_minitron.runtime.launch import barrier, device
+from nemo_minitron.runtime.launch import device
+from nemo_minitron.runtime.worlds import barrier
 
 _READERS = 4  # threads that read shards of an earlier run
 

@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -57,6 +58,7 @@ class StopEarly(Callback):
         """Take the signals over from Lightning, and keep them from what writes checkpoints."""
         start_writer_helper()
         self._request.__enter__()
+        forget_oldest(trainer, self.config.save_top_k)
         remove_left_over(trainer, Path(str(self.checkpoint.dirpath)), self.config.save_top_k)
 
     def on_train_batch_end(
@@ -98,6 +100,21 @@ def save_now(trainer: Trainer, callback: ModelCheckpoint) -> None:
         strategy.settle(wait=True)
 
 
+def forget_oldest(trainer: Trainer, newest: int) -> None:
+    """Let Lightning know of so many checkpoints at most, or it would never delete one again.
+
+    It deletes one when it knows exactly ``trainer.save_top_k``, which may have been more before.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        assert isinstance(callback, ModelCheckpoint)
+        steps = callback.best_k_models
+        for path in sorted(steps, key=lambda path: step_of(Path(path)))[:-newest]:
+            del steps[path]
+        if len(steps) == newest:
+            callback.kth_best_model_path = min(steps, key=lambda path: step_of(Path(path)))
+            callback.kth_value = steps[callback.kth_best_model_path]
+
+
 def remove_left_over(trainer: Trainer, folder: Path, newest: int) -> None:
     """Delete old checkpoints that nobody else would: those written when earlier runs had to stop.
 
@@ -126,17 +143,32 @@ def remove_unfinished(folder: Path) -> None:
     dist.barrier(group=dist.group.WORLD)
 
 
+class _ByTheClock(ModelCheckpoint):
+    """Leaves a step to the other callback if that writes it too: each deletes its own."""
+
+    def __init__(self, every_n_steps: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._others = every_n_steps
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        """The clock is still due at the next step."""
+        if not self._others or trainer.global_step % self._others:
+            super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
+
+
 def _checkpoint_callbacks(config: TrainerConfig, folder: Path) -> list[ModelCheckpoint]:
     """One by steps, and one by minutes if they are asked for."""
     # A limit of max_steps + 1 means: none before the end, whose weights are the result itself.
-    when: list[dict[str, Any]] = [
-        {"every_n_train_steps": config.save_every_n_steps or config.max_steps + 1}
-    ]
+    every = config.save_every_n_steps
+    makers = [partial(ModelCheckpoint, every_n_train_steps=every or config.max_steps + 1)]
     if config.save_every_n_minutes:
-        when.append({"train_time_interval": timedelta(minutes=config.save_every_n_minutes)})
+        interval = timedelta(minutes=config.save_every_n_minutes)
+        makers.append(partial(_ByTheClock, every, train_time_interval=interval))
     callbacks = []
-    for trigger in when:
-        callback = ModelCheckpoint(
+    for make in makers:
+        callback = make(
             dirpath=folder,
             filename="{step}",
             monitor="step",
@@ -144,14 +176,30 @@ def _checkpoint_callbacks(config: TrainerConfig, folder: Path) -> list[ModelChec
             save_top_k=config.save_top_k,
             save_on_train_epoch_end=False,
             enable_version_counter=False,
-            **trigger,
         )
         callback.FILE_EXTENSION = ""
         callbacks.append(callback)
     return callbacks
 
 
-def _trainer(config: TrainerConfig, callbacks: list[Callback], validate: bool) -> Trainer:
+class _LastValidation(Callback):
+    """Ends a run in which nothing but its last validation was left.
+
+    Lightning leaves out a loop whose steps are done, so it is told of one more; it validates where
+    it was stopped before it trains, and learns the truth then.
+    """
+
+    def __init__(self, max_steps: int) -> None:
+        self.max_steps = max_steps
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """No step follows."""
+        trainer.fit_loop.epoch_loop.max_steps = self.max_steps
+
+
+def _trainer(
+    config: TrainerConfig, callbacks: list[Callback], validate: bool, max_steps: int
+) -> Trainer:
     return Trainer(
         strategy=MegatronStrategy(
             device(),
@@ -160,7 +208,7 @@ def _trainer(config: TrainerConfig, callbacks: list[Callback], validate: bool) -
         ),
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices=1,
-        max_steps=config.max_steps,
+        max_steps=max_steps,
         val_check_interval=config.val_check_interval if validate else None,
         check_val_every_n_epoch=None if validate else 1,
         limit_val_batches=config.limit_val_batches if validate else 0,
@@ -213,7 +261,11 @@ def fit(
     validate = validation is not None and config.limit_val_batches > 0
     watch = SignsOfLife(config.hang_after_minutes, work / "logs" / "hung")
     rewind = Rewind(work / CHECKPOINTS, config)
-    trainer = _trainer(config, [slow, history, rewind, *checkpoints, stop, watch], validate)
+    callbacks = [slow, history, rewind, *checkpoints, stop, watch]
+    left = validate and done == config.max_steps and done % config.val_check_interval == 0
+    if left:
+        callbacks.append(_LastValidation(config.max_steps))
+    trainer = _trainer(config, callbacks, validate, config.max_steps + left)
     log_with_nemo(trainer, work / "logs", model.exp_manager_cfg, done)
     try:
         trainer.fit(model, ckpt_path=None if resume is None else str(resume))

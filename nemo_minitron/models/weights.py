@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -203,6 +204,24 @@ def _extra_state_objects(config: ModelConfig) -> dict[str, ShardedObject]:
         name_on_disk(key, offset, shape): ShardedObject(key, None, shape, offset)
         for key, offset, shape in extra_states(family_of(config), config)
     }
+
+
+def save_model(
+    chunks: list[HiddenGPTModel], groups: ParallelGroups, config: ModelConfig, folder: Path
+) -> None:
+    """Write weights and ``model.yaml``, in place of what a killed run left of them (collective).
+
+    The dtype that is written is that of the weights in memory, not of those they came from.
+    """
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    dist.barrier(group=dist.group.WORLD)
+    largest = max(chunks[0].parameters(), key=torch.Tensor.numel)
+    config = replace(config, dtype=str(largest.dtype).removeprefix("torch."))
+    save_weights(chunks, groups, config, folder)
+    if dist.get_rank() == 0:
+        config.save(folder)
 
 
 def save_weights(

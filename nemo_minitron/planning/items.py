@@ -7,7 +7,7 @@ from nemo_minitron.config.layout import check_layout, check_recompute
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import own_ranks
 from nemo_minitron.config.pipeline import ClusterConfig, PlanConfig
-from nemo_minitron.config.stages import DistillConfig, PruneConfig
+from nemo_minitron.config.stages import DistillConfig, PruneConfig, SearchConfig
 from nemo_minitron.config.training_stages import TrainingStageConfig
 from nemo_minitron.data.checks import check_batches
 from nemo_minitron.pipeline.plan import Item
@@ -76,8 +76,11 @@ def _plan_item(cfg: PlanConfig, item: Item, models: Models) -> ItemPlan:
     teacher = None
     if isinstance(config, DistillConfig) and config.teacher is not None:
         teacher = models.of("teacher", config.teacher)
-    # What ``generate`` and ``benchmark`` take depends on texts, not on samples of one length.
+    # What ``generate`` and ``benchmark`` take depends on texts, not on samples of one length, and
+    # what ``search`` trains on the candidates that it finds.
     runs = hasattr(config, "parallel") and hasattr(config, "data")
+    if isinstance(config, SearchConfig) and config.search.distill.steps:
+        runs = False
     if isinstance(config, PruneConfig):
         runs = config.data.given
     run = _place(cfg, config, before, teacher) if runs else None

@@ -9,7 +9,7 @@ from nemo_minitron.config.megatron import merged_recompute
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.pipeline import ClusterConfig
-from nemo_minitron.config.stages import DistillConfig, ImportanceConfig
+from nemo_minitron.config.stages import DistillConfig, ImportanceConfig, PruneConfig
 from nemo_minitron.config.training import TrainerConfig
 from nemo_minitron.config.training_stages import TrainingStageConfig
 from nemo_minitron.planning import activations
@@ -93,7 +93,7 @@ class Job:
     @property
     def bf16(self) -> bool:
         """Whether weights and activations are bf16."""
-        if isinstance(self.cfg, ImportanceConfig):
+        if isinstance(self.cfg, ImportanceConfig | PruneConfig):  # of the stages that score
             return self.on_gpus and self.model.dtype != "float32"
         trainer = getattr(self.cfg, "trainer", None)  # evaluate has none, and runs in fp32
         return trainer is not None and trainer.precision == "bf16-mixed"

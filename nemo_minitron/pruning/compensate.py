@@ -56,7 +56,7 @@ def norm_factor(moment: Tensor, weight: Tensor, kept: Tensor) -> float:
 
     Args:
         moment: ``[h, h]`` second moments of the norm's output.
-        weight: ``[k]`` kept weights of the norm.
+        weight: ``[k]`` what the norm multiplies the kept channels by.
         kept: ``[k]`` indices of the channels that stay.
     """
     squares = moment.diagonal()[kept].double() / weight.double().square()
@@ -111,7 +111,8 @@ class Compensation:
         (axis, index), channels = found, tuple(kept.tolist())
         if len(row.dims) == 2:
             return lambda rows: _mapped(rows, self._columns(axis, index, channels))
-        return lambda weight: self._norm(weight, index, kept)
+        around = 1.0 if config.layernorm_zero_centered_gamma else 0.0
+        return lambda weight: self._norm(weight, index, kept, around)
 
     def _input(self, row: Row, config: ModelConfig, layer: int) -> tuple[str, int] | None:
         """Axis and index of the moments of what a tensor reads or scales."""
@@ -126,9 +127,11 @@ class Compensation:
     def _solve(self, axis: str, index: int, kept: tuple[int, ...]) -> Tensor:
         return column_map(self.moment(axis, index), torch.tensor(kept), self.ridge)
 
-    def _norm(self, weight: Tensor, index: int, kept: Tensor) -> Tensor:
-        factor = norm_factor(self.moment("hidden", index), weight, kept)
-        return (weight.double() * factor).to(weight.dtype)
+    def _norm(self, weight: Tensor, index: int, kept: Tensor, around: float) -> Tensor:
+        """The weight of a norm that multiplies by ``around`` and the weight together."""
+        gain = weight.double() + around
+        factor = norm_factor(self.moment("hidden", index), gain, kept)
+        return (gain * factor - around).to(weight.dtype)
 
 
 def _mapped(rows: Tensor, columns: Tensor) -> Tensor:

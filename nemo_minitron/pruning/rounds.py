@@ -10,14 +10,15 @@ from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any, TypeVar
 
-from nemo_minitron.config.axes import AXES, SETTINGS, Axis, Scope, groups_in
+from nemo_minitron.config.axes import AXES, SETTINGS, Axis, Scope, axis_size, groups_in, targets
 from nemo_minitron.config.layout import check_pipeline
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.stages import PruningConfig, TargetConfig
+from nemo_minitron.pruning.head_targets import merged_heads
 from nemo_minitron.pruning.merge import compose_terms
 from nemo_minitron.pruning.plan import Plan
-from nemo_minitron.pruning.targets import check_pruning, check_result, merged_heads, target_sizes
+from nemo_minitron.pruning.targets import check_pruning, check_result, target_sizes
 
 ROUNDS = "rounds"
 """Sub-folder of a result that keeps scores and plan of every round."""
@@ -59,7 +60,8 @@ def pruning_rounds(
         check_pruning(current, one)
         rounds.append(one)
         current = current.resized(sizes)
-    return rounds
+    # Nothing is cut where the target is what the model has: the one round says so.
+    return rounds or [pruning]
 
 
 def _one_round(
@@ -75,7 +77,7 @@ def _one_round(
     merges = before > after and (config.heads_per_group > 1 or not grouped)
     layers = sizes["num_layers"] if sizes["num_layers"] < config.num_layers else None
     return PruningConfig(
-        target=TargetConfig(sizes, num_layers=layers),
+        target=TargetConfig({n: sizes[n] for n in targets() if n in sizes}, num_layers=layers),
         drop_layers=drop_layers,
         layer_criterion=pruning.layer_criterion if layers else "block_influence",
         merge_heads=pruning.merge_heads and merges,
@@ -100,7 +102,9 @@ def _sizes_between(
             return True
         axis = axes[name]
         degree = getattr(parallel, axis.split_by) if axis.split_by else 1
-        splits = size % degree == 0 and size % (axis.grain * groups_in(start, axis)) == 0
+        owners = 1 if axis.nested_in is None else axis_size(start, axis.nested_in)
+        even = axis.grain * groups_in(start, axis)
+        splits = size % degree == 0 and size % even == 0 and size % owners == 0
         return splits and (name != "num_layers" or _pipeline_fits(current, size, parallel))
 
     goal = {**final, _HEADS: final["num_attention_heads"] // final["num_query_groups"]}

@@ -9,6 +9,7 @@ from nemo_minitron.config.layers import kinds_of
 from nemo_minitron.config.stages import BLOCK_CRITERIA, PruningConfig
 from nemo_minitron.families.registry import FAMILIES
 from nemo_minitron.pruning.expert_targets import check_experts, check_prediction
+from nemo_minitron.pruning.head_targets import check_heads, check_merge, check_nested
 from nemo_minitron.pruning.scores import check_model, how_to_score, layer_scores
 
 if TYPE_CHECKING:
@@ -86,30 +87,6 @@ def _keys(names: tuple[str, ...]) -> str:
     return " and ".join(f"pruning.target.{name}" for name in names)
 
 
-def _nearest(value: int, valid: list[int]) -> str:
-    below = [v for v in valid if v <= value][-1:]
-    above = [v for v in valid if v > value][:1]
-    return " or ".join(str(v) for v in below + above)
-
-
-def _check_heads(config: ModelConfig, sizes: dict[str, int]) -> None:
-    """Every kept query group keeps the same number of its own query heads."""
-    heads, groups = sizes["num_attention_heads"], sizes["num_query_groups"]
-    most = groups * config.heads_per_group
-    valid = [groups * k for k in range(1, config.heads_per_group + 1)]
-    if heads % groups:
-        raise ValueError(
-            f"num_attention_heads={heads} after pruning must be a multiple of num_query_groups="
-            f"{groups}; set pruning.target.num_attention_heads={_nearest(heads, valid)}"
-        )
-    if heads > most:
-        raise ValueError(
-            f"{groups} query groups hold only {most} query heads ({config.heads_per_group} each), "
-            f"fewer than num_attention_heads={heads}; set pruning.target.num_attention_heads="
-            f"{_nearest(most, valid)}, or keep more groups with pruning.target.num_query_groups"
-        )
-
-
 def _check_drop_layers(config: ModelConfig, pruning: PruningConfig) -> None:
     drop = pruning.drop_layers
     if drop is None:
@@ -172,51 +149,6 @@ def check_kinds_left(config: ModelConfig, layers: list[int]) -> None:
         )
 
 
-def merged_heads(config: ModelConfig, sizes: dict[str, int]) -> tuple[int, int]:
-    """Query heads that merging pairs up with one another, and how many of them stay.
-
-    Those of one query group; where every head has a key and value of its own, those of one layer.
-
-    Args:
-        config: the model to prune.
-        sizes: sizes after pruning.
-    """
-    heads, groups = sizes["num_attention_heads"], sizes["num_query_groups"]
-    if config.heads_per_group == 1:
-        return config.num_attention_heads, heads
-    return config.heads_per_group, heads // groups
-
-
-def _check_merge(config: ModelConfig, pruning: PruningConfig, sizes: dict[str, int]) -> None:
-    if not pruning.merge_heads:
-        return
-    if config.multi_latent:
-        raise ValueError(
-            "pruning.merge_heads=true is not supported with multi-latent attention, whose heads "
-            "share a latent; set pruning.merge_heads=false"
-        )
-    if config.attention_output_gate:
-        raise ValueError(
-            "pruning.merge_heads=true is not supported with attention_output_gate: a sum of heads "
-            "has no one gate; set pruning.merge_heads=false"
-        )
-    before, after = merged_heads(config, sizes)
-    where = "layer" if config.heads_per_group == 1 else "query group"
-    if before == after:
-        raise ValueError(
-            f"pruning.merge_heads=true has nothing to merge: every {where} keeps its {before} "
-            "query heads; lower pruning.target.num_attention_heads, or set "
-            "pruning.merge_heads=false"
-        )
-    # Every pruned head is paired with a kept one. Rounds are checked one by one.
-    if before > 2 * after and pruning.iterations == 1:
-        raise ValueError(
-            f"pruning.merge_heads=true needs at least half of the {before} query heads of every "
-            f"{where} kept, not {after}: raise pruning.target.num_attention_heads, or get there in "
-            "several rounds (pruning.iterations=2)"
-        )
-
-
 def _check_criterion(config: ModelConfig, pruning: PruningConfig, sizes: dict[str, int]) -> None:
     criterion = pruning.layer_criterion
     if criterion != "block_influence" and sizes["num_layers"] == config.num_layers:
@@ -241,11 +173,12 @@ def check_pruning(config: ModelConfig, pruning: PruningConfig) -> None:
         )
     sizes = target_sizes(config, pruning)
     _check_prunable(config, sizes)
-    _check_heads(config, sizes)
+    check_heads(config, sizes)
+    check_nested(config, sizes)
     check_experts(config, sizes)
     check_prediction(config, sizes)
     _check_drop_layers(config, pruning)
-    _check_merge(config, pruning, sizes)
+    check_merge(config, pruning, sizes)
     _check_criterion(config, pruning, sizes)
 
 

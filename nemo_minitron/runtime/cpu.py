@@ -43,7 +43,7 @@ _TYPE_NAMES = {
     torch.float64: "torch.cuda.DoubleTensor",
 }
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-_GIVEN_BACK = 1 << 25
+_GIVEN_BACK = 1 << 24
 _CPU = torch.device("cpu")
 
 
@@ -185,7 +185,7 @@ def _define_missing_name() -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Ask glibc to keep freed blocks, but for those of 32 MB and more.
+    """Ask glibc to keep freed blocks, but for those of 16 MB and more.
 
     Its defaults give back the end of the heap, too, so that activations are mapped and zeroed anew
     in every step. Giving back every block of a megabyte makes a step a quarter longer. Keeping all

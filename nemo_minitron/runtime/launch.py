@@ -15,6 +15,7 @@ from nemo_minitron.runtime import cpu, peers, worlds
 from nemo_minitron.runtime.atomic import atomic_file
 from nemo_minitron.runtime.extensions import before_megatron
 from nemo_minitron.runtime.ranks import launched_ranks, rank, store_address
+from nemo_minitron.runtime.worlds import barrier
 
 if TYPE_CHECKING:
     from nemo_minitron.config.parallel import ParallelConfig
@@ -25,11 +26,6 @@ def device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
-
-
-def barrier() -> None:
-    """Wait for every rank."""
-    dist.barrier(group=dist.group.WORLD)
 
 
 def seen_by_all(path: Path) -> bool:

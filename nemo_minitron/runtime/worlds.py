@@ -5,6 +5,8 @@ own, and its ranks know no others; a ``Bridge`` joins the few that exchange tens
 starts all of them, and the ranks of the teacher are its last ones.
 """
 
+import logging
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -15,7 +17,10 @@ from torch import Tensor
 
 from nemo_minitron.runtime import ranks
 
+log = logging.getLogger(__name__)
+
 _BRIDGE = "bridge"
+_LOOK = timedelta(minutes=10)
 
 
 @dataclass
@@ -50,6 +55,33 @@ def shared_store() -> dist.Store:
     """The store that both worlds see."""
     assert _joined.store is not None, "this process joined no world"
     return _joined.store
+
+
+def barrier() -> None:
+    """Wait for every rank; for rank 0 as long as it takes.
+
+    It tokenises, hashes and cuts for all of them, and a collective ends after the time limit of its
+    group. So the others look into the store until rank 0 is here too.
+    """
+    if dist.get_world_size() > 1:
+        store, own = dist.distributed_c10d._get_default_store(), dist.get_rank()
+        meeting = f"barrier/{store.add(f'barriers_of/{own}', 1)}"
+        if own == 0:
+            store.set(meeting, "here")
+        else:
+            _wait(store, meeting)
+    dist.barrier(group=dist.group.WORLD)
+
+
+def _wait(store: dist.Store, key: str) -> None:
+    """Wait until a key is there, for as long as the store is."""
+    begin = time.monotonic()
+    while True:
+        try:
+            return store.wait([key], _LOOK)
+        except dist.DistStoreError:
+            minutes = (time.monotonic() - begin) / 60
+            log.info("rank %d waits for rank 0, for %.0f minutes now", dist.get_rank(), minutes)
 
 
 class Bridge:

@@ -33,8 +33,9 @@ from nemo_minitron.pruning.targets import needed_scores, target_sizes
 from nemo_minitron.runtime.atomic import rename_folder
 from nemo_minitron.runtime.console import progress
 from nemo_minitron.runtime.groups import ParallelGroups
-from nemo_minitron.runtime.launch import barrier, seen_by_all
+from nemo_minitron.runtime.launch import seen_by_all
 from nemo_minitron.runtime.ranks import rank
+from nemo_minitron.runtime.worlds import barrier
 
 log = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from nemo_minitron.api import prune
@@ -31,8 +32,9 @@ from nemo_minitron.pruning.plan import Plan, make_plan, pruned_config
 from nemo_minitron.pruning.scores import Scores
 from nemo_minitron.pruning.slicing import prune_checkpoint
 from nemo_minitron.runtime.groups import ParallelGroups
-from nemo_minitron.runtime.launch import barrier, seen_by_all
+from nemo_minitron.runtime.launch import seen_by_all
 from nemo_minitron.runtime.ranks import rank
+from nemo_minitron.runtime.worlds import barrier
 from nemo_minitron.search import Candidate, candidates, distill_config, objective, pruning_of
 from nemo_minitron.stages.distill import model_config
 from nemo_minitron.stages.tasks import answer_tasks, ready_to_answer
@@ -40,6 +42,8 @@ from nemo_minitron.stages.tasks import answer_tasks, ready_to_answer
 log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
+_LAYOUT = "layout"
+"""Of a record that is kept to resume, and no part of the result."""
 
 
 def score_candidates(cfg: SearchConfig, config: ModelConfig, work: Path) -> list[Record]:
@@ -59,10 +63,11 @@ def score_candidates(cfg: SearchConfig, config: ModelConfig, work: Path) -> list
     records = []
     for number, one in enumerate(shapes, start=1):
         kept = work / "scored" / f"{one.name}.json"
-        if not seen_by_all(kept):
+        if not seen_by_all(kept) or _at_another_layout(cfg, _kept(kept)):
             log.info("candidate %d of %d: %s", number, len(shapes), one.sizes)
-            _keep(kept, _zero_shot(cfg, config, one, plans[one.name], dataset))
-        records.append(_kept(kept))
+            found = _zero_shot(cfg, config, one, plans[one.name], dataset)
+            _keep(kept, {**found, _LAYOUT: _layout(cfg)})
+        records.append({k: v for k, v in _kept(kept).items() if k != _LAYOUT})
     if cfg.search.distill.steps:
         best = sorted(records, key=objective)[: cfg.search.distill.top]
         for record in best:
@@ -73,6 +78,17 @@ def score_candidates(cfg: SearchConfig, config: ModelConfig, work: Path) -> list
             record |= {"distilled_loss": found["loss"], "distilled_score": found.get("score")}
     barrier()  # rank 0 removes these files later, and they are read by all
     return records
+
+
+def _layout(cfg: SearchConfig) -> Record:
+    """What the latency of a candidate depends on besides the candidate."""
+    return {"ranks": dist.get_world_size(), **asdict(cfg.parallel)}
+
+
+def _at_another_layout(cfg: SearchConfig, kept: Record) -> bool:
+    """Whether an earlier run, of another layout, measured a latency that has a limit here."""
+    mine = _layout(cfg)
+    return cfg.search.max_latency_ms is not None and kept.get(_LAYOUT, mine) != mine
 
 
 def _keep(path: Path, values: Record) -> None:

@@ -10,6 +10,8 @@ from nemo_minitron.checkpoint.tokenizer import check_same_tokens
 from nemo_minitron.config.layout import check_layout
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import DistillConfig
+from nemo_minitron.config.training_stages import refuse_packed
+from nemo_minitron.data.sft import packs
 from nemo_minitron.distillation.layer_map import check_intermediate
 from nemo_minitron.distillation.logit_index import FOLDER, PARTS, LogitIndex, check_stored
 from nemo_minitron.runtime.ranks import launched_world_size, runs_teacher_alone
@@ -38,6 +40,10 @@ def check(cfg: DistillConfig) -> None:
             _check_teacher(cfg, student, *teachers)
         check_same_tokens(student_dir / "tokenizer", teacher_tokenizer)
         check_training(cfg, "student", student, *teachers)
+        for phase in cfg.phases() if cfg.teacher_parallel.own_ranks else ():
+            with phase.naming():
+                if packs(phase.data):
+                    refuse_packed(cfg.teacher_parallel.own_ranks)
 
 
 def _check_teacher(cfg: DistillConfig, student: ModelConfig, teacher: ModelConfig) -> None:

@@ -23,7 +23,10 @@ _SIZES = (
     "num_attention_heads",
     "num_query_groups",
 )
-_DEPEND_ON_TEXTS = ("data", "generate", "benchmark")
+_NOT_COUNTED = {
+    **dict.fromkeys(("data", "generate", "benchmark"), "it depends on the texts"),
+    "search": "it trains candidates that it has yet to find (search.distill.steps)",
+}
 _DEGREES = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -203,9 +206,10 @@ def _show_warnings(records: list[dict[str, Any]]) -> None:
     ]
     if rows:
         show_table("DOES NOT FIT", ("run", "needs", "what to change"), rows)
-    depends = [(r["name"], r["stage"]) for r in records if r["stage"] in _DEPEND_ON_TEXTS]
-    if depends:
-        show_table("not counted: it depends on the texts", ("run", "stage"), depends)
+    left = [r for r in records if r["stage"] in _NOT_COUNTED and "ranks" not in r]
+    if left:
+        rows = [(r["name"], r["stage"], _NOT_COUNTED[r["stage"]]) for r in left]
+        show_table("not counted", ("run", "stage", "because"), rows)
 
 
 def _billions(count: int) -> str:

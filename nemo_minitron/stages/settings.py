@@ -111,7 +111,8 @@ def on_ranks(
         resumable: see ``checkpoint.artifact.output_folder``.
         temporary: see ``checkpoint.artifact.output_folder``.
     """
-    from nemo_minitron.runtime.launch import barrier, distributed
+    from nemo_minitron.runtime.launch import distributed
+    from nemo_minitron.runtime.worlds import barrier
 
     ranks = Ranks(rank(), barrier)
     with (

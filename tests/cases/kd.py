@@ -214,7 +214,7 @@ def train_with_masked_step(
     course = Course(model.phases, [(samples, None)])
     model.set_step_loaders(course.training(model.groups, 0), None)
     callbacks = _checkpoint_callbacks(model.trainer_cfg, Path(work))  # write none
-    trainer = _trainer(model.trainer_cfg, callbacks, validate=False)
+    trainer = _trainer(model.trainer_cfg, callbacks, validate=False, max_steps=3)
     trainer.fit(model)
     assert trainer.global_step == 3, "a skipped step counts too"
     return moved, losses
