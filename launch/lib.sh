@@ -66,8 +66,11 @@ value_of() {
 
 # What stands in a result folder and its unfinished work, logs left out: equal when nothing was saved.
 saved_work() {
-  find "$1" "$1.partial" -type f ! -name '*.log' ! -name 'partial.json*' ! -name 'owner.json*' ! -path '*/logs/*' \
-    -printf '%p %s\n' 2>/dev/null | sort | cksum || true
+  local folder
+  for folder in "$1" "$1.partial"; do
+    (cd -- "$folder" &>/dev/null && printf '%s\n' "$folder" && find . -type f ! -name '*.log' ! -name 'partial.json*' \
+      ! -name 'owner.json*' ! -path '*/logs/*' -printf '%p %s\n' 2>/dev/null | sort) || true
+  done | cksum
 }
 
 # Seconds until the job's time limit; nothing where there is none.
@@ -167,6 +170,11 @@ run_stage() {
     say "minitron $stage: output_dir is not among the arguments; add output_dir=..., where the job sees whether a requeued stage gets on"
     exit 2
   fi
+  if [[ $output == *'${'* ]]; then
+    say "minitron $stage: output_dir=$output is read by this script, too, which does not fill in \${...}; write the whole path"
+    exit 2
+  fi
+  output=${output/#\~\//$HOME/}
   before=$(saved_work "$output")
   export MINITRON_VERDICT_FILE="$PWD/.minitron_${SLURM_JOB_ID:-$$}.json"
   rm -f "$MINITRON_VERDICT_FILE"

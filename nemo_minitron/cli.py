@@ -202,8 +202,11 @@ def run_job(stage: str, composed: "DictConfig") -> tuple[int, str]:
     known: list[StageConfig] = []
     with endings.taken(f"minitron {stage}", partial(_asked_to_stop, stage, known)):
         try:
+            if stage == "pipeline":  # its items name each other's folders
+                sweeps.move(composed)
             known.append(load.stage_config(stage, composed))
-            known[0].output_dir = sweeps.job_folder(known[0].output_dir)
+            if stage != "pipeline":
+                known[0].output_dir = sweeps.job_folder(known[0].output_dir)
             with scratch():
                 _run(stage, known[0])
         except (Exception, KeyboardInterrupt, Ending) as happened:

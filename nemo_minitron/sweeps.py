@@ -6,6 +6,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf, read_write
+
 from nemo_minitron.config import load
 from nemo_minitron.runtime import ranks
 from nemo_minitron.runtime.errors import PREEMPTED
@@ -35,6 +37,13 @@ def job_folder(output_dir: str) -> str:
     names = short if len({*short}) == len(short) else [key for key, _ in swept]
     values = [value.replace("/", "_") for _, value in swept]
     return str(Path(output_dir) / ",".join(map("=".join, zip(names, values, strict=True))))
+
+
+def move(composed: DictConfig) -> None:
+    """Give a sweep's job its folder before what is made from ``output_dir`` is read."""
+    if is_sweep_job() and not OmegaConf.is_missing(composed, "output_dir"):
+        with read_write(composed):
+            composed.output_dir = job_folder(str(composed.output_dir))
 
 
 def sweep_settings(flags: Namespace, scratch: str) -> list[str]:

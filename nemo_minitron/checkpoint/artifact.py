@@ -213,6 +213,8 @@ def _open_work(job: _Job, inputs: Mapping[str, str | Path] | None) -> None:
     refuse_changed(cfg, {key: s for key, s in job.claim.states.items() if key in job.contents})
     before = read_signed(work / SIGNED)
     left = [path for path in work.iterdir() if not owner_files([path.name])]
+    if left and job.resumable:
+        identities |= _in_older_words(named, before.get("inputs", {}), identities, cfg.workers)
     if left and not (job.resumable and _resumes(cfg, work, before, mine)):
         _clear(work, left)
     elif left and "mixed" in before:
@@ -271,6 +273,19 @@ def _contents(job: _Job, identities: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
+def _in_older_words(
+    named: Mapping[str, str | Path], then: JsonObject, now: Mapping[str, str], workers: int
+) -> dict[str, str]:
+    """Identities as an earlier version wrote them, of inputs that are what they were."""
+    return {
+        key: then[key]
+        for key in then
+        if key in now
+        and then[key] != now[key]
+        and fingerprint(named[key], workers, earlier=True) == then[key]
+    }
+
+
 def _resumes(cfg: StageConfig, work: Path, owner: JsonObject, mine: JsonObject) -> bool:
     """Whether the working folder belongs to this very job.
 
@@ -300,12 +315,8 @@ def _complete(job: _Job) -> None:
     cfg, work = job.cfg, job.claim.work
     refuse_changed(cfg, job.states, job.contents, exact=not job.resumable)
     there = files_in(work)
-    ours = {MANIFEST, *owner_files(there)}
-    names = [
-        name
-        for name in there
-        if name not in ours and not is_seal(name) and name.split("/")[0] not in job.temporary
-    ]
+    ours, left_out = {MANIFEST, *owner_files(there)}, tuple(f"{n}/" for n in job.temporary)
+    names = [n for n in there if n not in ours and not is_seal(n) and not n.startswith(left_out)]
     inputs, sealed = read_signed(work / SIGNED)["inputs"], sealed_files(work)
     write_manifest(cfg, job.stage, work, inputs, names, sealed)
     remove_seals(work)

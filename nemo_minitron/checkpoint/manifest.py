@@ -25,6 +25,7 @@ _TOLD = ("metrics.json", "checkpoint/lineage.json")
 _CARD = "README.md"
 """Files that tell about a result; what it is does not depend on them."""
 _BLOCK = 1 << 20
+_PAIR = (".bin", ".idx")
 _VERSIONS = ("torch", "megatron-core", "nemo_toolkit", "transformers", "lm_eval")
 
 
@@ -142,9 +143,15 @@ def files_in(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def input_files(folder: Path) -> list[str]:
-    """As ``files_in``, less the bytecode that Python puts beside the modules it imports."""
-    return [name for name in files_in(folder) if "__pycache__" not in name.split("/")]
+def input_files(folder: Path, hidden: bool = False) -> list[str]:
+    """As ``files_in``, less what no stage reads.
+
+    That is the bytecode that Python puts beside the modules it imports, and what begins with a dot,
+    such as the notes of programs that download models.
+    """
+    left_out = ("__pycache__",) if hidden else ("__pycache__", ".")
+    names = files_in(folder)
+    return [name for name in names if not any(p.startswith(left_out) for p in name.split("/"))]
 
 
 def matching(path: str | Path) -> list[str]:
@@ -208,6 +215,12 @@ def result_in(folder: Path) -> Manifest | None:
         return read_manifest(folder)
     except ValueError:  # damaged, or the manifest.json of another program
         return None
+
+
+def is_export(checkpoint: str | Path) -> bool:
+    """Whether a result folder holds a Hugging Face model instead of a ``checkpoint/``."""
+    folder = Path(checkpoint)
+    return (folder / "config.json").is_file() and not (folder / "checkpoint").exists()
 
 
 def _check_names(manifest: Manifest) -> None:
@@ -295,31 +308,41 @@ def _damage(manifest: Manifest, verify: str, workers: int) -> str | None:
     return None
 
 
-def fingerprint(path: str | Path, workers: int = 2) -> str:
+def fingerprint(path: str | Path, workers: int = 2, *, earlier: bool = False) -> str:
     """Identity of an input: the manifest id of a result folder, else a hash of the content.
 
     Args:
-        path: result folder, data file, data folder, the prefix of a Megatron .bin/.idx pair, or a
-            pattern that names files.
+        path: result folder, data file, data folder, a Megatron .bin/.idx pair (one of its files, or
+            their prefix), or a pattern that names files.
         workers: hashing threads.
+        earlier: as earlier versions did, which counted hidden files, and of a pair that was given
+            by one of its files the other one not.
 
     Raises:
         ValueError: there is nothing at ``path``.
     """
     path = Path(path)
-    if path.is_file():
+    halves = _halves(path)
+    if path.suffix in _PAIR and len(halves) == len(_PAIR) and not earlier:
+        folder, names = path.parent, halves
+    elif path.is_file():
         return "sha256:" + hash_file(path).sha256
-    if path.is_dir():
+    elif path.is_dir():
         manifest = read_manifest(path)
         if manifest is not None:
             return f"{manifest.stage}:{manifest.id}"
-        folder, names = path, input_files(path)
+        folder, names = path, input_files(path, hidden=earlier)
     elif matched := matching(path):
         folder, names = Path(), matched
     else:
-        folder = path.parent
-        names = [path.name + end for end in (".bin", ".idx") if Path(f"{path}{end}").is_file()]
+        folder, names = path.parent, halves
     if not names:
         raise ValueError(f"{path} does not exist or is empty")
     hashes = {name: e.sha256 for name, e in hash_files(folder, names, workers).items()}
     return "sha256:" + digest(hashes if path.is_dir() else list(hashes.values()))
+
+
+def _halves(path: Path) -> list[str]:
+    """Names of the files of a pair that its prefix, or one of them, stands for; those there are."""
+    prefix = path.name.removesuffix(path.suffix) if path.suffix in _PAIR else path.name
+    return [prefix + end for end in _PAIR if (path.parent / (prefix + end)).is_file()]

@@ -101,6 +101,8 @@ _OF_SPECS = (
 )
 
 
+# Of YaRN, under the names that Megatron-LM's own arguments have.
+_OF_YARN = ("rotary_scaling_factor", "mscale", "mscale_all_dim")
 _OF_QUICK_GEGLU = ("activation_func_clamp_value", "glu_linear_offset")
 
 
@@ -154,6 +156,7 @@ def megatron_lm_args(config: ModelConfig) -> Namespace:
     if config.multi_latent:
         yarn, used = {}, used | _latent_args(config)
     used |= yarn | megatron_fields(config)
+    used |= {name: yarn[f"yarn_{name}"] for name in _OF_YARN if yarn}
     used |= {name: value for name in _OF_SPECS if (value := getattr(config, name))}
     if config.gated_linear_unit and config.activation == "gelu_tanh":
         used["geglu"] = True

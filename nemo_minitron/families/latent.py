@@ -41,6 +41,8 @@ def _plain(row: Row) -> Row:
     return replace(row, te_name=None) if "input_layernorm" in row.name else row
 
 
+LATENT_EPSILON = 1e-6
+"""Of the norms of latents in transformers, whatever the other norms of the model have."""
 _ROWS = (
     _row("linear_q_proj", ("latent_query", "hidden"), 0, "q_proj", when=_full_queries),
     _row("linear_q_down_proj", ("q_lora", "hidden"), None, "q_a_proj", when=_low_rank_queries),

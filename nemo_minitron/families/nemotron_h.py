@@ -129,6 +129,7 @@ _DEFAULTS = {
 }
 # The only values at which the network is the one of this table.
 _ONLY: dict[str, tuple[Any, ...]] = {
+    "layer_norm_epsilon": (1e-5,),  # which Megatron-Core's gated norm has whatever the others have
     "mlp_hidden_act": ("relu2",),
     "mamba_hidden_act": ("silu",),
     "use_conv_bias": (True,),
@@ -281,7 +282,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     }
     if "layers_block_type" in config.hf or "layer_types" in config.hf:
         key = "layers_block_type" if "layers_block_type" in config.hf else "layer_types"
-        del written["hybrid_override_pattern"]
+        if "hybrid_override_pattern" not in config.hf:  # else both, which have to agree
+            del written["hybrid_override_pattern"]
         written[key] = [_WORDS[letter][0] for letter in pattern]
     if config.num_moe_experts is not None:
         written |= {

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nemo_minitron.checkpoint.progress import write_progress
 from nemo_minitron.config.blend import check_trained
+from nemo_minitron.config.training import TrainerConfig
 from nemo_minitron.models.phases import Course
 from nemo_minitron.models.speed import Speed
 from nemo_minitron.models.stragglers import Stragglers
@@ -104,11 +105,11 @@ class History(Callback):
                 pl_module.log(f"train/{name}", value, batch_size=1)
             shown = {_SHOWN[name]: value for name, value in speed.items()}
             self._advance(1, loss=metrics["loss"], **shown)
-            self._note(trainer.global_step)
+            self._note(trainer.global_step, pl_module.trainer_cfg)
         else:
             self._advance(1)
 
-    def _note(self, step: int) -> None:
+    def _note(self, step: int, config: TrainerConfig) -> None:
         """Say for ``minitron status`` where training is, at most once a second."""
         now = time.monotonic()
         if dist.get_rank() != 0 or (now - self._noted < 1.0 and step < self.total_steps):
@@ -123,6 +124,8 @@ class History(Callback):
             tokens_per_second=self.records[-1]["tokens_per_second"],
             slow=self.stragglers.found,
             seconds_per_step=(now - self._begin) / max(step - self._first, 1),
+            log_every_n_steps=config.log_every_n_steps,
+            hang_after_minutes=config.hang_after_minutes,
         )
 
     def _epochs(self, pl_module: LightningModule, step: int) -> dict[str, float]:

@@ -23,8 +23,7 @@ from megatron.core.transformer.multi_latent_attention import (
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor
 
-# Of the norms of latents, whatever the other norms of the model have.
-_EPSILON = 1e-6
+from nemo_minitron.families.latent import LATENT_EPSILON
 
 
 class Down(torch.nn.Module):
@@ -100,11 +99,13 @@ class LatentAttention(MLASelfAttention):
             self.linear_q_proj = self._up(config.hidden_size, queries)
         else:
             self.linear_q_down_proj = Down(config, config.q_lora_rank)
-            self.q_layernorm = norm(config=config, hidden_size=config.q_lora_rank, eps=_EPSILON)
+            self.q_layernorm = norm(
+                config=config, hidden_size=config.q_lora_rank, eps=LATENT_EPSILON
+            )
             self.linear_q_up_proj = self._up(config.q_lora_rank, queries)
         group = self.pg_collection.tp
         self.linear_kv_down_proj = Down(config, latent + config.qk_pos_emb_head_dim, group)
-        self.kv_layernorm = norm(config=config, hidden_size=latent, eps=_EPSILON)
+        self.kv_layernorm = norm(config=config, hidden_size=latent, eps=LATENT_EPSILON)
         self.linear_kv_up_proj = self._up(latent, heads * (config.qk_head_dim + config.v_head_dim))
 
     def get_query_key_value_tensors(

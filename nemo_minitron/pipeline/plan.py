@@ -1,5 +1,6 @@
 """The items of a pipeline: composed before anything runs, skipped if up to date, else run."""
 
+import json
 import logging
 import os
 import re
@@ -23,7 +24,9 @@ from nemo_minitron.config import load
 from nemo_minitron.config.identity import changes, input_paths, said
 from nemo_minitron.config.schema import flatten
 from nemo_minitron.config.stages import STAGE_CONFIGS, PipelineConfig, StageConfig
+from nemo_minitron.documents import read_json
 from nemo_minitron.runtime import ranks
+from nemo_minitron.runtime.atomic import atomic_file
 from nemo_minitron.runtime.errors import (
     INTERRUPTED,
     PREEMPTED,
@@ -33,6 +36,9 @@ from nemo_minitron.runtime.errors import (
 )
 
 log = logging.getLogger(__name__)
+
+_ANEW = ".overwritten.json"
+"""Names the items that a pipeline with overwrite=true has run, until all are done."""
 
 _ITEM_KEYS = {"name", "stage", "config"}
 # Keys of the pipeline that hold for its items too, unless an item sets them itself.
@@ -103,8 +109,11 @@ def _read_item(
     if not isinstance(changed, dict):
         raise ValueError(f"change.{name}={changed} must be a dictionary of the keys of {stage}")
     # An empty dictionary would be flattened to a value.
-    flat = [flatten(part) for part in (config, changed) if part]
-    overrides = _overrides(cfg, name, {k: v for part in flat for k, v in part.items()})
+    flat, wins = (flatten(part) if part else {} for part in (config, changed))
+    # Hydra reads a file of a group, as in change.NAME.trainer=smoke, before all single keys.
+    files = tuple(f"{key}." for key, value in wins.items() if isinstance(value, str))
+    flat = {key: value for key, value in flat.items() if not key.startswith(files)}
+    overrides = _overrides(cfg, name, {**flat, **wins})
     composed = load.compose(stage, overrides)
     needs = _needs(cfg, composed, earlier, at_hand)
     return Item(name, stage, tuple(overrides), composed, needs)
@@ -212,14 +221,35 @@ def run_items(cfg: PipelineConfig, items: list[Item]) -> None:
     Raises:
         StageFailed: an item failed, or stopped and can go on; later ones have not started.
     """
+    note = Path(cfg.output_dir) / _ANEW
+    done = _noted(note) if cfg.overwrite else []
     for number, item in enumerate(items, start=1):
         title = f"[{number}/{len(items)}] {item.name} ({item.stage})"
-        reason = "overwrite=true" if cfg.overwrite else stale(item)
+        anew = cfg.overwrite and item.name not in done
+        reason = "overwrite=true" if anew else stale(item)
         if reason is None:
             log.info("%s: up to date, skipped", title)
             continue
         log.info("%s: %s", title, reason)
-        _run_item(item)
+        try:
+            _run_item(item)
+        except StageFailed as failure:
+            if failure.code not in (PREEMPTED, TERMINATED):
+                note.unlink(missing_ok=True)
+            raise
+        if cfg.overwrite:
+            done.append(item.name)
+            with atomic_file(note) as draft:
+                draft.write_text(json.dumps(done))
+    note.unlink(missing_ok=True)
+
+
+def _noted(note: Path) -> list[str]:
+    """Items that this command ran already under overwrite=true, before it was told to stop."""
+    try:
+        return [str(name) for name in read_json(note)]
+    except (OSError, ValueError):
+        return []
 
 
 def stale(item: Item) -> str | None:
@@ -238,10 +268,17 @@ def stale(item: Item) -> str | None:
         return f"its config changed ({changed})"
     paths = input_paths(item.config)
     for key in sorted({*paths, *manifest.inputs}):
-        now = fingerprint(paths[key], item.config.workers) if key in paths else None
-        if manifest.inputs.get(key) != now:
+        if not _is_input(manifest.inputs.get(key), paths.get(key), item.config.workers):
             return f"its input {key} changed"
     return None
+
+
+def _is_input(identity: str | None, path: str | None, workers: int) -> bool:
+    """Whether what a result was made from is what is there, by the words of any version."""
+    if path is None:
+        return identity is None
+    kinds = (False, True)
+    return any(fingerprint(path, workers, earlier=earlier) == identity for earlier in kinds)
 
 
 def _changes(manifest: Manifest, config: StageConfig) -> str:

@@ -10,19 +10,22 @@ import shlex
 import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import nemo_minitron
 from nemo_minitron import usage
+from nemo_minitron.checkpoint.manifest import is_export
 from nemo_minitron.config import load
 from nemo_minitron.config.parallel import own_ranks
 from nemo_minitron.config.pipeline import ClusterConfig
 from nemo_minitron.config.stages import (
     STAGE_CONFIGS,
+    EvaluateConfig,
     PipelineConfig,
+    PruneConfig,
     StageConfig,
 )
 from nemo_minitron.config.training_stages import TrainingStageConfig
@@ -110,9 +113,15 @@ def _lines(given: Namespace) -> list[str]:
         jobs = list(_chain(config, theirs, flags, cluster))
         logs = Path(config.output_dir) / "slurm"
     else:
-        jobs = [_job(given.stage, given.stage, (*theirs, *flags), config, cluster)]
+        jobs = [_job(given.stage, given.stage, (*_placed(theirs, config), *flags), config, cluster)]
         logs = Path(config.output_dir).parent / "slurm"
     return [*_head(cluster, logs), *_submissions(jobs, cluster, logs, given.after)]
+
+
+def _placed(overrides: Sequence[str], config: StageConfig) -> list[str]:
+    """The same keys with ``output_dir`` as it was composed; the scripts read it, too."""
+    others = [o for o in overrides if not o.startswith("output_dir=")]
+    return [*others, load.override("output_dir", config.output_dir)]
 
 
 def _chain(
@@ -125,16 +134,17 @@ def _chain(
     from nemo_minitron.pipeline.plan import read_items, stale
 
     due: list[str] = []
-    for item in read_items(config):
+    items = read_items(config)
+    exports = [item.config.output_dir for item in items if item.stage == "export"]
+    for item in items:
         item.config.verify_inputs = "size"  # a login node is no place to hash whole models
         after = tuple(name for name in item.needs if name in due)
         if not (after or config.overwrite or stale(item)):
             continue
         due.append(item.name)
         own = (*item.overrides, "overwrite=true", *flags)
-        yield _job(item.name, item.stage, own, item.config, cluster, after)
-    again = [o for o in overrides if not o.startswith(("overwrite=", "output_dir="))]
-    again.append(load.override("output_dir", config.output_dir))
+        yield _job(item.name, item.stage, own, item.config, cluster, exports, after)
+    again = _placed([o for o in overrides if not o.startswith("overwrite=")], config)
     yield Job("report", "pipeline", (*again, *flags), REPORT_FLAGS, tuple(due))
 
 
@@ -144,10 +154,11 @@ def _job(
     arguments: tuple[str, ...],
     config: StageConfig,
     cluster: ClusterConfig,
+    exports: Collection[str] = (),
     after: tuple[str, ...] = (),
 ) -> Job:
     """The job of a stage: one that goes on with fewer nodes where the cluster's keys ask for it."""
-    size = _size(config, cluster)
+    size = _size(config, cluster, exports)
     if size is None:  # the scripts say what these need
         return Job(name, stage, arguments, (), after)
     nodes, per_node = size
@@ -160,7 +171,9 @@ def _job(
     return Job(name, "elastic", (stage, *arguments), flags, after, fits)
 
 
-def _size(config: StageConfig, cluster: ClusterConfig) -> tuple[int, int] | None:
+def _size(
+    config: StageConfig, cluster: ClusterConfig, exports: Collection[str]
+) -> tuple[int, int] | None:
     """Nodes of a stage that runs a model, and ranks on each.
 
     As many ranks as the layout needs, or all GPUs of ``trainer.num_nodes`` nodes.
@@ -169,9 +182,15 @@ def _size(config: StageConfig, cluster: ClusterConfig) -> tuple[int, int] | None
         ValueError: the ranks do not spread evenly over whole nodes.
     """
     values: Any = config
-    data = getattr(config, "data", None)
-    if not hasattr(config, "parallel") or (data is not None and not data.given):
+    # Without data, pruning needs none but the scores that are there.
+    idle = isinstance(config, PruneConfig) and not config.data.given
+    if idle or not hasattr(config, "parallel"):
         return None
+    export = isinstance(config, EvaluateConfig) and (
+        config.checkpoint in exports or is_export(config.checkpoint)
+    )
+    if export:
+        return 1, 1  # lm-eval runs it in one process
     nodes = getattr(getattr(config, "trainer", None), "num_nodes", None) or cluster.slurm.nodes
     per_node = cluster.ranks_per_node
     if nodes is None:

@@ -1,6 +1,7 @@
 """What to change where a stage does not fit the memory of its ranks."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,9 +12,8 @@ from nemo_minitron.config.pipeline import ClusterConfig
 from nemo_minitron.config.stages import DistillConfig
 from nemo_minitron.config.training import RECOMPUTE_KEYS
 from nemo_minitron.config.training_stages import TrainingStageConfig
-from nemo_minitron.data.checks import check_batches
 from nemo_minitron.planning.items import Run, check_job
-from nemo_minitron.planning.memory import fits, fullest_rank, stage_of_each_phase
+from nemo_minitron.planning.memory import check_split, fits, fullest_rank
 
 _Change = tuple[str, Callable[[Any], Any]]
 
@@ -51,7 +51,8 @@ def _tries(cfg: Any, cluster: ClusterConfig) -> Iterator[tuple[list[str], Any]]:
             f"parallel.pipeline_model_parallel_size={pp}",
             f"parallel.sequence_parallel={str(tp > 1).lower()}",
         ]
-        yield [*words, *keys], replace(cfg, parallel=parallel)
+        with suppress(ValueError):  # a teacher on ranks of its own has other degrees
+            yield [*words, *keys], replace(cfg, parallel=parallel)
 
 
 def _changes(cfg: Any) -> list[_Change]:
@@ -107,8 +108,7 @@ def _fits(run: Run, cfg: Any, cluster: ClusterConfig) -> bool:
     try:
         check_job(job)
         cfg.parallel.world_size(ranks)
-        for one in stage_of_each_phase(cfg):
-            check_batches(one.data, cfg.parallel, ranks)
+        check_split(cfg, ranks)
     except ValueError:
         return False
     return fits(fullest_rank(job), cluster)

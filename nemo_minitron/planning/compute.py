@@ -47,7 +47,7 @@ def forward_parts(config: ModelConfig, seq_length: int) -> dict[str, float]:
 
     Returns:
         ``attention`` (its four matrices), ``core_attn`` (scores and their product with the values),
-        ``mlp``, ``mamba``, ``scan`` and ``output``.
+        ``mlp``, ``experts``, ``mamba``, ``scan`` and ``output``.
     """
     products = {name: 2.0 * size for name, size in matmul_parameters(config).items()}
     kinds = kinds_of(config)
@@ -132,7 +132,7 @@ def recomputed_flops(job: Job, cfg: TrainingStageConfig, seq_length: int) -> flo
     if trainer.recompute_granularity is None:
         return 0.0
     if trainer.recompute_granularity == "selective":
-        names = {"moe": "mlp"}
+        names = {"moe": "experts"}
         modules = trainer.recompute_modules or ["core_attn"]
         return sum(parts[names.get(module, module)] for module in modules)
     layers = sum(parts.values()) - parts["output"]

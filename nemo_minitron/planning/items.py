@@ -9,10 +9,9 @@ from nemo_minitron.config.parallel import own_ranks
 from nemo_minitron.config.pipeline import ClusterConfig, PlanConfig
 from nemo_minitron.config.stages import DistillConfig, PruneConfig, SearchConfig
 from nemo_minitron.config.training_stages import TrainingStageConfig
-from nemo_minitron.data.checks import check_batches
 from nemo_minitron.pipeline.plan import Item
 from nemo_minitron.planning.compute import Work, work
-from nemo_minitron.planning.memory import Job, Memory, fits, fullest_rank, stage_of_each_phase
+from nemo_minitron.planning.memory import Job, Memory, check_split, fits, fullest_rank
 from nemo_minitron.planning.models import Models, stated_model
 
 
@@ -122,8 +121,7 @@ def _ranks(config: Any, cluster: ClusterConfig, nodes: int) -> int:
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
     try:
-        for one in stage_of_each_phase(config):
-            check_batches(one.data, parallel, ranks)
+        check_split(config, ranks)
     except ValueError as error:
         raise ValueError(f"{where}: {error}; or use fewer nodes") from error
     return ranks

@@ -9,9 +9,15 @@ from nemo_minitron.config.megatron import merged_recompute
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.pipeline import ClusterConfig
-from nemo_minitron.config.stages import DistillConfig, ImportanceConfig, PruneConfig
+from nemo_minitron.config.stages import (
+    DistillConfig,
+    ImportanceConfig,
+    PruneConfig,
+    TeacherLogitsConfig,
+)
 from nemo_minitron.config.training import TrainerConfig
 from nemo_minitron.config.training_stages import TrainingStageConfig
+from nemo_minitron.data.checks import check_batches, check_sequence
 from nemo_minitron.planning import activations
 from nemo_minitron.planning.activations import Tokens
 from nemo_minitron.planning.precision import TrainedBytes, fp8, weight_bytes
@@ -133,6 +139,19 @@ def stage_of_each_phase(cfg: Any) -> list[Any]:
         one.trainer = replace(cfg.trainer, max_steps=phase.steps, phases=None)
         found.append(one)
     return found
+
+
+def check_split(cfg: Any, ranks: int) -> None:
+    """Refuse samples or batches that cannot be dealt out, in any phase.
+
+    Raises:
+        ValueError: see ``data.checks``.
+    """
+    for one in stage_of_each_phase(cfg):
+        if isinstance(cfg, TeacherLogitsConfig):  # it deals out samples, not batches
+            check_sequence(one.data, cfg.parallel)
+        else:
+            check_batches(one.data, cfg.parallel, ranks)
 
 
 def fullest_rank(job: Job) -> Memory:

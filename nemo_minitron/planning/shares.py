@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from itertools import chain
 
-from nemo_minitron.config.layers import kinds_of
+from nemo_minitron.config.layers import EXPERTS, kinds_of
 from nemo_minitron.config.layout import layers_on_stages, padded_vocab_size
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
@@ -89,15 +89,16 @@ def matmul_parameters(config: ModelConfig) -> dict[str, float]:
     """Parameters that each token is multiplied with: active experts alone, no embeddings.
 
     Returns:
-        ``attention``, ``mlp`` and ``mamba`` of all layers, and ``output``, tied to the embeddings
-        or not.
+        ``attention``, ``mlp``, ``experts`` (with the router and shared ones) and ``mamba`` of all
+        layers, and ``output``, tied to the embeddings or not.
     """
     one, kinds = _one_of_each_kind(config, {}), kinds_of(config)
     active = config.moe_router_topk / (config.num_moe_experts or 1)
-    found = {"attention": 0.0, "mlp": 0.0, "mamba": 0.0}
+    found = {"attention": 0.0, "mlp": 0.0, "experts": 0.0, "mamba": 0.0}
     for name, row, index in family_of(config).parameters(one):
         if index is not None and len(row.dims) == 2:
-            part = next((p for word, p in _PARTS.items() if word in name), "mlp")
+            mlp = "experts" if EXPERTS in kinds_of(one)[index] else "mlp"
+            part = next((p for word, p in _PARTS.items() if word in name), mlp)
             size = math.prod(row.shape(one)) * (1 if row.expert is None else active)
             found[part] += size * kinds.count(kinds_of(one)[index])
     return {**found, "output": float(config.vocab_size * config.hidden_size)}

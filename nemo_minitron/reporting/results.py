@@ -132,7 +132,7 @@ def _leaks(stages: list[StageResult]) -> list[str]:
 def _paths(data: dict[str, Any]) -> set[str]:
     """What a stage read, one source or several."""
     blend = [source["path"] for source in data.get("blend") or ()]
-    return {str(data.get("path") or ""), *blend} if not blend else set(blend)
+    return set(blend) or ({str(data["path"])} if data.get("path") else set())
 
 
 def _unlike(cfg: PipelineConfig, stages: list[StageResult]) -> list[str]:

@@ -8,7 +8,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from nemo_minitron.checkpoint.manifest import MANIFEST, read_manifest
 from nemo_minitron.checkpoint.output_checks import partial_of
@@ -130,7 +130,7 @@ def _read_one(run: Path, name: Path) -> Status:
     _add_progress(status, work)
     _add_checkpoint(status, work)
     if has_owner(work):
-        status.state = "hung" if _is_silent(work, signed) else "running"
+        status.state = "hung" if _is_silent(work) else "running"
     else:
         status.state = ended or "failed"
         status.error = last if ended else "ended without a word"
@@ -154,9 +154,10 @@ def _add_checkpoint(status: Status, work: Path) -> None:
         status.checkpoint_age = time.time() - steps[status.checkpoint].stat().st_mtime
 
 
-def _is_silent(work: Path, signed: dict[str, Any]) -> bool:
-    _, when = read_progress(work)
-    minutes = signed.get("config", {}).get("trainer.hang_after_minutes") or _SILENT_MINUTES
+def _is_silent(work: Path) -> bool:
+    said, when = read_progress(work)
+    steps = said.get("seconds_per_step", 0.0) * said.get("log_every_n_steps", 1) / 60
+    minutes = said.get("hang_after_minutes") or max(_SILENT_MINUTES, 3 * steps)
     return when is not None and time.time() - when > 60 * minutes
 
 

@@ -3,7 +3,7 @@
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from nemo_minitron.checkpoint.artifact import check_output
 from nemo_minitron.checkpoint.tokenizer import check_same_tokens
@@ -17,6 +17,8 @@ from nemo_minitron.distillation.logit_index import FOLDER, PARTS, LogitIndex, ch
 from nemo_minitron.runtime.ranks import launched_world_size, runs_teacher_alone
 from nemo_minitron.stages.finetune import check_training, datasets, sections, train
 from nemo_minitron.stages.settings import check_settings, opened_inputs
+
+_RELATION = "attention_relation"
 
 
 def check(cfg: DistillConfig) -> None:
@@ -40,10 +42,20 @@ def check(cfg: DistillConfig) -> None:
             _check_teacher(cfg, student, *teachers)
         check_same_tokens(student_dir / "tokenizer", teacher_tokenizer)
         check_training(cfg, "student", student, *teachers)
-        for phase in cfg.phases() if cfg.teacher_parallel.own_ranks else ():
+        relation = _RELATION in cfg.distillation.intermediate.losses
+        for phase in cfg.phases() if cfg.teacher_parallel.own_ranks or relation else ():
             with phase.naming():
                 if packs(phase.data):
-                    refuse_packed(cfg.teacher_parallel.own_ranks)
+                    _refuse_shared(cfg.teacher_parallel.own_ranks)
+
+
+def _refuse_shared(own_ranks: int) -> NoReturn:
+    if own_ranks:
+        refuse_packed(own_ranks)
+    raise ValueError(
+        f"distillation.intermediate.losses holds {_RELATION}, which would compare positions of "
+        "the SFT records that share a sample; set data.pack=false, or leave the loss out"
+    )
 
 
 def _check_teacher(cfg: DistillConfig, student: ModelConfig, teacher: ModelConfig) -> None:

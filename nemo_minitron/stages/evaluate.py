@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.checkpoint.artifact import check_output, output_folder
+from nemo_minitron.checkpoint.manifest import is_export
 from nemo_minitron.checkpoint.tokenizer_read import continuation, load_tokenizer, stop_ids
 from nemo_minitron.config.inference import EvaluateConfig
 from nemo_minitron.config.layout import check_cached, check_writes
@@ -14,7 +15,7 @@ from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.evaluation.tasks import run_tasks
 from nemo_minitron.runtime.ranks import launched_world_size, rank
-from nemo_minitron.stages.settings import check_forward, is_export, on_ranks, opened_inputs
+from nemo_minitron.stages.settings import check_forward, on_ranks, opened_inputs
 from nemo_minitron.stages.tasks import answer_tasks, check_tasks, max_length, ready_to_answer
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from nemo_minitron.checkpoint.artifact import Manifest, Ranks, open_result, output_folder
 from nemo_minitron.checkpoint.foreign.megatron_sources import is_megatron
-from nemo_minitron.checkpoint.manifest import MANIFEST
+from nemo_minitron.checkpoint.manifest import MANIFEST, is_export
 from nemo_minitron.config.inference import EvaluateConfig
 from nemo_minitron.config.layout import check_layout, check_prediction, check_recompute
 from nemo_minitron.config.megatron import (
@@ -207,9 +207,3 @@ def check_training_settings(cfg: TrainingStageConfig, model: ModelConfig) -> Non
 def splits(trainer: TrainerConfig | TeacherPassConfig) -> tuple[str, ...]:
     """Splits that training reads."""
     return PARTS if trainer.limit_val_batches else PARTS[:1]
-
-
-def is_export(checkpoint: str) -> bool:
-    """Whether a result folder holds a Hugging Face model instead of a ``checkpoint/``."""
-    folder = Path(checkpoint)
-    return (folder / "config.json").is_file() and not (folder / "checkpoint").exists()

@@ -5,7 +5,7 @@ is the first one whose config can say the same, so a new family needs nothing he
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from nemo_minitron.checkpoint.foreign.megatron_layers import (
     experts_fields,
@@ -51,6 +51,8 @@ _ONLY: dict[str, tuple[_Allowed, str]] = {
     "moe_router_topk_limited_devices": (_one_of(None), "null"),
     "moe_apply_probs_on_input": (_one_of(None, False), "false"),
     "moe_latent_size": (_one_of(None), "null"),
+    "moe_mlp_glu_interleave_size": (_one_of(None), "null"),
+    "moe_shared_expert_glu_interleave_size": (_one_of(None), "null"),
 }
 _POSITIONS = ("rope", "yarn", "learned_absolute")
 # Last part of a function's name -> ModelConfig.activation.
@@ -138,7 +140,10 @@ def _positions(stated: Stated) -> JsonObject:
         "max_position_embeddings": stated.need("seq_length"),
     }
     if kind in ("rope", "yarn"):
-        found["rotary_base"] = float(stated.get("rotary_base", 10000))
+        base = stated.get("rotary_base", 10000)
+        if not isinstance(base, int | float):
+            raise stated.refuse("rotary_base", "one number")
+        found["rotary_base"] = float(base)
         found["rotary_percent"] = float(stated.get("rotary_percent", 1.0))
         found["rope_scaling"] = scaling = _scaling(stated)
         if stated_pattern(stated) and (scaling or {}).get("rope_type") == "llama3":
@@ -161,6 +166,8 @@ def _without_rotation(stated: Stated) -> list[int] | None:
 def _windows(stated: Stated) -> list[int] | None:
     """The window of every layer; Megatron says how far it reaches, and which layers have it."""
     size, layers = stated.get("window_size", None), stated.need("num_layers")
+    if size is not None and (isinstance(size, str) or not isinstance(size, Sequence)):
+        raise stated.refuse("window_size", "two numbers, how far a token sees to either side")
     if size is None or size[0] < 0:
         return None
     if size[1] != 0:

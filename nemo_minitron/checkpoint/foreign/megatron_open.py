@@ -23,6 +23,7 @@ from nemo_minitron.checkpoint.tokenizer import (
 from nemo_minitron.checkpoint.torch_dist_read import Checkpoint, open_torch_dist, stored_weights
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.documents import JsonObject
+from nemo_minitron.families.latent import LATENT_EPSILON
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import Family
 
@@ -157,6 +158,12 @@ def _family(source: Source, vocab_size: int) -> tuple[Family, ModelConfig]:
     if source.config is not None:
         return family_of(source.config), source.config
     family, config = match_family(source.stated, model_fields(source.stated, vocab_size))
+    if config.multi_latent and config.layernorm_epsilon != LATENT_EPSILON:
+        raise ValueError(
+            f"{source.where}: layernorm_epsilon={config.layernorm_epsilon} of a model with "
+            f"multi-latent attention is not supported; only {LATENT_EPSILON}, which the norms of "
+            "the latents have in every network of Hugging Face"
+        )
     config.hf = special_ids(source.tokenizer)
     return family, config
 

@@ -66,11 +66,32 @@ _ARGS = {
     "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
 }
 _ACTIVATION = "swiglu, squared_relu, geglu, quick_geglu"
+_FACTOR = 8.0
 _HETEROGENEOUS = ("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json")
+
+
+_YARN = ("rotary_scaling_factor", "mscale", "mscale_all_dim")
+"""Arguments of Megatron-LM for YaRN that its configuration calls ``yarn_*``."""
+
+
+def _yarn_by_its_names(args: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Arguments with what they say of YaRN under the names of TransformerConfig, too."""
+    if args.get("position_embedding_type") != "yarn" or args.get("multi_latent_attention"):
+        return args
+    found = {f"yarn_{name}": args.get(name) for name in _YARN}
+    found["yarn_original_max_position_embeddings"] = 4096
+    return {**args, **{name: value for name, value in found.items() if args.get(name) is None}}
 
 
 def of_args(args: Mapping[str, Any], where: str) -> Stated:
     """Arguments of Megatron-LM, ``args`` in ``common.pt`` (megatron/training/arguments.py)."""
+    args = _yarn_by_its_names(args)
+    factor = args.get("rope_scaling_factor", _FACTOR)
+    if args.get("use_rope_scaling") and factor not in (None, _FACTOR):
+        raise ValueError(
+            f"{where}: rope_scaling_factor={factor} is not supported; Megatron-LM builds models "
+            f"with {_FACTOR:g} whatever that argument says, so import the Hugging Face model"
+        )
     names = {
         **{core: own for core, own in _ARGS.items() if own in args or core not in args},
         **{core: own for core, own in _RENAMED.items() if core not in args},
