@@ -10,6 +10,8 @@ from nemo_minitron.config.stages import PruningConfig
 if TYPE_CHECKING:
     from nemo_minitron.config.model import ModelConfig
 
+_HEADS = "num_attention_heads"
+
 
 def check_heads(config: ModelConfig, sizes: dict[str, int]) -> None:
     """Every kept query group keeps the same number of its own query heads.
@@ -17,7 +19,9 @@ def check_heads(config: ModelConfig, sizes: dict[str, int]) -> None:
     Raises:
         ValueError: names a number of heads that fits.
     """
-    heads, groups = sizes["num_attention_heads"], sizes["num_query_groups"]
+    if _HEADS not in sizes:  # a hybrid without attention
+        return
+    heads, groups = sizes[_HEADS], sizes["num_query_groups"]
     most = groups * config.heads_per_group
     valid = [groups * k for k in range(1, config.heads_per_group + 1)]
     if heads % groups:
@@ -61,7 +65,9 @@ def merged_heads(config: ModelConfig, sizes: dict[str, int]) -> tuple[int, int]:
         config: the model to prune.
         sizes: sizes after pruning.
     """
-    heads, groups = sizes["num_attention_heads"], sizes["num_query_groups"]
+    if _HEADS not in sizes:
+        return 1, 1
+    heads, groups = sizes[_HEADS], sizes["num_query_groups"]
     if config.heads_per_group == 1:
         return config.num_attention_heads, heads
     return config.heads_per_group, heads // groups

@@ -107,7 +107,9 @@ def _sizes_between(
         splits = size % degree == 0 and size % even == 0 and size % owners == 0
         return splits and (name != "num_layers" or _pipeline_fits(current, size, parallel))
 
-    goal = {**final, _HEADS: final["num_attention_heads"] // final["num_query_groups"]}
+    goal = dict(final)
+    if "num_attention_heads" in final:
+        goal[_HEADS] = final["num_attention_heads"] // final["num_query_groups"]
     sizes = {name: final[name] for name in SETTINGS if name in final}
     for name in (n for n in goal if n not in ("num_attention_heads", *SETTINGS)):
         begin, now, end = getattr(start, name), getattr(current, name), goal[name]
@@ -115,7 +117,8 @@ def _sizes_between(
         options = [size for size in range(end, now) if fits(name, size)]
         # Of two that are equally near the larger one: later rounds can still cut.
         sizes[name] = min([now, *reversed(options)], key=lambda size: abs(size - wanted))
-    sizes["num_attention_heads"] = sizes["num_query_groups"] * sizes.pop(_HEADS)
+    if _HEADS in sizes:
+        sizes["num_attention_heads"] = sizes["num_query_groups"] * sizes.pop(_HEADS)
     return sizes
 
 

@@ -9,7 +9,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.models.build import build_gpt
-from nemo_minitron.models.weights import load_weights, model_sharded_state_dict, save_weights
+from nemo_minitron.models.weights import (
+    load_weights,
+    model_sharded_state_dict,
+    save_model,
+    save_weights,
+)
 from nemo_minitron.runtime.groups import ParallelGroups
 from nemo_minitron.runtime.launch import init_model_parallel
 
@@ -28,6 +33,17 @@ def load_and_save(
     load_weights(chunks, groups, Path(source))
     dist_checkpointing.save(model_sharded_state_dict(chunks, groups), target)
     return {name: p.detach().clone() for name, p in chunks[0].named_parameters()}
+
+
+def save_as(
+    dtype: torch.dtype, config: ModelConfig, parallel: ParallelConfig, source: str, target: str
+) -> None:
+    """Load weights as another dtype than ``config`` names, and save them as training does."""
+    init_model_parallel(parallel)
+    groups = ParallelGroups.current()
+    chunks = build_gpt(config, parallel, groups, dtype=dtype)
+    load_weights(chunks, groups, Path(source))
+    save_model(chunks, groups, config, Path(target))
 
 
 def load_as_others(

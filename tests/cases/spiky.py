@@ -3,17 +3,21 @@
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from nemo_minitron.config.distillation import IntermediateConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from tests.cases.kd import model_cfg
 from tests.helpers.tiny import LLAMA, token_batch
 
 STEPS, BATCH, SEQ, BAD = 6, 4, 16, 3
 """The batch ``BAD`` (counted from 0) is the bad one."""
+TEACHER = replace(LLAMA, num_layers=2, hidden_size=48)
+INNER = IntermediateConfig(losses=["embedding", "block_output"], layer_map=[[1, 2]])
 
 
 def train(
@@ -25,6 +29,7 @@ def train(
     steps: int = STEPS,
     parallel: dict[str, Any] | None = None,
     optim: dict[str, Any] | None = None,
+    teacher: str | None = None,
 ) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]] | str:
     """Train with or without the bad batches; one sample of each is bad, so one rank has it.
 
@@ -38,11 +43,13 @@ def train(
         steps: of the training with them.
         parallel: keys of the layout.
         optim: further keys.
+        teacher: checkpoint folder of ``TEACHER``, whose logits and inner states are learnt then.
 
     Returns:
         The history and the weights, or what it ended with.
     """
     from nemo_minitron.data.samples import NpyDataset
+    from nemo_minitron.models.distill import DistillationGPTModel
     from nemo_minitron.models.gpt import MinitronGPTModel
     from nemo_minitron.models.training import fit
     from nemo_minitron.runtime.errors import Preempted
@@ -51,26 +58,31 @@ def train(
     ids = token_batch(steps * BATCH, SEQ - 1, LLAMA.vocab_size)
     marked = ids[[index * BATCH + 1 for index in batches], :-1]
 
-    class Spiky(MinitronGPTModel):
+    base: Any = DistillationGPTModel if teacher else MinitronGPTModel
+
+    class Spiky(base):
         def loss(self, batch, hidden, teacher):
             total, sums = super().loss(batch, hidden, teacher)
             if bad is None or not (batch["tokens"][:, : SEQ - 1] == marked).all(1).any():
                 return total, sums
             time.sleep(0.5 if bad == "slow" else 0.0)
             factor = {"spike": 50.0, "slow": 1.0}.get(bad, math.nan)
-            ce = sums.ce if bad == "gradient" else sums.ce * factor
-            return total * factor, sums._replace(ce=ce)
+            seen = 1.0 if bad == "gradient" else factor
+            return total * factor, sums._replace(ce=sums.ce * seen, kd=sums.kd * seen)
 
     layout = ParallelConfig(**(parallel or {}))
     init_model_parallel(layout)
     steps -= len(batches) * (bad is None)
     keys = {"max_steps": steps, "limit_val_batches": 0, "save_every_n_steps": 0, **trainer}
-    cfg = model_cfg(LLAMA, None, layout, trainer=keys)
+    inner = {"intermediate": INNER} if teacher else {}
+    cfg = model_cfg(LLAMA, TEACHER if teacher else None, layout, trainer=keys, **inner)
     constant = {"lr": 1e-3, "min_lr": 1e-3, "lr_decay_style": "constant"}
     cfg.optim.update({**constant, **(optim or {})})
     cfg.exp_manager = {}
     model = Spiky(cfg)
     model.load(Path(weights))
+    if teacher:
+        model.load_teacher(Path(teacher))
     if bad is None:
         kept = [i for i in range(len(ids)) if i // BATCH not in batches]
         ids = ids[kept]

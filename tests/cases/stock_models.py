@@ -11,22 +11,29 @@ import torch.nn.functional as F
 from nemo_minitron.config.layout import padded_vocab_size
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.families.windows import megatron_fields
 from nemo_minitron.models.build_fields import mamba_fields, router_fields
 
 Named = dict[str, torch.Tensor]
 
 
 def stock_model(
-    config: ModelConfig, parallel: ParallelConfig, own: list[Any], pattern: str | None = None
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    own: list[Any] | None,
+    pattern: str | None = None,
+    *,
+    listed: bool = False,
 ) -> list[Any]:
     """A stock model with the weights of ``own``.
 
     Args:
         config: sizes.
         parallel: layout, which is initialised.
-        own: this rank's part of our model.
+        own: this rank's part of our model; None leaves the weights as Megatron initialises them.
         pattern: letters of a HybridModel, ``|`` between pipeline stages; None builds a GPTModel. Of
             a GPT model they are pairs of attention and MLP or experts.
+        listed: whether the layer spec lists every layer of a stage, as where layers differ.
     """
     from megatron.core import parallel_state
 
@@ -35,19 +42,22 @@ def stock_model(
     first, last = parallel_state.is_pipeline_first_stage, parallel_state.is_pipeline_last_stage
     chunks = []
     for stage in range(vpp or 1):
-        model = _class(settings, pattern)(
+        here = stage if vpp else None
+        model = _class(settings, pattern, here, listed)(
             config=settings,
             vocab_size=padded_vocab_size(config.vocab_size, parallel.tensor_model_parallel_size),
             max_sequence_length=config.max_position_embeddings,
             pre_process=first(ignore_virtual=True) and stage == 0,
             post_process=last(ignore_virtual=True) and stage == (vpp or 1) - 1,
             position_embedding_type=config.position_embedding_type,
+            rotary_percent=config.rotary_percent,
             rotary_base=int(config.rotary_base),
             seq_len_interpolation_factor=(config.rope_scaling or {}).get("factor"),
-            vp_stage=stage if vpp else None,
+            vp_stage=here,
         )
         chunks.append(model)
-    fill(chunks, own, pairs=pattern is not None and config.hybrid_layer_pattern is None)
+    if own is not None:
+        fill(chunks, own, pairs=pattern is not None and config.hybrid_layer_pattern is None)
     return chunks
 
 
@@ -59,15 +69,25 @@ def fill(chunks: list[Any], own: list[Any], pairs: bool) -> None:
         model.load_state_dict({name: weights[known] for name, known in names.items()})
 
 
-def _class(settings: Any, pattern: str | None) -> Callable[..., Any]:
+def _class(
+    settings: Any, pattern: str | None, vp_stage: int | None, listed: bool
+) -> Callable[..., Any]:
     """The model's constructor with its layer spec."""
     from functools import partial
 
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt import GPTModel, gpt_layer_specs
 
+    if pattern is None and listed:
+        stage = {"use_transformer_engine": False, "vp_stage": vp_stage}
+        block = gpt_layer_specs.get_gpt_decoder_block_spec(
+            settings, normalization="RMSNorm", **stage
+        )
+        mtp = None
+        if settings.mtp_num_layers:
+            mtp = gpt_layer_specs.get_gpt_mtp_block_spec(settings, block, **stage)
+        return partial(GPTModel, transformer_layer_spec=block, mtp_block_spec=mtp)
     if pattern is None:
-        spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+        spec = gpt_layer_specs.get_gpt_layer_local_spec(normalization="RMSNorm")
         return partial(GPTModel, transformer_layer_spec=spec)
     from megatron.core.models.hybrid.hybrid_model import HybridModel
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -92,6 +112,7 @@ def _settings(config: ModelConfig, parallel: ParallelConfig, pattern: str | None
         "moe_shared_expert_intermediate_size": config.moe_shared_expert_intermediate_size,
         "moe_router_load_balancing_type": "none",
         "moe_token_dispatcher_type": "allgather",
+        "moe_layer_freq": config.moe_layer_freq or 1,
         **router_fields(config),
     }
     return TransformerConfig(
@@ -106,6 +127,10 @@ def _settings(config: ModelConfig, parallel: ParallelConfig, pattern: str | None
         gated_linear_unit=config.gated_linear_unit,
         activation_func={"silu": F.silu, "squared_relu": squared_relu}[config.activation],
         add_bias_linear=False,
+        add_qkv_bias=config.add_qkv_bias,
+        qk_layernorm=config.qk_layernorm,
+        mtp_num_layers=config.mtp_num_layers,
+        **megatron_fields(config),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         **(experts if config.num_moe_experts else {}),
@@ -113,6 +138,7 @@ def _settings(config: ModelConfig, parallel: ParallelConfig, pattern: str | None
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        pipeline_model_parallel_layout=parallel.pipeline_model_parallel_layout,
         sequence_parallel=parallel.sequence_parallel,
         pipeline_dtype=torch.float32,
         calculate_per_token_loss=True,

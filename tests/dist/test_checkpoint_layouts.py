@@ -10,9 +10,10 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nemo_minitron.checkpoint.lazy import from_tensor
 from nemo_minitron.checkpoint.torch_dist import read_torch_dist, write_torch_dist
+from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.families.registry import family_of
-from tests.cases.checkpoint import load_and_save, load_as_others
+from tests.cases.checkpoint import load_and_save, load_as_others, save_as
 from tests.helpers.pool import WorkerPool
 from tests.helpers.tiny import GPT2, LLAMA, MIXTRAL, random_weights, write_weights
 
@@ -113,3 +114,28 @@ def test_a_weight_that_is_not_finite_is_named_as_in_the_whole_model(ranks: Worke
     write_torch_dist(tmp_path, store, family_of(LLAMA), LLAMA, workers=1)
     with pytest.raises(RuntimeError, match=rf"{name} in .* holds NaN or infinite values"):
         ranks.run(2, load_and_save, LLAMA, layout(pp=2), str(tmp_path), str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("written", "trained", "parallel"),
+    [("float32", "bfloat16", layout(tp=2)), ("bfloat16", "float32", layout(pp=2))],
+)
+def test_a_result_is_of_what_was_trained_alone(
+    ranks: WorkerPool, tmp_path, written, trained, parallel
+):
+    """``model.yaml`` names the dtype in memory, and files of a run that was killed are gone."""
+    config, weights = replace(LLAMA, dtype=written), random_weights(LLAMA, seed=0)
+    write_weights(tmp_path / "source", LLAMA, 0)
+    folders = {name: tmp_path / name for name in ("fresh", "left")}
+    (folders["left"] / "sub").mkdir(parents=True)
+    for name in ("__7_0.distcp", ".metadata", "model.yaml", "note", "sub/file"):
+        (folders["left"] / name).write_text("of a killed run")
+    dtype = getattr(torch, trained)
+    for folder in folders.values():
+        task = (dtype, config, parallel, str(tmp_path / "source"), str(folder))
+        ranks.run(2, save_as, *task)
+        assert ModelConfig.load(folder) == replace(LLAMA, dtype=trained)
+        back = read_torch_dist(folder, family_of(LLAMA), LLAMA)
+        assert all(torch.equal(back[name].read(), weights[name].to(dtype)) for name in weights)
+    fresh, left = ({file.name for file in folder.iterdir()} for folder in folders.values())
+    assert left == fresh

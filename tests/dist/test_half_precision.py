@@ -1,10 +1,18 @@
 """A bf16 model without Megatron's wrapper (a teacher, a scored model) is bf16 throughout."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import nemo_minitron
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.config.stages import ImportConfig
+from nemo_minitron.families.llama import LLAMA as FAMILY
+from nemo_minitron.stages import import_
 from tests.helpers import tiny
 
 MODELS = {
@@ -40,6 +48,37 @@ def _dtypes_and_states(config: ModelConfig) -> tuple[set[str], torch.Tensor, tor
         with torch.no_grad():
             states.append(chunk(ids, torch.arange(16)[None], None))
     return dtypes, states[0], states[1]
+
+
+def _export_as_trained(checkpoint: str, folder: str) -> None:
+    """Open a model in fp32, as a training has it, and export it from memory."""
+    from nemo_minitron.runtime.launch import init_model_parallel
+
+    init_model_parallel(ParallelConfig())
+    nemo_minitron.export(nemo_minitron.open_model(checkpoint, dtype="float32"), folder)
+
+
+def test_what_is_exported_says_the_dtype_it_has_in_memory(ranks, tmp_path):
+    """Whatever dtype its source had; from files alone a model is exported as it came."""
+    sizes = tiny.LLAMA
+    model = LlamaForCausalLM(LlamaConfig(**FAMILY.to_hf(sizes))).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "hf")
+    import_.run(ImportConfig(source=str(tmp_path / "hf"), output_dir=str(tmp_path / "model")))
+    nemo_minitron.export(tmp_path / "model", tmp_path / "untrained")
+    ranks.run(1, _export_as_trained, str(tmp_path / "model"), str(tmp_path / "trained"))
+    source, untrained, trained = (
+        json.loads((tmp_path / name / "config.json").read_text())
+        for name in ("hf", "untrained", "trained")
+    )
+    assert untrained == source
+    assert source["dtype"] == "bfloat16"
+    assert trained == {**source, "dtype": "float32"}
+    for name, dtype in (("untrained", torch.bfloat16), ("trained", torch.float32)):
+        weights = load_file(tmp_path / name / "model.safetensors")
+        assert {tensor.dtype for tensor in weights.values()} == {dtype}
+        again = LlamaForCausalLM.from_pretrained(tmp_path / name, dtype="auto")
+        assert again.dtype == dtype
+    assert all(torch.equal(weights[name], w.float()) for name, w in model.state_dict().items())
 
 
 @pytest.mark.parametrize("family", MODELS)

@@ -143,6 +143,24 @@ def test_fused_norms_score_as_norms_that_stand_alone(normalization, zero_centere
         torch.testing.assert_close(found[axis], tensor, rtol=1e-5, atol=0)
 
 
+def test_heads_of_latent_attention_are_as_wide_as_their_values() -> None:
+    """Megatron's configuration of it has ``kv_channels`` too, which nothing of it goes by."""
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+    from nemo_minitron.config.axes import AXES
+    from nemo_minitron.importance.hooks import rows_seen
+
+    sizes = {"num_layers": LAYERS, "hidden_size": H, "num_attention_heads": HEADS}
+    for kv_channels in (None, 16):
+        latent = MLATransformerConfig(
+            **sizes, kv_channels=kv_channels, qk_head_dim=6, qk_pos_emb_head_dim=2, v_head_dim=5
+        )
+        assert latent.kv_channels == (kv_channels or H // HEADS)
+        assert rows_seen(AXES["head"], latent) == (0, HEADS * 5)
+        plain = TransformerConfig(**sizes, kv_channels=kv_channels)
+        assert rows_seen(AXES["head"], plain) == (0, HEADS * plain.kv_channels)
+
+
 def hook_count(chunk: Chunk) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in chunk.modules())
 

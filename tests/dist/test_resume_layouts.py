@@ -40,6 +40,7 @@ LAYOUTS = {
     "ep2": (2, ParallelConfig(expert_model_parallel_size=2)),
 }
 RESUMED_AT = 3
+_VALIDATION = ("val_loss", "val_kd_loss")
 
 
 @pytest.fixture(scope="module")
@@ -80,20 +81,30 @@ class Runs:
         return self.done[key]
 
     def resumed(self, model: str, source: str, layout: str, at: int = RESUMED_AT, **over):
-        """Result of a run that goes on from step ``at`` of the undisturbed run of ``source``."""
+        """As ``undisturbed``, of a run that goes on from step ``at`` of that of ``source``."""
         _, before = self.undisturbed(model, source, **over)
         work = self.folder / f"{model}-{source}-{layout}-{at}-{sorted(over)}"
         name = f"checkpoints/step={at}"
         shutil.copytree(before / name, work / name)
-        return self.run(model, layout, work, **over)
+        return self.run(model, layout, work, **over), work
 
 
 def _curve(results) -> torch.Tensor:
     """Loss of every step and of every validation, of rank 0; the ranks agree."""
-    keys = ("loss", "val_loss", "val_kd_loss")
+    keys = ("loss", *_VALIDATION)
     curves = [[r[key] for r in history for key in keys if key in r] for history, _ in results]
     assert all(curve == curves[0] for curve in curves)
     return torch.tensor(curves[0], dtype=torch.float64)
+
+
+def _logged(work: Path) -> dict[str, dict[int, float]]:
+    """The losses that TensorBoard shows, each by its place on the horizontal axis."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(work / "logs"))
+    events.Reload()
+    names = [name for name in events.Tags()["scalars"] if name in ("train/loss", *_VALIDATION)]
+    return {name: {one.step: one.value for one in events.Scalars(name)} for name in names}
 
 
 PAIRS = [
@@ -125,7 +136,7 @@ def test_goes_on_at_another_layout(runs, model, source, layout):
     So are the gradient norms, which clipping depends on. The vocabulary of 101 is padded at TP 2
     and not elsewhere; the optimizer is distributed.
     """
-    (want, _), got = runs.undisturbed(model, source), runs.resumed(model, source, layout)
+    (want, _), (got, _) = runs.undisturbed(model, source), runs.resumed(model, source, layout)
     assert got[0][0][-1]["step"] == STEPS
     curve = _curve(want)
     assert len(curve) == STEPS + 4
@@ -137,7 +148,7 @@ def test_goes_on_at_another_layout(runs, model, source, layout):
 def test_optimizer_that_is_not_distributed(runs):
     """Its state has another shape in Megatron; it too goes on at another layout."""
     over = {"optim": {"use_distributed_optimizer": False}}
-    (want, _), got = (
+    (want, _), (got, _) = (
         runs.undisturbed("dense", "tp2", **over),
         runs.resumed("dense", "tp2", "pp2", **over),
     )
@@ -147,9 +158,11 @@ def test_optimizer_that_is_not_distributed(runs):
 # Several buckets, with padding between them.
 BUCKETS = {"ddp": {"overlap_grad_reduce": True, "bucket_size": 2000}}
 SAME = [
-    *(("single", at, {}) for at in range(1, STEPS)),
+    *(("single", at, {}) for at in range(1, STEPS + 1)),  # the last one was not validated yet
+    ("single", 3, {"trainer": {"log_every_n_steps": 2}}),
     ("tp2", 3, {}),
     ("pp2_vpp2", 2, {}),
+    ("dp2", STEPS, {}),
     ("dp2", 3, {"megatron": BUCKETS}),
     ("dp2", 3, {"precision": "bf16-mixed", "megatron": BUCKETS}),
     ("dp2", 3, {"precision": "bf16-mixed"}),
@@ -159,10 +172,16 @@ SAME = [
 
 @pytest.mark.parametrize(("layout", "at", "over"), SAME)
 def test_goes_on_bit_for_bit(runs, layout, at, over):
-    """History and weights are the same whichever step was the last one saved."""
-    want, _ = runs.undisturbed("dense", layout, **over)
-    got = runs.resumed("dense", layout, layout, at, **over)
+    """History, weights and curves are the same whichever step was the last one saved."""
+    want, before = runs.undisturbed("dense", layout, **over)
+    got, work = runs.resumed("dense", layout, layout, at, **over)
     for (history, weights), (want_history, want_weights) in zip(got, want, strict=True):
         assert without_speed(history) == without_speed(want_history)
         assert weights.keys() == want_weights.keys()
         assert all(torch.equal(weights[name], want_weights[name]) for name in weights)
+    logged, curves = _logged(work), _logged(before)
+    assert set(curves) == {"train/loss", "val_loss", "val_kd_loss"}
+    for name, curve in curves.items():
+        begin = at if name == "train/loss" else at - 1  # what is due at a checkpoint comes after it
+        rest = {place: value for place, value in curve.items() if place >= begin}
+        assert logged.get(name, {}) == rest, name

@@ -10,7 +10,7 @@ from nemo_minitron.config.training import TrainerConfig
 from nemo_minitron.models import rewind
 from nemo_minitron.models.rewind import Rewind
 from nemo_minitron.models.spikes import Spikes
-from tests.cases.spiky import train
+from tests.cases.spiky import TEACHER, train
 from tests.helpers.history import without_speed
 from tests.helpers.tiny import LLAMA, write_weights
 
@@ -31,10 +31,20 @@ def run(ranks, tmp_path_factory):
     """Train on two ranks."""
     folder = tmp_path_factory.mktemp("rewind")
     write_weights(folder / "weights", LLAMA, 1)
+    write_weights(folder / "teacher", TEACHER, 2)
 
-    def run(name: str, bad: "str | None" = "spike", batches=BAD, parallel=None, optim=None, **keys):
+    def run(
+        name: str,
+        bad: "str | None" = "spike",
+        batches=BAD,
+        parallel=None,
+        optim=None,
+        taught=False,
+        **keys,
+    ):
         task = (str(folder / "weights"), str(folder / name), bad, {**KEYS, **keys})
-        return ranks.run(2, train, *task, batches, STEPS, parallel, optim)
+        teacher = str(folder / "teacher") if taught else None
+        return ranks.run(2, train, *task, batches, STEPS, parallel, optim, teacher)
 
     return run
 
@@ -56,6 +66,23 @@ def test_weights_are_those_without_the_batches_since_the_checkpoint(run, rewound
         assert counts[FIRST - 1] == (0, 0)
         assert counts[LAST] == (LAST - FIRST + 1, 0)
         assert counts[LAST + 1] == (LAST - BACK, 1)
+
+
+def test_all_that_a_distillation_learnt_goes_back(run):
+    """The projection of the inner states too, and how much their losses weigh."""
+    got, want = (
+        run("taught", taught=True),
+        run("taught without", None, list(range(BACK, LAST)), taught=True),
+    )
+    kept = [*range(1, BACK + 1), *range(LAST + 1, STEPS + 1)]
+    for (history, weights), (wanted, want_weights) in zip(got, want, strict=True):
+        assert any("projection" in name for name in weights)
+        assert all(torch.equal(weights[name], want_weights[name]) for name in want_weights)
+        records = {record["step"]: record for record in history}
+        assert records[LAST + 1]["rewinds"] == 1
+        for key in ("alpha", "loss"):
+            assert [records[step][key] for step in kept] == [record[key] for record in wanted]
+        assert records[LAST]["alpha"] != records[LAST + 1]["alpha"]
 
 
 def test_a_run_that_stops_and_goes_on_rewinds_alike(run, rewound):

@@ -5,6 +5,7 @@ import json
 import pytest
 import yaml
 
+from nemo_minitron.checkpoint.seals import sealed_file
 from tests.cases.search import killed_after, with_slow_reader
 from tests.helpers.bad_input import run_line, write_scores
 from tests.helpers.damage import flip_bit
@@ -16,6 +17,7 @@ SPACE = [
     "search.num_layers=[3,4]",
     "search.max_params=105000",
 ]
+LIMIT = ["search.max_latency_ms=1e6"]
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +103,31 @@ def test_a_killed_search_goes_on(ranks, home, tmp_path):
     assert len(distilled) == 2
     assert all(r["distilled_loss"] != r["loss"] for r in distilled)
     assert not list((tmp_path / "killed").glob("distilled"))
+
+
+def without_layouts(folder) -> None:
+    """Make the records of candidates what a version without layouts in them wrote."""
+    for path in folder.glob("*.json"):
+        record = json.loads(path.read_text())
+        assert record.pop("layout")["ranks"] == 1
+        with sealed_file(path) as draft:
+            draft.write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    ("limit", "older", "left"),
+    [([], False, 1), (LIMIT, False, 2), (LIMIT, True, 1)],
+    ids=["no limit", "limit", "limit, of an earlier version"],
+)
+def test_a_limit_is_for_latencies_of_one_layout(ranks, home, tmp_path, limit, older, left):
+    """What one rank measured is measured again on two, once, and only if there is a limit."""
+    line = command(home, tmp_path / "out", *limit)
+    assert ranks.run(1, killed_after, line, 1, 99) == [(1, 0)]
+    if older:
+        without_layouts(tmp_path / "out.partial/scored")
+    line.append("parallel.tensor_model_parallel_size=2")
+    assert ranks.run(2, killed_after, line, 1, 99) == [(1, 0)] * 2
+    assert ranks.run(2, killed_after, line, 99, 99) == [(left, 0)] * 2
+    found = json.loads((tmp_path / "out/candidates.json").read_text())["candidates"]
+    assert len(found) == 3
+    assert not any("layout" in record for record in found)

@@ -7,7 +7,7 @@ import torch
 
 from nemo_minitron.config.training import TrainerConfig
 from nemo_minitron.models.spikes import Spikes
-from tests.cases.spiky import BAD, STEPS, train
+from tests.cases.spiky import BAD, STEPS, TEACHER, train
 from tests.helpers.tiny import LLAMA, write_weights
 
 
@@ -16,10 +16,12 @@ def run(ranks, tmp_path_factory):
     """Train on two replicas, of which one sees what is bad."""
     folder = tmp_path_factory.mktemp("spikes")
     write_weights(folder / "weights", LLAMA, 1)
+    write_weights(folder / "teacher", TEACHER, 2)
 
-    def run(name: str, bad: "str | None", **trainer):
-        work = str(folder / name)
-        return ranks.run(2, train, str(folder / "weights"), work, bad, trainer)
+    def run(name: str, bad: "str | None", taught: bool = False, **trainer):
+        task = (str(folder / "weights"), str(folder / name), bad, trainer)
+        teacher = str(folder / "teacher") if taught else None
+        return ranks.run(2, train, *task, (BAD,), STEPS, None, None, teacher)
 
     return run
 
@@ -42,6 +44,20 @@ def test_a_bad_batch_leaves_no_trace(run, without, bad):
         assert [r["left_out"] for r in others] == [0] * BAD + [1] * (STEPS - BAD - 1)
         shown = [record["loss"] for record in history if record["step"] == BAD + 1]
         assert len(shown) == (bad != "loss")
+
+
+def test_nor_in_what_a_distillation_weighs_by_the_batch_before(run):
+    """The weight of the intermediate losses follows the batches that taught something."""
+    want = run("taught without", None, taught=True, skip_loss_above=4.0)
+    for bad in ("spike", "gradient"):
+        got = run(f"taught {bad}", bad, taught=True, skip_loss_above=4.0)
+        for (history, weights), (wanted, want_weights) in zip(got, want, strict=True):
+            assert any("projection" in name for name in weights)
+            assert all(torch.equal(weights[name], want_weights[name]) for name in want_weights)
+            others = [record for record in history if record["step"] != BAD + 1]
+            for key in ("alpha", "loss"):
+                assert [r[key] for r in others] == [r[key] for r in wanted]
+            assert len({r["alpha"] for r in wanted}) > 2, "it changes from step to step"
 
 
 def test_without_the_key_it_ends_the_training(run):

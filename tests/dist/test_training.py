@@ -119,6 +119,19 @@ def test_newest_checkpoints_are_kept(run):
     assert sorted(path.name for path in (work / "checkpoints").iterdir()) == ["step=5", "step=6"]
 
 
+def test_fewer_checkpoints_are_kept_after_a_resume(run):
+    """Those that were kept before go, and so do later ones in their turn.
+
+    Lightning leaves the one that a run went on from; the next start would remove it.
+    """
+    keys = {"save_every_n_steps": 1, "limit_val_batches": 0}
+    _, work = run(trainer={**keys, "save_top_k": 3, "max_steps": 3})
+    folder = work / "checkpoints"
+    assert len(list(folder.iterdir())) == 3
+    run(work=work, trainer={**keys, "save_top_k": 2})
+    assert sorted(path.name for path in folder.iterdir()) == ["step=3", "step=5", "step=6"]
+
+
 def test_checkpoints_beside_training(run, every_step):
     """They are what training itself writes: a run goes on from them with the same losses."""
     over = {"limit_val_batches": 0, "async_save": True}
@@ -169,6 +182,13 @@ def test_checkpoints_by_time(run):
     trainer = {"save_every_n_steps": 0, "save_every_n_minutes": 5e-5, "limit_val_batches": 0}
     _, work = run(trainer={**trainer, "save_top_k": 1})
     assert [path.name for path in (work / "checkpoints").iterdir()] == [f"step={STEPS}"]
+
+
+def test_checkpoints_by_time_and_by_steps(run):
+    """The clock, due at every step, takes away none that was written by steps."""
+    trainer = {"save_every_n_steps": 2, "save_every_n_minutes": 5e-5, "limit_val_batches": 0}
+    _, work = run(trainer={**trainer, "save_top_k": 1, "max_steps": 5})
+    assert sorted(path.name for path in (work / "checkpoints").iterdir()) == ["step=4", "step=5"]
 
 
 @pytest.mark.parametrize("key", ["exit_interval", "exit_duration_in_mins"])

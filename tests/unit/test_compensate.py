@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from nemo_minitron.checkpoint.lazy import from_tensor
+from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import PruningConfig, TargetConfig
+from nemo_minitron.families.gemma import GEMMA2 as GEMMA
 from nemo_minitron.families.llama import LLAMA as FAMILY
 from nemo_minitron.pruning.compensate import (
     Compensation,
@@ -16,7 +18,7 @@ from nemo_minitron.pruning.compensate import (
 from nemo_minitron.pruning.plan import Plan, full_plan
 from nemo_minitron.pruning.slicing import prune_store
 from nemo_minitron.pruning.targets import check_compensation
-from tests.helpers.tiny import LLAMA, random_weights
+from tests.helpers.tiny import GEMMA2, LLAMA, random_weights
 
 KEPT = torch.tensor([0, 2, 3, 6])
 
@@ -129,6 +131,38 @@ def test_which_tensors_change_and_how(monkeypatch, tied: bool, block_bytes: int)
     for name, tensor in plain.items():  # those that are only cut
         assert torch.equal(found[name].read(), tensor), name
     assert set(plain) == {"embedding.word_embeddings.weight"}
+
+
+def test_a_norm_that_adds_one_to_its_weight_is_scaled_as_a_whole() -> None:
+    """Gemma's norms multiply by ``1 + w``, and that is what the factor is of."""
+    known, kept = moments(), torch.arange(0, GEMMA2.hidden_size, 2)
+    compensation = Compensation(["hidden"], 1e-2, lambda axis, index: known[axis, index])
+    rows = {name: (row, layer) for name, row, layer in GEMMA.parameters(GEMMA2)}
+    row, layer = rows["decoder.layers.2.pre_mlp_layernorm.weight"]
+    change = compensation.change(row, GEMMA2, layer, kept)
+    assert change is not None
+    weight = torch.linspace(-0.9, 2.0, len(kept))
+    factor = norm_factor(known["hidden", 5], 1 + weight, kept)
+    torch.testing.assert_close(change(weight), (1 + weight) * factor - 1)
+
+
+def test_a_model_is_compensated_alike_however_its_norms_are_stored() -> None:
+    known, hidden = moments(), list(range(0, GEMMA2.hidden_size, 2))
+    plan = full_plan(GEMMA2).replaced(hidden=hidden)
+    compensation = Compensation(["hidden"], 1e-2, lambda axis, index: known[axis, index])
+
+    def pruned(config: ModelConfig, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        store = {name: from_tensor(tensor) for name, tensor in weights.items()}
+        found = prune_store(GEMMA, config, plan, store, compensation)
+        return {name: tensor.read() for name, tensor in found.items()}
+
+    ordinary = replace(GEMMA2, layernorm_zero_centered_gamma=False)
+    gains = random_weights(ordinary, family=GEMMA)
+    one = {name: float(name.endswith("norm.weight")) for name in gains}
+    wanted = pruned(ordinary, gains)
+    found = pruned(GEMMA2, {name: gains[name] - one[name] for name in gains})
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name] + one[name], tensor, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

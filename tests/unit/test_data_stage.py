@@ -3,11 +3,16 @@
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 
@@ -125,6 +130,49 @@ def _check_written(corpus: Path, out: Path) -> None:
     vocab = TextTokenizer(corpus / "tokenizer")._tokenizer.get_vocab_size()
     for source in data.sources():
         prepare_tokens(source, vocab_size=vocab, cache=out.parent / "cache", splits=("train",))
+
+
+def _killed_after_a_part(arguments: list[str], parts: Path) -> None:
+    """Kill the first process of a command once a part is whole; the others end with it."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nemo_minitron", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 100
+    while not [path for path in parts.glob("*-*") if path.suffix != ".draft"]:
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    writers = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    assert process.wait(30) == -signal.SIGKILL
+    assert len(writers) >= 2
+    assert not psutil.wait_procs(writers, timeout=30)[1]
+
+
+def test_a_killed_run_goes_on(corpus, tmp_path):
+    """It ends with the files of one that nobody killed."""
+    (tmp_path / "web").mkdir()
+    for number in range(4):
+        texts = make_texts(10 if number == 1 else 600, seed=number)
+        write_jsonl(tmp_path / "web" / f"{number}.jsonl", texts)
+    keys = (f"data.blend=[1,{tmp_path}/web]", "total_tokens=10000000", "workers=2")
+    commands = {
+        out: ["data", f"checkpoint={corpus}/model", *keys, f"output_dir={out}"]
+        for out in (tmp_path / "killed", tmp_path / "whole")
+    }
+    parts = tmp_path / "killed.partial" / "parts"
+    _killed_after_a_part(commands[tmp_path / "killed"], parts)
+    assert list(parts.glob("*.draft")), "another part was being written"
+    found = []
+    for out, arguments in commands.items():
+        done(run_line(arguments))
+        names = ("0_web.bin", "0_web.idx", "metrics.json")
+        found.append([(out / name).read_bytes() for name in names])
+        assert not list(tmp_path.glob("*.partial"))
+    assert found[0] == found[1]
 
 
 def test_a_source_at_its_end(corpus, tmp_path):

@@ -217,6 +217,13 @@ def test_archives(tmp_path: Path) -> None:
         ({"hidden_size": None}, "args in * does not say hidden_size"),
         ({"position_embedding_type": "mrope"}, "position_embedding_type=mrope is not supported"),
         ({"position_embedding_type": "yarn"}, "does not say yarn_rotary_scaling_factor"),
+        (
+            {"use_rope_scaling": True, "rope_scaling_factor": 32.0},
+            "rope_scaling_factor=32.0 is not",
+        ),
+        ({"num_experts": 4, "moe_mlp_glu_interleave_size": 32}, "moe_mlp_glu_interleave_size=32"),
+        ({"rotary_base": (10_000, 1_000_000)}, "only one number"),
+        ({"window_size": 512}, "window_size=512 is not supported"),
         ({"quick_geglu": True, "swiglu": False}, "this activation (activation=quick_gelu)"),
         ({"multi_latent_attention": True}, "multi_latent_attention=True is not supported"),
         (

@@ -98,6 +98,25 @@ def test_stops_at_the_first_failure_and_goes_on_from_there(pipeline):
     assert pipeline()[2] == ALL[2:]
 
 
+def test_overwriting_goes_on_where_it_was_stopped(pipeline):
+    """A requeued job is the same command: what it made anew already stays."""
+    assert pipeline()[2] == ALL
+    code, err, ran = pipeline("overwrite=true", FAKE_RUN="prune:preempted")
+    assert (code, ran) == (75, ALL[:3]), err
+    assert pipeline("overwrite=true")[2] == ALL[2:]
+    assert pipeline("overwrite=true")[2] == ALL
+
+
+def test_each_job_of_a_sweep_reads_its_own_results(pipeline, tmp_path):
+    code, err, ran = pipeline("-m", "inputs.ffn=512,768")
+    assert (code, ran) == (0, 2 * ALL), err
+    for job in ("ffn=512", "ffn=768"):
+        teacher = open_result(tmp_path / "run" / job / "teacher")
+        pruned = open_result(tmp_path / "run" / job / "pruned")
+        assert pruned.inputs["checkpoint"] == f"import:{teacher.id}"
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["ffn=512", "ffn=768"]
+
+
 def test_sigterm_reaches_the_running_stage(pipeline, tmp_path):
     notes = tmp_path / "notes"
     line = ["pipeline", "--config-dir", "conf", "experiment=mine"]
@@ -194,6 +213,20 @@ def test_an_experiment_extends_another_one(tmp_path, monkeypatch):
     assert after["pruned"].workers == 2
     assert after["importance"].data.num_samples == 5
     assert after["distilled"] == before["distilled"]
+
+
+def test_a_changed_group_wins_over_single_keys(tmp_path, monkeypatch):
+    """Hydra itself would take ``parallel=tp2`` first and then the keys of the item."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "file").write_text("x")
+    config = {"checkpoint": "m", "data.path": "m", "parallel": {"tensor_model_parallel_size": 4}}
+    stages = [{"name": "a", "stage": "finetune", "config": config}]
+    change = {"a": {"parallel": "tp2", "data.seed": 3}}
+    (item,) = read_items(PipelineConfig(output_dir="out", stages=stages, change=change))
+    config_of: Any = item.config
+    assert config_of.parallel.tensor_model_parallel_size == 2
+    assert config_of.data.seed == 3
 
 
 @pytest.mark.parametrize(

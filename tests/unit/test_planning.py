@@ -173,6 +173,22 @@ def test_stages_that_depend_on_texts_are_said_to_be_left_out(stage):
     assert f"│ {stage[0]}" in ending.out
 
 
+@pytest.mark.parametrize("steps", [0, 10])
+def test_a_search_that_trains_what_it_finds_is_left_out(tmp_path, steps):
+    """What the candidates take is known when there are any; running the model itself is counted."""
+    line = ["plan", "search", "checkpoint=none", "importance=none", "data.path=x", "nodes=1"]
+    line += ["model=llama31_8b", "parallel=tp8_sp", "search.hidden_size=[3072]"]
+    ending = run_line([*line, f"search.distill.steps={steps}", f"json={tmp_path}/plan.json"])
+    assert ending.code == 0, ending.err
+    (item,) = json.loads((tmp_path / "plan.json").read_text())["items"]
+    assert ({"ranks", "fits", "gpu_hours"} <= item.keys()) == (steps == 0)
+    assert ("not counted" in ending.out) == (steps > 0)
+    reason = "it trains candidates that it has yet to find (search.distill.steps)"
+    assert (reason in ending.out) == (steps > 0)
+    if steps:
+        assert item.keys() == {"name", "stage", "model", "result"}
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [

@@ -1,13 +1,20 @@
 """``plan`` counts the settings of Megatron's own that change memory."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from nemo_minitron.config import load
 from nemo_minitron.config.megatron import MegatronConfig
-from nemo_minitron.config.stages import DistillConfig, FinetuneConfig, PlanConfig
-from nemo_minitron.config.training import DataConfig, TrainerConfig
+from nemo_minitron.config.stages import (
+    DistillConfig,
+    FinetuneConfig,
+    ImportanceConfig,
+    PlanConfig,
+    PruneConfig,
+)
+from nemo_minitron.config.training import DataConfig, OptionalDataConfig, TrainerConfig
 from nemo_minitron.planning.advice import _changes
 from nemo_minitron.planning.compute import work
 from nemo_minitron.planning.memory import Job, fullest_rank
@@ -120,6 +127,22 @@ def test_whole_plans(tmp_path):
     assert found["low_memory_optimizer"].total < plain.total
     assert found["recompute_full"].activations < plain.activations
     assert found["fp8_hybrid"].weights > plain.weights
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("bfloat16", 2), ("float32", 4)])
+def test_scoring_is_in_the_dtype_of_the_model(dtype: str, width: int):
+    """Whether ``importance`` does it or ``prune``; on a CPU everything is fp32."""
+    model = replace(LLAMA_8B, dtype=dtype)
+    data: dict[str, Any] = {"path": "x", "seq_length": 4096, "global_batch_size": 8}
+    files: dict[str, Any] = {"output_dir": "o", "checkpoint": "c"}
+    alone = ImportanceConfig(**files, data=DataConfig(**data))
+    inside = PruneConfig(**files, data=OptionalDataConfig(**data))
+    for on_gpus in (True, False):
+        jobs = [Job(cfg, model, None, 8, on_gpus) for cfg in (alone, inside)]
+        assert [one.bf16 for one in jobs] == [on_gpus and dtype == "bfloat16"] * 2
+        first, second = map(fullest_rank, jobs)
+        assert first == second
+        assert first.weights == (width if on_gpus else 4) * 8_030_261_248
 
 
 @pytest.mark.parametrize("part", ["ddp", "transformer"])

@@ -11,10 +11,11 @@ from nemo_minitron.config import load, schema
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig, TeacherParallelConfig
 from nemo_minitron.config.pipeline import PlanConfig
-from nemo_minitron.config.stages import DistillConfig
+from nemo_minitron.config.stages import DistillConfig, TeacherLogitsConfig
 from nemo_minitron.config.training import DataConfig, TrainerConfig
+from nemo_minitron.planning.advice import _tries
 from nemo_minitron.planning.compute import forward_flops
-from nemo_minitron.planning.memory import Job, fullest_rank
+from nemo_minitron.planning.memory import Job, check_split, fullest_rank
 from nemo_minitron.planning.step_time import step_time
 from tests.helpers.bad_input import run_line
 
@@ -64,6 +65,26 @@ def test_the_student_waits_for_the_first_micro_batch_and_for_what_takes_longer(r
     assert beside == pytest.approx(shared.total - shared.teacher)
     assert alone.teacher == pytest.approx(first + max(0.0, passes - first - beside))
     assert (passes > beside) == (ranks == 2)
+
+
+def test_advice_leaves_out_what_the_teacher_cannot_follow():
+    """Its ranks are no multiple of some of the degrees that are tried."""
+    cfg = job(own_ranks=8).cfg
+    cfg.parallel = ParallelConfig(tensor_model_parallel_size=8, sequence_parallel=True)
+    cluster: Any = load.compose("plan", ["cluster=dgx_h100"])
+    tried = [changed.parallel.model_parallel_size for _, changed in _tries(cfg, cluster.cluster)]
+    assert tried
+    assert all(8 % size == 0 for size in tried)
+
+
+def test_a_teacher_alone_deals_out_samples():
+    """Batches need not divide over replicas that train nothing."""
+    data = DataConfig(path="x", seq_length=SEQ, global_batch_size=8, micro_batch_size=4)
+    cfg = TeacherLogitsConfig(checkpoint="teacher", output_dir="out", data=data)
+    check_split(cfg, 8)
+    student = DistillConfig(student="s", teacher="t", output_dir="out", data=data)
+    with pytest.raises(ValueError, match="global_batch_size=8"):
+        check_split(student, 8)
 
 
 def test_both_sides_are_counted(tmp_path):

@@ -258,6 +258,19 @@ def test_doubtful_numbers_are_said_to_be_so(tmp_path, caplog):
     assert "eval_teacher may" not in text
 
 
+def test_what_read_no_text_of_its_own_is_not_doubted(tmp_path, caplog):
+    """A phase takes the sources of the training, and an evaluation may ask tasks alone."""
+    cfg = _make_pipeline(tmp_path)
+    (tmp_path / "distill" / "metrics.json").unlink()
+    cfg.stages = [s for s in cfg.stages if s["stage"] in ("distill", "evaluate")]
+    phases = {"trainer": {"phases": [{"steps": 5, "data": {"path": ""}}]}}
+    for name, values in (("distill", {"data": DATA, **phases}), ("eval_pruned", {"tasks": ["a"]})):
+        config = tmp_path / name / ".hydra" / "config.yaml"
+        config.write_text(yaml.safe_dump({"data": {"path": "", "seed": 2}, **values}))
+    write_report(tmp_path, cfg)
+    assert "eval_pruned may hold" not in caplog.text
+
+
 def test_missing_figures_are_named(tmp_path):
     cfg = _make_pipeline(tmp_path)
     (tmp_path / "eval_pruned" / "metrics.json").write_text("{}")

@@ -14,7 +14,7 @@ from nemo_minitron.pruning.plan import Plan, full_plan, make_plan, pruned_config
 from nemo_minitron.pruning.rounds import compose, pruning_rounds
 from nemo_minitron.pruning.scores import Scores, model_meta
 from nemo_minitron.pruning.slicing import prune_store
-from tests.helpers.tiny import LLAMA, random_weights
+from tests.helpers.tiny import LLAMA, NEMOTRON_H, random_weights
 
 SMOL = replace(
     LLAMA,
@@ -62,6 +62,40 @@ def test_sizes_between_fit_the_layout() -> None:
 
 def test_rounds_that_change_nothing_are_left_out() -> None:
     assert sizes(LLAMA, 4, num_layers=3) == [(3,)]
+
+
+def test_sizes_of_a_hybrid_go_down_too() -> None:
+    """As many Mamba heads stay of every group, in every round."""
+    assert sizes(NEMOTRON_H, 2, hidden_size=32) == [(48,), (32,)]
+    assert sizes(NEMOTRON_H, 2, mamba_num_heads=2) == [(6,), (2,)]
+    many = replace(NEMOTRON_H, mamba_num_heads=20, mamba_num_groups=4)
+    assert sizes(many, 3, mamba_num_heads=4, hidden_size=32) == [(16, 53), (8, 43), (4, 32)]
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_a_hybrid_without_attention(rounds: int) -> None:
+    """It has no heads to keep a multiple of anything."""
+    pattern = "M-" * (NEMOTRON_H.num_layers // 2)
+    config = replace(NEMOTRON_H, hybrid_layer_pattern=pattern, num_layers=len(pattern))
+    assert sizes(config, rounds, hidden_size=32)[-1] == (32,)
+
+
+@pytest.mark.parametrize(
+    ("heads", "says"),
+    [(7, "use 6 or 8"), (5, "use 4 or 6"), (1, "use 2$")],
+)
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_mamba_heads_that_the_groups_do_not_share(heads: int, says: str, rounds: int) -> None:
+    wanted = rf"mamba_num_heads={heads} must be a multiple of mamba_num_groups=2; {says}"
+    with pytest.raises(ValueError, match=wanted):
+        sizes(NEMOTRON_H, rounds, mamba_num_heads=heads)
+
+
+@pytest.mark.parametrize("config", [LLAMA, NEMOTRON_H], ids=lambda config: config.family)
+def test_one_round_where_the_target_is_what_the_model_has(config: ModelConfig) -> None:
+    target = TargetConfig(hidden_size=64, num_layers=config.num_layers)
+    pruning = PruningConfig(target=target, iterations=3)
+    assert pruning_rounds(config, pruning, ParallelConfig()) == [pruning]
 
 
 def test_drop_layers_goes_last() -> None:

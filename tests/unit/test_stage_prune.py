@@ -24,7 +24,7 @@ from nemo_minitron.families.llama import LLAMA as FAMILY
 from nemo_minitron.pruning.plan import Plan
 from nemo_minitron.pruning.scores import Scores, model_meta
 from nemo_minitron.stages import import_, prune
-from tests.helpers.tiny import LLAMA
+from tests.helpers.tiny import LLAMA, read_weights
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +104,21 @@ def test_drop_layers_needs_no_importance(home: Path, tmp_path: Path) -> None:
     prune.run(cfg)
     small = ModelConfig.load(tmp_path / "out" / "checkpoint")
     assert (small.num_layers, small.kept_layers) == (3, [0, 2, 3])
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_a_target_that_the_model_has_cuts_nothing(home, tmp_path: Path, iterations: int) -> None:
+    """However many rounds lead there; nothing is to be scored, so data are refused."""
+    cfg = prune_config(home, tmp_path / "out", scores=None, hidden_size=LLAMA.hidden_size)
+    cfg.pruning.iterations = iterations
+    prune.check(cfg)
+    prune.run(cfg)
+    before, after = read_weights(home / "model"), read_weights(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    cfg.data.path, cfg.output_dir = "text", str(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"data\.path=text is not needed: nothing is scored"):
+        prune.check(cfg)
 
 
 def test_scores_serve_any_target_without_a_forward_pass(home, tmp_path, monkeypatch) -> None:

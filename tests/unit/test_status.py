@@ -101,6 +101,10 @@ def test_a_run_that_goes_on(run, status):
         old = time.time() - 3600
         os.utime(work / "logs" / "status.json", (old, old))
         assert status()[0]["state"] == "hung"
+        for patient in ({"hang_after_minutes": 120}, {"log_every_n_steps": 60}):
+            write_progress(work, step=30, loss=1.25, seconds_per_step=30.0, **patient)
+            os.utime(work / "logs" / "status.json", (old, old))
+            assert status()[0]["state"] == "running"
 
     run.run(look)
     found, text = status()

@@ -122,6 +122,32 @@ def test_as_many_ranks_as_the_layout_needs_or_whole_nodes(submit, keys, nodes, p
     assert f"--gpus-per-node={per_node}" in line
 
 
+def test_the_script_sees_the_output_folder(submit, tmp_path):
+    """Where the results go may stand in a file, or be made of other keys."""
+    path = tmp_path / "conf" / "experiment" / "tune.yaml"
+    path.write_text("# @package _global_\noutput_dir: runs/tuned\n")
+    keys = ("finetune", "checkpoint=t", "data.path=d", BARE)
+    code, out, err = submit(*keys, "experiment=tune", *MINE)
+    assert code == 0, err
+    assert "output_dir=runs/tuned" in sbatch_lines(out)[0]
+    code, out, err = submit(*keys, "output_dir=${data.path}/tuned", *MINE)
+    assert code == 0, err
+    assert [w for w in sbatch_lines(out)[0] if w.startswith("output_dir")] == ["output_dir=d/tuned"]
+
+
+def test_an_evaluation_without_data_has_its_ranks_too(submit, tmp_path):
+    """An exported model is evaluated by one process, whatever the nodes have."""
+    keys = ("checkpoint=t", "tasks=[arc_easy]", "output_dir=out", BARE)
+    code, out, err = submit("evaluate", *keys, "parallel=tp2", *MINE)
+    assert code == 0, err
+    assert {"--nodes=1", "--ntasks=2", "--gpus-per-node=2"} <= set(sbatch_lines(out)[0])
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "config.json").write_text("{}")
+    code, out, err = submit("evaluate", *keys, *MINE)
+    assert code == 0, err
+    assert {"--nodes=1", "--ntasks=1", "--gpus-per-node=1"} <= set(sbatch_lines(out)[0])
+
+
 def test_a_training_may_go_on_with_the_numbers_of_nodes_that_fit(submit):
     """A batch of 8 on nodes of four ranks, TP 2: three nodes would be six replicas."""
     nodes = ("cluster.slurm.min_nodes=1", "cluster.slurm.nodes=4", "parallel=tp2")

@@ -134,6 +134,17 @@ def test_models_of_other_formats_get_a_whole_one() -> None:
     assert replace(read(written), hf={}) == replace(config, hf={})
 
 
+@pytest.mark.parametrize("hf", [LLAMA31_8B, NEW_ROPE], ids=["torch_dtype", "dtype"])
+def test_the_dtype_is_that_of_the_weights(hf: dict[str, Any]) -> None:
+    """Under the name that the source has for it; a source that says none of it keeps silent."""
+    (key,) = {"dtype", "torch_dtype"} & {*hf}
+    trained = replace(read(hf), dtype="float32")
+    assert written_config(trained) == {**hf, key: "float32"}
+    for unsaid in ({}, {key: None}):
+        bare = {**{name: value for name, value in hf.items() if name != key}, **unsaid}
+        assert written_config(replace(read(bare), dtype="float32")) == bare
+
+
 # ---------------------------------------------------------------- with weights, in transformers
 
 TINY: dict[str, Any] = {
