@@ -66,10 +66,10 @@ value_of() {
 
 # What stands in a result folder and its unfinished work, logs left out: equal when nothing was saved.
 saved_work() {
-  local folder
-  for folder in "$1" "$1.partial"; do
-    (cd -- "$folder" &>/dev/null && printf '%s\n' "$folder" && find . -type f ! -name '*.log' ! -name 'partial.json*' \
-      ! -name 'owner.json*' ! -path '*/logs/*' -printf '%p %s\n' 2>/dev/null | sort) || true
+  local end
+  for end in '' .partial; do
+    (cd -- "$1$end" &>/dev/null && find . -type f ! -name '*.log' ! -name 'partial.json*' ! -name 'owner.json*' \
+      ! -path '*/logs/*' -printf "$end %p %s\n" 2>/dev/null | sort) || true
   done | cksum
 }
 
@@ -170,7 +170,7 @@ run_stage() {
     say "minitron $stage: output_dir is not among the arguments; add output_dir=..., where the job sees whether a requeued stage gets on"
     exit 2
   fi
-  if [[ $output == *'${'* ]]; then
+  if [[ $output == *\$\{* ]]; then
     say "minitron $stage: output_dir=$output is read by this script, too, which does not fill in \${...}; write the whole path"
     exit 2
   fi

@@ -120,6 +120,8 @@ def _lines(given: Namespace) -> list[str]:
 
 def _placed(overrides: Sequence[str], config: StageConfig) -> list[str]:
     """The same keys with ``output_dir`` as it was composed; the scripts read it, too."""
+    if f"output_dir={config.output_dir}" in overrides:
+        return list(overrides)
     others = [o for o in overrides if not o.startswith("output_dir=")]
     return [*others, load.override("output_dir", config.output_dir)]
 
