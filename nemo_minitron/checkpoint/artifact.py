@@ -19,6 +19,7 @@ from nemo_minitron.checkpoint.manifest import (
     Manifest,
     files_in,
     fingerprint,
+    has_older_words,
     open_result,
 )
 from nemo_minitron.checkpoint.output_checks import (
@@ -282,6 +283,7 @@ def _in_older_words(
         for key in then
         if key in now
         and then[key] != now[key]
+        and has_older_words(named[key])
         and fingerprint(named[key], workers, earlier=True) == then[key]
     }
 
@@ -324,10 +326,7 @@ def _complete(job: _Job) -> None:
     output = Path(cfg.output_dir).resolve()
     check_neighbours(cfg, output)
     check_existing(cfg, job.stage, output)
-    with endings.held():
-        replace(work, output)
-        for name in job.temporary:  # not before: until then a stopped job needs it to go on
-            discard(output / name, beside=work)
+    replace(work, output, job.temporary)
 
 
 def _abandon(job: _Job, error: BaseException) -> None:

@@ -20,7 +20,7 @@ from nemo_minitron.checkpoint.manifest import (
     versions,
 )
 from nemo_minitron.checkpoint.output_checks import REPLACED, added_files, old_of
-from nemo_minitron.checkpoint.ownership import owner_files
+from nemo_minitron.checkpoint.ownership import owner_files, trash_beside
 from nemo_minitron.config.stages import StageConfig
 from nemo_minitron.runtime.atomic import rename_folder
 
@@ -70,23 +70,39 @@ def write_manifest(
     manifest.save(folder)
 
 
-def replace(work: Path, output: Path) -> None:
-    """Rename ``work`` to ``output``; what stood there goes only after that."""
+def replace(work: Path, output: Path, temporary: Sequence[str] = ()) -> None:
+    """Rename ``work`` to ``output``; what stood there goes only after that.
+
+    Args:
+        work: the working folder.
+        output: the place of the result.
+        temporary: names in ``work`` that are no part of the result. They are moved away in the last
+            moment, as until then a job that is stopped needs them to go on.
+    """
     old = old_of(output)
     if old.exists():
         shutil.rmtree(old)  # ``check_neighbours`` has seen that it is ours
     if output.exists():
         (output / REPLACED).touch()
         output.rename(old)
+    aside: dict[Path, Path] = {}
     try:
+        for path in filter(os.path.exists, [work / name for name in temporary]):
+            aside[path] = trash_beside(work)
+            path.rename(aside[path])
         rename_folder(work, output)
-    except OSError:
+    except BaseException:
+        for path, trash in aside.items():
+            if work.exists() and trash.exists():
+                trash.rename(path)
         if old.exists() and not output.exists():
             old.rename(output)
             (output / REPLACED).unlink()
         raise
     for name in owner_files(os.listdir(output)):
         (output / name).unlink()
+    for trash in aside.values():
+        shutil.rmtree(trash, ignore_errors=True)
     if old.exists():
         _remove_replaced(old)
 

@@ -147,11 +147,19 @@ def input_files(folder: Path, hidden: bool = False) -> list[str]:
     """As ``files_in``, less what no stage reads.
 
     That is the bytecode that Python puts beside the modules it imports, and what begins with a dot,
-    such as the notes of programs that download models.
+    such as the notes of programs that download models; ``.metadata`` is a part of a checkpoint.
     """
     left_out = ("__pycache__",) if hidden else ("__pycache__", ".")
-    names = files_in(folder)
-    return [name for name in names if not any(p.startswith(left_out) for p in name.split("/"))]
+    names = {name: {*name.split("/")} - {".metadata"} for name in files_in(folder)}
+    return [n for n, parts in names.items() if not any(p.startswith(left_out) for p in parts)]
+
+
+def has_older_words(path: str | Path) -> bool:
+    """Whether ``fingerprint`` may say something else of an input than in earlier versions."""
+    path = Path(path)
+    if path.is_dir() and not (path / MANIFEST).is_file():
+        return input_files(path) != input_files(path, hidden=True)
+    return path.suffix in _PAIR and len(_halves(path)) == len(_PAIR)
 
 
 def matching(path: str | Path) -> list[str]:
@@ -215,12 +223,6 @@ def result_in(folder: Path) -> Manifest | None:
         return read_manifest(folder)
     except ValueError:  # damaged, or the manifest.json of another program
         return None
-
-
-def is_export(checkpoint: str | Path) -> bool:
-    """Whether a result folder holds a Hugging Face model instead of a ``checkpoint/``."""
-    folder = Path(checkpoint)
-    return (folder / "config.json").is_file() and not (folder / "checkpoint").exists()
 
 
 def _check_names(manifest: Manifest) -> None:

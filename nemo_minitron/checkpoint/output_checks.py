@@ -310,3 +310,9 @@ def _is_result_of_a_stage(folder: Path) -> bool:
     """Whether a result is there; that of a pipeline is just the folder around its results."""
     manifest = result_in(folder)
     return manifest is not None and manifest.stage != "pipeline"
+
+
+def is_export(checkpoint: str | Path) -> bool:
+    """Whether a result folder holds a Hugging Face model instead of a ``checkpoint/``."""
+    folder = Path(checkpoint)
+    return (folder / "config.json").is_file() and not (folder / "checkpoint").exists()

@@ -138,16 +138,16 @@ def owner_files(names: list[str]) -> list[str]:
     return [name for name in names if f"{name}.".startswith((f"{OWNER}.", f"{SIGNED}."))]
 
 
-def discard(folder: Path, beside: Path | None = None) -> None:
-    """Remove a folder that this process owns; for others it is gone in one moment.
+def trash_beside(work: Path) -> Path:
+    """A new name beside a working folder; whoever takes that folder next removes what has it."""
+    return _beside(work, uuid.uuid4().hex, "trash")
 
-    Args:
-        folder: need not be there.
-        beside: a working folder; whoever takes that one next removes what a kill left of this one.
-    """
-    trash = _beside(beside or folder, uuid.uuid4().hex, "trash")
+
+def discard(work: Path) -> None:
+    """Remove a folder that this process owns; for others it is gone in one moment."""
+    trash = trash_beside(work)
     with contextlib.suppress(OSError):
-        folder.rename(trash)
+        work.rename(trash)
         shutil.rmtree(trash, ignore_errors=True)
 
 

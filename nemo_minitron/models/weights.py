@@ -3,7 +3,6 @@
 import errno
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -209,13 +208,12 @@ def _extra_state_objects(config: ModelConfig) -> dict[str, ShardedObject]:
 def save_model(
     chunks: list[HiddenGPTModel], groups: ParallelGroups, config: ModelConfig, folder: Path
 ) -> None:
-    """Write weights and ``model.yaml``, in place of what a killed run left of them (collective).
+    """Write weights and ``model.yaml`` into a folder without weights (collective).
 
     The dtype that is written is that of the weights in memory, not of those they came from.
     """
     if dist.get_rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
     dist.barrier(group=dist.group.WORLD)
     largest = max(chunks[0].parameters(), key=torch.Tensor.numel)
     config = replace(config, dtype=str(largest.dtype).removeprefix("torch."))

@@ -16,6 +16,7 @@ from nemo_minitron.checkpoint.manifest import (
     Manifest,
     config_hash,
     fingerprint,
+    has_older_words,
     matching,
     open_result,
     stored_config,
@@ -38,7 +39,8 @@ from nemo_minitron.runtime.errors import (
 log = logging.getLogger(__name__)
 
 _ANEW = ".overwritten.json"
-"""Names the items that a pipeline with overwrite=true has run, until all are done."""
+"""Names the items that a SLURM job has run under overwrite=true, until all are done."""
+_JOB = "SLURM_JOB_ID"
 
 _ITEM_KEYS = {"name", "stage", "config"}
 # Keys of the pipeline that hold for its items too, unless an item sets them itself.
@@ -237,18 +239,19 @@ def run_items(cfg: PipelineConfig, items: list[Item]) -> None:
             if failure.code not in (PREEMPTED, TERMINATED):
                 note.unlink(missing_ok=True)
             raise
-        if cfg.overwrite:
+        if cfg.overwrite and _JOB in os.environ:
             done.append(item.name)
             with atomic_file(note) as draft:
-                draft.write_text(json.dumps(done))
+                draft.write_text(json.dumps({"job": os.environ[_JOB], "done": done}))
     note.unlink(missing_ok=True)
 
 
 def _noted(note: Path) -> list[str]:
-    """Items that this command ran already under overwrite=true, before it was told to stop."""
+    """Items that this SLURM job ran already under overwrite=true, before it was requeued."""
     try:
-        return [str(name) for name in read_json(note)]
-    except (OSError, ValueError):
+        found = read_json(note)
+        return list(found["done"]) if found["job"] == os.environ.get(_JOB) else []
+    except (OSError, ValueError, KeyError, TypeError):
         return []
 
 
@@ -277,8 +280,9 @@ def _is_input(identity: str | None, path: str | None, workers: int) -> bool:
     """Whether what a result was made from is what is there, by the words of any version."""
     if path is None:
         return identity is None
-    kinds = (False, True)
-    return any(fingerprint(path, workers, earlier=earlier) == identity for earlier in kinds)
+    if fingerprint(path, workers) == identity:
+        return True
+    return has_older_words(path) and fingerprint(path, workers, earlier=True) == identity
 
 
 def _changes(manifest: Manifest, config: StageConfig) -> str:

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import nemo_minitron
 from nemo_minitron import usage
-from nemo_minitron.checkpoint.manifest import is_export
+from nemo_minitron.checkpoint.output_checks import is_export
 from nemo_minitron.config import load
 from nemo_minitron.config.parallel import own_ranks
 from nemo_minitron.config.pipeline import ClusterConfig
@@ -137,7 +137,7 @@ def _chain(
 
     due: list[str] = []
     items = read_items(config)
-    exports = [item.config.output_dir for item in items if item.stage == "export"]
+    exports = [os.path.abspath(i.config.output_dir) for i in items if i.stage == "export"]
     for item in items:
         item.config.verify_inputs = "size"  # a login node is no place to hash whole models
         after = tuple(name for name in item.needs if name in due)
@@ -189,7 +189,7 @@ def _size(
     if idle or not hasattr(config, "parallel"):
         return None
     export = isinstance(config, EvaluateConfig) and (
-        config.checkpoint in exports or is_export(config.checkpoint)
+        os.path.abspath(config.checkpoint) in exports or is_export(config.checkpoint)
     )
     if export:
         return 1, 1  # lm-eval runs it in one process

@@ -139,7 +139,7 @@ def compose(first: Plan, second: Plan) -> Plan:
         second: of the model that ``first`` gives.
     """
     merge = []
-    for position, layer in enumerate(second.layers):
+    for position, layer in enumerate(second.layers if "head" in second else ()):
         before = first.merge[layer] if first.merge else []
         after = second.merge[position] if second.merge else []
         heads = first["head"][layer], second["head"][position]

@@ -62,6 +62,8 @@ def _refuse_missing(config: ModelConfig, name: str, target: int | None) -> None:
 
 
 def _missing(config: ModelConfig, name: str) -> str:
+    if name in ("num_attention_heads", "num_query_groups"):
+        return "it has no attention"
     if config.num_moe_experts is None:
         return "it has no experts"
     if name == "moe_shared_expert_intermediate_size":

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.checkpoint.artifact import check_output, output_folder
-from nemo_minitron.checkpoint.manifest import is_export
+from nemo_minitron.checkpoint.output_checks import is_export
 from nemo_minitron.checkpoint.tokenizer_read import continuation, load_tokenizer, stop_ids
 from nemo_minitron.config.inference import EvaluateConfig
 from nemo_minitron.config.layout import check_cached, check_writes

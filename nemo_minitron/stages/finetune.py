@@ -171,6 +171,8 @@ def _fit(
     from nemo_minitron.models.training import fit
 
     history = fit(model, samples, work, flops=flops_per_step(cfg, config))
+    if rank() == 0:
+        shutil.rmtree(work / "checkpoint", ignore_errors=True)  # a part, of a run that was killed
     model.save(work / "checkpoint")
     last = history[-1]
     return {

@@ -7,7 +7,8 @@ from typing import Protocol
 
 from nemo_minitron.checkpoint.artifact import Manifest, Ranks, open_result, output_folder
 from nemo_minitron.checkpoint.foreign.megatron_sources import is_megatron
-from nemo_minitron.checkpoint.manifest import MANIFEST, is_export
+from nemo_minitron.checkpoint.manifest import MANIFEST
+from nemo_minitron.checkpoint.output_checks import is_export
 from nemo_minitron.config.inference import EvaluateConfig
 from nemo_minitron.config.layout import check_layout, check_prediction, check_recompute
 from nemo_minitron.config.megatron import (

@@ -120,22 +120,17 @@ def test_a_weight_that_is_not_finite_is_named_as_in_the_whole_model(ranks: Worke
     ("written", "trained", "parallel"),
     [("float32", "bfloat16", layout(tp=2)), ("bfloat16", "float32", layout(pp=2))],
 )
-def test_a_result_is_of_what_was_trained_alone(
+def test_the_dtype_is_that_of_what_was_trained(
     ranks: WorkerPool, tmp_path, written, trained, parallel
 ):
-    """``model.yaml`` names the dtype in memory, and files of a run that was killed are gone."""
+    """``model.yaml`` names the dtype in memory; other files of the folder stay."""
     config, weights = replace(LLAMA, dtype=written), random_weights(LLAMA, seed=0)
     write_weights(tmp_path / "source", LLAMA, 0)
-    folders = {name: tmp_path / name for name in ("fresh", "left")}
-    (folders["left"] / "sub").mkdir(parents=True)
-    for name in ("__7_0.distcp", ".metadata", "model.yaml", "note", "sub/file"):
-        (folders["left"] / name).write_text("of a killed run")
-    dtype = getattr(torch, trained)
-    for folder in folders.values():
-        task = (dtype, config, parallel, str(tmp_path / "source"), str(folder))
-        ranks.run(2, save_as, *task)
-        assert ModelConfig.load(folder) == replace(LLAMA, dtype=trained)
-        back = read_torch_dist(folder, family_of(LLAMA), LLAMA)
-        assert all(torch.equal(back[name].read(), weights[name].to(dtype)) for name in weights)
-    fresh, left = ({file.name for file in folder.iterdir()} for folder in folders.values())
-    assert left == fresh
+    folder, dtype = tmp_path / "out", getattr(torch, trained)
+    folder.mkdir()
+    (folder / "lineage.json").write_text("{}")
+    ranks.run(2, save_as, dtype, config, parallel, str(tmp_path / "source"), str(folder))
+    assert ModelConfig.load(folder) == replace(LLAMA, dtype=trained)
+    back = read_torch_dist(folder, family_of(LLAMA), LLAMA)
+    assert all(torch.equal(back[name].read(), weights[name].to(dtype)) for name in weights)
+    assert (folder / "lineage.json").is_file()

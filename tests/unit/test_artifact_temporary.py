@@ -36,7 +36,9 @@ def _siblings(cfg: ExportConfig) -> list[str]:
     return sorted(path.name for path in Path(cfg.output_dir).parent.iterdir())
 
 
-@pytest.mark.parametrize("step", ["write_manifest", "replace"])
+@pytest.mark.parametrize(
+    "step", ["artifact.write_manifest", "artifact.replace", "completion.rename_folder"]
+)
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_job_that_ends_while_its_result_is_completed_goes_on(cfg, monkeypatch, step, overwrite):
     """With what it made before, of which the result then holds nothing."""
@@ -48,7 +50,7 @@ def test_a_job_that_ends_while_its_result_is_completed_goes_on(cfg, monkeypatch,
         raise OSError("the server of the files is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"nemo_minitron.checkpoint.artifact.{step}", end)
+        patch.setattr(f"nemo_minitron.checkpoint.{step}", end)
         with pytest.raises(OSError, match="is gone"):
             _job(cfg)
     assert "out.partial" in _siblings(cfg)

@@ -100,11 +100,12 @@ def test_stops_at_the_first_failure_and_goes_on_from_there(pipeline):
 
 def test_overwriting_goes_on_where_it_was_stopped(pipeline):
     """A requeued job is the same command: what it made anew already stays."""
-    assert pipeline()[2] == ALL
-    code, err, ran = pipeline("overwrite=true", FAKE_RUN="prune:preempted")
+    job = {"SLURM_JOB_ID": "17"}
+    code, err, ran = pipeline("overwrite=true", FAKE_RUN="prune:preempted", **job)
     assert (code, ran) == (75, ALL[:3]), err
-    assert pipeline("overwrite=true")[2] == ALL[2:]
-    assert pipeline("overwrite=true")[2] == ALL
+    code, err, ran = pipeline("overwrite=true", FAKE_RUN="export:preempted", **job)
+    assert (code, ran) == (75, ALL[2:4]), err
+    assert pipeline("overwrite=true", SLURM_JOB_ID="18")[2] == ALL
 
 
 def test_each_job_of_a_sweep_reads_its_own_results(pipeline, tmp_path):

@@ -78,6 +78,9 @@ def test_a_hybrid_without_attention(rounds: int) -> None:
     pattern = "M-" * (NEMOTRON_H.num_layers // 2)
     config = replace(NEMOTRON_H, hybrid_layer_pattern=pattern, num_layers=len(pattern))
     assert sizes(config, rounds, hidden_size=32)[-1] == (32,)
+    assert compose(full_plan(config), full_plan(config)) == full_plan(config)
+    with pytest.raises(ValueError, match="it has no attention"):
+        sizes(config, rounds, num_attention_heads=2)
 
 
 @pytest.mark.parametrize(

@@ -72,20 +72,20 @@ _HETEROGENEOUS = ("heterogeneous_layers_config_path", "heterogeneous_layers_conf
 
 _YARN = ("rotary_scaling_factor", "mscale", "mscale_all_dim")
 """Arguments of Megatron-LM for YaRN that its configuration calls ``yarn_*``."""
+_YARN_LENGTH = "yarn_original_max_position_embeddings"
 
 
-def _yarn_by_its_names(args: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Arguments with what they say of YaRN under the names of TransformerConfig, too."""
-    if args.get("position_embedding_type") != "yarn" or args.get("multi_latent_attention"):
-        return args
-    found = {f"yarn_{name}": args.get(name) for name in _YARN}
-    found["yarn_original_max_position_embeddings"] = 4096
-    return {**args, **{name: value for name, value in found.items() if args.get(name) is None}}
+def _yarn_names(args: Mapping[str, Any]) -> dict[str, str]:
+    """Names of YaRN in Megatron's configuration -> those of the arguments that say it."""
+    latent, constant = args.get("multi_latent_attention"), args.get("enable_gpt_oss")
+    if args.get("position_embedding_type") != "yarn" or latent or constant:
+        return {}
+    found = {f"yarn_{name}": name for name in _YARN if args.get(name) is not None}
+    return {core: own for core, own in found.items() if args.get(core) is None}
 
 
 def of_args(args: Mapping[str, Any], where: str) -> Stated:
     """Arguments of Megatron-LM, ``args`` in ``common.pt`` (megatron/training/arguments.py)."""
-    args = _yarn_by_its_names(args)
     factor = args.get("rope_scaling_factor", _FACTOR)
     if args.get("use_rope_scaling") and factor not in (None, _FACTOR):
         raise ValueError(
@@ -95,6 +95,7 @@ def of_args(args: Mapping[str, Any], where: str) -> Stated:
     names = {
         **{core: own for core, own in _ARGS.items() if own in args or core not in args},
         **{core: own for core, own in _RENAMED.items() if core not in args},
+        **_yarn_names(args),
     }
     stated = Stated(where, args, names)
     for name in ("untie_embeddings_and_output_weights", "swiglu", "position_embedding_type"):
@@ -121,6 +122,7 @@ def of_args(args: Mapping[str, Any], where: str) -> Stated:
             "activation_func": activation,
             "share_embeddings_and_output_weights": not args["untie_embeddings_and_output_weights"],
             "heterogeneous_block_specs": any(args.get(name) for name in _HETEROGENEOUS),
+            _YARN_LENGTH: args.get(_YARN_LENGTH) or (4096 if _yarn_names(args) else None),
         },
         {**names, "activation_func": _ACTIVATION, "heterogeneous_block_specs": _HETEROGENEOUS[0]},
     )
