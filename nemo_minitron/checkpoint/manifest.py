@@ -25,7 +25,7 @@ _TOLD = ("metrics.json", "checkpoint/lineage.json")
 _CARD = "README.md"
 """Files that tell about a result; what it is does not depend on them."""
 _BLOCK = 1 << 20
-_PAIR = (".bin", ".idx")
+PAIR = (".bin", ".idx")
 _VERSIONS = ("torch", "megatron-core", "nemo_toolkit", "transformers", "lm_eval")
 
 
@@ -159,7 +159,7 @@ def has_older_words(path: str | Path) -> bool:
     path = Path(path)
     if path.is_dir() and not (path / MANIFEST).is_file():
         return input_files(path) != input_files(path, hidden=True)
-    return path.suffix in _PAIR and len(_halves(path)) == len(_PAIR)
+    return path.suffix in PAIR and len(halves(path)) == len(PAIR)
 
 
 def matching(path: str | Path) -> list[str]:
@@ -324,9 +324,9 @@ def fingerprint(path: str | Path, workers: int = 2, *, earlier: bool = False) ->
         ValueError: there is nothing at ``path``.
     """
     path = Path(path)
-    halves = _halves(path)
-    if path.suffix in _PAIR and len(halves) == len(_PAIR) and not earlier:
-        folder, names = path.parent, halves
+    pair = halves(path)
+    if path.suffix in PAIR and len(pair) == len(PAIR) and not earlier:
+        folder, names = path.parent, pair
     elif path.is_file():
         return "sha256:" + hash_file(path).sha256
     elif path.is_dir():
@@ -337,14 +337,14 @@ def fingerprint(path: str | Path, workers: int = 2, *, earlier: bool = False) ->
     elif matched := matching(path):
         folder, names = Path(), matched
     else:
-        folder, names = path.parent, halves
+        folder, names = path.parent, pair
     if not names:
         raise ValueError(f"{path} does not exist or is empty")
     hashes = {name: e.sha256 for name, e in hash_files(folder, names, workers).items()}
     return "sha256:" + digest(hashes if path.is_dir() else list(hashes.values()))
 
 
-def _halves(path: Path) -> list[str]:
+def halves(path: Path) -> list[str]:
     """Names of the files of a pair that its prefix, or one of them, stands for; those there are."""
-    prefix = path.name.removesuffix(path.suffix) if path.suffix in _PAIR else path.name
-    return [prefix + end for end in _PAIR if (path.parent / (prefix + end)).is_file()]
+    prefix = path.name.removesuffix(path.suffix) if path.suffix in PAIR else path.name
+    return [prefix + end for end in PAIR if (path.parent / (prefix + end)).is_file()]

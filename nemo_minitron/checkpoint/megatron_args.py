@@ -18,7 +18,7 @@ from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.model_checks import LINEAR_SIZES, LINEAR_VARIANT
 from nemo_minitron.documents import JsonObject
 from nemo_minitron.families.registry import family_of
-from nemo_minitron.families.rope import latent_fields, yarn_fields
+from nemo_minitron.families.rope import YARN_ARGUMENTS, latent_fields, yarn_fields
 from nemo_minitron.families.table import COMMON_SPEC, Family, Row
 from nemo_minitron.families.windows import megatron_fields
 
@@ -101,8 +101,6 @@ _OF_SPECS = (
 )
 
 
-# Of YaRN, under the names that Megatron-LM's own arguments have.
-_OF_YARN = ("rotary_scaling_factor", "mscale", "mscale_all_dim")
 _OF_QUICK_GEGLU = ("activation_func_clamp_value", "glu_linear_offset")
 
 
@@ -156,7 +154,7 @@ def megatron_lm_args(config: ModelConfig) -> Namespace:
     if config.multi_latent:
         yarn, used = {}, used | _latent_args(config)
     used |= yarn | megatron_fields(config)
-    used |= {name: yarn[f"yarn_{name}"] for name in _OF_YARN if yarn}
+    used |= {name: yarn[f"yarn_{name}"] for name in YARN_ARGUMENTS if yarn}
     used |= {name: value for name in _OF_SPECS if (value := getattr(config, name))}
     if config.gated_linear_unit and config.activation == "gelu_tanh":
         used["geglu"] = True

@@ -15,6 +15,7 @@ from nemo_minitron.checkpoint.manifest import (
     MANIFEST,
     digest,
     fingerprint,
+    halves,
     hash_file,
     hash_files,
     input_files,
@@ -29,7 +30,6 @@ from nemo_minitron.config.stages import StageConfig
 # Read by a stage, but no part of the identity of its result: what it holds is in the files made.
 # The folder may hold much besides, such as the weights that the tokenizer came with.
 _ALSO_READ = ("tokenizer",)
-_PAIR = (".bin", ".idx")
 _MOST_FILES = 100_000
 _MAY_HOLD_MANY = ("data.path", "data.blend.", "trainer.phases.")  # one file for every document
 
@@ -82,7 +82,7 @@ def content_of(path: Path, identity: str, *, exact: bool) -> str:
     if path.is_dir():
         made = hash_file(path / MANIFEST).sha256 if exact and (path / MANIFEST).is_file() else ""
         return f"{identity} {made}"
-    return " ".join([identity, *(hash_file(file).sha256 for file in _other_half(path))])
+    return identity
 
 
 def refuse_changed(
@@ -173,12 +173,6 @@ def files_read(key: str, path: Path) -> list[str]:
                     "the folder of the model itself"
                 )
         return [os.path.join(path, name) for name in names]
-    found = ([path] if path.is_file() else []) + _other_half(path)
-    return [str(file) for file in found] or matching(path)
-
-
-def _other_half(path: Path) -> list[Path]:
-    """The files of a Megatron pair that ``path`` stands for without being their name."""
-    stem = path.with_suffix("") if path.suffix in _PAIR else path
-    pair = [Path(f"{stem}{end}") for end in _PAIR]
-    return [file for file in pair if file != path and file.is_file()]
+    found = {path} if path.is_file() else set()
+    found |= {path.with_name(name) for name in halves(path)}
+    return sorted(map(str, found)) or matching(path)

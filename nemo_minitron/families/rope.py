@@ -235,6 +235,10 @@ def concentration(factor: float, scale: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 
+YARN_ARGUMENTS = ("rotary_scaling_factor", "mscale", "mscale_all_dim")
+"""Of ``yarn_fields``, those that are arguments of Megatron-LM without ``yarn_`` in front."""
+
+
 def yarn_fields(scaling: dict[str, Any] | None) -> dict[str, Any]:
     """YaRN in the words of Megatron's configs; nothing where the scaling is another one.
 

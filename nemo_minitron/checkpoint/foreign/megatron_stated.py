@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from nemo_minitron.families.rope import YARN_ARGUMENTS
+
 
 @dataclass(frozen=True)
 class Stated:
@@ -70,8 +72,6 @@ _FACTOR = 8.0
 _HETEROGENEOUS = ("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json")
 
 
-_YARN = ("rotary_scaling_factor", "mscale", "mscale_all_dim")
-"""Arguments of Megatron-LM for YaRN that its configuration calls ``yarn_*``."""
 _YARN_LENGTH = "yarn_original_max_position_embeddings"
 
 
@@ -80,13 +80,13 @@ def _yarn_names(args: Mapping[str, Any]) -> dict[str, str]:
     latent, constant = args.get("multi_latent_attention"), args.get("enable_gpt_oss")
     if args.get("position_embedding_type") != "yarn" or latent or constant:
         return {}
-    found = {f"yarn_{name}": name for name in _YARN if args.get(name) is not None}
+    found = {f"yarn_{name}": name for name in YARN_ARGUMENTS if args.get(name) is not None}
     return {core: own for core, own in found.items() if args.get(core) is None}
 
 
 def of_args(args: Mapping[str, Any], where: str) -> Stated:
     """Arguments of Megatron-LM, ``args`` in ``common.pt`` (megatron/training/arguments.py)."""
-    factor = args.get("rope_scaling_factor", _FACTOR)
+    yarn, factor = _yarn_names(args), args.get("rope_scaling_factor", _FACTOR)
     if args.get("use_rope_scaling") and factor not in (None, _FACTOR):
         raise ValueError(
             f"{where}: rope_scaling_factor={factor} is not supported; Megatron-LM builds models "
@@ -95,7 +95,7 @@ def of_args(args: Mapping[str, Any], where: str) -> Stated:
     names = {
         **{core: own for core, own in _ARGS.items() if own in args or core not in args},
         **{core: own for core, own in _RENAMED.items() if core not in args},
-        **_yarn_names(args),
+        **yarn,
     }
     stated = Stated(where, args, names)
     for name in ("untie_embeddings_and_output_weights", "swiglu", "position_embedding_type"):
@@ -122,7 +122,7 @@ def of_args(args: Mapping[str, Any], where: str) -> Stated:
             "activation_func": activation,
             "share_embeddings_and_output_weights": not args["untie_embeddings_and_output_weights"],
             "heterogeneous_block_specs": any(args.get(name) for name in _HETEROGENEOUS),
-            _YARN_LENGTH: args.get(_YARN_LENGTH) or (4096 if _yarn_names(args) else None),
+            _YARN_LENGTH: args.get(_YARN_LENGTH) or (4096 if yarn else None),
         },
         {**names, "activation_func": _ACTIVATION, "heterogeneous_block_specs": _HETEROGENEOUS[0]},
     )
