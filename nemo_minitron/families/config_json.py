@@ -8,6 +8,7 @@ the user may name it in ``source_ignore`` if it is known not to matter.
 """
 
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 
@@ -104,17 +105,22 @@ def of_layers(hf: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
     }
 
 
-def unknown_keys(hf: Mapping[str, Any], reads: Collection[str]) -> dict[str, str]:
+def unknown_keys(
+    hf: Mapping[str, Any],
+    reads: Collection[str],
+    neutral: Mapping[str, tuple[Any, ...]] = MappingProxyType({}),
+) -> dict[str, str]:
     """Keys of a config.json that may change the network and that no mapping looks at.
 
     Args:
         hf: config.json.
         reads: keys that the family's mapping reads; it refuses their wrong values itself.
+        neutral: other keys of the family's published files -> values that change nothing there.
 
     Returns:
         Key -> what is known of it, for a message. A key that is null counts as absent.
     """
-    neutral = {**_NEUTRAL, **of_layers(hf)}
+    neutral = {**_NEUTRAL, **of_layers(hf), **neutral}
     found = {}
     for key, value in hf.items():
         if value is None or key in reads or key in _DESCRIBES:
@@ -127,13 +133,18 @@ def unknown_keys(hf: Mapping[str, Any], reads: Collection[str]) -> dict[str, str
     return found
 
 
-def check_keys(family: str, hf: Mapping[str, Any], reads: Collection[str]) -> None:
-    """Refuse a config.json with keys of ``unknown_keys``.
+def check_keys(
+    family: str,
+    hf: Mapping[str, Any],
+    reads: Collection[str],
+    neutral: Mapping[str, tuple[Any, ...]] = MappingProxyType({}),
+) -> None:
+    """Refuse a config.json with keys of ``unknown_keys``, whose arguments these are.
 
     Raises:
         ValueError: names the keys, their values, and ``source_ignore``.
     """
-    found = unknown_keys(hf, reads)
+    found = unknown_keys(hf, reads, neutral)
     if found:
         one = len(found) == 1
         raise ValueError(

@@ -30,7 +30,7 @@ ROWS = tuple(map(_fused, llama.ROWS))
 _DEFAULTS = {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
 READS = llama.READS | {"rope_percent"}
 # In published files, read by nobody, and nothing in the sense of their names.
-_NOTHING = (("full_attn_mod", 1), ("interpolate_factor", 1), ("lm_head_bias", False))
+_NEUTRAL = {"full_attn_mod": (1,), "interpolate_factor": (1,), "lm_head_bias": (False,)}
 _ORIGINAL = "original_max_position_embeddings"
 _ROPE_DICTIONARIES = ("rope_scaling", "rope_parameters")
 
@@ -41,7 +41,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     Raises:
         ValueError: the config asks for something this table does not hold.
     """
-    check_keys("phi3", {k: v for k, v in hf.items() if (k, v) not in _NOTHING}, READS)
+    check_keys("phi3", hf, READS, _NEUTRAL)
     known = {**_DEFAULTS, **hf}
     rope = read_rope({**known, **{key: _renamed(known.get(key)) for key in _ROPE_DICTIONARIES}})
     if rope.scaling is not None and rope.scaling["rope_type"] != "longrope":

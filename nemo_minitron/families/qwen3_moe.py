@@ -18,7 +18,7 @@ ROWS = (*beside_dense(llama.ROWS, _ROUTED), *qwen.QK_NORMS)
 # What transformers' Qwen3MoeConfig takes where config.json says nothing.
 _DEFAULTS = {"num_key_value_heads": 4, "max_position_embeddings": 32768, "intermediate_size": 6144}
 # In published files, read by nobody: what all networks of this kind are.
-_AS_ALL = (("use_qk_norm", True), ("shared_expert_intermediate_size", 0))
+_NEUTRAL = {"use_qk_norm": (False, True), "shared_expert_intermediate_size": (0,)}
 
 
 def _windows(hf: dict[str, Any]) -> list[int]:
@@ -37,8 +37,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     Raises:
         ValueError: the config asks for something this table does not hold.
     """
-    said = {k: v for k, v in hf.items() if (k, v) not in _AS_ALL}
-    check_keys("qwen3_moe", said, qwen2_moe.ROUTED_READS)
+    check_keys("qwen3_moe", hf, qwen2_moe.ROUTED_READS, _NEUTRAL)
     qwen2_moe.refuse(hf)
     known = {**_DEFAULTS, **hf}
     dense = llama.dense(known)
