@@ -38,6 +38,8 @@ SCALING = {
     "original_max_position_embeddings": 8192,
 }
 LLAMA = replace(tiny.LLAMA, rotary_base=500000.0, rope_scaling=SCALING)
+# Megatron-LM builds models with this factor, whatever its arguments say.
+BY_EIGHT = replace(LLAMA, rope_scaling={**SCALING, "factor": 8.0})
 TIED = replace(tiny.QWEN3, family="qwen2", qk_layernorm=False, add_qkv_bias=True)
 TIED = replace(TIED, share_embeddings_and_output_weights=True)
 SQUARE = replace(tiny.NEMOTRON, max_position_embeddings=64)
@@ -65,8 +67,9 @@ def compare(imported: Path, config: ModelConfig, seed: int = 0) -> None:
 def home(ranks: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama at TP 2 x PP 2 in every layout, and other families alone."""
     home = tmp_path_factory.mktemp("sources")
-    args = {"args": sources.megatron_args(LLAMA), "iteration": 10, "checkpoint_version": 3.0}
+    args = {"args": sources.megatron_args(BY_EIGHT), "iteration": 10, "checkpoint_version": 3.0}
     write_result(home / "llama", LLAMA, 0)
+    write_result(home / "by_eight", BY_EIGHT, 0)
     targets = {
         str(home / "lm" / "iter_0000010"): ("", {}, args),
         str(home / "bridge" / "iter_0000010"): ("", NON_HOMOGENEOUS, {"iteration": 10}),
@@ -86,17 +89,19 @@ def home(ranks: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     "source", ["lm", "lm/iter_0000010", "bridge", "bridge/iter_0000010", "nemo2", "nemo2/weights"]
 )
 def test_layouts(home: Path, tmp_path: Path, source: str) -> None:
-    compare(run_import(home / source, tmp_path / "out"), LLAMA)
+    expected = BY_EIGHT if source.startswith("lm") else LLAMA
+    compare(run_import(home / source, tmp_path / "out"), expected)
 
 
 def test_logits(ranks: WorkerPool, home: Path, tmp_path: Path) -> None:
-    results = {"ours": str(home / "llama")}
+    results = {"ours": str(home / "llama"), "by_eight": str(home / "by_eight")}
     for name in ("lm", "bridge", "nemo2"):
         results[name] = str(run_import(home / name, tmp_path / name))
     ids = token_batch(2, 15, LLAMA.vocab_size)
     (found,) = ranks.run(1, logits_of, results, ids, layout())
-    for name in results:
+    for name in ("bridge", "nemo2"):
         assert torch.equal(found[name], found["ours"]), name
+    assert torch.equal(found["lm"], found["by_eight"])
 
 
 def test_what_comes_along(home: Path, tmp_path: Path) -> None:
@@ -116,11 +121,10 @@ def test_what_comes_along(home: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("packed", [True, False])
 def test_nemo1(home: Path, tmp_path: Path, packed: bool) -> None:
     """An archive, read where it lies, and the same unpacked."""
-    config = replace(LLAMA, rope_scaling={**SCALING, "factor": 8.0})
     folder = shutil.copytree(home / "nemo1", tmp_path / "nemo1")
-    said = sources.nemo1_config(config, scale_positional_embedding=True, rotary_base=500000)
+    said = sources.nemo1_config(BY_EIGHT, scale_positional_embedding=True, rotary_base=500000)
     (folder / "model_config.yaml").write_text(yaml.safe_dump(said))
-    vocab = {f"t{i}": i for i in range(config.vocab_size)}
+    vocab = {f"t{i}": i for i in range(BY_EIGHT.vocab_size)}
     (folder / "ab_vocab.json").write_text(json.dumps(vocab))
     if packed:
         with tarfile.open(tmp_path / "model.nemo", "w:") as tar:
@@ -128,7 +132,7 @@ def test_nemo1(home: Path, tmp_path: Path, packed: bool) -> None:
         shutil.rmtree(folder)
         folder = tmp_path / "model.nemo"
     imported = run_import(folder, tmp_path / "out")
-    compare(imported, config)
+    compare(imported, BY_EIGHT)
     assert (imported / "checkpoint" / "tokenizer" / "vocab.json").is_file()
 
 
