@@ -5,7 +5,8 @@ per virtual pipeline stage, whoever built them; functions that take them are cal
 """
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from nemo_minitron.checkpoint.hf import split_shards
 from nemo_minitron.config.axes import score_axes
 from nemo_minitron.config.model import MODEL_YAML, ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
@@ -35,6 +37,7 @@ from nemo_minitron.pruning.plan import Plan
 from nemo_minitron.pruning.plan_check import check_plan
 from nemo_minitron.pruning.scores import Scores, check_axes, check_block_sizes, check_finite
 from nemo_minitron.reporting.hf_folder import write_folder
+from nemo_minitron.runtime.atomic import rename_folder
 from nemo_minitron.runtime.groups import ParallelGroups, initialised_degrees
 from nemo_minitron.runtime.worlds import barrier
 
@@ -267,17 +270,42 @@ def export(
     agreed(partial(_refuse_sizes, config))
     draft = Path(f"{target}.checkpoint")
     agreed(partial(_refuse_existing, *([target, draft] if first else [])))
-    save_model(list(model), groups, config, draft)  # type: ignore[arg-type]  # any of Megatron's
-    if first:
-        _write_export(draft, target, max_shard_size, workers)
-        shutil.rmtree(draft)
-    barrier()
+    agreed(partial(split_shards, {}, max_shard_size))
+    write = partial(_write_export, draft, target, max_shard_size, workers)
+    try:
+        save_model(list(model), groups, config, draft)  # type: ignore[arg-type]  # any of Megatron's
+        problem = _problem(write) if first else None
+        barrier()  # which waits longer than what follows
+    finally:
+        if first:
+            shutil.rmtree(draft, ignore_errors=True)
+    agreed(partial(_raise, problem))
+
+
+def _problem(write: Callable[[], None]) -> ValueError | None:
+    """What is wrong with a step of one rank, which others shall raise too."""
+    try:
+        write()
+    except (OSError, ValueError) as error:
+        return error if isinstance(error, ValueError) else ValueError(f"export failed: {error}")
+    return None
+
+
+def _raise(problem: ValueError | None) -> None:
+    if problem is not None:
+        raise problem
 
 
 def _write_export(checkpoint: Path, target: Path, max_shard_size: str, workers: int) -> None:
-    target.mkdir(parents=True)
+    """Write the folder under another name and rename it."""
     title = target.resolve().name
-    write_folder(checkpoint, target, title=title, max_shard_size=max_shard_size, workers=workers)
+    work = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    work.mkdir(parents=True)
+    try:
+        write_folder(checkpoint, work, title=title, max_shard_size=max_shard_size, workers=workers)
+        rename_folder(work, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _refuse_sizes(config: ModelConfig) -> None:

@@ -16,6 +16,8 @@ from nemo_minitron.config.training import DataConfig, OptimConfig, TrainerConfig
 from nemo_minitron.families.dims import DIMS
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import active_parameters, parameter_count
+from nemo_minitron.pruning.plan import make_plan
+from nemo_minitron.pruning.scores import Scores
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _GIB = float(1 << 30)
@@ -54,8 +56,39 @@ class _Rule:
     keeps: Callable[[Sizes], bool]
 
 
-def candidates(config: ModelConfig, space: SearchSpaceConfig) -> list[Candidate]:
+def kept_layers(
+    config: ModelConfig, search: SearchConfig, scores: Scores | None
+) -> dict[int, list[int]]:
+    """Which layers stay for each number of them; empty where all layers are of one size.
+
+    Args:
+        config: the model to prune.
+        search: the keys.
+        scores: of this model.
+
+    Raises:
+        ValueError: see ``make_plan``.
+    """
+    if scores is None or len({*kinds_of(config)}) == 1:
+        return {}
+    found = {}
+    for count in (count for count in search.search.num_layers if count < config.num_layers):
+        pruning = PruningConfig(
+            target=TargetConfig(num_layers=count), layer_criterion=search.layer_criterion
+        )
+        found[count] = make_plan(config, pruning, scores).layers
+    return found
+
+
+def candidates(
+    config: ModelConfig, space: SearchSpaceConfig, layers: Mapping[int, list[int]] | None = None
+) -> list[Candidate]:
     """Shapes within the rules and the budget, smallest first.
+
+    Args:
+        config: the model to prune.
+        space: sizes and budget.
+        layers: as ``kept_layers`` gives them; the first layers stand for those that it has not.
 
     Raises:
         ValueError: a size the model cannot be pruned to; no shape keeps the rules (names the one
@@ -63,7 +96,11 @@ def candidates(config: ModelConfig, space: SearchSpaceConfig) -> list[Candidate]
             ``search.max_candidates`` are left.
     """
     shapes = _rule_abiding(config, space, list(_product(config, space)))
-    known = [_measured(config, space, sizes) for sizes in shapes]
+    kept = layers or {}
+    known = [
+        _measured(config.resized(sizes, kept.get(sizes["num_layers"])), space, sizes)
+        for sizes in shapes
+    ]
     found = sorted(
         (one for one in known if _within(one, space)), key=lambda one: (one.parameters, one.name)
     )
@@ -164,11 +201,10 @@ def _rule_abiding(
     return shapes
 
 
-def _measured(config: ModelConfig, space: SearchSpaceConfig, sizes: Sizes) -> Candidate:
-    small = config.resized(sizes)
-    count = parameter_count(family_of(config), small)["total"]
-    active = active_parameters(family_of(config), small)
-    element = _BYTES[config.dtype]
+def _measured(small: ModelConfig, space: SearchSpaceConfig, sizes: Sizes) -> Candidate:
+    count = parameter_count(family_of(small), small)["total"]
+    active = active_parameters(family_of(small), small)
+    element = _BYTES[small.dtype]
     letters = "".join(kinds_of(small))
     attending, scanning, linear = (letters.count(kind) for kind in (ATTENTION, MAMBA, LINEAR))
     cached = attending * small.cached_channels * space.seq_length
@@ -287,6 +323,25 @@ def objective(record: Mapping[str, Any]) -> float:
         if loss is not None:
             return float(loss)
     raise KeyError("loss")
+
+
+def within_latency(
+    records: list[dict[str, Any]], max_latency_ms: float | None
+) -> list[dict[str, Any]]:
+    """The candidates that are fast enough.
+
+    Raises:
+        ValueError: every candidate takes longer than ``search.max_latency_ms``.
+    """
+    inside = [r for r in records if max_latency_ms is None or r["latency_ms"] <= max_latency_ms]
+    if not inside:
+        fastest = min(records, key=lambda record: record["latency_ms"])
+        raise ValueError(
+            f"no candidate runs within search.max_latency_ms={max_latency_ms:g}; the fastest, "
+            f"{fastest['name']}, takes {fastest['latency_ms']:.4g} ms a sample; raise it, or add "
+            "smaller sizes to search.<size>"
+        )
+    return inside
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:

@@ -19,6 +19,7 @@ from nemo_minitron.checkpoint.hf_checks import without_prediction_layers
 from nemo_minitron.checkpoint.lazy import Store, first_rows, on_read, refuse_nonfinite
 from nemo_minitron.checkpoint.tokenizer import (
     TokenizerFiles,
+    check_gguf_tokenizer,
     save_tokenizer,
     tokenizer_files,
     vocabulary_size,
@@ -127,11 +128,16 @@ def _open_hf(path: Path, tokenizer: str | None, source_ignore: Sequence[str]) ->
             hf_store = without_prediction_layers(family, config, hf_store)
     else:
         hf_config, hf_store = open_gguf(path, source_ignore)
+        if tokenizer is None:
+            check_gguf_tokenizer(path)
         family, config = model_config(hf_config, hf_store)
     store = to_megatron(family, config, on_read(hf_store, refuse_nonfinite))
 
     def save_extras(folder: Path) -> None:
-        save_tokenizer(Path(tokenizer or path), folder)
+        if tokenizer is None:
+            save_tokenizer(path, folder)
+        else:
+            write_tokenizer(tokenizer_files(Path(tokenizer)), folder)
         keep_as_read(folder, read_json_object(path / CONFIG_JSON) if path.is_dir() else hf_config)
         copy_generation_config(path, folder)
 

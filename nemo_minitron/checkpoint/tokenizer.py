@@ -175,7 +175,8 @@ def _build_from_gguf(path: Path) -> tuple[Tokenizer, JsonObject]:
         index = get(f"tokenizer.ggml.{field}_token_id", None)
         if index is not None:
             special[name] = (tokens[index], index)
-    bos = get("tokenizer.ggml.add_bos_token", False) and "bos" in special
+    # As llama.cpp has it: Llama 3 begins every text with this token unless the file says otherwise.
+    bos = get("tokenizer.ggml.add_bos_token", pre == "llama-bpe") and "bos" in special
     eos = get("tokenizer.ggml.add_eos_token", False) and "eos" in special
     if bos or eos:
         tokenizer.post_processor = _template(special, bos, eos)

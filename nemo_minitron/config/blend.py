@@ -132,6 +132,10 @@ def _source(index: int, entry: object) -> dict[str, Any]:
         )
     if not isinstance(path, str) or not path:
         raise ValueError(f"{where}.path={path} must be a path as data.path takes it")
+    if is_blend(path):
+        raise ValueError(
+            f"{where}.path={path} is a list of sources itself; write its sources into this one"
+        )
     return {"weight": weight, "path": path}
 
 

@@ -146,6 +146,11 @@ def _sizes(name: str, values: list[Any]) -> list[int]:
                 f"search.{name} holds {value}; give sizes and ranges 'start:stop:step', all above 0"
             )
         numbers = [int(part) for part in parts]
+        if parts[1:] and numbers[0] > numbers[1]:
+            raise ValueError(
+                f"search.{name} holds {value}, whose start is above its stop; give the smaller "
+                "size first"
+            )
         found |= {*range(numbers[0], numbers[1] + 1, numbers[2])} if parts[1:] else {numbers[0]}
     return sorted(found)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from nemo_minitron.config.base import INPUT, StageConfig
+from nemo_minitron.config.base import INPUT, MAY_CHANGE, StageConfig
 from nemo_minitron.config.blend import parse_blend
 from nemo_minitron.config.training import DataConfig
 
@@ -17,7 +17,7 @@ class SourcesConfig:
     blend: Any = field(default=MISSING, metadata=INPUT)
     """Weighted sources of text: a list of ``{weight, path}``, weights and paths in turn, or a YAML
     file that holds such a list. Each gets its share of ``total_tokens``."""
-    blend_max_epochs: float | None = None
+    blend_max_epochs: float | None = field(default=None, metadata=MAY_CHANGE)
     """Most times that the share of a source may be what it holds; null only says how often."""
     text_key: str = "text"
     """Key of the text in a record."""
@@ -53,7 +53,7 @@ class SourcesStageConfig(StageConfig):
 
     checkpoint: str = field(default=MISSING, metadata=INPUT)
     """Result folder of the model whose tokenizer gives the ids."""
-    total_tokens: int = MISSING
+    total_tokens: int = field(default=MISSING, metadata=MAY_CHANGE)
     """Tokens of all sources together, those that end documents included."""
     data: SourcesConfig = field(default_factory=SourcesConfig)
 

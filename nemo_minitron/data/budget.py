@@ -49,8 +49,10 @@ class Source:
     ended: set[int] = field(default_factory=set)
     documents: list[Documents] = field(default_factory=list)
     """Of the parts before the first that has not ended."""
+    read: int = 0
+    """Tokens of those documents."""
     tokens: int = 0
-    """Of those, repeats included until they come to the share."""
+    """Of those in the end, repeats left out; all that were read, until they come to the share."""
     kept: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @property
@@ -63,7 +65,8 @@ class Source:
         self.ended.add(number)
         while len(self.documents) in self.ended:
             self.documents.append(read_part(self.parts[len(self.documents)]))
-        self.tokens = sum(int(one.lengths.sum()) for one in self.documents)
+            self.read += int(self.documents[-1].lengths.sum())
+        self.tokens = self.read
         if self.complete:
             self._take()
 

@@ -4,7 +4,11 @@ A record has ``messages``, rendered by the chat template of the tokenizer, or ``
 ``completion``. Training counts its loss on the answers alone. ``docs/stages.md`` has examples.
 """
 
+import json
 import re
+from collections.abc import Callable
+from datetime import date
+from functools import partial
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +24,9 @@ _ROLES = ("system", "developer", "user", "assistant", "tool")
 _ANSWERS = "assistant"
 # Where a template marks what the assistant said, as transformers reads it.
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# How a template asks for the date, and the one that it gets: what Llama 3 writes when nobody says.
+_TODAY = re.compile(r"""\bstrftime_now\(\s*(['"])(.*?)\1\s*\)""")
+_DAY = date(2024, 7, 26)
 
 
 class Encoded(NamedTuple):
@@ -121,13 +128,15 @@ def encode(record: dict[str, Any], tokenizer: "PreTrainedTokenizerFast", where: 
             f"{where}: the record has messages, and the tokenizer of the checkpoint has no chat "
             "template; import the model from a source with one, or write prompt and completion"
         )
-    # A table gives every message all keys that any message has.
+    # Some tools write what a message has not as null.
     messages = [{k: v for k, v in m.items() if v is not None} for m in record[MESSAGES]]
     tools = record.get(TOOLS) or None
     try:
-        if _MARK.search(tokenizer.get_chat_template(tools=tools)):
-            return _marked(messages, tools, tokenizer)
-        return _by_prefixes(messages, tools, tokenizer, where)
+        template = _on_one_day(tokenizer.get_chat_template(tools=tools))
+        writes = partial(tokenizer.apply_chat_template, tools=tools, chat_template=template)
+        if _MARK.search(template):
+            return _marked(messages, writes)
+        return _by_prefixes(messages, writes, tokenizer, where)
     except ValueError:
         raise
     except Exception as error:  # jinja's, of which a template may raise its own
@@ -152,26 +161,30 @@ def _completed(
     return Encoded(np.array(ids, np.int32), answer)
 
 
-def _marked(messages: list[Any], tools: Any, tokenizer: "PreTrainedTokenizerFast") -> Encoded:
+def _on_one_day(template: str) -> str:
+    """A template that asks for today's date, with a fixed one in place of it.
+
+    The same records must give the same tokens tomorrow, in another cache and after a restart.
+    """
+    return _TODAY.sub(lambda asked: json.dumps(_DAY.strftime(asked[2])), template)
+
+
+def _marked(messages: list[Any], writes: Callable[..., Any]) -> Encoded:
     """What the template marks is the answer; all of it is transformers' own work."""
-    out: Any = tokenizer.apply_chat_template(
-        messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True
-    )
+    out = writes(messages, return_dict=True, return_assistant_tokens_mask=True)
     return Encoded(np.array(out["input_ids"], np.int32), np.array(out["assistant_masks"], bool))
 
 
 def _by_prefixes(
-    messages: list[Any], tools: Any, tokenizer: "PreTrainedTokenizerFast", where: str
+    messages: list[Any],
+    writes: Callable[..., Any],
+    tokenizer: "PreTrainedTokenizerFast",
+    where: str,
 ) -> Encoded:
     """What the assistant's message adds to the text before it, asked to answer, is the answer."""
 
     def rendered(count: int, ask: bool) -> str:
-        some = messages[:count]
-        return str(
-            tokenizer.apply_chat_template(
-                some, tools=tools, tokenize=False, add_generation_prompt=ask
-            )
-        )
+        return str(writes(messages[:count], tokenize=False, add_generation_prompt=ask))
 
     text = rendered(len(messages), False)
     spans = []
@@ -199,7 +212,8 @@ def _by_prefixes(
 def _check_rendered(message: dict[str, Any], text: str, where: str) -> None:
     """Refuse a message that the template leaves out, such as one of a role it does not know."""
     content = str(message.get("content") or "").strip()
-    if content not in text:
+    as_json = json.dumps(content, ensure_ascii=False)[1:-1]  # so Llama 3 writes what a tool gave
+    if content not in text and as_json not in text:
         raise ValueError(
             f"{where}: the chat template leaves out the message of role '{message['role']}'; take "
             "it out of the record, or give the tokenizer a template that knows the role"

@@ -13,6 +13,7 @@ from datasketch import MinHash, MinHashLSH
 from nemo_minitron.config.inference import FilterConfig
 
 _PERMUTATIONS = 128
+_HIGHEST = 0.95  # threshold of the index
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,9 @@ class _Duplicates:
         self._grams: dict[int, set[tuple[str, ...]]] = {}
         self._index: MinHashLSH | None = None
         if cfg.near_duplicates < 1:
-            self._index = MinHashLSH(threshold=cfg.near_duplicates, num_perm=_PERMUTATIONS)
+            # It only finds texts to compare, and has no index for a threshold close to 1.
+            threshold = min(cfg.near_duplicates, _HIGHEST)
+            self._index = MinHashLSH(threshold=threshold, num_perm=_PERMUTATIONS)
 
     def found(self, index: int, text: str) -> str | None:
         """Return why a text is rejected as a duplicate, or None after recording it."""

@@ -9,7 +9,6 @@ import signal
 from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from dataclasses import replace
 from functools import lru_cache
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -21,7 +20,7 @@ from nemo_minitron.checkpoint.seals import check_seal, seal
 from nemo_minitron.config.training import DataConfig
 from nemo_minitron.data.indexed import TextTokenizer, read_ahead, write_ids
 from nemo_minitron.data.repeats import digest_of
-from nemo_minitron.data.text import find_source, read_documents
+from nemo_minitron.data.text import TEXT, Source, read_documents
 from nemo_minitron.runtime.atomic import rename_folder
 from nemo_minitron.runtime.supervise import die_with_parent
 
@@ -88,7 +87,7 @@ def write_part(part: Part) -> None:
     draft = part.folder.with_name(f"{part.folder.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    source = replace(find_source(part.data.path), files=(part.file,))
+    source = Source(TEXT, Path(part.data.path), (part.file,))
     lengths, digests = array("q"), array("Q")
     texts = _noting(read_documents(source, part.data), digests)
     where = f"the tokenizer gives data.path={part.data.path}"

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.training import DataConfig
 from nemo_minitron.data.cache import build_for_all
 from nemo_minitron.data.chat import Encoded, check_record, encode, is_sft, read_keys
-from nemo_minitron.data.formats import form_of, keys_of, records_of
+from nemo_minitron.data.formats import TABLES, form_of, keys_of, records_of
 from nemo_minitron.data.indexed import (
     HASH_CONTENT_UP_TO,
     check_ids,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1  # part of every cache key: raise it when the content of a cache folder changes
+_FORMAT = 2  # part of every cache key: raise it when the content of a cache folder changes
 _KEPT, _CUT, _DROPPED, _REPEATS = "without their beginning", "cut", "dropped", "repeats"
 
 
@@ -151,10 +151,28 @@ def _encoded(
     for file in source.files:
         if not file.stat().st_size:
             continue
+        table = form_of(file) in TABLES
         for where, record in records_of(file, read_keys(keys_of(file))):
-            checked = check_record(record, where)
+            checked = check_record(_as_written(record) if table else record, where)
             empty = Encoded(np.empty(0, np.int32), np.empty(0, bool))
             yield where, encode(checked, tokenizer, where) if tokenizer else empty
+
+
+def _as_written(record: object) -> object:
+    """A row of a table without what the table added to its values.
+
+    Arrow gives every structure of a column the keys of all of them, and null where a row had none:
+    the arguments of one tool's call would have the names of all tools' arguments.
+    """
+    if not isinstance(record, dict):
+        return record
+    return {key: _without_nulls(value) for key, value in record.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _fitted(one: Encoded, data: DataConfig, where: str, counts: Counter[str]) -> Encoded | None:

@@ -130,7 +130,8 @@ def _texts(path: Path, entries: Sequence[Path]) -> Source:
             f"data.path: file {lost[0]} is no ordinary file, or a link to one that is not there; "
             "take it out of data.path"
         )
-    others = tuple(entry for entry in entries if entry not in set(files))
+    chosen = set(files)
+    others = tuple(entry for entry in entries if entry not in chosen)
     if not files and not path.is_dir():
         raise ValueError(
             f"data.path={path} names no file of the forms {_SUFFIXES}; it names {_named(others)}"

@@ -26,6 +26,7 @@ from nemo_minitron.reporting.rows import (
 
 # Data keys that deal documents to splits, and those that do not change what is evaluated.
 _DEAL = ("seed", "split", "document_separator", "text_key")
+_NO_SOURCE = {"path": "", "blend": None}
 _SPEED = ("micro_batch_size", "global_batch_size", "cache_dir")
 
 
@@ -109,12 +110,12 @@ def _leaks(stages: list[StageResult]) -> list[str]:
     found = []
     for test in (s for s in stages if s.stage == "evaluate"):
         for train in (s for s in stages if s.stage in ("distill", "finetune")):
-            mine, theirs = test.values.get("data", {}), train.values.get("data", {})
-            phases = (train.values.get("trainer") or {}).get("phases") or ()
-            read = set().union(*(_paths(one) for one in (theirs, *(p["data"] for p in phases))))
-            if not _paths(mine) & read:
+            mine = test.values.get("data", {})
+            shared = [one for one in _data_of(train) if _paths(mine) & _paths(one)]
+            if not shared:
                 continue
-            different = [f"data.{key}" for key in _DEAL if mine.get(key) != theirs.get(key)]
+            other = {k for one in shared for k in _DEAL if mine.get(k) != one.get(k)}
+            different = [f"data.{key}" for key in _DEAL if key in other]
             if str(mine.get("path")).endswith(".npy"):
                 why = "a .npy is not split"
             elif mine.get("split_name") == "train":
@@ -129,6 +130,18 @@ def _leaks(stages: list[StageResult]) -> list[str]:
     return found
 
 
+def _data_of(train: StageResult) -> list[dict[str, Any]]:
+    """The keys ``data.*`` of a training, those of each of its phases."""
+    data = train.values.get("data", {})
+    phases = (train.values.get("trainer") or {}).get("phases") or [{}]
+    found = []
+    for own in (phase.get("data") or {} for phase in phases):
+        elsewhere = _NO_SOURCE if _paths(own) else {}
+        keys = {key: value for key, value in own.items() if key not in _NO_SOURCE or elsewhere}
+        found.append({**data, **elsewhere, **keys})
+    return found
+
+
 def _paths(data: dict[str, Any]) -> set[str]:
     """What a stage read, one source or several."""
     blend = [source["path"] for source in data.get("blend") or ()]
@@ -139,7 +152,8 @@ def _unlike(cfg: PipelineConfig, stages: list[StageResult]) -> list[str]:
     """Rows whose figures do not compare."""
     names = [item["evaluate"] for item in row_items(cfg)]
     shown = [stage.values for stage in stages if stage.name in names]
-    data = [values.get("data", {}) | dict.fromkeys(_SPEED) for values in shown]
+    read = (values["data"] for values in shown if _paths(values.get("data", {})))
+    data = [one | dict.fromkeys(_SPEED) for one in read]
     found = []
     if not all(item == data[0] for item in data):
         found.append(

@@ -35,7 +35,15 @@ from nemo_minitron.runtime.groups import ParallelGroups
 from nemo_minitron.runtime.launch import seen_by_all
 from nemo_minitron.runtime.ranks import rank
 from nemo_minitron.runtime.worlds import barrier
-from nemo_minitron.search import Candidate, candidates, distill_config, objective, pruning_of
+from nemo_minitron.search import (
+    Candidate,
+    candidates,
+    distill_config,
+    kept_layers,
+    objective,
+    pruning_of,
+    within_latency,
+)
 from nemo_minitron.stages.distill import model_config
 from nemo_minitron.stages.tasks import answer_tasks, ready_to_answer
 
@@ -58,7 +66,7 @@ def score_candidates(cfg: SearchConfig, config: ModelConfig, work: Path) -> list
     scores = None if cfg.importance is None else Scores.load(Path(cfg.importance))
     dataset = stage_dataset(cfg.data, config, source, cfg.output_dir)
     check_shared(dataset, cfg.data, config, cfg.parallel)
-    shapes = candidates(config, cfg.search)
+    shapes = candidates(config, cfg.search, kept_layers(config, cfg, scores))
     plans = {one.name: make_plan(config, pruning_of(cfg, config, one), scores) for one in shapes}
     records = []
     for number, one in enumerate(shapes, start=1):
@@ -67,9 +75,12 @@ def score_candidates(cfg: SearchConfig, config: ModelConfig, work: Path) -> list
             log.info("candidate %d of %d: %s", number, len(shapes), one.sizes)
             found = _zero_shot(cfg, config, one, plans[one.name], dataset)
             _keep(kept, {**found, _LAYOUT: _layout(cfg)})
-        records.append({k: v for k, v in _kept(kept).items() if k != _LAYOUT})
+        found = {k: v for k, v in _kept(kept).items() if k != _LAYOUT}
+        # An earlier version counted the first layers where layers are of several kinds.
+        records.append({**found, "parameters": one.parameters, "memory_gib": one.memory_gib})
     if cfg.search.distill.steps:
-        best = sorted(records, key=objective)[: cfg.search.distill.top]
+        inside = within_latency(records, cfg.search.max_latency_ms)
+        best = sorted(inside, key=objective)[: cfg.search.distill.top]
         for record in best:
             kept = work / "distilled" / f"{record['name']}.json"
             if not seen_by_all(kept):
@@ -82,11 +93,12 @@ def score_candidates(cfg: SearchConfig, config: ModelConfig, work: Path) -> list
 
 def _layout(cfg: SearchConfig) -> Record:
     """What the latency of a candidate depends on besides the candidate."""
-    return {"ranks": dist.get_world_size(), **asdict(cfg.parallel)}
+    batch = {"micro_batch_size": cfg.data.micro_batch_size}
+    return {"ranks": dist.get_world_size(), **batch, **asdict(cfg.parallel)}
 
 
 def _at_another_layout(cfg: SearchConfig, kept: Record) -> bool:
-    """Whether an earlier run, of another layout, measured a latency that has a limit here."""
+    """Whether a run of another layout or micro-batch measured a latency that has a limit here."""
     mine = _layout(cfg)
     return cfg.search.max_latency_ms is not None and kept.get(_LAYOUT, mine) != mine
 

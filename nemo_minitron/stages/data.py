@@ -107,8 +107,8 @@ def _check_epochs(cfg: SourcesStageConfig, index: int, taken: Taken) -> None:
     )
     if limit is not None and epochs > limit:
         raise ValueError(
-            f"{said}, more than data.blend_max_epochs={limit}; add text, or lower its weight, "
-            "total_tokens or what data.blend_max_epochs allows"
+            f"{said}, more than data.blend_max_epochs={limit}; add text, lower its weight or "
+            "total_tokens, or raise data.blend_max_epochs"
         )
     if epochs > 1:
         log.warning("%s", said)

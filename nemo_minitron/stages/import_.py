@@ -15,7 +15,6 @@ from nemo_minitron.checkpoint.lazy import (
 )
 from nemo_minitron.checkpoint.lineage import copy_licence_texts, record
 from nemo_minitron.checkpoint.source import Opened, open_source
-from nemo_minitron.checkpoint.tokenizer import check_gguf_tokenizer
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import ImportConfig
 from nemo_minitron.families.table import Family, parameter_count
@@ -34,8 +33,6 @@ def check(cfg: ImportConfig) -> None:
     """
     check_output(cfg, "import")
     opened = _open(cfg)
-    if Path(cfg.source).suffix == ".gguf" and cfg.tokenizer is None:
-        check_gguf_tokenizer(Path(cfg.source))
     _check_first_weights(opened.store, cfg.workers)
 
 

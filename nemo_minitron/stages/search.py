@@ -20,16 +20,18 @@ from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import SearchConfig
 from nemo_minitron.data.checks import check_batches, check_data
 from nemo_minitron.data.sft import check_packing
-from nemo_minitron.pruning.scores import read_meta
+from nemo_minitron.pruning.scores import Scores, read_meta
 from nemo_minitron.pruning.targets import check_importance, check_result
 from nemo_minitron.runtime.ranks import launched_world_size, rank
 from nemo_minitron.search import (
     candidates,
     distill_config,
+    kept_layers,
     objective,
     pareto_front,
     pruning_of,
     training_data,
+    within_latency,
 )
 from nemo_minitron.stages.settings import (
     check_settings,
@@ -61,11 +63,13 @@ def check(cfg: SearchConfig) -> None:
                 "not set; set it, or leave layer_criterion out"
             )
         meta = None if cfg.importance is None else read_meta(Path(cfg.importance))
-        for one in candidates(config, cfg.search):
+        scores = None if cfg.importance is None else Scores.load(Path(cfg.importance))
+        layers = kept_layers(config, cfg, scores)
+        for one in candidates(config, cfg.search, layers):
             pruning = pruning_of(cfg, config, one)
             check_result(config, pruning)
             check_importance(config, pruning, meta)
-            small = config.resized(one.sizes)
+            small = config.resized(one.sizes, layers.get(one.sizes["num_layers"]))
             balanced_layout(config, small, cfg.parallel)
             if cfg.search.distill.steps:
                 _check_distillation(cfg, config, small)
@@ -122,14 +126,7 @@ def ranked(records: list[dict[str, Any]], max_latency_ms: float | None) -> list[
     Raises:
         ValueError: every candidate takes longer than ``search.max_latency_ms``.
     """
-    inside = [r for r in records if max_latency_ms is None or r["latency_ms"] <= max_latency_ms]
-    if not inside:
-        fastest = min(records, key=lambda record: record["latency_ms"])
-        raise ValueError(
-            f"no candidate runs within search.max_latency_ms={max_latency_ms:g}; the fastest, "
-            f"{fastest['name']}, takes {fastest['latency_ms']:.4g} ms a sample; raise it, or add "
-            "smaller sizes to search.<size>"
-        )
+    inside = within_latency(records, max_latency_ms)
     inside.sort(key=lambda r: (r["distilled_loss"] is None, objective(r), r["loss"]))
     slow = sorted((r for r in records if r not in inside), key=lambda r: r["latency_ms"])
     placed = [{**record, "rank": place} for place, record in enumerate(inside, start=1)]

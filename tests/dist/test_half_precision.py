@@ -58,6 +58,39 @@ def _export_as_trained(checkpoint: str, folder: str) -> None:
     nemo_minitron.export(nemo_minitron.open_model(checkpoint, dtype="float32"), folder)
 
 
+def _export_twice(checkpoint: str, folder: str) -> list[str]:
+    """Export a model with a weight that is no number, and again when it is one."""
+    from nemo_minitron.runtime.launch import init_model_parallel
+
+    init_model_parallel(ParallelConfig(tensor_model_parallel_size=2))
+    chunks = nemo_minitron.open_model(checkpoint, dtype="float32")
+    weight = chunks[0].decoder.final_layernorm.weight.data
+    number, weight[3] = float(weight[3]), float("nan")
+    said = []
+    for size in ("5GB", "large"):
+        with pytest.raises(ValueError, match=r".") as error:
+            nemo_minitron.export(chunks, folder, max_shard_size=size)
+        said.append(str(error.value))
+    weight[3] = number
+    nemo_minitron.export(chunks, folder)
+    return said
+
+
+def test_an_export_that_is_refused_says_so_on_every_rank_and_leaves_nothing(ranks, tmp_path):
+    tiny.write_result(tmp_path / "model", tiny.LLAMA, 0)
+    target = tmp_path / "hf" / "exported"
+    target.parent.mkdir()
+    said = ranks.run(2, _export_twice, str(tmp_path / "model"), str(target))
+    for first, second in said:
+        assert "final_layernorm" in first
+        assert second.startswith("max_shard_size=large must be a number")
+    assert [path.name for path in target.parent.iterdir()] == ["exported"]
+    assert (target / "config.json").is_file()
+    with pytest.raises(ValueError, match="max_shard_size=large"):
+        nemo_minitron.export(tmp_path / "model", tmp_path / "again", max_shard_size="large")
+    assert not (tmp_path / "again").exists()
+
+
 def test_what_is_exported_says_the_dtype_it_has_in_memory(ranks, tmp_path):
     """Whatever dtype its source had; from files alone a model is exported as it came."""
     sizes = tiny.LLAMA

@@ -76,7 +76,7 @@ def tokenizer() -> Tokenizer:
     return result
 
 
-def add_tokenizer(writer: GGUFWriter, add_bos: bool) -> None:
+def add_tokenizer(writer: GGUFWriter, add_bos: bool | None, pre: str) -> None:
     import json
 
     source = tokenizer()
@@ -84,14 +84,15 @@ def add_tokenizer(writer: GGUFWriter, add_bos: bool) -> None:
     merges = json.loads(source.to_str())["model"]["merges"]
     kinds = [TokenType.CONTROL if t in SPECIAL else TokenType.NORMAL for t in tokens]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(0)
     writer.add_pad_token_id(2)
-    writer.add_add_bos_token(add_bos)
+    if add_bos is not None:
+        writer.add_add_bos_token(add_bos)
     writer.add_chat_template("{% for m in messages %}<|start|>{{ m['content'] }}{% endfor %}")
 
 
@@ -101,7 +102,8 @@ def write_gguf(
     matrices: Kind = Kind.F32,
     *,
     embedding: Kind | None = None,
-    add_bos: bool = False,
+    add_bos: bool | None = False,
+    pre: str = "smollm",
     fields: dict | None = None,
     drop: str = "",
     extra: dict | None = None,
@@ -128,7 +130,7 @@ def write_gguf(
     for key, value in (fields or {}).items():
         add = writer.add_string if isinstance(value, str) else writer.add_uint32
         add(key, value)
-    add_tokenizer(writer, add_bos)
+    add_tokenizer(writer, add_bos, pre)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, parameter in model.named_parameters():
         if drop and drop in name:

@@ -72,6 +72,7 @@ def test_every_way_to_write_a_blend_is_the_same(tmp_path):
         ([{"path": "a"}], r"data.blend.0=.* must have weight and path"),
         ([{"weight": True, "path": "a"}], r"data.blend.0.weight=True"),
         ([{"weight": 1, "path": ["a"]}], r"data.blend.0.path=\['a'\] must be a path"),
+        ([0.7, "web.yaml", 0.3, "b"], r"data.blend.0.path=web.yaml is a list of sources itself"),
         ([0.3, "a", 0.7, "a"], r"data.blend names a twice; name it once, with the sum"),
         ([], r"data.blend=\[\] must be a list of"),
         ("a", r"data.blend=a must be a list of"),

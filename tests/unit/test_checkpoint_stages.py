@@ -14,7 +14,7 @@ from nemo_minitron.checkpoint.tokenizer import save_tokenizer
 from nemo_minitron.checkpoint.tokenizer_read import load_tokenizer
 from nemo_minitron.config.stages import ExportConfig, ImportConfig
 from nemo_minitron.stages import export, import_
-from tests.helpers.gguf_fixtures import TEXT, llama, write_gguf
+from tests.helpers.gguf_fixtures import TEXT, llama, tokenizer, write_gguf
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +125,26 @@ def test_unknown_source(tmp_path):
     (tmp_path / "file.bin").write_text("x" * 100)
     with pytest.raises(ValueError, match=r"file.bin is not a GGUF file"):
         run_import(tmp_path / "file.bin", tmp_path / "imported")
+
+
+def test_a_tokenizer_that_is_a_file(source, tmp_path):
+    """A result of a folder or of a GGUF file takes it as those of Megatron do."""
+    other = tmp_path / "other" / "tokenizer.json"
+    other.parent.mkdir()
+    tokenizer().save(str(other))
+    write_gguf(tmp_path / "model.gguf", llama())
+    for number, path in enumerate((source, tmp_path / "model.gguf")):
+        imported = run_import(path, tmp_path / f"imported{number}", tokenizer=str(other))
+        copied = imported / "checkpoint" / "tokenizer" / "tokenizer.json"
+        assert copied.read_bytes() == other.read_bytes()
+
+
+def test_a_tokenizer_that_cannot_be_built_is_refused_before_weights_are_read(tmp_path):
+    """Whatever the name of the file is."""
+    write_gguf(tmp_path / "blob", llama(), pre="qwen2")
+    cfg = ImportConfig(source=str(tmp_path / "blob"), output_dir=str(tmp_path / "imported"))
+    with pytest.raises(ValueError, match=r"tokenizer.ggml.pre=qwen2 is not supported"):
+        import_.check(cfg)
 
 
 def test_complete_result_is_not_replaced_unasked(source, imported):

@@ -61,6 +61,17 @@ def test_bos_is_added_only_when_the_file_says_so(built, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("pre", "says", "begins"),
+    [("llama-bpe", None, True), ("llama-bpe", False, False), ("smollm", None, False)],
+)
+def test_llama_3_begins_texts_unless_the_file_says_otherwise(tmp_path, pre, says, begins):
+    """As llama.cpp reads a file without ``add_bos_token``."""
+    write_gguf(tmp_path / "model.gguf", llama(), add_bos=says, pre=pre)
+    save_tokenizer(tmp_path / "model.gguf", tmp_path)
+    assert (load_tokenizer(tmp_path)("hi")["input_ids"][0] == 1) == begins
+
+
+@pytest.mark.parametrize(
     ("model", "pre", "message"),
     [
         ("llama", "default", "tokenizer.ggml.model=llama is not supported; supported: gpt2"),

@@ -188,6 +188,16 @@ def test_a_source_at_its_end(corpus, tmp_path):
     assert said.code == 2
     assert f"data.blend.0.path={corpus}/web has {taken.tokens:,} tokens, and its share" in said.err
     assert "more than data.blend_max_epochs=4" in said.err
+    assert "or raise data.blend_max_epochs" in said.err
+    # What was tokenised stays, and the same command goes on with other limits.
+    tokens = [tmp_path / "out.partial" / "parts" / f"0-{n}" / "ids.bin" for n in range(4)]
+    for path in tokens:
+        assert path.is_file()
+    written = tokens[0].stat().st_mtime_ns
+    again = command(corpus, tmp_path / "out", "total_tokens=1000", "data.blend_max_epochs=1e-9")
+    assert run_line(again).code == 2
+    assert tokens[0].stat().st_mtime_ns == written
+    done(run_line(command(corpus, tmp_path / "out", "total_tokens=1000")))
 
 
 @pytest.mark.parametrize(

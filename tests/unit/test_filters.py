@@ -66,3 +66,8 @@ def test_near_duplicates_by_the_ngrams_they_share():
     assert kept(samples, near_duplicates=0.9) == ([0, 2], {"near_duplicates": 1})
     assert kept(samples, near_duplicates=0.95)[0] == [0, 1, 2]
     assert kept(samples, near_duplicates=0.9, ngram=30)[0] == [0, 1, 2]
+    # Of 997 4-grams each, a word more at the end adds one: 997 / 998.
+    assert kept(samples, near_duplicates=0.99)[0] == [0, 1, 2]
+    text = " ".join(f"w{n}" for n in range(1000))
+    nearly = [sample(0, text), sample(1, f"{text} more")]
+    assert kept(nearly, near_duplicates=0.99) == ([0], {"near_duplicates": 1})

@@ -269,6 +269,29 @@ def test_what_read_no_text_of_its_own_is_not_doubted(tmp_path, caplog):
         config.write_text(yaml.safe_dump({"data": {"path": "", "seed": 2}, **values}))
     write_report(tmp_path, cfg)
     assert "eval_pruned may hold" not in caplog.text
+    assert "measured on different data" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("own", "says"),
+    [
+        ({}, False),
+        ({"seq_length": 8}, False),
+        ({"seed": 2}, True),
+        ({"path": "elsewhere", "seed": 2}, False),
+        ({"blend": [{"weight": 1, "path": "speeches"}], "seed": 2}, True),
+    ],
+)
+def test_each_phase_of_a_training_may_have_read_what_others_held_out(tmp_path, caplog, own, says):
+    cfg = _make_pipeline(tmp_path)
+    (tmp_path / "distill" / "metrics.json").unlink()
+    cfg.stages = [s for s in cfg.stages if s["stage"] in ("distill", "evaluate")]
+    phases = [{"steps": 5, "data": {}}, {"steps": 5, "data": own}]
+    config = tmp_path / "distill" / ".hydra" / "config.yaml"
+    config.write_text(yaml.safe_dump({"data": DATA, "trainer": {"phases": phases}}))
+    write_report(tmp_path, cfg)
+    warning = "eval_pruned may hold text that distill trained on (same data.path; data.seed differ)"
+    assert (warning in caplog.text) == says
 
 
 def test_missing_figures_are_named(tmp_path):

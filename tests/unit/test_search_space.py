@@ -6,10 +6,15 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.config.search import SearchSpaceConfig
-from nemo_minitron.search import candidates, pareto_front
+from nemo_minitron.config.search import SearchSpaceConfig, ShortDistillConfig
+from nemo_minitron.config.stages import SearchConfig
+from nemo_minitron.pruning.plan import make_plan, pruned_config
+from nemo_minitron.pruning.scores import Scores, model_meta
+from nemo_minitron.search import candidates, kept_layers, pareto_front, pruning_of
+from nemo_minitron.stages import candidates as scoring
 from nemo_minitron.stages.search import ranked
 from tests.helpers.tiny import LLAMA, NEMOTRON_H, random_weights
 
@@ -89,6 +94,30 @@ def test_sizes_of_experts_and_mamba_layers() -> None:
     assert one.memory_gib * 2**30 == 4 * (one.parameters + 2 * (keys + states))
 
 
+def test_layers_of_several_kinds_are_those_that_stay() -> None:
+    """Budgets hold for the model that is pruned, not for one of the first layers."""
+    count = NEMOTRON_H.num_layers - 2
+    layers = torch.ones(NEMOTRON_H.num_layers)
+    layers[[0, 2]] = 0  # two of the Mamba layers are worth least
+    scores = Scores(layer=layers, meta={"model": model_meta(NEMOTRON_H)})
+    cfg = SearchConfig(output_dir="out", checkpoint="in", importance="scores")
+    cfg.search = SearchSpaceConfig(num_layers=[count])
+    kept = kept_layers(NEMOTRON_H, cfg, scores)
+    (one,) = candidates(NEMOTRON_H, cfg.search, kept)
+    plan = make_plan(NEMOTRON_H, pruning_of(cfg, NEMOTRON_H, one), scores)
+    pruned = random_weights(pruned_config(NEMOTRON_H, plan))
+    assert one.parameters == sum(tensor.numel() for tensor in pruned.values())
+    (first,) = candidates(NEMOTRON_H, cfg.search)
+    assert first.parameters != one.parameters
+    limits = [one.parameters, first.parameters]
+    cfg.search.target_params, cfg.search.tolerance = limits[0], 1e-6
+    assert candidates(NEMOTRON_H, cfg.search, kept)
+    cfg.search.target_params = limits[1]
+    with pytest.raises(ValueError, match="no shape of 1 meets"):
+        candidates(NEMOTRON_H, cfg.search, kept)
+    assert kept_layers(LLAMA, cfg, scores) == {}
+
+
 @pytest.mark.parametrize(
     ("model", "keys", "says"),
     [
@@ -121,6 +150,10 @@ def test_ranges_are_inclusive():
         ({"hidden_size": [65]}, "search.hidden_size holds 65, more than 64 of the model"),
         ({"hidden_size": ["8-16"]}, "search.hidden_size holds 8-16; give sizes and ranges"),
         ({"hidden_size": [0]}, "search.hidden_size holds 0; give sizes and ranges"),
+        (
+            {"hidden_size": ["64:32:16"]},
+            "search.hidden_size holds 64:32:16, whose start is above its stop",
+        ),
         (
             {"num_attention_heads": [3, 5]},
             r"search space is empty: no shape keeps this: num_attention_heads must be a multiple "
@@ -196,3 +229,35 @@ def test_ranks():
     assert [(r["name"], r["rank"]) for r in found] == [("c", 1), ("b", 2), ("a", 3), ("d", None)]
     with pytest.raises(ValueError, match=r"no candidate runs within search.max_latency_ms=0.5"):
         ranked(records, 0.5)
+
+
+@pytest.mark.parametrize("limit", [2.0, 0.5])
+def test_candidates_that_are_too_slow_are_not_distilled(monkeypatch, tmp_path, limit):
+    """The best of the others are, and nothing is when all are too slow."""
+    lists = {"ffn_hidden_size": [48, 64, 80], "max_latency_ms": limit}
+    space = SearchSpaceConfig(**lists, distill=ShortDistillConfig(steps=2, top=1))
+    cfg = SearchConfig(output_dir="out", checkpoint="in", search=space)
+    speeds = {48: (1.0, 3.0), 64: (1.5, 2.0), 80: (3.0, 1.0)}
+
+    def scored(cfg, config, one, plan, dataset):
+        latency, loss = speeds[one.sizes["ffn_hidden_size"]]
+        return {"name": one.name, "sizes": one.sizes, "latency_ms": latency, "loss": loss}
+
+    def distilled(cfg, config, record, plans, dataset, work):
+        names.append(record["sizes"]["ffn_hidden_size"])
+        return {"loss": 0.5}
+
+    names: list[int] = []
+    for name in ("stage_dataset", "check_shared", "barrier", "make_plan"):
+        monkeypatch.setattr(scoring, name, lambda *args: None)
+    monkeypatch.setattr(scoring, "seen_by_all", lambda path: path.exists())
+    monkeypatch.setattr(scoring, "_layout", lambda cfg: {})
+    monkeypatch.setattr(scoring, "_zero_shot", scored)
+    monkeypatch.setattr(scoring, "_short_distillation", distilled)
+    if limit < 1:
+        with pytest.raises(ValueError, match=r"no candidate runs within search.max_latency_ms"):
+            scoring.score_candidates(cfg, LLAMA, tmp_path)
+        assert names == []
+    else:
+        scoring.score_candidates(cfg, LLAMA, tmp_path)
+        assert names == [64]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nemo_minitron.config.training import DataConfig, TrainerConfig
+from nemo_minitron.data import sft
 from nemo_minitron.data.blend import BlendedSamples
 from nemo_minitron.data.chat import check_record, encode
 from nemo_minitron.data.checks import check_data
@@ -21,6 +22,7 @@ from nemo_minitron.data.datasets import (
 )
 from nemo_minitron.data.packing import best_fit
 from nemo_minitron.data.sft import check_packing
+from nemo_minitron.data.text import find_source
 from tests.helpers.data_fixtures import EOS
 from tests.helpers.sft_fixtures import (
     MARKED,
@@ -197,6 +199,31 @@ def test_forms(folders, tmp_path, form):
         assert all(torch.equal(got[index][key], wanted[index][key]) for key in got[index])
 
 
+def test_tables_add_no_names_to_what_a_tool_is_called_with(tmp_path):
+    """Arrow gives every structure the names of all; a template must not write them as null."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    calls = "(m.tool_calls | default([], true) | tojson) + (tools | tojson)"
+    chat_tokenizer(tmp_path / "tokenizer", PLAIN.replace("m['content']", f"m['content'] + {calls}"))
+    records = []
+    for arguments in ({"city": "d1w1"}, {"a": 1, "b": 2}):
+        call = {"function": {"name": "d2w2", "arguments": arguments}}
+        properties = {name: {"type": "string"} for name in arguments}
+        tool = {"function": {"name": "d2w2", "parameters": {"properties": properties}}}
+        answer = {"role": "assistant", "content": "d3w3", "tool_calls": [call]}
+        records.append({"messages": [QUESTION, answer], "tools": [tool]})
+    lines = write_records(tmp_path / "a.jsonl", records)
+    parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "b.parquet")
+    tokenizer = loaded(tmp_path / "tokenizer")
+    texts = []
+    for path in (lines, tmp_path / "b.parquet"):
+        found = [one for _, one in sft._encoded(find_source(str(path)), tokenizer)]
+        texts.append([tokenizer.decode(one.ids.tolist()) for one in found])
+    assert texts[0] == texts[1]
+    assert "city" in texts[0][0]
+    assert "null" not in texts[0][0]
+
+
 def test_too_long(folders, tmp_path):
     """Kept, cut or dropped as the key says, and refused without it."""
     records = conversations(20)
@@ -242,6 +269,26 @@ def test_bad_records_are_named_by_file_and_line(folders, tmp_path, case):
     with pytest.raises(ValueError, match=r"a\.jsonl, line 9") as error:
         check_data(data, splits=("train",), tokenizer_dir=folders / "plain")
     assert message in str(error.value)
+
+
+def test_the_date_is_not_that_of_today(tmp_path):
+    """The same records give the same tokens tomorrow."""
+    asks = """{{ strftime_now('%d %b %Y') }}{{ strftime_now( "%Y-%m-%d" ) }}"""
+    chat_tokenizer(tmp_path, asks + PLAIN)
+    tokenizer = loaded(tmp_path)
+    text = tokenizer.decode(
+        encode({"messages": [QUESTION, ANSWER]}, tokenizer, "here").ids.tolist()
+    )
+    assert text.replace(" ", "").startswith("26Jul20242024-07-26")
+
+
+def test_what_a_tool_gave_may_be_written_as_json(tmp_path):
+    """As Llama 3 writes it."""
+    escaped = "(m['content'] | tojson if m['role'] == 'tool' else m['content'])"
+    chat_tokenizer(tmp_path, PLAIN.replace("m['content']", escaped))
+    tool = {"role": "tool", "content": '{"temp": 20,\n "at": "é"}'}
+    record = {"messages": [QUESTION, {**ANSWER, "content": "d1w1"}, tool, ANSWER]}
+    assert encode(record, loaded(tmp_path), "here").answer.any()
 
 
 def test_what_the_template_does_not_write_is_refused(folders, tmp_path):
