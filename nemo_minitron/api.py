@@ -271,24 +271,34 @@ def export(
     draft = Path(f"{target}.checkpoint")
     agreed(partial(_refuse_existing, *([target, draft] if first else [])))
     agreed(partial(split_shards, {}, max_shard_size))
-    write = partial(_write_export, draft, target, max_shard_size, workers)
+    _together(partial(draft.mkdir, parents=True) if first else None)
     try:
-        save_model(list(model), groups, config, draft)  # type: ignore[arg-type]  # any of Megatron's
-        problem = _problem(write) if first else None
-        barrier()  # which waits longer than what follows
+        chunks: list[Any] = list(model)  # any of Megatron's
+        _together(partial(save_model, chunks, groups, config, draft))
+        write = partial(_write_export, draft, target, max_shard_size, workers)
+        _together(write if first else None)
     finally:
         if first:
             shutil.rmtree(draft, ignore_errors=True)
-    agreed(partial(_raise, problem))
 
 
-def _problem(write: Callable[[], None]) -> ValueError | None:
-    """What is wrong with a step of one rank, which others shall raise too."""
+def _together(step: Callable[[], None] | None) -> None:
+    """Take a step and wait for the other ranks (collective).
+
+    Args:
+        step: of this rank; None where only others have one.
+
+    Raises:
+        ValueError: what went wrong on the first rank where something did, on every rank.
+    """
+    problem = None
     try:
-        write()
-    except (OSError, ValueError) as error:
-        return error if isinstance(error, ValueError) else ValueError(f"export failed: {error}")
-    return None
+        if step is not None:
+            step()
+    except (OSError, RuntimeError, ValueError) as error:
+        problem = error if isinstance(error, ValueError) else ValueError(f"export: {error}")
+    barrier()  # waits longer than what follows, as a step takes as long as the model is large
+    agreed(partial(_raise, problem))
 
 
 def _raise(problem: ValueError | None) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from nemo_minitron.pruning.scores import Scores
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _GIB = float(1 << 30)
 _EP = "expert_model_parallel_size"
+_LIMITS = {"parameters": "max_params", "active": "max_active_params", "memory_gib": "max_memory_gb"}
 _LETTERS = dict(zip(SEARCHED, ("l", "h", "f", "n", "g", "e", "x", "s", "m", "p"), strict=True))
 Sizes = dict[str, int]
 
@@ -65,18 +67,15 @@ def kept_layers(
         config: the model to prune.
         search: the keys.
         scores: of this model.
-
-    Raises:
-        ValueError: see ``make_plan``.
     """
     if scores is None or len({*kinds_of(config)}) == 1:
         return {}
     found = {}
     for count in (count for count in search.search.num_layers if count < config.num_layers):
-        pruning = PruningConfig(
-            target=TargetConfig(num_layers=count), layer_criterion=search.layer_criterion
-        )
-        found[count] = make_plan(config, pruning, scores).layers
+        target = TargetConfig(num_layers=count)
+        pruning = PruningConfig(target=target, layer_criterion=search.layer_criterion)
+        with suppress(ValueError):  # a candidate of this number, if there is one, is refused later
+            found[count] = make_plan(config, pruning, scores).layers
     return found
 
 
@@ -96,14 +95,10 @@ def candidates(
             ``search.max_candidates`` are left.
     """
     shapes = _rule_abiding(config, space, list(_product(config, space)))
-    kept = layers or {}
-    known = [
-        _measured(config.resized(sizes, kept.get(sizes["num_layers"])), space, sizes)
-        for sizes in shapes
-    ]
-    found = sorted(
-        (one for one in known if _within(one, space)), key=lambda one: (one.parameters, one.name)
-    )
+    kept = [(layers or {}).get(sizes["num_layers"]) for sizes in shapes]
+    smaller = map(config.resized, shapes, kept)
+    known = [_measured(*one, space) for one in zip(smaller, shapes, strict=True)]
+    found = [one for one in known if _within(one, space)]
     if not found:
         raise ValueError(_nearest(known, space))
     if len(found) > space.max_candidates:
@@ -112,7 +107,7 @@ def candidates(
             f"{space.max_candidates}, and each is pruned and evaluated; shorten the lists of "
             "search.<size>, raise search.divisor, or raise search.max_candidates"
         )
-    return found
+    return sorted(found, key=lambda one: (one.parameters, one.name))
 
 
 def _product(config: ModelConfig, space: SearchSpaceConfig) -> Iterable[Sizes]:
@@ -201,10 +196,9 @@ def _rule_abiding(
     return shapes
 
 
-def _measured(small: ModelConfig, space: SearchSpaceConfig, sizes: Sizes) -> Candidate:
+def _measured(small: ModelConfig, sizes: Sizes, space: SearchSpaceConfig) -> Candidate:
     count = parameter_count(family_of(small), small)["total"]
     active = active_parameters(family_of(small), small)
-    element = _BYTES[small.dtype]
     letters = "".join(kinds_of(small))
     attending, scanning, linear = (letters.count(kind) for kind in (ATTENTION, MAMBA, LINEAR))
     cached = attending * small.cached_channels * space.seq_length
@@ -218,7 +212,7 @@ def _measured(small: ModelConfig, space: SearchSpaceConfig, sizes: Sizes) -> Can
         DIMS["linear_inner"].size(small) * (small.linear_key_head_dim or 0)
         + DIMS["linear_conv"].size(small) * DIMS["linear_conv_width"].size(small)
     )
-    memory = element * (count + (cached + states) * space.batch_size)
+    memory = _BYTES[small.dtype] * (count + (cached + states) * space.batch_size)
     return Candidate(sizes, count, active, memory / _GIB)
 
 
@@ -230,14 +224,10 @@ def _bounds(space: SearchSpaceConfig) -> list[tuple[str, str, float, float]]:
         words = f"search.target_params={space.target_params:g} within {space.tolerance:g}"
         limits = (space.target_params - slack, space.target_params + slack)
         found.append(("parameters", words, *limits))
-    if space.max_params is not None:
-        found.append(("parameters", f"search.max_params={space.max_params:g}", 0, space.max_params))
-    if space.max_active_params is not None:
-        words = f"search.max_active_params={space.max_active_params:g}"
-        found.append(("active", words, 0, space.max_active_params))
-    if space.max_memory_gb is not None:
-        words = f"search.max_memory_gb={space.max_memory_gb:g}"
-        found.append(("memory_gib", words, 0, space.max_memory_gb))
+    for name, key in _LIMITS.items():
+        limit = getattr(space, key)
+        if limit is not None:
+            found.append((name, f"search.{key}={limit:g}", 0, limit))
     return found
 
 
@@ -250,11 +240,10 @@ def _nearest(known: list[Candidate], space: SearchSpaceConfig) -> str:
     bounds = _bounds(space)
 
     def distance(one: Candidate) -> float:
-        over = [
+        return max(
             max(low - getattr(one, name), getattr(one, name) - high, 0) / high
             for name, _, low, high in bounds
-        ]
-        return max(over)
+        )
 
     near = min(known, key=distance)
     sizes = " ".join(f"{name}={size}" for name, size in near.sizes.items())
@@ -325,19 +314,17 @@ def objective(record: Mapping[str, Any]) -> float:
     raise KeyError("loss")
 
 
-def within_latency(
-    records: list[dict[str, Any]], max_latency_ms: float | None
-) -> list[dict[str, Any]]:
+def within_latency(records: list[dict[str, Any]], limit: float | None) -> list[dict[str, Any]]:
     """The candidates that are fast enough.
 
     Raises:
         ValueError: every candidate takes longer than ``search.max_latency_ms``.
     """
-    inside = [r for r in records if max_latency_ms is None or r["latency_ms"] <= max_latency_ms]
+    inside = [r for r in records if limit is None or r["latency_ms"] <= limit]
     if not inside:
         fastest = min(records, key=lambda record: record["latency_ms"])
         raise ValueError(
-            f"no candidate runs within search.max_latency_ms={max_latency_ms:g}; the fastest, "
+            f"no candidate runs within search.max_latency_ms={limit:g}; the fastest, "
             f"{fastest['name']}, takes {fastest['latency_ms']:.4g} ms a sample; raise it, or add "
             "smaller sizes to search.<size>"
         )
@@ -356,7 +343,6 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     front: list[int] = []
     for index in order:
         last = points[front[-1]] if front else None
-        if last is not None and points[index] != last and points[index][1] >= last[1]:
-            continue
-        front.append(index)
+        if last is None or points[index] == last or points[index][1] < last[1]:
+            front.append(index)
     return front

@@ -63,7 +63,7 @@ def open_source(
 
     Args:
         source: Hugging Face folder, .gguf file, Megatron or NeMo checkpoint.
-        tokenizer: folder of the tokenizer, instead of what the source has.
+        tokenizer: folder of the tokenizer, or its file, instead of what the source has.
         vocab_size: true vocabulary, for sources that pad it.
         source_ignore: keys of config.json, or of GGUF metadata, that are not looked at.
         as_hybrid: whether a GPT model becomes a HybridModel of Megatron-Core.
@@ -94,7 +94,7 @@ def _opened(
     if tokenizer is not None and not tokenizer_files(Path(tokenizer)):
         raise ValueError(
             f"tokenizer={tokenizer} is no folder with tokenizer.json, tokenizer.model or another "
-            "vocabulary of a tokenizer"
+            "vocabulary of a tokenizer, and no such file"
         )
     try:
         _refuse_results(path)

@@ -40,7 +40,8 @@ class ImportConfig(StageConfig):
     """Hugging Face model folder (config.json + safetensors), a .gguf file, a ``torch_dist``
     checkpoint of Megatron-LM, Megatron-Bridge or NeMo 2, or a .nemo archive of a GPT."""
     tokenizer: str | None = None
-    """Folder of the tokenizer, where ``source`` has none (or to take another)."""
+    """Folder of the tokenizer, or its tokenizer.json or tokenizer.model, where ``source`` has none
+    (or to take another)."""
     vocab_size: int | None = None
     """Number of tokens, where ``source`` pads its embeddings and neither its config nor a
     tokenizer says how many there are; or rows of the embeddings of a Hugging Face model that are

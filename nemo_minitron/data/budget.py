@@ -52,7 +52,8 @@ class Source:
     read: int = 0
     """Tokens of those documents."""
     tokens: int = 0
-    """Of those in the end, repeats left out; all that were read, until they come to the share."""
+    """As many as ``read`` until that reaches the share or the source ends; then those of ``kept``,
+    which has no repeats."""
     kept: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @property

@@ -159,10 +159,11 @@ def _encoded(
 
 
 def _as_written(record: object) -> object:
-    """A row of a table without what the table added to its values.
+    """A row of a table without the names that the table added to its values.
 
     Arrow gives every structure of a column the keys of all of them, and null where a row had none:
-    the arguments of one tool's call would have the names of all tools' arguments.
+    the arguments of one tool's call would have the names of all tools' arguments. A null that was
+    meant goes too, and keys are in the order of the table.
     """
     if not isinstance(record, dict):
         return record

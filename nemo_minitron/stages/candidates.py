@@ -99,8 +99,9 @@ def _layout(cfg: SearchConfig) -> Record:
 
 def _at_another_layout(cfg: SearchConfig, kept: Record) -> bool:
     """Whether a run of another layout or micro-batch measured a latency that has a limit here."""
-    mine = _layout(cfg)
-    return cfg.search.max_latency_ms is not None and kept.get(_LAYOUT, mine) != mine
+    mine, then = _layout(cfg), kept.get(_LAYOUT, {})
+    limited = cfg.search.max_latency_ms is not None
+    return limited and any(mine.get(name) != value for name, value in then.items())
 
 
 def _keep(path: Path, values: Record) -> None:

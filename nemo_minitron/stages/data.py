@@ -107,8 +107,9 @@ def _check_epochs(cfg: SourcesStageConfig, index: int, taken: Taken) -> None:
     )
     if limit is not None and epochs > limit:
         raise ValueError(
-            f"{said}, more than data.blend_max_epochs={limit}; add text, lower its weight or "
-            "total_tokens, or raise data.blend_max_epochs"
+            f"{said}, more than data.blend_max_epochs={limit}; lower total_tokens or raise "
+            "data.blend_max_epochs to go on with what is tokenised, or add text or lower its "
+            "weight with overwrite=true"
         )
     if epochs > 1:
         log.warning("%s", said)

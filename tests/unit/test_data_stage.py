@@ -188,7 +188,7 @@ def test_a_source_at_its_end(corpus, tmp_path):
     assert said.code == 2
     assert f"data.blend.0.path={corpus}/web has {taken.tokens:,} tokens, and its share" in said.err
     assert "more than data.blend_max_epochs=4" in said.err
-    assert "or raise data.blend_max_epochs" in said.err
+    assert "lower total_tokens or raise data.blend_max_epochs to go on" in said.err
     # What was tokenised stays, and the same command goes on with other limits.
     tokens = [tmp_path / "out.partial" / "parts" / f"0-{n}" / "ids.bin" for n in range(4)]
     for path in tokens:

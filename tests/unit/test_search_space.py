@@ -261,3 +261,17 @@ def test_candidates_that_are_too_slow_are_not_distilled(monkeypatch, tmp_path, l
     else:
         scoring.score_candidates(cfg, LLAMA, tmp_path)
         assert names == [64]
+
+
+def test_latencies_of_another_micro_batch_are_measured_again(monkeypatch):
+    """What an earlier version did not note is trusted."""
+    monkeypatch.setattr(scoring.dist, "get_world_size", lambda: 1)
+    cfg = SearchConfig(output_dir="out", checkpoint="in")
+    cfg.search = SearchSpaceConfig(ffn_hidden_size=[48], max_latency_ms=1)
+    then = scoring._layout(cfg)
+    assert not scoring._at_another_layout(cfg, {"layout": then})
+    cfg.data = replace(cfg.data, micro_batch_size=2)
+    assert scoring._at_another_layout(cfg, {"layout": then})
+    del then["micro_batch_size"]
+    assert not scoring._at_another_layout(cfg, {"layout": then})
+    assert not scoring._at_another_layout(cfg, {})
