@@ -256,7 +256,8 @@ def export(
         workers: tensors in flight.
 
     Raises:
-        ValueError: ``folder`` exists, or the model is not supported.
+        ValueError: ``folder`` exists, the model is not supported, a weight is not finite, or the
+            folder cannot be written; the same on every rank.
     """
     target = Path(folder)
     if isinstance(model, str | Path):
