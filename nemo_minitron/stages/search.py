@@ -63,7 +63,10 @@ def check(cfg: SearchConfig) -> None:
                 "not set; set it, or leave layer_criterion out"
             )
         meta = None if cfg.importance is None else read_meta(Path(cfg.importance))
-        scores = None if cfg.importance is None else Scores.load(Path(cfg.importance))
+        # Scores themselves only say which layers stay; all else is in their meta.
+        scores = None
+        if cfg.importance is not None and cfg.search.num_layers:
+            scores = Scores.load(Path(cfg.importance))
         layers = kept_layers(config, cfg, scores)
         for one in candidates(config, cfg.search, layers):
             pruning = pruning_of(cfg, config, one)
