@@ -73,10 +73,16 @@ saved_work() {
   done | cksum
 }
 
+# This job, for SLURM's commands: the id of one task of an array is also that of the whole array.
+this_job() {
+  local own=${SLURM_JOB_ID:?not inside a SLURM job}
+  printf '%s' "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$own}"
+}
+
 # Seconds until the job's time limit; nothing where there is none.
 seconds_left() {
   local end
-  end=$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s 2>/dev/null) || return 0
+  end=$(date -d "$(squeue -h -j "$(this_job)" -o %e)" +%s 2>/dev/null) || return 0
   printf '%d' "$((end - $(date +%s)))"
 }
 
@@ -85,7 +91,7 @@ seconds_left() {
 job_state() {
   local state tries=60
   while
-    state=$(squeue -h -j "${SLURM_JOB_ID:?not inside a SLURM job}" -o %T)
+    state=$(squeue -h -j "$(this_job)" -o %T)
     [[ $state == SIGNALING ]] && ((tries--))
   do
     sleep 1
@@ -107,7 +113,7 @@ lost_a_node() {
 await_slurm() {
   local stage=$1 seconds=${MINITRON_LOST_NODE_SECONDS:-600}
   local end=$((SECONDS + seconds))
-  say "minitron $stage lost a node: waiting up to $seconds seconds for SLURM to requeue job $SLURM_JOB_ID"
+  say "minitron $stage lost a node: waiting up to $seconds seconds for SLURM to requeue job $(this_job)"
   while ((SECONDS < end)) && [[ $(job_state) == @(RUNNING|SIGNALING) ]]; do
     sleep 5 || true # SLURM's signal ends it
   done
@@ -137,8 +143,8 @@ requeue() {
   else
     rm -f "$count"
   fi
-  say "minitron $stage $why: requeueing job $SLURM_JOB_ID"
-  scontrol requeue "$SLURM_JOB_ID" || say "job $SLURM_JOB_ID cannot be requeued: submit it again, it goes on"
+  say "minitron $stage $why: requeueing job $(this_job)"
+  scontrol requeue "$(this_job)" || say "job $(this_job) cannot be requeued: submit it again, it goes on"
 }
 
 # Say once more why the stage failed, in the last line of the log: srun has had its say in between.

@@ -82,5 +82,13 @@ def requeue() -> None:
     if restarts >= HydraConfig.get().launcher.max_num_timeout:
         return
     if ranks.rank() == 0:
-        subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+        subprocess.run(["scontrol", "requeue", _this_job()], check=True)
     raise SystemExit(PREEMPTED)
+
+
+def _this_job() -> str:
+    """Name this job for SLURM: the id of one task of an array is also that of the whole array."""
+    env = os.environ
+    if "SLURM_ARRAY_JOB_ID" in env:
+        return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+    return env["SLURM_JOB_ID"]

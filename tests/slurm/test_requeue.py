@@ -161,6 +161,21 @@ def test_a_job_that_never_gets_on_is_not_requeued_for_ever(slurm, stages):
     assert "stopped 2 times in a row before anything new was saved" in slurm.log(number)
 
 
+def test_a_task_of_an_array_requeues_itself_alone(slurm, stages):
+    """Of two tasks the last one has the id of the array; it stops while the other one runs."""
+    first = "${SLURM_ARRAY_TASK_ID}${SLURM_RESTART_COUNT:-0}"
+    body = f'[ "{first}" = 10 ] && exit 143; sleep 10; exit 0'
+    number = stages.submit("array", "--array=0-1", body=body)
+
+    def tasks() -> "list[dict[str, str]]":
+        return [job for job in slurm.jobs("minitron-import") if job.get("ArrayJobId") == number]
+
+    ended = ("COMPLETED", "FAILED")
+    wait(lambda: all(task["JobState"] in ended for task in tasks()), "both tasks to end", limit=300)
+    ends = {task["ArrayTaskId"]: (task["JobState"], task["Restarts"]) for task in tasks()}
+    assert ends == {"0": ("COMPLETED", "0"), "1": ("COMPLETED", "1")}
+
+
 def test_a_cancelled_job_stays_cancelled(slurm, stages):
     number = stages.submit("cancelled", on_term="exit 75")
     wait(lambda: "start 0" in slurm.log(number), "the job to start")

@@ -82,4 +82,6 @@ def test_a_job_that_is_told_to_stop_is_requeued_and_one_that_fails_gives_its_cod
     assert "trainer.max_steps=0 must be at least 1" in (folder / "said").read_text()
     done = slurm.wait(good["JobId"], "COMPLETED")
     assert (done["JobState"], done["ExitCode"], done["Restarts"]) == ("COMPLETED", "0:0", "1")
+    (bad,) = [job for job in slurm.jobs("minitron-finetune") if job["ArrayTaskId"] == "0"]
+    assert bad["Restarts"] == "0"  # it had ended, and is not run again with the other one
     assert json.loads((folder / "tuned/max_steps=2/manifest.json").read_text())["complete"]

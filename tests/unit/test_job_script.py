@@ -53,3 +53,10 @@ def test_the_home_folder(tmp_path: Path) -> None:
     script = "srun() { printf '%s' \"$output\"; }; run_stage finetune 'output_dir=~/run'"
     done = bash(script, HOME=str(tmp_path))
     assert done.stdout == f"{tmp_path}/run"
+
+
+def test_the_name_of_a_job_for_slurm() -> None:
+    """A task of an array has a name of its own: its id may be that of the whole array."""
+    task = {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3"}
+    assert bash("this_job", SLURM_JOB_ID="17").stdout == "17"
+    assert bash("this_job", SLURM_JOB_ID="17", **task).stdout == "17_3"
