@@ -4,6 +4,7 @@
 # Set in the environment of sbatch (`sbatch` passes it on):
 #   CONTAINER_IMAGE   image for pyxis/enroot (a .sqsh file or an image name), or "none": bare metal
 #   CONTAINER_MOUNTS  one comma-separated list, /host:/container,...; the submit folder is added
+#   CONTAINER_ENV     one comma-separated list of more variables that win over those of the image
 #   MINITRON          the command to run; default "minitron" (bare metal: /path/.venv/bin/minitron)
 #   SRUN_ARGS         more arguments of srun, split at spaces ("--mpi=pmix")
 #   MINITRON_LOST_NODE_SECONDS  how long SLURM may take to find a node dead; default 600 (SlurmdTimeout is 300)
@@ -31,6 +32,18 @@ readonly PREEMPTED=75 TERMINATED=143 BAD_INPUT=2
 
 say() { printf '%s\n' "$*" >&2; }
 
+# Names of variables that win over those of an image, which pyxis would let win; comma-separated.
+own_variables() {
+  local name names=''
+  while read -r name; do
+    case $name in
+      NCCL_* | TORCH_NCCL_* | UCX_* | CUDA_DEVICE_* | OMP_NUM_THREADS) names+="$name," ;;
+    esac
+  done < <(compgen -e)
+  names+=${CONTAINER_ENV:-}
+  printf '%s' "${names%,}"
+}
+
 # Fill the array `command` with the srun command of one stage.
 build_command() {
   local stage=$1
@@ -47,6 +60,7 @@ build_command() {
     local mounts="${CONTAINER_MOUNTS:+$CONTAINER_MOUNTS,}$PWD:$PWD"
     command+=(--container-image="$CONTAINER_IMAGE" --container-mounts="$mounts")
     command+=(--container-workdir="$PWD" --no-container-mount-home)
+    command+=(--container-env="$(own_variables)")
   fi
   local -a extra
   read -ra extra <<<"${SRUN_ARGS:-}"

@@ -256,6 +256,8 @@ def _head(cluster: ClusterConfig, logs: Path) -> Iterator[str]:
     values = {"MINITRON_HOME": str(home()), "CONTAINER_IMAGE": image}
     if slurm.container_mounts:
         values["CONTAINER_MOUNTS"] = slurm.container_mounts
+    if slurm.env:
+        values["CONTAINER_ENV"] = ",".join(slurm.env)
     beside = Path(sys.executable).parent / "minitron"
     if image == "none" and beside.exists():
         values["MINITRON"] = str(beside)

@@ -246,16 +246,24 @@ def test_dry_run_prints_the_command(script):
         "--dry-run",
         CONTAINER_IMAGE="/i.sqsh",
         CONTAINER_MOUNTS="/d:/d,/m:/m",
+        CONTAINER_ENV="MINE",
+        UCX_TLS="rc",
         SRUN_ARGS="--mpi=pmix -v",
     )
-    assert shlex.split(boxed.stdout) == [
+    words = shlex.split(boxed.stdout)
+    variables = next(word for word in words if word.startswith("--container-env="))
+    assert words == [
         *srun.split(),
         "--container-image=/i.sqsh",
         f"--container-mounts=/d:/d,/m:/m,{REPO}:{REPO}",
         f"--container-workdir={REPO}",
         "--no-container-mount-home",
+        variables,
         *("--mpi=pmix", "-v", "minitron", stage, "x=1"),
     ]
+    # Without this pyxis lets the image's own values win.
+    ours = {"CUDA_DEVICE_MAX_CONNECTIONS", "NCCL_DEBUG", "OMP_NUM_THREADS", "UCX_TLS", "MINE"}
+    assert {*variables.partition("=")[2].split(",")} >= ours
 
 
 @pytest.mark.parametrize(

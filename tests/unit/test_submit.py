@@ -99,6 +99,7 @@ def test_a_stage_takes_its_nodes_from_the_cluster_file_and_its_keys(submit):
     for name, value in {
         "CONTAINER_IMAGE": "/i.sqsh",
         "CONTAINER_MOUNTS": "/a:/a,/b:/b",
+        "CONTAINER_ENV": "NCCL_SOCKET_IFNAME",
         "NCCL_SOCKET_IFNAME": "ib0",
         "MINITRON_HOME": str(REPO),
     }.items():
