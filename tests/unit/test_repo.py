@@ -267,6 +267,25 @@ def test_dry_run_prints_the_command(script):
 
 
 @pytest.mark.parametrize(
+    ("stage", "env", "threads"),
+    [
+        ("distill", {}, 64),
+        ("pipeline", {"SLURM_GPUS_ON_NODE": "8"}, 8),
+        ("pipeline", {"SLURM_GPUS_ON_NODE": "8", "OMP_NUM_THREADS": "2"}, 2),
+        ("pipeline", {}, 64),
+    ],
+)
+def test_threads_of_a_rank(tmp_path, stage, env, threads):
+    """A pipeline starts a rank for each GPU in its one task; elsewhere a rank has a task."""
+    (tmp_path / "srun").write_text('#!/bin/sh\necho "threads $OMP_NUM_THREADS"\n')
+    (tmp_path / "srun").chmod(0o755)
+    outside = {"OMP_NUM_THREADS": "", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    outside |= {"CONTAINER_IMAGE": "none", "SLURM_CPUS_PER_TASK": "64", **env}
+    done = sbatch(REPO / "launch" / f"{stage}.sbatch", f"output_dir={tmp_path}/out", **outside)
+    assert done.stdout == f"threads {threads}\n", done.stderr
+
+
+@pytest.mark.parametrize(
     ("fit", "nodes"), [("", 7), ("16 4 6 2", 6), ("16 8", None)], ids=["all", "largest", "none"]
 )
 def test_an_elastic_job_uses_the_most_nodes_that_fit(fit, nodes):
