@@ -37,6 +37,12 @@ class SlurmConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"cluster.slurm.{name}={value} must be at least 1, or null")
+        if self.time is not None and self.time.isdigit():
+            raise ValueError(
+                f"cluster.slurm.time={self.time} must say hours, minutes and seconds, such as "
+                '"12:00:00" in quotes: YAML takes 12:00:00 for the number 43200, which SLURM would '
+                "take for minutes"
+            )
         wrong = [flag for flag in self.sbatch_args if not flag.startswith("-")]
         if wrong:
             raise ValueError(

@@ -276,6 +276,17 @@ def test_flags_are_flags():
         SlurmConfig(sbatch_args=["--exclusive", "qos=high"])
 
 
+def test_a_time_that_yaml_read_as_a_number(submit, tmp_path):
+    """Hydra's YAML takes 12:00:00 without quotes for 43200, and SLURM that for thirty days."""
+    path = tmp_path / "conf" / "cluster" / "mine.yaml"
+    path.write_text(path.read_text().replace("time: 01:00:00", "time: 12:00:00"))
+    assert "time: 12:00:00" in path.read_text()
+    code, out, err = submit(*DISTILL, "parallel=tp2", *MINE)
+    assert (code, out) == (2, "")
+    assert "cluster.slurm.time=43200 must say hours, minutes and seconds" in err
+    assert "--time=12:00:00" in submit(*DISTILL, *MINE, "cluster.slurm.time=12:00:00")[1]
+
+
 def test_without_slurm_it_says_so(submit, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     code, _, err = submit(*DISTILL, BARE)
