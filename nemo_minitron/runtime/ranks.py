@@ -51,8 +51,19 @@ def launched_world_size() -> int | None:
 
 
 def launched_ranks() -> int | None:
-    """All ranks a launcher started; None when this process was started alone."""
-    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
+    """All ranks a launcher started; None when this process was started alone.
+
+    Raises:
+        ValueError: half of what a launcher says is in the environment.
+    """
+    if "RANK" not in os.environ:
+        return None
+    if "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            f"RANK={os.environ['RANK']} is in the environment without WORLD_SIZE; start all ranks "
+            "with srun or torchrun, or unset RANK to start this one alone"
+        )
+    return int(os.environ["WORLD_SIZE"])
 
 
 def set_teacher_ranks(count: int) -> None:

@@ -428,6 +428,14 @@ def test_layout_must_fit_the_launcher(run, monkeypatch, tmp_path):
     assert "the launcher started 3 ranks" in err
 
 
+def test_half_of_what_a_launcher_says(run, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    code, _, err, _ = run("import", "source=model", "output_dir=out")
+    assert code == 2
+    assert "RANK=0 is in the environment without WORLD_SIZE; start all ranks with srun" in err
+
+
 SRUN = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "8"}
 SRUN |= {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "localhost,b[3-4]"}
 
