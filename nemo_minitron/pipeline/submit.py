@@ -146,7 +146,8 @@ def _chain(
         due.append(item.name)
         own = (*item.overrides, "overwrite=true", *flags)
         yield _job(item.name, item.stage, own, item.config, cluster, exports, after)
-    again = _placed([o for o in overrides if not o.startswith("overwrite=")], config)
+    # The items are made anew by their own jobs, whichever file or key asks for it.
+    again = _placed([*overrides, "overwrite=false"] if config.overwrite else overrides, config)
     yield Job("report", "pipeline", (*again, *flags), REPORT_FLAGS, tuple(due))
 
 

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from nemo_minitron.cli import main
+from nemo_minitron.config import load
 from nemo_minitron.config.pipeline import SlurmConfig
 from nemo_minitron.runtime import ranks
 
@@ -179,9 +180,8 @@ def test_a_pipeline_is_a_chain_of_what_is_not_up_to_date(submit):
     assert "overwrite=true" in exported
     at = report.index("$MINITRON_HOME/launch/pipeline.sbatch")
     # Once all of it is there, the pipeline only reports: it must not start over.
-    assert report[at + 1 :] == [
-        *("experiment=chain", "output_dir=runs/chain", "--config-dir", "conf"),
-    ]
+    keys = ("experiment=chain", "overwrite=true", "overwrite=false", "output_dir=runs/chain")
+    assert report[at + 1 :] == [*keys, "--config-dir", "conf"]
     assert "--output=runs/chain/slurm/%x_%j.log" in report
     assert {"--nodes=2", "--gpus-per-node=0"} & {*report} == {"--gpus-per-node=0"}
 
@@ -220,6 +220,22 @@ def queue(tmp_path, monkeypatch):
         (folder / tool).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     return folder
+
+
+@pytest.mark.parametrize("asks", ["overwrite=true", "++overwrite=true", "file"])
+def test_only_the_jobs_of_the_items_make_them_anew(submit, tmp_path, asks):
+    """The last job, which writes the report, has neither GPUs nor a reason to run an item."""
+    path = tmp_path / "conf" / "experiment" / "chain.yaml"
+    keys = [] if asks == "file" else [asks]
+    if asks == "file":
+        path.write_text(f"{path.read_text()}overwrite: true\n")
+    code, text, err = submit("pipeline", "experiment=chain", *keys, *MINE)
+    assert code == 0, err
+    report = sbatch_lines(text)[-1]
+    assert [word for word in report if "overwrite=" in word][-1] == "overwrite=false"
+    overrides = report[report.index("$MINITRON_HOME/launch/pipeline.sbatch") + 1 : -2]
+    with load.hydra_for("conf"):
+        assert not load.compose("pipeline", overrides, "conf").overwrite
 
 
 def test_the_last_id_is_printed(submit, queue):
