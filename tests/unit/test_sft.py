@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from nemo_minitron.config.inference import GenerateConfig
 from nemo_minitron.config.training import DataConfig, TrainerConfig
 from nemo_minitron.data import sft
 from nemo_minitron.data.blend import BlendedSamples
@@ -21,6 +22,7 @@ from nemo_minitron.data.datasets import (
     training_datasets,
 )
 from nemo_minitron.data.packing import best_fit
+from nemo_minitron.data.prompts import read_prompts
 from nemo_minitron.data.sft import check_packing
 from nemo_minitron.data.text import find_source
 from tests.helpers.data_fixtures import EOS
@@ -280,6 +282,21 @@ def test_the_date_is_not_that_of_today(tmp_path):
         encode({"messages": [QUESTION, ANSWER]}, tokenizer, "here").ids.tolist()
     )
     assert text.replace(" ", "").startswith("26Jul20242024-07-26")
+
+
+def test_prompts_have_the_same_date_and_name_the_line_that_a_template_refuses(tmp_path):
+    """A run of ``generate`` that goes on tomorrow must ask what it asked today."""
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    chat_tokenizer(tmp_path, refuses + "{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}")
+    system = [{"role": "system", "content": "s"}, QUESTION]
+    path = write_records(tmp_path / "p.jsonl", [{"prompt": "d1w1"}, {"prompt": system}])
+    cfg = GenerateConfig(checkpoint="c", prompts=str(path), output_dir="o", chat_template=True)
+    says = r"p\.jsonl, line 2: the chat template refuses the messages \(no system\)"
+    with pytest.raises(ValueError, match=says):
+        read_prompts(cfg, loaded(tmp_path), context=4096)
+    write_records(path, [{"prompt": "d1w1"}])
+    (prompt,) = read_prompts(cfg, loaded(tmp_path), context=4096)
+    assert prompt.text == "26 Jul 2024 d1w1"
 
 
 def test_what_a_tool_gave_may_be_written_as_json(tmp_path):
