@@ -395,6 +395,33 @@ def test_records_blended_with_text(folders, tmp_path, pack):
     assert not records[0]["loss_mask"].all()
 
 
+def test_records_whose_weight_grows_go_on_with_the_next(folders, tmp_path):
+    """Each source goes on with its next sample, however few its first weight asked for."""
+    sft = write_records(tmp_path / "a.jsonl", conversations(40))
+    text = write_records(tmp_path / "b.jsonl", [{"text": f"d{n}w1 " * 90} for n in range(20)])
+    shutil.copytree(folders / "plain", tmp_path / "checkpoint" / "tokenizer")
+    data = DataConfig(
+        path="",
+        blend=[0.05, str(sft), 0.95, str(text)],
+        blend_changes=[{"step": 1, "weights": [1, 0]}],
+        seq_length=SEQ,
+        split="1",
+        pack=False,
+    )
+    train, _ = training_datasets(
+        data,
+        TrainerConfig(max_steps=5, limit_val_batches=0),
+        replace(LLAMA, vocab_size=len(loaded(folders / "plain"))),
+        tmp_path / "checkpoint",
+        str(tmp_path / "out"),
+        ("train",),
+    )
+    assert isinstance(train, BlendedSamples)
+    read = [i for i in range(len(train)) if train.order.source[i] == 0]
+    assert 32 < len(read) <= 40
+    assert len({tuple(train[i]["tokens"].tolist()) for i in read}) == len(read)
+
+
 def test_a_source_of_records_beside_models_that_cannot_pack(folders, tmp_path):
     """The source is named, and the way out is that of records alone."""
     sft = write_records(tmp_path / "a.jsonl", conversations(8))
