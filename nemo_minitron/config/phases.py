@@ -110,7 +110,7 @@ def _checked(index: int, entry: dict[str, Any]) -> dict[str, Any]:
             f"{where}.data.{unknown[0]} is no key of a phase; those are {', '.join(_OWN)}"
         )
     data = entry["data"]
-    if is_blend(data.get("path")):
+    if data.get("blend") is None and is_blend(data.get("path")):
         data = {**data, "blend": data["path"]}
         del data["path"]
     if data.get("blend") is None:
@@ -121,11 +121,12 @@ def _checked(index: int, entry: dict[str, Any]) -> dict[str, Any]:
 
 def _data(index: int, data: DataConfig, own: dict[str, Any]) -> DataConfig:
     """The keys of ``data`` with those of a phase in their place."""
-    values = {**asdict(data), **own}
+    values = asdict(data)
     if "path" in own:
         values |= {"blend": None, "blend_max_epochs": None}
     elif "blend" in own:
         values["path"] = ""
+    values |= own
     with _naming(index, own):
         try:
             typed = OmegaConf.merge(OmegaConf.structured(type(data)), values)

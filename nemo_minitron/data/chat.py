@@ -6,7 +6,8 @@ A record has ``messages``, rendered by the chat template of the tokenizer, or ``
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import date
 from functools import partial
 from itertools import takewhile
@@ -131,12 +132,19 @@ def encode(record: dict[str, Any], tokenizer: "PreTrainedTokenizerFast", where: 
     # Some tools write what a message has not as null.
     messages = [{k: v for k, v in m.items() if v is not None} for m in record[MESSAGES]]
     tools = record.get(TOOLS) or None
-    try:
-        template = _on_one_day(tokenizer.get_chat_template(tools=tools))
+    with refusals_of_template(where):
+        template = template_on_one_day(tokenizer, tools)
         writes = partial(tokenizer.apply_chat_template, tools=tools, chat_template=template)
         if _MARK.search(template):
             return _marked(messages, writes)
         return _by_prefixes(messages, writes, tokenizer, where)
+
+
+@contextmanager
+def refusals_of_template(where: str) -> Iterator[None]:
+    """Let what a chat template raises about messages say where they are, as a ``ValueError``."""
+    try:
+        yield
     except ValueError:
         raise
     except Exception as error:  # jinja's, of which a template may raise its own
@@ -161,11 +169,12 @@ def _completed(
     return Encoded(np.array(ids, np.int32), answer)
 
 
-def _on_one_day(template: str) -> str:
-    """A template that asks for today's date, with a fixed one in place of it.
+def template_on_one_day(tokenizer: "PreTrainedTokenizerFast", tools: Any = None) -> str:
+    """The chat template, with a fixed date where it asks for that of today.
 
-    The same records must give the same tokens tomorrow, in another cache and after a restart.
+    The same messages must give the same tokens tomorrow, in another cache and after a restart.
     """
+    template = tokenizer.get_chat_template(tools=tools)
     return _TODAY.sub(lambda asked: json.dumps(_DAY.strftime(asked[2])), template)
 
 

@@ -194,7 +194,7 @@ def _blended_training(
     held = _samples_held(sources, SPLITS[0])
     check_shares(data, held, sizes[0], repeats=True)
     parts = [
-        _training_part(*source, size, sizes[1])
+        _training_part(*source, size, sizes)
         for source, size in zip(sources, part_sizes(weights, sizes[0]), strict=True)
     ]
     order = stored_order(cache, data.weights_by_samples(sizes[0]))
@@ -213,11 +213,17 @@ def _blended_training(
     return train, BlendedSamples(held_out, once, data.names(), list(map(len, held_out)))
 
 
-def _training_part(source: DataConfig, pair: TokenData, size: int, held_out: int) -> Sequence[Any]:
-    """Train and validation samples of one source of a blend."""
+def _training_part(
+    source: DataConfig, pair: TokenData, size: int, sizes: tuple[int, int, int]
+) -> Sequence[Any]:
+    """Train and validation samples of one source of a blend.
+
+    Megatron's are whole passes whatever ``size`` is. Those of SFT records are as many as the whole
+    training has: one that takes more than its first weight asked for goes on with the next.
+    """
     if pair.kind == SFT:
-        return training_samples(source, pair.path, pair.pad, (size, held_out, 0))
-    return megatron_datasets(source, pair, [size, None, None], [True, held_out > 0, False])
+        return training_samples(source, pair.path, pair.pad, sizes)
+    return megatron_datasets(source, pair, [size, None, None], [True, sizes[1] > 0, False])
 
 
 def _samples_held(sources: list[_Source], split: str) -> list[int]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeGuard
 
 from nemo_minitron.checkpoint.hf_refusals import refuse_pointer
 from nemo_minitron.config.inference import GenerateConfig
+from nemo_minitron.data.chat import refusals_of_template, template_on_one_day
 from nemo_minitron.data.formats import line_that_is_no_text
 from nemo_minitron.data.records import check_characters, parse_record
 
@@ -44,7 +45,8 @@ def read_prompts(
 
     Raises:
         ValueError: the file is missing, empty, of an unknown form or not UTF-8; a record is no
-            prompt; there is no chat template; a prompt leaves no room in the context.
+            prompt; there is no chat template, or it refuses one; a prompt leaves no room in the
+            context.
     """
     path = Path(cfg.prompts)
     if path.suffix.lower() not in (".txt", ".jsonl") or not path.is_file():
@@ -123,9 +125,15 @@ def _prompt(
     where = f"prompts={cfg.prompts}, line {line}"
     if cfg.chat_template:
         messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
-        text = str(
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        )
+        with refusals_of_template(where):
+            text = str(
+                tokenizer.apply_chat_template(
+                    messages,
+                    chat_template=template_on_one_day(tokenizer),
+                    tokenize=False,
+                    add_generation_prompt=True,
+                )
+            )
     else:
         assert isinstance(asked, str)  # messages are refused where they are read
         text = asked

@@ -95,7 +95,7 @@ def save_now(trainer: Trainer, callback: ModelCheckpoint) -> None:
     strategy = cast(MegatronStrategy, trainer.strategy)
     strategy.settle(wait=True)
     path = Path(str(callback.dirpath)) / checkpoint_name(trainer.global_step)
-    if not path.exists():
+    if not strategy.broadcast(path.exists()):  # shared storage may show a folder later elsewhere
         trainer.save_checkpoint(path)
         strategy.settle(wait=True)
 
@@ -131,8 +131,12 @@ def remove_left_over(trainer: Trainer, folder: Path, newest: int) -> None:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The last complete training checkpoint below ``folder``."""
-    return max(complete_checkpoints(folder), key=step_of, default=None)
+    """The last complete training checkpoint below ``folder``, as rank 0 sees it (collective)."""
+    box: list[Path | None] = [None]
+    if dist.get_rank() == 0:
+        box = [max(complete_checkpoints(folder), key=step_of, default=None)]
+    dist.broadcast_object_list(box, src=0, group=dist.group.WORLD)
+    return box[0]
 
 
 def remove_unfinished(folder: Path) -> None:

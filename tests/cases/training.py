@@ -61,6 +61,33 @@ def left_in_memory(*args: Any) -> list[str]:
     return [type(found).__name__ for found in gc.get_objects() if isinstance(found, kinds)]
 
 
+def found_where_one_rank_sees_less(work: str) -> tuple[str, int]:
+    """The checkpoint to go on from, and how many are written at its step when a signal comes.
+
+    Rank 0 sees one of step 3; the others see none yet.
+    """
+    from types import SimpleNamespace
+    from unittest.mock import patch
+
+    import torch.distributed as dist
+
+    from nemo_minitron.models import training
+    from nemo_minitron.models.lightning import MegatronStrategy
+
+    first = dist.get_rank() == 0
+    seen = [Path(work) / "step=3"] if first else []
+    with patch.object(training, "complete_checkpoints", lambda folder: seen):
+        newest = training.newest_checkpoint(Path(work))
+    written: list[Path] = []
+    strategy: Any = MegatronStrategy(torch.device("cpu"))
+    trainer: Any = SimpleNamespace(
+        strategy=strategy, global_step=3, save_checkpoint=lambda path: written.append(path)
+    )
+    callback: Any = SimpleNamespace(dirpath=work if first else f"{work}/not_yet")
+    training.save_now(trainer, callback)
+    return str(newest), len(written)
+
+
 def log_files(*args: Any) -> tuple[list[str], list[str]]:
     """Log files that ``train(*args)`` wrote, and those that loggers still write to after it."""
     import logging

@@ -18,6 +18,7 @@ from tests.cases.training import (
     SEQ,
     STEPS,
     decayed,
+    found_where_one_rank_sees_less,
     left_in_memory,
     log_files,
     train,
@@ -112,6 +113,13 @@ def test_batch_sizes(run, every_step):
     data = {"global_batch_size": 8, "micro_batch_size": 4}
     history, _ = run(trainer={"max_steps": 3, "limit_val_batches": 0}, data=data)
     assert [record["tokens"] for record in history] == [2 * TOKENS] * 3
+
+
+def test_ranks_agree_on_checkpoints_that_not_all_see(ranks, tmp_path):
+    """Else some would go on from another step, or write a checkpoint alone, and wait for ever."""
+    (tmp_path / "step=3").mkdir()
+    found = ranks.run(2, found_where_one_rank_sees_less, str(tmp_path))
+    assert found == [(str(tmp_path / "step=3"), 0)] * 2
 
 
 def test_newest_checkpoints_are_kept(run):

@@ -13,7 +13,7 @@ from nemo_minitron.checkpoint.artifact import _resumes
 from nemo_minitron.config import load
 from nemo_minitron.config.blend import check_trained, parse_blend
 from nemo_minitron.config.identity import changes, config_values, input_paths
-from nemo_minitron.config.phases import parse_phases
+from nemo_minitron.config.phases import parse_phases, phases_of
 from nemo_minitron.config.training import DataConfig, TrainerConfig
 from nemo_minitron.data.blend import BlendedSamples, blend_order, order_of
 from nemo_minitron.data.checks import check_data
@@ -58,6 +58,23 @@ def test_every_way_to_write_a_blend_is_the_same(tmp_path):
     assert phases == [{"steps": 1, "data": {"blend": TWO}}]
     zero = [*TWO, {"weight": 0, "path": "c"}]
     assert parse_blend(zero) == TWO == parse_blend(TWO)
+
+
+def test_a_phase_names_one_source_as_a_stage_does():
+    """A key of a phase that nothing would read is a mistake there, too."""
+    data = DataConfig(path="x")
+    for own, says in (
+        ({"path": "a", "blend": TWO}, r"path=a and trainer\.phases\.0\.data\.blend are both set"),
+        ({"path": "m.yaml", "blend": TWO}, r"path=m\.yaml and trainer.* are both set"),
+        ({"path": "a", "blend_max_epochs": 2.0}, r"blend_max_epochs=2\.0 is for data\.blend"),
+    ):
+        phases = [{"steps": 2, "data": own}]
+        with pytest.raises(ValueError, match=rf"trainer\.phases\.0\.data\.{says}"):
+            phases_of(data, TrainerConfig(max_steps=2, phases=phases))
+    blended = DataConfig(path="", blend=TWO, blend_max_epochs=2.0)
+    phases = [{"steps": 1}, {"steps": 1, "data": {"path": "a"}}]
+    first, second = phases_of(blended, TrainerConfig(max_steps=2, phases=phases))
+    assert (first.data.blend, second.data.path, second.data.blend) == (TWO, "a", None)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from nemo_minitron.config.inference import GenerateConfig
 from nemo_minitron.config.training import DataConfig, TrainerConfig
 from nemo_minitron.data import sft
 from nemo_minitron.data.blend import BlendedSamples
@@ -21,6 +22,7 @@ from nemo_minitron.data.datasets import (
     training_datasets,
 )
 from nemo_minitron.data.packing import best_fit
+from nemo_minitron.data.prompts import read_prompts
 from nemo_minitron.data.sft import check_packing
 from nemo_minitron.data.text import find_source
 from tests.helpers.data_fixtures import EOS
@@ -282,6 +284,21 @@ def test_the_date_is_not_that_of_today(tmp_path):
     assert text.replace(" ", "").startswith("26Jul20242024-07-26")
 
 
+def test_prompts_have_the_same_date_and_name_the_line_that_a_template_refuses(tmp_path):
+    """A run of ``generate`` that goes on tomorrow must ask what it asked today."""
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    chat_tokenizer(tmp_path, refuses + "{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}")
+    system = [{"role": "system", "content": "s"}, QUESTION]
+    path = write_records(tmp_path / "p.jsonl", [{"prompt": "d1w1"}, {"prompt": system}])
+    cfg = GenerateConfig(checkpoint="c", prompts=str(path), output_dir="o", chat_template=True)
+    says = r"p\.jsonl, line 2: the chat template refuses the messages \(no system\)"
+    with pytest.raises(ValueError, match=says):
+        read_prompts(cfg, loaded(tmp_path), context=4096)
+    write_records(path, [{"prompt": "d1w1"}])
+    (prompt,) = read_prompts(cfg, loaded(tmp_path), context=4096)
+    assert prompt.text == "26 Jul 2024 d1w1"
+
+
 def test_what_a_tool_gave_may_be_written_as_json(tmp_path):
     """As Llama 3 writes it."""
     escaped = "(m['content'] | tojson if m['role'] == 'tool' else m['content'])"
@@ -376,6 +393,33 @@ def test_records_blended_with_text(folders, tmp_path, pack):
         if source is texts:
             assert sample["loss_mask"].all()
     assert not records[0]["loss_mask"].all()
+
+
+def test_records_whose_weight_grows_go_on_with_the_next(folders, tmp_path):
+    """Each source goes on with its next sample, however few its first weight asked for."""
+    sft = write_records(tmp_path / "a.jsonl", conversations(40))
+    text = write_records(tmp_path / "b.jsonl", [{"text": f"d{n}w1 " * 90} for n in range(20)])
+    shutil.copytree(folders / "plain", tmp_path / "checkpoint" / "tokenizer")
+    data = DataConfig(
+        path="",
+        blend=[0.05, str(sft), 0.95, str(text)],
+        blend_changes=[{"step": 1, "weights": [1, 0]}],
+        seq_length=SEQ,
+        split="1",
+        pack=False,
+    )
+    train, _ = training_datasets(
+        data,
+        TrainerConfig(max_steps=5, limit_val_batches=0),
+        replace(LLAMA, vocab_size=len(loaded(folders / "plain"))),
+        tmp_path / "checkpoint",
+        str(tmp_path / "out"),
+        ("train",),
+    )
+    assert isinstance(train, BlendedSamples)
+    read = [i for i in range(len(train)) if train.order.source[i] == 0]
+    assert 32 < len(read) <= 40
+    assert len({tuple(train[i]["tokens"].tolist()) for i in read}) == len(read)
 
 
 def test_a_source_of_records_beside_models_that_cannot_pack(folders, tmp_path):

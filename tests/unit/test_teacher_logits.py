@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.stages import DistillConfig, TeacherLogitsConfig
 from nemo_minitron.config.training import DataConfig, TrainerConfig
 from nemo_minitron.config.training_stages import TeacherPassConfig
+from nemo_minitron.data.blend import BlendedSamples, Order
 from nemo_minitron.data.samples import NpyDataset
 from nemo_minitron.distillation.logit_index import LogitIndex, Part, check_stored, data_keys
 from nemo_minitron.distillation.logit_shards import (
@@ -172,6 +174,18 @@ def test_samples_bring_their_outputs(home):
     filler = joined[None]
     assert not filler["loss_mask"].any()
     assert torch.isfinite(filler["teacher_values"]).all()
+
+
+def test_a_filler_of_a_blend_may_be_of_another_source(home):
+    """A validation with too few samples asks for fillers, whose tokens no loss counts."""
+    first, second = NpyDataset(IDS[1:2].numpy(), 1), NpyDataset(IDS[:1].numpy(), 1)
+    order = Order(np.array([1, 0], np.int16), np.zeros(2, np.int64))
+    blend = BlendedSamples([first, second], order, ["a", "b"], [1, 1])
+    folder = home / "stored" / "logits"
+    joined = StoredTeacher(blend, folder, "train", top_k=3, data_path="(data.blend)")
+    assert torch.equal(joined[0]["tokens"], IDS[0, :LENGTH])
+    assert not joined[None]["loss_mask"].any()
+    assert torch.equal(joined[None]["teacher_values"], joined[0]["teacher_values"])
 
 
 def test_other_tokens_are_refused_at_the_ends_and_inside(home):
