@@ -170,7 +170,7 @@ def builder_like(
             pruned,
             layout,
             groups,
-            dtype=like.config.params_dtype,  # type: ignore[attr-defined]  # it is a Megatron model
+            dtype=next(like.parameters()).dtype,
             max_sequence_length=like.max_sequence_length,  # type: ignore[attr-defined]  # as above
             settings=like.settings,
         )

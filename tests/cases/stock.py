@@ -300,6 +300,17 @@ def _refusal(call: Callable[[], object]) -> str:
     return ""
 
 
+def of_another_dtype(config: ModelConfig, folder: str, parallel: ParallelConfig) -> bool:
+    """Whether a model of ours that was cast after it was built is pruned to the cast weights."""
+    groups, plan = _start(parallel), full_plan(config)
+    plan = plan.replaced(ffn=[list(range(2, 50))] * config.num_layers)
+    expected = nemo_minitron.prune(_load(config, folder, parallel, groups), plan)
+    chunks = [chunk.to(torch.bfloat16) for chunk in _load(config, folder, parallel, groups)]
+    small = nemo_minitron.prune(chunks, plan)
+    pairs = zip(expected[0].parameters(), small[0].parameters(), strict=True)
+    return all(torch.equal(one.bfloat16(), other) for one, other in pairs)
+
+
 def experts_split_otherwise(config: ModelConfig, folder: str) -> tuple[str, bool]:
     """What ``prune`` says where Megatron splits experts over fewer ranks than all else."""
     from megatron.core import parallel_state
