@@ -170,7 +170,7 @@ def builder_like(
             pruned,
             layout,
             groups,
-            dtype=next(like.parameters()).dtype,
+            dtype=next(like.parameters()).dtype,  # type: ignore[attr-defined]  # it is a Megatron model
             max_sequence_length=like.max_sequence_length,  # type: ignore[attr-defined]  # as above
             settings=like.settings,
         )

@@ -66,7 +66,7 @@ def _check_layers(config: ModelConfig, plan: Plan, axis: Axis, everything: list[
     sizes = set()
     for position, layer in enumerate(plan.layers):
         where = f"{axis.name} of layer {layer + 1}"
-        each = [lists[position]]
+        each: Sequence[Any] = [lists[position]]
         if axis.scope is Scope.EXPERT:
             each = _listed(where, lists[position])
             if len(each) != len(plan["expert"][position]):

@@ -239,17 +239,18 @@ def test_candidates_that_are_too_slow_are_not_distilled(monkeypatch, tmp_path, l
     cfg = SearchConfig(output_dir="out", checkpoint="in", search=space)
     speeds = {48: (1.0, 3.0), 64: (1.5, 2.0), 80: (3.0, 1.0)}
 
-    def scored(cfg, config, one, plan, dataset):
-        latency, loss = speeds[one.sizes["ffn_hidden_size"]]
-        return {"name": one.name, "sizes": one.sizes, "latency_ms": latency, "loss": loss}
+    def scored(cfg, config, plan, dataset):
+        latency, loss = speeds[plan.target["ffn_hidden_size"]]
+        return {"latency_ms": latency, "loss": loss}
 
     def distilled(cfg, config, record, plans, dataset, work):
         names.append(record["sizes"]["ffn_hidden_size"])
         return {"loss": 0.5}
 
     names: list[int] = []
-    for name in ("stage_dataset", "check_shared", "barrier", "make_plan"):
+    for name in ("stage_dataset", "check_shared", "barrier"):
         monkeypatch.setattr(scoring, name, lambda *args: None)
+    monkeypatch.setattr(scoring, "make_plan", lambda config, pruning, scores: pruning)
     monkeypatch.setattr(scoring, "seen_by_all", lambda path: path.exists())
     monkeypatch.setattr(scoring, "_layout", lambda cfg: {})
     monkeypatch.setattr(scoring, "_zero_shot", scored)
