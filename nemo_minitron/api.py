@@ -6,7 +6,7 @@ per virtual pipeline stage, whoever built them; functions that take them are cal
 
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -28,7 +28,6 @@ from nemo_minitron.importance.estimate import collected
 from nemo_minitron.importance.hooks import record
 from nemo_minitron.models.build import DTYPES, unwrap
 from nemo_minitron.models.found import check_bare, config_of, layout_of
-from nemo_minitron.models.prune_check import agreed
 from nemo_minitron.models.prune_live import prune_live
 from nemo_minitron.models.weights import load_frozen, save_model
 from nemo_minitron.pruning import plan as plans
@@ -37,9 +36,9 @@ from nemo_minitron.pruning.plan import Plan
 from nemo_minitron.pruning.plan_check import check_plan
 from nemo_minitron.pruning.scores import Scores, check_axes, check_block_sizes, check_finite
 from nemo_minitron.reporting.hf_folder import write_folder
+from nemo_minitron.runtime.agreement import agreed, together
 from nemo_minitron.runtime.atomic import rename_folder
 from nemo_minitron.runtime.groups import ParallelGroups, initialised_degrees
-from nemo_minitron.runtime.worlds import barrier
 
 _OWN_PASSES = ("lm_loss", "block_lm_loss")
 
@@ -272,39 +271,18 @@ def export(
     draft = Path(f"{target}.checkpoint")
     agreed(partial(_refuse_existing, *([target, draft] if first else [])))
     agreed(partial(split_shards, {}, max_shard_size))
-    _together(partial(draft.mkdir, parents=True) if first else None)
     try:
-        chunks: list[Any] = list(model)  # any of Megatron's
-        _together(partial(save_model, chunks, groups, config, draft))
-        write = partial(_write_export, draft, target, max_shard_size, workers)
-        _together(write if first else None)
-    finally:
-        if first:
-            shutil.rmtree(draft, ignore_errors=True)
-
-
-def _together(step: Callable[[], None] | None) -> None:
-    """Take a step and wait for the other ranks (collective).
-
-    Args:
-        step: of this rank; None where only others have one.
-
-    Raises:
-        ValueError: what went wrong on the first rank where something did, on every rank.
-    """
-    problem = None
-    try:
-        if step is not None:
-            step()
-    except (OSError, RuntimeError, ValueError) as error:
-        problem = error if isinstance(error, ValueError) else ValueError(f"export: {error}")
-    barrier()  # waits longer than what follows, as a step takes as long as the model is large
-    agreed(partial(_raise, problem))
-
-
-def _raise(problem: ValueError | None) -> None:
-    if problem is not None:
-        raise problem
+        together(partial(draft.mkdir, parents=True) if first else None)
+        try:
+            chunks: list[Any] = list(model)  # any of Megatron's
+            together(partial(save_model, chunks, groups, config, draft))
+            write = partial(_write_export, draft, target, max_shard_size, workers)
+            together(write if first else None)
+        finally:
+            if first:
+                shutil.rmtree(draft, ignore_errors=True)
+    except OSError as error:
+        raise ValueError(f"export: {error}") from error
 
 
 def _write_export(checkpoint: Path, target: Path, max_shard_size: str, workers: int) -> None:

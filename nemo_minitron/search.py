@@ -143,7 +143,7 @@ def _rules(config: ModelConfig, space: SearchSpaceConfig) -> list[_Rule]:
     split += [name for name in SEARCHED if name in split_sizes(config) and name not in split]
     split = [name for name in split if split_sizes(config).get(name) != _EP]
     groups, topk = config.mamba_num_groups or 1, config.moe_router_topk
-    expert_groups = config.moe_router_num_groups or 1
+    expert_groups, picked = config.moe_router_num_groups or 1, config.moe_router_group_topk or 1
     return [
         _Rule(
             "num_attention_heads must be a multiple of num_query_groups (search."
@@ -177,6 +177,15 @@ def _rules(config: ModelConfig, space: SearchSpaceConfig) -> list[_Rule]:
         _Rule(
             f"num_moe_experts must be at least moe_router_topk={topk} (search.num_moe_experts)",
             lambda s: s.get("num_moe_experts", topk) >= topk,
+        ),
+        _Rule(
+            f"moe_router_group_topk={picked} of moe_router_num_groups={expert_groups} must hold "
+            f"moe_router_topk={topk} experts (search.num_moe_experts)",
+            lambda s: (
+                expert_groups == 1
+                or s.get("num_moe_experts", config.num_moe_experts or 0) // expert_groups * picked
+                >= topk
+            ),
         ),
     ]
 

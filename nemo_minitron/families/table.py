@@ -198,6 +198,17 @@ class Family:
                 bound = row.of_prediction(number, config.num_layers)
                 yield bound.name, bound, None
 
+    def counted(self, config: ModelConfig) -> Iterator[tuple[Row, int]]:
+        """Yield every row of a model, not bound to an expert, and how many parameters it is of."""
+        kinds = kinds_of(config)
+        for row in (row for row in self.rows if row.when(config)):
+            number = (config.num_moe_experts or 0) if row.per_expert else 1
+            if row.per_layer:
+                number *= sum(row.kind in kind for kind in kinds)
+            elif row.predicts:
+                number *= (config.mtp_num_layers or 0) if row.kind in kinds[-1] else 0
+            yield row, number
+
     def find(self, name: str, config: ModelConfig) -> tuple[Row, int | None]:
         """Row (bound to its expert) and layer of a Megatron name, under any layer spec.
 
@@ -237,8 +248,8 @@ def _indices(row: Row, name: str) -> dict[str, int] | None:
 def parameter_count(family: Family, config: ModelConfig) -> dict[str, int]:
     """Parameters: ``total`` and ``non_embedding`` (without input and output embeddings)."""
     total = embedding = 0
-    for _, row, _ in family.parameters(config):
-        count = math.prod(row.shape(config))
+    for row, number in family.counted(config):
+        count = number * math.prod(row.shape(config))
         total += count
         if "vocab" in row.dims or "position" in row.dims:
             embedding += count
@@ -251,8 +262,8 @@ def active_parameters(family: Family, config: ModelConfig) -> int:
     Layers for multi-token prediction are not needed for the next token.
     """
     always = routed = 0
-    for row in (row for _, row, _ in family.parameters(config) if not row.predicts):
-        count = math.prod(row.shape(config))
-        always += count if row.expert is None else 0
-        routed += 0 if row.expert is None else count
+    for row, number in family.counted(config):
+        count = 0 if row.predicts else number * math.prod(row.shape(config))
+        always += 0 if row.per_expert else count
+        routed += count if row.per_expert else 0
     return always + routed * config.moe_router_topk // (config.num_moe_experts or 1)

@@ -10,6 +10,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,6 +20,7 @@ import torch.distributed as dist
 
 from nemo_minitron.checkpoint.manifest import digest, hash_file
 from nemo_minitron.documents import read_json_object
+from nemo_minitron.runtime.agreement import agreed
 from nemo_minitron.runtime.atomic import atomic_file
 
 log = logging.getLogger(__name__)
@@ -62,30 +64,27 @@ class SavedState:
         Raises:
             ValueError: it is damaged, here or on another rank.
         """
-        found: list[Any] = [self._find() if dist.get_rank() == 0 else None]
-        dist.broadcast_object_list(found, src=0)
+        found: list[Any] = [agreed(self._find if dist.get_rank() == 0 else _nothing)]
+        dist.broadcast_object_list(found, src=0, group=dist.group.WORLD)
         if found[0] is None:
             return None
         number, samples, hashes = found[0]
         path = self._file(number)
         visible: list[bool] = [False] * dist.get_world_size()
-        dist.all_gather_object(visible, path.is_file())
+        dist.all_gather_object(visible, path.is_file(), group=dist.group.WORLD)
         if not all(visible):
             log.warning("not every rank finds its part of %s: scoring starts over", path.parent)
             return None
-        self._refuse_damage(path, hashes)
+        agreed(partial(self._refuse_damage, path, hashes))
         self.number, self.resumed = number, samples
         log.info("scoring goes on after %d samples", samples)
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         return state
 
     def _refuse_damage(self, path: Path, hashes: list[str] | None) -> None:
-        """Compare this rank's file with its hash, on all ranks together."""
-        mine = hashes is not None and hash_file(path).sha256 != hashes[dist.get_rank()]
-        damaged: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(damaged, str(path) if mine else None, group=dist.group.WORLD)
-        for name in filter(None, damaged):
-            raise self._damage(name)
+        """Compare this rank's file with its hash."""
+        if hashes is not None and hash_file(path).sha256 != hashes[dist.get_rank()]:
+            raise self._damage(path)
 
     def _damage(self, name: str | Path) -> ValueError:
         return ValueError(
@@ -154,3 +153,7 @@ class SavedState:
         dist.barrier(group=dist.group.WORLD)
         if dist.get_rank() == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _nothing() -> None:
+    """What other ranks than the first look for."""

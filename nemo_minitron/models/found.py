@@ -111,10 +111,19 @@ def layout_of(chunk: Any) -> ParallelConfig:
     """The layout that a chunk was built for, which must be the initialised one.
 
     Raises:
-        ValueError: Megatron's groups are not initialised, or the layers are split in a way that
-            ``ParallelConfig`` does not hold.
+        ValueError: Megatron's groups are not initialised, or experts or layers are split in a way
+            that ``ParallelConfig`` does not hold.
     """
     degrees = initialised_degrees()
+    groups = ParallelGroups.current()
+    # Also without experts: the groups that rows travel in follow from both degrees.
+    if groups.expt_tp.size() != groups.tp.size():
+        raise ValueError(
+            f"Megatron's process groups are initialised with expert_tensor_parallel_size="
+            f"{groups.expt_tp.size()} and tensor_model_parallel_size={groups.tp.size()}; only "
+            "equal ones are supported: leave expert_tensor_parallel_size out of "
+            "initialize_model_parallel, or prune the checkpoint instead"
+        )
     built: tuple[ModelConfig, ParallelConfig] | None = getattr(chunk, "built_from", None)
     if built is not None:
         different = {k: v for k, v in degrees.items() if getattr(built[1], k) != v}
@@ -161,7 +170,7 @@ def builder_like(
             pruned,
             layout,
             groups,
-            dtype=like.config.params_dtype,  # type: ignore[attr-defined]  # it is a Megatron model
+            dtype=next(like.parameters()).dtype,  # type: ignore[attr-defined]  # it is a Megatron model
             max_sequence_length=like.max_sequence_length,  # type: ignore[attr-defined]  # as above
             settings=like.settings,
         )

@@ -14,9 +14,9 @@ from nemo_minitron.models.build import unwrap
 from nemo_minitron.models.found import config_of
 from nemo_minitron.models.hidden import output_weight
 from nemo_minitron.models.objective import micro_batch_loss, teacher_states
-from nemo_minitron.models.prune_check import agreed
 from nemo_minitron.models.schedule import output_of
 from nemo_minitron.models.teacher import Teacher
+from nemo_minitron.runtime.agreement import agreed
 from nemo_minitron.runtime.groups import ParallelGroups
 
 MicroBatch = dict[str, Any]

@@ -11,9 +11,10 @@ import socket
 import tarfile
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from nemo_minitron.config.stages import FinetuneConfig
 from nemo_minitron.config.training import DataConfig, OptimConfig, TrainerConfig
 from nemo_minitron.documents import yaml_value
 from nemo_minitron.models.weights import load_weights
+from nemo_minitron.runtime.agreement import together
 from nemo_minitron.runtime.groups import initialised_degrees
 from nemo_minitron.runtime.worlds import barrier
 
@@ -62,14 +64,6 @@ def result_config(result: Path, parallel: ParallelConfig) -> DictConfig:
     )
 
 
-def _together(problem: Exception | None) -> None:
-    """Raise on every rank what went wrong on any."""
-    problems: list[Exception | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem, group=dist.group.WORLD)
-    for found in filter(None, problems):
-        raise found
-
-
 def _check_space(folder: Path, needed: int, path: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -88,21 +82,12 @@ def _unpacked(path: Path) -> Iterator[Path]:
     folder = root / f"nemo_minitron-{shared[0]}-{socket.gethostname()}"
     first = int(os.environ.get("LOCAL_RANK", "0")) == 0
     try:
-        _together(_problem(_unpack, path, folder) if first else None)
+        together(partial(_unpack, path, folder) if first else None)
         yield folder
         barrier()
     finally:
         if first:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _problem(step: Callable[..., None], *args: object) -> Exception | None:
-    """What a step of one rank raises."""
-    try:
-        step(*args)
-    except (OSError, ValueError, tarfile.TarError) as error:
-        return error
-    return None
 
 
 def _make_empty(folder: Path) -> None:
@@ -143,10 +128,10 @@ class NemoFileConnector(SaveRestoreConnector):
         dist.broadcast_object_list(shared, src=0, group=dist.group.WORLD)
         work = target.with_name(f".{target.name}.{shared[0]}.partial")  # nobody else's
         first = dist.get_rank() == 0
-        _together(_problem(_make_empty, work) if first else None)
+        together(partial(_make_empty, work) if first else None)
         try:
             model.save(work / WEIGHTS)
-            _together(_problem(self._pack, model, work, target) if first else None)
+            together(partial(self._pack, model, work, target) if first else None)
         finally:
             if first:
                 shutil.rmtree(work, ignore_errors=True)

@@ -5,9 +5,8 @@ What only one rank can see is told to all, so that they refuse together and none
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
@@ -20,29 +19,8 @@ from nemo_minitron.models.parts import by_row, outer_parameters
 from nemo_minitron.pruning.moves import rows_of_layers
 from nemo_minitron.pruning.plan import Plan
 from nemo_minitron.pruning.plan_check import check_plan
+from nemo_minitron.runtime.agreement import agreed
 from nemo_minitron.runtime.groups import ParallelGroups
-
-Result = TypeVar("Result")
-
-
-def agreed(check: Callable[[], Result]) -> Result:
-    """Run a check on every rank (collective) and return what it returns.
-
-    Raises:
-        ValueError: what the first rank that refuses says, on every rank.
-    """
-    result, said = [], None
-    try:
-        result.append(check())
-    except ValueError as error:
-        said = str(error)
-    answers: list[str | None] = [said] * dist.get_world_size()
-    # Every rank has to learn of it, whatever it shares with the one that refuses.
-    dist.all_gather_object(answers, said, group=dist.group.WORLD)
-    found = next(filter(None, answers), None)
-    if found is not None:
-        raise ValueError(found)
-    return result[0]
 
 
 def check_before(

@@ -29,12 +29,13 @@ from nemo_minitron.models.build import HiddenGPTModel
 from nemo_minitron.models.empty import Shapes, build_empty_gpt
 from nemo_minitron.models.found import builder_like
 from nemo_minitron.models.parts import by_row, outer_parameters
-from nemo_minitron.models.prune_check import agreed, check_before
+from nemo_minitron.models.prune_check import check_before
 from nemo_minitron.pruning.exchange import Traffic, redistribute, travel_order
 from nemo_minitron.pruning.merge import merge_qkv
 from nemo_minitron.pruning.moves import Grid, plan_move, row_before, rows_of_layers
 from nemo_minitron.pruning.plan import Plan, pruned_config
 from nemo_minitron.pruning.slicing import dim_indices, row_indices, slice_tensor
+from nemo_minitron.runtime.agreement import agreed
 from nemo_minitron.runtime.groups import ParallelGroups
 
 

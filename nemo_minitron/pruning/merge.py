@@ -48,8 +48,10 @@ def merge_terms(
         config: the model before pruning.
         scores: ``[n]`` importance of its query heads.
         groups: query groups that stay.
-        kept: query heads that stay, the best of each kept group.
+        kept: query heads that stay, the best of each kept group; none in a layer without attention.
     """
+    if not kept:
+        return []
     per_group = config.heads_per_group
     pools = [range(group * per_group, (group + 1) * per_group) for group in groups]
     if per_group == 1:

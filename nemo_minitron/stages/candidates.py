@@ -73,11 +73,9 @@ def score_candidates(cfg: SearchConfig, config: ModelConfig, work: Path) -> list
         kept = work / "scored" / f"{one.name}.json"
         if not seen_by_all(kept) or _at_another_layout(cfg, _kept(kept)):
             log.info("candidate %d of %d: %s", number, len(shapes), one.sizes)
-            found = _zero_shot(cfg, config, one, plans[one.name], dataset)
+            found = _zero_shot(cfg, config, plans[one.name], dataset)
             _keep(kept, {**found, _LAYOUT: _layout(cfg)})
-        found = {k: v for k, v in _kept(kept).items() if k != _LAYOUT}
-        # An earlier version counted the first layers where layers are of several kinds.
-        records.append({**found, "parameters": one.parameters, "memory_gib": one.memory_gib})
+        records.append(_record(one, _kept(kept)))
     if cfg.search.distill.steps:
         inside = within_latency(records, cfg.search.max_latency_ms)
         best = sorted(inside, key=objective)[: cfg.search.distill.top]
@@ -89,6 +87,19 @@ def score_candidates(cfg: SearchConfig, config: ModelConfig, work: Path) -> list
             record |= {"distilled_loss": found["loss"], "distilled_score": found.get("score")}
     barrier()  # rank 0 removes these files later, and they are read by all
     return records
+
+
+def _record(one: Candidate, measured: Record) -> Record:
+    """A candidate and what is measured of it, right after pruning and, later, once distilled."""
+    return {
+        "name": one.name,
+        "sizes": one.sizes,
+        "parameters": one.parameters,
+        "memory_gib": one.memory_gib,
+        **{name: measured.get(name) for name in ("latency_ms", "loss", "score")},
+        "distilled_loss": None,
+        "distilled_score": None,
+    }
 
 
 def _layout(cfg: SearchConfig) -> Record:
@@ -119,23 +130,15 @@ def _kept(path: Path) -> Record:
     return read_json_object(path)
 
 
-def _zero_shot(
-    cfg: SearchConfig, config: ModelConfig, one: Candidate, plan: Plan, dataset: SampleSet
-) -> Record:
+def _zero_shot(cfg: SearchConfig, config: ModelConfig, plan: Plan, dataset: SampleSet) -> Record:
     """Load the model, prune it where it is, and evaluate."""
     source, groups = Path(cfg.checkpoint) / "checkpoint", ParallelGroups.current()
     small = prune(load_frozen(source, cfg.parallel, groups, megatron=cfg.megatron), plan)
     metrics = _evaluate(cfg, config.without_prediction(), small, dataset)
     return {
-        "name": one.name,
-        "sizes": one.sizes,
-        "parameters": one.parameters,
-        "memory_gib": one.memory_gib,
         "latency_ms": 1000 * metrics["seconds"] / metrics["samples"],
         "loss": metrics["lm_loss"],
         "score": metrics.get("score"),
-        "distilled_loss": None,
-        "distilled_score": None,
     }
 
 

@@ -300,6 +300,32 @@ def _refusal(call: Callable[[], object]) -> str:
     return ""
 
 
+def of_another_dtype(config: ModelConfig, folder: str, parallel: ParallelConfig) -> bool:
+    """Whether a model of ours that was cast after it was built is pruned to the cast weights."""
+    groups, plan = _start(parallel), full_plan(config)
+    plan = plan.replaced(ffn=[list(range(2, 50))] * config.num_layers)
+    expected = nemo_minitron.prune(_load(config, folder, parallel, groups), plan)
+    chunks = [chunk.to(torch.bfloat16) for chunk in _load(config, folder, parallel, groups)]
+    small = nemo_minitron.prune(chunks, plan)
+    pairs = zip(expected[0].parameters(), small[0].parameters(), strict=True)
+    return all(torch.equal(one.bfloat16(), other) for one, other in pairs)
+
+
+def experts_split_otherwise(config: ModelConfig, folder: str) -> tuple[str, bool]:
+    """What ``prune`` says where Megatron splits experts over fewer ranks than all else."""
+    from megatron.core import parallel_state
+
+    from nemo_minitron.runtime.groups import ParallelGroups
+
+    parallel, plan = ParallelConfig(tensor_model_parallel_size=2), full_plan(config)
+    parallel_state.initialize_model_parallel(2, expert_tensor_parallel_size=1)
+    (chunk,) = _load(config, folder, parallel, ParallelGroups.current())
+    before = [p.detach().clone() for p in chunk.parameters()]
+    plan = plan.replaced(ffn=[list(range(2, 50))] * config.num_layers)
+    said = _refusal(partial(nemo_minitron.prune, [chunk], plan))
+    return said, all(map(torch.equal, before, chunk.parameters()))
+
+
 def without_groups() -> str:
     """What scoring says where Megatron's groups are not initialised."""
     return _refusal(nemo_minitron.score([torch.nn.Linear(2, 2)]).__enter__)

@@ -10,7 +10,9 @@ from nemo_minitron.config.parallel import ParallelConfig
 from tests.cases.live_truth import Truth, layout, make_truth
 from tests.cases.stock import (
     against_our_own,
+    experts_split_otherwise,
     hybrid_refusals,
+    of_another_dtype,
     refusals,
     run_page,
     without_groups,
@@ -113,6 +115,17 @@ def test_a_hybrid_model_that_is_refused_is_as_it_was(ranks: WorkerPool, tmp_path
     assert said.keys() == says.keys()
     for name, words in says.items():
         assert words in said[name]
+
+
+def test_a_model_that_was_cast(ranks: WorkerPool, truth: Truth) -> None:
+    """Rows that travel are of the dtype that the weights have now."""
+    assert all(ranks.run(2, of_another_dtype, MODEL, str(truth.folder), layout(tp=2)))
+
+
+def test_experts_that_are_split_otherwise_are_refused(ranks: WorkerPool, truth: Truth) -> None:
+    for said, untouched in ranks.run(2, experts_split_otherwise, MODEL, str(truth.folder)):
+        assert "expert_tensor_parallel_size=1 and tensor_model_parallel_size=2" in said
+        assert untouched
 
 
 def test_groups_have_to_be_initialised(ranks: WorkerPool) -> None:

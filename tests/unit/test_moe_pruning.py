@@ -308,3 +308,51 @@ def test_experts_of_a_token_need_no_scores_and_cut_no_weight(tmp_path) -> None:
 def test_a_single_expert_that_megatron_would_not_scale() -> None:
     with pytest.raises(ValueError, match=r"pruning\.target\.moe_router_topk=1: .* at least 2"):
         pruning_rounds(MIXTRAL, targets(moe_router_topk=1), ParallelConfig())
+
+
+def edited(config, *, settings=None, merge=(), **lists) -> Plan:
+    """The plan that keeps everything, but for some lists."""
+    return Plan({**full_plan(config).kept, **lists}, list(merge), settings=settings or {})
+
+
+PAIRS = replace(GLM4_MOE, moe_router_topk=2)  # 8 experts in 4 groups, after a dense layer
+UNEVEN = [[], *[[0, 1, 2, 4]] * 3]
+DENSE = {name: lists if name == "hidden" else lists[:1] for name, lists in full_plan(PAIRS).items()}
+BEFORE = [[[0, 0, 2], [0, 1, -1]]]
+
+
+@pytest.mark.parametrize(
+    ("config", "plan", "message"),
+    [
+        (
+            PAIRS,
+            edited(PAIRS, expert=UNEVEN, expert_ffn=[[[0]] * len(kept) for kept in UNEVEN]),
+            r"'expert of layer 2' must keep as many of each of moe_router_num_groups=4 groups",
+        ),
+        (PAIRS, Plan(DENSE), "would drop all layers of kind"),
+        (PAIRS, edited(PAIRS, settings={"moe_router_topk": 9}), "moe_router_topk=9 must be"),
+        (LLAMA, edited(LLAMA, ffn=5), "'ffn' must be a list, not 5"),
+        (LLAMA, edited(LLAMA, ffn=[5] * 4), "'ffn of layer 1' must be a list, not 5"),
+        (LLAMA, edited(LLAMA, ffn=[[5, "6"]] * 4), "it has 2 from 5 to 5"),
+        (LLAMA, edited(LLAMA, merge=BEFORE), "keeps 4 layers, but has 'merge' of 1"),
+        (LLAMA, edited(LLAMA, merge=[["a"]] * 4), "'merge of layer 1' must hold .* it has a"),
+        (LLAMA, edited(LLAMA, merge=[[[0, 8, 1]]] * 4), r"head 0 to 7, factor\]; it has \[0, 8"),
+        (LLAMA, edited(LLAMA, merge=[[[8, 0, 1]]] * 4), r"it has \[8, 0, 1\]"),
+        (LLAMA, edited(LLAMA, merge=[[[0, 2, 1]]] * 4), "heads of two query groups"),
+        (
+            replace(GLM4_MOE, mtp_num_layers=1),
+            edited(GLM4_MOE, ffn=[list(range(48)), [], [], []]),
+            "ffn_hidden_size=48 is not supported for a model with mtp_num_layers=1",
+        ),
+    ],
+)
+def test_plans_that_were_edited_by_hand(config, plan: Plan, message: str) -> None:
+    """What no executor could carry out is said before one begins."""
+    with pytest.raises(ValueError, match=message):
+        check_plan(config, plan)
+
+
+def test_a_plan_that_merges_is_its_models() -> None:
+    scores = Scores(head=torch.rand(4, 8), meta={"model": model_meta(LLAMA)})
+    merged = replace(targets(num_attention_heads=4), merge_heads=True)
+    check_plan(LLAMA, make_plan(LLAMA, merged, scores))

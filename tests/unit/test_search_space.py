@@ -1,6 +1,7 @@
 """Enumeration against brute force, and search spaces that hold nothing."""
 
 import itertools
+import math
 import random
 from dataclasses import replace
 from typing import Any
@@ -11,12 +12,14 @@ import torch
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.search import SearchSpaceConfig, ShortDistillConfig
 from nemo_minitron.config.stages import SearchConfig
+from nemo_minitron.families.registry import family_of
+from nemo_minitron.families.table import active_parameters, parameter_count
 from nemo_minitron.pruning.plan import make_plan, pruned_config
 from nemo_minitron.pruning.scores import Scores, model_meta
 from nemo_minitron.search import candidates, kept_layers, pareto_front, pruning_of
 from nemo_minitron.stages import candidates as scoring
 from nemo_minitron.stages.search import ranked
-from tests.helpers.tiny import LLAMA, NEMOTRON_H, random_weights
+from tests.helpers.tiny import GLM4_MOE, LLAMA, NEMOTRON_H, QWEN3_NEXT, random_weights
 
 LISTS: dict[str, Any] = {
     "num_layers": [2, 3, 4],
@@ -118,9 +121,38 @@ def test_layers_of_several_kinds_are_those_that_stay() -> None:
     assert kept_layers(LLAMA, cfg, scores) == {}
 
 
+GROUPS = replace(GLM4_MOE, moe_router_topk=2, moe_router_num_groups=2, moe_router_group_topk=1)
+
+
+def test_numbers_of_experts_that_the_groups_of_a_router_can_hold() -> None:
+    """A number too small for what a token is routed to is left out, as other misfits are."""
+    found = candidates(GROUPS, SearchSpaceConfig(num_moe_experts=[2, 4, 6, 7]))
+    assert [one.sizes["num_moe_experts"] for one in found] == [4, 6]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [GLM4_MOE, replace(GLM4_MOE, mtp_num_layers=1), LLAMA, NEMOTRON_H, QWEN3_NEXT],
+    ids=["experts", "prediction", "dense", "hybrid", "linear"],
+)
+def test_parameters_are_counted_without_a_look_at_each(config: ModelConfig, monkeypatch) -> None:
+    """A search counts those of thousands of shapes, of which each may have 10,000 of experts."""
+    family = family_of(config)
+    shapes = [(row, math.prod(row.shape(config))) for _, row, _ in family.parameters(config)]
+    total = sum(size for _, size in shapes)
+    routed = [size for row, size in shapes if row.expert is not None and not row.predicts]
+    active = sum(size for row, size in shapes if row.expert is None and not row.predicts)
+    active += sum(routed) * config.moe_router_topk // (config.num_moe_experts or 1)
+    monkeypatch.delattr(type(family), "parameters")
+    assert parameter_count(family, config)["total"] == total
+    assert active_parameters(family, config) == active
+    assert candidates(config, SearchSpaceConfig(hidden_size=[32]))
+
+
 @pytest.mark.parametrize(
     ("model", "keys", "says"),
     [
+        (GROUPS, {"num_moe_experts": [2]}, "moe_router_group_topk=1 of .*=2 must hold .*=2 exp"),
         (
             LLAMA,
             {"mamba_num_heads": [4]},
@@ -239,17 +271,18 @@ def test_candidates_that_are_too_slow_are_not_distilled(monkeypatch, tmp_path, l
     cfg = SearchConfig(output_dir="out", checkpoint="in", search=space)
     speeds = {48: (1.0, 3.0), 64: (1.5, 2.0), 80: (3.0, 1.0)}
 
-    def scored(cfg, config, one, plan, dataset):
-        latency, loss = speeds[one.sizes["ffn_hidden_size"]]
-        return {"name": one.name, "sizes": one.sizes, "latency_ms": latency, "loss": loss}
+    def scored(cfg, config, plan, dataset):
+        latency, loss = speeds[plan.target["ffn_hidden_size"]]
+        return {"latency_ms": latency, "loss": loss}
 
     def distilled(cfg, config, record, plans, dataset, work):
         names.append(record["sizes"]["ffn_hidden_size"])
         return {"loss": 0.5}
 
     names: list[int] = []
-    for name in ("stage_dataset", "check_shared", "barrier", "make_plan"):
+    for name in ("stage_dataset", "check_shared", "barrier"):
         monkeypatch.setattr(scoring, name, lambda *args: None)
+    monkeypatch.setattr(scoring, "make_plan", lambda config, pruning, scores: pruning)
     monkeypatch.setattr(scoring, "seen_by_all", lambda path: path.exists())
     monkeypatch.setattr(scoring, "_layout", lambda cfg: {})
     monkeypatch.setattr(scoring, "_zero_shot", scored)

@@ -1,0 +1,58 @@
+"""What one rank finds out and all have to know, so that none waits for one that has given up."""
+
+import tarfile
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from nemo_minitron.runtime.worlds import barrier
+
+Result = TypeVar("Result")
+
+
+def agreed(check: Callable[[], Result]) -> Result:
+    """Run a check on every rank (collective) and return what it returns.
+
+    Raises:
+        ValueError: what the first rank that refuses says, on every rank.
+    """
+    result, said = [], None
+    try:
+        result.append(check())
+    except ValueError as error:
+        said = error
+    _raise_first(said)
+    return result[0]
+
+
+def together(step: Callable[[], None] | None) -> None:
+    """Take a step and wait for the other ranks, as long as rank 0 takes for its own (collective).
+
+    Args:
+        step: of this rank; None where only others have one.
+
+    Raises:
+        ValueError: what the first rank says whose step refuses its input, on every rank.
+        OSError: what the first rank says whose step fails otherwise, on every rank.
+    """
+    said: Exception | None = None
+    try:
+        if step is not None:
+            step()
+    except ValueError as error:
+        said = error
+    except (OSError, RuntimeError, tarfile.TarError) as error:
+        said = OSError(str(error))
+    barrier()
+    _raise_first(said)
+
+
+def _raise_first(said: Exception | None) -> None:
+    """Raise on every rank what the first one says that says anything."""
+    mine = None if said is None else (isinstance(said, OSError), str(said))
+    answers: list[tuple[bool, str] | None] = [mine] * dist.get_world_size()
+    # Every rank has to learn of it, whatever it shares with the one that refuses.
+    dist.all_gather_object(answers, mine, group=dist.group.WORLD)
+    for failed, words in filter(None, answers):
+        raise OSError(words) if failed else ValueError(words)
