@@ -179,7 +179,7 @@ def to_hf(architecture: str, config: ModelConfig) -> dict[str, Any]:
         "hidden_act": _GELU,
         "hidden_activation": _GELU,
         "query_pre_attn_scalar": round(scale**-2),
-        "sliding_window": windows.width_of(config),
+        "sliding_window": windows.stated_width(config),
         "layer_types": windows.layer_types(config),
         **{key: getattr(config, key) for key in sorted(_CAPS)},
     }

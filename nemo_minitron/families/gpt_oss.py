@@ -149,7 +149,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "attention_bias": True,
         # Where it says nothing of positions, transformers takes YaRN.
         "rope_scaling": config.rope_scaling or {"rope_type": "default"},
-        "sliding_window": windows.width_of(config),
+        "sliding_window": windows.stated_width(config),
         "layer_types": windows.layer_types(config),
         "intermediate_size": config.moe_ffn_hidden_size,
         "num_local_experts": config.num_moe_experts,

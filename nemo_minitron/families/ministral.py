@@ -59,7 +59,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         **llama.to_hf(config),
         "architectures": ["MinistralForCausalLM"],
         "model_type": "ministral",
-        "sliding_window": windows.width_of(config),
+        "sliding_window": windows.stated_width(config),
         "layer_types": windows.layer_types(config),
     }
 

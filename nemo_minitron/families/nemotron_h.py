@@ -150,15 +150,18 @@ _NO_MATTER = words(
     "chunk_size expand num_logits_to_keep use_mamba_kernels mamba_ssm_cache_dtype "
     "moe_shared_expert_overlap n_shared_experts rescale_prenorm_residual time_step_floor "
     "time_step_max time_step_min mtp_layers_block_type mtp_hybrid_override_pattern rms_norm_eps "
-    "rope_theta partial_rotary_factor norm_eps num_local_experts"
+    "rope_theta partial_rotary_factor norm_eps"
 )
+# What transformers calls n_routed_experts, too; where both are there it takes this one.
+_RENAMED = "num_local_experts"
+_LISTS = ("layers_block_type", "layer_types")
 READS = (
     frozenset(_DEFAULTS)
     | frozenset(_ONLY)
     | _NO_MATTER
     | words(
         "num_hidden_layers layers_block_type layer_types hybrid_override_pattern "
-        "attention_head_dim tie_word_embeddings"
+        "attention_head_dim tie_word_embeddings num_local_experts"
     )
 )
 
@@ -169,7 +172,7 @@ def pattern_of(hf: dict[str, Any]) -> str:
     Raises:
         ValueError: two keys disagree, or a layer is of no known kind.
     """
-    listed = hf.get("layers_block_type") or hf.get("layer_types")
+    listed = next(filter(None, (hf.get(key) for key in _LISTS)), None)
     written = hf.get("hybrid_override_pattern")
     if listed is None and written is None:
         raise ValueError(
@@ -211,6 +214,21 @@ def _refuse(hf: dict[str, Any]) -> None:
         )
 
 
+def _known(hf: dict[str, Any]) -> dict[str, Any]:
+    """The same with what transformers takes for what it leaves out.
+
+    Raises:
+        ValueError: the two names of the number of experts disagree.
+    """
+    experts, renamed = hf.get("n_routed_experts"), hf.get(_RENAMED)
+    if None not in (experts, renamed) and experts != renamed:
+        raise ValueError(
+            f"config.json n_routed_experts={experts} and {_RENAMED}={renamed} disagree; leave one "
+            "out in a copy of config.json"
+        )
+    return {**_DEFAULTS, **hf, **({} if renamed is None else {"n_routed_experts": renamed})}
+
+
 def _experts(hf: dict[str, Any]) -> dict[str, Any]:
     """Fields of ModelConfig that describe layers of experts."""
     return {
@@ -228,7 +246,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     """
     check_keys("nemotron_h", hf, READS)
     _refuse(hf)
-    known, pattern = {**_DEFAULTS, **hf}, pattern_of(hf)
+    known, pattern = _known(hf), pattern_of(hf)
     return ModelConfig(
         family="nemotron_h",
         num_layers=len(pattern),
@@ -280,16 +298,17 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.share_embeddings_and_output_weights,
         "torch_dtype": config.dtype,
     }
-    if "layers_block_type" in config.hf or "layer_types" in config.hf:
-        key = "layers_block_type" if "layers_block_type" in config.hf else "layer_types"
-        if "hybrid_override_pattern" not in config.hf:  # else both, which have to agree
-            del written["hybrid_override_pattern"]
-        written[key] = [_WORDS[letter][0] for letter in pattern]
+    for key in (key for key in _LISTS if config.hf.get(key)):
+        if "hybrid_override_pattern" not in config.hf:  # else all, which have to agree
+            written.pop("hybrid_override_pattern", None)
+        own = {_LETTERS[word]: word for word in config.hf[key]}  # older releases know these alone
+        written[key] = [own.get(letter, _WORDS[letter][0]) for letter in pattern]
     if config.num_moe_experts is not None:
         written |= {
             **written_router(config),
             "moe_intermediate_size": config.moe_ffn_hidden_size,
             "moe_shared_expert_intermediate_size": config.moe_shared_expert_intermediate_size,
+            **({_RENAMED: config.num_moe_experts} if _RENAMED in config.hf else {}),
         }
     return written
 

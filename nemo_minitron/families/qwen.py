@@ -39,6 +39,8 @@ QK_NORMS = tuple(
 )
 
 READS = llama.READS | windows.WINDOW_KEYS
+# What transformers' Qwen2Config and Qwen3Config take where config.json says nothing.
+_DEFAULTS = {"num_key_value_heads": 32, "max_position_embeddings": 32768}
 
 
 def read_windows(hf: dict[str, Any]) -> list[int]:
@@ -54,7 +56,7 @@ def from_hf_qwen2(hf: dict[str, Any]) -> ModelConfig:
         ValueError: the config asks for something this table does not hold.
     """
     check_keys("qwen2", hf, READS)
-    known = {"max_position_embeddings": 32768, **hf}
+    known = {**_DEFAULTS, **hf}
     seen, sizes = read_windows(known), llama.dense(known)
     return replace(sizes, family="qwen2", add_qkv_bias=True, window_size=seen, hf=dict(hf))
 
@@ -66,7 +68,7 @@ def from_hf_qwen3(hf: dict[str, Any]) -> ModelConfig:
         ValueError: the config asks for something this table does not hold.
     """
     check_keys("qwen3", hf, READS)
-    known = {"max_position_embeddings": 32768, "head_dim": 128, **hf}
+    known = {**_DEFAULTS, "head_dim": 128, **hf}
     seen, sizes = read_windows(known), llama.dense(known)
     return replace(sizes, family="qwen3", qk_layernorm=True, window_size=seen, hf=dict(hf))
 

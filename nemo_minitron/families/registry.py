@@ -201,7 +201,7 @@ def written_config(config: ModelConfig) -> dict[str, Any]:
             return written
         written = {**written, **changed}
         for key, neutral in of_layers(written).items():  # of layers that are gone
-            if key in source and source[key] in layers[key]:
+            if source.get(key) in layers.get(key, ()):
                 written[key] = neutral[0]
     return {**written, **wanted}
 

@@ -81,6 +81,15 @@ def width_of(config: ModelConfig) -> int | None:
     return max(config.window_size or [0]) or None
 
 
+def stated_width(config: ModelConfig) -> int:
+    """``sliding_window`` of a config.json where transformers makes a mask of windows for any model.
+
+    Its Gemma, Ministral and gpt-oss refuse null even where no layer has a window, so such a model
+    states one that no position leaves.
+    """
+    return width_of(config) or config.max_position_embeddings
+
+
 def layer_types(config: ModelConfig) -> list[str]:
     """``layer_types`` of a config.json."""
     layers = config.window_size or [0] * config.num_layers

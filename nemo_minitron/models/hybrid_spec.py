@@ -7,6 +7,7 @@ Megatron's local modules, under the names that Transformer Engine's have in chec
 import copy
 from typing import Any
 
+import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.models.hybrid.hybrid_model import HybridModel
@@ -66,10 +67,21 @@ class LocalHybridStack(HybridStack):
 
 
 class BatchMixer(MambaMixer):
-    """Megatron's mixer, which decodes several sequences at once, too.
+    """Megatron's mixer, which decodes several sequences at once, too, and keeps states in fp32.
 
-    Megatron-Core 0.19 takes the sequences of a static batch for positions of one.
+    Megatron-Core 0.19 takes the sequences of a static batch for positions of one. It keeps states
+    in the dtype of the weights, of which bf16 loses what a token adds to a state that lasts;
+    transformers keeps fp32 (``mamba_ssm_cache_dtype``).
     """
+
+    def _get_states_from_cache(
+        self, inference_context: Any, batch_size: int, **more: Any
+    ) -> tuple[Tensor, Tensor]:
+        conv, states = super()._get_states_from_cache(inference_context, batch_size, **more)
+        if states.dtype != torch.float32:
+            states = states.float()
+            inference_context.key_value_memory_dict[self.layer_number] = conv, states
+        return conv, states
 
     def _decode(
         self,

@@ -69,6 +69,18 @@ def test_config_survives(config: ModelConfig) -> None:
     assert replace(family.from_hf(smaller), hf={}, dtype="float32") == config.resized(sizes)
 
 
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+def test_keys_and_values_of_a_qwen_that_does_not_count_them(model_type: str) -> None:
+    """It has 32 of them, and as many as queries where config.json says null."""
+    sizes = {"hidden_size": 128, "num_attention_heads": 64, "head_dim": 2, "vocab_size": 64}
+    for more in ({}, {"num_key_value_heads": None}):
+        theirs = transformers.AutoConfig.for_model(model_type, **sizes, **more)
+        hf = {**theirs.to_dict(), **more, "model_type": model_type, "architectures": None}
+        hf = {key: value for key, value in hf.items() if key in more or "num_key" not in key}
+        found = FAMILIES[model_type].from_hf(hf)
+        assert found.num_query_groups == theirs.num_key_value_heads == (64 if more else 32)
+
+
 MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
 
 

@@ -258,3 +258,20 @@ def test_source_and_export_are_one_model(model_type: str, tmp_path) -> None:
     assert type(again) is type(model)
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "ministral", "gpt_oss"])
+def test_a_model_runs_whose_layers_with_windows_are_gone(model_type: str) -> None:
+    """Transformers makes the mask of windows of these for any model, and refuses null for it."""
+    kinds = ["sliding_attention", "full_attention"]
+    sizes = {**MODELS[model_type], "num_hidden_layers": 2, "layer_types": kinds}
+    source = transformers.AutoConfig.for_model(model_type, **{**sizes, "sliding_window": 8})
+    family = next(f for f in FAMILIES.values() if model_type in f.hf_architectures.values())
+    hf = {**source.to_diff_dict(), "architectures": [*family.hf_architectures]}
+    written = written_config(read(hf).resized({}, [1]))
+    assert written["layer_types"] == kinds[1:]
+    theirs = transformers.AutoConfig.for_model(**written)
+    model = transformers.AutoModelForCausalLM.from_config(theirs).eval()
+    with torch.no_grad():
+        assert model(torch.arange(20)[None]).logits.shape[1] == 20
+    assert read(written).window_size is None
