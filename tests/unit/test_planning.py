@@ -108,6 +108,10 @@ PUBLISHED = {
     ("mistral_nemo_minitron_8b", "corrected"): (127e9, 768, 8192, 2e-5, 4.5e-7, 120),
     ("minitron_15b_8b_4b", "minitron_8b"): (94e9, 1152, 4096, 2e-4, 4.5e-7, 40),
     ("minitron_15b_8b_4b", "minitron_4b"): (94e9, 1152, 4096, 2e-4, 4.5e-7, 40),
+    ("minitron_15b_4b", "distilled"): (94e9, 1152, 4096, 2e-4, 4.5e-7, 40),
+    # Tokens of the model card; the rest is that of MN-Minitron 8B, the same budget.
+    ("nemotron_h_8b_4b", "distilled"): (380e9, 768, 8192, 1e-4, 4.5e-7, 60),
+    ("nemotron_nano_12b_9b", "distilled"): (94e9, 1152, 8192, 1e-4, 1e-5, 40),
 }
 
 
