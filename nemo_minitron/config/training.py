@@ -232,7 +232,8 @@ class TrainerConfig:
         default=None, metadata={**MAY_CHANGE, **one_of("uniform", "block", None)}
     )
     """Layers to recompute under ``full``: ``uniform`` (all, in groups of recompute_num_layers) or
-    ``block`` (the first recompute_num_layers of each pipeline stage, one by one)."""
+    ``block`` (the first recompute_num_layers of each model chunk, one by one; a pipeline stage is one
+    chunk, or several with virtual_pipeline_model_parallel_size)."""
     recompute_num_layers: int | None = field(default=None, metadata=MAY_CHANGE)
     """See recompute_method; Megatron wants it with ``full`` alone."""
     recompute_modules: list[str] | None = field(default=None, metadata=MAY_CHANGE)

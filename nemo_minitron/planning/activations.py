@@ -8,7 +8,7 @@ as Megatron fuses it, norms and rotation fused where there are GPUs.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nemo_minitron.config.layers import ATTENTION, EXPERTS, LINEAR, MAMBA, MLP
+from nemo_minitron.config.layers import ATTENTION, EXPERTS, LINEAR, MAMBA, MLP, kinds_of
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.training import DataConfig, TrainerConfig
@@ -216,6 +216,7 @@ def stage(
     """
     all_kept = sum(layer(config, parallel, tokens, [kind]) for kind in kinds)
     whole, layers = layer(config, parallel, tokens, kinds), len(kinds)
+    chunks = parallel.virtual_pipeline_model_parallel_size or 1
     if trainer.recompute_granularity is None:
         return in_flight * all_kept
     modules = trainer.recompute_modules or []
@@ -232,9 +233,24 @@ def stage(
     group = trainer.recompute_num_layers or 1
     kept = residual(config, parallel, tokens)
     if trainer.recompute_method == "block":
-        cheap = min(group, layers)
+        cheap = min(group * chunks, layers)  # Megatron counts the layers of each model chunk
         return in_flight * (cheap * kept + (layers - cheap) * whole) + whole
     return in_flight * layers / group * kept + group * whole
+
+
+def prediction(
+    config: ModelConfig, parallel: ParallelConfig, tokens: Tokens, trainer: TrainerConfig
+) -> int:
+    """What the layers for multi-token prediction keep, on the last stage.
+
+    Each is a layer as the model's last one. Beside it are the norms of the two states that it
+    joins, the joined state of twice the width, and its final norm. With ``uniform`` recomputation
+    only its two inputs are kept until it runs again.
+    """
+    state, count = residual(config, parallel, tokens), config.mtp_num_layers or 0
+    if trainer.recompute_method == "uniform":
+        return count * 2 * state
+    return count * (layer(config, parallel, tokens, kinds_of(config)[-1:]) + 8 * state)
 
 
 def micro_batches_in_flight(parallel: ParallelConfig, stage: int, micro_batches: int) -> float:

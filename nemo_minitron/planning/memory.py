@@ -190,6 +190,7 @@ def _rank_memory(job: Job, share: Share) -> Memory:
     if last:  # the final norm and the hidden states that the loss gathers, with their gradient
         state = job.model.hidden_size * tokens.count * tokens.element
         held += 2 * activations.residual(job.model, job.parallel, tokens) + 2 * state
+        held += activations.prediction(job.model, job.parallel, tokens, job.trainer)
     teacher, during = _teacher(job, share.stage, tokens)
     # Weights that wait in host memory are back while no activation of the student exists.
     return Memory(

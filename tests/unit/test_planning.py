@@ -12,7 +12,7 @@ import yaml
 
 from nemo_minitron.config import load, schema
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.config.parallel import ParallelConfig, TeacherParallelConfig
 from nemo_minitron.config.stages import (
     DistillConfig,
     FinetuneConfig,
@@ -26,14 +26,14 @@ from nemo_minitron.config.training_stages import TrainingStageConfig
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import parameter_count
 from nemo_minitron.pipeline.plan import read_items
-from nemo_minitron.planning.activations import micro_batches_in_flight
-from nemo_minitron.planning.compute import forward_flops, work
+from nemo_minitron.planning.activations import Tokens, micro_batches_in_flight, stage
+from nemo_minitron.planning.compute import built_teacher, forward_flops, work
 from nemo_minitron.planning.items import plan_items, room
 from nemo_minitron.planning.memory import Job, fullest_rank
 from nemo_minitron.planning.models import target_model
 from nemo_minitron.stages.finetune import flops_per_step
 from tests.helpers.bad_input import run_line
-from tests.helpers.tiny import NEMOTRON_H
+from tests.helpers.tiny import GLM4_MOE, NEMOTRON_H
 
 CONF = schema.conf_dir()
 # Parameters in 1e9 to two digits, also where the papers print one: 2408.11796, table 3;
@@ -282,6 +282,41 @@ def test_recomputation_trades_memory_for_work():
     assert tokens is not None
     output = 2 * 128256 * 4096 * tokens
     assert flops(again) - flops(plain) == pytest.approx(flops(plain) / 3 - output)
+
+
+def test_a_block_is_recomputed_in_every_model_chunk():
+    """Megatron counts from the first layer of each chunk: as many layers as twice the stages."""
+    values = {"recompute_granularity": "full", "recompute_method": "block"}
+    trainer = TrainerConfig(precision="bf16-mixed", recompute_num_layers=4, **values)
+    pp2 = ParallelConfig(pipeline_model_parallel_size=2)
+    vpp2 = replace(pp2, virtual_pipeline_model_parallel_size=2)
+    plain, chunks = job(trainer=trainer, parallel=pp2), job(trainer=trainer, parallel=vpp2)
+    once = job(parallel=pp2)
+    assert flops(chunks) - flops(once) == pytest.approx(2 * (flops(plain) - flops(once)))
+    eight = replace(trainer, recompute_num_layers=8)
+    tokens = Tokens(8192, 2, fused=True)
+    kinds = ["*-"] * 16
+    held = [
+        stage(plain.model, *one, kinds, 1)
+        for one in ((vpp2, tokens, trainer), (pp2, tokens, eight))
+    ]
+    assert held[0] == held[1]
+
+
+def test_layers_for_multi_token_prediction_are_counted_where_they_are_trained():
+    """One layer more, a matrix that joins two states, and the output layer once more."""
+    plain, length = GLM4_MOE, 64
+    config = replace(plain, mtp_num_layers=1)
+    more = forward_flops(config, length) - forward_flops(plain, length)
+    deeper = plain.resized({}, [*range(plain.num_layers - 1)])
+    last = forward_flops(plain, length) - forward_flops(deeper, length)
+    joined, output = 2 * plain.hidden_size**2, plain.vocab_size * plain.hidden_size
+    assert more == pytest.approx(last + 2 * (joined + output))
+    distill = DistillConfig(output_dir="o", student="s", teacher="t", data=DataConfig(path="x"))
+    assert built_teacher(distill, config, config) == config
+    assert built_teacher(distill, plain, config) == plain
+    apart = replace(distill, teacher_parallel=TeacherParallelConfig(own_ranks=1))
+    assert built_teacher(apart, config, config) == plain
 
 
 def test_micro_batches_in_flight():
