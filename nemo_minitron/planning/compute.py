@@ -12,11 +12,13 @@ from nemo_minitron.config.stages import (
     DistillConfig,
     ImportanceConfig,
     PruneConfig,
+    SearchConfig,
     TeacherLogitsConfig,
 )
 from nemo_minitron.config.training_stages import TrainingStageConfig
 from nemo_minitron.planning.memory import Job
 from nemo_minitron.planning.shares import matmul_parameters
+from nemo_minitron.search import candidates
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,11 @@ def _work(job: Job) -> Work:
     if tokens is None:
         return Work(None, None)
     cfg, length = job.cfg, job.cfg.data.seq_length
+    if isinstance(cfg, SearchConfig):
+        found = [job.model.resized(one.sizes) for one in candidates(job.model, cfg.search)]
+        return Work(
+            len(found) * tokens, tokens * sum(forward_flops(small, length) for small in found)
+        )
     if not isinstance(cfg, TrainingStageConfig):
         return Work(tokens, forward_flops(job.model, length) * tokens)
     teacher = job.teacher if isinstance(cfg, DistillConfig) else None

@@ -179,9 +179,10 @@ def test_stages_that_depend_on_texts_are_said_to_be_left_out(stage):
 
 @pytest.mark.parametrize("steps", [0, 10])
 def test_a_search_that_trains_what_it_finds_is_left_out(tmp_path, steps):
-    """What the candidates take is known when there are any; running the model itself is counted."""
+    """Which candidates are trained is not known; every one runs over the samples once."""
     line = ["plan", "search", "checkpoint=none", "importance=none", "data.path=x", "nodes=1"]
-    line += ["model=llama31_8b", "parallel=tp8_sp", "search.hidden_size=[3072]"]
+    line += ["model=llama31_8b", "parallel=tp8_sp", "search.hidden_size=[2048,3072]"]
+    line += ["data.num_samples=64", "data.seq_length=1024"]
     ending = run_line([*line, f"search.distill.steps={steps}", f"json={tmp_path}/plan.json"])
     assert ending.code == 0, ending.err
     (item,) = json.loads((tmp_path / "plan.json").read_text())["items"]
@@ -191,6 +192,10 @@ def test_a_search_that_trains_what_it_finds_is_left_out(tmp_path, steps):
     assert (reason in ending.out) == (steps > 0)
     if steps:
         assert item.keys() == {"name", "stage", "model", "result"}
+    else:
+        each = [forward_flops(model("llama31_8b", hidden_size=h), 1024) for h in (2048, 3072)]
+        assert item["tokens"] == 2 * 64 * 1024
+        assert item["flops"] == pytest.approx(64 * 1024 * sum(each))
 
 
 @pytest.mark.parametrize(
