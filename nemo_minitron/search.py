@@ -255,7 +255,7 @@ def _nearest(known: list[Candidate], space: SearchSpaceConfig) -> str:
 
 
 def pruning_of(cfg: SearchConfig, config: ModelConfig, one: Candidate) -> PruningConfig:
-    """What ``prune`` has to be told to make a candidate."""
+    """Return the config with which ``prune`` makes a candidate."""
     changed = {name: size for name, size in one.sizes.items() if size != getattr(config, name)}
     default = PruningConfig.layer_criterion
     criterion = cfg.layer_criterion if "num_layers" in changed else default
@@ -263,7 +263,7 @@ def pruning_of(cfg: SearchConfig, config: ModelConfig, one: Candidate) -> Prunin
 
 
 def training_data(cfg: SearchConfig) -> DataConfig:
-    """What candidates are distilled on: the other splits of ``data``."""
+    """Return the data that candidates are distilled on: the other splits of ``data``."""
     return replace(cfg.data, num_samples=None)
 
 
@@ -296,7 +296,7 @@ def distill_config(cfg: SearchConfig, config: ModelConfig, small: ModelConfig) -
 
 
 def objective(record: Mapping[str, Any]) -> float:
-    """What candidates are compared by, lower being better.
+    """Return the figure by which candidates are compared; lower is better.
 
     Args:
         record: of ``candidates.json``.

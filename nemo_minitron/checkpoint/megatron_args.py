@@ -74,7 +74,7 @@ _NEUTRAL: JsonObject = {
 
 
 def _vocab_multiple(vocab_size: int) -> int:
-    """What to pad the vocabulary to a multiple of.
+    """Return the number that the padded vocabulary must be a multiple of.
 
     Megatron-LM's NullTokenizer has one token more than ``args.vocab_size``, Bridge's has not: what
     Bridge pads has to hold all tokens too.
@@ -127,7 +127,7 @@ def _latent_args(config: ModelConfig) -> JsonObject:
 
 
 def _linear_args(config: ModelConfig) -> JsonObject:
-    """Of gated delta nets and gated attention; nothing for others."""
+    """Return the arguments of gated delta nets and gated attention; empty for other models."""
     found: JsonObject = {}
     if config.linear_attention_freq is not None:
         names = ("linear_attention_freq", *LINEAR_SIZES)
@@ -217,7 +217,7 @@ def megatron_lm_args(config: ModelConfig) -> Namespace:
 
 
 def common_state(config: ModelConfig) -> JsonObject:
-    """What is saved beside the weights, the same at any layout."""
+    """Return what is saved beside the weights; it is the same at any layout."""
     return {"args": megatron_lm_args(config), "checkpoint_version": 3.0, "iteration": 0}
 
 

@@ -36,7 +36,7 @@ from nemo_minitron.families.table import Family
 
 @dataclass(frozen=True)
 class Opened:
-    """What ``source`` names, of which only headers have been read.
+    """The model that ``source`` names; only its headers have been read.
 
     Attributes:
         family: its table.

@@ -119,7 +119,7 @@ def _config_beside(folder: Path) -> JsonObject:
 
 
 def _read(folder: Path, config: JsonObject) -> "PreTrainedTokenizerFast":
-    """What ``AutoTokenizer`` makes of the files, with the model's config.json beside them.
+    """Load the files with ``AutoTokenizer``, with the model's config.json beside them.
 
     Raises:
         ValueError: the files are missing, are not those of a fast tokenizer, or need code.

@@ -170,7 +170,7 @@ def _on_one_day(template: str) -> str:
 
 
 def _marked(messages: list[Any], writes: Callable[..., Any]) -> Encoded:
-    """What the template marks is the answer; all of it is transformers' own work."""
+    """Encode messages; the answer is what the chat template marks (transformers does it all)."""
     out = writes(messages, return_dict=True, return_assistant_tokens_mask=True)
     return Encoded(np.array(out["input_ids"], np.int32), np.array(out["assistant_masks"], bool))
 

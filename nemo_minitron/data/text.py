@@ -40,7 +40,7 @@ _SPLITS_OF_DATASETS = "dataset_dict.json"
 
 @dataclass(frozen=True)
 class Source:
-    """What ``data.path`` turned out to be."""
+    """The kind of source that ``data.path`` names, and its files."""
 
     kind: str
     """``text``, ``indexed`` or ``npy``."""

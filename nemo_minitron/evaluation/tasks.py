@@ -172,7 +172,7 @@ def _check_generation(name: str, task: "Task", max_length: int, *, megatron: boo
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep lm-eval's warnings and prints to itself."""
+    """Silence lm-eval's warnings and prints."""
     logger = logging.getLogger("lm_eval")
     before, logger.disabled = logger.disabled, True
     try:

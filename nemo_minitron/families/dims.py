@@ -73,7 +73,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Dim:
-    """What one tensor dim holds.
+    """The content of one tensor dim, and its size.
 
     Attributes:
         parts: in the order of their rows, which is that of the Hugging Face tensors they come from.

@@ -104,7 +104,7 @@ def refuse(hf: dict[str, Any]) -> None:
 
 
 def _windows(hf: dict[str, Any]) -> list[int]:
-    """Of every other one of the first ``max_window_layers``, or as ``layer_types`` says."""
+    """Windows of every second of the first ``max_window_layers``, or as ``layer_types`` says."""
     before = hf.get("max_window_layers", 28)
     known = {"sliding_window": 4096, **hf}
     return windows.by_layer(known, lambda layer: layer % 2 == 0 and layer < before)

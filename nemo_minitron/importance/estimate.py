@@ -143,7 +143,7 @@ class _Calibrator:
 
 
 def _no_loss(index: int, batch: Batch, hidden: Tensor) -> None:
-    """The hooks have seen all there is to see."""
+    """Return no loss: the hooks have recorded everything that is needed."""
 
 
 def estimate_scores(

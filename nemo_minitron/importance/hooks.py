@@ -274,7 +274,7 @@ class ChunkRecorder:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """What was accumulated so far."""
+        """Return what has been accumulated so far."""
         return {
             "micro_batches": self.micro_batches,
             "channels": {axis: acc.state_dict() for axis, acc in self.channels.items()},

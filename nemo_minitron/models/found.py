@@ -212,7 +212,7 @@ def _check_layers(like: Any, config: ModelConfig, pruned: ModelConfig) -> None:
 
 
 def _block_of(spec: Any) -> Any:
-    """What may list a spec for each layer of a stage."""
+    """Return the part of a spec that may list one spec for each layer of a stage."""
     return spec if hasattr(spec, "layer_specs") else getattr(spec, "submodules", None)
 
 

@@ -97,7 +97,7 @@ def _unpacked(path: Path) -> Iterator[Path]:
 
 
 def _problem(step: Callable[..., None], *args: object) -> Exception | None:
-    """What a step of one rank raises."""
+    """Run a step of one rank and return the error that it raises, if any."""
     try:
         step(*args)
     except (OSError, ValueError, tarfile.TarError) as error:

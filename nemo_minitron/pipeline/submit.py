@@ -119,7 +119,7 @@ def _lines(given: Namespace) -> list[str]:
 
 
 def _placed(overrides: Sequence[str], config: StageConfig) -> list[str]:
-    """The same keys with ``output_dir`` as it was composed; the scripts read it, too."""
+    """Return the keys with the composed ``output_dir``, which the job scripts read, too."""
     if f"output_dir={config.output_dir}" in overrides:
         return list(overrides)
     others = [o for o in overrides if not o.startswith("output_dir=")]

@@ -23,7 +23,7 @@ from nemo_minitron.search import candidates
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage computes.
+    """The tokens and operations of a stage.
 
     Attributes:
         tokens: number that go through the model without validation, or None for all of the data.

@@ -17,7 +17,7 @@ from nemo_minitron.planning.models import Models, stated_model
 
 @dataclass(frozen=True)
 class Run:
-    """What an item that runs a model takes.
+    """Ranks, memory and work of an item that runs a model.
 
     Attributes:
         job: the item on its ranks.

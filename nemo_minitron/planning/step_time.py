@@ -37,7 +37,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Sum of all parts."""
         return float(sum(asdict(self).values()))
 
 

@@ -52,7 +52,7 @@ def column_map(moment: Tensor, kept: Tensor, ridge: float) -> Tensor:
 
 
 def norm_factor(moment: Tensor, weight: Tensor, kept: Tensor) -> float:
-    """What the root mean square of the kept channels is, on average, of that of all.
+    """Return the ratio of the root mean squares of the kept channels and of all channels.
 
     Args:
         moment: ``[h, h]`` second moments of the norm's output.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass
 class Traffic:
-    """What this rank sent to other ranks."""
+    """Counts of the bytes that this rank sent to other ranks."""
 
     bytes_sent: int = 0
     messages: int = 0

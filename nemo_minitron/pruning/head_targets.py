@@ -38,7 +38,7 @@ def check_heads(config: ModelConfig, sizes: dict[str, int]) -> None:
 
 
 def check_nested(config: ModelConfig, sizes: dict[str, int]) -> None:
-    """As for query groups, of owners that all stay: the Mamba heads of a group.
+    """Refuse a number of Mamba heads that does not split evenly over the Mamba groups.
 
     Raises:
         ValueError: names a number of heads that fits.

@@ -70,7 +70,7 @@ def with_added(
 
 
 def named(kind: str, own: Mapping[str, Added], name: str, key: str) -> Added:
-    """What a config key names, of this package or of another.
+    """Return the object that a config key names, from this package or from a plugin.
 
     Args:
         kind: as in ``KINDS``.

@@ -56,7 +56,7 @@ class Taken:
             yield override(f"+model.{key}", value)
 
     def comments(self) -> Iterator[str]:
-        """What was not taken over, a line for each."""
+        """List what was not taken over, one line each."""
         yield from (f"{name}: {why}" for name, why in self.left.items())
         yield from self.notes
 
@@ -195,7 +195,7 @@ def _take_one(given: Given, name: str, value: object, taken: Taken) -> None:
 
 
 def _at_default(part: str, name: str, value: object) -> bool:
-    """A config file of Bridge says every field; objects of Python can be none of ours."""
+    """Whether a value is Megatron's default, or a nested object that no key here stands for."""
     default = fields_in_source(part).get(name, ("", ...))[1]
     return value == default or isinstance(value, dict) or (not value and default in (None, ...))
 

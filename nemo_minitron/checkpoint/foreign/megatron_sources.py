@@ -156,7 +156,7 @@ def _tokenizer_inside(folder: Path, named: object) -> TokenizerFiles:
 
 
 def _named_tokenizer(folder: Path, named: object, where: object) -> TokenizerFiles:
-    """As ``_tokenizer_inside``, with a warning where a tokenizer is named and not taken."""
+    """Call ``_tokenizer_inside`` and warn if a tokenizer is named but not read."""
     files = _tokenizer_inside(folder, named)
     if named and isinstance(named, str) and not files:
         logger.warning(
@@ -248,7 +248,7 @@ def _nemo1_tokenizer(find: Find, stated: object) -> TokenizerFiles:
 
 
 def _own_archive(path: Path, find: Find, within: Find, config: JsonObject) -> Source:
-    """What ``MinitronGPTModel.save_to`` writes."""
+    """Open an archive that ``MinitronGPTModel.save_to`` wrote."""
     files: TokenizerFiles = {}
     for name in _mapping(config.get("tokenizer")).values():
         unique = Path(str(name).removeprefix("nemo:")).name

@@ -13,7 +13,7 @@ from nemo_minitron.families.rope import YARN_ARGUMENTS
 
 @dataclass(frozen=True)
 class Stated:
-    """What a config file says.
+    """The values that a config file holds.
 
     Attributes:
         where: the file, for messages.
@@ -26,7 +26,7 @@ class Stated:
     names: Mapping[str, str] = field(default_factory=dict)
 
     def name(self, key: str) -> str:
-        """What the file calls a field."""
+        """Return the name that the file uses for a field."""
         return self.names.get(key, key)
 
     def need(self, key: str) -> Any:
