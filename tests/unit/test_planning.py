@@ -333,14 +333,27 @@ def test_micro_batches_in_flight():
     assert [micro_batches_in_flight(vpp2, stage, 100) for stage in (0, 3)] == [11 / 2, 5 / 2]
 
 
-def test_too_large_is_said_with_what_to_change():
+@pytest.mark.parametrize(
+    "layout",
+    [
+        [],
+        ["parallel.data_parallel_size=8"],
+        [
+            "parallel.pipeline_model_parallel_size=2",
+            "parallel.virtual_pipeline_model_parallel_size=8",
+        ],
+    ],
+)
+def test_too_large_is_said_with_what_to_change(layout):
+    """All keys are shown, whatever the width, also those that the new degrees rule out."""
     line = ["plan", "finetune", "checkpoint=none", "data.path=x", "model=nemotron4_15b"]
     line += ["trainer.precision=bf16-mixed", "data.seq_length=4096", "data.global_batch_size=64"]
+    line += ["optim.use_distributed_optimizer=false", *layout]
     ending = run_line(line)
     assert ending.code == 0, ending.err
-    assert "DOES NOT FIT" in ending.out
-    advice = next(text for text in ending.out.splitlines() if "parallel.tensor_model" in text)
+    advice = ending.out.partition("DOES NOT FIT")[2]
     keys = [word for word in advice.split() if "=" in word]
+    assert "parallel.sequence_parallel=true" in keys
     better = run_line([*line, *keys])
     assert better.code == 0, better.err
     assert "DOES NOT FIT" not in better.out
