@@ -317,7 +317,7 @@ def _start_ranks(stage: str, config: StageConfig, world: int) -> None:
 
 
 def _stopped(stage: str, config: StageConfig) -> Preempted | Terminated:
-    """What a stop signal means: the same command goes on, or it starts over."""
+    """Say after a stop signal whether the same command resumes or starts over."""
     saves = stage in (
         "data",
         "distill",

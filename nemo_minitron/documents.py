@@ -183,7 +183,7 @@ def yaml_value(text: str | bytes) -> Any:
     except TooMuchError:
         raise
     except _YAML_ERRORS as error:
-        raise ValueError(" ".join(f"it is no plain YAML: {error}".split())) from error
+        raise ValueError(" ".join(f"it is not plain YAML: {error}".split())) from error
 
 
 def read_yaml(path: Path) -> Any:

@@ -136,7 +136,7 @@ def _product(config: ModelConfig, space: SearchSpaceConfig) -> Iterable[Sizes]:
 
 
 def _rules(config: ModelConfig, space: SearchSpaceConfig) -> list[_Rule]:
-    """In the order they are applied."""
+    """Return the rules in the order in which they are applied."""
     own, tp = config.heads_per_group, space.tensor_model_parallel_size
     cut = ("hidden_size", "ffn_hidden_size")
     split = ["num_query_groups", "num_attention_heads", "ffn_hidden_size"]

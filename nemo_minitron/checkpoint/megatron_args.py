@@ -1,4 +1,4 @@
-"""What Megatron-LM and Megatron-Bridge look for beside the weights: arguments and empty objects.
+"""Make the arguments and empty objects that Megatron-LM and Megatron-Bridge expect.
 
 Megatron-LM's ``--use-checkpoint-args`` and Bridge's ``load_megatron_model`` build the model from
 the arguments that a checkpoint holds. Names are those of megatron/training/arguments.py; values
@@ -259,7 +259,7 @@ def extra_states(family: Family, config: ModelConfig) -> Iterator[Place]:
 
 
 def name_on_disk(key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> str:
-    """What Megatron calls an object in the metadata: ``linear_qkv._extra_state/shard_3_16``."""
+    """Return an object's name in Megatron's metadata: ``linear_qkv._extra_state/shard_3_16``."""
     return f"{key}/shard_{'.'.join(map(str, offset))}_{'.'.join(map(str, shape))}"
 
 

@@ -230,7 +230,7 @@ class _TorchUnpickler(_Unpickler):
 
 
 def read_torch_file(part: Part) -> Any:
-    """What ``torch.save`` wrote; tensors become ``LazyTensor``, unknown objects ``Inert``.
+    """Read a file of ``torch.save``; tensors become ``LazyTensor``, unknown objects ``Inert``.
 
     Only dictionaries are searched for tensors.
 

@@ -93,8 +93,8 @@ def _opened(
         )
     if tokenizer is not None and not tokenizer_files(Path(tokenizer)):
         raise ValueError(
-            f"tokenizer={tokenizer} is no folder with tokenizer.json, tokenizer.model or another "
-            "vocabulary of a tokenizer, and no such file"
+            f"tokenizer={tokenizer} is not a folder with tokenizer.json, tokenizer.model or "
+            "another vocabulary of a tokenizer, and no such file"
         )
     try:
         _refuse_results(path)

@@ -1,4 +1,4 @@
-"""As many tokens of weighted sources of text as a budget gives each, one pair for every source.
+"""Tokenise each weighted source up to its share of a budget, into one pair of files each.
 
 Files are tokenised beside each other, a process each, until those that come first in a source hold
 its share. What is taken depends on sources, shares and seed alone: files come in an order that the

@@ -91,7 +91,7 @@ def _check_messages(messages: object, where: str) -> None:
     last = messages[-1]
     if last["role"] != _ANSWERS:
         raise ValueError(
-            f"{where}: the last message is of role '{last['role']}', and nobody answers it; end "
+            f"{where}: the last message is of role '{last['role']}', which needs an answer; end "
             f"the messages with one of role '{_ANSWERS}'"
         )
 

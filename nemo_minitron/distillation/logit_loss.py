@@ -40,7 +40,7 @@ class TeacherStates:
 
 @dataclass(frozen=True)
 class _Job:
-    """What a call works on besides the student's hidden state and weight."""
+    """Arguments of a call besides the student's hidden state and weight."""
 
     labels: Tensor
     """``[N]``."""

@@ -1,4 +1,4 @@
-"""What a Megatron model on any layout answers to lm-eval: scores and greedy continuations."""
+"""Answer lm-eval with a Megatron model on any layout: scores and greedy continuations."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING

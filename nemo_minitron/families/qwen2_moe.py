@@ -149,7 +149,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
 
 
 def to_hf_routed(config: ModelConfig) -> dict[str, Any]:
-    """What the config.json of every Qwen with routed experts says."""
+    """Return the keys of config.json that every Qwen with routed experts has."""
     carried = {key: value for key, value in config.hf.items() if key not in READS}
     mixed, routed = config.moe_layer_freq is not None, config.moe_layer_freq or []
     unused = config.hf.get("intermediate_size", config.ffn_hidden_size)

@@ -107,7 +107,7 @@ def family_of_hf(hf_config: dict[str, Any]) -> Family:
     """
     listed, kind = hf_config.get("architectures") or [], hf_config.get("model_type")
     if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
-        raise ValueError(f"architectures={listed!r} in config.json is no list of names")
+        raise ValueError(f"architectures={listed!r} in config.json is not a list of names")
     known = {
         name: (family, own)
         for family in FAMILIES.values()

@@ -97,7 +97,9 @@ def script(given: Namespace) -> str:
     if given.stage not in STAGE_CONFIGS:
         raise ValueError(usage.unknown_stage(given.stage))
     if not (home() / "launch" / f"{given.stage}.sbatch").is_file():
-        raise ValueError(f"{given.stage} is no job for SLURM; run it here: minitron {given.stage}")
+        raise ValueError(
+            f"{given.stage} is not a job for SLURM; run it here: minitron {given.stage}"
+        )
     with load.hydra_for(given.config_dir):
         return "\n".join(_lines(given)) + "\n"
 

@@ -1,4 +1,4 @@
-"""Which model every item of a pipeline reads and writes, followed through by its sizes."""
+"""Follow the sizes of the model that every item of a pipeline reads and writes."""
 
 import logging
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What each rank of a layout holds of a model: layers and parameters of every pipeline stage."""
+"""Count the layers and parameters that each rank of a layout holds."""
 
 import math
 from dataclasses import dataclass

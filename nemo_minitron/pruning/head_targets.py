@@ -1,4 +1,4 @@
-"""What query groups and Mamba groups allow as targets for their heads. Imports no torch."""
+"""Check targets for heads against query groups and Mamba groups. Imports no torch."""
 
 from __future__ import annotations
 

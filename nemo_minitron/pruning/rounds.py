@@ -150,7 +150,7 @@ def compose(first: Plan, second: Plan) -> Plan:
 
 
 def _composed(axis: Axis, first: Plan, second: Plan) -> list[Any]:
-    """What both plans keep of one axis, as indices of the original model."""
+    """Return the indices of the original model that two plans together keep of one axis."""
     if axis.scope is Scope.MODEL:
         return _pick(first[axis.name], second[axis.name])
     rows = _pick(first[axis.name], second.layers)

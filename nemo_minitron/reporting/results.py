@@ -1,4 +1,4 @@
-"""What the stages of a pipeline left on disk, read for the report, without torch."""
+"""Read the results of a pipeline's stages for the report, without torch."""
 
 import re
 import shlex

@@ -28,7 +28,7 @@ _WIDTH = 80
 
 @dataclass
 class Status:
-    """Where a run, or a stage of a pipeline, is; None where it does not say.
+    """The progress of a run or of a stage; fields that are not known are None.
 
     Attributes:
         run: its folder.

@@ -33,7 +33,7 @@ class _Request:
     """The request that a signal made in this process."""
 
     def __init__(self) -> None:
-        """Nothing yet."""
+        """Start without a request."""
         self.process = os.getpid()
         self.meaning: Meaning = _terminated
         self.error: Ending | None = None

@@ -1,4 +1,4 @@
-"""What other packages add by entry points, as ``examples/plugin`` does.
+"""Load what other packages add by entry points, as ``examples/plugin`` does.
 
 A package that cannot be imported is named in one line and the rest works. Of two that give one
 name, or one that this package has, neither is taken.

@@ -1,4 +1,4 @@
-"""Where checkpoints of Megatron-LM, Megatron-Bridge, NeMo 2 and NeMo 1 keep what.
+"""Find the parts of checkpoints of Megatron-LM, Megatron-Bridge, NeMo 2 and NeMo 1.
 
 ``LAYOUTS`` says of each kind how it is recognised; a function per kind says where its config,
 weights and tokenizer lie. No code of a checkpoint runs. What these programs write is in
@@ -259,7 +259,7 @@ def _own_archive(path: Path, find: Find, within: Find, config: JsonObject) -> So
     try:
         own = ModelConfig(**config["gpt"])
     except TypeError as error:
-        raise ValueError(f"{where}: gpt is no config of a model: {error}") from error
+        raise ValueError(f"{where}: gpt is not a config of a model: {error}") from error
     return Source(
         path,
         Stated(where, {}),
@@ -339,7 +339,7 @@ def is_megatron(path: Path) -> bool:
 
 
 def find_source(path: Path) -> Source:
-    """Where the parts of a checkpoint are, and what its config says.
+    """Find the parts of a checkpoint and read its config.
 
     Raises:
         ValueError: a file is missing, damaged or of another format.

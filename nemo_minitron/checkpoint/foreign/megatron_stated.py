@@ -1,4 +1,4 @@
-"""What the config file of a Megatron or NeMo checkpoint says, whichever program wrote it.
+"""Read the config file of a Megatron or NeMo checkpoint, written by any of these programs.
 
 All kinds of files are brought to the names of Megatron-Core's TransformerConfig and GPTModel;
 messages name a field as its own file does.
