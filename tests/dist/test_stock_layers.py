@@ -89,7 +89,9 @@ def test_a_layer_for_further_tokens_is_not_pruned(ranks: WorkerPool, parallel) -
     """It is on the last stage alone, and all refuse."""
     narrow = full_plan(PREDICTION).replaced(hidden=list(range(0, PREDICTION.hidden_size, 2)))
     found = ranks.run(parallel.world_size(), refused, PREDICTION, parallel, narrow, True)
-    assert_refused(found, "mtp_num_layers=1: nothing says how the layer for multi-token prediction")
+    assert_refused(
+        found, "mtp_num_layers=1: it is not known how the layer for multi-token prediction"
+    )
 
 
 def test_a_stage_without_a_layer_is_not_scored(ranks: WorkerPool) -> None:
