@@ -33,7 +33,7 @@ def experts(ranks: WorkerPool, tmp_path_factory) -> Truth:
 
 
 def pruned(truth: Truth, parallel: ParallelConfig, choice: dict[str, Any], listed: bool) -> Pruned:
-    """What all ranks say, with the weights and logits of the streaming executor compared."""
+    """Return the results of all ranks, compared with weights and logits of streaming pruning."""
     arguments = (truth.config, str(truth.folder), truth.ids, parallel, choice, listed)
     found = truth.ranks.run(parallel.world_size(), pruned_stock, *arguments)
     last: Pruned = found[-1]
