@@ -227,7 +227,7 @@ def _said(stage: str, error: BaseException, known: Sequence[StageConfig]) -> tup
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Why a job really ended: of a signal, or of another rank, whatever a library made of it."""
+    """Find why a job ended (a signal, another rank), even if a library raised something else."""
     peers.leave()
     if isinstance(error, StageFailed):
         return error
@@ -243,7 +243,7 @@ def _killed(rank: int | None) -> RankKilled | None:
 
 
 def _asked_to_stop(stage: str, known: Sequence[StageConfig]) -> Ending:
-    """What a stop signal means at the moment it comes."""
+    """Say what a stop signal does at the moment it arrives."""
     gone = _killed(peers.killed())
     return gone or (_stopped(stage, known[0]) if known else Terminated("a signal asked to stop"))
 
@@ -317,7 +317,7 @@ def _start_ranks(stage: str, config: StageConfig, world: int) -> None:
 
 
 def _stopped(stage: str, config: StageConfig) -> Preempted | Terminated:
-    """What a stop signal means: the same command goes on, or it starts over."""
+    """Say after a stop signal whether the same command resumes or starts over."""
     saves = stage in (
         "data",
         "distill",

@@ -31,7 +31,7 @@ class TooMuchError(ValueError):
 
 
 def json_value(text: str | bytes) -> Any:
-    """What a JSON text says.
+    """Parse a JSON text.
 
     Raises:
         ValueError: it is no JSON, or nested too deep; the message names no file.
@@ -69,7 +69,7 @@ def _bounded(path: Path, largest: int) -> bytes:
 
 
 def read_json(path: Path, largest: int = LARGEST_JSON) -> Any:
-    """What a JSON file says.
+    """Read a JSON file.
 
     Args:
         path: the file.
@@ -85,7 +85,7 @@ def read_json(path: Path, largest: int = LARGEST_JSON) -> Any:
 
 
 def read_json_object(path: Path, largest: int = LARGEST_JSON) -> dict[str, Any]:
-    """What a JSON file says, which must be an object.
+    """Read a JSON file that must hold an object.
 
     Args:
         path: the file.
@@ -164,7 +164,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def yaml_value(text: str | bytes) -> Any:
-    """What a YAML text says, in plain values.
+    """Parse a YAML text into plain values.
 
     Raises:
         ValueError: it is no YAML, names classes, is too large, nested too deep, or stands for too
@@ -183,11 +183,11 @@ def yaml_value(text: str | bytes) -> Any:
     except TooMuchError:
         raise
     except _YAML_ERRORS as error:
-        raise ValueError(" ".join(f"it is no plain YAML: {error}".split())) from error
+        raise ValueError(" ".join(f"it is not plain YAML: {error}".split())) from error
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file says, in plain values.
+    """Read a YAML file as plain values.
 
     Raises:
         ValueError: as ``yaml_value``, or it cannot be read; names the file.
@@ -215,7 +215,7 @@ def refuse_too_much(path: Path) -> None:
 
 
 def read_yaml_mapping(path: Path) -> dict[str, Any]:
-    """What a YAML file says, which must be a mapping.
+    """Read a YAML file that must hold a mapping.
 
     Raises:
         ValueError: as ``read_yaml``, or it holds something else.

@@ -136,7 +136,7 @@ def _product(config: ModelConfig, space: SearchSpaceConfig) -> Iterable[Sizes]:
 
 
 def _rules(config: ModelConfig, space: SearchSpaceConfig) -> list[_Rule]:
-    """In the order they are applied."""
+    """Return the rules in the order in which they are applied."""
     own, tp = config.heads_per_group, space.tensor_model_parallel_size
     cut = ("hidden_size", "ffn_hidden_size")
     split = ["num_query_groups", "num_attention_heads", "ffn_hidden_size"]
@@ -264,7 +264,7 @@ def _nearest(known: list[Candidate], space: SearchSpaceConfig) -> str:
 
 
 def pruning_of(cfg: SearchConfig, config: ModelConfig, one: Candidate) -> PruningConfig:
-    """What ``prune`` has to be told to make a candidate."""
+    """Return the config with which ``prune`` makes a candidate."""
     changed = {name: size for name, size in one.sizes.items() if size != getattr(config, name)}
     default = PruningConfig.layer_criterion
     criterion = cfg.layer_criterion if "num_layers" in changed else default
@@ -272,7 +272,7 @@ def pruning_of(cfg: SearchConfig, config: ModelConfig, one: Candidate) -> Prunin
 
 
 def training_data(cfg: SearchConfig) -> DataConfig:
-    """What candidates are distilled on: the other splits of ``data``."""
+    """Return the data that candidates are distilled on: the other splits of ``data``."""
     return replace(cfg.data, num_samples=None)
 
 
@@ -305,7 +305,7 @@ def distill_config(cfg: SearchConfig, config: ModelConfig, small: ModelConfig) -
 
 
 def objective(record: Mapping[str, Any]) -> float:
-    """What candidates are compared by, lower being better.
+    """Return the figure by which candidates are compared; lower is better.
 
     Args:
         record: of ``candidates.json``.

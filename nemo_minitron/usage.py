@@ -76,7 +76,7 @@ def overview() -> str:
 
 
 def _from_others() -> list[str]:
-    """What other packages add, and which."""
+    """List the additions of other packages, with their names."""
     rows = [
         (f"{what} {point.name}", f"from {plugins.origin(point)}")
         for kind, what in plugins.KINDS.items()
@@ -86,7 +86,7 @@ def _from_others() -> list[str]:
 
 
 def config_dir(arguments: Sequence[str]) -> str | None:
-    """What ``--config-dir`` says in a command line, if anything."""
+    """Return the value of ``--config-dir`` in a command line, or None."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config-dir", "-cd")
     found: str | None = parser.parse_known_args(list(arguments))[0].config_dir

@@ -52,7 +52,7 @@ def layout_table() -> Iterator[LayoutTable]:
 
 @pytest.fixture(scope="session")
 def gradient_table() -> Iterator[GradientTable]:
-    """As ``layout_table``, the table of gradients."""
+    """Write the table of gradients, as ``layout_table`` does for scores."""
     table = GradientTable()
     yield table
     if os.environ.get("MINITRON_WRITE_DOCS") == "1" and table.rows:

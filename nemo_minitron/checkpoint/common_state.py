@@ -1,4 +1,4 @@
-"""What a ``torch_dist`` checkpoint says besides its tensors: settings, iteration, versions.
+"""Read what a ``torch_dist`` checkpoint holds beside its tensors: settings, iteration, versions.
 
 Megatron-Core before 0.19 writes it to a file of its own, ``common.pt``; since 0.19 it is an object
 among the tensors, ``common_state``. Both are pickles of one dictionary.
@@ -46,7 +46,7 @@ def read_common(where: Path, find: Find) -> tuple[str, JsonObject]:
 
 
 def _object(where: Path, find: Find) -> Part | None:
-    """Where the object lies; None when the checkpoint has none."""
+    """Find where the object is stored; None if the checkpoint does not have it."""
     part = find(_METADATA)
     if part is None:
         return None

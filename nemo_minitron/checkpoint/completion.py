@@ -117,7 +117,7 @@ def _remove_replaced(old: Path) -> None:
 
 
 def _write_hydra(cfg: StageConfig, folder: Path) -> None:
-    """What Hydra would write by itself, had it not to wait for the checks."""
+    """Write the files that Hydra writes by default; here they must wait for the checks."""
     from hydra.core.hydra_config import HydraConfig
 
     folder.mkdir(exist_ok=True)

@@ -32,7 +32,7 @@ def fp8_block(config: JsonObject) -> tuple[int, int] | None:
 
 
 def dequantised(store: Store, block: tuple[int, int]) -> Store:
-    """The same store with FP8 weights as bfloat16, and without their scales.
+    """Return a store that gives FP8 weights as bfloat16 and leaves out their scales.
 
     Args:
         store: as the files hold it.

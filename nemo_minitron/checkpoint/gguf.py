@@ -136,8 +136,8 @@ def _check_metadata(path: Path, get: Callable[..., Any], passed_over: Sequence[s
     for name in passed_over:
         if name not in names or name.removeprefix(_ARCHITECTURE) in _READ:
             raise ValueError(
-                f"source_ignore={list(passed_over)}: {name} is no metadata field of {path} that is "
-                "not read"
+                f"source_ignore={list(passed_over)}: {name} is not a metadata field of {path} that "
+                "is not read"
             )
     unknown = []
     for name in names:

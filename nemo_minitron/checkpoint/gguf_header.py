@@ -78,7 +78,7 @@ class _Walk:
             self.value(kind)
 
     def tensor(self) -> int:
-        """What is said of one tensor; returns where in the data it ends."""
+        """Read the description of one tensor; return where in the data it ends."""
         self.string()
         dims = self.number("I")
         if dims > _MOST_DIMS:

@@ -195,7 +195,7 @@ def _fused(row: Row, config: ModelConfig, hf_store: Store, names: list[str]) -> 
 
 
 def _prefixed(family: Family, config: ModelConfig, store: Store) -> Store:
-    """The same store with the prefix that checkpoints of the bare model leave out.
+    """Return the store with the prefix that checkpoints of the bare model leave out.
 
     As transformers does it: a name that the model has not gets the prefix if it then has it.
     """

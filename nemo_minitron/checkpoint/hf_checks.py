@@ -110,7 +110,7 @@ def _tied_copies(family: Family, config: ModelConfig) -> set[str]:
 
 
 def _check_tied(family: Family, config: ModelConfig, store: Store) -> None:
-    """Refuse an output embedding that is no copy of the one it is said to be tied to.
+    """Refuse an output embedding that differs from the input embedding it is tied to.
 
     transformers warns, and takes both.
     """
@@ -193,7 +193,7 @@ def _left_out(family: Family, name: str) -> bool:
 
 
 def _other_depth(family: Family, config: ModelConfig, store: Store) -> str:
-    """What to add when the weights are of a deeper or a shallower model than the config."""
+    """Return a hint for weights of a model with another number of layers than the config."""
     layers = max(_layers(family, store).values(), default=-1) + 1
     if layers == config.num_layers:
         return ""

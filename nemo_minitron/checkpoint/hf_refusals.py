@@ -99,7 +99,7 @@ def refuse_quantised(path: Path, config: JsonObject) -> None:
 
 
 def way_out_of_dtype(dtype: str) -> str:
-    """What to do about weights of a dtype, as safetensors calls it, that is not supported."""
+    """Return advice for weights of an unsupported dtype (by its name in safetensors)."""
     if dtype.startswith(("F8_", "F6_", "F4")):
         return f"these are quantised weights; {_UNQUANTISED}"
     return _WAYS_OUT.get(dtype, _UNQUANTISED)

@@ -111,7 +111,7 @@ def main_dtype(store: Store) -> torch.dtype:
 
 
 def _after_read(store: Store, after: Callable[[str, Tensor, bool], None]) -> Store:
-    """The same store, calling ``after(name, part, is_last)`` after every read."""
+    """Return a store that calls ``after(name, part, is_last)`` after every read."""
 
     def wrapped(name: str, tensor: LazyTensor) -> LazyTensor:
         def read() -> Tensor:
@@ -132,7 +132,7 @@ def _after_read(store: Store, after: Callable[[str, Tensor, bool], None]) -> Sto
 
 
 def on_read(store: Store, visit: Callable[[str, Tensor], None]) -> Store:
-    """The same store, calling ``visit(name, part)`` after every read, in the reading thread.
+    """Return a store that calls ``visit(name, part)`` after every read, in the reading thread.
 
     ``part`` is the whole tensor or the rows that were read of it.
     """
@@ -140,7 +140,7 @@ def on_read(store: Store, visit: Callable[[str, Tensor], None]) -> Store:
 
 
 def on_done(store: Store, done: Callable[[], None]) -> Store:
-    """The same store, calling ``done()`` when a tensor, or the last row of it, has been read."""
+    """Return a store that calls ``done()`` when a tensor, or its last row, has been read."""
     return _after_read(store, lambda _, __, is_last: done() if is_last else None)
 
 

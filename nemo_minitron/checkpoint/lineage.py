@@ -54,7 +54,7 @@ def model_sizes(config: ModelConfig) -> JsonObject:
 
 
 def model_facts(config: ModelConfig) -> JsonObject:
-    """What an entry says about the model that its stage wrote."""
+    """Return the facts that an entry holds about the model that its stage wrote."""
     count = parameter_count(family_of(config), config)
     return {
         "family": config.family,

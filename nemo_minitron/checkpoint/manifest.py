@@ -144,7 +144,7 @@ def files_in(folder: Path) -> list[str]:
 
 
 def input_files(folder: Path, hidden: bool = False) -> list[str]:
-    """As ``files_in``, less what no stage reads.
+    """List ``files_in`` without the files that no stage reads.
 
     That is the bytecode that Python puts beside the modules it imports, and what begins with a dot,
     such as the notes of programs that download models; ``.metadata`` is a part of a checkpoint.

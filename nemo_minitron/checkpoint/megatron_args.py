@@ -1,4 +1,4 @@
-"""What Megatron-LM and Megatron-Bridge look for beside the weights: arguments and empty objects.
+"""Make the arguments and empty objects that Megatron-LM and Megatron-Bridge expect.
 
 Megatron-LM's ``--use-checkpoint-args`` and Bridge's ``load_megatron_model`` build the model from
 the arguments that a checkpoint holds. Names are those of megatron/training/arguments.py; values
@@ -74,7 +74,7 @@ _NEUTRAL: JsonObject = {
 
 
 def _vocab_multiple(vocab_size: int) -> int:
-    """What to pad the vocabulary to a multiple of.
+    """Return the number that the padded vocabulary must be a multiple of.
 
     Megatron-LM's NullTokenizer has one token more than ``args.vocab_size``, Bridge's has not: what
     Bridge pads has to hold all tokens too.
@@ -127,7 +127,7 @@ def _latent_args(config: ModelConfig) -> JsonObject:
 
 
 def _linear_args(config: ModelConfig) -> JsonObject:
-    """Of gated delta nets and gated attention; nothing for others."""
+    """Return the arguments of gated delta nets and gated attention; empty for other models."""
     found: JsonObject = {}
     if config.linear_attention_freq is not None:
         names = ("linear_attention_freq", *LINEAR_SIZES)
@@ -217,7 +217,7 @@ def megatron_lm_args(config: ModelConfig) -> Namespace:
 
 
 def common_state(config: ModelConfig) -> JsonObject:
-    """What is saved beside the weights, the same at any layout."""
+    """Return what is saved beside the weights; it is the same at any layout."""
     return {"args": megatron_lm_args(config), "checkpoint_version": 3.0, "iteration": 0}
 
 
@@ -259,7 +259,7 @@ def extra_states(family: Family, config: ModelConfig) -> Iterator[Place]:
 
 
 def name_on_disk(key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> str:
-    """What Megatron calls an object in the metadata: ``linear_qkv._extra_state/shard_3_16``."""
+    """Return an object's name in Megatron's metadata: ``linear_qkv._extra_state/shard_3_16``."""
     return f"{key}/shard_{'.'.join(map(str, offset))}_{'.'.join(map(str, shape))}"
 
 

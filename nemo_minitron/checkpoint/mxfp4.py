@@ -40,7 +40,7 @@ def numbers_of(blocks: Tensor, scales: Tensor) -> Tensor:
 
 
 def dequantised_experts(store: Store) -> Store:
-    """The same store with one bfloat16 tensor in place of blocks and scales.
+    """Return a store with one bfloat16 tensor in place of blocks and scales.
 
     Args:
         store: as the files hold it.

@@ -1,4 +1,4 @@
-"""What stands where a stage is about to write: only what a stage wrote is ever moved or removed."""
+"""Check the place that a stage will write to; only files of a stage are ever moved or removed."""
 
 import contextlib
 import os
@@ -26,12 +26,12 @@ _NAMED = 5  # of the user's files in a message
 
 
 def partial_of(output_dir: Path) -> Path:
-    """Where a stage works before its result is complete."""
+    """Return the folder in which a stage works until its result is complete."""
     return output_dir.with_name(output_dir.name + ".partial")
 
 
 def old_of(output_dir: Path) -> Path:
-    """Where a replaced result waits until the new one stands."""
+    """Return the folder that holds a replaced result until the new one is in place."""
     return output_dir.with_name(output_dir.name + ".old")
 
 

@@ -269,7 +269,7 @@ def _owner(work: Path) -> tuple[JsonObject, Path, Path]:
 
 
 def read_signed(path: Path) -> JsonObject:
-    """What a file in a working folder says of its owner or its work; empty where it is damaged."""
+    """Read a file about the owner or the work of a folder; a damaged file gives an empty result."""
     try:
         owner = read_json(path)
     except (OSError, ValueError):  # killed before it was written whole

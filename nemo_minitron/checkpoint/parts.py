@@ -141,11 +141,11 @@ class FileView(io.RawIOBase):
         return self._at
 
     def tell(self) -> int:
-        """Where the next read starts."""
+        """Return the position at which the next read starts."""
         return self._at
 
     def read(self, size: int = -1) -> bytes:
-        """No more than there is, whatever is asked for."""
+        """Read at most the bytes that are left."""
         left = max(0, self._length - self._at)
         return super().read(left if size < 0 else min(size, left)) or b""
 

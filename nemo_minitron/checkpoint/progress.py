@@ -22,7 +22,7 @@ def write_progress(work: Path, **values: Any) -> None:
 
 
 def read_progress(work: Path) -> tuple[JsonObject, float | None]:
-    """What was noted last in a working folder or a result, and when (seconds since 1970)."""
+    """Return the last note in a working folder or a result, and its time (seconds since 1970)."""
     path = work / _FILE
     try:
         found, when = read_json(path), path.stat().st_mtime

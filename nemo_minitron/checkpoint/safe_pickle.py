@@ -64,7 +64,7 @@ class Inert:
     def __init__(self, *args: object, **kwargs: object) -> None: ...
 
     def __call__(self, *args: object, **kwargs: object) -> "Inert":
-        """As a function whose name was put together by another takes them."""
+        """Accept any arguments, as a function with an unknown name may take them."""
         return Inert()
 
     def _drop(self, *args: object) -> None:
@@ -140,7 +140,7 @@ class _Unpickler(pickle._Unpickler):
         return self.other(module, name)
 
     def other(self, module: str, name: str) -> Any:
-        """What a name that is not known becomes."""
+        """Return the harmless object that stands for an unknown name."""
         return _inert(module, name)
 
     def _put(self) -> None:
@@ -230,7 +230,7 @@ class _TorchUnpickler(_Unpickler):
 
 
 def read_torch_file(part: Part) -> Any:
-    """What ``torch.save`` wrote; tensors become ``LazyTensor``, unknown objects ``Inert``.
+    """Read a file of ``torch.save``; tensors become ``LazyTensor``, unknown objects ``Inert``.
 
     Only dictionaries are searched for tensors.
 

@@ -51,7 +51,7 @@ def _header(store: Store) -> bytes:
 
 
 def value_places(path: Path) -> dict[str, int]:
-    """Where in an intact file the values of each tensor start."""
+    """Return the offset of the values of each tensor in an intact file."""
     with path.open("rb") as file:
         (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
         header = json_value(file.read(length))

@@ -94,7 +94,7 @@ def check_seal(path: Path, remedy: str) -> None:
 
 
 def compare(path: Path, entries: Mapping[str, FileEntry], remedy: str) -> None:
-    """As ``check_seal``, with the hashes given."""
+    """Do the work of ``check_seal`` with hashes that are already known."""
     for name, entry in entries.items():
         file = path / name if name else path
         if not file.is_file() or hash_file(file) != entry:

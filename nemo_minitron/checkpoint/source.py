@@ -36,7 +36,7 @@ from nemo_minitron.families.table import Family
 
 @dataclass(frozen=True)
 class Opened:
-    """What ``source`` names, of which only headers have been read.
+    """The model that ``source`` names; only its headers have been read.
 
     Attributes:
         family: its table.
@@ -93,8 +93,8 @@ def _opened(
         )
     if tokenizer is not None and not tokenizer_files(Path(tokenizer)):
         raise ValueError(
-            f"tokenizer={tokenizer} is no folder with tokenizer.json, tokenizer.model or another "
-            "vocabulary of a tokenizer, and no such file"
+            f"tokenizer={tokenizer} is not a folder with tokenizer.json, tokenizer.model or "
+            "another vocabulary of a tokenizer, and no such file"
         )
     try:
         _refuse_results(path)

@@ -16,13 +16,13 @@ _EXPERT = "[{expert}]"
 
 
 def _ends(family: Family) -> tuple[str, ...]:
-    """What the names of such tensors end with."""
+    """Return the endings of the names of tensors that hold all experts."""
     names = (name for row in family.rows for name in row.hf if name.endswith(_EXPERT))
     return tuple(name.partition("{layer}")[2].removesuffix(_EXPERT) for name in names)
 
 
 def _part(whole: LazyTensor, expert: int) -> LazyTensor:
-    """What one expert has of a tensor of all."""
+    """Return the rows of one expert from a tensor that holds all experts."""
 
     def read() -> Tensor:
         if whole.read_rows is None:
@@ -33,7 +33,7 @@ def _part(whole: LazyTensor, expert: int) -> LazyTensor:
 
 
 def unstacked(family: Family, store: Store) -> Store:
-    """The same store with one tensor for each expert in place of one for all."""
+    """Return a store with one tensor for each expert in place of one for all experts."""
     ends, found = _ends(family), Store()
     for name, tensor in store.items():
         if not name.endswith(ends) or not tensor.shape:

@@ -119,7 +119,7 @@ def _config_beside(folder: Path) -> JsonObject:
 
 
 def _read(folder: Path, config: JsonObject) -> "PreTrainedTokenizerFast":
-    """What ``AutoTokenizer`` makes of the files, with the model's config.json beside them.
+    """Load the files with ``AutoTokenizer``, with the model's config.json beside them.
 
     Raises:
         ValueError: the files are missing, are not those of a fast tokenizer, or need code.
@@ -187,11 +187,11 @@ def _opened(
         except Exception as error:  # each class of transformers raises what it likes
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(
-                f"{what} are none that AutoTokenizer opens without code of the model "
+                f"{what} cannot be opened by AutoTokenizer without code of the model "
                 f"({first.replace(scratch, str(folder))}); {_WAY_OUT}"
             ) from error
     if not found.is_fast:
-        raise ValueError(f"{what} are no fast tokenizer ({type(found).__name__}); {_WAY_OUT}")
+        raise ValueError(f"{what} are not a fast tokenizer ({type(found).__name__}); {_WAY_OUT}")
     return cast("PreTrainedTokenizerFast", found)
 
 

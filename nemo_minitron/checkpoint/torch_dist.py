@@ -185,7 +185,7 @@ def _tensors(
 
 
 def _write_pieces(store: Store, family: Family, config: ModelConfig) -> dict[str, list[_Piece]]:
-    """What to write under each key, layers in order; large tensors in several pieces."""
+    """List what to write under each key, layers in order; large tensors come in several pieces."""
     pieces: dict[str, list[_Piece]] = {}
     for name, key, lazy, axes in _tensors(store, family, config):
         group = pieces.setdefault(key, [])

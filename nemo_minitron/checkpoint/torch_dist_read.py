@@ -73,7 +73,7 @@ class Checkpoint:
     metadata: Metadata
 
     def tensor(self, key: str) -> TensorStorageMetadata | None:
-        """What lies under a key, None when that is not a tensor."""
+        """Return the tensor that is stored under a key; None if it is not a tensor."""
         saved = self.metadata.state_dict_metadata.get(key)
         return saved if isinstance(saved, TensorStorageMetadata) else None
 

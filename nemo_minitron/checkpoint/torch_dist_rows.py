@@ -135,7 +135,7 @@ class RowReader:
 
     @cached_property
     def _here(self) -> TensorStorageMetadata:
-        """What is saved, without chunks of other layers: torch looks at all of them for each read.
+        """Return the metadata without chunks of other layers; torch scans all chunks for each read.
 
         Torch compares places of chunks, never their numbers.
         """
@@ -193,7 +193,7 @@ def _overlap(one: ChunkStorageMetadata, other: ChunkStorageMetadata) -> bool:
 def _values_start(
     path: Path, offset: int, length: int, sizes: torch.Size, dtype: torch.dtype
 ) -> int | None:
-    """Where in a file the values of one saved piece start; None unless they lie there plainly."""
+    """Return the offset of one saved piece in a file; None if its values are not stored plainly."""
     with path.open("rb") as file:
         view = FileView(file, offset, length)
         with zipfile.ZipFile(view) as archive:
@@ -222,7 +222,7 @@ def refuse_packed(members: Iterable[zipfile.ZipInfo], size: int) -> None:
 
 
 def member_start(view: FileView, member: zipfile.ZipInfo) -> int:
-    """Where in an open zip file the bytes of an uncompressed member start."""
+    """Return the offset of the bytes of an uncompressed member in an open zip file."""
     view.seek(member.header_offset + _LOCAL_HEADER - 4)
     name, extra = struct.unpack("<HH", view.read(4))
     return member.header_offset + _LOCAL_HEADER + name + extra

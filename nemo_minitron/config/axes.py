@@ -108,10 +108,10 @@ def _added(name: str, axis: Axis) -> Axis:
     """An axis of another package; ``later``, since stored results did not have it.
 
     Raises:
-        ValueError: its size is no field of a model, or another axis has it.
+        ValueError: its size is not a field of a model, or another axis has it.
     """
     if axis.size not in {field.name for field in fields(ModelConfig)}:
-        raise ValueError(f"size={axis.size} is no field of ModelConfig")
+        raise ValueError(f"size={axis.size} is not a field of ModelConfig")
     if axis.size in {known.size for known in _TABLE}:
         raise ValueError(f"size={axis.size} has an axis already")
     return replace(axis, name=name, later=True)
@@ -145,7 +145,7 @@ def targets() -> dict[str, str]:
 
 
 def groups_in(config: ModelConfig, axis: Axis) -> int:
-    """In how many groups the indices of an axis lie that has to keep as many of each; else 1."""
+    """Return the number of groups of an axis that must keep equally many of each; else 1."""
     return (getattr(config, axis.grouped_by) or 1) if axis.grouped_by else 1
 
 

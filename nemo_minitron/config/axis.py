@@ -1,4 +1,4 @@
-"""What an axis is. A package that adds one imports this file and not the table of all."""
+"""The definition of an axis. A package that adds an axis imports only this file."""
 
 from dataclasses import dataclass
 from enum import Enum

@@ -28,7 +28,7 @@ EARLIER: Final = "earlier"
 
 
 def with_earlier_default(value: Any) -> dict[str, Any]:
-    """Of a key whose default has grown: the default of earlier versions.
+    """Return field metadata that records the default of earlier versions.
 
     The two mean the same for every model that an earlier version could open, so results that were
     made with it keep their identity.
@@ -58,7 +58,7 @@ def one_of(*words: str | None) -> dict[str, Any]:
 
 
 def check_words(section: Any, prefix: str = "") -> None:
-    """Refuse a value that is none of the words of its field.
+    """Refuse a value that is not one of the words that its field allows.
 
     Args:
         section: a config dataclass.

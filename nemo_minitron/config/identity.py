@@ -20,7 +20,7 @@ _NOTHING: Any = object()
 
 @dataclass(frozen=True)
 class Meaning:
-    """What one key means.
+    """How one key counts when two configs are compared.
 
     Attributes:
         role: ``counts``, ``added``, ``neutral`` or ``input`` (see ``config/base.py``).
@@ -59,7 +59,7 @@ def _meanings(
 
 
 def _inside(changing: tuple[str, ...], name: str) -> tuple[str, ...]:
-    """What a section says of one of its keys."""
+    """Return the mark of a key inside a section whose keys may change."""
     return ("",) if any(name.startswith(beginning) for beginning in changing) else ()
 
 
@@ -95,7 +95,7 @@ def _is_new_entry(meaning: Meaning, name: str, key: str) -> bool:
 
 
 def _beside_paths(value: object) -> list[Any] | None:
-    """What counts of weighted sources or phases besides what their paths hold; None for others."""
+    """Return weighted sources or phases without their paths; None for any other value."""
     if not isinstance(value, list) or any(isinstance(entry, str) for entry in value):
         return None
     return [_without_paths(entry) for entry in value]

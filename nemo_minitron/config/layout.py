@@ -177,7 +177,7 @@ def layers_of_stages(config: ModelConfig, parallel: ParallelConfig) -> list[list
 
 
 def layers_on_stages(config: ModelConfig, parallel: ParallelConfig) -> list[list[list[int]]]:
-    """The same as numbers of layers (0-based): ``[pipeline rank][virtual stage]``."""
+    """Return the layers (0-based) of each stage: ``[pipeline rank][virtual stage]``."""
     sizes = layers_of_stages(config, parallel)
     found: list[list[list[int]]] = [[] for _ in sizes]
     start = 0

@@ -1,4 +1,4 @@
-"""What a training run logs to."""
+"""Where a training run sends its logs."""
 
 import importlib.util
 from dataclasses import dataclass, field

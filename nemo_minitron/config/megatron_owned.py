@@ -33,7 +33,7 @@ def _names(text: str) -> list[str]:
 
 
 def _all(reason: str, names: str) -> dict[str, str]:
-    """The same reason for every name of a list."""
+    """Give every name of a list the same reason."""
     return dict.fromkeys(_names(names), reason)
 
 

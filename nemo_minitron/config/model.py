@@ -304,4 +304,4 @@ class ModelConfig:
         try:
             return cls(**values)
         except TypeError as error:
-            raise ValueError(f"{path} is no config of a model: {error}") from error
+            raise ValueError(f"{path} is not a config of a model: {error}") from error

@@ -43,7 +43,7 @@ def refuse_blanks(overrides: Sequence[str], unknown: Sequence[str]) -> None:
         key, equals, value = unknown[0].lstrip("-").partition("=")
         given = value if equals else next((o for o in overrides if "=" not in o), "...")
         raise ValueError(
-            f"{unknown[0]} is no flag; keys are written without hyphens before them: "
+            f"{unknown[0]} is not a flag; keys are written without hyphens before them: "
             f"{key.replace('-', '_')}={given}"
         )
     words = [*overrides, "...", "..."]

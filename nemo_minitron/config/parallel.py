@@ -91,7 +91,7 @@ class ParallelConfig:
 
     @property
     def sequence_multiple(self) -> int:
-        """Of which sequence lengths must be: context parallelism cuts two chunks per rank."""
+        """Return the divisor of sequence lengths: context parallelism cuts two chunks per rank."""
         cp = self.context_parallel_size
         parts = 2 * cp if cp > 1 else 1
         return parts * (self.tensor_model_parallel_size if self.sequence_parallel else 1)

@@ -107,7 +107,7 @@ def _checked(index: int, entry: dict[str, Any]) -> dict[str, Any]:
     unknown = sorted(set(entry["data"]) - set(_OWN))
     if unknown:
         raise ValueError(
-            f"{where}.data.{unknown[0]} is no key of a phase; those are {', '.join(_OWN)}"
+            f"{where}.data.{unknown[0]} is not a key of a phase; those are {', '.join(_OWN)}"
         )
     data = entry["data"]
     if data.get("blend") is None and is_blend(data.get("path")):

@@ -1,4 +1,4 @@
-"""What the stages are, what keys they take, and how those reach Hydra. Reads no config file."""
+"""List the stages and their keys and register them with Hydra. Reads no config file."""
 
 import ast
 import dataclasses

@@ -190,7 +190,8 @@ class SearchConfig(StageConfig):
         for name, default in given.items():
             if not self.tasks and getattr(self, name) != default:
                 raise ValueError(
-                    f"{name}={getattr(self, name)} is for tasks, and none is named; add tasks=[...]"
+                    f"{name}={getattr(self, name)} is for tasks, but tasks is empty; add "
+                    "tasks=[...]"
                 )
         if not self.search.distill.steps:
             # As a stage that trains nothing would.

@@ -34,7 +34,7 @@ class SourcesConfig:
             raise ValueError(f"data.blend_max_epochs={self.blend_max_epochs} must be above 0")
 
     def as_read(self) -> DataConfig:
-        """The same for what reads texts: all documents, samples of any length."""
+        """Return a config for reading the texts: all documents, samples of any length."""
         return DataConfig(
             path="",
             blend=self.blend,

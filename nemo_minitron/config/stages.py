@@ -109,7 +109,7 @@ class CalibrationConfig:
 
 @dataclass(kw_only=True)
 class ScoreConfig(CalibrationConfig):
-    """What is scored and how."""
+    """Which axes are scored, and how."""
 
     axes: list[str] = field(
         default_factory=score_axes, metadata=with_earlier_default(score_axes(earlier=True))
@@ -222,7 +222,7 @@ class TargetConfig(dict[str, int | None]):
 
 @dataclass(kw_only=True)
 class PruningConfig:
-    """What to cut."""
+    """Which sizes and layers to prune, and how."""
 
     target: dict[str, int | None] = field(
         default_factory=TargetConfig,

@@ -121,7 +121,7 @@ class DataConfig:
         return [replace(self, path=one["path"], **alone) for one in self.blend]
 
     def weights(self) -> list[float]:
-        """Of the sources of ``blend``, as given."""
+        """Return the weights of the sources of ``blend``, as given."""
         return [source["weight"] for source in self.blend]
 
     def weights_by_samples(self, samples: int) -> list[tuple[list[float], int]]:
@@ -232,7 +232,8 @@ class TrainerConfig:
         default=None, metadata={**MAY_CHANGE, **one_of("uniform", "block", None)}
     )
     """Layers to recompute under ``full``: ``uniform`` (all, in groups of recompute_num_layers) or
-    ``block`` (the first recompute_num_layers of each pipeline stage, one by one)."""
+    ``block`` (the first recompute_num_layers of each model chunk, one by one). A pipeline stage is
+    one chunk, or virtual_pipeline_model_parallel_size of them."""
     recompute_num_layers: int | None = field(default=None, metadata=MAY_CHANGE)
     """See recompute_method; Megatron wants it with ``full`` alone."""
     recompute_modules: list[str] | None = field(default=None, metadata=MAY_CHANGE)

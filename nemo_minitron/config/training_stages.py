@@ -34,7 +34,7 @@ from nemo_minitron.config.training import (
 
 @dataclass(kw_only=True)
 class TrainingStageConfig(StageConfig):
-    """What the stages that train have in common."""
+    """Keys that all training stages share."""
 
     data: DataConfig = field(default_factory=DataConfig, metadata=may_change("blend_changes"))
     parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata=MAY_CHANGE)

@@ -1,4 +1,4 @@
-"""As many tokens of weighted sources of text as a budget gives each, one pair for every source.
+"""Tokenise each weighted source up to its share of a budget, into one pair of files each.
 
 Files are tokenised beside each other, a process each, until those that come first in a source hold
 its share. What is taken depends on sources, shares and seed alone: files come in an order that the
@@ -28,7 +28,7 @@ _THOUSAND = 1000
 
 
 class Taken(NamedTuple):
-    """What a pair holds of its source."""
+    """Counts of what a ``.bin``/``.idx`` pair holds of its source."""
 
     documents: int
     tokens: int
@@ -138,7 +138,7 @@ def tokenise(sources: Sequence[Source], processes: int) -> None:
 
 
 def _next(sources: Sequence[Source]) -> int | None:
-    """The source that gets the next process: of those that want one, with the fewest at work."""
+    """Choose the source for the next process: the waiting one with the fewest processes."""
     wanting = {
         number: source.started - len(source.ended)
         for number, source in enumerate(sources)

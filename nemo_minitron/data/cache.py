@@ -13,7 +13,7 @@ _SUMS = "sha256.json"
 
 
 def cache_folder(data: DataConfig, output_dir: str | Path) -> Path:
-    """Where tokenised data is kept: ``data.cache_dir``, or beside the results."""
+    """Return the folder of tokenised data: ``data.cache_dir``, or one beside the results."""
     if data.cache_dir is not None:
         return Path(data.cache_dir).absolute()
     return Path(output_dir).absolute().parent / ".data-cache"

@@ -92,7 +92,7 @@ def _check_messages(messages: object, where: str) -> None:
     last = messages[-1]
     if last["role"] != _ANSWERS:
         raise ValueError(
-            f"{where}: the last message is of role '{last['role']}', and nobody answers it; end "
+            f"{where}: the last message is of role '{last['role']}', which needs an answer; end "
             f"the messages with one of role '{_ANSWERS}'"
         )
 
@@ -179,7 +179,7 @@ def template_on_one_day(tokenizer: "PreTrainedTokenizerFast", tools: Any = None)
 
 
 def _marked(messages: list[Any], writes: Callable[..., Any]) -> Encoded:
-    """What the template marks is the answer; all of it is transformers' own work."""
+    """Encode messages; the answer is what the chat template marks (transformers does it all)."""
     out = writes(messages, return_dict=True, return_assistant_tokens_mask=True)
     return Encoded(np.array(out["input_ids"], np.int32), np.array(out["assistant_masks"], bool))
 

@@ -185,7 +185,7 @@ def training_datasets(
 def _blended_training(
     data: DataConfig, sources: list[_Source], sizes: tuple[int, int, int], cache: Path
 ) -> tuple[BlendedSamples, BlendedSamples | None]:
-    """As Megatron blends: every source has as many epochs as its share of the training takes.
+    """Blend sources as Megatron does: each has as many epochs as its share of the training needs.
 
     So it is with ``data.blend_changes``, too: what was read before them stays the same. Validation
     reads one epoch of each source at most.

@@ -129,7 +129,7 @@ def _named_errors(file: Path) -> Iterator[None]:
 
 
 def _damages() -> tuple[type[Exception], ...]:
-    """What the libraries raise about bytes that they cannot read."""
+    """Return the exceptions that the libraries raise for bytes that they cannot read."""
     zstandard = sys.modules.get("zstandard")  # imported where a file needs it
     more = () if zstandard is None else (zstandard.ZstdError,)
     return (EOFError, OSError, zlib.error, lzma.LZMAError, *more)
@@ -276,7 +276,7 @@ def _parquet_rows(file: Path, keys: list[str]) -> Iterator["pyarrow.RecordBatch"
 
 
 def _arrow_rows(file: Path, keys: list[str]) -> Iterator["pyarrow.RecordBatch"]:
-    """Of the stream of batches that the library datasets writes."""
+    """Read the stream of batches that the library ``datasets`` writes."""
     pyarrow = importlib.import_module("pyarrow")
     with pyarrow.memory_map(str(file)) as mapped, pyarrow.ipc.open_stream(mapped) as stream:
         _check_columns(stream.schema.names, keys, file)

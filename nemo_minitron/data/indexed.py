@@ -78,7 +78,7 @@ class TextTokenizer:
         self.digest = hashlib.sha256(text.encode()).hexdigest()
 
     def text(self, token: int) -> str:
-        """What an id stands for; empty for special tokens and for ids that there are not."""
+        """Return the text of a token id; empty for special tokens and for unknown ids."""
         found: str = self._tokenizer.decode([token], skip_special_tokens=True)
         return found
 

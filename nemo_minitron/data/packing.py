@@ -195,7 +195,7 @@ class FilledParts:
         return int(self.ends[-1]) // self.seq_length if len(self.ends) else 0
 
     def __call__(self, index: int) -> Iterator[tuple[int, int]]:
-        """What a sample has of each record that it cuts or holds."""
+        """Return the range of tokens that a sample takes from each of its records."""
         at, stop = index * self.seq_length, (index + 1) * self.seq_length
         place = int(np.searchsorted(self.ends, at, side="right"))
         while at < stop:

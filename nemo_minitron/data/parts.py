@@ -45,7 +45,7 @@ class Part(NamedTuple):
 
 
 class Documents(NamedTuple):
-    """What is known of the documents of a part, in reading order."""
+    """Facts about the documents of a part, in reading order."""
 
     lengths: np.ndarray
     """Tokens, int64."""
@@ -104,7 +104,7 @@ def write_part(part: Part) -> None:
 
 
 def read_part(part: Part) -> Documents:
-    """What ``write_part`` counted.
+    """Read the counts that ``write_part`` stored.
 
     Raises:
         ValueError: the files are damaged.

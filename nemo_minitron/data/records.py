@@ -140,7 +140,7 @@ def values_of(stream: IO[str], key: str, file: Path, chunk: int) -> Iterator[obj
 
 
 class _Ahead:
-    """What is read of a ``.json`` file and not yet taken."""
+    """Text of a ``.json`` file that has been read but not yet parsed."""
 
     def __init__(self, stream: IO[str], decoder: json.JSONDecoder, chunk: int) -> None:
         self.stream, self.decoder, self.chunk = stream, decoder, chunk

@@ -19,7 +19,7 @@ class Digests:
     """Digests of 64 bits; that two of ten million texts have the same has a chance of 3e-6."""
 
     def __init__(self) -> None:
-        """Nothing was read yet."""
+        """Start with an empty table."""
         self._table, self._held = _empty(_PLACES), 0
 
     def add(self, text: str) -> bool:
@@ -46,7 +46,7 @@ def _empty(places: int) -> "array[int]":
 
 
 def _place(table: "array[int]", digest: int) -> int:
-    """Where a digest is, or the free place (0) that it would take: the next one from its own on."""
+    """Find the slot of a digest, or the next free slot (0) after its own (linear probing)."""
     last = len(table) - 1
     place = digest & last
     while table[place] not in (0, digest):

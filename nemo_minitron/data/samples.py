@@ -1,4 +1,4 @@
-"""What a sample is, samples that are there as rows of token ids, and others in a new form."""
+"""The form of a sample, samples stored as rows of token ids, and views of other samples."""
 
 import numpy as np
 import torch

@@ -147,7 +147,7 @@ def _as_part(data: DataConfig) -> DataConfig:
 def _encoded(
     source: Source, tokenizer: "PreTrainedTokenizerFast | None"
 ) -> Iterator[tuple[str, Encoded]]:
-    """Where each record is, and its tokens; none of them without a tokenizer."""
+    """Yield the place of each record and its tokens; without a tokenizer there are no tokens."""
     for file in source.files:
         if not file.stat().st_size:
             continue
@@ -246,7 +246,7 @@ def check_sft(
 
 
 def check_first(source: Source) -> None:
-    """Refuse a source whose first record is broken, or that has none."""
+    """Refuse a source whose first record is broken, or that has no records."""
     if next(_encoded(source, None), None) is None:
         raise no_documents(source)
 

@@ -1,4 +1,4 @@
-"""What ``data.path`` is, and documents out of text files.
+"""Find out the kind of ``data.path``, and read documents from text files.
 
 A *document* is the unit that is shuffled and split: one ``.txt`` file of several, one part of a
 single ``.txt`` file between two ``data.document_separator``, or one record of another file.
@@ -40,7 +40,7 @@ _SPLITS_OF_DATASETS = "dataset_dict.json"
 
 @dataclass(frozen=True)
 class Source:
-    """What ``data.path`` turned out to be."""
+    """The kind of source that ``data.path`` names, and its files."""
 
     kind: str
     """``text``, ``indexed`` or ``npy``."""
@@ -127,8 +127,8 @@ def _texts(path: Path, entries: Sequence[Path]) -> Source:
     lost = [entry for entry in files if not entry.is_file()]
     if lost:
         raise ValueError(
-            f"data.path: file {lost[0]} is no ordinary file, or a link to one that is not there; "
-            "take it out of data.path"
+            f"data.path: file {lost[0]} is not an ordinary file, or a link to one that is not "
+            "there; take it out of data.path"
         )
     chosen = set(files)
     others = tuple(entry for entry in entries if entry not in chosen)

@@ -75,7 +75,9 @@ class LogitIndex:
             values["parts"] = {name: Part(**part) for name, part in values["parts"].items()}
             return cls(**values)
         except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder / INDEX} is no index of stored logits: {error}") from error
+            raise ValueError(
+                f"{folder / INDEX} is not an index of stored logits: {error}"
+            ) from error
 
     def changed_keys(self, data: DataConfig) -> str:
         """The ``data`` keys that differ from those of the stage, in words; maybe none."""

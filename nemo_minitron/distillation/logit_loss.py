@@ -40,7 +40,7 @@ class TeacherStates:
 
 @dataclass(frozen=True)
 class _Job:
-    """What a call works on besides the student's hidden state and weight."""
+    """Arguments of a call besides the student's hidden state and weight."""
 
     labels: Tensor
     """``[N]``."""
@@ -65,7 +65,7 @@ class _Job:
         return bool(self.config.ce_weight) or not self.with_teacher or not self.need_grad
 
     def targets(self, tokens: slice, logits: Tensor | None) -> Tensor | TopKTargets:
-        """What the loss reads of the teacher: ``[c, v]`` logits or ``TopKTargets``."""
+        """Return the teacher's side of the loss: ``[c, v]`` logits or ``TopKTargets``."""
         if self.config.top_k is not None and self.stored is not None:
             return self.stored.rows(tokens, self.config.top_k)
         assert logits is not None

@@ -16,7 +16,7 @@ from nemo_minitron.distillation.vocab import VocabShard, all_reduce, log_normali
 
 @dataclass(frozen=True)
 class TopKTargets:
-    """The same on every rank of the tensor-parallel group.
+    """Top-k targets, equal on every rank of the tensor-parallel group.
 
     Attributes:
         values: ``[N, k]`` fp32 raw teacher logits (temperature 1), largest first.

@@ -43,7 +43,7 @@ class VocabShard:
         return self.group.rank() == 0
 
     def local(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Where global ids lie on this rank.
+        """Return the local columns of global ids, and whether this rank holds them.
 
         Args:
             ids: int64 of any shape.

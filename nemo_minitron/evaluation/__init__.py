@@ -1,1 +1,1 @@
-"""Held-out loss of a model."""
+"""Loss on held-out data, tasks of lm-eval, and speed of a model."""

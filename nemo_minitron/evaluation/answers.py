@@ -1,4 +1,4 @@
-"""What a Megatron model on any layout answers to lm-eval: scores and greedy continuations."""
+"""Answer lm-eval with a Megatron model on any layout: scores and greedy continuations."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -77,7 +77,7 @@ class Answers:
         return [ids for _, ids in sorted((row, x) for share in shares for row, x in share.items())]
 
     def _ended(self, stop: Sequence[str]) -> Callable[[list[int]], bool]:
-        """Whether the latest tokens hold one of the texts."""
+        """Return a function that tells whether the latest tokens contain a stop text."""
         reach = max(map(len, stop), default=0) + _SLACK
 
         def ended(ids: list[int]) -> bool:

@@ -53,7 +53,7 @@ class MegatronLM(HFLM):
             tokenizer.pad_token_id = tokenizer.eos_token_id
 
     def get_model_info(self) -> dict[str, object]:
-        """Nothing: the manifest has it."""
+        """Return nothing: the manifest of the result describes the model."""
         return {}
 
     def _loglikelihood_tokens(

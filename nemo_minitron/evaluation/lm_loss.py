@@ -31,7 +31,7 @@ _CHUNK_SIZE = 256
 def vocab_shard(
     chunks: list[HiddenGPTModel], groups: ParallelGroups, vocab_size: int
 ) -> VocabShard | None:
-    """Rows of the output layer that this rank holds; None off the last stage."""
+    """Return the rows of the output layer that this rank holds; None except on the last stage."""
     if not groups.is_last_stage:
         return None
     return VocabShard(groups.tp, vocab_size, chunks[-1].output_weight().size(0))

@@ -1,4 +1,4 @@
-"""Work that the first rank alone does, and that needs every rank now and then."""
+"""Let the first rank run a program that now and then needs all ranks for a model call."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar

@@ -25,7 +25,7 @@ EQUAL, LARGEST = "equal", "largest"
 
 @dataclass(frozen=True)
 class Work:
-    """What is measured.
+    """Sizes of the batches that are measured.
 
     Attributes:
         batch: sequences on each data-parallel rank.
@@ -111,7 +111,7 @@ def _next(model: CachedModel, tokens: Tensor) -> Tensor:
 
 
 def _moment() -> float:
-    """Now, once every rank has come here."""
+    """Return the time once every rank has arrived here."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     barrier()

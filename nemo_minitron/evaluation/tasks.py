@@ -172,7 +172,7 @@ def _check_generation(name: str, task: "Task", max_length: int, *, megatron: boo
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep lm-eval's warnings and prints to itself."""
+    """Silence lm-eval's warnings and prints."""
     logger = logging.getLogger("lm_eval")
     before, logger.disabled = logger.disabled, True
     try:
@@ -235,8 +235,8 @@ def check_metric(tasks: Mapping[str, "Task"], names: Sequence[str], metric: str)
         known = sorted(tasks[name].aggregation()) if name in tasks else None
         if known is not None and metric.partition(",")[0] not in known:
             raise ValueError(
-                f"task_metric={metric} is none of tasks={name}, which has {', '.join(known)}; set "
-                "task_metric to one of them"
+                f"task_metric={metric} is not a metric of tasks={name}, which has "
+                f"{', '.join(known)}; set task_metric to one of them"
             )
 
 
@@ -249,7 +249,7 @@ def mean_metric(found: Metrics, names: Sequence[str], metric: str) -> float:
     for name in names:
         if metric not in found.get(name, {}):
             raise ValueError(
-                f"task_metric={metric} is none of tasks={name}, which has "
+                f"task_metric={metric} is not a metric of tasks={name}, which has "
                 f"{', '.join(found.get(name, {})) or 'no figure of its own'}; set task_metric to "
                 "one of them, or name the tasks of a group one by one"
             )

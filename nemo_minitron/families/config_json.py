@@ -155,7 +155,7 @@ def check_keys(
 
 
 def _short(value: Any) -> str:
-    """As JSON writes it, as far as a message has room."""
+    """Return the value as JSON writes it, shortened to 60 characters for a message."""
     word = {True: "true", False: "false"}.get(value) if isinstance(value, bool) else None
     text = word or str(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -200,7 +200,7 @@ def _check_v2(config: ModelConfig) -> None:
 
 
 def _written_experts(config: ModelConfig) -> dict[str, Any]:
-    """What config.json says of experts."""
+    """Return the keys of config.json about experts."""
     if config.num_moe_experts is None:
         return {}
     routed = config.moe_layer_freq or [1]

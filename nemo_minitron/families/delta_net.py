@@ -141,7 +141,7 @@ def read_layers(known: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def written_layers(config: ModelConfig) -> dict[str, Any]:
-    """What config.json says of them."""
+    """Return the keys of config.json about gated delta nets."""
     return {
         "layer_types": [_WORDS[entry] for entry in config.linear_attention_freq or []],
         **{name: getattr(config, name) for name in LINEAR_SIZES},

@@ -1,4 +1,4 @@
-"""What a tensor dim can hold, and how the indices of an axis become its rows.
+"""The kinds of tensor dims, and how the indices of an axis become rows of a dim.
 
 A dim is a sequence of parts, each of which gives every index of one axis a fixed number of
 consecutive rows. Slicing, sharing out among ranks and the fusion of Hugging Face tensors all follow
@@ -73,7 +73,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Dim:
-    """What one tensor dim holds.
+    """The content of one tensor dim, and its size.
 
     Attributes:
         parts: in the order of their rows, which is that of the Hugging Face tensors they come from.

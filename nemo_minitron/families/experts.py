@@ -109,7 +109,7 @@ def sigmoid_router(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def written_router(config: ModelConfig) -> dict[str, Any]:
-    """What config.json says of such a router."""
+    """Return the keys of config.json about such a router."""
     return {
         "n_routed_experts": config.num_moe_experts,
         "num_experts_per_tok": config.moe_router_topk,

@@ -42,7 +42,7 @@ def split(dim: Dim, config: ModelConfig, tensor: Tensor) -> list[Tensor]:
 
 
 def _located(dim: Dim, config: ModelConfig, part: int, start: int, stop: int) -> Iterator[Run]:
-    """Where rows ``start`` to ``stop`` of a part lie in the tensor of a dim."""
+    """Find where rows ``start`` to ``stop`` of a part lie in the tensor of a dim."""
     place = 0
     for _, low, high in rows_of_part(dim, config, part):
         first, last = max(start, place), min(stop, place + high - low)

@@ -75,7 +75,7 @@ def _number(hf: dict[str, Any], key: str) -> float | None:
 
 
 def _sizes(family: str, hf: dict[str, Any], rope: Rope, every: int) -> ModelConfig:
-    """What the two have in common; every n-th layer sees all tokens unless config.json says it."""
+    """Read what Gemma 2 and 3 share; by default every n-th layer attends to all tokens."""
     for key in ("hidden_activation", "hidden_act"):
         if (hf.get(key) or _GELU) != _GELU:
             raise ValueError(f"config.json {key}={hf[key]} is not supported; only {_GELU}")

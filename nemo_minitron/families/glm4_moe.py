@@ -126,7 +126,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
 
 
 def written_experts(config: ModelConfig) -> dict[str, Any]:
-    """What config.json says of experts, their shared one and the dense layers first.
+    """Return the keys of config.json about routed and shared experts and the first dense layers.
 
     Raises:
         ValueError: see ``shared_experts``.

@@ -147,7 +147,7 @@ def from_hf(known: dict[str, Any], family: str) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """What config.json says of these sizes; transformers derives ``head_dim``."""
+    """Return the keys of config.json about these sizes; transformers derives ``head_dim``."""
     written = llama.to_hf(config)
     del written["head_dim"]
     written |= {key: getattr(config, name) for name, key in NAMES.items()}

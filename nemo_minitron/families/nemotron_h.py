@@ -176,7 +176,7 @@ def pattern_of(hf: dict[str, Any]) -> str:
     written = hf.get("hybrid_override_pattern")
     if listed is None and written is None:
         raise ValueError(
-            "config.json says nothing of its layers; it needs hybrid_override_pattern or "
+            "config.json does not list the layers; it needs hybrid_override_pattern or "
             "layers_block_type"
         )
     strange = [word for word in listed or () if word not in _LETTERS]
@@ -209,7 +209,7 @@ def _refuse(hf: dict[str, Any]) -> None:
     stated = hf.get("attention_head_dim")
     if stated is not None and stated != hf.get("head_dim", _DEFAULTS["head_dim"]):
         raise ValueError(
-            f"config.json attention_head_dim={stated} is no key of transformers, which takes "
+            f"config.json attention_head_dim={stated} is not a key of transformers, which takes "
             f"head_dim={hf.get('head_dim', _DEFAULTS['head_dim'])}; set head_dim in a copy of it"
         )
 

@@ -61,7 +61,7 @@ def _renamed(scaling: Any) -> Any:
 
 
 def _check_heads(config: ModelConfig) -> None:
-    """Of a model with LongRoPE, transformers counts frequencies by the hidden size.
+    """Refuse head sizes for which transformers computes other LongRoPE frequencies.
 
     Raises:
         ValueError: names the sizes and the keys.

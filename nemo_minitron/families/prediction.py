@@ -101,7 +101,7 @@ def read_layers(hf: Mapping[str, Any]) -> int | None:
 
 
 def lacking(config: ModelConfig, names: Iterable[str]) -> str:
-    """What to say where these layers' tensors are all that a folder lacks; else nothing.
+    """Return a message if a folder lacks only the tensors of these layers, else an empty text.
 
     Args:
         config: of the model.
@@ -118,7 +118,7 @@ def lacking(config: ModelConfig, names: Iterable[str]) -> str:
 
 
 def differs(copy: str, original: str) -> str:
-    """What to say of a copy that is none."""
+    """Return a message for a tensor that should equal the original but does not."""
     return (
         f"{copy} is not equal to {original}, which layers for multi-token prediction share with "
         f"the model; {_WAY_OUT}"

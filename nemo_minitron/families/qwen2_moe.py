@@ -104,7 +104,7 @@ def refuse(hf: dict[str, Any]) -> None:
 
 
 def _windows(hf: dict[str, Any]) -> list[int]:
-    """Of every other one of the first ``max_window_layers``, or as ``layer_types`` says."""
+    """Windows of every second of the first ``max_window_layers``, or as ``layer_types`` says."""
     before = hf.get("max_window_layers", 28)
     known = {"sliding_window": 4096, **hf}
     return windows.by_layer(known, lambda layer: layer % 2 == 0 and layer < before)
@@ -149,7 +149,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
 
 
 def to_hf_routed(config: ModelConfig) -> dict[str, Any]:
-    """What the config.json of every Qwen with routed experts says."""
+    """Return the keys of config.json that every Qwen with routed experts has."""
     carried = {key: value for key, value in config.hf.items() if key not in READS}
     mixed, routed = config.moe_layer_freq is not None, config.moe_layer_freq or []
     unused = config.hf.get("intermediate_size", config.ffn_hidden_size)

@@ -47,7 +47,7 @@ _ROUTED_DEFAULTS = {
 
 
 def _without_sections(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """The same without what it says of positions of images."""
+    """Return the values without the keys about positions of images."""
 
     def plain(value: Any) -> Any:
         keep = isinstance(value, dict)

@@ -22,7 +22,7 @@ _NEUTRAL = {"use_qk_norm": (False, True), "shared_expert_intermediate_size": (0,
 
 
 def _windows(hf: dict[str, Any]) -> list[int]:
-    """Of all layers: transformers has no ``layer_types`` for this model."""
+    """Windows of all layers: transformers has no ``layer_types`` for this model."""
     if hf.get("use_sliding_window") and "full_attention" in (hf.get("layer_types") or []):
         raise ValueError(
             f"config.json layer_types={hf['layer_types']} with use_sliding_window=true is not "

@@ -107,7 +107,7 @@ def family_of_hf(hf_config: dict[str, Any]) -> Family:
     """
     listed, kind = hf_config.get("architectures") or [], hf_config.get("model_type")
     if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
-        raise ValueError(f"architectures={listed!r} in config.json is no list of names")
+        raise ValueError(f"architectures={listed!r} in config.json is not a list of names")
     known = {
         name: (family, own)
         for family in FAMILIES.values()
@@ -207,7 +207,7 @@ def written_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def _spelled(values: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
-    """The same with the number of experts under the name that the source has for it."""
+    """Return the values with the number of experts under the name that the source uses."""
     if _RENAMED not in source or _EXPERTS not in values:
         return values
     spelled = {**values, _RENAMED: values[_EXPERTS]}
@@ -217,7 +217,7 @@ def _spelled(values: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
 
 
 def _said(family: Family, hf: dict[str, Any]) -> dict[str, Any]:
-    """What a config.json means, in the words of ``Family.to_hf``.
+    """Return the meaning of a config.json as the keys that ``Family.to_hf`` writes.
 
     Nothing if it cannot be read, or if transformers opens its sizes with another class only.
     """

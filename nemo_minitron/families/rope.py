@@ -103,7 +103,7 @@ def read_rope(hf: dict[str, Any], base: float = 10000.0, share: float = 1.0) -> 
 
 def _check_dictionary(key: str, value: Any) -> None:
     if value is not None and not isinstance(value, dict):
-        raise ValueError(f"config.json {key}={value!r} is no dictionary and not null")
+        raise ValueError(f"config.json {key}={value!r} must be a dictionary or null")
     nested = [name for name, inner in (value or {}).items() if isinstance(inner, dict)]
     if nested:
         raise ValueError(
@@ -182,7 +182,7 @@ def _check_llama3(said: dict[str, Any]) -> None:
 
 
 def _longrope(said: dict[str, Any], hf: dict[str, Any]) -> dict[str, Any]:
-    """What LongRoPE multiplies sines and cosines by (2402.13753), of any length.
+    """Return the factor of LongRoPE on sines and cosines (2402.13753), for any length.
 
     Raises:
         ValueError: a list of factors does not have one number above 0 for each frequency.
@@ -204,7 +204,7 @@ def _longrope(said: dict[str, Any], hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def _yarn(said: dict[str, Any], _: dict[str, Any]) -> dict[str, Any]:
-    """What else YaRN is made of; transformers takes null and 0 as left out."""
+    """Read the other fields of YaRN; transformers treats null and 0 as absent."""
     factor, wanted = said["factor"], _attention_factor(said)
     if factor <= 1 and wanted != 1:
         raise ValueError(
@@ -220,7 +220,7 @@ def _yarn(said: dict[str, Any], _: dict[str, Any]) -> dict[str, Any]:
 
 
 def _attention_factor(said: dict[str, Any]) -> float:
-    """What YaRN multiplies sines and cosines by (2309.00071, section 3.4)."""
+    """Return the factor of YaRN on sines and cosines (2309.00071, section 3.4)."""
     stated = said.get("attention_factor")
     if stated is not None:
         return float(stated)
@@ -262,7 +262,7 @@ def yarn_fields(scaling: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def attention_fields(scaling: dict[str, Any] | None) -> dict[str, Any]:
-    """What Megatron's attention reads of rotary positions in its configuration.
+    """Return the fields about rotary positions that Megatron's attention reads.
 
     It has a factor of sines and cosines for YaRN alone, which is that of LongRoPE here.
     """

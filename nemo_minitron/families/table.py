@@ -235,7 +235,7 @@ class Family:
 
 
 def _indices(row: Row, name: str) -> dict[str, int] | None:
-    """What stands in a name for the placeholders of a row, or None where it is another's."""
+    """Return the numbers at the placeholders of a row in a name; None if it does not match."""
     # Transformer Engine's names of what lies inside such a layer are those on disk.
     for candidate in dict.fromkeys((name, name.replace(_IN_MEMORY, ON_DISK))):
         for pattern in filter(None, (row.name, row.te_name, row.grouped_name)):
@@ -257,7 +257,7 @@ def parameter_count(family: Family, config: ModelConfig) -> dict[str, int]:
 
 
 def active_parameters(family: Family, config: ModelConfig) -> int:
-    """Parameters that a token meets: of the routed experts only those that it is routed to.
+    """Count the parameters that process a token: of the routed experts, only the chosen ones.
 
     Layers for multi-token prediction are not needed for the next token.
     """

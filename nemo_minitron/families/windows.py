@@ -97,7 +97,7 @@ def layer_types(config: ModelConfig) -> list[str]:
 
 
 def written(config: ModelConfig) -> dict[str, Any]:
-    """What config.json says of windows where layers may differ.
+    """Return the keys of config.json about windows that may differ between layers.
 
     Releases of transformers before ``layer_types`` go by ``max_window_layers``, the layers before
     the first window.

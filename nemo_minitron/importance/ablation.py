@@ -111,7 +111,7 @@ class LayerAblation:
         self.sums = torch.zeros(len(blocks), 2, dtype=torch.float64, device=device)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was measured so far."""
+        """Return what has been measured so far."""
         return {"runs": self.runs, "sums": self.sums}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

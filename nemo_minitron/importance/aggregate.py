@@ -163,7 +163,7 @@ class Accumulator:
         return (self.sums["squares"] / self.samples - mean.square()).clamp_min(0.0)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was committed so far."""
+        """Return what has been committed so far."""
         return {"samples": self.samples, "sums": self.sums}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -181,7 +181,7 @@ class TokenSums(Protocol):
 
 
 def token_state(acc: TokenSums) -> dict[str, Any]:
-    """What was committed so far."""
+    """Return what has been committed so far."""
     return {"tokens": acc.tokens, "sums": acc.sums}
 
 

@@ -143,7 +143,7 @@ class _Calibrator:
 
 
 def _no_loss(index: int, batch: Batch, hidden: Tensor) -> None:
-    """The hooks have seen all there is to see."""
+    """Return no loss: the hooks have recorded everything that is needed."""
 
 
 def estimate_scores(
@@ -241,7 +241,7 @@ def _add_losses(result: Scores, ablation: LayerAblation, scores: ScoreConfig) ->
 def gather_scores(
     recorders: list[ChunkRecorder], config: ModelConfig, groups: ParallelGroups
 ) -> Scores:
-    """What all ranks recorded -> global scores, the same on every rank.
+    """Combine what all ranks recorded into global scores, the same on every rank.
 
     Samples are added over data-parallel ranks, layers put in place over pipeline ranks, ffn and
     head channels concatenated over tensor-parallel ranks.

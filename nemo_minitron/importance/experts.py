@@ -175,7 +175,7 @@ class ExpertRecorder:
         self.partials[layer, expert] += sums[:, 0]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What was accumulated so far."""
+        """Return what has been accumulated so far."""
         return {name: getattr(self, name) for name in _STATE}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

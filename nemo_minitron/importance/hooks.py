@@ -47,7 +47,7 @@ from nemo_minitron.runtime.groups import ParallelGroups
 
 
 def kinds_of_chunk(chunk: Any) -> list[str]:
-    """What each layer of a chunk is made of, in letters (``config.layers``)."""
+    """Return the letters (``config.layers``) of each layer of a chunk."""
     letters: list[str] | None = getattr(chunk.decoder, "layer_type_list", None)
     if letters is not None:
         return letters
@@ -274,7 +274,7 @@ class ChunkRecorder:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """What was accumulated so far."""
+        """Return what has been accumulated so far."""
         return {
             "micro_batches": self.micro_batches,
             "channels": {axis: acc.state_dict() for axis, acc in self.channels.items()},

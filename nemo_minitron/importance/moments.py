@@ -118,7 +118,7 @@ class MomentRecorder:
         return x[:, : self.valid()].float().flatten(0, 1)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What was accumulated so far."""
+        """Return what has been accumulated so far."""
         return self.sums
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

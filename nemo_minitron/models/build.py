@@ -58,7 +58,7 @@ class HiddenGPTModel(HiddenModel, GPTModel):
     """Megatron-Core's GPTModel as ``HiddenModel``."""
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **more: Any) -> Any:
-        """As Megatron's; in samples that documents share each has rotary positions of its own."""
+        """Do Megatron's preprocessing; each document of a shared sample has its own positions."""
         out = super()._preprocess(input_ids, position_ids, *args, **more)
         shared = more.get("packed_seq_params")
         if isinstance(shared, SharedSamples) and out[1] is not None:
@@ -233,7 +233,7 @@ def _build_chunk(
 
 
 def embedding_factor(mcore: Any) -> float:
-    """What multiplies the embeddings, by Megatron's configuration (``transformer_config``)."""
+    """Return the factor on the embeddings by Megatron's configuration (``transformer_config``)."""
     if mcore.apply_embedding_scaling:
         return torch.tensor(mcore.hidden_size**0.5).to(mcore.params_dtype).item()
     return float((mcore.multipliers or {}).get("embedding", 1.0))

@@ -61,7 +61,7 @@ class DeltaNet(GatedDeltaNet):
         self.out_norm.group = self.tp_group
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """As Megatron's; a CPU does not compile the small functions that a GPU fuses."""
+        """Run Megatron's forward pass; on a CPU its small functions are not compiled."""
         cuda = torch.cuda.is_available()
         with nullcontext() if cuda else torch.compiler.set_stance("force_eager"):
             out: tuple[Tensor, Tensor | None] = super().forward(*args, **kwargs)

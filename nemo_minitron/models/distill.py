@@ -102,7 +102,7 @@ class DistillationGPTModel(MinitronGPTModel):
         return sums
 
     def configure_optimizers(self) -> list[MegatronOptimizerAdapter]:
-        """As the base; gradients of the projection's copies are added up with the others."""
+        """Configure the optimizer; gradients of the projection's copies are summed up."""
         optimizers = super().configure_optimizers()
         if self.intermediate:
             self.intermediate.finalize_with(self.last_chunk.config)
@@ -123,7 +123,7 @@ class DistillationGPTModel(MinitronGPTModel):
         return {**losses, "loss": loss, "kd_loss": sums.kd / tokens, "alpha": alpha, **parts}
 
     def training_state(self, *, is_loading: bool) -> dict[str, Any]:
-        """As the base, and the weight of the intermediate losses."""
+        """Extend the state of the base class by the weight of the intermediate losses."""
         state = super().training_state(is_loading=is_loading)
         if self.intermediate and not is_loading:
             state["intermediate"] = self.alpha.state_dict()

@@ -65,7 +65,7 @@ class SharedSamples(PackedSeqParams):
 
 
 def shared_samples(chunk: Any, documents: Tensor | None) -> PackedSeqParams | None:
-    """What Megatron passes on to every layer; None where each sample is one document.
+    """Return the document boundaries for every layer; None if each sample is one document.
 
     Args:
         chunk: the model, unwrapped.

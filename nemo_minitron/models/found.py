@@ -152,7 +152,7 @@ def layout_of(chunk: Any) -> ParallelConfig:
 def builder_like(
     chunks: Sequence[Any], config: ModelConfig, pruned: ModelConfig, layout: ParallelConfig
 ) -> Builder:
-    """What builds this rank's part of a smaller model of the same class, settings and layer spec.
+    """Return a function that builds this rank's part of a smaller model like the given one.
 
     Args:
         chunks: this rank's part of the model, one per virtual stage.
@@ -193,7 +193,7 @@ def builder_like(
         ]
         if lacking:
             raise ValueError(
-                f"a smaller {type(like).__name__} cannot be built: nothing says what its "
+                f"a smaller {type(like).__name__} cannot be built: it is not known what its "
                 f"{', '.join(lacking)} should be; prune the checkpoint instead"
             )
         arguments.append({name: value for name, value in known.items() if name in parameters})
@@ -207,8 +207,9 @@ def _check_layers(like: Any, config: ModelConfig, pruned: ModelConfig) -> None:
     """
     if config.mtp_num_layers:
         raise ValueError(
-            f"mtp_num_layers={config.mtp_num_layers}: nothing says how the layer for multi-token "
-            f"prediction of a smaller {type(like).__name__} is built; prune the checkpoint instead"
+            f"mtp_num_layers={config.mtp_num_layers}: it is not known how the layer for "
+            f"multi-token prediction of a smaller {type(like).__name__} is built; prune the "
+            "checkpoint instead"
         )
     if pruned.num_layers == config.num_layers or not hasattr(like, "transformer_layer_spec"):
         return
@@ -221,7 +222,7 @@ def _check_layers(like: Any, config: ModelConfig, pruned: ModelConfig) -> None:
 
 
 def _block_of(spec: Any) -> Any:
-    """What may list a spec for each layer of a stage."""
+    """Return the part of a spec that may list one spec for each layer of a stage."""
     return spec if hasattr(spec, "layer_specs") else getattr(spec, "submodules", None)
 
 

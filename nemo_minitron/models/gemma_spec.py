@@ -42,7 +42,7 @@ class TwoBaseAttention(SelfAttention):
     def forward(
         self, *args: Any, rotary_pos_emb: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """As Megatron's."""
+        """Run Megatron's forward pass."""
         if rotary_pos_emb is not None:
             size, layers = self.config.window_size, self.config.window_attn_skip_freq
             windowed = is_layer_window_attention(size, layers, self.layer_number)

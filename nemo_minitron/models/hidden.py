@@ -1,4 +1,4 @@
-"""What a model of this package is beside a model of Megatron-Core, GPT or hybrid."""
+"""Additions of this package to Megatron-Core's GPT and hybrid models."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class HiddenModel:
-    """What a model of this package is beside a model of Megatron-Core.
+    """Additions of this package to a model of Megatron-Core.
 
     Its last stage can stop before the output layer: the losses and the calibration of this package
     start from the final hidden state, so that the full ``[s, b, v]`` logits never exist.
@@ -27,7 +27,7 @@ class HiddenModel:
 
     @property
     def logit_cap(self: Any) -> float | None:
-        """What no logit exceeds, of a model with a cap (``final_logit_softcapping``)."""
+        """Return the soft cap of the logits (``final_logit_softcapping``), or None."""
         return logit_cap(self)
 
     def output_weight(self: Any) -> Tensor:
@@ -46,14 +46,14 @@ def output_weight(chunk: Any) -> Tensor:
 
 
 def logit_cap(chunk: Any) -> float | None:
-    """What no logit exceeds; None without a cap, as models that other programs built are."""
+    """Return the soft cap of the logits; None without one and for models of other programs."""
     cap: float | None = getattr(chunk.config, "final_logit_softcapping", None)
     return cap
 
 
 @contextmanager
 def stopping_early(chunk: Any) -> Iterator[None]:
-    """In which a forward pass of a chunk with ``return_hidden`` ends before the output layer.
+    """Provide a context in which forward passes with ``return_hidden`` skip the output layer.
 
     A model of Megatron-Core returns the hidden state wherever it is told to have no output layer.
     """

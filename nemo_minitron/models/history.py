@@ -1,4 +1,4 @@
-"""What a training says of its steps: records, the progress bar, and where it is."""
+"""Report the steps of a training: records, the progress bar, and the current step."""
 
 import logging
 import time
@@ -61,12 +61,12 @@ class History(Callback):
         self._advance: Any = None
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint."""
+        """Return the state for the checkpoint."""
         changes = {"blend_changes": self.changes} if self.changes else {}
         return {"records": self.records, **changes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """From the checkpoint."""
+        """Restore the state from the checkpoint."""
         self.records = list(state_dict["records"])
 
     def on_load_checkpoint(

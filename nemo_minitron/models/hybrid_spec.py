@@ -40,7 +40,7 @@ class HiddenHybridModel(HiddenModel, HybridModel):
     """Megatron-Core's HybridModel as ``HiddenModel``."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As HybridModel's; a stage that does not post-process returns its hidden state."""
+        """Run HybridModel's forward pass; a stage without output layer returns hidden states."""
         last: bool = self.post_process  # type: ignore[has-type]  # Megatron sets it
         self.post_process = last and not self.return_hidden
         try:

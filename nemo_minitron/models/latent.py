@@ -116,7 +116,7 @@ class LatentAttention(MLASelfAttention):
         packed_seq_params: Any = None,
         **more: Any,
     ) -> tuple[Any, ...]:
-        """As Megatron's, which takes all packed samples for those of Transformer Engine.
+        """Replace Megatron's method, which expects packed samples of Transformer Engine only.
 
         Where documents share samples in the ordinary layout, their mask parts them. Positions count
         from the beginning of the sample: scores depend on distances alone.

@@ -139,7 +139,7 @@ class MegatronStrategy(SingleDeviceStrategy):
         return lightning
 
     def read_checkpoint(self, path: Path) -> dict[str, Any]:
-        """What ``save_checkpoint`` wrote, at this layout; tensors may be those of the model."""
+        """Read what ``save_checkpoint`` wrote, at this layout; tensors may be the model's own."""
         self._check(path)
         refuse_code(path)
         self._module.check_training_checkpoint(path)

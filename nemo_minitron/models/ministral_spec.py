@@ -39,7 +39,7 @@ class ScaledQueryAttention(LocalAttention):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        """As in ``LocalAttention``; a query without a mask is the one that follows the cache."""
+        """Run ``LocalAttention``'s forward; a query without a mask follows the cached tokens."""
         length, group = query.size(0), self.cp_group
         if packed_seq_params is not None:
             positions = packed_seq_params.positions(length).t()

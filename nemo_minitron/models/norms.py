@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def normed_input(linear: "TELayerNormColumnParallelLinear", x: Tensor) -> Tensor:
-    """What Transformer Engine's fused norm + linear layer feeds its matrix.
+    """Return the normed input of Transformer Engine's fused norm + linear layer.
 
     Args:
         linear: a module with ``layer_norm_weight`` (and ``layer_norm_bias``) and Megatron's config.
@@ -40,7 +40,7 @@ def final_norm(chunk: Any) -> nn.Module | None:
 
 
 def norms_and_readers(block: Any) -> list[tuple[nn.Module, nn.Module | None]]:
-    """What a layer reads: attention and the MLP of a GPT layer, or a hybrid model's one part.
+    """Return the norms of a layer with the modules that read them, for GPT and hybrid layers.
 
     Returns:
         The module that makes it, and the linear layer that reads it or None if several do. The

@@ -1,4 +1,4 @@
-"""What a model learns from: labels, a resident teacher or stored outputs; sums and weights."""
+"""Training objectives: labels, a resident teacher or stored outputs; sums and weights."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -167,7 +167,7 @@ class Objective(Protocol):
     def targets(
         self, index: int, batch: Batch, *, keep: bool
     ) -> TeacherStates | TopKTargets | None:
-        """What the student's logits of a micro-batch are compared with (last stage only).
+        """Return what the student's logits of a micro-batch are compared with (last stage only).
 
         Args:
             index: number of the micro-batch in its global batch.
@@ -222,7 +222,7 @@ class ResidentTeacher:
 
 
 def teacher_states(teacher: Teacher, hidden: Tensor) -> TeacherStates:
-    """What the losses read of a teacher (last stage).
+    """Return the teacher's states that the losses read (last stage).
 
     Args:
         teacher: the frozen model.

@@ -31,7 +31,7 @@ def optimizer_state(
     *,
     is_loading: bool,
 ) -> dict[str, Any]:
-    """What ``dist_checkpointing`` saves of the optimizer, or has to fill in (collective).
+    """Return the optimizer state that ``dist_checkpointing`` saves or loads (collective).
 
     Args:
         optimizer: Megatron's, possibly a chain of several.

@@ -38,7 +38,7 @@ def disconnect(chunks: Sequence[DistributedDataParallel]) -> None:
 
 
 def _each(functions: list[Any]) -> Any:
-    """As Megatron wants it: a list for several chunks, the function itself for one."""
+    """Return what Megatron expects: a list for several chunks, one function for a single chunk."""
     return functions if len(functions) > 1 else functions[0]
 
 

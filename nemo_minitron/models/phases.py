@@ -18,7 +18,7 @@ Samples = tuple[Dataset[Batch], Dataset[Batch] | None]
 
 @dataclass(frozen=True)
 class Course:
-    """What a training reads and computes from its first step to its last.
+    """The data and the settings of a training from its first step to its last.
 
     Attributes:
         phases: in turn.

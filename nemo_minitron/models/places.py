@@ -1,4 +1,4 @@
-"""Where inner states of a Megatron chunk can be seen and joined by a loss.
+"""Points of a Megatron chunk at which a loss can read inner states.
 
 ``distillation/layer_map.py`` says what a place is. Hidden states are read at the norm that their
 reader starts with (an identity in families without norms there), queries, keys and values as

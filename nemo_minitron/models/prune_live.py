@@ -41,7 +41,7 @@ from nemo_minitron.runtime.groups import ParallelGroups
 
 @dataclass(frozen=True)
 class _Job:
-    """What stays the same from layer to layer.
+    """Arguments that are the same for every layer.
 
     Attributes:
         family: the table.

@@ -164,7 +164,7 @@ def _spare_copies(state: dict[str, object]) -> None:
 
 
 def of_own_storage(tensor: Tensor) -> Tensor:
-    """The same memory as a tensor whose storage ends where it does.
+    """Return a tensor on the same memory whose storage ends where the tensor ends.
 
     Tensors on a GPU, empty ones and those that are not contiguous are returned as they are.
     """

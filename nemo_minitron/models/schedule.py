@@ -81,7 +81,7 @@ def run_schedule(
 
 
 def output_of(model: torch.nn.Module, batch: Batch) -> Tensor:
-    """What a chunk, wrapped for training or not, makes of a micro-batch or of its input tensor."""
+    """Run a chunk, wrapped for training or not, on a micro-batch or on its input tensor."""
     chunk = unwrap(model)
     kwargs: dict[str, Any] = {}
     if chunk.config.bf16 and chunk is not model:

@@ -124,7 +124,7 @@ class TeacherServer:
 
 
 def _asked(step: int) -> str:
-    """What the student wants next; waits for as long as its first rank is there."""
+    """Receive the student's next request; wait as long as its first rank is alive."""
     while True:
         try:
             return str(shared_store().get(step_key(step)).decode())

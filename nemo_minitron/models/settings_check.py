@@ -104,7 +104,7 @@ def check_training_with_megatron(
 
 
 def _made(megatron: ForwardMegatronConfig, make: Callable[..., Any], *args: object) -> Any:
-    """What ``make`` makes; a refusal of Megatron's as a ``ValueError`` that names the keys."""
+    """Call ``make``; turn an error of Megatron into a ``ValueError`` that names the keys."""
     try:
         return make(*args)
     except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:

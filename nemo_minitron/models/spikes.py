@@ -36,12 +36,12 @@ class Spikes:
         self.rewinds: list[list[int]] = []
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint."""
+        """Return the state for the checkpoint."""
         kept = ("_mean", "_weight", "in_a_row", "left_out")
         return {**{name: getattr(self, name) for name in kept}, "rewinds": list(self.rewinds)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """From the checkpoint."""
+        """Restore the state from the checkpoint."""
         vars(self).update(state)
 
     def figures(self) -> dict[str, float]:

@@ -69,7 +69,7 @@ class Teacher:
 
     @property
     def logit_cap(self) -> float | None:
-        """What no logit exceeds, or None."""
+        """Return the soft cap of the logits, or None."""
         return logit_cap(self.chunks[-1])
 
 

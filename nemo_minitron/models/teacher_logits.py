@@ -155,7 +155,7 @@ class LogitWriter:
         return {**found, "tokens": torch.tensor(hashes[:rows])}
 
     def _micro_batches(self, dataset: SampleSet, mine: range, longest: int) -> list[Batch]:
-        """As many on every rank, filled up with samples that nobody asked for."""
+        """Return as many micro-batches on every rank; filler samples complete the last ones."""
         size = self.storing.micro_batch_size
         count = -(-longest // size)
         if len(self.chunks) > 1:  # the interleaved schedule takes multiples of the stages

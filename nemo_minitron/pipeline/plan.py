@@ -277,7 +277,7 @@ def stale(item: Item) -> str | None:
 
 
 def _is_input(identity: str | None, path: str | None, workers: int) -> bool:
-    """Whether what a result was made from is what is there, by the words of any version."""
+    """Whether an input is unchanged since a result was made, by the hash of any version."""
     if path is None:
         return identity is None
     if fingerprint(path, workers) == identity:
@@ -286,7 +286,7 @@ def _is_input(identity: str | None, path: str | None, workers: int) -> bool:
 
 
 def _changes(manifest: Manifest, config: StageConfig) -> str:
-    """What of the config is not as it was when a result was made, in words; maybe nothing."""
+    """Describe how the config differs from the one that made a result; empty if it does not."""
     if manifest.config_hash == config_hash(config):
         return ""
     stored = stored_config(manifest)

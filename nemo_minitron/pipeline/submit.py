@@ -97,7 +97,9 @@ def script(given: Namespace) -> str:
     if given.stage not in STAGE_CONFIGS:
         raise ValueError(usage.unknown_stage(given.stage))
     if not (home() / "launch" / f"{given.stage}.sbatch").is_file():
-        raise ValueError(f"{given.stage} is no job for SLURM; run it here: minitron {given.stage}")
+        raise ValueError(
+            f"{given.stage} is not a job for SLURM; run it here: minitron {given.stage}"
+        )
     with load.hydra_for(given.config_dir):
         return "\n".join(_lines(given)) + "\n"
 
@@ -119,7 +121,7 @@ def _lines(given: Namespace) -> list[str]:
 
 
 def _placed(overrides: Sequence[str], config: StageConfig) -> list[str]:
-    """The same keys with ``output_dir`` as it was composed; the scripts read it, too."""
+    """Return the keys with the composed ``output_dir``, which the job scripts read, too."""
     if f"output_dir={config.output_dir}" in overrides:
         return list(overrides)
     others = [o for o in overrides if not o.startswith("output_dir=")]

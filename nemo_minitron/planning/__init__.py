@@ -1,1 +1,1 @@
-"""What a pipeline will take, from sizes alone: no torch, no weights, no GPU."""
+"""Estimate memory, operations and time of a pipeline from sizes alone, without torch or a GPU."""

@@ -8,7 +8,7 @@ as Megatron fuses it, norms and rotation fused where there are GPUs.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nemo_minitron.config.layers import ATTENTION, EXPERTS, LINEAR, MAMBA, MLP
+from nemo_minitron.config.layers import ATTENTION, EXPERTS, LINEAR, MAMBA, MLP, kinds_of
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.training import DataConfig, TrainerConfig
@@ -54,7 +54,7 @@ def residual(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> i
 
 
 def attention(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> int:
-    """What attention keeps beside its input and output in the residual stream.
+    """Bytes that attention keeps beside its input and output in the residual stream.
 
     The normed input; the rows of ``linear_qkv``, of which values are a view, and rotated queries
     and keys, or without Transformer Engine copies of the three; the output of the heads, which
@@ -89,7 +89,7 @@ def attention(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> 
 
 
 def _latent(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> int:
-    """The same of multi-latent attention.
+    """Bytes that multi-latent attention keeps beside its input and output.
 
     Both latents before and after their norms; queries before and after rotation; keys and values
     as the latent gives them and as attention reads them; the output of the heads.
@@ -116,14 +116,14 @@ def _normed(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> in
 
 
 def mlp(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> int:
-    """What a dense MLP keeps, the normed input included."""
+    """Bytes that a dense MLP keeps, including its normed input."""
     channels = config.ffn_hidden_size * _kept_per_channel(config, tokens) * tokens.element
     kept = round(tokens.count * channels) // parallel.tensor_model_parallel_size
     return _normed(config, parallel, tokens) + kept
 
 
 def experts(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> int:
-    """What the experts that tokens are routed to keep, the normed input included."""
+    """Bytes that the chosen experts keep, including their normed input."""
     kept, split = _normed(config, parallel, tokens), parallel.tensor_model_parallel_size
     per_channel = _kept_per_channel(config, tokens)
     # Channels are weighted by the router, which only SwiGLU does in its kernel; tokens reach their
@@ -150,7 +150,7 @@ def _kept_per_channel(config: ModelConfig, tokens: Tokens) -> float:
 
 
 def mamba(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> int:
-    """What a Mamba layer keeps: the normed input, the projection, the input of the last one.
+    """Bytes that a Mamba layer keeps: its normed input, and both projections' activations.
 
     The kernels compute the convolution and the scan again in the backward pass from the projection.
     """
@@ -160,7 +160,7 @@ def mamba(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> int:
 
 
 def linear(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> int:
-    """What a gated delta net keeps beside its input and output in the residual stream.
+    """Bytes that a gated delta net keeps beside its input and output in the residual stream.
 
     The normed input; the projection; what is convolved after it; queries and keys of each value
     head; the output of the rule, its norm, and what the last matrix reads.
@@ -216,6 +216,7 @@ def stage(
     """
     all_kept = sum(layer(config, parallel, tokens, [kind]) for kind in kinds)
     whole, layers = layer(config, parallel, tokens, kinds), len(kinds)
+    chunks = parallel.virtual_pipeline_model_parallel_size or 1
     if trainer.recompute_granularity is None:
         return in_flight * all_kept
     modules = trainer.recompute_modules or []
@@ -232,9 +233,24 @@ def stage(
     group = trainer.recompute_num_layers or 1
     kept = residual(config, parallel, tokens)
     if trainer.recompute_method == "block":
-        cheap = min(group, layers)
+        cheap = min(group * chunks, layers)  # Megatron counts the layers of each model chunk
         return in_flight * (cheap * kept + (layers - cheap) * whole) + whole
     return in_flight * layers / group * kept + group * whole
+
+
+def prediction(
+    config: ModelConfig, parallel: ParallelConfig, tokens: Tokens, trainer: TrainerConfig
+) -> int:
+    """Bytes that layers for multi-token prediction keep, on the last stage.
+
+    Each is a layer as the model's last one. Beside it are the norms of the two states that it
+    joins, the joined state of twice the width, and its final norm. With ``uniform`` recomputation
+    only its two inputs are kept until it runs again.
+    """
+    state, count = residual(config, parallel, tokens), config.mtp_num_layers or 0
+    if trainer.recompute_method == "uniform":
+        return count * 2 * state
+    return count * (layer(config, parallel, tokens, kinds_of(config)[-1:]) + 8 * state)
 
 
 def micro_batches_in_flight(parallel: ParallelConfig, stage: int, micro_batches: int) -> float:

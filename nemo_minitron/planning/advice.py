@@ -1,4 +1,4 @@
-"""What to change where a stage does not fit the memory of its ranks."""
+"""Find the keys to change if a stage does not fit the memory of its ranks."""
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -16,6 +16,14 @@ from nemo_minitron.planning.items import Run, check_job
 from nemo_minitron.planning.memory import check_split, fits, fullest_rank
 
 _Change = tuple[str, Callable[[Any], Any]]
+# Keys that belong to the degrees of now: with other degrees they are set to null.
+_FREED = (
+    "data_parallel_size",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "pipeline_model_parallel_layout",
+    "virtual_pipeline_model_parallel_size",
+)
 
 
 def advice(run: Run, cluster: ClusterConfig) -> str:
@@ -36,20 +44,19 @@ def _tries(cfg: Any, cluster: ClusterConfig) -> Iterator[tuple[list[str], Any]]:
         cfg, words = change(cfg), [*words, word]
         yield words, cfg
     for tp, pp in _degrees(cfg, cluster):
+        freed = [name for name in _FREED if getattr(cfg.parallel, name) is not None]
         parallel = replace(
             cfg.parallel,
             tensor_model_parallel_size=tp,
             pipeline_model_parallel_size=pp,
             sequence_parallel=tp > 1,
-            num_layers_in_first_pipeline_stage=None,
-            num_layers_in_last_pipeline_stage=None,
-            pipeline_model_parallel_layout=None,
-            virtual_pipeline_model_parallel_size=None,
+            **dict.fromkeys(freed),
         )
         keys = [
             f"parallel.tensor_model_parallel_size={tp}",
             f"parallel.pipeline_model_parallel_size={pp}",
             f"parallel.sequence_parallel={str(tp > 1).lower()}",
+            *(f"parallel.{name}=null" for name in freed),
         ]
         with suppress(ValueError):  # a teacher on ranks of its own has other degrees
             yield [*words, *keys], replace(cfg, parallel=parallel)

@@ -1,24 +1,29 @@
 """Floating-point operations, tokens and GPU hours of a stage."""
 
 from dataclasses import dataclass
+from itertools import chain
 
 from nemo_minitron.config.layers import ATTENTION, LINEAR, MAMBA, kinds_of
+from nemo_minitron.config.layout import layers_of_stages
 from nemo_minitron.config.model import ModelConfig
+from nemo_minitron.config.parallel import own_ranks
 from nemo_minitron.config.pipeline import ClusterConfig
 from nemo_minitron.config.stages import (
     DistillConfig,
     ImportanceConfig,
     PruneConfig,
+    SearchConfig,
     TeacherLogitsConfig,
 )
 from nemo_minitron.config.training_stages import TrainingStageConfig
 from nemo_minitron.planning.memory import Job
 from nemo_minitron.planning.shares import matmul_parameters
+from nemo_minitron.search import candidates
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage computes.
+    """The tokens and operations of a stage.
 
     Attributes:
         tokens: number that go through the model without validation, or None for all of the data.
@@ -39,7 +44,7 @@ def forward_parts(config: ModelConfig, seq_length: int) -> dict[str, float]:
     """Operations of one token's forward pass, by part of the model.
 
     As Megatron-LM counts them (``num_floating_point_operations``): a multiply and an add each, the
-    masked half of attention included.
+    masked half of attention included, and layers for multi-token prediction where there are any.
 
     Args:
         config: global sizes.
@@ -47,7 +52,7 @@ def forward_parts(config: ModelConfig, seq_length: int) -> dict[str, float]:
 
     Returns:
         ``attention`` (its four matrices), ``core_attn`` (scores and their product with the values),
-        ``mlp``, ``experts``, ``mamba``, ``scan`` and ``output``.
+        ``mlp``, ``experts``, ``mamba``, ``scan``, ``prediction`` and ``output``.
     """
     products = {name: 2.0 * size for name, size in matmul_parameters(config).items()}
     kinds = kinds_of(config)
@@ -63,14 +68,26 @@ def forward_parts(config: ModelConfig, seq_length: int) -> dict[str, float]:
     state = (config.linear_key_head_dim or 0) * (config.linear_value_head_dim or 0)
     linear = "".join(kinds).count(LINEAR) * (config.linear_num_value_heads or 0)
     scan += 8.0 * linear * state
-    channels = config.query_channels + config.kv_channels
-    core = 2.0 * seen * config.num_attention_heads * channels
-    return {**products, "core_attn": core, "scan": scan}
+    # Scores and values for each position that is seen.
+    core = 2.0 * config.num_attention_heads * (config.query_channels + config.kv_channels)
+    products["prediction"] += (config.mtp_num_layers or 0) * seq_length * core
+    return {**products, "core_attn": seen * core, "scan": scan}
 
 
 def forward_flops(config: ModelConfig, seq_length: int) -> float:
     """Operations of one token's forward pass."""
     return sum(forward_parts(config, seq_length).values())
+
+
+def built_teacher(cfg: DistillConfig, student: ModelConfig, teacher: ModelConfig) -> ModelConfig:
+    """The teacher as ``distill`` builds it.
+
+    Its layers for multi-token prediction are left out unless the student has such layers and both
+    models are on the same ranks (docs/design/mtp.md).
+    """
+    if student.mtp_num_layers is None or own_ranks(cfg):
+        return teacher.without_prediction()
+    return teacher
 
 
 def training_flops(model: ModelConfig, teacher: ModelConfig | None, seq_length: int) -> float:
@@ -94,6 +111,11 @@ def _work(job: Job) -> Work:
     if tokens is None:
         return Work(None, None)
     cfg, length = job.cfg, job.cfg.data.seq_length
+    if isinstance(cfg, SearchConfig):
+        found = [job.model.resized(one.sizes) for one in candidates(job.model, cfg.search)]
+        return Work(
+            len(found) * tokens, tokens * sum(forward_flops(small, length) for small in found)
+        )
     if not isinstance(cfg, TrainingStageConfig):
         return Work(tokens, forward_flops(job.model, length) * tokens)
     teacher = job.teacher if isinstance(cfg, DistillConfig) else None
@@ -138,6 +160,6 @@ def recomputed_flops(job: Job, cfg: TrainingStageConfig, seq_length: int) -> flo
     layers = sum(parts.values()) - parts["output"]
     if trainer.recompute_method == "uniform":
         return layers
-    stages = job.parallel.pipeline_model_parallel_size
-    count = min(stages * (trainer.recompute_num_layers or 0), job.model.num_layers)
-    return layers * count / job.model.num_layers
+    chunks = chain.from_iterable(layers_of_stages(job.model, job.parallel))
+    count = sum(min(size, trainer.recompute_num_layers or 0) for size in chunks)
+    return (layers - parts["prediction"]) * count / job.model.num_layers

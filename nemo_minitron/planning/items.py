@@ -10,14 +10,14 @@ from nemo_minitron.config.pipeline import ClusterConfig, PlanConfig
 from nemo_minitron.config.stages import DistillConfig, PruneConfig, SearchConfig
 from nemo_minitron.config.training_stages import TrainingStageConfig
 from nemo_minitron.pipeline.plan import Item
-from nemo_minitron.planning.compute import Work, work
+from nemo_minitron.planning.compute import Work, built_teacher, work
 from nemo_minitron.planning.memory import Job, Memory, check_split, fits, fullest_rank
 from nemo_minitron.planning.models import Models, stated_model
 
 
 @dataclass(frozen=True)
 class Run:
-    """What an item that runs a model takes.
+    """Ranks, memory and work of an item that runs a model.
 
     Attributes:
         job: the item on its ranks.
@@ -88,9 +88,13 @@ def _plan_item(cfg: PlanConfig, item: Item, models: Models) -> ItemPlan:
 
 def _place(cfg: PlanConfig, config: Any, model: ModelConfig, teacher: ModelConfig | None) -> Run:
     """On all nodes if the stage trains, else on as many as its batch can fill."""
+    trains = isinstance(config, TrainingStageConfig)
+    if not trains:
+        model = model.without_prediction()  # only a training builds these layers
+    if teacher is not None:
+        teacher = built_teacher(config, model, teacher)
     job = Job(config, model, teacher, 1, cfg.cluster.gpus_per_node > 0)
     check_job(job)
-    trains = isinstance(config, TrainingStageConfig)
     choices = [cfg.nodes] if trains else range(cfg.nodes, 0, -1)
     failure: ValueError | None = None
     for nodes in choices:

@@ -47,11 +47,11 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Sum of all parts."""
         return float(sum(asdict(self).values()))
 
     def in_gib(self) -> dict[str, float]:
-        """For tables and files."""
+        """Return all parts and their total in GiB, for tables and files."""
         return {f.name: getattr(self, f.name) / GIB for f in fields(self)} | {
             "total": self.total / GIB
         }
@@ -77,7 +77,7 @@ class Job:
 
     @property
     def parallel(self) -> ParallelConfig:
-        """Layout of the model."""
+        """The layout of the model."""
         parallel: ParallelConfig = self.cfg.parallel
         return parallel
 
@@ -88,7 +88,7 @@ class Job:
 
     @property
     def trainer(self) -> TrainerConfig:
-        """Of a stage that trains, with recomputation from wherever it is set."""
+        """Trainer settings of a training stage, with recomputation from either section."""
         return merged_recompute(self.cfg.trainer, self.cfg.megatron)
 
     @property
@@ -119,7 +119,7 @@ class Job:
 
     @property
     def micro_batches(self) -> int:
-        """Of one replica in a global batch."""
+        """Number of micro-batches of one replica in a global batch."""
         data = self.cfg.data
         return max(1, data.global_batch_size // (data.micro_batch_size * self.data_parallel_size))
 
@@ -190,6 +190,7 @@ def _rank_memory(job: Job, share: Share) -> Memory:
     if last:  # the final norm and the hidden states that the loss gathers, with their gradient
         state = job.model.hidden_size * tokens.count * tokens.element
         held += 2 * activations.residual(job.model, job.parallel, tokens) + 2 * state
+        held += activations.prediction(job.model, job.parallel, tokens, job.trainer)
     teacher, during = _teacher(job, share.stage, tokens)
     # Weights that wait in host memory are back while no activation of the student exists.
     return Memory(
@@ -203,7 +204,7 @@ def _rank_memory(job: Job, share: Share) -> Memory:
 
 
 def _optimizer(job: Job, share: Share) -> float:
-    """Adam's state: of the rank's own share with the distributed optimizer."""
+    """Bytes of Adam's state; the distributed optimizer splits it over the replicas."""
     each = TrainedBytes.of(job.megatron, bf16=job.bf16).optimizer
     if not job.cfg.optim.use_distributed_optimizer:
         return float(each * share.total)
@@ -213,7 +214,7 @@ def _optimizer(job: Job, share: Share) -> float:
 
 
 def _teacher(job: Job, stage: int, tokens: Tokens) -> tuple[float, float]:
-    """Bytes that are there throughout, and those of its own pass alone."""
+    """Return the teacher's bytes during the whole step, and those of its own pass alone."""
     if job.teacher is None or not isinstance(job.cfg, DistillConfig):
         return 0.0, 0.0
     if job.teacher_apart is not None:
@@ -245,7 +246,7 @@ def _received(job: Job, teacher: ModelConfig, tokens: Tokens) -> float:
 
 
 def _ranks_of_teacher(job: Job) -> list[Memory]:
-    """Ranks that run the teacher alone, one of each pipeline stage."""
+    """Memory of the ranks that run only the teacher, one for each pipeline stage."""
     parallel, teacher = job.teacher_apart, job.teacher
     if parallel is None or teacher is None:
         return []

@@ -1,4 +1,4 @@
-"""Which model every item of a pipeline reads and writes, followed through by its sizes."""
+"""Follow the sizes of the model that every item of a pipeline reads and writes."""
 
 import logging
 from pathlib import Path
@@ -62,7 +62,7 @@ def target_model(config: ModelConfig, pruning: PruningConfig) -> ModelConfig:
 
 
 def _likely_layers(config: ModelConfig, count: int) -> list[int]:
-    """As large a share of the layers of every kind, at least one of each."""
+    """Choose layers so that every kind keeps an equal share, and at least one layer."""
     kinds = kinds_of(config)
     share = [kinds[:at].count(kind) / kinds.count(kind) for at, kind in enumerate(kinds)]
     layers = sorted(sorted(range(len(kinds)), key=share.__getitem__)[:count])

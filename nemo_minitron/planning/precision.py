@@ -28,7 +28,7 @@ def weight_bytes(
     *,
     trained: bool,
 ) -> float:
-    """Bytes of the weights of a rank.
+    """Return the bytes of the weights of a rank.
 
     In fp8 the matrices of the layers have copies in fp8, for the forward pass and transposed for
     the backward pass, beside the weights or (``fp8_param``) in their place.
@@ -68,7 +68,7 @@ class TrainedBytes:
 
     @classmethod
     def of(cls, megatron: MegatronConfig, *, bf16: bool) -> "TrainedBytes":
-        """As Megatron's optimizer keeps them, for weights in bf16 or fp32."""
+        """Return what Megatron's optimizer keeps for weights in bf16 or fp32."""
         if not bf16:
             return cls(gradient=4, optimizer=8)
         given: dict[str, Any] = megatron.optimizer
@@ -84,5 +84,5 @@ class TrainedBytes:
 
 
 def _bytes(given: Mapping[str, Any], key: str) -> int:
-    """Of the dtype that ``key`` names, fp32 where it is left out."""
+    """Return the bytes of the dtype that ``key`` names; fp32 if the key is left out."""
     return _BYTES.get(str(given.get(key)), 4)

@@ -1,4 +1,4 @@
-"""What each rank of a layout holds of a model: layers and parameters of every pipeline stage."""
+"""Count the layers and parameters that each rank of a layout holds."""
 
 import math
 from dataclasses import dataclass
@@ -90,18 +90,24 @@ def matmul_parameters(config: ModelConfig) -> dict[str, float]:
 
     Returns:
         ``attention``, ``mlp``, ``experts`` (with the router and shared ones) and ``mamba`` of all
-        layers, and ``output``, tied to the embeddings or not.
+        layers, ``prediction`` of all layers for multi-token prediction, and ``output``, tied to the
+        embeddings or not, once for each token that is predicted.
     """
     one, kinds = _one_of_each_kind(config, {}), kinds_of(config)
     active = config.moe_router_topk / (config.num_moe_experts or 1)
-    found = {"attention": 0.0, "mlp": 0.0, "experts": 0.0, "mamba": 0.0}
+    found = {"attention": 0.0, "mlp": 0.0, "experts": 0.0, "mamba": 0.0, "prediction": 0.0}
     for name, row, index in family_of(config).parameters(one):
-        if index is not None and len(row.dims) == 2:
+        if len(row.dims) != 2:
+            continue
+        size = math.prod(row.shape(one)) * (1 if row.expert is None else active)
+        if index is not None:
             mlp = "experts" if EXPERTS in kinds_of(one)[index] else "mlp"
             part = next((p for word, p in _PARTS.items() if word in name), mlp)
-            size = math.prod(row.shape(one)) * (1 if row.expert is None else active)
             found[part] += size * kinds.count(kinds_of(one)[index])
-    return {**found, "output": float(config.vocab_size * config.hidden_size)}
+        elif row.predicts:
+            found["prediction"] += size
+    predicted = 1 + (config.mtp_num_layers or 0)
+    return {**found, "output": float(predicted * config.vocab_size * config.hidden_size)}
 
 
 def _one_of_each_kind(config: ModelConfig, sizes: dict[str, int]) -> ModelConfig:

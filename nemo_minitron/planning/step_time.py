@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: computation, the pipeline's bubble, communication.
+"""Estimate the time of a training step: computation, the pipeline's bubble, communication.
 
 Communication counts where nothing is computed beside it. What is not in it: the optimizer's own
 step, validation, checkpoints and reading data, which are below a hundredth of a step in the runs of
@@ -37,7 +37,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Sum of all parts."""
         return float(sum(asdict(self).values()))
 
 

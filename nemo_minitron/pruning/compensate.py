@@ -1,4 +1,4 @@
-"""What is left stands in for what is cut: least squares on second moments. Pure torch.
+"""Refit kept weights to replace pruned ones by least squares on second moments. Pure torch.
 
 Cutting channels of x turns ``W x`` into ``W_k x_k``. With the second moments of x the cut channels
 are predicted from the kept ones, ``x_c ~ P x_k``, and ``W_k + W_c P`` takes the place of ``W_k``:
@@ -52,7 +52,7 @@ def column_map(moment: Tensor, kept: Tensor, ridge: float) -> Tensor:
 
 
 def norm_factor(moment: Tensor, weight: Tensor, kept: Tensor) -> float:
-    """What the root mean square of the kept channels is, on average, of that of all.
+    """Return the ratio of the root mean squares of the kept channels and of all channels.
 
     Args:
         moment: ``[h, h]`` second moments of the norm's output.
@@ -69,7 +69,7 @@ class Compensation:
     def __init__(
         self, axes: list[str], ridge: float, moment: Callable[[str, int], Tensor], maps: int = 2
     ) -> None:
-        """Nothing is read or solved yet.
+        """Store the arguments; moments are read and systems solved later.
 
         Args:
             axes: out of ``config.stages.COMPENSATED_AXES``; each is cut by the plan.
@@ -82,7 +82,7 @@ class Compensation:
 
     @classmethod
     def of_result(cls, folder: Path, pruning: PruningConfig, workers: int) -> "Compensation":
-        """From the moments in a result of ``importance``."""
+        """Create the compensation from the moments in a result of ``importance``."""
         from safetensors.torch import load_file
 
         def moment(axis: str, index: int) -> Tensor:
@@ -93,7 +93,7 @@ class Compensation:
     def change(
         self, row: Row, config: ModelConfig, layer: int | None, kept: Tensor | None
     ) -> Callable[[Tensor], Tensor] | None:
-        """What becomes of some rows of a tensor whose rows have been cut, but not its columns.
+        """Return the function that refits rows of a tensor whose rows, not columns, have been cut.
 
         Args:
             row: of the tensor.

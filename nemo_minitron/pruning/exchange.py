@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass
 class Traffic:
-    """What this rank sent to other ranks."""
+    """Counts of the bytes that this rank sent to other ranks."""
 
     bytes_sent: int = 0
     messages: int = 0
@@ -67,7 +67,7 @@ def equal_shares(indices: Tensor, ranks: int, blocks: Sequence[int] | None = Non
 
 
 def plan_transfers(owned: Mapping[int, Tensor], wanted: Mapping[int, Tensor]) -> list[Transfer]:
-    """Who sends which rows to whom.
+    """List which rank sends which rows to which rank.
 
     Args:
         owned: rank -> global indices it holds, in local order; no index twice.
@@ -175,7 +175,7 @@ def _put(tensor: Tensor, dim: int, positions: Tensor | None, rows: Tensor) -> No
 
 
 def _landing(out: Tensor, dim: int, positions: Tensor | None) -> Tensor:
-    """Where rows arrive: the tensor itself when they are all of it."""
+    """Return the buffer for received rows: the tensor itself if they are all of its rows."""
     if positions is None:
         return out
     shape = list(out.shape)

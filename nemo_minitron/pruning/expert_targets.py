@@ -1,4 +1,4 @@
-"""What a router, and layers for multi-token prediction, allow as targets. Imports no torch."""
+"""Check targets against routers and layers for multi-token prediction. Imports no torch."""
 
 from __future__ import annotations
 

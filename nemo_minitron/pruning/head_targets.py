@@ -1,4 +1,4 @@
-"""What query groups and Mamba groups allow as targets for their heads. Imports no torch."""
+"""Check targets for heads against query groups and Mamba groups. Imports no torch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def check_heads(config: ModelConfig, sizes: dict[str, int]) -> None:
 
 
 def check_nested(config: ModelConfig, sizes: dict[str, int]) -> None:
-    """As for query groups, of owners that all stay: the Mamba heads of a group.
+    """Refuse a number of Mamba heads that does not split evenly over the Mamba groups.
 
     Raises:
         ValueError: names a number of heads that fits.

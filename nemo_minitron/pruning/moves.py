@@ -1,4 +1,4 @@
-"""Where every parameter of a layer goes when a model is pruned in memory. Pure torch.
+"""Plan where every parameter of a layer goes when a model is pruned in memory. Pure torch.
 
 A layer's parameters are held by the tensor-parallel ranks of one pipeline stage; experts, where
 there are any, are spread over the expert-parallel ranks besides. All else is the same on every

@@ -91,11 +91,11 @@ class Plan(Mapping[str, Any]):
         return layers
 
     def replaced(self, **kept: object) -> Plan:
-        """The same plan with other indices for some axes."""
+        """Return the plan with other indices for some axes."""
         return Plan({**self.kept, **kept}, self.merge, self.model, self.settings)
 
     def to_json(self) -> dict[str, Any]:
-        """What ``plan.json`` holds."""
+        """Return the content of ``plan.json``."""
         lacking: dict[str, Any] = {
             axis: [[]] * len(self.layers) for axis in _ALWAYS_STORED if axis not in self
         }
@@ -255,7 +255,7 @@ def _combined(axis: Axis, scores: Tensor, kept: dict[str, Any]) -> Tensor:
 def _keep(
     axis: Axis, config: ModelConfig, sizes: dict[str, int], kept: dict[str, Any], scores: Scores
 ) -> list[Any]:
-    """What stays of one axis; see ``_ranked``."""
+    """Return the indices of one axis that stay; see ``_ranked``."""
     values = scores[axis.scored_as]
     if axis.scope is Scope.MODEL:
         return _top(values, sizes[axis.size], axis.grain).tolist()

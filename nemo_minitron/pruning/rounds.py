@@ -29,7 +29,7 @@ _HEADS = "heads_per_group"
 def pruning_rounds(
     config: ModelConfig, pruning: PruningConfig, parallel: ParallelConfig
 ) -> list[PruningConfig]:
-    """What every round prunes, of the model that the rounds before it left.
+    """Return the targets of every round, relative to the model that the round before it left.
 
     Sizes in between are the nearest ones that ``parallel`` can split; rounds that would change
     nothing are left out. Layers that ``drop_layers`` names go in the last round.
@@ -150,7 +150,7 @@ def compose(first: Plan, second: Plan) -> Plan:
 
 
 def _composed(axis: Axis, first: Plan, second: Plan) -> list[Any]:
-    """What both plans keep of one axis, as indices of the original model."""
+    """Return the indices of the original model that two plans together keep of one axis."""
     if axis.scope is Scope.MODEL:
         return _pick(first[axis.name], second[axis.name])
     rows = _pick(first[axis.name], second.layers)

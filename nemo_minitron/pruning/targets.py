@@ -1,4 +1,4 @@
-"""What the user asked to prune, checked against the model and the scores. Imports no torch."""
+"""Check the user's pruning targets against the model and the scores. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What people look at: console output, tables and report.html."""
+"""Tables, plots, report.html, model cards and the status of runs."""

@@ -64,7 +64,7 @@ def _front(source: Entry, lineage: list[Entry]) -> str:
 
 
 def _number(value: object) -> str:
-    """With thousands separators; whatever is no integer as it is."""
+    """Format an integer with thousands separators; return any other value as text."""
     return f"{value:,}" if isinstance(value, int) else text(value)
 
 
@@ -99,7 +99,7 @@ def _teacher(teacher: Entry) -> str:
 
 
 def _settings(entry: Entry) -> str:
-    """Its keys as they are typed."""
+    """Return the settings of a stage as they are typed on the command line."""
     pairs = entry.get("settings", {}).items()
     return ", ".join(code(f"{key}={_typed(value)}") for key, value in pairs)
 
@@ -109,7 +109,7 @@ def _typed(value: object) -> str:
 
 
 def _score_row(scores: Entry) -> list[str]:
-    """What was scored, how, and on what."""
+    """Return a table row: what was scored, how, and on which data."""
     data = code(scores["data"]) if "data" in scores else ""
     where = f"{data} ({text(scores['split'])})" if "split" in scores else data
     keys = ("seq_aggregation", "batch_aggregation", "samples", "tokens")
@@ -120,7 +120,7 @@ def _score_row(scores: Entry) -> list[str]:
 
 
 def _rows(before: Entry, after: Entry) -> list[tuple[str, str, str, str]]:
-    """Size, before, after, share kept."""
+    """Return table rows: name of the size, before, after, share that was kept."""
     pairs = [(label, before[key], after[key]) for key, label in _COUNTS.items()]
     sizes = {**before["sizes"], **after["sizes"]}
     pairs += [(code(name), before["sizes"].get(name), after["sizes"].get(name)) for name in sizes]

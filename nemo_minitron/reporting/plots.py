@@ -264,7 +264,7 @@ def hidden_curve(hidden: np.ndarray, kept: int | None) -> Picture:
 
 
 def kept_sizes(kept: dict[str, tuple[int, dict[int, int]]], layers: int) -> Picture:
-    """What every layer of the original model keeps.
+    """Draw the size that every layer of the original model keeps.
 
     Args:
         kept: axis label -> size before pruning, and layer (0-based, of the original model) -> size

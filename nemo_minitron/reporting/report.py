@@ -150,7 +150,7 @@ def millions(count: int) -> str:
 
 
 def _evaluated(results: Results) -> str:
-    """What the losses are a mean over."""
+    """Say which tokens the losses are averaged over."""
     splits = {s.values.get("data", {}).get("split_name") for s in results.stages_of("evaluate")}
     counts = sorted({row.tokens for row in results.rows if row.tokens is not None})
     tokens = " or ".join(f"{count:,}" for count in counts)
@@ -188,7 +188,7 @@ def _size_rows(pruning: Pruning) -> list[tuple[str, str, str, str]]:
 
 
 def _dropped_layers(pruning: Pruning) -> str:
-    """Layers that went, counted from 1 as in NeMo; empty: none."""
+    """List the dropped layers, counted from 1 as in NeMo; empty if all layers stay."""
     kept = set(pruning.plan["layers"])
     gone = [str(layer + 1) for layer in range(pruning.before.num_layers) if layer not in kept]
     return ", ".join(gone)

@@ -1,4 +1,4 @@
-"""What the stages of a pipeline left on disk, read for the report, without torch."""
+"""Read the results of a pipeline's stages for the report, without torch."""
 
 import re
 import shlex
@@ -32,7 +32,7 @@ _SPEED = ("micro_batch_size", "global_batch_size", "cache_dir")
 
 @dataclass(frozen=True)
 class Pruning:
-    """What one prune stage did."""
+    """The result of one ``prune`` stage."""
 
     name: str
     before: ModelConfig
@@ -106,7 +106,7 @@ def _pipeline_command() -> str:
 
 
 def _leaks(stages: list[StageResult]) -> list[str]:
-    """Evaluations that may have seen documents some stage trained on."""
+    """List evaluations whose documents may also be training data of another stage."""
     found = []
     for test in (s for s in stages if s.stage == "evaluate"):
         for train in (s for s in stages if s.stage in ("distill", "finetune")):
@@ -143,13 +143,13 @@ def _data_of(train: StageResult) -> list[dict[str, Any]]:
 
 
 def _paths(data: dict[str, Any]) -> set[str]:
-    """What a stage read, one source or several."""
+    """Return the paths that a stage read: one source or several."""
     blend = [source["path"] for source in data.get("blend") or ()]
     return set(blend) or ({str(data["path"])} if data.get("path") else set())
 
 
 def _unlike(cfg: PipelineConfig, stages: list[StageResult]) -> list[str]:
-    """Rows whose figures do not compare."""
+    """List the reasons why figures of different rows are not comparable."""
     names = [item["evaluate"] for item in row_items(cfg)]
     shown = [stage.values for stage in stages if stage.name in names]
     read = (values["data"] for values in shown if _paths(values.get("data", {})))
@@ -189,7 +189,7 @@ def _read_stage(output_dir: Path, item: Item) -> StageResult:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """What a JSON file of a stage says; nothing where there is none."""
+    """Read a JSON file of a stage; return an empty result if the file does not exist."""
     try:
         return read_json_object(path) if path.is_file() else {}
     except ValueError as error:
@@ -214,7 +214,7 @@ def _model(folder: Path) -> ModelConfig:
 
 
 def shell_line(words: Sequence[str]) -> str:
-    """A command line for people: as few quotes as Hydra and the shell need."""
+    """Join words to a readable command line with as few quotes as Hydra and the shell need."""
     return " ".join(_quote(_bare(word)) for word in words)
 
 

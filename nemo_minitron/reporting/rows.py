@@ -146,7 +146,7 @@ def table_rows(cfg: PipelineConfig, stages: Mapping[str, StageResult]) -> list[R
 
 
 def _size(stage: StageResult) -> int | None:
-    """Bytes of the model that was evaluated: of a result its checkpoint, of an export all of it."""
+    """Return the bytes of an evaluated model: the checkpoint of a result, or a whole export."""
     named = stage.values.get("checkpoint")
     if named is None:
         return None

@@ -28,7 +28,7 @@ _WIDTH = 80
 
 @dataclass
 class Status:
-    """Where a run, or a stage of a pipeline, is; None where it does not say.
+    """The progress of a run or of a stage; fields that are not known are None.
 
     Attributes:
         run: its folder.
@@ -138,7 +138,7 @@ def _read_one(run: Path, name: Path) -> Status:
 
 
 def _add_progress(status: Status, work: Path) -> None:
-    """What the training said at its last logged step."""
+    """Add the figures that the training logged at its last step."""
     said, _ = read_progress(work)
     status.step, status.steps = said.get("step"), said.get("max_steps")
     for name in ("loss", "tokens", "tokens_per_second", "slow"):

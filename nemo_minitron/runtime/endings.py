@@ -30,10 +30,10 @@ Meaning = Callable[[], Ending]
 
 
 class _Request:
-    """What a signal asked for in this process."""
+    """The request that a signal made in this process."""
 
     def __init__(self) -> None:
-        """Nothing yet."""
+        """Start without a request."""
         self.process = os.getpid()
         self.meaning: Meaning = _terminated
         self.error: Ending | None = None
@@ -114,7 +114,7 @@ def close() -> None:
 
 
 def asked() -> Ending | None:
-    """What a signal asked for, whatever became of the exception."""
+    """Return the request of a signal, even if its exception was caught."""
     return _request.error
 
 

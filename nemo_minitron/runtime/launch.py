@@ -59,7 +59,7 @@ def init_process_group(timeout_minutes: int = 30) -> None:
 
 
 def _store(address: Path, timeout: timedelta) -> dist.Store:
-    """Where ranks of this machine meet: rank 0 takes a port that is free and says which."""
+    """Return the store where ranks of this machine meet: rank 0 chooses a free port."""
     if rank() == 0:
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         with atomic_file(address) as draft:

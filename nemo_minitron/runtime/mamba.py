@@ -74,7 +74,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _left(decay: Tensor) -> Tensor:
-    """What a decay, given as its logarithm, leaves: between ``exp(-60)``, which is nothing, and 1.
+    """Return the factor of a decay given as its logarithm, limited to ``exp(-60)`` and above.
 
     Smaller numbers would become denormal in products, in which processors are many times slower.
     """

@@ -1,4 +1,4 @@
-"""What differs between the releases of Megatron-Core that this package runs on (0.16 to 0.19).
+"""Hide the differences between the supported releases of Megatron-Core (0.16 to 0.19).
 
 Every difference is looked up here, once, by the name or the argument that a release has or lacks;
 no other module asks for a version. ``docs/versions.md`` says which release brought what.
@@ -104,7 +104,7 @@ def cached_forward(
 
 
 def keeping_states(chunk: nn.Module) -> AbstractContextManager[None]:
-    """In which the Mamba layers of a chunk keep their states from one forward pass to the next.
+    """Provide a context in which the Mamba layers of a chunk keep their states between passes.
 
     They ask a flag of the process; attention keeps keys and values wherever it is given a cache.
     """

@@ -141,7 +141,7 @@ def _sequence(origin: Callable[[Any], Any], items: tuple[Any, ...], value: list[
 
 
 def expected(annotation: object) -> str:
-    """What a value of this annotation is, in words."""
+    """Describe in words the values that an annotation allows."""
     origin, items = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
         choices = [expected(item) for item in items if item is not types.NoneType]

@@ -1,4 +1,4 @@
-"""What other packages add by entry points, as ``examples/plugin`` does.
+"""Load what other packages add by entry points, as ``examples/plugin`` does.
 
 A package that cannot be imported is named in one line and the rest works. Of two that give one
 name, or one that this package has, neither is taken.
@@ -70,7 +70,7 @@ def with_added(
 
 
 def named(kind: str, own: Mapping[str, Added], name: str, key: str) -> Added:
-    """What a config key names, of this package or of another.
+    """Return the object that a config key names, from this package or from a plugin.
 
     Args:
         kind: as in ``KINDS``.

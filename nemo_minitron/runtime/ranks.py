@@ -1,4 +1,4 @@
-"""Who started this process, and starting the ranks when nobody did. Imports no torch."""
+"""Detect the launcher of this process, and start the ranks without one. Imports no torch."""
 
 import contextlib
 import json

@@ -50,7 +50,7 @@ def scratch() -> Iterator[Path]:
 
 
 def _root() -> Path:
-    """Where temporary files go, unless that is too long for the path of a socket."""
+    """Return the folder for temporary files, short enough for the path of a socket."""
     root = Path(tempfile.gettempdir())
     if len(os.fsencode(root)) <= _LONGEST:
         return root

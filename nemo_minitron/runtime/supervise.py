@@ -146,7 +146,7 @@ class _Family:
 
 
 def killed_by(number: signal.Signals) -> str:
-    """What a signal that nobody here sent says about its sender."""
+    """Describe who may have sent a signal that this package did not send."""
     reason = ", as the system does when memory runs out" if number == signal.SIGKILL else ""
     return f"was killed ({number.name}{reason}); run the same command again"
 

@@ -61,7 +61,7 @@ class Finding:
 
 
 def requirements() -> list[Requirement]:
-    """What this package depends on under the running Python, extras left out."""
+    """List the requirements of this package under the running Python, without extras."""
     try:
         texts = metadata.requires(PACKAGE) or []
     except metadata.PackageNotFoundError:  # imported from a folder, never installed

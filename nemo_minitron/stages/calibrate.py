@@ -58,7 +58,7 @@ class Calibrated:
     seconds: float
 
     def figures(self) -> dict[str, Any]:
-        """For ``metrics.json``."""
+        """Return the figures for ``metrics.json``."""
         return {
             "num_samples": self.scores.meta["num_samples"],
             "num_tokens": self.scores.meta["num_tokens"],

@@ -103,7 +103,7 @@ def _record(one: Candidate, measured: Record) -> Record:
 
 
 def _layout(cfg: SearchConfig) -> Record:
-    """What the latency of a candidate depends on besides the candidate."""
+    """Return the settings that the latency of a candidate depends on."""
     batch = {"micro_batch_size": cfg.data.micro_batch_size}
     return {"ranks": dist.get_world_size(), **batch, **asdict(cfg.parallel)}
 
@@ -125,7 +125,7 @@ def _keep(path: Path, values: Record) -> None:
 
 
 def _kept(path: Path) -> Record:
-    """What ``_keep`` wrote, perhaps in an earlier run."""
+    """Read what ``_keep`` wrote, perhaps in an earlier run."""
     check_seal(path, "remove it, then the same command runs this candidate again")
     return read_json_object(path)
 

@@ -56,7 +56,7 @@ def _refuse_tokens(path: str) -> None:
 
 
 def _place(cfg: SourcesStageConfig) -> Path:
-    """Where the pairs will be for those that read them."""
+    """Return the final folder of the pairs, for files that refer to them."""
     place = Path(cfg.output_dir).resolve()
     if len(str(place).split()) != 1:
         raise ValueError(

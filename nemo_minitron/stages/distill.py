@@ -78,7 +78,7 @@ def _check_teacher(cfg: DistillConfig, student: ModelConfig, teacher: ModelConfi
 
 
 def model_config(cfg: DistillConfig, student: ModelConfig) -> dict[str, Any]:
-    """What the configs of both distillation models have in common."""
+    """Return the keys that the configs of both distillation models share."""
     return {
         **sections(cfg, student),
         "teacher_parallel": asdict(cfg.teacher_parallel),

@@ -35,7 +35,7 @@ def check(cfg: EvaluateConfig) -> None:
         )
     if cfg.tasks_path is not None and not cfg.tasks:
         raise ValueError(
-            f"tasks_path={cfg.tasks_path} is for tasks, and none is named; add tasks=[...]"
+            f"tasks_path={cfg.tasks_path} is for tasks, but tasks is empty; add tasks=[...]"
         )
     check_output(cfg, "evaluate")
     with opened_inputs(cfg, exports=True):

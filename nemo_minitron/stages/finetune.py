@@ -20,7 +20,7 @@ from nemo_minitron.config.stages import FinetuneConfig
 from nemo_minitron.config.training_stages import DistillConfig, TrainingStageConfig
 from nemo_minitron.data.checks import check_batches, check_data
 from nemo_minitron.data.sft import check_packing
-from nemo_minitron.planning.compute import training_flops
+from nemo_minitron.planning.compute import built_teacher, training_flops
 from nemo_minitron.runtime.ranks import launched_world_size, rank
 from nemo_minitron.stages.settings import (
     check_training_settings,
@@ -189,7 +189,7 @@ def flops_per_step(cfg: TrainingStageConfig, model: ModelConfig) -> list[float]:
     """Operations of a step of each phase on all ranks, as ``plan`` counts, recomputation apart."""
     teacher = None
     if isinstance(cfg, DistillConfig) and cfg.teacher is not None:
-        teacher = ModelConfig.load(Path(cfg.teacher) / "checkpoint")
+        teacher = built_teacher(cfg, model, ModelConfig.load(Path(cfg.teacher) / "checkpoint"))
     return [
         data.global_batch_size * data.seq_length * training_flops(model, teacher, data.seq_length)
         for data in (phase.data for phase in cfg.phases())

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from nemo_minitron.config.model import ModelConfig
@@ -199,11 +200,12 @@ def _show_memory(cfg: PlanConfig, records: list[dict[str, Any]]) -> None:
 
 
 def _show_warnings(records: list[dict[str, Any]]) -> None:
-    rows = [
-        (record["name"], f"{record['memory_gib']['total']:.1f} GiB", record["advice"])
-        for record in records
-        if record.get("fits") is False
-    ]
+    rows = []
+    for record in (record for record in records if record.get("fits") is False):
+        # A table cuts off cells that are wider than the terminal, and every key counts.
+        first, *others = wrap(record["advice"], 60, break_long_words=False, break_on_hyphens=False)
+        rows.append((record["name"], f"{record['memory_gib']['total']:.1f} GiB", first))
+        rows += [("", "", line) for line in others]
     if rows:
         show_table("DOES NOT FIT", ("run", "needs", "what to change"), rows)
     left = [r for r in records if r["stage"] in _NOT_COUNTED and "ranks" not in r]

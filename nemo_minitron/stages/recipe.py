@@ -31,7 +31,7 @@ _INTERMEDIATE_KEYS = ("losses", "layer_map", "metric", "alpha")
 
 
 def import_entry(cfg: ImportConfig, config: ModelConfig) -> dict[str, Any]:
-    """Of a model that was opened."""
+    """Return the lineage entry of an imported model."""
     source = read_source_card(Path(cfg.source))
     if cfg.source_ignore:
         source["passed_over"] = list(cfg.source_ignore)
@@ -41,7 +41,7 @@ def import_entry(cfg: ImportConfig, config: ModelConfig) -> dict[str, Any]:
 def prune_entry(
     cfg: PruneConfig, small: ModelConfig, dropped: list[int], rounds: Path
 ) -> dict[str, Any]:
-    """Of a pruned model.
+    """Return the lineage entry of a pruned model.
 
     Args:
         cfg: the stage.
@@ -63,13 +63,13 @@ def prune_entry(
 
 
 def _changed(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """Dotted keys that are not at their default."""
+    """Return the dotted keys whose values differ from their defaults."""
     known = flatten(defaults)
     return {key: value for key, value in flatten(values).items() if value != known.get(key)}
 
 
 def _scores(cfg: PruneConfig, rounds: Path) -> list[dict[str, Any]]:
-    """Where the scores came from: of ``importance``, then of every round that scored here."""
+    """List the origin of the scores: the ``importance`` stage, then each round of this stage."""
     found = []
     if cfg.importance is not None:
         folder = Path(cfg.importance)
@@ -83,7 +83,7 @@ def _scores(cfg: PruneConfig, rounds: Path) -> list[dict[str, Any]]:
 
 
 def _provenance(folder: Path, data: object) -> dict[str, Any]:
-    """Of one scores folder; ``data`` is the path of the calibration text."""
+    """Describe one folder of scores; ``data`` is the path of the calibration text."""
     meta = read_meta(folder)
     aggregation, how = meta.get("aggregation", {}), meta.get("data", {})
     facts = {
@@ -110,7 +110,7 @@ def _settings_of(result: Path) -> dict[str, Any]:
 def training_entry(
     cfg: TrainingStageConfig, stage: str, config: ModelConfig, metrics: dict[str, Any]
 ) -> dict[str, Any]:
-    """Of a trained model; ``metrics`` as in metrics.json."""
+    """Return the lineage entry of a trained model; ``metrics`` is the content of metrics.json."""
     values = flatten(asdict(cfg))
     entry: dict[str, Any] = {
         "stage": stage,
@@ -134,7 +134,7 @@ def _phase(phase: Phase) -> str:
 
 
 def _data_name(cfg: TrainingStageConfig) -> str:
-    """What the phases read, named once each."""
+    """Name the data of all phases, each source once."""
     return "; ".join(dict.fromkeys(_read_by(phase.data) for phase in cfg.phases()))
 
 
@@ -156,7 +156,7 @@ def _distillation(cfg: DistillConfig) -> dict[str, Any]:
 
 
 def _teacher(cfg: DistillConfig) -> dict[str, Any]:
-    """Who was imitated."""
+    """Describe the teacher."""
     if cfg.teacher is None:
         folder = Path(str(cfg.teacher_logits))
         name = _settings_of(folder).get("checkpoint") or folder

@@ -1,4 +1,4 @@
-"""What stages share: inputs, ranks and working folder, and checks of the model that they run."""
+"""Code that stages share: inputs, ranks, working folders, and checks of the model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

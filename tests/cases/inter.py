@@ -75,7 +75,7 @@ def inter_gradients(
 def without_targets(
     student: Member, teacher: Member, parallel: ParallelConfig, over: dict[str, Any]
 ) -> tuple[tuple[dict[str, float], float], tuple[float, float]]:
-    """What a batch without targets logs, its gradient norm; alpha after and before a later one."""
+    """Return log and gradient norm of a batch without targets, and alpha around a later one."""
     model = built(student, teacher, parallel, over)
     logged = model.step_losses(step(model, targets=0.0))
     norm = sum(float(p.main_grad.norm()) for chunk in model.chunks for p in chunk.parameters())

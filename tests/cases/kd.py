@@ -71,7 +71,7 @@ def loaded(cfg: Any, student: tuple[ModelConfig, str], teacher: tuple[ModelConfi
 
 
 def wrap(model: Any, **over: Any) -> None:
-    """What ``fit`` does before the first step; ``over`` changes the optimizer's config."""
+    """Do what ``fit`` does before the first step; ``over`` changes the optimizer's config."""
     from nemo_minitron.models.optim import build_optimizer, wrap_ddp
 
     optim = replace(model.optim_cfg, **over)
@@ -80,7 +80,7 @@ def wrap(model: Any, **over: Any) -> None:
 
 
 def zero_gradients(model: Any) -> None:
-    """What Megatron's DDP asks for before the first micro-batch of a step."""
+    """Clear the gradient buffers, as Megatron's DDP needs before each step."""
     for chunk in model.model:
         chunk.zero_grad_buffer()
 
@@ -148,7 +148,7 @@ def save_gradients(model: Any, folder: Path, config: ModelConfig) -> None:
 
 
 def read_gradients(folder: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
-    """What ``kd_gradients`` saved: Megatron name -> global gradient."""
+    """Read what ``kd_gradients`` saved: Megatron name -> global gradient."""
     store = read_torch_dist(folder, family_of(config), config)
     return {name: tensor.read() for name, tensor in store.items()}
 

@@ -184,7 +184,7 @@ def logits_at(
 def refused(
     config: ModelConfig, folder: str, parallel: ParallelConfig, plan: Plan
 ) -> tuple[str, bool]:
-    """What live pruning says, and whether the model is as it was."""
+    """Return the error of live pruning, and whether the model is unchanged."""
     from nemo_minitron.families.registry import family_of
     from nemo_minitron.models.prune_live import prune_live
 
@@ -202,7 +202,7 @@ def refused(
 def refused_scoring(
     config: ModelConfig, folder: str, ids: torch.Tensor, parallel: ParallelConfig, batch: int
 ) -> str:
-    """What scoring says to a global batch size."""
+    """Return the error of scoring with a global batch size."""
     groups = _start(parallel)
     try:
         _score(_load(config, folder, parallel, groups), config, groups, ids, batch)

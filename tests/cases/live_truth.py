@@ -1,4 +1,4 @@
-"""What one rank and the streaming executor say, and what must hold at every layout."""
+"""Results of one rank and of streaming, and checks that must hold at every layout."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,7 +74,7 @@ class Truth:
         return {name: tensor.read() for name, tensor in pruned.items()}
 
     def logits(self, plan: Plan) -> torch.Tensor:
-        """Of the streamed weights, on one rank."""
+        """Return the logits of the streamed weights on one rank."""
         for known, tensor in self._logits:
             if known == plan:
                 return tensor

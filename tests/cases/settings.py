@@ -17,7 +17,7 @@ GLOBAL_BATCH = 8
 
 @dataclass(frozen=True)
 class Found:
-    """What one section did on this rank.
+    """The effect of one section on this rank.
 
     Attributes:
         difference: largest one of a gradient, from those without a section.
@@ -93,7 +93,7 @@ def compare_gradients(
     sections: list[Section],
     over: dict[str, Any],
 ) -> list[Found]:
-    """Without a section, then with each."""
+    """Compute gradients without a section, then with each section."""
     want, plain = _two_batches(student, teacher, parallel, {}, dict(over))
     found = [plain]
     for section in sections:
@@ -123,7 +123,7 @@ def trained(
 def left_after(
     student: Pair, teacher: Pair, parallel: ParallelConfig, work: str, section: Section
 ) -> list[str]:
-    """What a short training leaves in memory of Megatron's."""
+    """Return the objects of Megatron that a short training leaves in memory."""
     trainer = {"max_steps": 2, "save_every_n_steps": 0, "limit_val_batches": 0}
     over = {"megatron": section, "trainer": trainer, "optim": {"lr_warmup_steps": 0}}
     return left_in_memory(student, teacher, parallel, work, over)

@@ -80,7 +80,7 @@ def _own_step(
 def _users_step(
     teacher: list[Any], small: list[Any], vocab_size: int, pairs: bool
 ) -> dict[str, torch.Tensor]:
-    """The same in somebody else's training loop."""
+    """Run the same step in a training loop that is not this package's."""
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -172,7 +172,7 @@ def _difference(found: torch.Tensor | None, wanted: torch.Tensor | None) -> floa
 
 
 def _of_its_layers(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Without the rows of layers that do not have the axis, which are zeros."""
+    """Drop the rows of layers that do not have the axis, which are zeros."""
     if len(found) == len(wanted):
         return found
     halves = found[::2], found[1::2]
@@ -229,7 +229,7 @@ def _setting(chunks: list[Any], name: str, value: object):
 def refusals(
     config: ModelConfig, folder: str, parallel: ParallelConfig, ours: bool
 ) -> dict[str, tuple[str, bool]]:
-    """What ``prune`` says to what it cannot do, and whether the weights are as they were."""
+    """Return the errors of ``prune`` for bad input, and whether the weights are unchanged."""
     from contextlib import nullcontext
 
     groups = _start(parallel)
@@ -261,7 +261,7 @@ def refusals(
 
 
 def hybrid_refusals(config: ModelConfig, folder: str, pattern: str, out: str) -> dict[str, str]:
-    """What is said to a HybridModel that cannot be scored or pruned; its weights stay as they were.
+    """Return the errors for a HybridModel that cannot be scored or pruned; its weights stay.
 
     Megatron-Core built it; only what it says of itself is changed.
     """
@@ -292,7 +292,7 @@ def hybrid_refusals(config: ModelConfig, folder: str, pattern: str, out: str) ->
 
 
 def _refusal(call: Callable[[], object]) -> str:
-    """What a call says that is refused."""
+    """Return the message of the error that a call raises."""
     try:
         call()
     except ValueError as error:
@@ -327,7 +327,7 @@ def experts_split_otherwise(config: ModelConfig, folder: str) -> tuple[str, bool
 
 
 def without_groups() -> str:
-    """What scoring says where Megatron's groups are not initialised."""
+    """Return the error of scoring without Megatron's process groups."""
     return _refusal(nemo_minitron.score([torch.nn.Linear(2, 2)]).__enter__)
 
 

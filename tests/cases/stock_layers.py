@@ -18,7 +18,7 @@ from tests.cases.stock_models import Named, by_name, stock_model
 
 @dataclass
 class Pruned:
-    """What a stock model is after pruning.
+    """The state of a stock model after pruning.
 
     Attributes:
         plan: what was kept.
@@ -65,7 +65,7 @@ def pruned_stock(
 def refused(
     config: ModelConfig, parallel: ParallelConfig, plan: Plan, listed: bool
 ) -> tuple[str, bool]:
-    """What ``prune`` says, and whether the weights are as they were."""
+    """Return the error of ``prune``, and whether the weights are unchanged."""
     _start(parallel)
     chunks = stock_model(config, parallel, None, listed=listed)
     before = [p.detach().clone() for chunk in chunks for p in chunk.parameters()]

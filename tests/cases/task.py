@@ -1,4 +1,4 @@
-"""What the tests of tasks run on the ranks."""
+"""Functions that the tests of tasks run on the ranks."""
 
 from pathlib import Path
 from typing import Any

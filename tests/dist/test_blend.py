@@ -47,7 +47,7 @@ class Runs:
         return sorted(one for read, _ in found[::copies] for one in read), found[0][1]
 
     def killed(self, name: str) -> None:
-        """What SIGKILL leaves of a run at TP 2."""
+        """Kill a run at TP 2 with SIGKILL and return what it leaves."""
         before = self.folder / "killed"
         if not before.exists():
             pool = WorkerPool()
@@ -67,7 +67,7 @@ def runs(ranks, tmp_path_factory) -> Runs:
 
 @pytest.fixture(scope="module")
 def alone(runs):
-    """What one rank reads and learns."""
+    """Run the training on one rank."""
     return runs.run("dp1", "dp1")
 
 
@@ -98,7 +98,7 @@ def test_goes_on_after_it_was_killed(runs, alone, layout):
 
 
 def test_goes_on_with_other_weights_where_it_is_told_to(runs, alone):
-    """As a run that was told so from the start; what is trained cannot change."""
+    """It equals a run with these weights from the start; trained steps cannot change."""
     wanted = runs.run("dp1", "told", **CHANGED)
     assert wanted[0][: DIES_AT * BATCH] == alone[0][: DIES_AT * BATCH]
     after = [source for _, source, *_ in wanted[0][DIES_AT * BATCH :]]

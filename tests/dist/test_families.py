@@ -817,7 +817,7 @@ def test_at_layout(ranks: WorkerPool, models: Models, alone: dict[str, Any], kin
 
 @pytest.mark.parametrize("models", ROUTED, indirect=True)
 def test_experts_on_two_ranks(ranks: WorkerPool, models: Models, alone: dict[str, Any]) -> None:
-    """The same under expert parallelism."""
+    """Logits and checkpoints are the same under expert parallelism."""
     check_layout(ranks, models, alone, layout(dp=2, ep=2))
 
 
@@ -905,7 +905,7 @@ def kept_indices(kind: str, plan: Plan, layer: int, expert: int | None, case: Ca
 
 
 def kept_of_mamba(kind: str, plan: Plan, layer: int, case: Case) -> list[int]:
-    """The same for the tensors of a Mamba layer: z, x, B, C and dt lie one after another."""
+    """Cut the tensors of a Mamba layer, in which z, x, B, C and dt follow one another."""
     heads, channels = plan["mamba_head"][layer], plan["mamba_head_dim"][layer]
     x = [head * MAMBA_DIM + channel for head in heads for channel in channels]
     inner = case.fields["mamba_num_heads"] * MAMBA_DIM
@@ -927,7 +927,7 @@ def kept_of_mamba(kind: str, plan: Plan, layer: int, case: Case) -> list[int]:
 
 
 def each_expert(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same with ``name[i]`` for each expert where one tensor holds those of all."""
+    """Return the tensors with ``name[i]`` for each expert in place of one for all experts."""
     found: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         if re.search(r"experts\.\w+$", name):
@@ -938,7 +938,7 @@ def each_expert(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def test_pruned_exports_are_slices(models: Models) -> None:
-    """Of the Hugging Face tensors, along every axis and several together."""
+    """Pruned exports are slices of the Hugging Face tensors, along one axis and several."""
     whole = each_expert(load_file(models.home / "hf" / "model.safetensors"))
     for target in models.case.targets:
         plan = Plan.load(models.home / target)

@@ -1,4 +1,4 @@
-"""What other families have that Llama has not gets the same gradients at every layout.
+"""Gradients of modules that Llama does not have are the same at every layout.
 
 Weights of query and key norms see only a rank's own heads; biases and norm biases only a rank's
 part of the sequence under sequence parallelism; OLMo-2's norms have weights of both kinds, and a

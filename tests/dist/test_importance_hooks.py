@@ -16,7 +16,7 @@ H, FFN, HEADS, D, LAYERS = 12, 20, 3, 4, 2
 
 @dataclass
 class Config:
-    """Of Megatron's TransformerConfig what the layers below and the hooks read."""
+    """The fields of Megatron's TransformerConfig that the layers below and the hooks read."""
 
     normalization: str
     layernorm_zero_centered_gamma: bool

@@ -79,7 +79,7 @@ class Pair:
         self._alone: dict[str, tuple] = {}
 
     def gradients(self, size: int, parallel: dict, intermediate, **over):
-        """What a step logs and every gradient; all ranks and copies agree."""
+        """Return the log and every gradient of a step, equal on all ranks and copies."""
         out = self.folder / f"{len(list(self.folder.iterdir()))}"
         split = {"teacher_parallel": parallel.get("teacher", {})}
         over = {"intermediate": intermediate, **split, **over}
@@ -97,7 +97,7 @@ class Pair:
         return results[0]["losses"], {**grads, "projection": copies[0]}
 
     def alone(self, intermediate):
-        """The same on one rank."""
+        """Return the log and every gradient of a step on one rank."""
         key = repr(intermediate)
         if key not in self._alone:
             self._alone[key] = self.gradients(1, {}, intermediate)

@@ -6,11 +6,22 @@ import pytest
 
 from nemo_minitron.config.layers import kinds_of
 from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.config.training import TrainerConfig
 from nemo_minitron.planning import activations
 from nemo_minitron.planning.activations import Tokens
 from nemo_minitron.planning.shares import shares
 from tests.cases.planning import bytes_saved, parameters_held
-from tests.helpers.tiny import GPT2, LLAMA, MIXTRAL, NEMOTRON, OLMO2, QWEN2_MOE, QWEN3, SMOLLM3
+from tests.helpers.tiny import (
+    GLM4_MOE,
+    GPT2,
+    LLAMA,
+    MIXTRAL,
+    NEMOTRON,
+    OLMO2,
+    QWEN2_MOE,
+    QWEN3,
+    SMOLLM3,
+)
 
 TP2 = ParallelConfig(tensor_model_parallel_size=2)
 TP2_SP = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
@@ -65,3 +76,11 @@ def test_activations_of_a_layer(ranks, config, size, parallel):
     for two, four in ranks.run(size, bytes_saved, configs, parallel, length):
         print(config.family, parallel.tensor_model_parallel_size, planned, (four - two) / 2)
         assert planned == pytest.approx((four - two) / 2, rel=0.05)
+
+
+def test_activations_of_a_layer_for_multi_token_prediction(ranks):
+    parallel, length, trainer = ParallelConfig(), 64, TrainerConfig()
+    config = replace(GLM4_MOE, mtp_num_layers=1)
+    planned = activations.prediction(config, parallel, Tokens(length, 4, fused=False), trainer)
+    ((without, held),) = ranks.run(1, bytes_saved, [GLM4_MOE, config], parallel, length)
+    assert planned == pytest.approx(held - without, rel=0.05)

@@ -141,7 +141,7 @@ def run_stage(module: str, cfg, folder: str) -> None:
 
 @pytest.mark.parametrize("stage", UNFINISHED)
 def test_unfinished_work_goes_on(tree, ranks: WorkerPool, stage):
-    """Without overwrite=true work that is not taken up is an error."""
+    """Unfinished work that cannot be resumed is an error without overwrite=true."""
     ranks.run(1, run_stage, stage, unfinished(stage), str(tree))
     open_result(f"unfinished/{stage}")
     metrics = json.loads(Path(f"unfinished/{stage}/metrics.json").read_text())

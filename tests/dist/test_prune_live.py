@@ -115,7 +115,7 @@ def test_other_models(ranks: WorkerPool, tmp_path, name: str, change: dict[str, 
 
 @pytest.mark.parametrize(("name", "groups"), [("TP1", 8), ("TP2 PP2", 8), ("TP2 PP2", 16)])
 def test_merged_heads(ranks: WorkerPool, tmp_path, name: str, groups: int) -> None:
-    """Within query groups, and over the ranks where every head has a key of its own."""
+    """Heads merge within query groups, and across ranks if every head has its own key."""
     parallel, out = LAYOUTS[name], tmp_path / "out"
     truth = make_truth(ranks, tmp_path, replace(MODEL, num_query_groups=groups))
     target = TargetConfig(hidden_size=40, num_layers=5, num_attention_heads=8, num_query_groups=8)
@@ -131,7 +131,7 @@ def test_merged_heads(ranks: WorkerPool, tmp_path, name: str, groups: int) -> No
 def test_loads_at_another_layout(
     ranks: WorkerPool, truth: Truth, tmp_path_factory, other: str
 ) -> None:
-    """What TP2 PP2 pruned gives the same logits elsewhere."""
+    """A model pruned at TP2 PP2 gives the same logits at another layout."""
     parallel = LAYOUTS["TP2 PP2"]
     ways = {"both": PruningConfig(target=TargetConfig(WIDTH, num_layers=4))}
     out = tmp_path_factory.getbasetemp() / "pruned at TP2 PP2"

@@ -1,4 +1,4 @@
-"""The same for experts: spread over expert-parallel ranks, pruned in number and in width."""
+"""Live pruning of experts on expert-parallel ranks, in number and in width."""
 
 from dataclasses import dataclass, replace
 

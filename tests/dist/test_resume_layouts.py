@@ -81,7 +81,7 @@ class Runs:
         return self.done[key]
 
     def resumed(self, model: str, source: str, layout: str, at: int = RESUMED_AT, **over):
-        """As ``undisturbed``, of a run that goes on from step ``at`` of that of ``source``."""
+        """Run as ``undisturbed``, but resume from step ``at`` of the run ``source``."""
         _, before = self.undisturbed(model, source, **over)
         work = self.folder / f"{model}-{source}-{layout}-{at}-{sorted(over)}"
         name = f"checkpoints/step={at}"

@@ -33,7 +33,7 @@ def experts(ranks: WorkerPool, tmp_path_factory) -> Truth:
 
 
 def pruned(truth: Truth, parallel: ParallelConfig, choice: dict[str, Any], listed: bool) -> Pruned:
-    """What all ranks say, with the weights and logits of the streaming executor compared."""
+    """Return the results of all ranks, compared with weights and logits of streaming pruning."""
     arguments = (truth.config, str(truth.folder), truth.ids, parallel, choice, listed)
     found = truth.ranks.run(parallel.world_size(), pruned_stock, *arguments)
     last: Pruned = found[-1]
@@ -89,7 +89,9 @@ def test_a_layer_for_further_tokens_is_not_pruned(ranks: WorkerPool, parallel) -
     """It is on the last stage alone, and all refuse."""
     narrow = full_plan(PREDICTION).replaced(hidden=list(range(0, PREDICTION.hidden_size, 2)))
     found = ranks.run(parallel.world_size(), refused, PREDICTION, parallel, narrow, True)
-    assert_refused(found, "mtp_num_layers=1: nothing says how the layer for multi-token prediction")
+    assert_refused(
+        found, "mtp_num_layers=1: it is not known how the layer for multi-token prediction"
+    )
 
 
 def test_a_stage_without_a_layer_is_not_scored(ranks: WorkerPool) -> None:

@@ -48,7 +48,7 @@ def truth(ranks: WorkerPool, tmp_path_factory) -> Truth:
 
 
 def assert_as_ours(found: dict[str, Any], kind: str) -> None:
-    """What ``against_our_own`` found on a rank, of a model of class ``kind``."""
+    """Check what ``against_our_own`` found on a rank, for a model of class ``kind``."""
     assert found["axes"][0] == found["axes"][1]
     assert max(found["scores"].values()) < 1e-5
     assert all(mine == ours for mine, ours in found["meta"].values())

@@ -26,7 +26,7 @@ def test_a_slow_replica_is_named(ranks, tmp_path):
 
 
 class _Model:
-    """What a comparison needs of the model."""
+    """A stand-in for the model with the methods that the comparison uses."""
 
     def __init__(self) -> None:
         self.last_metrics = {"loss": 1.0}

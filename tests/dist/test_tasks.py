@@ -27,7 +27,7 @@ def home(tmp_path_factory) -> Path:
 
 
 def written_by(folder: Path, until: str = "w") -> Callable[[str], str]:
-    """What transformers' greedy generation writes up to a letter."""
+    """Return what transformers' greedy generation writes up to a letter."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -66,7 +66,7 @@ def by_hf(home, tmp_path_factory) -> dict:
 
 @pytest.fixture(scope="module")
 def completion(home) -> str:
-    """What transformers writes after the prompt."""
+    """Return what transformers writes after the prompt."""
     return written_by(home / "exported", until="\0")(PROMPT)
 
 

@@ -1,4 +1,4 @@
-"""What a training run logs, keeps and decays."""
+"""Logs, checkpoints and weight decay of a training run."""
 
 import shutil
 from dataclasses import replace
@@ -51,7 +51,7 @@ def _losses(history):
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """What a training checkpoint holds, read by torch."""
+    """Read the tensors of a training checkpoint with torch."""
     reader = FileSystemReader(folder)
     known = reader.read_metadata().state_dict_metadata
     found = {

@@ -597,7 +597,7 @@ def _process(arguments: list[str]) -> tuple[int, str, str, float]:
 
 
 def _seconds_of_torch() -> float:
-    """What a process takes that only imports torch."""
+    """Return the seconds of a process that only imports torch."""
     return _timed([sys.executable, "-c", "import torch"])[3]
 
 

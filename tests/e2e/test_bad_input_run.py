@@ -1,4 +1,4 @@
-"""What only shows while a stage runs, through the real command line: NaN, divergence, full disks.
+"""Errors that appear only while a stage runs, by the command line: NaN, divergence, full disks.
 
 Whatever happens, nothing that looks like a result is left and an old result still stands. Stages
 that run a model do so on the rank pool, which has Megatron imported.

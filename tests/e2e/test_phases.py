@@ -149,7 +149,7 @@ def test_a_run_that_stopped_in_the_second_phase_goes_on(ranks, folder, alone):
         ({"path": "nowhere"}, {}, "trainer.phases.1.data.path=nowhere does not exist"),
         ({"path": "rows.npy"}, {}, "trainer.limit_val_batches=0, or name a source of another form"),
         ({}, {"trainer.max_steps": 5}, "add up to 4, which must be trainer.max_steps=5"),
-        ({"seq_lenght": 8}, {}, "trainer.phases.1.data.seq_lenght is no key of a phase"),
+        ({"seq_lenght": 8}, {}, "trainer.phases.1.data.seq_lenght is not a key of a phase"),
     ],
 )  # fmt: skip
 def test_bad_phases_are_refused(folder, monkeypatch, phase, keys, says):

@@ -1,4 +1,4 @@
-"""What other packages add: the one in examples/plugin, installed, and bad ones."""
+"""Plugins: the one in examples/plugin, installed, and faulty ones."""
 
 import json
 import os

@@ -65,7 +65,7 @@ def _pipeline(inputs: Path, *more: str) -> subprocess.CompletedProcess[str]:
 
 
 def check_card(card: str) -> None:
-    """What every stage of the road leaves in the model card."""
+    """Check that the model card names every stage of the pipeline."""
     for text in (
         "\nlicense: llama3.1\n",
         "\n- pruning\n- distillation\n",

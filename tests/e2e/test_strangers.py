@@ -21,7 +21,7 @@ from tests.helpers.data_fixtures import EOS
 
 
 class Evil:
-    """What makes a folder when it is unpickled."""
+    """An object that creates a folder when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -36,7 +36,7 @@ def metadata_of(folder: Path) -> Any:
 
 
 def in_metadata(folder: Path, evil: Evil) -> None:
-    """As the settings of the planner, which Megatron's own pickle has."""
+    """Put the object among the planner's settings, as Megatron's own pickle has them."""
     metadata = metadata_of(folder)
     metadata.planner_data = evil
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
@@ -61,7 +61,7 @@ def in_object(folder: Path, evil: Evil) -> None:
 
 
 def says(place: str) -> str:
-    """What the refusal has to name."""
+    """Return the text that the error must contain."""
     words = {"metadata": ".mkdir, which no checkpoint needs", "common": "common.pt is damaged, or"}
     return words.get(place, f"{COMMON_KEY} in ")
 

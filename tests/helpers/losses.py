@@ -88,7 +88,7 @@ def problem(vocab: int, tokens: int = 23, rows: int | None = None) -> dict[str, 
 def stored_targets(
     inputs: dict[str, Tensor], vocab: int, k: int, temperature: float
 ) -> TopKTargets:
-    """What an offline teacher would have stored."""
+    """Return what an offline teacher would have stored."""
     logits = inputs["teacher_hidden"] @ inputs["teacher_weight"][:vocab].t()
     values, ids = logits.topk(k, dim=-1)
     return TopKTargets(values, ids, (logits / temperature).logsumexp(-1), temperature)

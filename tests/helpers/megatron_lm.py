@@ -28,7 +28,7 @@ from tests.helpers.pool import kill_children
 
 
 class Keep(NamedTuple):
-    """What a rank gathers while the script runs, and the folder that it is written to."""
+    """Results that a rank gathers while the script runs, and the folder they are written to."""
 
     folder: str
     kept: Any

@@ -1,4 +1,4 @@
-"""What another program's training loop scored, pruned and saved, beside the stages of this one."""
+"""Compare the results of another program's training loop with those of the stages."""
 
 import subprocess
 import sys
@@ -39,7 +39,7 @@ def together(read: list[Any]) -> list[dict[str, torch.Tensor]]:
 
 
 def weights(result: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
-    """What a model is, and its whole tensors."""
+    """Return the config of a model and its whole tensors."""
     config = ModelConfig.load(result / "checkpoint")
     found = read_torch_dist(result / "checkpoint", family_of(config), config)
     return config, {name: tensor.read() for name, tensor in found.items()}

@@ -62,7 +62,7 @@ class Snippet:
         return int(code), says
 
     def arguments(self, line: str) -> list[str]:
-        """Of ``minitron``, with the keys after ``with`` that its stage takes."""
+        """Return the arguments of ``minitron``, and keys after ``with`` that its stage takes."""
         words = shlex.split(line)
         stage = words[1]
         known = {key.name for key in schema.keys(STAGE_CONFIGS[stage])}

@@ -64,7 +64,7 @@ def run_rank(rank: int, world: int, folder: Path, store: str) -> None:
 
 
 def main() -> None:
-    """As many ranks as the largest tensor-parallel size."""
+    """Start as many ranks as the largest tensor-parallel size."""
     folder = Path(sys.argv[1])
     world = max(json.loads((folder / "job.json").read_text())["tp"])
     with tempfile.TemporaryDirectory() as scratch:

@@ -137,7 +137,7 @@ def test_refused_in_one_line(run, line, message):
         ("prune checkpoint = a", "one word, without blanks: checkpoint=a"),
         ("prune checkpoint =a", "one word, without blanks: checkpoint=a"),
         ("prune checkpoint= a", "one word, without blanks: checkpoint=a"),
-        ("prune --checkpoint a", "--checkpoint is no flag; keys are written without hyphens"),
+        ("prune --checkpoint a", "--checkpoint is not a flag; keys are written without hyphens"),
         ("prune --output-dir=a", "before them: output_dir=a"),
     ],
 )

@@ -435,7 +435,7 @@ def test_only_unknown_keys_can_be_passed_over() -> None:
         ({"model_type": "mistral"}, "disagree .* that architecture has model_type=llama"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "is not supported; supported: "),
         ({"architectures": None, "model_type": "minicpm"}, "model_type=minicpm in config.json is"),
-        ({"architectures": "LlamaForCausalLM"}, "is no list of names"),
+        ({"architectures": "LlamaForCausalLM"}, "is not a list of names"),
         ({"architectures": [], "model_type": None}, r"architectures=\[\] in config.json is not"),
     ],
 )

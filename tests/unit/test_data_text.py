@@ -226,7 +226,7 @@ def test_what_a_folder_holds_besides_is_named(tmp_path, caplog):
     with pytest.raises(ValueError, match=r"are not searched\); it holds inside/; set data.path"):
         check_data(data_config(tmp_path / "outside"))
     (tmp_path / "data" / "b.txt").symlink_to(tmp_path / "nothing")
-    with pytest.raises(ValueError, match=r"b.txt is no ordinary file, or a link to one"):
+    with pytest.raises(ValueError, match=r"b.txt is not an ordinary file, or a link to one"):
         check_data(data_config(tmp_path / "data"))
 
 

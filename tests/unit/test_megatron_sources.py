@@ -261,7 +261,7 @@ def test_vocabulary(lm: Path, tmp_path: Path) -> None:
     set_args(lm, tokenizer_type="HuggingFaceTokenizer", tokenizer_model="tokenizer")
     assert open_source(str(lm)).config.vocab_size == 120
     refuses(lm, "embeddings of 128 tokens, but vocab_size says 129", vocab_size=129)
-    refuses(lm, "is no folder with tokenizer.json", tokenizer=str(lm))
+    refuses(lm, "is not a folder with tokenizer.json", tokenizer=str(lm))
 
 
 def test_sentencepiece(tmp_path: Path) -> None:

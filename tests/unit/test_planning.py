@@ -12,7 +12,7 @@ import yaml
 
 from nemo_minitron.config import load, schema
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.config.parallel import ParallelConfig, TeacherParallelConfig
 from nemo_minitron.config.stages import (
     DistillConfig,
     FinetuneConfig,
@@ -26,14 +26,14 @@ from nemo_minitron.config.training_stages import TrainingStageConfig
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import parameter_count
 from nemo_minitron.pipeline.plan import read_items
-from nemo_minitron.planning.activations import micro_batches_in_flight
-from nemo_minitron.planning.compute import forward_flops, work
+from nemo_minitron.planning.activations import Tokens, micro_batches_in_flight, stage
+from nemo_minitron.planning.compute import built_teacher, forward_flops, work
 from nemo_minitron.planning.items import plan_items, room
 from nemo_minitron.planning.memory import Job, fullest_rank
 from nemo_minitron.planning.models import target_model
 from nemo_minitron.stages.finetune import flops_per_step
 from tests.helpers.bad_input import run_line
-from tests.helpers.tiny import NEMOTRON_H
+from tests.helpers.tiny import GLM4_MOE, NEMOTRON_H
 
 CONF = schema.conf_dir()
 # Parameters in 1e9 to two digits, also where the papers print one: 2408.11796, table 3;
@@ -108,6 +108,10 @@ PUBLISHED = {
     ("mistral_nemo_minitron_8b", "corrected"): (127e9, 768, 8192, 2e-5, 4.5e-7, 120),
     ("minitron_15b_8b_4b", "minitron_8b"): (94e9, 1152, 4096, 2e-4, 4.5e-7, 40),
     ("minitron_15b_8b_4b", "minitron_4b"): (94e9, 1152, 4096, 2e-4, 4.5e-7, 40),
+    ("minitron_15b_4b", "distilled"): (94e9, 1152, 4096, 2e-4, 4.5e-7, 40),
+    # Tokens of the model card; the rest is that of MN-Minitron 8B, the same budget.
+    ("nemotron_h_8b_4b", "distilled"): (380e9, 768, 8192, 1e-4, 4.5e-7, 60),
+    ("nemotron_nano_12b_9b", "distilled"): (94e9, 1152, 8192, 1e-4, 1e-5, 40),
 }
 
 
@@ -175,9 +179,10 @@ def test_stages_that_depend_on_texts_are_said_to_be_left_out(stage):
 
 @pytest.mark.parametrize("steps", [0, 10])
 def test_a_search_that_trains_what_it_finds_is_left_out(tmp_path, steps):
-    """What the candidates take is known when there are any; running the model itself is counted."""
+    """Which candidates are trained is not known; every one runs over the samples once."""
     line = ["plan", "search", "checkpoint=none", "importance=none", "data.path=x", "nodes=1"]
-    line += ["model=llama31_8b", "parallel=tp8_sp", "search.hidden_size=[3072]"]
+    line += ["model=llama31_8b", "parallel=tp8_sp", "search.hidden_size=[2048,3072]"]
+    line += ["data.num_samples=64", "data.seq_length=1024"]
     ending = run_line([*line, f"search.distill.steps={steps}", f"json={tmp_path}/plan.json"])
     assert ending.code == 0, ending.err
     (item,) = json.loads((tmp_path / "plan.json").read_text())["items"]
@@ -187,6 +192,10 @@ def test_a_search_that_trains_what_it_finds_is_left_out(tmp_path, steps):
     assert (reason in ending.out) == (steps > 0)
     if steps:
         assert item.keys() == {"name", "stage", "model", "result"}
+    else:
+        each = [forward_flops(model("llama31_8b", hidden_size=h), 1024) for h in (2048, 3072)]
+        assert item["tokens"] == 2 * 64 * 1024
+        assert item["flops"] == pytest.approx(64 * 1024 * sum(each))
 
 
 @pytest.mark.parametrize(
@@ -280,6 +289,41 @@ def test_recomputation_trades_memory_for_work():
     assert flops(again) - flops(plain) == pytest.approx(flops(plain) / 3 - output)
 
 
+def test_a_block_is_recomputed_in_every_model_chunk():
+    """Megatron counts from the first layer of each chunk: as many layers as twice the stages."""
+    values = {"recompute_granularity": "full", "recompute_method": "block"}
+    trainer = TrainerConfig(precision="bf16-mixed", recompute_num_layers=4, **values)
+    pp2 = ParallelConfig(pipeline_model_parallel_size=2)
+    vpp2 = replace(pp2, virtual_pipeline_model_parallel_size=2)
+    plain, chunks = job(trainer=trainer, parallel=pp2), job(trainer=trainer, parallel=vpp2)
+    once = job(parallel=pp2)
+    assert flops(chunks) - flops(once) == pytest.approx(2 * (flops(plain) - flops(once)))
+    eight = replace(trainer, recompute_num_layers=8)
+    tokens = Tokens(8192, 2, fused=True)
+    kinds = ["*-"] * 16
+    held = [
+        stage(plain.model, *one, kinds, 1)
+        for one in ((vpp2, tokens, trainer), (pp2, tokens, eight))
+    ]
+    assert held[0] == held[1]
+
+
+def test_layers_for_multi_token_prediction_are_counted_where_they_are_trained():
+    """One layer more, a matrix that joins two states, and the output layer once more."""
+    plain, length = GLM4_MOE, 64
+    config = replace(plain, mtp_num_layers=1)
+    more = forward_flops(config, length) - forward_flops(plain, length)
+    deeper = plain.resized({}, [*range(plain.num_layers - 1)])
+    last = forward_flops(plain, length) - forward_flops(deeper, length)
+    joined, output = 2 * plain.hidden_size**2, plain.vocab_size * plain.hidden_size
+    assert more == pytest.approx(last + 2 * (joined + output))
+    distill = DistillConfig(output_dir="o", student="s", teacher="t", data=DataConfig(path="x"))
+    assert built_teacher(distill, config, config) == config
+    assert built_teacher(distill, plain, config) == plain
+    apart = replace(distill, teacher_parallel=TeacherParallelConfig(own_ranks=1))
+    assert built_teacher(apart, config, config) == plain
+
+
 def test_micro_batches_in_flight():
     """1F1B fills the pipeline; interleaving holds more (Megatron's warm-up counts)."""
     pp4 = ParallelConfig(pipeline_model_parallel_size=4)
@@ -289,14 +333,27 @@ def test_micro_batches_in_flight():
     assert [micro_batches_in_flight(vpp2, stage, 100) for stage in (0, 3)] == [11 / 2, 5 / 2]
 
 
-def test_too_large_is_said_with_what_to_change():
+@pytest.mark.parametrize(
+    "layout",
+    [
+        [],
+        ["parallel.data_parallel_size=8"],
+        [
+            "parallel.pipeline_model_parallel_size=2",
+            "parallel.virtual_pipeline_model_parallel_size=8",
+        ],
+    ],
+)
+def test_too_large_is_said_with_what_to_change(layout):
+    """All keys are shown, whatever the width, also those that the new degrees rule out."""
     line = ["plan", "finetune", "checkpoint=none", "data.path=x", "model=nemotron4_15b"]
     line += ["trainer.precision=bf16-mixed", "data.seq_length=4096", "data.global_batch_size=64"]
+    line += ["optim.use_distributed_optimizer=false", *layout]
     ending = run_line(line)
     assert ending.code == 0, ending.err
-    assert "DOES NOT FIT" in ending.out
-    advice = next(text for text in ending.out.splitlines() if "parallel.tensor_model" in text)
+    advice = ending.out.partition("DOES NOT FIT")[2]
     keys = [word for word in advice.split() if "=" in word]
+    assert "parallel.sequence_parallel=true" in keys
     better = run_line([*line, *keys])
     assert better.code == 0, better.err
     assert "DOES NOT FIT" not in better.out

@@ -68,7 +68,7 @@ def test_the_student_waits_for_the_first_micro_batch_and_for_what_takes_longer(r
 
 
 def test_advice_leaves_out_what_the_teacher_cannot_follow():
-    """Its ranks are no multiple of some of the degrees that are tried."""
+    """Its ranks are not a multiple of some of the degrees that are tried."""
     cfg = job(own_ranks=8).cfg
     cfg.parallel = ParallelConfig(tensor_model_parallel_size=8, sequence_parallel=True)
     cluster: Any = load.compose("plan", ["cluster=dgx_h100"])

@@ -213,7 +213,7 @@ def test_rotation_is_what_transformers_reads(config, change):
         ),
         (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
         (LLAMA, {"rope_scaling": {"mscale": 0.7}}, r"rope_scaling holds \['mscale'\]"),
-        (LLAMA, {"rope_scaling": "yarn"}, "rope_scaling='yarn' is no dictionary"),
+        (LLAMA, {"rope_scaling": "yarn"}, "rope_scaling='yarn' must be a dictionary or null"),
         (
             LLAMA,
             {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},

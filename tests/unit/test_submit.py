@@ -260,7 +260,7 @@ def test_half_a_chain_is_taken_back(submit, queue, monkeypatch):
         (("distil", BARE, "--dry-run"), "distil is not a stage; did you mean distill?"),
         (("--dry-run",), "usage: minitron submit <stage> key=value"),
         ((*DISTILL, "cluster.slurm.acount=x"), "did you mean cluster.slurm.account?"),
-        (("plan", "experiment=quickstart", BARE), "plan is no job for SLURM; run it here"),
+        (("plan", "experiment=quickstart", BARE), "plan is not a job for SLURM; run it here"),
         ((*DISTILL, "student.x=1", BARE), "student.x is not a key of distill"),
         ((*DISTILL, "cluster=mien"), "cluster= is one of cpu, dgx_a100, dgx_h100"),
         ((*DISTILL, "cluster.slurm.nodes=0"), "cluster.slurm.nodes=0 must be at least 1"),

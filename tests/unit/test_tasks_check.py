@@ -67,7 +67,7 @@ def test_folders_without_tasks(home, tmp_path):
     refused(home, out, f"tasks_path={path} is not a folder", tasks_path=path)
     path.mkdir()
     refused(home, out, f"tasks_path={path} holds no task", tasks_path=path)
-    says = f"tasks_path={path} is for tasks, and none is named"
+    says = f"tasks_path={path} is for tasks, but tasks is empty"
     refused(home, out, says, tasks_path=path, tasks=None, data__path=home / "hf")
 
 
@@ -95,9 +95,12 @@ def test_prompts_that_cannot_be_continued(home, tmp_path, keys, says):
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        (["task_metric=f1"], "task_metric=f1 is for tasks, and none is named"),
-        (["lm_eval.limit=3"], "is for tasks, and none is named"),
-        (["tasks=[mini_choice]", "task_metric=f1"], "task_metric=f1 is none of tasks=mini_choice"),
+        (["task_metric=f1"], "task_metric=f1 is for tasks, but tasks is empty"),
+        (["lm_eval.limit=3"], "is for tasks, but tasks is empty"),
+        (
+            ["tasks=[mini_choice]", "task_metric=f1"],
+            "task_metric=f1 is not a metric of tasks=mini_choice",
+        ),
     ],
 )
 def test_tasks_of_a_search(home, tmp_path, keys, says):

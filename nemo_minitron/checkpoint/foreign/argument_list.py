@@ -16,7 +16,7 @@ from nemo_minitron.documents import JsonObject, read_yaml_mapping
 
 @dataclass
 class Given:
-    """What a run was started with.
+    """The arguments that a run was started with.
 
     Attributes:
         values: by the names that Megatron-LM's parser gives its arguments (``num_layers``).
@@ -31,7 +31,7 @@ class Given:
     bridge: JsonObject | None = None
 
     def name(self, key: str) -> str:
-        """What the user calls an argument."""
+        """Return the name by which the user knows an argument."""
         return self.names.get(key, "--" + key.replace("_", "-"))
 
     def add(self, name: str, values: Sequence[object]) -> None:

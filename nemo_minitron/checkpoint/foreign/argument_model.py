@@ -41,7 +41,7 @@ class _Read(Mapping[str, Any]):
 
 @dataclass
 class ModelRead:
-    """What the arguments say of the model.
+    """The architecture that the arguments describe.
 
     Attributes:
         config: the model, or None where it cannot be known.

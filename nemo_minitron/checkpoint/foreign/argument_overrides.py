@@ -56,7 +56,7 @@ class Taken:
             yield override(f"+model.{key}", value)
 
     def comments(self) -> Iterator[str]:
-        """What was not taken over, a line for each."""
+        """List what was not taken over, one line each."""
         yield from (f"{name}: {why}" for name, why in self.left.items())
         yield from self.notes
 
@@ -106,7 +106,7 @@ def _number(given: Given, values: Mapping[str, object], name: str) -> float:
 
 
 def _take_steps(given: Given, values: JsonObject, taken: Taken) -> None:
-    """What follows from several arguments: steps, warm-up, precision, chunks, replicas."""
+    """Take keys that depend on several arguments: steps, warm-up, precision, chunks, replicas."""
     batch = values.get("global_batch_size")
     if values.get("train_samples") and batch:
         values["train_iters"] = int(_number(given, values, "train_samples") // batch)
@@ -162,8 +162,8 @@ def _take_layout(given: Given, values: JsonObject, taken: Taken) -> None:
         world, one = ranks[0] * ranks[1], tp * pp * int(values.get("context_parallel_size", 1))
         if world % one:
             raise ValueError(
-                f"{world} ranks (--nproc_per_node x --nnodes) are no multiple of tensor x pipeline "
-                f"x context parallel ranks, {one}; change one of them"
+                f"{world} ranks (--nproc_per_node x --nnodes) are not a multiple of tensor x "
+                f"pipeline x context parallel ranks, {one}; change one of them"
             )
         taken.keys["parallel.data_parallel_size"] = world // one
         _check_batch(given, values, world // one)
@@ -195,7 +195,7 @@ def _take_one(given: Given, name: str, value: object, taken: Taken) -> None:
 
 
 def _at_default(part: str, name: str, value: object) -> bool:
-    """A config file of Bridge says every field; objects of Python can be none of ours."""
+    """Whether a value is Megatron's default, or a nested object that no key here stands for."""
     default = fields_in_source(part).get(name, ("", ...))[1]
     return value == default or isinstance(value, dict) or (not value and default in (None, ...))
 
@@ -208,7 +208,7 @@ def _take_key(given: Given, name: str, value: object, taken: Taken) -> None:
             _number(given, {name: value}, name)
         words = known.metadata.get(WORDS)
         if words and str(value).lower() not in words:
-            taken.left[given.name(name)] = f"{value} is none of {', '.join(words)} ({key})"
+            taken.left[given.name(name)] = f"{value} is not one of {', '.join(words)} ({key})"
             continue
         if key == "data.split" and isinstance(value, str | list):
             value = value if isinstance(value, str) else ",".join(map(str, value))

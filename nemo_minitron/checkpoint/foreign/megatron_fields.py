@@ -1,4 +1,4 @@
-"""What the config of a Megatron or NeMo checkpoint says -> ModelConfig and family.
+"""Translate the config of a Megatron or NeMo checkpoint to a ModelConfig and its family.
 
 Values that change the network in a way that Minitron's models do not have are refused. The family
 is the first one whose config can say the same, so a new family needs nothing here.

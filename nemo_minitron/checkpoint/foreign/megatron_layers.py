@@ -1,4 +1,4 @@
-"""What a foreign config says of layers that not every model has: experts, Mamba, latent attention.
+"""Read the fields of special layers in a foreign config: experts, Mamba, latent attention.
 
 Part of ``megatron_fields``, which see.
 """
@@ -89,7 +89,7 @@ def linear_fields(stated: Stated) -> JsonObject:
 
 
 def _router(stated: Stated) -> JsonObject:
-    """What a router picks experts by beside a softmax."""
+    """Read how a router chooses experts if it does not use a plain softmax."""
     score = stated.get("moe_router_score_function", "softmax")
     scale = float(stated.get("moe_router_topk_scaling_factor", None) or 1)
     return {

@@ -134,7 +134,7 @@ def _single_store(
 
 
 def _true_vocabulary(source: Source, rows: int, asked: int | None) -> int:
-    """Of the key vocab_size, the config, or the tokenizer, whichever knows first."""
+    """Take the vocabulary size from the key vocab_size, else the config, else the tokenizer."""
     known, by = asked, "vocab_size"
     if known is None and source.vocab_size is not None:
         known, by = source.vocab_size, source.stated.where

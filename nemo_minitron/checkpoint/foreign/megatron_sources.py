@@ -1,4 +1,4 @@
-"""Where checkpoints of Megatron-LM, Megatron-Bridge, NeMo 2 and NeMo 1 keep what.
+"""Find the parts of checkpoints of Megatron-LM, Megatron-Bridge, NeMo 2 and NeMo 1.
 
 ``LAYOUTS`` says of each kind how it is recognised; a function per kind says where its config,
 weights and tokenizer lie. No code of a checkpoint runs. What these programs write is in
@@ -156,7 +156,7 @@ def _tokenizer_inside(folder: Path, named: object) -> TokenizerFiles:
 
 
 def _named_tokenizer(folder: Path, named: object, where: object) -> TokenizerFiles:
-    """As ``_tokenizer_inside``, with a warning where a tokenizer is named and not taken."""
+    """Call ``_tokenizer_inside`` and warn if a tokenizer is named but not read."""
     files = _tokenizer_inside(folder, named)
     if named and isinstance(named, str) and not files:
         logger.warning(
@@ -248,7 +248,7 @@ def _nemo1_tokenizer(find: Find, stated: object) -> TokenizerFiles:
 
 
 def _own_archive(path: Path, find: Find, within: Find, config: JsonObject) -> Source:
-    """What ``MinitronGPTModel.save_to`` writes."""
+    """Open an archive that ``MinitronGPTModel.save_to`` wrote."""
     files: TokenizerFiles = {}
     for name in _mapping(config.get("tokenizer")).values():
         unique = Path(str(name).removeprefix("nemo:")).name
@@ -259,7 +259,7 @@ def _own_archive(path: Path, find: Find, within: Find, config: JsonObject) -> So
     try:
         own = ModelConfig(**config["gpt"])
     except TypeError as error:
-        raise ValueError(f"{where}: gpt is no config of a model: {error}") from error
+        raise ValueError(f"{where}: gpt is not a config of a model: {error}") from error
     return Source(
         path,
         Stated(where, {}),
@@ -339,7 +339,7 @@ def is_megatron(path: Path) -> bool:
 
 
 def find_source(path: Path) -> Source:
-    """Where the parts of a checkpoint are, and what its config says.
+    """Find the parts of a checkpoint and read its config.
 
     Raises:
         ValueError: a file is missing, damaged or of another format.

@@ -1,4 +1,4 @@
-"""What the config file of a Megatron or NeMo checkpoint says, whichever program wrote it.
+"""Read the config file of a Megatron or NeMo checkpoint, written by any of these programs.
 
 All kinds of files are brought to the names of Megatron-Core's TransformerConfig and GPTModel;
 messages name a field as its own file does.
@@ -13,7 +13,7 @@ from nemo_minitron.families.rope import YARN_ARGUMENTS
 
 @dataclass(frozen=True)
 class Stated:
-    """What a config file says.
+    """The values that a config file holds.
 
     Attributes:
         where: the file, for messages.
@@ -26,7 +26,7 @@ class Stated:
     names: Mapping[str, str] = field(default_factory=dict)
 
     def name(self, key: str) -> str:
-        """What the file calls a field."""
+        """Return the name that the file uses for a field."""
         return self.names.get(key, key)
 
     def need(self, key: str) -> Any:
