@@ -143,7 +143,14 @@ def _rules(config: ModelConfig, space: SearchSpaceConfig) -> list[_Rule]:
     split += [name for name in SEARCHED if name in split_sizes(config) and name not in split]
     split = [name for name in split if split_sizes(config).get(name) != _EP]
     groups, topk = config.mamba_num_groups or 1, config.moe_router_topk
-    expert_groups, picked = config.moe_router_num_groups or 1, config.moe_router_group_topk or 1
+    expert_groups, experts = config.moe_router_num_groups or 1, config.num_moe_experts or topk
+    room, picked = f"num_moe_experts must be at least moe_router_topk={topk}", 1
+    if expert_groups > 1:
+        picked = config.moe_router_group_topk or 1
+        room = (
+            f"moe_router_group_topk={picked} of moe_router_num_groups={expert_groups} must hold "
+            f"moe_router_topk={topk} experts"
+        )
     return [
         _Rule(
             "num_attention_heads must be a multiple of num_query_groups (search."
@@ -175,17 +182,8 @@ def _rules(config: ModelConfig, space: SearchSpaceConfig) -> list[_Rule]:
             lambda s: s.get("num_moe_experts", expert_groups) % expert_groups == 0,
         ),
         _Rule(
-            f"num_moe_experts must be at least moe_router_topk={topk} (search.num_moe_experts)",
-            lambda s: s.get("num_moe_experts", topk) >= topk,
-        ),
-        _Rule(
-            f"moe_router_group_topk={picked} of moe_router_num_groups={expert_groups} must hold "
-            f"moe_router_topk={topk} experts (search.num_moe_experts)",
-            lambda s: (
-                expert_groups == 1
-                or s.get("num_moe_experts", config.num_moe_experts or 0) // expert_groups * picked
-                >= topk
-            ),
+            f"{room} (search.num_moe_experts)",
+            lambda s: s.get("num_moe_experts", experts) // expert_groups * picked >= topk,
         ),
     ]
 
@@ -209,19 +207,14 @@ def _measured(small: ModelConfig, sizes: Sizes, space: SearchSpaceConfig) -> Can
     count = parameter_count(family_of(small), small)["total"]
     active = active_parameters(family_of(small), small)
     letters = "".join(kinds_of(small))
-    attending, scanning, linear = (letters.count(kind) for kind in (ATTENTION, MAMBA, LINEAR))
-    cached = attending * small.cached_channels * space.seq_length
-    # A state for each channel of each Mamba head, and what the convolution looks back at.
-    states = scanning * (
-        DIMS["mamba_inner"].size(small) * (small.mamba_state_dim or 0)
-        + DIMS["mamba_conv"].size(small) * DIMS["mamba_conv_width"].size(small)
-    )
-    # The same of a gated delta net.
-    states += linear * (
-        DIMS["linear_inner"].size(small) * (small.linear_key_head_dim or 0)
-        + DIMS["linear_conv"].size(small) * DIMS["linear_conv_width"].size(small)
-    )
-    memory = _BYTES[small.dtype] * (count + (cached + states) * space.batch_size)
+    kept = letters.count(ATTENTION) * small.cached_channels * space.seq_length
+    lasting = ("mamba", MAMBA, small.mamba_state_dim), ("linear", LINEAR, small.linear_key_head_dim)
+    for name, kind, state in lasting:
+        parts = (DIMS[f"{name}_{part}"].size(small) for part in ("inner", "conv", "conv_width"))
+        inner, conv, width = parts
+        # A state for each channel of each head, and what the convolution looks back at.
+        kept += letters.count(kind) * (inner * (state or 0) + conv * width)
+    memory = _BYTES[small.dtype] * (count + kept * space.batch_size)
     return Candidate(sizes, count, active, memory / _GIB)
 
 

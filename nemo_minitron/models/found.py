@@ -149,6 +149,13 @@ def layout_of(chunk: Any) -> ParallelConfig:
     )
 
 
+def _dtype_of(model: Any) -> torch.dtype:
+    """Return the dtype of the largest parameter; a model may have been cast since it was built."""
+    largest = max(model.parameters(), key=torch.Tensor.numel, default=None)
+    built: torch.dtype = model.config.params_dtype
+    return built if largest is None else largest.dtype
+
+
 def builder_like(
     chunks: Sequence[Any], config: ModelConfig, pruned: ModelConfig, layout: ParallelConfig
 ) -> Builder:
@@ -170,7 +177,7 @@ def builder_like(
             pruned,
             layout,
             groups,
-            dtype=next(like.parameters()).dtype,  # type: ignore[attr-defined]  # it is a Megatron model
+            dtype=_dtype_of(like),
             max_sequence_length=like.max_sequence_length,  # type: ignore[attr-defined]  # as above
             settings=like.settings,
         )

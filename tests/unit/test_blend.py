@@ -68,7 +68,7 @@ def test_a_phase_names_one_source_as_a_stage_does():
         ({"path": "m.yaml", "blend": TWO}, r"path=m\.yaml and trainer.* are both set"),
         ({"path": "a", "blend_max_epochs": 2.0}, r"blend_max_epochs=2\.0 is for data\.blend"),
     ):
-        phases = [{"steps": 2, "data": own}]
+        phases: list[dict[str, Any]] = [{"steps": 2, "data": own}]
         with pytest.raises(ValueError, match=rf"trainer\.phases\.0\.data\.{says}"):
             phases_of(data, TrainerConfig(max_steps=2, phases=phases))
     blended = DataConfig(path="", blend=TWO, blend_max_epochs=2.0)

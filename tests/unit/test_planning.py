@@ -291,8 +291,12 @@ def test_recomputation_trades_memory_for_work():
 
 def test_a_block_is_recomputed_in_every_model_chunk():
     """Megatron counts from the first layer of each chunk: as many layers as twice the stages."""
-    values = {"recompute_granularity": "full", "recompute_method": "block"}
-    trainer = TrainerConfig(precision="bf16-mixed", recompute_num_layers=4, **values)
+    trainer = TrainerConfig(
+        precision="bf16-mixed",
+        recompute_granularity="full",
+        recompute_method="block",
+        recompute_num_layers=4,
+    )
     pp2 = ParallelConfig(pipeline_model_parallel_size=2)
     vpp2 = replace(pp2, virtual_pipeline_model_parallel_size=2)
     plain, chunks = job(trainer=trainer, parallel=pp2), job(trainer=trainer, parallel=vpp2)
