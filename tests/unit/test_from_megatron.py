@@ -202,3 +202,41 @@ def test_torch_is_not_imported():
         "assert not {'torch', 'megatron.core'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+SMALL = shlex.split(
+    "--hidden-size 64 --ffn-hidden-size 160 --num-attention-heads 8 --group-query-attention "
+    "--num-query-groups 4 --swiglu --normalization RMSNorm --disable-bias-linear --bf16 "
+    "--position-embedding-type rope --seq-length 64 --max-position-embeddings 64 --vocab-size 128"
+)
+EXPERTS = shlex.split(
+    "--num-experts 4 --qk-layernorm --moe-ffn-hidden-size 32 --untie-embeddings-and-output-weights"
+)
+
+
+@pytest.mark.parametrize(
+    ("more", "key", "entries"),
+    [
+        (["--no-rope-freq", "([0]*3+[1]*1)*2"], "no_rope_freq", [0, 0, 0, 1] * 2),
+        (["--no-rope-freq", "4"], "no_rope_freq", [0, 0, 0, 1] * 2),
+        ([*EXPERTS, "--moe-layer-freq", "([0]+[1])*4"], "moe_layer_freq", [0, 1] * 4),
+    ],
+)
+def test_layers_as_an_expression(run, more, key, entries):
+    """As Megatron-LM's recipes write them; it evaluates the text as Python."""
+    code, lines, err = run("--num-layers", "8", *SMALL, *more)
+    assert code == 0, err
+    assert f"+model.{key}=[{','.join(map(str, entries))}]" in lines, err
+
+
+@pytest.mark.parametrize(
+    "text", ["([0]*1+[1]*7", "[1]*100000000", "[[1]*8]*8", "open('x')", "[1]*-1 or 8"]
+)
+def test_what_is_no_expression_of_layers(run, text):
+    """Among them one with as many letters as there are layers."""
+    code, lines, err = run(
+        "--num-layers", str(len(text)), *SMALL, *EXPERTS, "--moe-layer-freq", text
+    )
+    assert code == 0
+    assert not [line for line in lines if line.startswith("+model.")]
+    assert f"--moe-layer-freq={text} must be a number, or lists with + and *" in err

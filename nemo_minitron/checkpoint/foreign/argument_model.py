@@ -1,5 +1,6 @@
 """The sizes of a model in the arguments of a training run, for the section ``model:`` of plan."""
 
+import ast
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -20,6 +21,10 @@ _ARGS_DEFAULTS: JsonObject = {
     "bias_gelu_fusion": True,
 }
 """What Megatron-LM's parser says where nothing is given, and a checkpoint would hold."""
+
+_PATTERNS = ("moe_layer_freq", "linear_attention_freq", "window_attn_skip_freq", "no_rope_freq")
+"""Arguments that may say the layers as an expression of Python: ``([0]*1+[1]*3)*2``."""
+_MOST_LAYERS = 10_000
 
 
 class _Read(Mapping[str, Any]):
@@ -64,10 +69,39 @@ class ModelRead:
         return {k: value for k, (value, d) in said.items() if value != d and k not in dropped}
 
 
+def _layers(node: ast.expr) -> list[int]:
+    """What an expression of lists, ``+`` and ``*`` stands for; any other is a ``ValueError``."""
+    found: list[Any] | None = None
+    if isinstance(node, ast.List):
+        found = [getattr(one, "value", None) for one in node.elts]
+    elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        found = _layers(node.left) + _layers(node.right)
+    elif isinstance(node, ast.BinOp) and isinstance(node.right, ast.Constant):
+        times = node.right.value if isinstance(node.op, ast.Mult) else None
+        if isinstance(times, int) and times <= _MOST_LAYERS:
+            found = _layers(node.left) * times
+    if found is None or len(found) > _MOST_LAYERS or not all(isinstance(n, int) for n in found):
+        raise ValueError("it is no list of layers")
+    return found
+
+
+def _pattern(given: Given, name: str) -> list[int]:
+    """The layers that an argument says as an expression."""
+    text = given.values[name]
+    try:
+        return _layers(ast.parse(str(text), mode="eval").body)
+    except (SyntaxError, ValueError, RecursionError):
+        raise ValueError(
+            f"{given.name(name)}={text} must be a number, or lists with + and *, such as "
+            "([0]*1+[1]*3)"
+        ) from None
+
+
 def _stated(given: Given, found: ModelRead) -> Stated:
     if given.bridge is not None:
         return of_core(given.bridge, "section model")
     args = {**_ARGS_DEFAULTS, **given.values}
+    args |= {name: _pattern(given, name) for name in _PATTERNS if isinstance(args.get(name), str)}
     if args.get("use_rotary_position_embeddings"):
         args["position_embedding_type"] = "rope"
     if args.get("disable_bias_linear"):
