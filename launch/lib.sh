@@ -44,6 +44,15 @@ own_variables() {
   printf '%s' "${names%,}"
 }
 
+# Whether one process does all the work of a stage: prune runs the model only on samples.
+needs_one_task() {
+  case $1 in
+    import | data | export | pipeline) return 0 ;;
+    prune) [[ ${*:2} != *data.* && ${*:2} != *experiment=* && ${*:2} != *--config* ]] ;;
+    *) return 1 ;;
+  esac
+}
+
 # Fill the array `command` with the srun command of one stage.
 build_command() {
   local stage=$1
@@ -56,6 +65,8 @@ build_command() {
   # forever, ranks of a pre-empted one end by themselves within seconds (and with their own code,
   # which --kill-on-bad-exit would take from them).
   command=(srun --kill-on-bad-exit=0 --wait=60)
+  # Other tasks would have nothing to do, and a minute after they end the one at work were killed.
+  if needs_one_task "$stage" "$@"; then command+=(--nodes=1 --ntasks=1); fi
   if [[ $CONTAINER_IMAGE != none ]]; then
     local mounts="${CONTAINER_MOUNTS:+$CONTAINER_MOUNTS,}$PWD:$PWD"
     command+=(--container-image="$CONTAINER_IMAGE" --container-mounts="$mounts")

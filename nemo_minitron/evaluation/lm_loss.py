@@ -99,10 +99,14 @@ def evaluate_lm(
             f"the LM loss is {loss}: the model's activations overflow or are NaN; set checkpoint "
             "to an intact result"
         )
+    if not tokens:
+        raise ValueError(
+            f"{data.where}: no token of its {len(dataset)} samples counts; XX"
+        )
     seconds = time.monotonic() - start
     return {
         "lm_loss": loss / tokens,
-        "perplexity": math.exp(loss / tokens),
+        "perplexity": math.exp(min(loss / tokens, _LARGEST)),
         "tokens": int(tokens),
         "samples": len(dataset),  # type: ignore[arg-type]  # torch's Dataset declares no length
         "seconds": seconds,

@@ -135,11 +135,12 @@ def check_job(job: Job) -> None:
     """Refuse what cannot run on any number of ranks.
 
     Raises:
-        ValueError: the layout, or recomputation, does not fit a model.
+        ValueError: the layout, recomputation, or multi-token prediction does not fit a model.
     """
     check_layout(job.model, job.parallel)
     if isinstance(job.cfg, TrainingStageConfig):
         check_recompute(job.trainer, job.model, job.parallel)
+        check_prediction(job.model, job.parallel, job.trainer)
     if job.teacher is not None and isinstance(job.cfg, DistillConfig):
         check_layout(job.teacher, job.cfg.teacher_parallel.of(job.parallel))
 
