@@ -144,6 +144,7 @@ def _rules(config: ModelConfig, space: SearchSpaceConfig) -> list[_Rule]:
     split = [name for name in split if split_sizes(config).get(name) != _EP]
     groups, topk = config.mamba_num_groups or 1, config.moe_router_topk
     expert_groups, picked = config.moe_router_num_groups or 1, config.moe_router_group_topk or 1
+    enough = topk * expert_groups
     return [
         _Rule(
             "num_attention_heads must be a multiple of num_query_groups (search."
@@ -175,17 +176,9 @@ def _rules(config: ModelConfig, space: SearchSpaceConfig) -> list[_Rule]:
             lambda s: s.get("num_moe_experts", expert_groups) % expert_groups == 0,
         ),
         _Rule(
-            f"num_moe_experts must be at least moe_router_topk={topk} (search.num_moe_experts)",
-            lambda s: s.get("num_moe_experts", topk) >= topk,
-        ),
-        _Rule(
-            f"moe_router_group_topk={picked} of moe_router_num_groups={expert_groups} must hold "
-            f"moe_router_topk={topk} experts (search.num_moe_experts)",
-            lambda s: (
-                expert_groups == 1
-                or s.get("num_moe_experts", config.num_moe_experts or 0) // expert_groups * picked
-                >= topk
-            ),
+            f"num_moe_experts must be at least moe_router_topk={topk}, all of them in moe_router"
+            f"_group_topk={picked} of {expert_groups} groups (search.num_moe_experts)",
+            lambda s: s.get("num_moe_experts", enough) // expert_groups * picked >= topk,
         ),
     ]
 
