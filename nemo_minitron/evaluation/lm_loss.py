@@ -26,6 +26,8 @@ from nemo_minitron.runtime.groups import ParallelGroups
 from nemo_minitron.runtime.launch import device
 
 _CHUNK_SIZE = 256
+_LARGEST = 700.0
+"""Nats per token whose perplexity a float can still hold."""
 
 
 def vocab_shard(
@@ -76,7 +78,7 @@ def evaluate_lm(
         ``seconds`` and ``tokens_per_second``, the same on every rank.
 
     Raises:
-        ValueError: the loss is NaN or infinite.
+        ValueError: the loss is NaN or infinite, or no token of the samples counts.
     """
     share = {"dp_rank": groups.dp.rank(), "dp_size": groups.dp.size()}
     loader = build_dataloader(dataset, data, drop_last=False, **share)
@@ -84,6 +86,7 @@ def evaluate_lm(
     shard = vocab_shard(chunks, groups, vocab_size)
     total = torch.zeros(2, dtype=torch.float64, device=device())
     count = len(loader) // steps.micro_batches
+    samples = len(dataset)  # type: ignore[arg-type]  # torch's Dataset declares no length
     start = time.monotonic()
     with progress("evaluating", count) as advance:
         for step in steps:
@@ -101,14 +104,15 @@ def evaluate_lm(
         )
     if not tokens:
         raise ValueError(
-            f"{data.where}: no token of its {len(dataset)} samples counts; XX"
+            f"no token of the {samples} samples counts for the loss; set data.num_samples or "
+            "data.split_name to samples that hold answers"
         )
     seconds = time.monotonic() - start
     return {
         "lm_loss": loss / tokens,
         "perplexity": math.exp(min(loss / tokens, _LARGEST)),
         "tokens": int(tokens),
-        "samples": len(dataset),  # type: ignore[arg-type]  # torch's Dataset declares no length
+        "samples": samples,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
     }

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nemo_minitron.config.layout import check_layout, check_recompute
+from nemo_minitron.config.layout import check_layout, check_prediction, check_recompute
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import own_ranks
 from nemo_minitron.config.pipeline import ClusterConfig, PlanConfig

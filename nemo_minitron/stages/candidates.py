@@ -8,7 +8,7 @@ import gc
 import json
 import logging
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from nemo_minitron.checkpoint.seals import check_seal, sealed_file
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import SearchConfig
 from nemo_minitron.data.datasets import SampleSet, stage_dataset, training_datasets
+from nemo_minitron.data.samples import FirstSamples
 from nemo_minitron.documents import read_json_object
 from nemo_minitron.evaluation.lm_loss import evaluate_lm
 from nemo_minitron.evaluation.tasks import mean_metric
@@ -134,7 +135,7 @@ def _zero_shot(cfg: SearchConfig, config: ModelConfig, plan: Plan, dataset: Samp
     """Load the model, prune it where it is, and evaluate."""
     source, groups = Path(cfg.checkpoint) / "checkpoint", ParallelGroups.current()
     small = prune(load_frozen(source, cfg.parallel, groups, megatron=cfg.megatron), plan)
-    metrics = _evaluate(cfg, config.without_prediction(), small, dataset)
+    metrics = _evaluate(cfg, config.without_prediction(), small, dataset, timed=True)
     return {
         "latency_ms": 1000 * metrics["seconds"] / metrics["samples"],
         "loss": metrics["lm_loss"],
@@ -143,13 +144,27 @@ def _zero_shot(cfg: SearchConfig, config: ModelConfig, plan: Plan, dataset: Samp
 
 
 def _evaluate(
-    cfg: SearchConfig, config: ModelConfig, chunks: list[HiddenGPTModel], dataset: SampleSet
+    cfg: SearchConfig,
+    config: ModelConfig,
+    chunks: list[HiddenGPTModel],
+    dataset: SampleSet,
+    *,
+    timed: bool = False,
 ) -> dict[str, float]:
-    """Loss and speed of a candidate, and ``score`` if tasks are asked."""
+    """Loss and speed of a candidate, and ``score`` if tasks are asked.
+
+    If the speed counts, one micro-batch on every rank comes before: the first pass of a model loads
+    kernels and chooses them by shape.
+    """
     for chunk in chunks:
         chunk.eval()
         chunk.return_hidden = True
     groups = ParallelGroups.current()
+    if timed:
+        batch = cfg.data.micro_batch_size * groups.dp.size()
+        few = FirstSamples(dataset, min(batch, len(dataset)))
+        data = replace(cfg.data, global_batch_size=batch)
+        evaluate_lm(chunks, groups, config.vocab_size, few, data)
     metrics = evaluate_lm(chunks, groups, config.vocab_size, dataset, cfg.data)
     if cfg.tasks:
         answers = ready_to_answer(cfg, config, chunks, groups)
