@@ -1,5 +1,6 @@
 """GPT models that learn from a teacher inside Megatron's schedule."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -84,9 +85,8 @@ class DistillationGPTModel(MinitronGPTModel):
         """Run the student as the base does; in training the intermediate losses join in."""
         if self.intermediate is None or not train:
             return super().student_pass(micro_batches, train=train, keep=keep)
-        if self.alpha.value is None:
-            self._pass_with(self.intermediate, micro_batches, None)
-        weight, scale = self.alpha.begin_step(), self.last_chunk.config.grad_scale_func
+        measure = partial(self._pass_with, self.intermediate, micro_batches, None)
+        weight, scale = self.alpha.begin_step(measure), self.last_chunk.config.grad_scale_func
         if scale is not None:
             weight = scale(weight).reshape(())
         return self._pass_with(self.intermediate, micro_batches, weight)

@@ -105,8 +105,8 @@ class MinitronGPTModel(ModelPT):
         self.consumed_samples = 0
         self.last_metrics: dict[str, float] = {}
         self.spikes = Spikes(self.trainer_cfg.skip_loss_above, self.trainer_cfg.rewind_steps > 0)
-        # fp64 counts beyond 2**24 exactly.
-        self._tokens = torch.zeros((), dtype=torch.float64, device=device())
+        # Target tokens since the last logged step; fp64 counts beyond 2**24 exactly.
+        self.unlogged = torch.zeros((), dtype=torch.float64, device=device())
         self._validation_sums: list[StepSums[Tensor]] = []
         for key, path in dict(cfg.get("tokenizer") or {}).items():
             self.register_artifact(f"tokenizer.{key}", path)
@@ -207,7 +207,7 @@ class MinitronGPTModel(ModelPT):
         if not is_loading:
             state["lr_scheduler"] = self._lr_scheduler.state_dict()
             state["consumed_samples"] = self.consumed_samples
-            state["unlogged_tokens"] = self._tokens.item()
+            state["unlogged_tokens"] = self.unlogged.item()
             state["spikes"] = self.spikes.state_dict()
         return state
 
@@ -225,7 +225,7 @@ class MinitronGPTModel(ModelPT):
         self.load_learned(state)
         self._lr_scheduler.load_state_dict(state["lr_scheduler"])
         self.consumed_samples = state["consumed_samples"]
-        self._tokens.fill_(state["unlogged_tokens"])
+        self.unlogged.fill_(state["unlogged_tokens"])
         self.spikes.load_state_dict(state.get("spikes", {}))
 
     # ---- steps
@@ -291,7 +291,7 @@ class MinitronGPTModel(ModelPT):
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         sums = self.forward_backward(self._on_this_rank(batch))
-        self._tokens += sums.tokens
+        self.unlogged += sums.tokens
         lr = next(g["lr"] for g in self._megatron.param_groups if g["params"] is not None)
         step = self.trainer.global_step + 1
         # Here the host waits for the device, once per global batch; Megatron's optimizer does so
@@ -324,8 +324,8 @@ class MinitronGPTModel(ModelPT):
     def _log_step(self, sums: StepSums[float], lr: float, grad_norm: float | None) -> None:
         """Log a step; ``tokens`` are those since the last logged one."""
         metrics = self.step_losses(sums) | self.spikes.figures()
-        metrics |= {"lr": lr, "grad_norm": float(grad_norm or 0.0), "tokens": self._tokens.item()}
-        self._tokens.zero_()
+        metrics |= {"lr": lr, "grad_norm": float(grad_norm or 0.0), "tokens": self.unlogged.item()}
+        self.unlogged.zero_()
         self.last_metrics = metrics
         for name, value in metrics.items():
             self.log(f"train/{name}", value, prog_bar=name == "loss", batch_size=1)

@@ -31,7 +31,7 @@ _SHOWN = {
 class History(Callback):
     """Keeps one record per logged step; saved in checkpoints, so a resumed run has the whole curve.
 
-    ``tokens_per_second`` counts global training tokens since the record before.
+    ``tokens_per_second`` counts global training tokens since the record before, of this run.
 
     Args:
         work: folder for training checkpoints and logs.
@@ -55,7 +55,7 @@ class History(Callback):
         self.course, self.changes = course, list(changes or ())
         self.stragglers = stragglers
         self.work, self.total_steps, self.speed = work, total_steps, speed
-        self._begin = self._since = self._paused = self._noted = 0.0
+        self._begin = self._since = self._paused = self._noted = self._carried = 0.0
         self._first = self._logged = 0
         self._bar: Any = None
         self._advance: Any = None
@@ -80,6 +80,8 @@ class History(Callback):
         """Start the clock and the bar."""
         self._begin = self._since = time.monotonic()
         self._first = self._logged = trainer.global_step
+        # Tokens that the run before read since it logged; they took none of this run's time.
+        self._carried = float(pl_module.unlogged)
         # The steps of the loggers. Lightning saves their number before it counts the last step, so
         # that every resume would put the curve one step to the left.
         trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
@@ -94,12 +96,12 @@ class History(Callback):
         if metrics:
             now, step = time.monotonic(), trainer.global_step
             seconds = max(now - self._since, 1e-9)
-            speed = {"tokens_per_second": metrics["tokens"] / seconds}
+            speed = {"tokens_per_second": (metrics["tokens"] - self._carried) / seconds}
             flops = self.course.flops_between(self._logged, step)
             speed |= self.speed.figures(flops, seconds)
             epochs = self._epochs(pl_module, step)
             self.records.append({"step": step, **metrics, **speed, **epochs})
-            self._since, self._logged = now, step
+            self._since, self._logged, self._carried = now, step, 0.0
             pl_module.last_metrics = {}
             for name, value in speed.items():
                 pl_module.log(f"train/{name}", value, batch_size=1)

@@ -1,6 +1,6 @@
 """Training objectives: labels, a resident teacher or stored outputs; sums and weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Generic, Protocol, TypeVar
@@ -263,9 +263,15 @@ class AlphaSchedule:
         self.used = self._zero
         self._before = self.value
 
-    def begin_step(self) -> Tensor:
-        """Weight of the training step that begins; 0 while there is no value."""
+    def begin_step(self, measure: Callable[[], object] = lambda: None) -> Tensor:
+        """Weight of the training step that begins; 0 while there is no value.
+
+        Args:
+            measure: is called where there is no value yet, and may give one (``update_alpha``).
+        """
         self._before = self.value
+        if self.value is None:
+            measure()
         self.used = self._zero if self.value is None else self.value
         return self.used
 

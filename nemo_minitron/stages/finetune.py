@@ -174,13 +174,14 @@ def _fit(
     if rank() == 0:
         shutil.rmtree(work / "checkpoint", ignore_errors=True)  # a part, of a run that was killed
     model.save(work / "checkpoint")
-    last = history[-1]
+    # The last step may be one that trainer.skip_loss_above left out, of which nothing is logged.
+    losses = [record["loss"] for record in history if "loss" in record]
     return {
         "parameters": parameter_count(family_of(config), config),
         "steps": cfg.trainer.max_steps,
         "train_tokens": sum(record.get("tokens", 0.0) for record in history),
-        "loss": last.get("loss"),
-        "val_loss": last.get("val_loss"),
+        "loss": losses[-1] if losses else None,
+        "val_loss": history[-1].get("val_loss") if history else None,
         "history": history,
     }
 

@@ -1,8 +1,11 @@
 """Logs, checkpoints and weight decay of a training run."""
 
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +15,11 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nemo_minitron.checkpoint.seals import read_seal
 from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.models import history as history_module
+from nemo_minitron.models.phases import Course
 from nemo_minitron.models.saving import of_own_storage
+from nemo_minitron.models.speed import Speed
+from nemo_minitron.models.stragglers import Stragglers
 from tests.cases.training import (
     GLOBAL_BATCH,
     SEQ,
@@ -103,6 +110,27 @@ def test_steps_between_logs(run, every_step):
     assert [record["step"] for record in history] == [4, 6]
     assert [record["tokens"] for record in history] == [4 * TOKENS, 2 * TOKENS]
     assert torch.equal(_losses(history), _losses(every_step[0])[[3, 5]])
+
+
+def test_the_speed_of_a_resumed_run_counts_its_own_tokens(monkeypatch, tmp_path):
+    """Not those that the run before read since it logged, in time that nobody knows."""
+    speed, course = Speed(1, None, memory=False), Course([], [])
+    monkeypatch.setattr(course.__class__, "epochs", lambda *_: {})
+    now = iter([100.0, 102.0, 103.0])
+    monkeypatch.setattr(history_module.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(history_module, "progress", lambda *_: nullcontext(lambda *_, **__: None))
+    monkeypatch.setattr(history_module.History, "_note", lambda *_: None)
+    kept = history_module.History(tmp_path, 9, speed, course, Stragglers(0.0))
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace())
+    trainer: Any = SimpleNamespace(global_step=5, fit_loop=loop)
+    model: Any = SimpleNamespace(unlogged=torch.tensor(500.0), log=lambda *_, **__: None)
+    model.trainer_cfg = None
+    kept.on_train_start(trainer, model)
+    for step, tokens in ((8, 800.0), (9, 100.0)):
+        trainer.global_step, model.last_metrics = step, {"loss": 1.0, "tokens": tokens}
+        kept.on_train_batch_end(trainer, model)
+    assert [r["tokens_per_second"] for r in kept.records] == [150.0, 100.0]
+    assert [r["tokens"] for r in kept.records] == [800.0, 100.0]
 
 
 def test_batch_sizes(run, every_step):

@@ -46,6 +46,18 @@ def test_a_step_that_is_left_out_is_forgotten():
     assert schedule.value == 2.0
 
 
+def test_a_first_step_that_is_left_out_is_measured_anew():
+    """Its batch taught nothing, so it must not weigh the step after it."""
+    schedule = _schedule()
+    assert schedule.begin_step(lambda: _see(schedule, 300.0, 1.5)) == 400.0
+    _see(schedule, 30.0, 1.5)
+    schedule.put_back()
+    assert schedule.value is None
+    assert schedule.begin_step(lambda: _see(schedule, 3.0, 1.5)) == 4.0
+    _see(schedule, 1.5, 1.5)
+    assert schedule.begin_step(pytest.fail) == 2.0
+
+
 def test_a_fixed_weight_stays():
     schedule = _schedule("0.7")
     schedule.begin_step()

@@ -1,7 +1,10 @@
-"""The end of a training: the weights of the result."""
+"""The end of a training: the weights of the result, and its last losses."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from nemo_minitron.config.stages import FinetuneConfig
 from nemo_minitron.config.training import DataConfig
@@ -24,3 +27,20 @@ def test_files_of_a_run_that_was_killed_are_gone(tmp_path, monkeypatch):
     model: Any = Model()
     assert finetune._fit(cfg, LLAMA, model, [], tmp_path)["loss"] == 1.0
     assert found == [False]
+
+
+@pytest.mark.parametrize(
+    ("history", "want"),
+    [
+        ([{"step": 5, "loss": 1.5}, {"step": 6, "val_loss": 2.0}], (1.5, 2.0)),
+        ([{"step": 5, "loss": 1.5, "val_loss": 2.0}, {"step": 6, "loss": 1.0}], (1.0, None)),
+        ([], (None, None)),
+    ],
+)
+def test_the_last_steps_may_have_been_left_out(tmp_path, monkeypatch, history, want):
+    """``trainer.skip_loss_above`` leaves out steps without a number, of which nothing is logged."""
+    cfg = FinetuneConfig(checkpoint="c", output_dir="o", data=DataConfig(path="d"))
+    monkeypatch.setattr("nemo_minitron.models.training.fit", lambda *_, **__: history)
+    model: Any = SimpleNamespace(save=lambda folder: None)
+    metrics = finetune._fit(cfg, LLAMA, model, [], tmp_path)
+    assert (metrics["loss"], metrics["val_loss"]) == want
