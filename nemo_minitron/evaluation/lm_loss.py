@@ -97,6 +97,15 @@ def evaluate_lm(
     dist.all_reduce(total, group=groups.dp_cp)
     dist.broadcast(total, src=groups.last_stage_global_rank, group=groups.pp)
     loss, tokens = total.tolist()
+    return figures(loss, tokens, samples, time.monotonic() - start)
+
+
+def figures(loss: float, tokens: float, samples: int, seconds: float) -> dict[str, float]:
+    """Return what ``evaluate_lm`` does, from its sums.
+
+    Raises:
+        ValueError: the loss is NaN or infinite, or no token counts.
+    """
     if not math.isfinite(loss):
         raise ValueError(
             f"the LM loss is {loss}: the model's activations overflow or are NaN; set checkpoint "
@@ -107,7 +116,6 @@ def evaluate_lm(
             f"no token of the {samples} samples counts for the loss; set data.num_samples or "
             "data.split_name to samples that hold answers"
         )
-    seconds = time.monotonic() - start
     return {
         "lm_loss": loss / tokens,
         "perplexity": math.exp(min(loss / tokens, _LARGEST)),

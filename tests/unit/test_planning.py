@@ -328,6 +328,16 @@ def test_layers_for_multi_token_prediction_are_counted_where_they_are_trained():
     assert built_teacher(apart, config, config) == plain
 
 
+def test_what_a_training_refuses_for_multi_token_prediction_is_refused():
+    words = ["plan", "finetune", "checkpoint=none", "data.path=x", "model=glm45_air"]
+    words += ["+model.mtp_num_layers=1", "trainer.recompute_granularity=full"]
+    words += ["trainer.recompute_method=uniform"]
+    words += ["trainer.recompute_num_layers=2", "parallel.tensor_model_parallel_size=8", "nodes=8"]
+    ending = run_line([*words, "parallel.sequence_parallel=true"])
+    assert ending.code == 2
+    assert "trainer.recompute_num_layers=2 with recompute_method=uniform is not" in ending.err
+
+
 def test_micro_batches_in_flight():
     """1F1B fills the pipeline; interleaving holds more (Megatron's warm-up counts)."""
     pp4 = ParallelConfig(pipeline_model_parallel_size=4)

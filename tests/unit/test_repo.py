@@ -239,6 +239,8 @@ def test_dry_run_prints_the_command(script):
     bare = sbatch(script, "--dry-run", "a=b c", CONTAINER_IMAGE="none")
     assert bare.returncode == 0, bare.stderr
     srun = "srun --kill-on-bad-exit=0 --wait=60"
+    if stage in ("data", "export", "import", "pipeline", "prune"):
+        srun += " --nodes=1 --ntasks=1"  # else the tasks that have nothing to do would end it
     assert bare.stdout == f"{srun} minitron {stage} a=b\\ c\n"
     boxed = sbatch(
         script,
@@ -264,6 +266,12 @@ def test_dry_run_prints_the_command(script):
     # Without this pyxis lets the image's own values win.
     ours = {"CUDA_DEVICE_MAX_CONNECTIONS", "NCCL_DEBUG", "OMP_NUM_THREADS", "UCX_TLS", "MINE"}
     assert {*variables.partition("=")[2].split(",")} >= ours
+
+
+def test_pruning_on_samples_has_all_ranks():
+    words = ["--dry-run", "a=b", "data.path=c"]
+    done = sbatch(REPO / "launch" / "prune.sbatch", *words, CONTAINER_IMAGE="none")
+    assert done.stdout == "srun --kill-on-bad-exit=0 --wait=60 minitron prune a=b data.path=c\n"
 
 
 @pytest.mark.parametrize(
