@@ -141,7 +141,7 @@ def test_samples_become_steps_and_defaults_of_megatron_are_said(run):
         ("--lr 1e-4 --min-lr 1", "--min-lr=1 must lie between 0 and --lr=0.0001"),
         (
             "torchrun --nproc_per_node 8 x.py --tensor-model-parallel-size 3",
-            "8 ranks (--nproc_per_node x --nnodes) are no multiple",
+            "8 ranks (--nproc_per_node x --nnodes) are not a multiple",
         ),
         (
             "--nproc_per_node 8 --micro-batch-size 3 --global-batch-size 16",
