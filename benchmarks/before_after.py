@@ -30,6 +30,8 @@ DATA = [
 _HERE = Path(__file__).resolve().parents[1]
 _MARKED = Path(__file__).with_name("marked.py")
 _FIXED = {"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+# Without bytecode more than half of a short stage is the compiling of what it imports.
+_FIXED["PYTHONDONTWRITEBYTECODE"] = ""
 
 
 def environment(tree: Path) -> dict[str, str]:
@@ -41,14 +43,14 @@ def stage(tree: Path, work: Path, name: str, out: str, *keys: str) -> float:
     """Run a stage of a tree in ``work``; processor seconds of all its processes."""
     keys = (*keys, f"output_dir={work}/{out}", "overwrite=true")
     command = [sys.executable, str(_MARKED), name, *keys]
-    with (work / f"{out}.log").open("w") as log:
+    with (work / f"{out}.said").open("w") as log:
         process = subprocess.Popen(
             command, env={**os.environ, **environment(tree)}, stdout=log, stderr=log, cwd=work
         )
         _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise RuntimeError(f"{name} of {tree} failed: {(work / f'{out}.log').read_text()[-3000:]}")
+        raise RuntimeError(f"{name} of {tree} failed: {(work / f'{out}.said').read_text()[-3000:]}")
     return used.ru_utime + used.ru_stime
 
 
