@@ -152,7 +152,7 @@ def test_parameters_are_counted_without_a_look_at_each(config: ModelConfig, monk
 @pytest.mark.parametrize(
     ("model", "keys", "says"),
     [
-        (GROUPS, {"num_moe_experts": [2]}, "moe_router_group_topk=1 of .*=2 must hold .*=2 experts"),
+        (GROUPS, {"num_moe_experts": [2]}, "group_topk=1 of .*=2 must hold .*=2 exp"),
         (
             LLAMA,
             {"mamba_num_heads": [4]},
