@@ -31,9 +31,13 @@ DATA = [
 ]
 _HERE = Path(__file__).resolve().parents[1]
 _MARKED = Path(__file__).with_name("marked.py")
-_FIXED = {"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-# Without bytecode more than half of a short stage is the compiling of what it imports.
-_FIXED["PYTHONDONTWRITEBYTECODE"] = ""
+_FIXED = {
+    "OMP_NUM_THREADS": "2",
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+    # Without bytecode more than half of a short stage is the compiling of what it imports.
+    "PYTHONDONTWRITEBYTECODE": "",
+}
 
 
 def environment(tree: Path) -> dict[str, str]:

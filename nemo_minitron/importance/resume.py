@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from nemo_minitron.checkpoint.manifest import digest, hash_file
 from nemo_minitron.documents import read_json_object
-from nemo_minitron.runtime.agreement import agreed
+from nemo_minitron.runtime.agreement import agreed, from_first
 from nemo_minitron.runtime.atomic import atomic_file
 
 log = logging.getLogger(__name__)
@@ -64,11 +64,10 @@ class SavedState:
         Raises:
             ValueError: it is damaged, here or on another rank.
         """
-        found: list[Any] = [agreed(self._find if dist.get_rank() == 0 else _nothing)]
-        dist.broadcast_object_list(found, src=0, group=dist.group.WORLD)
-        if found[0] is None:
+        found = from_first(self._find)
+        if found is None:
             return None
-        number, samples, hashes = found[0]
+        number, samples, hashes = found
         path = self._file(number)
         visible: list[bool] = [False] * dist.get_world_size()
         dist.all_gather_object(visible, path.is_file(), group=dist.group.WORLD)
@@ -153,7 +152,3 @@ class SavedState:
         dist.barrier(group=dist.group.WORLD)
         if dist.get_rank() == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _nothing() -> None:
-    """What other ranks than the first look for."""

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from nemo_minitron.checkpoint.seals import check_seal, sealed_file
 from nemo_minitron.documents import json_value
 from nemo_minitron.models.inference import CachedModel, Sampling, continue_prompts, draws_of
+from nemo_minitron.runtime.agreement import from_first
 from nemo_minitron.runtime.worlds import barrier
 
 
@@ -94,15 +95,14 @@ class SampleWriter:
         return sum(counts)
 
     def _missing(self) -> list[int]:
-        """Numbers of the samples to write, as rank 0 sees them."""
-        box: list[Any] = [None]
-        if dist.get_rank() == 0:
+        """Numbers of the samples to write, as rank 0 sees them (collective)."""
+
+        def look() -> list[int]:
             self.folder.mkdir(exist_ok=True)
             written = read_samples(self.folder)
-            box = [[index for index in range(len(self.prompts)) if index not in written]]
-        dist.broadcast_object_list(box, src=0, group=dist.group.WORLD)
-        missing: list[int] = box[0]
-        return missing
+            return [index for index in range(len(self.prompts)) if index not in written]
+
+        return from_first(look)
 
     def _continuations(self, indices: list[int]) -> dict[int, list[int]]:
         """New tokens by sample; prompts of similar length go together."""

@@ -33,7 +33,7 @@ from nemo_minitron.config.stages import FinetuneConfig
 from nemo_minitron.config.training import DataConfig, OptimConfig, TrainerConfig
 from nemo_minitron.documents import yaml_value
 from nemo_minitron.models.weights import load_weights
-from nemo_minitron.runtime.agreement import together
+from nemo_minitron.runtime.agreement import from_first, together
 from nemo_minitron.runtime.groups import initialised_degrees
 from nemo_minitron.runtime.worlds import barrier
 
@@ -73,13 +73,16 @@ def _check_space(folder: Path, needed: int, path: Path) -> None:
         )
 
 
+def _own_name() -> str:
+    """Return a name that no other run has."""
+    return uuid.uuid4().hex
+
+
 @contextmanager
 def _unpacked(path: Path) -> Iterator[Path]:
     """The archive in a temporary folder of this node, unpacked by its first rank."""
-    shared: list[Any] = [uuid.uuid4().hex]
-    dist.broadcast_object_list(shared, src=0, group=dist.group.WORLD)
-    root = Path(tempfile.gettempdir())
-    folder = root / f"nemo_minitron-{shared[0]}-{socket.gethostname()}"
+    root, own = Path(tempfile.gettempdir()), from_first(_own_name)
+    folder = root / f"nemo_minitron-{own}-{socket.gethostname()}"
     first = int(os.environ.get("LOCAL_RANK", "0")) == 0
     try:
         together(partial(_unpack, path, folder) if first else None)
@@ -124,9 +127,7 @@ class NemoFileConnector(SaveRestoreConnector):
             OSError: the folder cannot be written (disk full).
         """
         target = Path(save_path)
-        shared: list[Any] = [uuid.uuid4().hex]
-        dist.broadcast_object_list(shared, src=0, group=dist.group.WORLD)
-        work = target.with_name(f".{target.name}.{shared[0]}.partial")  # nobody else's
+        work = target.with_name(f".{target.name}.{from_first(_own_name)}.partial")
         first = dist.get_rank() == 0
         together(partial(_make_empty, work) if first else None)
         try:

@@ -23,6 +23,7 @@ from torch import Tensor
 from nemo_minitron.checkpoint.manifest import FileEntry, files_in
 from nemo_minitron.checkpoint.seals import dumped, entries_of, loaded, write_seal
 from nemo_minitron.models.weights import plain_errors
+from nemo_minitron.runtime.agreement import from_first
 from nemo_minitron.runtime.atomic import rename_folder
 from nemo_minitron.runtime.megatron import (
     request_save,
@@ -121,9 +122,8 @@ class Saver:
 
 def hashes_by_rank(folder: Path) -> dict[str, FileEntry]:
     """Hashes of the files of a checkpoint; every rank reads its share (collective)."""
-    box: list[Any] = [files_in(folder) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(box, group=dist.group.WORLD)
-    return _gathered(entries_of(folder, box[0][dist.get_rank() :: dist.get_world_size()]))
+    names = from_first(partial(files_in, folder))
+    return _gathered(entries_of(folder, names[dist.get_rank() :: dist.get_world_size()]))
 
 
 def _gathered(mine: dict[str, FileEntry]) -> dict[str, FileEntry]:
@@ -140,15 +140,15 @@ def _fresh_folder(target: Path, *, shared: bool) -> Path:
         shared: whether another save of the same step may have the same folder. In the background it
             must not: what a killed job's writer still writes belongs to that job.
     """
-    box: list[Any] = [None]
-    if dist.get_rank() == 0:
+
+    def make() -> Path:
         token = "" if shared else f".{secrets.token_hex(4)}"
-        box[0] = target.with_name(f"{target.name}{token}{UNFINISHED}")
-        shutil.rmtree(box[0], ignore_errors=True)
-        box[0].mkdir(parents=True)
-    dist.broadcast_object_list(box, group=dist.group.WORLD)
-    folder: Path = box[0]
-    return folder
+        folder = target.with_name(f"{target.name}{token}{UNFINISHED}")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder
+
+    return from_first(make)
 
 
 def _spare_copies(state: dict[str, object]) -> None:

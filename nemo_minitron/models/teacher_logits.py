@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,6 +30,7 @@ from nemo_minitron.distillation.vocab import VocabShard
 from nemo_minitron.models.attention import zigzag_positions
 from nemo_minitron.models.build import HiddenGPTModel
 from nemo_minitron.models.schedule import Batch, gathered_hidden, on_this_cp_rank, run_schedule
+from nemo_minitron.runtime.agreement import from_first
 from nemo_minitron.runtime.groups import ParallelGroups
 from nemo_minitron.runtime.launch import device
 from nemo_minitron.runtime.worlds import barrier
@@ -121,18 +121,17 @@ class LogitWriter:
         Raises:
             ValueError: one of them is damaged.
         """
-        box: list[Any] = [None]
-        if dist.get_rank() == 0:
-            numbers = shard_numbers(self.storing.shard_samples, samples)
-            paths = {number: self.folder / shard_name(part, number) for number in numbers}
+        numbers = shard_numbers(self.storing.shard_samples, samples)
+        paths = {number: self.folder / shard_name(part, number) for number in numbers}
+
+        def look() -> list[int]:
             there = [path for path in paths.values() if path.exists()]
             remedy = "remove it, then the same command writes it again"
             with ThreadPoolExecutor(_READERS) as pool:
                 list(pool.map(lambda path: check_seal(path, remedy), there))
-            box = [[number for number, path in paths.items() if path not in there]]
-        dist.broadcast_object_list(box, src=0, group=dist.group.WORLD)
-        missing: list[int] = box[0]
-        return missing
+            return [number for number, path in paths.items() if path not in there]
+
+        return from_first(look)
 
     def _outputs(self, dataset: SampleSet, mine: range, longest: int) -> dict[str, Tensor] | None:
         """Tensors of a shard on the rank that writes it, else None.

@@ -30,6 +30,7 @@ from nemo_minitron.models.saving import (
 from nemo_minitron.models.signs_of_life import SignsOfLife
 from nemo_minitron.models.speed import Speed
 from nemo_minitron.models.stragglers import Stragglers
+from nemo_minitron.runtime.agreement import from_first
 from nemo_minitron.runtime.errors import Preempted
 from nemo_minitron.runtime.launch import device
 from nemo_minitron.runtime.megatron import start_writer_helper
@@ -132,11 +133,7 @@ def remove_left_over(trainer: Trainer, folder: Path, newest: int) -> None:
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The last complete training checkpoint below ``folder``, as rank 0 sees it (collective)."""
-    box: list[Path | None] = [None]
-    if dist.get_rank() == 0:
-        box = [max(complete_checkpoints(folder), key=step_of, default=None)]
-    dist.broadcast_object_list(box, src=0, group=dist.group.WORLD)
-    return box[0]
+    return from_first(lambda: max(complete_checkpoints(folder), key=step_of, default=None))
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 import tarfile
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -24,6 +24,25 @@ def agreed(check: Callable[[], Result]) -> Result:
         said = error
     _raise_first(said)
     return result[0]
+
+
+def from_first(find: Callable[[], Result]) -> Result:
+    """Return on every rank what rank 0 finds; the others do not look (collective).
+
+    Raises:
+        ValueError: what rank 0 says that refuses, on every rank.
+    """
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = find()
+        except ValueError as error:
+            box[1] = str(error)
+    dist.broadcast_object_list(box, src=0, group=dist.group.WORLD)
+    if box[1] is not None:
+        raise ValueError(box[1])
+    found: Result = box[0]
+    return found
 
 
 def together(step: Callable[[], None] | None) -> None:

@@ -15,6 +15,7 @@ from tests.helpers.damage import flip_bit
 from tests.helpers.task_fixtures import build_model
 from tests.helpers.tiny import (
     DEEPSEEK_V3,
+    DENSE_HYBRID,
     GEMMA2,
     GEMMA3,
     GPT2,
@@ -100,19 +101,7 @@ def test_the_cache_changes_nothing(ranks, tmp_path, config):
 
 def test_states_of_mamba_layers_are_kept_in_full(ranks, tmp_path):
     """In bf16 token by token is as near to fp32 as all tokens at once, however long they are."""
-    config = replace(
-        LLAMA,
-        family="nemotron_h",
-        hybrid_layer_pattern="M*M-",
-        gated_linear_unit=False,
-        activation="squared_relu",
-        position_embedding_type="none",
-        mamba_num_heads=8,
-        mamba_head_dim=8,
-        mamba_num_groups=2,
-        mamba_state_dim=16,
-    )
-    folder = str(write_result(tmp_path / "model", config, seed=0) / "checkpoint")
+    folder = str(write_result(tmp_path / "model", DENSE_HYBRID, seed=0) / "checkpoint")
     prompt = torch.randint(0, 50, (300,), generator=torch.Generator().manual_seed(1)).tolist()
     [(exact, _)] = ranks.run(1, read_by_step, folder, prompt, torch.float32)
     [(steps, whole)] = ranks.run(1, read_by_step, folder, prompt, torch.bfloat16)

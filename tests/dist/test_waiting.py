@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from nemo_minitron.data.cache import build_for_all
 from nemo_minitron.runtime import worlds
+from nemo_minitron.runtime.agreement import from_first
 
 LIMIT, WORK = 3.0, 4.5
 """Seconds after which a collective ends with an error, and for which rank 0 works."""
@@ -68,3 +69,19 @@ def test_ranks_wait_for_rank_0_longer_than_their_group_does(ranks, tmp_path, kin
     for filled, early, late in ranks.run(2, _wait, tmp_path, kind):
         assert min(filled, late) > LIMIT
         assert 0.4 < early < LIMIT
+
+
+def _damaged() -> int:
+    raise ValueError(f"rank {dist.get_rank()} reads a damaged file")
+
+
+def _told() -> tuple[int, str]:
+    """What rank 0 finds, and what it says when it refuses."""
+    found = from_first(lambda: dist.get_rank() + 7)
+    with pytest.raises(ValueError, match="damaged") as raised:
+        from_first(_damaged)
+    return found, str(raised.value)
+
+
+def test_what_rank_0_finds_or_refuses_all_ranks_do(ranks):
+    assert ranks.run(2, _told) == [(7, "rank 0 reads a damaged file")] * 2

@@ -142,11 +142,10 @@ NEMOTRON = replace(
     rotary_percent=0.5,
 )
 
-NEMOTRON_H = replace(
+DENSE_HYBRID = replace(
     LLAMA,
     family="nemotron_h",
-    num_layers=8,
-    hybrid_layer_pattern="M-M*MEM-",
+    hybrid_layer_pattern="M*M-",
     gated_linear_unit=False,
     activation="squared_relu",
     position_embedding_type="none",
@@ -154,6 +153,12 @@ NEMOTRON_H = replace(
     mamba_head_dim=8,
     mamba_num_groups=2,
     mamba_state_dim=16,
+)
+
+NEMOTRON_H = replace(
+    DENSE_HYBRID,
+    num_layers=8,
+    hybrid_layer_pattern="M-M*MEM-",
     num_moe_experts=4,
     moe_ffn_hidden_size=24,
     moe_router_topk=2,
