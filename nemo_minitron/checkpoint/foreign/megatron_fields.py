@@ -141,8 +141,8 @@ def _positions(stated: Stated) -> JsonObject:
     }
     if kind in ("rope", "yarn"):
         base = stated.get("rotary_base", 10000)
-        if not isinstance(base, int | float):
-            raise stated.refuse("rotary_base", "one number")
+        if not isinstance(base, int | float) or base % 1:  # GPTModel of Megatron-Core takes an int
+            raise stated.refuse("rotary_base", "one whole number")
         found["rotary_base"] = float(base)
         found["rotary_percent"] = float(stated.get("rotary_percent", 1.0))
         found["rope_scaling"] = scaling = _scaling(stated)
