@@ -259,3 +259,14 @@ def test_settings_of_a_family_reach_megatron(monkeypatch: pytest.MonkeyPatch) ->
     says = "attention_output_gate=False is not supported for family 'llama', which needs .*=True"
     with pytest.raises(ValueError, match=says):
         build.transformer_config(*given, {"attention_output_gate": False})
+
+
+def test_a_model_that_no_config_json_can_say():
+    """Its family's reason is given once, not once for each field."""
+    args = vars(megatron_lm_args(NEMOTRON_H))
+    stated = of_args({**args, "layernorm_epsilon": 1e-6}, "here")
+    with pytest.raises(ValueError, match=r"layer_norm_epsilon=1e-06 is not supported") as error:
+        match_family(stated, model_fields(stated, NEMOTRON_H.vocab_size))
+    says = "here: no supported family can express this model (nemotron_h: config.json "
+    assert str(error.value).startswith(says)
+    assert str(error.value).count("layer_norm_epsilon") == 1
