@@ -88,7 +88,7 @@ def _bias_once_trained(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]
     groups = ParallelGroups.current()
     (chunk,) = build_gpt(config, ParallelConfig(), groups, dtype=torch.bfloat16)
     router = chunk.decoder.layers[-1].mlp.router
-    bias = 1.0 + torch.arange(config.num_moe_experts) / 1000
+    bias = 1.0 + torch.arange(router.expert_bias.numel()) / 1000
     state = {k: bias if k.endswith("expert_bias") else v for k, v in chunk.state_dict().items()}
     chunk.load_state_dict(state)
     (wrapped,) = wrap_ddp([chunk], OptimConfig())
