@@ -41,6 +41,7 @@ PIP = $(BIN)/python -m pip install --no-compile $(addprefix -c ,$(CONSTRAINTS))
 help:
 	@echo "make setup       .venv with the package in it (.venv/bin/minitron), on the newest Python found"
 	@echo "make quickstart  prune and distill SmolLM2-135M on this machine"
+	@echo "make gpu         check and measure what needs a GPU; small sizes on a CPU: FLAGS=--small"
 	@echo "make test        all tests; on Python 3.11 and 3.10 the part that is run on the older stack"
 	@echo "make test-older  the same part, in .venv-older on Python 3.11 or 3.10"
 	@echo "make slurm       SLURM for the tests that need one, by apt-get, as root"

@@ -224,8 +224,11 @@ def open_model(
         Chunks of Megatron-Core's GPTModel or HybridModel in evaluation mode.
 
     Raises:
-        ValueError: it is no checkpoint of this package, or does not fit the layout.
+        ValueError: it is no checkpoint of this package, or does not fit the layout; ``dtype`` is
+            unknown.
     """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype} must be one of {', '.join(DTYPES)}, or None")
     checkpoint, groups = _checkpoint(folder), ParallelGroups.current()
     config = ModelConfig.load(checkpoint)
     dtype = dtype or (config.dtype if torch.cuda.is_available() else "float32")

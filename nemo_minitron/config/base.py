@@ -8,6 +8,7 @@ A field without any of these decides what its stage computes. What stands on a s
 every key in it. ``config/identity.py`` reads them.
 """
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
@@ -57,18 +58,22 @@ def one_of(*words: str | None) -> dict[str, Any]:
     return {WORDS: tuple("null" if word is None else word for word in words)}
 
 
-def check_words(section: Any, prefix: str = "") -> None:
-    """Refuse a value that is not one of the words that its field allows.
+def check_values(section: Any, prefix: str = "") -> None:
+    """Refuse numbers that are not finite, and values that are not one of a field's words.
+
+    Every comparison with NaN is false, so no check of a range would find it.
 
     Args:
         section: a config dataclass.
         prefix: of its keys, like ``trainer.``.
 
     Raises:
-        ValueError: names the key and the words.
+        ValueError: names the key, and the words if it has some.
     """
     for key in fields(section):
         value, words = getattr(section, key.name), key.metadata.get(WORDS)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{prefix}{key.name}={value} must be a finite number")
         if words and ("null" if value is None else value) not in words:
             listed = f"{', '.join(words[:-1])} or {words[-1]}"
             if len(words) > 3:
@@ -90,7 +95,7 @@ class StageConfig:
     """Threads for tensor and file work."""
 
     def __post_init__(self) -> None:
-        """Check words and ranges."""
-        check_words(self)
+        """Check values and ranges."""
+        check_values(self)
         if self.workers < 1:
             raise ValueError(f"workers={self.workers} must be at least 1")

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from nemo_minitron.config.base import ADDED, NEUTRAL, check_words, one_of
+from nemo_minitron.config.base import ADDED, NEUTRAL, check_values, one_of
 from nemo_minitron.runtime.plugins import added
 
 DENSE_LOSSES = ("forward_kl", "reverse_kl", "js", "mse", "cosine")
@@ -50,7 +50,7 @@ class IntermediateConfig:
                 f"distillation.intermediate.losses={list(self.losses)} must be different ones of "
                 f"{', '.join(INTERMEDIATE_LOSSES)}"
             )
-        check_words(self, "distillation.intermediate.")
+        check_values(self, "distillation.intermediate.")
         if not self.dynamic:
             self._check_alpha()
         self._check_unused()
@@ -126,7 +126,7 @@ class DistillationConfig:
 
     def __post_init__(self) -> None:
         """Check names, ranges and what belongs together."""
-        check_words(self, "distillation.")
+        check_values(self, "distillation.")
         self._check_temperature()
         self._check_kind_keys()
         if self.chunk_size < 1:

@@ -21,6 +21,7 @@ from nemo_minitron.config.model_checks import (
     check_latent,
     check_linear,
     check_mamba,
+    check_numbers,
     check_prediction,
 )
 from nemo_minitron.documents import read_yaml_mapping
@@ -159,6 +160,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Check the relations every model must satisfy."""
+        check_numbers(self)
         if self.num_attention_heads % self.num_query_groups:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "

@@ -1,6 +1,11 @@
 """Relations between the sizes of a model, each checked for one kind of layer."""
 
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Iterator
+from dataclasses import fields
+from numbers import Integral, Real
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
 
 from nemo_minitron.config.layers import EXPERTS, MAMBA, kinds_of
 
@@ -17,6 +22,61 @@ LINEAR_SIZES = (
     "linear_conv_kernel_dim",
 )
 """Sizes of every gated delta net, as Megatron-Core and Hugging Face call them; never pruned."""
+
+
+_ABOVE_0 = (
+    "rotary_base",
+    "rotary_base_local",
+    "rotary_percent",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "activation_func_clamp_value",
+    "moe_router_topk_scaling_factor",
+)
+
+
+def check_numbers(config: "ModelConfig") -> None:
+    """Check that sizes are whole numbers, and that all numbers are finite and in their range.
+
+    A config.json may hold NaN, and one that was made from YAML the text ``"1e-5"``.
+
+    Raises:
+        ValueError: names the field and its value.
+    """
+    for key in fields(config):
+        value, kind = getattr(config, key.name), key.type
+        kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+        must = None
+        if int in kinds and (isinstance(value, bool) or not isinstance(value, Integral)):
+            must = "a whole number"
+        if float in kinds and not _finite(value):
+            must = "a finite number"
+        if bool in kinds and isinstance(value, str):
+            must = "true or false"
+        if must and value is not None:
+            raise ValueError(f"{key.name}={value!r} of the model must be {must}")
+    for name in ("multipliers", "rope_scaling"):
+        if not all(map(_finite, _numbers_in(getattr(config, name)))):
+            raise ValueError(f"{name}={getattr(config, name)} of the model must be finite numbers")
+    if config.layernorm_epsilon < 0:
+        raise ValueError(f"layernorm_epsilon={config.layernorm_epsilon} must not be negative")
+    for name in _ABOVE_0:
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"{name}={value} of the model must be above 0")
+
+
+def _finite(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
+
+
+def _numbers_in(values: Any) -> Iterator[object]:
+    """Yield the numbers of a value and of what it holds."""
+    if isinstance(values, dict | list):
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from _numbers_in(value)
+    elif not isinstance(values, bool) and isinstance(values, Real):
+        yield values
 
 
 def check_mamba(config: "ModelConfig") -> None:

@@ -44,6 +44,14 @@ class ParallelConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"parallel.{name}={getattr(self, name)} must be at least 1")
+        for name in (
+            "data_parallel_size",
+            "num_layers_in_first_pipeline_stage",
+            "num_layers_in_last_pipeline_stage",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"parallel.{name}={value} must be at least 1, or null")
         vpp = self.virtual_pipeline_model_parallel_size
         if vpp is not None and (vpp < 2 or self.pipeline_model_parallel_size < 2):
             raise ValueError(
@@ -191,7 +199,8 @@ class TeacherParallelConfig:
             raise ValueError(f"teacher_parallel: {named}") from error
 
     def _own(self, student: ParallelConfig, split: dict[str, Any]) -> ParallelConfig:
-        degrees = {name: getattr(self, name) or getattr(student, name) for name in _DEGREES}
+        given = {name: getattr(self, name) for name in _DEGREES}
+        degrees = {k: getattr(student, k) if v is None else v for k, v in given.items()}
         split_tensors = degrees["tensor_model_parallel_size"] > 1
         sequence = self.sequence_parallel
         if sequence is None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_minitron.config.base import ADDED, NEUTRAL, StageConfig
+from nemo_minitron.config.base import ADDED, NEUTRAL, StageConfig, check_values
 
 
 @dataclass(kw_only=True)
@@ -71,6 +71,7 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        check_values(self, "cluster.")
         if self.gpus_per_node < 0:
             raise ValueError(f"cluster.gpus_per_node={self.gpus_per_node} must not be negative")
         for name in ("gpu_memory_gb", "peak_tflops", "gpu_link_gb_per_s", "network_gb_per_s"):

@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from nemo_minitron.config.base import ADDED, INPUT, MAY_CHANGE, NEUTRAL, StageConfig
+from nemo_minitron.config.base import ADDED, INPUT, MAY_CHANGE, NEUTRAL, StageConfig, check_values
 from nemo_minitron.config.inference import LmEvalConfig
 from nemo_minitron.config.megatron import ForwardMegatronConfig, MegatronConfig
 from nemo_minitron.config.parallel import ParallelConfig
@@ -53,6 +53,7 @@ class ShortDistillConfig:
 
     def __post_init__(self) -> None:
         """Check ranges; ``optim`` and ``trainer`` refuse the rest."""
+        check_values(self, "search.distill.")
         if self.steps < 0:
             raise ValueError(f"search.distill.steps={self.steps} must not be negative")
         if self.top < 1:
@@ -116,6 +117,7 @@ class SearchSpaceConfig:
 
     def __post_init__(self) -> None:
         """Check ranges and read the ranges of sizes."""
+        check_values(self, "search.")
         for name in SEARCHED:
             setattr(self, name, _sizes(name, getattr(self, name)))
         for name in ("divisor", "tensor_model_parallel_size", "batch_size", "seq_length"):

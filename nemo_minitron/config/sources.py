@@ -5,9 +5,9 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from nemo_minitron.config.base import INPUT, MAY_CHANGE, StageConfig
+from nemo_minitron.config.base import INPUT, MAY_CHANGE, StageConfig, check_values
 from nemo_minitron.config.blend import parse_blend
-from nemo_minitron.config.training import DataConfig
+from nemo_minitron.config.training import DataConfig, check_seed
 
 
 @dataclass(kw_only=True)
@@ -28,6 +28,8 @@ class SourcesConfig:
 
     def __post_init__(self) -> None:
         """Check values that do not depend on the texts."""
+        check_values(self, "data.")
+        check_seed(self.seed)
         if self.blend != MISSING:
             self.blend = parse_blend(self.blend)
         if self.blend_max_epochs is not None and not self.blend_max_epochs > 0:

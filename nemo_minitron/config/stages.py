@@ -12,7 +12,7 @@ from nemo_minitron.config.base import (
     MAY_CHANGE,
     NEUTRAL,
     StageConfig,
-    check_words,
+    check_values,
     may_change,
     one_of,
     with_earlier_default,
@@ -102,7 +102,7 @@ class CalibrationConfig:
 
     def __post_init__(self) -> None:
         """Check names and ranges."""
-        check_words(self, "scores.")
+        check_values(self, "scores.")
         if self.lm_loss_samples < 1:
             raise ValueError(f"scores.lm_loss_samples={self.lm_loss_samples} must be at least 1")
 
@@ -248,7 +248,7 @@ class PruningConfig:
     def __post_init__(self) -> None:
         """Check names and ranges."""
         self.target = dict(TargetConfig(self.target))  # OmegaConf takes no kinds of dict
-        check_words(self, "pruning.")
+        check_values(self, "pruning.")
         check_compensated("pruning.compensate", self.compensate)
         if not self.ridge > 0:
             raise ValueError(f"pruning.ridge={self.ridge} must be above 0; 1e-3 is usual")

@@ -1,4 +1,4 @@
-"""Data, trainer and optimizer settings shared by the stages that run a model."""
+"""Data and trainer settings shared by the stages that run a model."""
 
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -13,10 +13,11 @@ from nemo_minitron.config.base import (
     MAY_CHANGE,
     NEUTRAL,
     TOKENS,
-    check_words,
+    check_values,
     one_of,
 )
 from nemo_minitron.config.blend import is_blend, parse_blend, parse_changes
+from nemo_minitron.config.optim import OptimConfig as OptimConfig
 
 RECOMPUTE_KEYS = (
     "recompute_granularity",
@@ -28,6 +29,12 @@ RECOMPUTE_KEYS = (
 PRECISION = one_of("32", "bf16-mixed")
 CALIBRATION_SAMPLES = 1024
 """What the stages that score ask for where nobody says; they take fewer where there are no more."""
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a ``data.seed`` that NumPy, which shuffles for Megatron, does not take."""
+    if not 0 <= seed < 1 << 32:
+        raise ValueError(f"data.seed={seed} must be from 0 to {(1 << 32) - 1}")
 
 
 @dataclass(kw_only=True)
@@ -85,7 +92,8 @@ class DataConfig:
                 raise ValueError(f"data.{name}={getattr(self, name)} must be at least 1")
         if self.num_samples is not None and self.num_samples < 1:
             raise ValueError(f"data.num_samples={self.num_samples} must be at least 1, or null")
-        check_words(self, "data.")
+        check_values(self, "data.")
+        check_seed(self.seed)
         self._check_blend()
 
     def _check_blend(self) -> None:
@@ -105,6 +113,8 @@ class DataConfig:
                     f"data.{name}={getattr(self, name)} is for data.blend, which is not set; leave "
                     "it out"
                 )
+        if self.blend_max_epochs is not None and self.blend_max_epochs <= 0:
+            raise ValueError(f"data.blend_max_epochs={self.blend_max_epochs} must be above 0")
         if self.blend is not None and self.blend_changes is not None:
             self.blend_changes = parse_changes(self.blend_changes, len(self.blend))
 
@@ -244,7 +254,7 @@ class TrainerConfig:
         """Check ranges and relations."""
         if self.max_steps < 1:
             raise ValueError(f"trainer.max_steps={self.max_steps} must be at least 1")
-        check_words(self, "trainer.")
+        check_values(self, "trainer.")
         if self.num_nodes is not None and self.num_nodes < 1:
             raise ValueError(f"trainer.num_nodes={self.num_nodes} must be at least 1, or null")
         for name, least in (("val_check_interval", 1), ("log_every_n_steps", 1), ("save_top_k", 1)):
@@ -319,32 +329,3 @@ class TrainerConfig:
                 f"trainer.recompute_modules={modules} must name some of {', '.join(allowed)}"
                 + (f", not {', '.join(unknown)}" if unknown else "")
             )
-
-
-@dataclass(kw_only=True)
-class OptimConfig:
-    """Adam and its schedule; Megatron's names."""
-
-    lr: float = 1e-4
-    """Peak learning rate."""
-    min_lr: float = 1e-5
-    """Learning rate at the end of the decay."""
-    lr_warmup_steps: int = 0
-    """Steps of linear warm-up from 0 to lr."""
-    lr_decay_style: str = field(default="cosine", metadata=one_of("cosine", "linear", "constant"))
-    """How the learning rate falls after the warm-up."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay; norms and biases are excluded (Megatron's rule)."""
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    use_distributed_optimizer: bool = True
-    """Shard optimizer state over the data-parallel ranks."""
-
-    def __post_init__(self) -> None:
-        """Check ranges and relations."""
-        if not 0 <= self.min_lr <= self.lr:
-            raise ValueError(
-                f"optim.min_lr={self.min_lr} must lie between 0 and optim.lr={self.lr}"
-            )
-        check_words(self, "optim.")

@@ -10,7 +10,7 @@ from nemo_minitron.config.base import (
     MAY_CHANGE,
     NEUTRAL,
     StageConfig,
-    check_words,
+    check_values,
     may_change,
     one_of,
 )
@@ -199,7 +199,7 @@ class TeacherPassConfig:
             raise ValueError(
                 f"trainer.limit_val_batches={self.limit_val_batches} must not be negative"
             )
-        check_words(self, "trainer.")
+        check_values(self, "trainer.")
 
 
 @dataclass(kw_only=True)

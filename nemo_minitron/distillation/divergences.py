@@ -106,7 +106,7 @@ def cosine(
     dots = torch.stack([_dot(student, teacher), _dot(student, student), _dot(teacher, teacher)])
     product, ss, tt = all_reduce(dots, shard.group)
     tiny = torch.finfo(ss.dtype).tiny  # rows of zeros: cosine 0 and no gradient
-    ss, tt = ss.clamp_min(tiny), tt.clamp_min(tiny)
+    ss, tt = (torch.where(x > tiny, x, torch.inf) for x in (ss, tt))
     norms = ss.sqrt() * tt.sqrt()
     cos = product / norms
     grad = student.mul_((weight * cos / ss)[:, None]).sub_(teacher.mul_((weight / norms)[:, None]))

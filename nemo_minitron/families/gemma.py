@@ -9,7 +9,7 @@ and keys, and its layers with windows rotate with a base of their own. Their mod
 ``models/gemma_spec.py``.
 """
 
-import math
+import sys
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -122,7 +122,7 @@ def gemma3_from_hf(hf: dict[str, Any]) -> ModelConfig:
     whole, local = _rotations(known)
     every = known.get("sliding_window_pattern") or known.get("_sliding_window_pattern") or 6
     # A layer with a window that no position leaves still rotates as layers with windows do.
-    endless = {**known, "max_position_embeddings": math.inf}
+    endless = {**known, "max_position_embeddings": sys.maxsize}
     return replace(
         _sizes("gemma3", endless, whole, every),
         max_position_embeddings=known["max_position_embeddings"],

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import (
@@ -50,28 +51,14 @@ def gathered_positions(local_length: int, size: int, device: torch.device | None
     return torch.cat(ranks)
 
 
-class _GatherSequence(torch.autograd.Function):
-    """All-gather along dim 0; the gradient is reduce-scattered."""
-
-    @staticmethod
-    def forward(ctx: Any, local: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
-        ctx.group = group
-        out = [torch.empty_like(local) for _ in range(group.size())]
-        torch.distributed.all_gather(out, local.contiguous(), group=group)
-        return torch.cat(out)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        grad = grads[0].contiguous()
-        torch.distributed.all_reduce(grad, group=ctx.group)
-        return grad.chunk(ctx.group.size())[ctx.group.rank()].contiguous(), None
-
-
 def gather_sequence(local: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
-    """Tokens of all context-parallel ranks, ``[s, ...]`` to ``[s * cp, ...]``, differentiable."""
+    """Tokens of all context-parallel ranks, ``[s, ...]`` to ``[s * cp, ...]``.
+
+    Each rank gets its part of the summed gradient: sequence parallelism does the same.
+    """
     if group.size() == 1:
         return local
-    out: Tensor = _GatherSequence.apply(local, group)
+    out: Tensor = gather_from_sequence_parallel_region(local, group=group)
     return out
 
 

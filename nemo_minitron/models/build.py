@@ -159,11 +159,17 @@ def transformer_config(
 def _refuse(
     family: Family, config: ModelConfig, parallel: ParallelConfig, given: Mapping[str, Any]
 ) -> None:
-    """Settings that the family decides, and layouts that Transformer Engine has no windows for."""
+    """Settings that change the model, and layouts that Transformer Engine has no windows for."""
     for name in sorted(family.megatron.keys() & given.keys()):
         raise ValueError(
             f"megatron.transformer.{name}={given[name]} is not supported for family "
             f"'{family.name}', which needs {name}={family.megatron[name]}; leave it out"
+        )
+    if config.activation == "gelu" and given.get("bias_activation_fusion"):
+        raise ValueError(
+            "megatron.transformer.bias_activation_fusion=true is not supported for a model with "
+            "the exact GELU, of which Megatron's fused kernel is the tanh approximation; leave it "
+            "out"
         )
     if config.linear_attention_freq is not None and not HAVE_DELTA_NET:
         raise ValueError(

@@ -150,6 +150,11 @@ def _check_pair(
             f"the teacher has vocab_size={sizes[0]} and the student {sizes[1]}; logits can be "
             "compared only where both have the same tokens; give vocab_size where one is padded"
         )
+    if vocab_size is not None and not 1 <= vocab_size <= min(sizes):
+        raise ValueError(
+            f"vocab_size={vocab_size} must be from 1 to {min(sizes)}, the tokens of both models"
+        )
+    settings.check_vocabulary(vocab_size or sizes[1])
     if settings.intermediate.losses:
         raise ValueError(
             f"intermediate losses ({settings.intermediate.losses}) train a projection of their "

@@ -36,10 +36,24 @@ def wrap_ddp(
     config = ddp_config(optim, megatron or MegatronConfig(), replicas)
     wrapped = []
     for index, chunk in enumerate(chunks):
-        module = Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk
+        module = _half_precision(chunk) if chunk.config.bf16 else chunk
         wrapped.append(
             DistributedDataParallel(chunk.config, config, module, disable_bucketing=index > 0)
         )
+    return wrapped
+
+
+def _half_precision(chunk: HiddenGPTModel) -> Float16Module:
+    """Wrap a chunk in Megatron's half-precision module, which leaves fp32 buffers as they are.
+
+    It would round the bias by which a router picks experts. Megatron computes with that in fp32 and
+    casts it back, too late for a model whose weights are loaded already.
+    """
+    whole = {n: buffer.data for n, buffer in chunk.named_buffers() if buffer.dtype == torch.float32}
+    wrapped = Float16Module(chunk.config, chunk)
+    for name, buffer in chunk.named_buffers():
+        if name in whole:
+            buffer.data = whole[name]
     return wrapped
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import functools
 import importlib.metadata
+import math
 import types
 from collections.abc import Callable, Mapping
 from enum import Enum
@@ -26,7 +27,7 @@ _DTYPES = {
     "fp16": torch.float16,
     "fp8": torch.uint8,  # as Megatron-LM's arguments say it
 }
-_PLAIN = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
+_PLAIN = {bool: "true or false", int: "an integer", float: "a finite number", str: "text"}
 """Plain types, and what a value of each is in words."""
 
 
@@ -109,9 +110,9 @@ def _conform(annotation: Any, value: Any) -> Any:
         return _sequence(origin, get_args(annotation), list(value))
     if annotation is list and isinstance(value, list):
         return value
-    if annotation is float and type(value) in (int, float):
+    if annotation is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)
-    if annotation in _PLAIN and type(value) is annotation:
+    if annotation in _PLAIN and annotation is not float and type(value) is annotation:
         return value
     if annotation is torch.dtype and value in _DTYPES:
         return _DTYPES[value]

@@ -1,5 +1,6 @@
 """Distillation at every layout gives the gradients of the single rank, and of transformers."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,9 +56,9 @@ def _run(ranks, pair, layout: str, **over):
     out = folder / f"{layout}{sorted(over.items())}"
     if not out.exists():
         sums = ranks.run(size, kd_gradients, student, teacher, parallel, str(out), over)
-        (out / "sums.txt").write_text(repr(sums[0]))
+        (out / "sums.json").write_text(json.dumps(sums[0]))
         assert all(s == sums[0] for s in sums), "ranks disagree about the loss"
-    sums = torch.tensor(eval((out / "sums.txt").read_text()))
+    sums = torch.tensor(json.loads((out / "sums.json").read_text()))
     return sums, read_gradients(out, student[0])
 
 

@@ -76,6 +76,34 @@ def _export_twice(checkpoint: str, folder: str) -> list[str]:
     return said
 
 
+def _bias_once_trained(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bias of the last router: as loaded, and wrapped for a training."""
+    from nemo_minitron.config.optim import OptimConfig
+    from nemo_minitron.models.build import build_gpt
+    from nemo_minitron.models.optim import wrap_ddp
+    from nemo_minitron.runtime.groups import ParallelGroups
+    from nemo_minitron.runtime.launch import init_model_parallel
+
+    init_model_parallel(ParallelConfig())
+    groups = ParallelGroups.current()
+    (chunk,) = build_gpt(config, ParallelConfig(), groups, dtype=torch.bfloat16)
+    router = chunk.decoder.layers[-1].mlp.router
+    bias = 1.0 + torch.arange(router.expert_bias.numel()) / 1000
+    state = {k: bias if k.endswith("expert_bias") else v for k, v in chunk.state_dict().items()}
+    chunk.load_state_dict(state)
+    (wrapped,) = wrap_ddp([chunk], OptimConfig())
+    assert {parameter.dtype for parameter in wrapped.parameters()} == {torch.bfloat16}
+    return bias, router.expert_bias.clone()
+
+
+@pytest.mark.parametrize("config", [tiny.GLM4_MOE, tiny.DEEPSEEK_EXPERTS], ids=lambda c: c.family)
+def test_the_bias_of_a_router_is_not_rounded_for_training(ranks, config):
+    """In bf16 these are all 1: other experts would be picked than by the teacher."""
+    bias, trained = ranks.run(1, _bias_once_trained, config)[0]
+    assert trained.dtype == torch.float32
+    assert torch.equal(trained, bias)
+
+
 def test_an_export_that_is_refused_says_so_on_every_rank_and_leaves_nothing(ranks, tmp_path):
     tiny.write_result(tmp_path / "model", tiny.LLAMA, 0)
     target = tmp_path / "hf" / "exported"

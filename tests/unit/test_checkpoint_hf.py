@@ -131,7 +131,8 @@ def test_damaged_config(folder):
     [
         ("architectures", ["BertModel"], r"architectures=\['BertModel'\].*supported: .*'LlamaFor"),
         ("num_hidden_layers", None, "config.json lacks 'num_hidden_layers'"),
-        ("hidden_size", "48", "a size in config.json is not a number above 0: "),
+        ("hidden_size", "48", r"hidden_size=.48. of the model must be a whole number"),
+        ("rms_norm_eps", "1e-5", r"layernorm_epsilon=.1e-5. of the model must be a finite number"),
         ("quantization_config", {"quant_method": "gptq"}, r"quantised .*\(quant_method=gptq\)"),
         (
             "quantization_config",

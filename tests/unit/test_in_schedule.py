@@ -39,5 +39,20 @@ def test_refusals(teacher, student, settings, says):
         _check_pair(teacher, student, settings, None)
 
 
+@pytest.mark.parametrize("vocab_size", [0, 9])
+def test_a_vocabulary_that_a_model_does_not_have(vocab_size):
+    with pytest.raises(ValueError, match=rf"^vocab_size={vocab_size} must be from 1 to 8, "):
+        _check_pair([chunk(8)], [chunk(16)], DistillationConfig(), vocab_size)
+
+
+@pytest.mark.parametrize(("vocab_size", "least"), [(None, 16), (10, 10)])
+def test_more_logits_than_tokens(vocab_size, least):
+    settings = DistillationConfig(loss="top_k", top_k=least + 1)
+    with pytest.raises(ValueError, match=rf"top_k={least + 1} .*the vocabulary of {least}; "):
+        _check_pair([chunk(16)], [chunk(16)], settings, vocab_size)
+    settings.top_k = least
+    _check_pair([chunk(16)], [chunk(16)], settings, vocab_size)
+
+
 def test_a_padded_vocabulary_is_said():
     _check_pair([chunk(8)], [chunk(16)], DistillationConfig(), 8)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from nemo_minitron.config.layout import check_layout, check_pipeline, padded_vocab_size
-from nemo_minitron.config.parallel import ParallelConfig, layers_per_chunk
+from nemo_minitron.config.parallel import ParallelConfig, TeacherParallelConfig, layers_per_chunk
 from tests.helpers.tiny import LLAMA, MIXTRAL, QWEN2_MOE
 
 PIPELINE = {"pipeline_model_parallel_size": 2}
@@ -84,6 +84,27 @@ def test_experts_need_replicas_of_the_rest():
 )
 def test_accepted(keys):
     check_layout(LLAMA, ParallelConfig(**keys))
+
+
+@pytest.mark.parametrize("value", [0, -1])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "data_parallel_size",
+        "num_layers_in_first_pipeline_stage",
+        "num_layers_in_last_pipeline_stage",
+    ],
+)
+def test_sizes_below_one(name, value):
+    """A first stage of -1 layers would leave 5 of 4 to the others."""
+    with pytest.raises(ValueError, match=rf"^parallel\.{name}={value} must be at least 1, or null"):
+        ParallelConfig(pipeline_model_parallel_size=2, **{name: value})
+
+
+def test_degrees_of_the_teacher_below_one():
+    teacher = TeacherParallelConfig(own_ranks=1, tensor_model_parallel_size=0)
+    with pytest.raises(ValueError, match=r"teacher_parallel\.tensor_model_parallel_size=0 must be"):
+        teacher.of(ParallelConfig())
 
 
 def test_vocabulary_is_padded_to_the_tensor_parallel_size():

@@ -8,7 +8,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from nemo_minitron.config.distillation import LOSS_KINDS, DistillationConfig
-from nemo_minitron.distillation.divergences import LOSSES
+from nemo_minitron.distillation.divergences import LOSSES, cosine
 from nemo_minitron.distillation.logit_loss import TeacherStates, logit_loss
 from nemo_minitron.distillation.top_k import TopKTargets, top_k_targets
 from nemo_minitron.distillation.vocab import VocabShard
@@ -117,6 +117,23 @@ def test_nothing_counts(kind):
     inputs["mask"].zero_()
     for tensor in _fused(_config(kind, ce_weight=0.5), inputs):
         assert not tensor.any()
+
+
+@pytest.mark.parametrize("zeros", [("student",), ("teacher",), ("student", "teacher")])
+def test_the_cosine_of_a_row_of_zeros_is_zero(zeros):
+    """And has no gradient: there is no direction to turn to."""
+    logits = {name: torch.randn(2, VOCAB) for name in ("student", "teacher")}
+    for name in zeros:
+        logits[name][0] = 0.0
+    row = logits["student"][1].clone().requires_grad_()
+    (1 - torch.cosine_similarity(row, logits["teacher"][1], dim=0)).backward()
+    config, weight = DistillationConfig(loss="cosine"), torch.tensor([1.0, 0.0])
+    loss, grad = cosine(logits["student"].clone(), logits["teacher"].clone(), weight, config, SHARD)
+    assert loss == 1.0
+    assert not grad.any()
+    _, grad = cosine(logits["student"], logits["teacher"], torch.ones(2), config, SHARD)
+    assert not grad[0].any()
+    torch.testing.assert_close(grad[1], row.grad)
 
 
 @pytest.mark.parametrize("kind", ["top_k", "top_k_tail"])

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import re
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -89,6 +90,7 @@ def test_any_field_without_a_plus():
         ("transformer.fp8_margin=true", r"must be an integer"),
         ("transformer.bias_dropout_fusion=1", r"must be true or false"),
         ("transformer.recompute_modules=mlp", r"must be a list of text or null"),
+        ("optimizer.decoupled_lr=nan", r"decoupled_lr=nan must be a finite number or null"),
         ("ddp.bucket_size=big", r"must be an integer or null"),
         ("optimizer.exp_avg_dtype=half", r"must be float32 or fp32 or bfloat16"),
         # Relations
@@ -300,7 +302,7 @@ def test_what_this_machine_cannot_do():
     from nemo_minitron.config.parallel import ParallelConfig
     from nemo_minitron.models.settings_check import check_training_with_megatron
     from nemo_minitron.models.spec import HAVE_TE
-    from tests.helpers.tiny import LLAMA, MIXTRAL
+    from tests.helpers.tiny import GPT2, LLAMA, MIXTRAL
 
     def check(model=LLAMA, **parts):
         args = (ParallelConfig(), TrainerConfig(), OptimConfig())
@@ -313,6 +315,8 @@ def test_what_this_machine_cannot_do():
             check(optimizer={"use_precision_aware_optimizer": True})
         with pytest.raises(ValueError, match=r"dispatcher_type=alltoall needs a GPU"):
             check(MIXTRAL, transformer={"moe_token_dispatcher_type": "alltoall"})
+    with pytest.raises(ValueError, match=r"bias_activation_fusion=true .*the exact GELU"):
+        check(replace(GPT2, activation="gelu"), transformer={"bias_activation_fusion": True})
     with pytest.raises(ValueError, match=r"overlap_p2p_comm=True is for the interleaved schedule"):
         check(transformer={"overlap_p2p_comm": True})
     with pytest.raises(ValueError, match=r"Megatron refuses megatron.optimizer.exp_avg_dtype=bf16"):

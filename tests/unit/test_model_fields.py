@@ -4,6 +4,7 @@ A new field fails ``test_every_field_is_here`` until it has a row here, and then
 that does not know it.
 """
 
+import math
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -259,3 +260,35 @@ def test_settings_of_a_family_reach_megatron(monkeypatch: pytest.MonkeyPatch) ->
     says = "attention_output_gate=False is not supported for family 'llama', which needs .*=True"
     with pytest.raises(ValueError, match=says):
         build.transformer_config(*given, {"attention_output_gate": False})
+
+
+def test_a_model_that_no_config_json_can_say():
+    """Its family's reason is given once, not once for each field."""
+    args = vars(megatron_lm_args(NEMOTRON_H))
+    stated = of_args({**args, "layernorm_epsilon": 1e-6}, "here")
+    with pytest.raises(ValueError, match=r"layer_norm_epsilon=1e-06 is not supported") as error:
+        match_family(stated, model_fields(stated, NEMOTRON_H.vocab_size))
+    says = "here: no supported family can express this model (nemotron_h: config.json "
+    assert str(error.value).startswith(says)
+    assert str(error.value).count("layer_norm_epsilon") == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "value", "says"),
+    [
+        (LLAMA, "layernorm_epsilon", math.nan, "=nan of the model must be a finite number"),
+        (LLAMA, "layernorm_epsilon", -1e-5, "=-1e-05 must not be negative"),
+        (LLAMA, "num_layers", 2.5, "=2.5 of the model must be a whole number"),
+        (LLAMA, "num_layers", True, "=True of the model must be a whole number"),
+        (LLAMA, "rotary_base", 0.0, "=0.0 of the model must be above 0"),
+        (LLAMA, "qk_layernorm", "false", "='false' of the model must be true or false"),
+        (LLAMA, "rope_scaling", {"rope_type": "linear", "factor": math.inf}, "=.* finite numbers"),
+        (GRANITE, "multipliers", {"logits": math.nan}, "=.* must be finite numbers"),
+        (GEMMA2, "final_logit_softcapping", 0.0, "=0.0 of the model must be above 0"),
+        (GLM4_MOE, "moe_router_topk_scaling_factor", math.nan, "=nan .* a finite number"),
+    ],
+)
+def test_numbers_that_no_model_has(config, name, value, says):
+    """JSON files may hold NaN, and texts where numbers belong."""
+    with pytest.raises(ValueError, match=f"^{name}{says}$"):
+        replace(config, **{name: value})

@@ -173,3 +173,8 @@ def test_the_stub_and_the_page_have_all_names():
     assert all(f"`{name}" in page for name in names)
     with pytest.raises(AttributeError, match="no attribute 'scores'"):
         getattr(nemo_minitron, "scores")
+
+
+def test_a_dtype_that_no_weights_have():
+    with pytest.raises(ValueError, match=r"^dtype=half must be one of float32, bfloat16, float16"):
+        nemo_minitron.open_model("runs/teacher", dtype="half")

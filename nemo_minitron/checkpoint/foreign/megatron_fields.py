@@ -141,8 +141,8 @@ def _positions(stated: Stated) -> JsonObject:
     }
     if kind in ("rope", "yarn"):
         base = stated.get("rotary_base", 10000)
-        if not isinstance(base, int | float):
-            raise stated.refuse("rotary_base", "one number")
+        if not isinstance(base, int | float) or base % 1:  # GPTModel of Megatron-Core takes an int
+            raise stated.refuse("rotary_base", "one whole number")
         found["rotary_base"] = float(base)
         found["rotary_percent"] = float(stated.get("rotary_percent", 1.0))
         found["rope_scaling"] = scaling = _scaling(stated)
@@ -248,11 +248,8 @@ def model_fields(stated: Stated, vocab_size: int) -> JsonObject:
 
 def _differences(family: Family, fields: JsonObject) -> JsonObject:
     """Field -> the value a family's config would have instead; empty when the family fits."""
-    try:
-        config = ModelConfig(family=family.name, **fields)
-        again = family.from_hf(family.to_hf(config))
-    except (KeyError, TypeError, ValueError) as error:  # as it has no experts, for instance
-        return dict.fromkeys(fields, str(error))
+    config = ModelConfig(family=family.name, **fields)
+    again = family.from_hf(family.to_hf(config))
     return {name: getattr(again, name) for name in fields if getattr(again, name) != fields[name]}
 
 
@@ -287,16 +284,25 @@ def match_family(stated: Stated, fields: JsonObject) -> tuple[Family, ModelConfi
     except ValueError as error:
         raise ValueError(f"{stated.where}: {error}") from error
     nearest: tuple[Family, JsonObject] | None = None
+    refusals: list[str] = []
     for family in _with_the_spec(stated):
         known = without_letters(family, fields)
-        differ = _differences(family, known)
+        try:
+            differ = _differences(family, known)
+        except (KeyError, TypeError, ValueError) as error:  # as it has no experts, for instance
+            refusals.append(f"{family.name}: {error}")
+            continue
         if not differ:
             known["hybrid_layer_pattern"] = fields.get("hybrid_layer_pattern")
             config = ModelConfig(family=family.name, **known)
             return family_of(config), config
         if nearest is None or len(differ) < len(nearest[1]):
             nearest = family, differ
-    assert nearest is not None
+    if nearest is None:
+        raise ValueError(
+            f"{stated.where}: no supported family can express this model ({refusals[0]}). "
+            "Families: docs/families.md"
+        )
     family, differ = nearest
     said = ", ".join(f"{stated.name(name)} ({name}={fields[name]})" for name in differ)
     would = ", ".join(f"{name}={value}" for name, value in differ.items())
