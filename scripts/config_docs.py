@@ -42,7 +42,16 @@ _TYPES = {
     "list[dict[str, Any]]": "list of mappings",
 }
 
-_RESUMED = "data importance prune search teacher_logits distill finetune generate".split()
+_RESUMED = [
+    "data",
+    "importance",
+    "prune",
+    "search",
+    "teacher_logits",
+    "distill",
+    "finetune",
+    "generate",
+]
 _COMMON = meanings(StageConfig)
 _RESUMING = """\
 ## Keys that may differ when work goes on

@@ -312,7 +312,9 @@ def explain(stage: str, error: Exception) -> str:
     unset = re.search(r"Environment variable '(.+)' not found", text)
     if unset:
         name = unset.group(1)
-        text = f"{name} is not set in the environment; export it, or write ${{oc.env:{name},DEFAULT}}"
+        text = (
+            f"{name} is not set in the environment; export it, or write ${{oc.env:{name},DEFAULT}}"
+        )
     if full_key:
         return f"{full_key}: {text}"
     return text if cause is error else f"{_first_line(error)}: {text}"

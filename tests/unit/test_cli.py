@@ -114,7 +114,10 @@ def test_help_lists_stages_keys_defaults_and_groups(run):
             "prune: output_dir: NOT_SET is not set in the environment; export it, or write "
             "${oc.env:NOT_SET,DEFAULT}\n",
         ),
-        ("prune checkpoint=${a} output_dir=b", "prune: checkpoint: Interpolation key 'a' not found\n"),
+        (
+            "prune checkpoint=${a} output_dir=b",
+            "prune: checkpoint: Interpolation key 'a' not found\n",
+        ),
         ("pipeline inputs.model=x", "write +inputs.model=... to add it"),
         (
             "pipeline experiment=quickstart stages.pruned.config.workers=3",
@@ -295,7 +298,9 @@ def test_jobs_of_a_sweep_that_would_share_a_folder(run, tmp_path):
     code, _, err, new = run(*line, "checkpoint=runs/a/b,runs/a_b,runs/c")
     assert code == 2
     assert not new
-    assert "checkpoint=runs/a/b and checkpoint=runs/a_b would share the folder checkpoint=runs" in err
+    assert (
+        "checkpoint=runs/a/b and checkpoint=runs/a_b would share the folder checkpoint=runs" in err
+    )
     for path in ("a/b", "c_b"):
         (tmp_path / "runs" / path).mkdir(parents=True)
         (tmp_path / "runs" / path / "file").write_text("x")
@@ -453,7 +458,10 @@ def test_layout_must_fit_the_launcher(run, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("env", "says"),
     [
-        ({"RANK": "0"}, "RANK=0 is in the environment without WORLD_SIZE; start all ranks with srun"),
+        (
+            {"RANK": "0"},
+            "RANK=0 is in the environment without WORLD_SIZE; start all ranks with srun",
+        ),
         ({"RANK": "x"}, "RANK=x in the environment is not a number; start all ranks with srun"),
         ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE=two in the environment is not a number"),
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1 in the environment is not a number"),

@@ -17,6 +17,7 @@ from nemo_minitron.config.training_stages import TeacherPassConfig
 from nemo_minitron.data.blend import BlendedSamples, Order
 from nemo_minitron.data.samples import NpyDataset
 from nemo_minitron.distillation.logit_index import LogitIndex, Part, check_stored, data_keys
+from nemo_minitron.distillation.logit_loss import capped_
 from nemo_minitron.distillation.logit_shards import (
     StoredTeacher,
     sample_hash,
@@ -24,7 +25,6 @@ from nemo_minitron.distillation.logit_shards import (
     stored_targets,
     write_shard,
 )
-from nemo_minitron.distillation.logit_loss import capped_
 from nemo_minitron.stages import distill, teacher_logits
 from tests.helpers.tiny import GEMMA2, LLAMA, token_batch, write_npy, write_result
 
@@ -164,7 +164,9 @@ def test_another_mixture_is_refused_before_training(home, tmp_path, now, steps, 
     if fits:
         check_stored(cfg, LLAMA.vocab_size)
     else:
-        with pytest.raises(ValueError, match=r"another mixture .* said \[\[0, \[0.25, 0.75\]\], \[4, "):
+        with pytest.raises(
+            ValueError, match=r"another mixture .* said \[\[0, \[0.25, 0.75\]\], \[4, "
+        ):
             check_stored(cfg, LLAMA.vocab_size)
     del then["mixture"]  # an earlier version did not store it: nothing is known
     replace(index, data=then).save(tmp_path / "logits")
@@ -288,8 +290,14 @@ def test_rounded_soft_caps_are_said(home, tmp_path, caplog):
     ):
         caplog.clear()
         passes = TeacherPassConfig(limit_val_batches=0, max_steps=1)
-        keys = {"checkpoint": str(folder), "output_dir": str(tmp_path / "out"), "dtype": dtype}
-        teacher_logits.check(TeacherLogitsConfig(**keys, data=_data(home), trainer=passes))
+        cfg = TeacherLogitsConfig(
+            checkpoint=str(folder),
+            output_dir=str(tmp_path / "out"),
+            dtype=dtype,
+            data=_data(home),
+            trainer=passes,
+        )
+        teacher_logits.check(cfg)
         assert ("behind final_logit_softcapping=3, by up to 1/256" in caplog.text) == said
     logits = capped_(torch.linspace(-40, 40, 1001).bfloat16().float(), 30.0)
     error = (logits.bfloat16().float() - logits).abs() / logits.abs().clamp_min(1e-9)
