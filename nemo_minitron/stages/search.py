@@ -21,6 +21,7 @@ from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import SearchConfig
 from nemo_minitron.data.checks import check_batches, check_data
 from nemo_minitron.data.sft import check_packing
+from nemo_minitron.families.registry import longest_sequence
 from nemo_minitron.pruning.scores import Scores, read_meta
 from nemo_minitron.pruning.targets import check_importance, check_result
 from nemo_minitron.runtime.ranks import launched_world_size, rank
@@ -93,7 +94,7 @@ def _check_data(cfg: SearchConfig, config: ModelConfig, folder: Path) -> None:
     keys: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "tokenizer_dir": folder / "tokenizer",
-        "max_seq_length": config.max_seq_length,
+        "max_seq_length": longest_sequence(config),
     }
     check_data(cfg.data, **keys)
     check_packing(cfg.data, config.without_prediction())

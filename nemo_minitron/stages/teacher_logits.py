@@ -14,6 +14,7 @@ from nemo_minitron.config.stages import TeacherLogitsConfig
 from nemo_minitron.data.checks import check_data, check_sequence
 from nemo_minitron.data.sft import check_packing
 from nemo_minitron.distillation.logit_index import FOLDER, PARTS, LogitIndex, data_keys
+from nemo_minitron.families.registry import longest_sequence
 from nemo_minitron.runtime.ranks import launched_world_size, rank
 from nemo_minitron.stages.settings import check_settings, on_ranks, opened_inputs, splits
 
@@ -51,7 +52,7 @@ def check(cfg: TeacherLogitsConfig) -> None:
             train_samples=cfg.trainer.max_steps * cfg.data.global_batch_size,
             vocab_size=model.vocab_size,
             tokenizer_dir=folder / "tokenizer",
-            max_seq_length=model.max_seq_length,
+            max_seq_length=longest_sequence(model),
         )
         check_packing(cfg.data, model.without_prediction())
 
