@@ -21,10 +21,12 @@ from nemo_minitron.checkpoint.tokenizer import AS_READ
 from nemo_minitron.config.sources import SourcesConfig, SourcesStageConfig
 from nemo_minitron.config.stages import ImportConfig
 from nemo_minitron.config.training import DataConfig
+from nemo_minitron.data import budget
 from nemo_minitron.data.budget import sources_of, tokenise, write_pair
 from nemo_minitron.data.datasets import prepare_tokens
 from nemo_minitron.data.indexed import TextTokenizer
 from nemo_minitron.data.pair import read_index
+from nemo_minitron.data.parts import Documents
 from nemo_minitron.data.text import find_source
 from nemo_minitron.stages.data import check
 from tests.helpers.bad_input import done, run_line
@@ -82,6 +84,33 @@ def documents(prefix: Path) -> list[list[int]]:
 def command(corpus: Path, out: Path, *more: str) -> list[str]:
     blend = f"data.blend=[3,{corpus}/web,1,{corpus}/book.txt]"
     return ["data", f"checkpoint={corpus}/model", blend, f"output_dir={out}", *more]
+
+
+def test_repeats_are_not_looked_for_after_every_file(monkeypatch):
+    """A source of which a tenth is new: what is taken is what a look after each file takes."""
+    rng, files, share = np.random.default_rng(0), 200, 4000
+    digests = rng.integers(0, 1500, 40 * files)
+    lengths = digests % 7 + 1  # equal texts are equally long
+    pairs = zip(np.split(lengths, files), np.split(digests, files), strict=True)
+    parts = [Documents(*pair) for pair in pairs]
+    first = np.sort(np.unique(digests, return_index=True)[1])
+    totals = np.cumsum(lengths[first])
+    want = first[: int(np.searchsorted(totals, share)) + 1]
+    calls: list[int] = []
+    unique = np.unique
+    monkeypatch.setattr(budget, "read_part", lambda part: parts[part])
+    monkeypatch.setattr(np, "unique", lambda *a, **k: calls.append(1) or unique(*a, **k))
+    source: Any = budget.Source(share, list(range(files)))  # type: ignore[arg-type]  # numbers
+    for number in range(files):
+        source.end(number)
+        if source.complete:
+            break
+    source.end(number + 1)  # another process had begun it
+    assert source.kept.tolist() == want.tolist()
+    assert source.tokens == totals[len(want) - 1] >= share
+    assert len(source.documents) == number + 1 < files
+    assert sum(len(one.lengths) for one in source.documents[:-1]) <= want[-1]
+    assert len(calls) < 12 < number - share // 160
 
 
 def test_the_tokens_of_a_budget_and_a_run_that_goes_on(corpus, tmp_path, monkeypatch):
