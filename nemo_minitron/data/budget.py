@@ -69,7 +69,9 @@ class Source:
         what they left open.
         """
         self.ended.add(number)
-        if self.complete:  # of a process that had begun when the share was not there yet
+        if (
+            self.tokens >= self.share
+        ):  # of a process that had begun when the share was not there yet
             return
         while len(self.documents) in self.ended:
             self.documents.append(read_part(self.parts[len(self.documents)]))
