@@ -162,7 +162,10 @@ def _check_written(corpus: Path, out: Path) -> None:
 
 
 def _killed_after_a_part(arguments: list[str], parts: Path) -> None:
-    """Kill the first process of a command once a part is whole; the others end with it."""
+    """Kill the first process of a command when a part is whole and another is being written.
+
+    The others end with it.
+    """
     process = subprocess.Popen(
         [sys.executable, "-m", "nemo_minitron", *arguments],
         stdout=subprocess.DEVNULL,
@@ -170,7 +173,7 @@ def _killed_after_a_part(arguments: list[str], parts: Path) -> None:
         start_new_session=True,
     )
     deadline = time.monotonic() + 100
-    while not [path for path in parts.glob("*-*") if path.suffix != ".draft"]:
+    while {path.suffix for path in parts.glob("*-*")} != {"", ".draft"}:
         assert process.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -185,7 +188,8 @@ def test_a_killed_run_goes_on(corpus, tmp_path):
     """It ends with the files of one that nobody killed."""
     (tmp_path / "web").mkdir()
     for number in range(4):
-        texts = make_texts(10 if number == 1 else 600, seed=number)
+        # The first two are 0 and 3, of which one must not end with the other.
+        texts = make_texts({1: 10, 3: 3000}.get(number, 600), seed=number)
         write_jsonl(tmp_path / "web" / f"{number}.jsonl", texts)
     keys = (f"data.blend=[1,{tmp_path}/web]", "total_tokens=10000000", "workers=2")
     commands = {
