@@ -170,6 +170,7 @@ def _run_hydra(stage: str, arguments: list[str]) -> int:
 
     before = sys.argv
     try:
+        ranks.check_launcher()
         refuse_blanks(flags.overrides, unknown)
         others = [a for a in arguments if a not in flags.overrides]
         flags.overrides = overrides = load.opened(flags.overrides)

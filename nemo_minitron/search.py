@@ -3,17 +3,14 @@
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from nemo_minitron.config.axes import split_sizes
-from nemo_minitron.config.balance import balanced_layout
 from nemo_minitron.config.layers import ATTENTION, LINEAR, MAMBA, kinds_of
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.config.parallel import TeacherParallelConfig
 from nemo_minitron.config.search import SEARCHED, SEARCHED_LATER, SearchSpaceConfig
-from nemo_minitron.config.stages import DistillConfig, PruningConfig, SearchConfig, TargetConfig
-from nemo_minitron.config.training import DataConfig, OptimConfig, TrainerConfig
+from nemo_minitron.config.stages import PruningConfig, SearchConfig, TargetConfig
 from nemo_minitron.families.dims import DIMS
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import active_parameters, parameter_count
@@ -80,27 +77,32 @@ def kept_layers(
 
 
 def candidates(
-    config: ModelConfig, space: SearchSpaceConfig, layers: Mapping[int, list[int]] | None = None
+    config: ModelConfig,
+    space: SearchSpaceConfig,
+    layers: Mapping[int, list[int]] | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> list[Candidate]:
-    """Shapes within the rules and the budget, smallest first.
+    """Shapes within the rules and the budget that can be exported, smallest first.
 
     Args:
         config: the model to prune.
         space: sizes and budget.
         layers: as ``kept_layers`` gives them; the first layers stand for those that it has not.
+        say: told how many shapes are left out as they cannot be exported, and why.
 
     Raises:
         ValueError: a size the model cannot be pruned to; no shape keeps the rules (names the one
-            that ends it); none meets the budget (names the nearest); more than
-            ``search.max_candidates`` are left.
+            that ends it); none meets the budget (names the nearest); none can be exported; more
+            than ``search.max_candidates`` are left.
     """
     shapes = _rule_abiding(config, space, list(_product(config, space)))
     kept = [(layers or {}).get(sizes["num_layers"]) for sizes in shapes]
-    smaller = map(config.resized, shapes, kept)
+    smaller = list(map(config.resized, shapes, kept))
     known = [_measured(*one, space) for one in zip(smaller, shapes, strict=True)]
-    found = [one for one in known if _within(one, space)]
-    if not found:
+    inside = [pair for pair in zip(known, smaller, strict=True) if _within(pair[0], space)]
+    if not inside:
         raise ValueError(_nearest(known, space))
+    found = _exportable(inside, say)
     if len(found) > space.max_candidates:
         raise ValueError(
             f"{len(found)} shapes are within the budget, more than search.max_candidates="
@@ -237,6 +239,24 @@ def _within(one: Candidate, space: SearchSpaceConfig) -> bool:
     return all(low <= getattr(one, name) <= high for name, _, low, high in _bounds(space))
 
 
+def _exportable(
+    inside: list[tuple[Candidate, ModelConfig]], say: Callable[[str], None]
+) -> list[Candidate]:
+    """Leave out what the config.json of the family cannot say."""
+    found, reasons = [], []
+    for one, small in inside:
+        try:
+            family_of(small).to_hf(small)
+            found.append(one)
+        except ValueError as error:
+            reasons.append(str(error))
+    if not found:
+        raise ValueError(f"none of the {len(reasons)} shapes can be exported: {reasons[0]}")
+    if reasons:
+        say(f"{len(reasons)} of {len(inside)} shapes are left out: {reasons[0]}")
+    return found
+
+
 def _nearest(known: list[Candidate], space: SearchSpaceConfig) -> str:
     """Message for a budget that no shape meets."""
     bounds = _bounds(space)
@@ -253,47 +273,6 @@ def _nearest(known: list[Candidate], space: SearchSpaceConfig) -> str:
         f"no shape of {len(known)} meets {' and '.join(words for _, words, _, _ in bounds)}; the "
         f"nearest is {sizes} with {near.parameters:,} parameters and {near.memory_gib:.3g} GiB; "
         "change the budget, or add sizes to search.<size>"
-    )
-
-
-def pruning_of(cfg: SearchConfig, config: ModelConfig, one: Candidate) -> PruningConfig:
-    """Return the config with which ``prune`` makes a candidate."""
-    changed = {name: size for name, size in one.sizes.items() if size != getattr(config, name)}
-    default = PruningConfig.layer_criterion
-    criterion = cfg.layer_criterion if "num_layers" in changed else default
-    return PruningConfig(target=TargetConfig(**changed), layer_criterion=criterion)
-
-
-def training_data(cfg: SearchConfig) -> DataConfig:
-    """Return the data that candidates are distilled on: the other splits of ``data``."""
-    return replace(cfg.data, num_samples=None)
-
-
-def distill_config(cfg: SearchConfig, config: ModelConfig, small: ModelConfig) -> DistillConfig:
-    """The ``distill`` stage that a candidate goes through."""
-    short, whole = cfg.search.distill, cfg.parallel
-    teacher = TeacherParallelConfig(
-        num_layers_in_first_pipeline_stage=whole.num_layers_in_first_pipeline_stage,
-        num_layers_in_last_pipeline_stage=whole.num_layers_in_last_pipeline_stage,
-        pipeline_model_parallel_layout=whole.pipeline_model_parallel_layout,
-    )
-    return DistillConfig(
-        output_dir=cfg.output_dir,
-        student=cfg.checkpoint,
-        teacher=cfg.checkpoint,
-        data=training_data(cfg),
-        parallel=balanced_layout(config, small, whole),
-        teacher_parallel=teacher,
-        trainer=TrainerConfig(
-            max_steps=short.steps,
-            limit_val_batches=0,
-            precision=short.precision,
-            save_every_n_steps=short.save_every_n_steps,
-            save_top_k=1,
-            seed=cfg.data.seed,
-        ),
-        megatron=cfg.megatron,
-        optim=OptimConfig(lr=short.lr, min_lr=short.min_lr, lr_warmup_steps=short.lr_warmup_steps),
     )
 
 

@@ -35,8 +35,25 @@ def job_folder(output_dir: str) -> str:
         return output_dir
     short = [key.rpartition(".")[2] for key, _ in swept]
     names = short if len({*short}) == len(short) else [key for key, _ in swept]
-    values = [value.replace("/", "_") for _, value in swept]
+    values = [_in_a_name(value) for _, value in swept]
     return str(Path(output_dir) / ",".join(map("=".join, zip(names, values, strict=True))))
+
+
+def _in_a_name(value: str) -> str:
+    return value.replace("/", "_")
+
+
+def _check_names(key: str, values: list[str]) -> None:
+    """Refuse values whose jobs would write to one folder."""
+    by_name: dict[str, str] = {}
+    for value in values:
+        other = by_name.setdefault(_in_a_name(value), value)
+        if other != value:
+            raise ValueError(
+                f"{key}={other} and {key}={value} would share the folder {key.rpartition('.')[2]}="
+                f"{_in_a_name(value)} of this sweep; run them in two commands, each with an "
+                "output_dir of its own"
+            )
 
 
 def move(composed: DictConfig) -> None:
@@ -51,6 +68,9 @@ def sweep_settings(flags: Namespace, scratch: str) -> list[str]:
 
     Hydra writes multirun.yaml before the first job has been checked: into a scratch folder, since
     every job stores its own config. Launchers that submit jobs need a lasting folder instead.
+
+    Raises:
+        ValueError: two jobs would write to one folder.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -59,6 +79,9 @@ def sweep_settings(flags: Namespace, scratch: str) -> list[str]:
     if not flags.multirun and "hydra.mode" not in given:
         return []
     fixed = [key for key, o in given.items() if not o.is_sweep_override()]
+    for key, o in given.items():
+        if o.is_choice_sweep() and "output_dir" in fixed:
+            _check_names(key, list(o.sweep_string_iterator()))
     settings = [load.override("hydra.job.config.override_dirname.exclude_keys", fixed)]
     if "hydra.sweep.dir" not in given:
         folder = scratch

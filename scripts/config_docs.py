@@ -6,10 +6,12 @@
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from pathlib import Path
 
 from nemo_minitron.config import load, schema
+from nemo_minitron.config.identity import Meaning, meanings
 from nemo_minitron.config.schema import Key
 from nemo_minitron.config.stages import StageConfig
 from nemo_minitron.usage import shown
@@ -40,6 +42,28 @@ _TYPES = {
     "list[dict[str, Any]]": "list of mappings",
 }
 
+_RESUMED = [
+    "data",
+    "importance",
+    "prune",
+    "search",
+    "teacher_logits",
+    "distill",
+    "finetune",
+    "generate",
+]
+_COMMON = meanings(StageConfig)
+_RESUMING = """\
+## Keys that may differ when work goes on
+
+What a stage has done before it was killed is used when it is started again with the same keys and
+inputs. These may differ, and so may paths if what they name is the same; any other key is refused
+by name. Of every stage: `verify_inputs` and `workers`.
+
+| stage | keys |
+|---|---|
+"""
+
 
 def page() -> str:
     """Text of ``docs/keys.md``."""
@@ -59,7 +83,35 @@ def page() -> str:
             parts.append(f"And the sections {', '.join(links)}.\n")
     for name, keys in sections.items():
         parts += [f"## {name}\n", _table(keys)]
+    parts.append(_resuming())
     return "\n".join(parts)
+
+
+def _resuming() -> str:
+    lines = []
+    for stage in _RESUMED:
+        found = meanings(schema.COMMANDS[stage])
+        names = dict.fromkeys(name for key in found for name in _differing(key, found))
+        lines.append(f"| `{stage}` | {', '.join(f'`{name}`' for name in names)} |\n")
+    return _RESUMING + "".join(lines)
+
+
+def _differing(key: str, known: dict[str, Meaning]) -> Iterator[str]:
+    """Names of what may differ of a key: of its section, if all of that may."""
+
+    def free(name: str) -> bool:
+        return known[name].role == "neutral" or "" in known[name].may_change
+
+    parts = key.split(".")
+    for section in accumulate(f"{part}." for part in parts[:-1]):
+        if all(free(name) for name in known if name.startswith(section)):
+            yield f"{section}*"
+            return
+    if free(key):
+        yield from [] if key in _COMMON else [key]
+    else:
+        for beginning in known[key].may_change:
+            yield f"{key}.{beginning}{'*' * beginning.endswith('_')}"
 
 
 def _section(key: Key) -> str:

@@ -65,4 +65,4 @@ def unpack(work: Path, folder: Path) -> None:
 if __name__ == "__main__":
     target = Path(sys.argv[1])
     word = "fetched" if fetch(target) else "already there"
-    sys.stdout.write(f"{word}: {', '.join(str(target / name) for name in WANTED)}\n")
+    sys.stdout.write("\n  ".join([f"{word}:", *(str(target / name) for name in WANTED)]) + "\n")

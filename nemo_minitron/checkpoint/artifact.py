@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nemo_minitron.checkpoint.completion import replace, write_manifest
+from nemo_minitron.checkpoint.completion import replace, take_back, write_manifest
 from nemo_minitron.checkpoint.manifest import (
     MANIFEST,
     Manifest,
@@ -102,6 +102,7 @@ def reserved(cfg: StageConfig, stage: str) -> Iterator[None]:
     with claimed(partial_of(output), {} if several else input_states(cfg)):
         if not several:
             put_back(output)
+            take_back(partial_of(output))
             check_output(cfg, stage)
         yield
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from nemo_minitron.checkpoint.manifest import (
+    MANIFEST,
     FileEntry,
     Manifest,
     config_hash,
@@ -20,7 +21,7 @@ from nemo_minitron.checkpoint.manifest import (
     versions,
 )
 from nemo_minitron.checkpoint.output_checks import REPLACED, added_files, old_of
-from nemo_minitron.checkpoint.ownership import owner_files, trash_beside
+from nemo_minitron.checkpoint.ownership import aside_of, asides_of, owner_files
 from nemo_minitron.config.stages import StageConfig
 from nemo_minitron.runtime.atomic import rename_folder
 
@@ -76,8 +77,9 @@ def replace(work: Path, output: Path, temporary: Sequence[str] = ()) -> None:
     Args:
         work: the working folder.
         output: the place of the result.
-        temporary: names in ``work`` that are no part of the result. They are moved away in the last
-            moment, as until then a job that is stopped needs them to go on.
+        temporary: names in ``work`` that are no part of the result. They are set aside in the last
+            moment, as until then a job that is stopped needs them to go on; of a job that is killed
+            in that moment ``take_back`` finds them.
     """
     old = old_of(output)
     if old.exists():
@@ -85,26 +87,42 @@ def replace(work: Path, output: Path, temporary: Sequence[str] = ()) -> None:
     if output.exists():
         (output / REPLACED).touch()
         output.rename(old)
-    aside: dict[Path, Path] = {}
     try:
-        for path in filter(os.path.exists, [work / name for name in temporary]):
-            aside[path] = trash_beside(work)
-            path.rename(aside[path])
+        _set_aside(work, temporary)
         rename_folder(work, output)
     except BaseException:
-        for path, trash in aside.items():
-            if work.exists() and trash.exists():
-                trash.rename(path)
+        take_back(work)
         if old.exists() and not output.exists():
             old.rename(output)
             (output / REPLACED).unlink()
         raise
     for name in owner_files(os.listdir(output)):
         (output / name).unlink()
-    for trash in aside.values():
-        shutil.rmtree(trash, ignore_errors=True)
+    take_back(work)
     if old.exists():
         _remove_replaced(old)
+
+
+def _set_aside(work: Path, names: Sequence[str]) -> None:
+    paths = list(filter(os.path.exists, [work / name for name in names]))
+    if paths:
+        aside = aside_of(work)
+        aside.mkdir()
+        for path in paths:
+            path.rename(aside / path.name)
+
+
+def take_back(work: Path) -> None:
+    """Put back what was set aside, unless the folder that it came from has become the result.
+
+    The caller owns ``work``. A folder that has a manifest was to become a result when its process
+    was killed: work begins without one.
+    """
+    for aside in asides_of(work):
+        if (work / MANIFEST).is_file():
+            for path in aside.iterdir():
+                path.rename(work / path.name)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _remove_replaced(old: Path) -> None:

@@ -14,7 +14,7 @@ from nemo_minitron.checkpoint.manifest import (
     read_manifest,
     result_in,
 )
-from nemo_minitron.checkpoint.ownership import is_ours, not_ours, owner_files
+from nemo_minitron.checkpoint.ownership import OWNER, is_ours, not_ours, owner_files
 from nemo_minitron.checkpoint.watched import files_read, read_in_part, read_paths
 from nemo_minitron.config.stages import StageConfig
 
@@ -270,8 +270,11 @@ def put_back(output: Path) -> None:
 
 
 def finish_for_an_earlier_version(output: Path) -> None:
-    """Do the second rename of a replacement for a job of an earlier version that was killed."""
-    if left_by_an_earlier_version(output):
+    """Do the second rename of a replacement for a job of an earlier version that was killed.
+
+    Those wrote no ``owner.json``. A folder that has one is resumed, or its job is still alive.
+    """
+    if left_by_an_earlier_version(output) and not (partial_of(output) / OWNER).exists():
         (old_of(output) / REPLACED).touch()
         with contextlib.suppress(OSError):  # another process was first
             partial_of(output).rename(output)

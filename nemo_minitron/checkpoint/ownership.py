@@ -27,6 +27,7 @@ from nemo_minitron.runtime.ranks import started_by_us
 OWNER = "owner.json"
 SIGNED = "partial.json"
 """What a working folder is for: stage, config and inputs. Earlier versions signed with it alone."""
+_ASIDE = "aside"
 _BEAT = 5.0
 _ATTEMPTS = 10
 
@@ -138,14 +139,19 @@ def owner_files(names: list[str]) -> list[str]:
     return [name for name in names if f"{name}.".startswith((f"{OWNER}.", f"{SIGNED}."))]
 
 
-def trash_beside(work: Path) -> Path:
-    """A new name beside a working folder; whoever takes that folder next removes what has it."""
-    return _beside(work, uuid.uuid4().hex, "trash")
+def aside_of(work: Path) -> Path:
+    """A new name beside a working folder, for what was moved out of it (``set_aside``)."""
+    return _beside(work, uuid.uuid4().hex, _ASIDE)
+
+
+def asides_of(work: Path) -> list[Path]:
+    """Return what has such a name: a killed process left it."""
+    return [path for path, kind in _left_beside(work) if kind == _ASIDE]
 
 
 def discard(work: Path) -> None:
     """Remove a folder that this process owns; for others it is gone in one moment."""
-    trash = trash_beside(work)
+    trash = _beside(work, uuid.uuid4().hex, "trash")
     with contextlib.suppress(OSError):
         work.rename(trash)
         shutil.rmtree(trash, ignore_errors=True)
@@ -291,11 +297,18 @@ def _beside(work: Path, token: str, kind: str) -> Path:
     return work.with_name(f".{work.name}.{token}.{kind}")
 
 
-def _sweep(work: Path) -> None:
-    """Remove what killed processes left beside ``work``; a young one may still be in use."""
+def _left_beside(work: Path) -> Iterator[tuple[Path, str]]:
+    """Everything beside ``work`` with a name that ``_beside`` gives, and its kind."""
     for path in work.parent.glob(f".{glob.escape(work.name)}.*"):
         token, _, kind = path.name[len(work.name) + 2 :].partition(".")
-        if len(token) != 32 or kind not in ("new", "draft", "trash"):
+        if len(token) == 32:
+            yield path, kind
+
+
+def _sweep(work: Path) -> None:
+    """Remove what killed processes left beside ``work``; a young one may still be in use."""
+    for path, kind in _left_beside(work):
+        if kind not in ("new", "draft", "trash"):
             continue
         with contextlib.suppress(OSError):
             if kind == "trash":

@@ -293,7 +293,7 @@ def explain(stage: str, error: Exception) -> str:
         return " ".join(line.strip() for line in str(error).splitlines())
     behind = error.__cause__ or error.__context__
     cause = behind if isinstance(behind, OmegaConfBaseException) else error
-    full_key = getattr(cause, "full_key", None)
+    full_key = getattr(cause, "full_key", None) or getattr(error, "full_key", None)
     text = _first_line(cause)
     if full_key and re.search(r"Key '.*' (is not in struct|not in )", text):
         where = re.match(r"In '(.+?)':", str(error))
@@ -309,6 +309,12 @@ def explain(stage: str, error: Exception) -> str:
     if options:
         group, names = options.group(1), options.group(2).split()
         return f"{_first_line(error)}; {group}= is one of {', '.join(names)}"
+    unset = re.search(r"Environment variable '(.+)' not found", text)
+    if unset:
+        name = unset.group(1)
+        text = (
+            f"{name} is not set in the environment; export it, or write ${{oc.env:{name},DEFAULT}}"
+        )
     if full_key:
         return f"{full_key}: {text}"
     return text if cause is error else f"{_first_line(error)}: {text}"

@@ -1,7 +1,7 @@
 """``trainer.phases``: parts of a training that read other data, longer samples or other batches."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields
 from itertools import accumulate
@@ -121,12 +121,7 @@ def _checked(index: int, entry: dict[str, Any]) -> dict[str, Any]:
 
 def _data(index: int, data: DataConfig, own: dict[str, Any]) -> DataConfig:
     """The keys of ``data`` with those of a phase in their place."""
-    values = asdict(data)
-    if "path" in own:
-        values |= {"blend": None, "blend_max_epochs": None}
-    elif "blend" in own:
-        values["path"] = ""
-    values |= own
+    values = with_own(asdict(data), own)
     with _naming(index, own):
         try:
             typed = OmegaConf.merge(OmegaConf.structured(type(data)), values)
@@ -137,6 +132,21 @@ def _data(index: int, data: DataConfig, own: dict[str, Any]) -> DataConfig:
             raise ValueError(f"trainer.phases.{index}.data.{key}: {said}") from error
     assert isinstance(section, DataConfig)
     return section
+
+
+def with_own(data: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return keys of ``data`` with those of a phase in their place; of two sources its own stays.
+
+    Args:
+        data: keys of every phase.
+        own: keys of one, in the form that ``parse_phases`` gives them.
+    """
+    gone: dict[str, Any] = {}
+    if "path" in own:
+        gone = {"blend": None, "blend_max_epochs": None}
+    elif "blend" in own:
+        gone = {"path": ""}
+    return {**data, **gone, **own}
 
 
 @contextmanager

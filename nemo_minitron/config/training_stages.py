@@ -214,7 +214,7 @@ class TeacherLogitsConfig(StageConfig):
     """At which the normaliser is taken: ``distillation.temperature`` if loss is ``top_k_tail``."""
     dtype: str = field(default="float32", metadata=one_of("float32", "bfloat16"))
     """Of the stored logits: ``float32``, or ``bfloat16``, which takes 6 bytes each instead of 8 and
-    loses nothing if ``trainer.precision`` is ``bf16-mixed``."""
+    loses nothing if ``trainer.precision`` is ``bf16-mixed`` and no soft cap is on the logits."""
     shard_samples: int = 64
     """Samples of a file. A rank holds one file's in memory; a killed run loses at most one."""
     chunk_size: int = field(default=256, metadata=MAY_CHANGE)

@@ -51,9 +51,10 @@ class Source:
     """Of the parts before the first that has not ended."""
     read: int = 0
     """Tokens of those documents."""
+    repeated: int = 0
+    """Tokens of them that are known to repeat a document before them."""
     tokens: int = 0
-    """As many as ``read`` until that reaches the share or the source ends; then those of ``kept``,
-    which has no repeats."""
+    """Those that are not known to repeat any; of ``kept`` when the share is there."""
     kept: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @property
@@ -62,12 +63,20 @@ class Source:
         return self.tokens >= self.share or len(self.documents) == len(self.parts)
 
     def end(self, number: int) -> None:
-        """Count a part that is there, and take documents if there are enough, or all there are."""
+        """Count a part that is there, and take documents if there may be enough, or all there are.
+
+        Repeats are looked for in all documents, and again only when those read since could fill
+        what they left open.
+        """
         self.ended.add(number)
+        if (
+            self.tokens >= self.share
+        ):  # of a process that had begun when the share was not there yet
+            return
         while len(self.documents) in self.ended:
             self.documents.append(read_part(self.parts[len(self.documents)]))
             self.read += int(self.documents[-1].lengths.sum())
-        self.tokens = self.read
+        self.tokens = self.read - self.repeated
         if self.complete:
             self._take()
 
@@ -78,6 +87,7 @@ class Source:
         totals = np.cumsum(lengths[first])
         self.kept = first[: np.searchsorted(totals, self.share) + 1]
         self.tokens = int(totals[len(self.kept) - 1]) if len(first) else 0
+        self.repeated = self.read - self.tokens
 
 
 def sources_of(

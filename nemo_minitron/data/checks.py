@@ -69,8 +69,10 @@ def check_data(
     """
     if max_seq_length is not None and data.seq_length > max_seq_length:
         raise ValueError(
-            f"data.seq_length={data.seq_length} is longer than max_position_embeddings="
-            f"{max_seq_length} of the model, whose positions end there; lower data.seq_length"
+            f"data.seq_length={data.seq_length} is longer than {max_seq_length}, where the "
+            "positions of the model end: its max_position_embeddings, or a sliding_window above "
+            "them, without which it may be imported from a copy of config.json; lower "
+            "data.seq_length"
         )
     parse_split(data.split)
     wanted_splits(data, splits)

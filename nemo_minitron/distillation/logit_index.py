@@ -22,6 +22,7 @@ from nemo_minitron.documents import read_json_object
 FOLDER = "logits"
 INDEX = "index.json"
 PARTS = ("train", "validation")
+_MIXTURE = "mixture"
 # Keys that decide which tokens a sample holds, the file itself apart -> their defaults.
 DATA_KEYS = {f.name: f.default for f in fields(DataConfig) if TOKENS.items() <= f.metadata.items()}
 
@@ -50,7 +51,7 @@ class LogitIndex:
         temperature: at which the normalisers were taken.
         dtype: ``float32`` or ``bfloat16``, of the values.
         shard_samples: samples of a shard; the last one of a part may hold fewer.
-        data: ``DATA_KEYS`` of the stage.
+        data: ``data_keys`` of the stage; earlier versions stored fewer.
         parts: ``train``, and ``validation`` unless it was left out.
     """
 
@@ -91,8 +92,19 @@ class LogitIndex:
 
 
 def data_keys(data: DataConfig) -> dict[str, Any]:
-    """``DATA_KEYS`` of a stage."""
-    return {key: getattr(data, key) for key in DATA_KEYS}
+    """``DATA_KEYS`` of a stage, and the mixture of its sources."""
+    return {**{key: getattr(data, key) for key in DATA_KEYS}, _MIXTURE: _mixture(data)}
+
+
+def _mixture(data: DataConfig) -> list[list[Any]]:
+    """Return ``[first sample, shares of the sources]`` of each part of a blend."""
+    if data.blend is None or len(data.blend) == 1:
+        return []
+    parts = [(0, [source["weight"] for source in data.blend])]
+    for change in data.blend_changes or []:
+        parts.append((change["step"] * data.global_batch_size, change["weights"]))
+    # Weights of one ratio give one order; 12 digits are the same for all of them.
+    return [[first, [round(w / sum(weights), 12) for w in weights]] for first, weights in parts]
 
 
 def shard_name(part: str, number: int) -> str:
@@ -149,7 +161,21 @@ def _problems(cfg: DistillConfig, index: LogitIndex, vocab_size: int) -> Iterato
         )
     if changes := index.changed_keys(cfg.data):
         yield f"was made from other samples: {changes}; set these keys as they were"
+    yield from _remixed(cfg, index)
     yield from _lacking(cfg, index)
+
+
+def _remixed(cfg: DistillConfig, index: LogitIndex) -> Iterator[str]:
+    now = _mixture(cfg.data)
+    last = cfg.trainer.max_steps * cfg.data.global_batch_size
+    # Changes behind the last sample that is read decide nothing.
+    then = [part for part in index.data.get(_MIXTURE, now) if part[0] < last]
+    if then != now:
+        yield (
+            "was made from another mixture of sources: data.blend and data.blend_changes say "
+            f"{now or 'one source'} (first sample, shares), and said {then or 'one source'} when "
+            "they were stored; set these keys and data.global_batch_size as they were"
+        )
 
 
 def _lacking(cfg: DistillConfig, index: LogitIndex) -> Iterator[str]:

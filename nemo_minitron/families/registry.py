@@ -1,6 +1,7 @@
 """Looks families up by name or by Hugging Face architecture."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from nemo_minitron.config.model import ModelConfig
@@ -27,6 +28,7 @@ from nemo_minitron.families.qwen3_moe import QWEN3_MOE
 from nemo_minitron.families.qwen3_next import QWEN3_NEXT
 from nemo_minitron.families.smollm3 import SMOLLM3
 from nemo_minitron.families.table import Family
+from nemo_minitron.families.windows import width_of
 from nemo_minitron.runtime.plugins import with_added
 
 _ALL = (
@@ -56,6 +58,8 @@ _ALL = (
     QWEN3_5_MOE,
 )
 FAMILIES: dict[str, Family] = with_added("families", {family.name: family for family in _ALL})
+
+_ENDLESS = 1 << 62
 
 # Keys of config.json that name classes in Python files.
 _CODE = ("auto_map", "custom_pipelines")
@@ -230,3 +234,17 @@ def _said(family: Family, hf: dict[str, Any]) -> dict[str, Any]:
     if hf.get("model_type", means["model_type"]) != means["model_type"]:
         return {}
     return {**hf, **means}
+
+
+def longest_sequence(config: ModelConfig) -> int | None:
+    """Longest sequence that a model here takes as transformers does; None if any is.
+
+    A sliding window of ``max_position_embeddings`` or more is no window up to there, and left out.
+    Sequences that are longer than such a window would meet it.
+    """
+    limits = [config.max_seq_length]
+    if config.window_size is None and config.hf.get("sliding_window"):
+        endless = {**config.hf, "max_position_embeddings": _ENDLESS}
+        with suppress(ValueError):  # transformers' Llama has no windows, whatever is said
+            limits.append(width_of(FAMILIES[config.family].from_hf(endless)))
+    return min(filter(None, limits), default=None)

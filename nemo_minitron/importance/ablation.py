@@ -149,11 +149,31 @@ class LayerAblation:
                 on_samples((plan.done(self.runs) - before) * len(self.blocks))
 
     def losses(self) -> dict[Block, float]:
-        """Block -> LM loss in nats per token without it; collective, the same on every rank."""
+        """Block -> LM loss in nats per token without it; collective, the same on every rank.
+
+        Raises:
+            ValueError: no token of the samples counts for the loss.
+        """
         total = self.sums.clone()
         groups = self.groups
         dist.all_reduce(total, group=groups.dp_cp)
         dist.broadcast(total, src=groups.last_stage_global_rank, group=groups.pp)
         # Replicas may differ in the last bit, so one of them decides.
         dist.broadcast(total, src=dist.get_global_rank(groups.tp, 0), group=groups.tp)
-        return dict(zip(self.blocks, (total[:, 0] / total[:, 1]).tolist(), strict=True))
+        return dict(zip(self.blocks, per_token(total), strict=True))
+
+
+def per_token(sums: Tensor) -> list[float]:
+    """``[blocks, 2]`` sums of losses and tokens -> loss per token of each block.
+
+    Raises:
+        ValueError: there are no tokens.
+    """
+    if not sums[:, 1].all():
+        raise ValueError(
+            "no token of the samples of scores.lm_loss_samples counts for the LM loss; raise it, "
+            "set data.split_name to samples that hold answers, or take another criterion than "
+            "lm_loss and block_lm_loss in scores.layer_criteria"
+        )
+    losses: list[float] = (sums[:, 0] / sums[:, 1]).tolist()
+    return losses

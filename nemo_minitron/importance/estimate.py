@@ -174,14 +174,15 @@ def estimate_scores(
         Global scores on the CPU, the same on every rank.
 
     Raises:
-        ValueError: batch sizes do not fit the layout, blocks do not fit the model, or scores are
-            not finite.
+        ValueError: batch sizes do not fit the layout, blocks do not fit the model, no token counts
+            for the LM loss, or scores are not finite.
     """
     check_block_sizes(config, scores)
     calibrator = _Calibrator(chunks, config, groups, dataset, data, scores, on_samples, saved)
     calibrator.run(scores, config.vocab_size)
-    samples = len(dataset)  # type: ignore[arg-type]  # torch's Dataset has no len
     recorders = calibrator.recorders if calibrator.plan.samples else []
+    # Where losses alone are measured, that is on the first samples.
+    samples = calibrator.plan.samples or calibrator.ablation_plan.samples
     result = collected(recorders, config, groups, scores, (samples, samples * data.seq_length))
     if scores.moments:
         assert folder is not None

@@ -94,7 +94,17 @@ class CachedModel:
         Args:
             batch: sequences that go together.
             length: tokens of the longest, prompt and continuation.
+
+        Raises:
+            ValueError: LongRoPE would rotate the tokens of a short sequence as those of a long one.
         """
+        longest = self.chunk.built_from and self.chunk.built_from[0].longrope_length
+        if longest and length > longest:
+            raise ValueError(
+                f"length={length} must be at most original_max_position_embeddings={longest} with "
+                "rope_scaling of type longrope, which rotates all tokens of a batch by its longest "
+                "text"
+            )
         self._wrapper = cached_forward(self.chunk, self.groups, batch, length, self.vocab_size)
 
     @property

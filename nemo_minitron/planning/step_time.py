@@ -6,8 +6,10 @@ the papers.
 """
 
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 
 from nemo_minitron.config.layers import ATTENTION, EXPERTS, kinds_of
+from nemo_minitron.config.layout import layers_on_stages
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.pipeline import ClusterConfig
@@ -31,7 +33,8 @@ class StepTime:
     layers: float
     """Exchange inside layers and between pipeline stages: tensor, context and expert parallel."""
     bubble: float
-    """Ranks that wait for the first and the last micro-batches of the pipeline."""
+    """Ranks that wait in the pipeline: for its first and last micro-batches, and for the stage that
+    computes most, with more layers than others or with the output layer."""
     replicas: float
     """Gradients and weights between data-parallel ranks, as far as no pass runs beside them."""
 
@@ -70,23 +73,38 @@ def _step_time(job: Job, cluster: ClusterConfig, mfu: float) -> StepTime:
     passes = {"forward": 1.0 + again / forward, "backward": 1.0}
     traffic = _layers(job, job.model, job.parallel, cluster, passes)
     teacher = teachers_traffic = 0.0
+    more = (3 * forward + again) * _excess(job.model, job.parallel, length)
     resident = isinstance(cfg, DistillConfig) and job.teacher_apart is None
     if resident and job.teacher is not None:
         teacher = batch * forward_flops(job.teacher, length) / speed
         layout = cfg.teacher_parallel.of(job.parallel)
+        more += teacher * _excess(job.teacher, layout, length)
         teachers_traffic = _layers(job, job.teacher, layout, cluster, {"forward": 1.0})
-    chunks = job.parallel.virtual_pipeline_model_parallel_size or 1
-    waiting = (job.parallel.pipeline_model_parallel_size - 1) / (job.micro_batches * chunks)
+    pp = job.parallel.pipeline_model_parallel_size
+    turns = job.micro_batches * (job.parallel.virtual_pipeline_model_parallel_size or 1)
     busy = 3 * forward + again + teacher + traffic + teachers_traffic
+    # A micro-batch passes every stage once, the others wait for the slowest one alone.
+    bubble = busy * (pp - 1) / turns + more * (1 - 1 / turns)
     found = StepTime(
         student=3 * forward,
         recomputed=again,
         teacher=teacher,
         layers=traffic + teachers_traffic,
-        bubble=waiting * busy,
+        bubble=bubble,
         replicas=_replicas(job, cluster, forward / job.micro_batches),
     )
     return replace(found, teacher=teacher + _awaited(job, cluster, mfu, found.total))
+
+
+def _excess(model: ModelConfig, parallel: ParallelConfig, length: int) -> float:
+    """How much more the pipeline stage that computes most does than a stage does on average."""
+    works = []
+    for chunks in layers_on_stages(model, parallel):
+        parts = forward_parts(model.resized({}, sorted(chain(*chunks))), length)
+        outer = parts["output"] + parts["prediction"]
+        works.append(sum(parts.values()) - outer)
+    works[-1] += outer
+    return max(works) * len(works) / sum(works) - 1
 
 
 def _awaited(job: Job, cluster: ClusterConfig, mfu: float, student: float) -> float:
@@ -102,6 +120,7 @@ def _awaited(job: Job, cluster: ClusterConfig, mfu: float, student: float) -> fl
     data, each = job.cfg.data, cluster.peak_tflops * 1e12 * mfu * parallel.model_parallel_size
     batch = data.global_batch_size * data.seq_length / alone.data_parallel_size
     passes = batch * forward_flops(teacher, data.seq_length) / each
+    passes *= 1 + _excess(teacher, parallel, data.seq_length)
     passes += _layers(alone, teacher, parallel, cluster, {"forward": 1.0})
     one = passes / alone.micro_batches
     return one * parallel.pipeline_model_parallel_size + max(0.0, passes - one - student)
@@ -169,7 +188,9 @@ def _ring(
         return 0.0
     data = job.cfg.data
     count = data.micro_batch_size * data.seq_length // cp
-    rows = 2 * model.num_query_groups * model.kv_channels * count * job.element / tp
+    # As attention reads them: latents have become keys and values of every head.
+    groups = model.num_attention_heads if model.multi_latent else model.num_query_groups
+    rows = groups * (model.query_channels + model.kv_channels) * count * job.element / tp
     rounds = passes["forward"] + 2 * passes.get("backward", 0.0)
     sent = rounds * (cp - 1) * rows * layers / _link(cluster, tp * cp)
     share = layers / max(1, "".join(kinds_of(model)).count(ATTENTION))

@@ -14,7 +14,7 @@ from nemo_minitron.config.axes import AXES, Axis, Scope, axis_size, groups_in
 from nemo_minitron.pruning.expert_targets import check_prediction
 from nemo_minitron.pruning.plan import Plan, full_plan, pruned_config
 from nemo_minitron.pruning.scores import model_meta
-from nemo_minitron.pruning.targets import check_kinds_left
+from nemo_minitron.pruning.targets import check_kinds_left, check_prunable
 
 if TYPE_CHECKING:
     from nemo_minitron.config.model import ModelConfig
@@ -53,7 +53,9 @@ def check_plan(config: ModelConfig, plan: Plan) -> None:
             _check_layers(config, plan, axis, everything)
     _check_merge(config, plan)
     small = pruned_config(config, plan)
-    check_prediction(config, {AXES[name].size: getattr(small, AXES[name].size) for name in whole})
+    sizes = {AXES[name].size: getattr(small, AXES[name].size) for name in whole}
+    check_prunable(config, sizes)
+    check_prediction(config, sizes)
 
 
 def _check_layers(config: ModelConfig, plan: Plan, axis: Axis, everything: list[Any]) -> None:
@@ -104,8 +106,13 @@ def _check_nested(
 
 def _check_together(where: str, axis: Axis, config: ModelConfig, kept: Sequence[int]) -> None:
     """Every group keeps as many indices, and neighbours that belong together stay together."""
-    groups = groups_in(config, axis)
-    each = axis_size(config, axis.name) // groups
+    groups, size = groups_in(config, axis), axis_size(config, axis.name)
+    each = size // groups
+    if axis.fixed and len(kept) != size:
+        raise ValueError(
+            f"the plan's '{where}' must hold all of the model's indices 0 to {size - 1}, as "
+            f"{axis.size} cannot be pruned; it has {list(kept)}"
+        )
     if groups > 1 and len({sum(i // each == group for i in kept) for group in range(groups)}) > 1:
         raise ValueError(
             f"the plan's '{where}' must keep as many of each of {axis.grouped_by}={groups} groups "

@@ -71,8 +71,12 @@ def _missing(config: ModelConfig, name: str) -> str:
     return "its layers have experts (pruning.target.moe_ffn_hidden_size is their width)"
 
 
-def _check_prunable(config: ModelConfig, sizes: dict[str, int]) -> None:
-    """Sizes that what the family is exported to cannot express."""
+def check_prunable(config: ModelConfig, sizes: dict[str, int]) -> None:
+    """Refuse sizes that what the family is exported to cannot express.
+
+    Raises:
+        ValueError: names the size and those that can be pruned.
+    """
     family = FAMILIES.get(config.family)
     if family is None:  # a table of somebody's own, given to the functions
         return
@@ -174,7 +178,7 @@ def check_pruning(config: ModelConfig, pruning: PruningConfig) -> None:
             "pruning.drop_layers"
         )
     sizes = target_sizes(config, pruning)
-    _check_prunable(config, sizes)
+    check_prunable(config, sizes)
     check_heads(config, sizes)
     check_nested(config, sizes)
     check_experts(config, sizes)

@@ -13,6 +13,7 @@ import yaml
 from nemo_minitron.checkpoint.manifest import flatten
 from nemo_minitron.config import load
 from nemo_minitron.config.model import MODEL_YAML, ModelConfig
+from nemo_minitron.config.phases import with_own
 from nemo_minitron.config.stages import PipelineConfig
 from nemo_minitron.documents import read_json_object, read_yaml
 from nemo_minitron.reporting.rows import (
@@ -26,7 +27,6 @@ from nemo_minitron.reporting.rows import (
 
 # Data keys that deal documents to splits, and those that do not change what is evaluated.
 _DEAL = ("seed", "split", "document_separator", "text_key")
-_NO_SOURCE = {"path": "", "blend": None}
 _SPEED = ("micro_batch_size", "global_batch_size", "cache_dir")
 
 
@@ -134,12 +134,7 @@ def _data_of(train: StageResult) -> list[dict[str, Any]]:
     """The keys ``data.*`` of a training, those of each of its phases."""
     data = train.values.get("data", {})
     phases = (train.values.get("trainer") or {}).get("phases") or [{}]
-    found = []
-    for own in (phase.get("data") or {} for phase in phases):
-        elsewhere = _NO_SOURCE if _paths(own) else {}
-        keys = {key: value for key, value in own.items() if key not in _NO_SOURCE or elsewhere}
-        found.append({**data, **elsewhere, **keys})
-    return found
+    return [with_own(data, phase.get("data") or {}) for phase in phases]
 
 
 def _paths(data: dict[str, Any]) -> set[str]:

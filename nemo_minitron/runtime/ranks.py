@@ -66,6 +66,23 @@ def launched_ranks() -> int | None:
     return int(os.environ["WORLD_SIZE"])
 
 
+def check_launcher() -> None:
+    """Refuse an environment that does not say which of how many ranks this process is.
+
+    Raises:
+        ValueError: names the variable.
+    """
+    env, advice = os.environ, "start all ranks with srun or torchrun, or unset RANK and LOCAL_RANK"
+    for name in ("RANK", "LOCAL_RANK", *(("WORLD_SIZE",) if "RANK" in env else ())):
+        if not env.get(name, "0").strip().isdecimal():
+            raise ValueError(f"{name}={env[name]} in the environment is not a number; {advice}")
+    total = launched_ranks()
+    if total is not None and rank() >= total:
+        raise ValueError(
+            f"RANK={rank()} in the environment must be below WORLD_SIZE={total}; {advice}"
+        )
+
+
 def set_teacher_ranks(count: int) -> None:
     """Say how many of the last ranks run the teacher alone.
 

@@ -36,15 +36,8 @@ from nemo_minitron.runtime.groups import ParallelGroups
 from nemo_minitron.runtime.launch import seen_by_all
 from nemo_minitron.runtime.ranks import rank
 from nemo_minitron.runtime.worlds import barrier
-from nemo_minitron.search import (
-    Candidate,
-    candidates,
-    distill_config,
-    kept_layers,
-    objective,
-    pruning_of,
-    within_latency,
-)
+from nemo_minitron.search import Candidate, candidates, kept_layers, objective, within_latency
+from nemo_minitron.stages.candidate_stages import distill_config, pruning_of
 from nemo_minitron.stages.distill import model_config
 from nemo_minitron.stages.tasks import answer_tasks, ready_to_answer
 

@@ -20,6 +20,7 @@ from nemo_minitron.config.stages import FinetuneConfig
 from nemo_minitron.config.training_stages import DistillConfig, TrainingStageConfig
 from nemo_minitron.data.checks import check_batches, check_data
 from nemo_minitron.data.sft import check_packing
+from nemo_minitron.families.registry import longest_sequence
 from nemo_minitron.planning.compute import built_teacher, training_flops
 from nemo_minitron.runtime.ranks import launched_world_size, rank
 from nemo_minitron.stages.settings import (
@@ -78,7 +79,8 @@ def check_training(
     except ValueError as error:
         raise ValueError(f"{key}={getattr(cfg, key)}: {error}") from error
     check_training_settings(cfg, model)
-    lengths = [known.max_seq_length for known in (model, *others) if known.max_seq_length]
+    lengths = filter(None, map(longest_sequence, (model, *others)))
+    longest = min(lengths, default=None)
     for phase in cfg.phases():
         with phase.naming():
             _check_one_kind(cfg, phase)
@@ -90,7 +92,7 @@ def check_training(
                 train_samples=phase.steps * phase.data.global_batch_size,
                 vocab_size=model.vocab_size,
                 tokenizer_dir=Path(getattr(cfg, key)) / "checkpoint" / "tokenizer",
-                max_seq_length=min(lengths, default=None),
+                max_seq_length=longest,
             )
             check_packing(phase.data, model, *(other.without_prediction() for other in others))
 

@@ -46,6 +46,8 @@ def check(cfg: PlanConfig) -> None:
     if cfg.json is None:
         return
     path = Path(cfg.json)
+    if path.is_dir():
+        raise ValueError(f"json={path} is a folder; set a file, such as json={path / 'plan.json'}")
     if path.exists() and not cfg.overwrite:
         raise ValueError(f"json={path} exists; set overwrite=true or another file")
     if not path.parent.is_dir():
@@ -177,7 +179,7 @@ def _show_steps(records: list[dict[str, Any]]) -> None:
             ends = f"{step['total']:.2f}", f"{step['hours']:,.1f}", f"{step['of_peak']:.1%}"
             rows.append((record["name"], *shares, *ends))
     if rows:
-        header = ("run", *parts, "step, s", "hours", "of the peak")
+        header = ("run", *parts, "step, s", "all steps, hours", "of the peak")
         show_table("where the time of a training step goes", header, rows)
 
 

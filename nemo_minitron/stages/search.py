@@ -7,6 +7,7 @@ that was killed goes on with the next one.
 """
 
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,19 +21,18 @@ from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import SearchConfig
 from nemo_minitron.data.checks import check_batches, check_data
 from nemo_minitron.data.sft import check_packing
+from nemo_minitron.families.registry import longest_sequence
 from nemo_minitron.pruning.scores import Scores, read_meta
 from nemo_minitron.pruning.targets import check_importance, check_result
 from nemo_minitron.runtime.ranks import launched_world_size, rank
 from nemo_minitron.search import (
     candidates,
-    distill_config,
     kept_layers,
     objective,
     pareto_front,
-    pruning_of,
-    training_data,
     within_latency,
 )
+from nemo_minitron.stages.candidate_stages import distill_config, pruning_of, training_data
 from nemo_minitron.stages.settings import (
     check_settings,
     check_training_settings,
@@ -41,6 +41,7 @@ from nemo_minitron.stages.settings import (
 )
 from nemo_minitron.stages.tasks import check_tasks
 
+log = logging.getLogger(__name__)
 _METRICS = ("parameters", "loss", "distilled_loss", "score", "distilled_score", "sizes")
 
 
@@ -68,7 +69,7 @@ def check(cfg: SearchConfig) -> None:
         if cfg.importance is not None and cfg.search.num_layers:
             scores = Scores.load(Path(cfg.importance))
         layers = kept_layers(config, cfg, scores)
-        for one in candidates(config, cfg.search, layers):
+        for one in candidates(config, cfg.search, layers, log.warning):
             pruning = pruning_of(cfg, config, one)
             check_result(config, pruning)
             check_importance(config, pruning, meta)
@@ -93,7 +94,7 @@ def _check_data(cfg: SearchConfig, config: ModelConfig, folder: Path) -> None:
     keys: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "tokenizer_dir": folder / "tokenizer",
-        "max_seq_length": config.max_seq_length,
+        "max_seq_length": longest_sequence(config),
     }
     check_data(cfg.data, **keys)
     check_packing(cfg.data, config.without_prediction())

@@ -25,6 +25,7 @@ from nemo_minitron.config.training_stages import TeacherPassConfig, TrainingStag
 from nemo_minitron.data.checks import check_batches, check_data
 from nemo_minitron.data.sft import check_packing
 from nemo_minitron.distillation.logit_index import FOLDER, INDEX, PARTS
+from nemo_minitron.families.registry import longest_sequence
 from nemo_minitron.pruning.scores import META_FILE
 from nemo_minitron.runtime.ranks import launched_world_size, rank
 
@@ -157,7 +158,7 @@ def check_forward(
         data,
         vocab_size=model.vocab_size,
         tokenizer_dir=Path(cfg.checkpoint) / "checkpoint" / "tokenizer",
-        max_seq_length=model.max_seq_length,
+        max_seq_length=longest_sequence(model),
     )
     check_packing(data, model.without_prediction(), padded=isinstance(cfg, EvaluateConfig))
 

@@ -18,6 +18,7 @@ from nemo_minitron.evaluation.tasks import (
     load_tasks,
     run_tasks,
 )
+from nemo_minitron.families.registry import longest_sequence
 
 if TYPE_CHECKING:
     from nemo_minitron.evaluation.answers import Answers
@@ -44,11 +45,12 @@ def check_tasks(cfg: TaskConfig, model: ModelConfig, *, export: bool) -> None:
     if not export:
         load_tokenizer(folder)
     check_installed()
-    limit = model.max_seq_length
+    limit = model.max_seq_length if export else longest_sequence(model)
     if limit is not None and max_length(cfg, model) > limit:
         raise ValueError(
-            f"lm_eval.max_length={cfg.lm_eval.max_length} is longer than max_position_embeddings="
-            f"{limit} of the model, whose positions end there; lower lm_eval.max_length"
+            f"lm_eval.max_length={cfg.lm_eval.max_length} is longer than {limit}, where the "
+            "positions of the model end: its max_position_embeddings, or a sliding_window above "
+            "them; lower lm_eval.max_length"
         )
     longest = model.longrope_length
     if not export and longest is not None and max_length(cfg, model) > longest:

@@ -1,6 +1,7 @@
 """``minitron teacher_logits``: the teacher's outputs on the samples that ``distill`` will read."""
 
 import json
+import logging
 import shutil
 import time
 from pathlib import Path
@@ -13,8 +14,11 @@ from nemo_minitron.config.stages import TeacherLogitsConfig
 from nemo_minitron.data.checks import check_data, check_sequence
 from nemo_minitron.data.sft import check_packing
 from nemo_minitron.distillation.logit_index import FOLDER, PARTS, LogitIndex, data_keys
+from nemo_minitron.families.registry import longest_sequence
 from nemo_minitron.runtime.ranks import launched_world_size, rank
 from nemo_minitron.stages.settings import check_settings, on_ranks, opened_inputs, splits
+
+log = logging.getLogger(__name__)
 
 
 def check(cfg: TeacherLogitsConfig) -> None:
@@ -32,6 +36,12 @@ def check(cfg: TeacherLogitsConfig) -> None:
                 f"top_k={cfg.top_k} is larger than the vocabulary of {model.vocab_size}; set top_k "
                 f"to {model.vocab_size} or less"
             )
+        if cfg.dtype == "bfloat16" and model.final_logit_softcapping is not None:
+            log.warning(
+                "dtype=bfloat16 rounds these logits, which are fp32 behind final_logit_softcapping="
+                "%g, by up to 1/256 of each; dtype=float32 stores them as they are",
+                model.final_logit_softcapping,
+            )
         check_layout(model, cfg.parallel)
         check_settings(cfg, model, precision=cfg.trainer.precision)
         cfg.parallel.world_size(launched_world_size())
@@ -42,7 +52,7 @@ def check(cfg: TeacherLogitsConfig) -> None:
             train_samples=cfg.trainer.max_steps * cfg.data.global_batch_size,
             vocab_size=model.vocab_size,
             tokenizer_dir=folder / "tokenizer",
-            max_seq_length=model.max_seq_length,
+            max_seq_length=longest_sequence(model),
         )
         check_packing(cfg.data, model.without_prediction())
 

@@ -178,6 +178,8 @@ def test_only_what_is_asked_for(ranks: WorkerPool, checkpoint, ids, expected) ->
     config = ScoreConfig(axes=["layer"], layer_criteria=["lm_loss"], lm_loss_samples=LM_SAMPLES)
     (found,) = ranks.run(1, score, LLAMA, checkpoint, ids, ParallelConfig(), config, 1, 4)
     assert list(found) == ["layer_lm_loss"]
+    assert (found.meta["num_samples"], found.meta["num_tokens"]) == (LM_SAMPLES, 5 * LENGTH)
+    assert found.meta["lm_loss_samples"] == LM_SAMPLES
     torch.testing.assert_close(found["layer_lm_loss"], expected["layer_lm_loss"], rtol=1e-5, atol=0)
 
 

@@ -109,6 +109,15 @@ def test_help_lists_stages_keys_defaults_and_groups(run):
         ("prune --config-dir /nowhere", "'/nowhere' not found"),
         ("prune workers=1,2", "Ambiguous value for argument 'workers=1,2'"),
         ("prune experiment=quickstart", "conf/experiment/quickstart.yaml sets model="),
+        (
+            "prune checkpoint=a output_dir=${oc.env:NOT_SET}/b",
+            "prune: output_dir: NOT_SET is not set in the environment; export it, or write "
+            "${oc.env:NOT_SET,DEFAULT}\n",
+        ),
+        (
+            "prune checkpoint=${a} output_dir=b",
+            "prune: checkpoint: Interpolation key 'a' not found\n",
+        ),
         ("pipeline inputs.model=x", "write +inputs.model=... to add it"),
         (
             "pipeline experiment=quickstart stages.pruned.config.workers=3",
@@ -283,6 +292,24 @@ def test_sweep_runs_all_jobs_and_reports_the_bad_one(run, tmp_path):
     assert not (tmp_path / "a/manifest.json").exists() or (tmp_path / "b/manifest.json").exists()
 
 
+def test_jobs_of_a_sweep_that_would_share_a_folder(run, tmp_path):
+    """In which the second would find the result of the first, or replace it."""
+    line = ["prune", "-m", "output_dir=sweep", "pruning.target.num_layers=3"]
+    code, _, err, new = run(*line, "checkpoint=runs/a/b,runs/a_b,runs/c")
+    assert code == 2
+    assert not new
+    assert (
+        "checkpoint=runs/a/b and checkpoint=runs/a_b would share the folder checkpoint=runs" in err
+    )
+    for path in ("a/b", "c_b"):
+        (tmp_path / "runs" / path).mkdir(parents=True)
+        (tmp_path / "runs" / path / "file").write_text("x")
+    code, _, err, _ = run(*line, "checkpoint=runs/a/b,runs/c_b")
+    assert code == 0, err
+    names = {p.name for p in (tmp_path / "sweep").iterdir() if p.is_dir()}
+    assert names == {"checkpoint=runs_a_b", "checkpoint=runs_c_b"}
+
+
 def test_config_dir_adds_groups_and_entries(run, tmp_path):
     for name in ("conf/pruning", "conf/mine", "model"):
         (tmp_path / name).mkdir(parents=True)
@@ -428,12 +455,27 @@ def test_layout_must_fit_the_launcher(run, monkeypatch, tmp_path):
     assert "the launcher started 3 ranks" in err
 
 
-def test_half_of_what_a_launcher_says(run, monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    code, _, err, _ = run("import", "source=model", "output_dir=out")
-    assert code == 2
-    assert "RANK=0 is in the environment without WORLD_SIZE; start all ranks with srun" in err
+@pytest.mark.parametrize(
+    ("env", "says"),
+    [
+        (
+            {"RANK": "0"},
+            "RANK=0 is in the environment without WORLD_SIZE; start all ranks with srun",
+        ),
+        ({"RANK": "x"}, "RANK=x in the environment is not a number; start all ranks with srun"),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE=two in the environment is not a number"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1 in the environment is not a number"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 in the environment must be below WORLD_SIZE=2;"),
+    ],
+)
+def test_what_no_launcher_says(run, monkeypatch, env, says):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    code, out, err, new = run("import", "source=model", "output_dir=out")
+    assert (code, out, new) == (2, "", set())
+    assert err.startswith(f"minitron: {says}")
 
 
 SRUN = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "8"}

@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import psutil
@@ -21,10 +22,12 @@ from nemo_minitron.checkpoint.tokenizer import AS_READ
 from nemo_minitron.config.sources import SourcesConfig, SourcesStageConfig
 from nemo_minitron.config.stages import ImportConfig
 from nemo_minitron.config.training import DataConfig
+from nemo_minitron.data import budget
 from nemo_minitron.data.budget import sources_of, tokenise, write_pair
 from nemo_minitron.data.datasets import prepare_tokens
 from nemo_minitron.data.indexed import TextTokenizer
 from nemo_minitron.data.pair import read_index
+from nemo_minitron.data.parts import Documents
 from nemo_minitron.data.text import find_source
 from nemo_minitron.stages.data import check
 from tests.helpers.bad_input import done, run_line
@@ -84,6 +87,32 @@ def command(corpus: Path, out: Path, *more: str) -> list[str]:
     return ["data", f"checkpoint={corpus}/model", blend, f"output_dir={out}", *more]
 
 
+def test_repeats_are_not_looked_for_after_every_file(monkeypatch):
+    """A source of which a tenth is new: what is taken is what a look after each file takes."""
+    rng, files, share = np.random.default_rng(0), 200, 4000
+    digests = rng.integers(0, 1500, 40 * files)
+    lengths = digests % 7 + 1  # equal texts are equally long
+    pairs = zip(np.split(lengths, files), np.split(digests, files), strict=True)
+    parts = [Documents(*pair) for pair in pairs]
+    first = np.sort(np.unique(digests, return_index=True)[1])
+    totals = np.cumsum(lengths[first])
+    want = first[: int(np.searchsorted(totals, share)) + 1]
+    look = Mock(wraps=np.unique)
+    monkeypatch.setattr(budget, "read_part", lambda part: parts[part])
+    monkeypatch.setattr(np, "unique", look)
+    source: Any = budget.Source(share, list(range(files)))  # type: ignore[arg-type]  # numbers
+    for number in range(files):
+        source.end(number)
+        if source.complete:
+            break
+    source.end(number + 1)  # another process had begun it
+    assert source.kept.tolist() == want.tolist()
+    assert source.tokens == totals[len(want) - 1] >= share
+    assert len(source.documents) == number + 1 < files
+    assert sum(len(one.lengths) for one in source.documents[:-1]) <= want[-1]
+    assert look.call_count < 12 < number - share // 160
+
+
 def test_the_tokens_of_a_budget_and_a_run_that_goes_on(corpus, tmp_path, monkeypatch):
     out, whole = tmp_path / "out", command(corpus, tmp_path / "out", "total_tokens=6000")
 
@@ -133,7 +162,10 @@ def _check_written(corpus: Path, out: Path) -> None:
 
 
 def _killed_after_a_part(arguments: list[str], parts: Path) -> None:
-    """Kill the first process of a command once a part is whole; the others end with it."""
+    """Kill the first process of a command when a part is whole and another is being written.
+
+    The others end with it.
+    """
     process = subprocess.Popen(
         [sys.executable, "-m", "nemo_minitron", *arguments],
         stdout=subprocess.DEVNULL,
@@ -141,7 +173,7 @@ def _killed_after_a_part(arguments: list[str], parts: Path) -> None:
         start_new_session=True,
     )
     deadline = time.monotonic() + 100
-    while not [path for path in parts.glob("*-*") if path.suffix != ".draft"]:
+    while {path.suffix for path in parts.glob("*-*")} != {"", ".draft"}:
         assert process.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -156,7 +188,8 @@ def test_a_killed_run_goes_on(corpus, tmp_path):
     """It ends with the files of one that nobody killed."""
     (tmp_path / "web").mkdir()
     for number in range(4):
-        texts = make_texts(10 if number == 1 else 600, seed=number)
+        # The first two are 0 and 3, of which one must not end with the other.
+        texts = make_texts({1: 10, 3: 3000}.get(number, 600), seed=number)
         write_jsonl(tmp_path / "web" / f"{number}.jsonl", texts)
     keys = (f"data.blend=[1,{tmp_path}/web]", "total_tokens=10000000", "workers=2")
     commands = {

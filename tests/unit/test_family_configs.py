@@ -360,7 +360,9 @@ def test_gpt2_takes_the_others() -> None:
 
 def test_sequences_longer_than_learned_positions_are_refused() -> None:
     data = DataConfig(path="-", seq_length=129)
-    with pytest.raises(ValueError, match=r"data.seq_length=129 .*max_position_embeddings=128"):
+    with pytest.raises(
+        ValueError, match=r"data.seq_length=129 is longer than 128, .*max_position_embeddings"
+    ):
         check_data(data, max_seq_length=GPT2.max_seq_length)
     assert LLAMA.max_seq_length is None
 

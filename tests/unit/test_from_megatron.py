@@ -230,6 +230,26 @@ def test_layers_as_an_expression(run, more, key, entries):
 
 
 @pytest.mark.parametrize(
+    ("more", "tokens"),
+    [
+        (["--tokenizer-type", "NullTokenizer"], 128),
+        (["--tokenizer-type", "NullTokenizer", "--null-tokenizer-eod-id", "5"], 128),
+        (["--tokenizer-type", "NullTokenizer", "--legacy-tokenizer"], 129),
+        (["--tokenizer-type", "NullMultimodalTokenizer"], 129),
+        (["--tokenizer-type", "HuggingFaceTokenizer"], 128),
+    ],
+)
+def test_tokens_of_a_tokenizer_without_words(run, more, tokens):
+    """Since core 0.18, which no longer has --legacy-tokenizer, NullTokenizer adds none."""
+    code, lines, err = run("--num-layers", "2", *SMALL, *more)
+    assert code == 0, err
+    assert f"+model.vocab_size={tokens}" in lines
+    padded = [word.replace("--vocab-size", "--padded-vocab-size") for word in SMALL]
+    _, lines, _ = run("--num-layers", "2", *padded, *more)
+    assert "+model.vocab_size=128" in lines  # of the weights, whatever the tokenizer counts
+
+
+@pytest.mark.parametrize(
     "text", ["([0]*1+[1]*7", "[1]*100000000", "[[1]*8]*8", "open('x')", "[1]*-1 or 8"]
 )
 def test_what_is_no_expression_of_layers(run, text):

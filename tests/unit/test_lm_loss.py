@@ -3,8 +3,10 @@
 import math
 
 import pytest
+import torch
 
 from nemo_minitron.evaluation.lm_loss import figures
+from nemo_minitron.importance.ablation import per_token
 
 
 def test_figures() -> None:
@@ -25,3 +27,10 @@ def test_a_model_that_lost_everything_has_figures_too() -> None:
 def test_losses_that_say_nothing(loss: float, tokens: float, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         figures(loss, tokens, 2, 4.0)
+
+
+def test_losses_without_layers_need_a_token() -> None:
+    """Samples in which everything is masked would give NaN for every block."""
+    assert per_token(torch.tensor([[6.0, 4.0], [2.0, 4.0]])) == [1.5, 0.5]
+    with pytest.raises(ValueError, match=r"no token of the samples of scores.lm_loss_samples"):
+        per_token(torch.zeros(2, 2))

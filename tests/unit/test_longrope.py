@@ -1,6 +1,7 @@
 """LongRoPE: where one rotation for all tokens would be another model's, it is refused."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -8,6 +9,7 @@ from nemo_minitron.config.inference import BenchmarkConfig, EvaluateConfig
 from nemo_minitron.config.parallel import ParallelConfig
 from nemo_minitron.config.training import DataConfig
 from nemo_minitron.models.documents import check_shared
+from nemo_minitron.models.inference import CachedModel
 from nemo_minitron.stages import benchmark, tasks
 from tests.helpers.tiny import LLAMA, PHI3_LONG
 
@@ -28,6 +30,16 @@ def test_no_text_grows_beyond_the_short_ones() -> None:
     cfg = BenchmarkConfig(checkpoint=["x"], output_dir="-", prompt_length=10, new_tokens=8)
     with pytest.raises(ValueError, match="new_tokens=8 exceed the 16 positions of the model"):
         benchmark._check_size(cfg, PHI3_LONG)
+
+
+def test_cached_texts_stay_short() -> None:
+    """Also where no stage has looked at the length before."""
+    stage: Any = SimpleNamespace(is_last_stage=False)
+    chunk: Any = SimpleNamespace(built_from=(PHI3_LONG, ParallelConfig()))
+    model = CachedModel(chunk, stage, 101)
+    says = "length=17 must be at most original_max_position_embeddings=16 with rope_scaling of"
+    with pytest.raises(ValueError, match=says):
+        model.start(1, 17)
 
 
 def test_requests_of_tasks_are_short(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,8 @@ def test_tokenizer_without_words(lm: Path) -> None:
     assert open_source(str(lm)).config.vocab_size == LLAMA.vocab_size
     set_args(lm, null_tokenizer_eod_id=None)
     assert open_source(str(lm)).config.vocab_size == LLAMA.vocab_size - 1
+    set_args(lm, tokenizer_type="NullMultimodalTokenizer")  # adds one in every version
+    assert open_source(str(lm)).config.vocab_size == LLAMA.vocab_size
 
 
 def test_iterations(lm: Path) -> None:

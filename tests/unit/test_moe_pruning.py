@@ -26,7 +26,15 @@ from nemo_minitron.pruning.rounds import compose, pruning_rounds
 from nemo_minitron.pruning.scores import Scores, check_axes, model_meta
 from nemo_minitron.pruning.slicing import dim_indices, prune_store
 from nemo_minitron.pruning.targets import check_pruning
-from tests.helpers.tiny import GLM4_MOE, LLAMA, MIXTRAL, QWEN2_MOE, random_weights
+from tests.helpers.tiny import (
+    GLM4_MOE,
+    GPT2,
+    LLAMA,
+    MIXTRAL,
+    NEMOTRON_H,
+    QWEN2_MOE,
+    random_weights,
+)
 
 TARGET = {
     "num_layers": 3,
@@ -344,6 +352,16 @@ BEFORE = [[[0, 0, 2], [0, 1, -1]]]
             edited(GLM4_MOE, ffn=[list(range(48)), [], [], []]),
             "ffn_hidden_size=48 is not supported for a model with mtp_num_layers=1",
         ),
+        (
+            NEMOTRON_H,  # one of two groups, and the heads in it
+            edited(
+                NEMOTRON_H,
+                mamba_group=[kept[:1] for kept in full_plan(NEMOTRON_H)["mamba_group"]],
+                mamba_head=[kept[:4] for kept in full_plan(NEMOTRON_H)["mamba_head"]],
+            ),
+            r"'mamba_group of layer 1' must hold all .* 0 to 1, as mamba_num_groups cannot be",
+        ),
+        (GPT2, edited(GPT2, hidden=list(range(32))), "hidden_size=32 is not supported for family"),
     ],
 )
 def test_plans_that_were_edited_by_hand(config, plan: Plan, message: str) -> None:

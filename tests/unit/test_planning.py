@@ -137,6 +137,8 @@ def test_numbers_are_written(tmp_path):
     done = subprocess.run(command, capture_output=True, timeout=100, cwd=tmp_path)
     assert done.returncode == 0, done.stderr.decode()
     assert "8,030,261,248" in done.stdout.decode()
+    words = done.stdout.decode()  # GPU hours / GPUs, and what a run takes with all its waiting
+    assert words.count("all steps, hours") == 1
     assert sorted(tmp_path.iterdir()) == [tmp_path / "plan.json"]
     values = json.loads((tmp_path / "plan.json").read_text())
     (run,) = [item for item in values["items"] if item["name"] == "distilled"]
@@ -150,6 +152,9 @@ def test_numbers_are_written(tmp_path):
     ending = run_line([*FINETUNE_PLAN, f"json={tmp_path}/plan.json"])
     assert (ending.code, "set overwrite=true or another file" in ending.err) == (2, True)
     assert run_line([*FINETUNE_PLAN, f"json={tmp_path}/plan.json", "overwrite=true"]).code == 0
+    ending = run_line([*FINETUNE_PLAN, f"json={tmp_path}", "overwrite=true"])
+    assert (ending.code, ending.out) == (2, "")
+    assert f"json={tmp_path} is a folder; set a file, such as json={tmp_path}/plan" in ending.err
 
 
 def test_one_stage(tmp_path):

@@ -43,6 +43,29 @@ def test_the_page_of_keys_is_up_to_date():
     assert (REPO / "docs" / "keys.md").read_text() == config_docs.page(), message
 
 
+def test_the_page_lists_the_keys_that_may_differ_on_resume():
+    """Of every stage that keeps unfinished work, by what its config says of its keys."""
+    text = config_docs.page().partition("## Keys that may differ when work goes on")[2]
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", text, re.MULTILINE))
+    stages = (REPO / "nemo_minitron/stages").glob("*.py")
+    resumed = {path.stem for path in stages if "resumable=True" in path.read_text()}
+    assert rows.keys() == resumed | {"distill"}  # which runs what finetune does
+    for key in (
+        "parallel.*",
+        "teacher_parallel.*",
+        "exp_manager.*",
+        "distillation.offload_teacher",
+        "data.blend_changes",
+        "data.cache_dir",
+        "trainer.num_nodes",
+        "megatron.transformer.recompute_*",
+        "megatron.ddp.bucket_size",
+    ):
+        assert f"`{key}`" in rows["distill"]
+    assert rows["generate"].startswith("`keep_prompt`, `filters.*`, `batch_size`,")
+    assert "optim" not in "".join(rows.values())
+
+
 def test_the_page_of_families_is_up_to_date():
     message = "the family tables changed; run `make docs`"
     assert (REPO / "docs" / "families.md").read_text() == families_docs.page(), message

@@ -16,10 +16,18 @@ from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import active_parameters, parameter_count
 from nemo_minitron.pruning.plan import make_plan, pruned_config
 from nemo_minitron.pruning.scores import Scores, model_meta
-from nemo_minitron.search import candidates, kept_layers, pareto_front, pruning_of
+from nemo_minitron.search import candidates, kept_layers, pareto_front
 from nemo_minitron.stages import candidates as scoring
+from nemo_minitron.stages.candidate_stages import pruning_of
 from nemo_minitron.stages.search import ranked
-from tests.helpers.tiny import GLM4_MOE, LLAMA, NEMOTRON_H, QWEN3_NEXT, random_weights
+from tests.helpers.tiny import (
+    DEEPSEEK_EXPERTS,
+    GLM4_MOE,
+    LLAMA,
+    NEMOTRON_H,
+    QWEN3_NEXT,
+    random_weights,
+)
 
 LISTS: dict[str, Any] = {
     "num_layers": [2, 3, 4],
@@ -128,6 +136,22 @@ def test_numbers_of_experts_that_the_groups_of_a_router_can_hold() -> None:
     """A number too small for what a token is routed to is left out, as other misfits are."""
     found = candidates(GROUPS, SearchSpaceConfig(num_moe_experts=[2, 4, 6, 7]))
     assert [one.sizes["num_moe_experts"] for one in found] == [4, 6]
+
+
+@pytest.mark.parametrize("config", [GLM4_MOE, DEEPSEEK_EXPERTS])
+def test_widths_of_shared_experts_that_config_json_cannot_say(config: ModelConfig) -> None:
+    """There the shared expert is as wide as a number of the others: such shapes are left out."""
+    lists: dict[str, Any] = {"moe_ffn_hidden_size": [12, 16, 24]}
+    lists["moe_shared_expert_intermediate_size"] = [24, 36, 40, 48]
+    said: list[str] = []
+    found = candidates(config, SearchSpaceConfig(**lists), say=said.append)
+    sizes = {tuple(one.sizes[name] for name in lists) for one in found}
+    assert sizes == {(12, 24), (12, 36), (12, 48), (16, 48), (24, 24)}
+    (line,) = said
+    assert line.startswith("6 of 11 shapes are left out: moe_shared_expert_intermediate_size=40 ")
+    lists["moe_shared_expert_intermediate_size"] = [25]
+    with pytest.raises(ValueError, match=r"none of the 3 shapes can be exported: .*=25 must be a "):
+        candidates(config, SearchSpaceConfig(**lists))
 
 
 @pytest.mark.parametrize(

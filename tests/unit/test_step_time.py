@@ -15,10 +15,12 @@ from nemo_minitron.config.training import DataConfig, OptimConfig, TrainerConfig
 from nemo_minitron.families.registry import family_of
 from nemo_minitron.families.table import parameter_count
 from nemo_minitron.pipeline.plan import read_items
-from nemo_minitron.planning.compute import work
+from nemo_minitron.planning.compute import forward_parts, work
 from nemo_minitron.planning.items import plan_items
 from nemo_minitron.planning.memory import Job, fullest_rank
-from nemo_minitron.planning.step_time import StepTime, step_time
+from nemo_minitron.planning.shares import shares
+from nemo_minitron.planning.step_time import StepTime, _ring, step_time
+from tests.helpers.tiny import DEEPSEEK_V3, LLAMA
 
 LAYERS, HIDDEN, LENGTH = 32, 4096, 8192
 CLUSTER = ClusterConfig()
@@ -61,12 +63,62 @@ def test_sequence_parallel_layers_exchange_hidden_states():
     assert time.layers == pytest.approx(8 * LAYERS * 2 * 5 * state * 7 / 8 / 450e9)
 
 
-def test_ranks_of_a_pipeline_wait_for_its_ends():
-    plain = timed(job(ParallelConfig(pipeline_model_parallel_size=4), batch=8))
-    assert plain.bubble == pytest.approx((plain.student + plain.layers) * 3 / 8)
+def test_ranks_of_a_pipeline_wait_for_its_ends_and_for_its_slowest_stage():
+    """Every stage has as many layers here, so that the one with the output layer computes most."""
+    plain = timed(one := job(ParallelConfig(pipeline_model_parallel_size=4), batch=8))
+    parts = forward_parts(one.model, LENGTH)
+    whole = sum(parts.values())
+    last = (whole - parts["output"]) / 4 + parts["output"]
+    waits = plain.student * (4 * last / whole - 1)
+    assert waits > 0.15 * plain.student
+    by_hand = (plain.student + plain.layers) * 3 / 8 + waits * 7 / 8
+    assert plain.bubble == pytest.approx(by_hand)
     chunks = ParallelConfig(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=2)
     interleaved = timed(job(chunks, batch=8))
-    assert interleaved.bubble == pytest.approx(interleaved.student * 3 / 16)
+    by_hand = interleaved.student * 3 / 16 + waits * 15 / 16
+    assert interleaved.bubble == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize(
+    ("keys", "layers"),
+    [
+        ({"num_layers_in_last_pipeline_stage": 5}, [9, 9, 9, 5]),
+        ({"num_layers_in_first_pipeline_stage": 14}, [14, 6, 6, 6]),
+        ({"pipeline_model_parallel_layout": "Et*8|t*9|t*9|t*6,L"}, [8, 9, 9, 6]),
+    ],
+)
+def test_uneven_pipelines(keys, layers):
+    """The slowest stage sets the pace, and memory is that of the layers that a stage holds."""
+    one = job(ParallelConfig(pipeline_model_parallel_size=4, **keys), batch=8)
+    time, parts = timed(one), forward_parts(one.model, LENGTH)
+    layer = (sum(parts.values()) - parts["output"]) / LAYERS
+    stages = [count * layer for count in layers]
+    stages[-1] += parts["output"]
+    one_pass = time.student / 8 / sum(parts.values()) * 4  # seconds for an operation, all stages'
+    by_hand = one_pass * (sum(stages) + 7 * max(stages))  # first micro-batch, then one at a time
+    assert time.student + time.bubble == pytest.approx(by_hand + time.layers * 3 / 8)
+    count = parameter_count(family_of(one.model), one.model)["total"]
+    embedding = one.model.vocab_size * HIDDEN
+    block = (count - 2 * embedding - HIDDEN) // LAYERS
+    held = [block * layers[0] + embedding, *(block * count for count in layers[1:3])]
+    held.append(block * layers[3] + embedding + HIDDEN)
+    assert [share.total for share in shares(one.model, one.parallel)] == held
+    assert fullest_rank(one).weights in {2 * parameters for parameters in held}
+
+
+def test_latents_are_keys_and_values_when_they_travel():
+    """Context-parallel ranks of MLA pass on what attention reads: keys are wider than values."""
+    model = replace(DEEPSEEK_V3, kv_channels=12)
+    parallel = ParallelConfig(context_parallel_size=2, tensor_model_parallel_size=2)
+    one = replace(job(parallel, batch=8), model=model)
+    passes = {"forward": 1.0, "backward": 1.0}
+    fast = replace(CLUSTER, peak_tflops=1e9)  # attention hides nothing
+    sent = _ring(one, model, parallel, fast, passes, 4)
+    rows = 8 * (10 + 6 + 12) * (LENGTH // 2) * 2 / 2  # of heads: queries' channels and values'
+    assert sent == pytest.approx(3 * rows * 4 / 450e9, rel=1e-3)
+    plain = replace(LLAMA, num_query_groups=4, kv_channels=12)
+    sent = _ring(one, plain, parallel, fast, passes, 4)
+    assert sent == pytest.approx(3 * 2 * 4 * 12 * (LENGTH // 2) * 4 / 450e9, rel=1e-3)
 
 
 def test_gradients_travel_beside_the_last_backward_pass():

@@ -17,6 +17,7 @@ from nemo_minitron.config.training_stages import TeacherPassConfig
 from nemo_minitron.data.blend import BlendedSamples, Order
 from nemo_minitron.data.samples import NpyDataset
 from nemo_minitron.distillation.logit_index import LogitIndex, Part, check_stored, data_keys
+from nemo_minitron.distillation.logit_loss import capped_
 from nemo_minitron.distillation.logit_shards import (
     StoredTeacher,
     sample_hash,
@@ -25,7 +26,7 @@ from nemo_minitron.distillation.logit_shards import (
     write_shard,
 )
 from nemo_minitron.stages import distill, teacher_logits
-from tests.helpers.tiny import LLAMA, token_batch, write_npy, write_result
+from tests.helpers.tiny import GEMMA2, LLAMA, token_batch, write_npy, write_result
 
 SAMPLES, LENGTH, STORED_K, PER_SHARD = 6, 16, 8, 4
 IDS = token_batch(SAMPLES, LENGTH - 1, LLAMA.vocab_size)
@@ -133,6 +134,45 @@ def test_a_temperature_of_its_own_is_free_without_a_tail(home):
     distill.check(_cfg(home, distillation={"loss": "top_k", "temperature": 2.0, "top_k": 3}))
 
 
+def _mixed(path: Path, weights: list[float], *changes: tuple[int, list[float]]) -> dict[str, Any]:
+    """Keys of a blend of two sources, with other weights from steps on."""
+    sources = [{"weight": w, "path": f"{path}{n}"} for n, w in enumerate(weights)]
+    later = [{"step": step, "weights": other} for step, other in changes]
+    return {"path": "", "blend": sources, "blend_changes": later or None}
+
+
+@pytest.mark.parametrize(
+    ("now", "steps", "fits"),
+    [
+        (([1.0, 3.0], (2, [1.0, 1.0])), 3, True),
+        (([2.0, 6.0], (2, [5.0, 5.0])), 3, True),  # the same shares
+        (([1.0, 3.0],), 2, True),  # the change is not reached
+        (([1.0, 3.0],), 3, False),
+        (([1.0, 3.0], (1, [1.0, 1.0])), 3, False),
+        (([3.0, 1.0], (2, [1.0, 1.0])), 3, False),
+        (None, 3, False),
+    ],
+)
+def test_another_mixture_is_refused_before_training(home, tmp_path, now, steps, fits):
+    """The tokens alone would tell in the middle of it, at the first sample that differs."""
+    (tmp_path / "logits").mkdir()
+    index = LogitIndex.load(home / "stored/logits")
+    then = data_keys(_data(home, **_mixed(home / "ids", [1.0, 3.0], (2, [1.0, 1.0]))))
+    replace(index, data=then).save(tmp_path / "logits")
+    data = {} if now is None else _mixed(home / "ids", *now)
+    cfg = _cfg(home, teacher_logits=str(tmp_path), trainer={"max_steps": steps}, data=data)
+    if fits:
+        check_stored(cfg, LLAMA.vocab_size)
+    else:
+        with pytest.raises(
+            ValueError, match=r"another mixture .* said \[\[0, \[0.25, 0.75\]\], \[4, "
+        ):
+            check_stored(cfg, LLAMA.vocab_size)
+    del then["mixture"]  # an earlier version did not store it: nothing is known
+    replace(index, data=then).save(tmp_path / "logits")
+    check_stored(cfg, LLAMA.vocab_size)
+
+
 def test_outputs_that_do_not_fit(home, tmp_path):
     other = _write_stored(home, "narrow", torch.zeros(SAMPLES, LENGTH), vocab_size=99)
     cfg = _cfg(home, teacher_logits=str(other))
@@ -238,3 +278,27 @@ def test_what_teacher_logits_refuses(home, changes, says):
     }
     with pytest.raises(ValueError, match=says):
         teacher_logits.check(TeacherLogitsConfig(**{**values, **changes}))
+
+
+def test_rounded_soft_caps_are_said(home, tmp_path, caplog):
+    """Behind the cap a logit of a bf16 teacher has more than 8 bits."""
+    write_result(tmp_path / "capped", GEMMA2, 1)
+    for folder, dtype, said in (
+        (tmp_path / "capped", "bfloat16", True),
+        (tmp_path / "capped", "float32", False),
+        (home / "teacher", "bfloat16", False),
+    ):
+        caplog.clear()
+        passes = TeacherPassConfig(limit_val_batches=0, max_steps=1)
+        cfg = TeacherLogitsConfig(
+            checkpoint=str(folder),
+            output_dir=str(tmp_path / "out"),
+            dtype=dtype,
+            data=_data(home),
+            trainer=passes,
+        )
+        teacher_logits.check(cfg)
+        assert ("behind final_logit_softcapping=3, by up to 1/256" in caplog.text) == said
+    logits = capped_(torch.linspace(-40, 40, 1001).bfloat16().float(), 30.0)
+    error = (logits.bfloat16().float() - logits).abs() / logits.abs().clamp_min(1e-9)
+    assert 1 / 512 < error.max() <= 1 / 256

@@ -9,7 +9,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nemo_minitron.config.model import ModelConfig
-from nemo_minitron.families.registry import family_of, read_config, written_config
+from nemo_minitron.config.training import DataConfig
+from nemo_minitron.data.checks import check_data
+from nemo_minitron.families.registry import (
+    family_of,
+    longest_sequence,
+    read_config,
+    written_config,
+)
 from nemo_minitron.families.windows import megatron_fields
 from tests.helpers.tiny import LLAMA, MIXTRAL, QWEN2_MOE, QWEN3, SMOLLM3
 from tests.unit.test_family_configs import PHI3, QWEN2, QWEN3_MOE
@@ -80,6 +87,28 @@ def test_a_window_that_no_sequence_reaches_is_none():
         hf = source(LLAMA, change)
         assert read_config(hf)[1].window_size is None
         assert written_config(read_config(hf)[1])["sliding_window"] == 128
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "longest"),
+    [
+        (LLAMA, {**MISTRAL, "sliding_window": 128}, 128),
+        (PHI3, {"sliding_window": 300}, 300),
+        (QWEN2, {**ON, "sliding_window": 200, "max_window_layers": 2}, 200),
+        (QWEN2, {"sliding_window": 200}, None),  # use_sliding_window is false
+        (LLAMA, {"sliding_window": 200}, None),  # which transformers' Llama does not have
+        (LLAMA, {**MISTRAL, "sliding_window": 6}, None),  # it is in window_size
+        (LLAMA, {}, None),
+    ],
+)
+def test_sequences_that_would_meet_a_window_that_was_left_out(config, change, longest):
+    """Up to there it is exact; beyond, transformers would show a token less of the text."""
+    model = read_config(source(config, change))[1]
+    assert longest_sequence(model) == longest
+    if longest is not None:
+        data = DataConfig(path="-", seq_length=longest + 1)
+        with pytest.raises(ValueError, match=f"is longer than {longest}, .* a sliding_window abo"):
+            check_data(data, max_seq_length=longest)
 
 
 def test_releases_without_layer_types_read_the_same():

@@ -149,7 +149,8 @@ def read_model(given: Given) -> ModelRead:
 
 
 def _vocabulary(given: Given) -> int | None:
-    size = given.values.get("vocab_size") or given.values.get("padded_vocab_size")
-    # Megatron-LM's tokenizer that has no words adds one for the end of a document.
-    null = str(given.values.get("tokenizer_type", "")).startswith("Null")
-    return size + null if isinstance(size, int) else None
+    # A list does not say which version reads it: the newest does, unless it has what that lacks.
+    older = "legacy_tokenizer" in given.values
+    null = Stated("the list", given.values).null_vocabulary(before_core_0_18=older)
+    size = null or given.values.get("vocab_size") or given.values.get("padded_vocab_size")
+    return size if isinstance(size, int) else None

@@ -148,7 +148,8 @@ REASONS: Mapping[str, str] = {
     ),
     **_all(
         "the tokenizer is that of the checkpoint",
-        "tokenizer_hf_use_fast vocab_file merge_file tiktoken_pattern tiktoken_num_special_tokens",
+        "tokenizer_hf_use_fast vocab_file merge_file tiktoken_pattern tiktoken_num_special_tokens "
+        "legacy_tokenizer null_tokenizer_eod_id null_tokenizer_pad_id",
     ),
     **_all(
         "data is read by this package's own loader",

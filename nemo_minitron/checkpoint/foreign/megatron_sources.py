@@ -134,17 +134,14 @@ def _megatron_lm(path: Path) -> Source:
             "checkpoint of its training (or of Megatron-Bridge or NeMo, which have config files)"
         )
     said = vars(args)
-    vocab = said.get("vocab_size")
-    null = str(said.get("tokenizer_type", "")).startswith("Null")
-    # Until core 0.17 the tokenizer without words adds one for the end of a document.
-    adds_one = "null_tokenizer_eod_id" not in said
+    stated, older = of_args(said, f"args in {file}"), "null_tokenizer_eod_id" not in said
     return Source(
         folder,
-        of_args(said, f"args in {file}"),
+        stated,
         folder,
         in_folder(folder),
         tokenizer=_named_tokenizer(folder, said.get("tokenizer_model"), file),
-        vocab_size=int(vocab) + adds_one if null and vocab is not None else None,
+        vocab_size=stated.null_vocabulary(before_core_0_18=older),
     )
 
 

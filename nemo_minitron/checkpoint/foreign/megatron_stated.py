@@ -49,6 +49,21 @@ class Stated:
         value = self.values.get(key)
         return ValueError(f"{self.where}: {self.name(key)}={value} is not supported; only {only}")
 
+    def null_vocabulary(self, *, before_core_0_18: bool) -> int | None:
+        """Return the tokens of a tokenizer without words, which Megatron-LM tells a size alone.
+
+        Args:
+            before_core_0_18: whether the program is older. There ``NullTokenizer`` adds a token for
+                the end of a document; ``NullMultimodalTokenizer`` does so in every version.
+
+        Returns:
+            None for any other tokenizer, or where no size is given.
+        """
+        kind, size = self.values.get("tokenizer_type"), self.values.get("vocab_size")
+        if size is None or kind not in ("NullTokenizer", "NullMultimodalTokenizer"):
+            return None
+        return int(size) + (before_core_0_18 or kind != "NullTokenizer")
+
 
 # Arguments of Megatron-LM that core 0.16.0 renamed to what TransformerConfig calls them. A newer
 # run may still have the old name besides: --use-checkpoint-args sets it from an older checkpoint,
