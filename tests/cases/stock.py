@@ -116,17 +116,19 @@ def against_our_own(
     parallel: ParallelConfig,
     targets: Any,
     pattern: str | None = None,
+    teachers: ParallelConfig | None = None,
 ) -> dict[str, Any]:
     """Scores, kept indices, weights, logits and gradients of a stock model, and how ours differ.
 
     ``pattern`` builds a HybridModel; where ours is a GPT model it has two layers for each of ours.
+    ``teachers`` is the layout of the teacher, where it splits sequences otherwise.
     """
     from nemo_minitron.models.prune_live import prune_live
 
     groups, pairs = _start(parallel), pattern is not None and config.hybrid_layer_pattern is None
     own = _load(config, folder, parallel, groups)
     chunks = stock_model(config, parallel, own, pattern)
-    teacher = stock_model(config, parallel, own, pattern)
+    teacher = stock_model(config, teachers or parallel, own, pattern)
     with nemo_minitron.score(chunks) as scores:
         _run(chunks, _samples(ids), _forward_only, forward_only=True, collect_non_loss_data=True)
     assert all(chunk.training for chunk in chunks)
@@ -162,6 +164,15 @@ def against_our_own(
         "logits": _difference(logits, own_logits),
         "gradients": max(_difference(theirs[name], ours[name]) for name in ours),
     }
+
+
+def edges(parallel: ParallelConfig) -> list[list[int]]:
+    """Ranks of the groups in which a teacher's states come and go; no two are one group."""
+    from nemo_minitron.models.in_schedule import _edges
+
+    found = [group for group in _edges(_start(parallel).pp) if group is not None]
+    assert len({*map(id, found)}) == len(found)
+    return [torch.distributed.get_process_group_ranks(group) for group in found]
 
 
 def _difference(found: torch.Tensor | None, wanted: torch.Tensor | None) -> float:

@@ -4,6 +4,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from nemo_minitron.config.distillation import DistillationConfig
 from nemo_minitron.config.parallel import ParallelConfig
@@ -41,3 +42,18 @@ def test_refusals(teacher, student, settings, says):
 
 def test_a_padded_vocabulary_is_said():
     _check_pair([chunk(8)], [chunk(16)], DistillationConfig(), 8)
+
+
+def test_stages_that_would_wait_for_each_other(monkeypatch):
+    """Megatron waits for the device after each exchange of an interleaved schedule."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def pair(**settings: bool) -> None:
+        one = chunk()
+        vars(one.config).update(settings)
+        _check_pair([chunk(), chunk()], [one, one], DistillationConfig(), None)
+
+    with pytest.raises(ValueError, match="batch_p2p_sync=true of the student's"):
+        pair(batch_p2p_comm=True, batch_p2p_sync=True)
+    pair(batch_p2p_comm=True, batch_p2p_sync=False)
+    pair(batch_p2p_comm=False, batch_p2p_sync=True)
