@@ -58,12 +58,35 @@ def launched_ranks() -> int | None:
     """
     if "RANK" not in os.environ:
         return None
-    if "WORLD_SIZE" not in os.environ:
+    if not os.environ.get("WORLD_SIZE"):
         raise ValueError(
             f"RANK={os.environ['RANK']} is in the environment without WORLD_SIZE; start all ranks "
             "with srun or torchrun, or unset RANK to start this one alone"
         )
     return int(os.environ["WORLD_SIZE"])
+
+
+def check_launcher() -> None:
+    """Refuse ranks that could not find each other, before any of them has work to lose.
+
+    Raises:
+        ValueError: names the variable of the launcher that is missing or wrong.
+    """
+    total = launched_ranks()
+    if total is None:
+        return
+    if rank() >= total:
+        raise ValueError(
+            f"RANK={rank()} must be smaller than WORLD_SIZE={total}; start all ranks with srun or "
+            "torchrun, or unset RANK to start this one alone"
+        )
+    for name in () if started_by_us() else ("MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise ValueError(
+                f"RANK={rank()} and WORLD_SIZE={total} are in the environment without {name}, "
+                "where the ranks meet; start all ranks with srun or torchrun, or unset RANK to "
+                "start this one alone"
+            )
 
 
 def set_teacher_ranks(count: int) -> None:
@@ -138,8 +161,8 @@ def adopt_slurm() -> None:
 def _first_node(env: Mapping[str, str]) -> str:
     """Host of rank 0. The batch node's address stands in for names that do not resolve."""
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or ""
-    match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
-    name = "".join(part or "" for part in match.groups()) if match else ""
+    first = re.match(r"(?:\[[^\]]*\]|[^,\[])*", nodes)  # up to a comma outside of brackets
+    name = re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0] if first else "")
     with contextlib.suppress(OSError):
         if name:
             socket.gethostbyname(name)
