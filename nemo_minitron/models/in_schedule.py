@@ -18,7 +18,6 @@ from nemo_minitron.models.schedule import output_of
 from nemo_minitron.models.teacher import Teacher
 from nemo_minitron.runtime.agreement import agreed
 from nemo_minitron.runtime.groups import ParallelGroups
-from nemo_minitron.runtime.launch import device
 
 MicroBatch = dict[str, Any]
 """``tokens``, ``position_ids``, ``labels`` and ``loss_mask``, ``[b, s]`` each."""
@@ -59,7 +58,8 @@ class Distillation:
         agreed(partial(_check_pair, frozen, bare, self._settings, vocab_size))
         self._vocab_size = vocab_size or config_of(bare[0]).vocab_size
         self._teacher = Teacher(frozen)
-        self._before, self._after = _edges(self._groups.pp)
+        on = next(frozen[0].parameters()).device
+        self._before, self._after = _edges(self._groups.pp, on)
         self._sent: list[tuple[dist.Work, Tensor]] = []
 
     def forward_step(self, batch: MicroBatch, model: nn.Module) -> tuple[Tensor, Loss]:
@@ -133,7 +133,7 @@ def _neighbour(pp: dist.ProcessGroup, distance: int) -> int:
     return dist.get_global_rank(pp, (pp.rank() + distance) % pp.size())
 
 
-def _edges(pp: dist.ProcessGroup) -> tuple[Edge, Edge]:
+def _edges(pp: dist.ProcessGroup, device: torch.device) -> tuple[Edge, Edge]:
     """Groups of two ranks: with the stage before this one, and with the one after it (collective).
 
     NCCL runs what one communicator is given one after another, and a send ends when it is received.
@@ -152,13 +152,16 @@ def _edges(pp: dist.ProcessGroup) -> tuple[Edge, Edge]:
             # A call of all ranks: names that torch before 2.14 gives groups whose members alone
             # make them depend on how many groups each of these has seen.
             group = dist.new_group([source, target])
+            if me not in (source, target):
+                continue
+            assert isinstance(group, dist.ProcessGroup)  # this rank is in it
             # NCCL connects at the first message, and both wait. In the schedule the receiver may
             # be waiting for the student's stage before, which comes after the teacher's.
-            word = torch.zeros(1, device=device())
+            word = torch.zeros(1, device=device)
             if me == source:
                 after = group
                 dist.send(word, target, group)
-            elif me == target:
+            else:
                 before = group
                 dist.recv(word, source, group)
     return before, after

@@ -170,7 +170,8 @@ def edges(parallel: ParallelConfig) -> list[list[int]]:
     """Ranks of the groups in which a teacher's states come and go; no two are one group."""
     from nemo_minitron.models.in_schedule import _edges
 
-    found = [group for group in _edges(_start(parallel).pp) if group is not None]
+    both = _edges(_start(parallel).pp, torch.device("cpu"))
+    found = [group for group in both if group is not None]
     assert len({*map(id, found)}) == len(found)
     return [torch.distributed.get_process_group_ranks(group) for group in found]
 

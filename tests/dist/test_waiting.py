@@ -1,16 +1,22 @@
 """Ranks wait for rank 0 as long as it works for all of them, whatever their group allows."""
 
+import errno
 import itertools
 import time
 from datetime import timedelta
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from nemo_minitron.checkpoint.seals import write_seal
 from nemo_minitron.data.cache import build_for_all
+from nemo_minitron.models import saving
 from nemo_minitron.runtime import worlds
-from nemo_minitron.runtime.agreement import from_first
+from nemo_minitron.runtime.agreement import from_first, together
+from nemo_minitron.runtime.launch import seen_by_all
 
 LIMIT, WORK = 3.0, 4.5
 """Seconds after which a collective ends with an error, and for which rank 0 works."""
@@ -85,3 +91,62 @@ def _told() -> tuple[int, str]:
 
 def test_what_rank_0_finds_or_refuses_all_ranks_do(ranks):
     assert ranks.run(2, _told) == [(7, "rank 0 reads a damaged file")] * 2
+
+
+def _full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device", "shard.bin")
+
+
+def _numbers(folder: Path) -> list[tuple[int | None, str | None]]:
+    """Number and file of what each way to act for all raises where the disk of rank 0 is full."""
+    first, found = dist.get_rank() == 0, []
+    work = folder / "step=2.tmp"
+    work.mkdir(exist_ok=True)
+    ways = (
+        lambda: from_first(_full),
+        lambda: together(_full if first else None),
+        lambda: saving._publish(work, folder / "step=2", {}),
+    )
+    for way in ways:
+        with (
+            patch.object(saving, "rename_folder", _full),
+            pytest.raises(OSError, match="No space") as raised,
+        ):
+            way()
+        found.append((raised.value.errno, raised.value.filename))
+    return found
+
+
+def test_a_full_disk_of_rank_0_ends_all_ranks(ranks, tmp_path):
+    """With the number by which the last line of the job says what to do."""
+    assert ranks.run(2, _numbers, tmp_path) == [[(errno.ENOSPC, "shard.bin")] * 3] * 2
+
+
+def _loads(folder: Path) -> str:
+    from nemo_minitron.models.lightning import MegatronStrategy
+
+    with pytest.raises(ValueError, match=r"step=2") as raised:
+        MegatronStrategy(torch.device("cpu"))._check(folder / "step=2")
+    return str(raised.value)
+
+
+def test_damaged_hashes_of_a_checkpoint_are_refused_on_every_rank(ranks, tmp_path):
+    folder = tmp_path / "checkpoints"
+    (folder / "step=2").mkdir(parents=True)
+    write_seal(folder / "step=2", {})
+    (tmp_path / "checkpoints.sums" / "step=2").write_text("{")
+    said = ranks.run(2, _loads, folder)
+    assert said[0] == said[1]
+
+
+class _Shown(type(Path())):  # type: ignore[misc]  # the class of this system's paths
+    def exists(self, **_: object) -> bool:
+        return dist.get_rank() == 0
+
+
+def _seen() -> bool:
+    return seen_by_all(_Shown("result"))
+
+
+def test_storage_that_shows_a_file_later_elsewhere(ranks):
+    assert ranks.run(2, _seen) == [True, True]

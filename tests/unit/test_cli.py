@@ -516,6 +516,19 @@ def test_first_node_or_what_resolves(monkeypatch, nodes, host):
     assert ranks._first_node(env) == host
 
 
+@pytest.mark.parametrize(("visible", "own"), [(8, 3), (1, 0)])
+def test_a_rank_that_sees_its_own_gpu_alone(monkeypatch, visible, own):
+    """The third task of a node under srun's --gpus-per-task=1, and without it."""
+    import torch
+
+    from nemo_minitron.runtime import launch
+
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    assert launch.device() == torch.device("cuda", own)
+
+
 def test_more_ranks_than_gpus(monkeypatch):
     monkeypatch.setattr(ranks, "visible_gpus", lambda: 2)
     with pytest.raises(ValueError, match="needs 4 ranks but this machine shows 2 GPUs"):
