@@ -25,7 +25,7 @@ from nemo_minitron.checkpoint.manifest import FileEntry, files_in
 from nemo_minitron.checkpoint.seals import dumped, entries_of, loaded, write_seal
 from nemo_minitron.models.weights import plain_errors
 from nemo_minitron.runtime.agreement import from_first, together
-from nemo_minitron.runtime.atomic import rename_folder
+from nemo_minitron.runtime.atomic import atomic_file, rename_folder
 from nemo_minitron.runtime.megatron import (
     request_save,
     save_sharded,
@@ -183,17 +183,27 @@ def _write_and_hash(
     if write is not None:
         write(*args, **kwargs)
     names = [name for name in files_in(folder) if name.startswith(f"__{rank}_")]
-    (folder / f"{_HASHES}.{rank}").write_text(dumped(entries_of(folder, names)))
+    with atomic_file(folder / f"{_HASHES}.{rank}") as draft:
+        draft.write_text(dumped(entries_of(folder, names)))
 
 
 def _finish(work: Path, target: Path) -> None:
-    """A checkpoint that all ranks have written gets its name (collective)."""
-    settle_common(str(work))
-    own = work / f"{_HASHES}.{dist.get_rank()}"
-    entries = _gathered(loaded(own))
-    own.unlink()
-    dist.barrier(group=dist.group.WORLD)
-    _publish(work, target, entries)
+    """A checkpoint that all ranks have written gets its name (collective).
+
+    Raises:
+        OSError: the process that wrote a rank's files ended before it was done, on every rank.
+    """
+    own, mine = work / f"{_HASHES}.{dist.get_rank()}", dict[str, FileEntry]()
+
+    def read() -> None:
+        settle_common(str(work))
+        if not own.is_file():
+            raise OSError(f"{work}: the process that writes rank {dist.get_rank()}'s files ended")
+        mine.update(loaded(own))
+        own.unlink()
+
+    together(read)
+    _publish(work, target, _gathered(mine))
 
 
 def _publish(work: Path, target: Path, entries: dict[str, FileEntry]) -> None:

@@ -122,6 +122,26 @@ def test_a_full_disk_of_rank_0_ends_all_ranks(ranks, tmp_path):
     assert ranks.run(2, _numbers, tmp_path) == [[(errno.ENOSPC, "shard.bin")] * 3] * 2
 
 
+def _finished(folder: Path) -> str:
+    work = folder / "step=2.tmp"
+    if dist.get_rank() == 0:
+        (work / "hashes.0").write_text("{}")
+    with (
+        patch.object(saving, "settle_common", lambda _: None),
+        pytest.raises(OSError, match="ended") as raised,
+    ):
+        saving._finish(work, folder / "step=2")
+    return str(raised.value)
+
+
+def test_a_writer_that_was_killed_ends_all_ranks(ranks, tmp_path):
+    """Megatron takes its process for done; it has not left the hashes of its files."""
+    (tmp_path / "step=2.tmp").mkdir()
+    said = ranks.run(2, _finished, tmp_path)
+    assert said == [f"{tmp_path}/step=2.tmp: the process that writes rank 1's files ended"] * 2
+    assert not (tmp_path / "step=2").exists()
+
+
 def _loads(folder: Path) -> str:
     from nemo_minitron.models.lightning import MegatronStrategy
 
