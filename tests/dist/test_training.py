@@ -133,6 +133,18 @@ def test_the_speed_of_a_resumed_run_counts_its_own_tokens(monkeypatch, tmp_path)
     assert [r["tokens"] for r in kept.records] == [800.0, 100.0]
 
 
+def test_a_note_that_cannot_be_written_does_not_end_a_training(monkeypatch, tmp_path):
+    """It is for ``minitron status`` alone; here a file stands where its folder should be."""
+    work = tmp_path / "work"
+    work.write_text("")
+    monkeypatch.setattr(history_module.dist, "get_rank", lambda: 0)
+    kept = history_module.History(
+        work, 9, Speed(1, None, memory=False), Course([], []), Stragglers(0.0)
+    )
+    kept.records = [{"step": 2, "loss": 1.0, "tokens_per_second": 5.0}]
+    kept._note(2, SimpleNamespace(log_every_n_steps=1, hang_after_minutes=0))
+
+
 def test_batch_sizes(run, every_step):
     """The micro-batch size does not change what is learnt; the global batch is the step."""
     for micro in (2, 4):
