@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nemo_minitron.checkpoint.seals import read_seal
 from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.config.training import TrainerConfig
 from nemo_minitron.models import history as history_module
 from nemo_minitron.models.phases import Course
 from nemo_minitron.models.saving import of_own_storage
@@ -142,7 +143,7 @@ def test_a_note_that_cannot_be_written_does_not_end_a_training(monkeypatch, tmp_
         work, 9, Speed(1, None, memory=False), Course([], []), Stragglers(0.0)
     )
     kept.records = [{"step": 2, "loss": 1.0, "tokens_per_second": 5.0}]
-    kept._note(2, SimpleNamespace(log_every_n_steps=1, hang_after_minutes=0))
+    kept._note(2, TrainerConfig())
 
 
 def test_batch_sizes(run, every_step):
