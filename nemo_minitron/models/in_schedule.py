@@ -204,6 +204,11 @@ def _check_pair(
             "calculate_per_token_loss=false of the student's TransformerConfig would weigh "
             "micro-batches, not tokens, and the loss would depend on the layout; set it to true"
         )
+    if student[0].config.fp16:
+        raise ValueError(
+            "fp16=true of the student's TransformerConfig is not supported: gradients of the "
+            "losses exist before Megatron scales the loss, and would be lost; use bf16"
+        )
     if len(student) > 1 and _waits(student[0].config):
         raise ValueError(
             "batch_p2p_sync=true of the student's TransformerConfig would make stages of the "

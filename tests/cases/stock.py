@@ -323,6 +323,26 @@ def of_another_dtype(config: ModelConfig, folder: str, parallel: ParallelConfig)
     return all(torch.equal(one.bfloat16(), other) for one, other in pairs)
 
 
+def half_precision(config: ModelConfig, folder: str, wrapped: bool) -> tuple[torch.dtype, float]:
+    """Dtype of the output of a student in bf16, and its loss beside itself as the teacher."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.transformer.module import Float16Module
+
+    from nemo_minitron.models.weights import load_frozen
+
+    groups, parallel = _start(ParallelConfig()), ParallelConfig()
+    config.save(Path(folder))
+    teacher, student = (
+        load_frozen(Path(folder), parallel, groups, dtype=torch.bfloat16) for _ in range(2)
+    )
+    inner = Float16Module(student[0].config, student[0]) if wrapped else student[0]
+    settings = DistributedDataParallelConfig()
+    model = DistributedDataParallel(student[0].config, settings, inner)
+    distillation = nemo_minitron.Distillation(teacher, [model])
+    output, loss = distillation.forward_step(batches(1, 16, config.vocab_size)[0], model)
+    return output.dtype, loss(output)[0].item()
+
+
 def experts_split_otherwise(config: ModelConfig, folder: str) -> tuple[str, bool]:
     """What ``prune`` says where Megatron splits experts over fewer ranks than all else."""
     from megatron.core import parallel_state

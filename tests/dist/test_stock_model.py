@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from nemo_minitron.config.parallel import ParallelConfig
 from tests.cases.live_truth import Truth, layout, make_truth
@@ -12,6 +13,7 @@ from tests.cases.stock import (
     against_our_own,
     edges,
     experts_split_otherwise,
+    half_precision,
     hybrid_refusals,
     of_another_dtype,
     refusals,
@@ -145,6 +147,15 @@ def test_a_hybrid_model_that_is_refused_is_as_it_was(ranks: WorkerPool, tmp_path
 def test_a_model_that_was_cast(ranks: WorkerPool, truth: Truth) -> None:
     """Rows that travel are of the dtype that the weights have now."""
     assert all(ranks.run(2, of_another_dtype, MODEL, str(truth.folder), layout(tp=2)))
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_half_precision_with_and_without_a_wrapper(
+    ranks: WorkerPool, truth: Truth, wrapped: bool
+) -> None:
+    """Megatron's wrapper would make fp32 of the hidden states; a model may also have none."""
+    (found,) = ranks.run(1, half_precision, MODEL, str(truth.folder), wrapped)
+    assert found == (torch.bfloat16, pytest.approx(0.0, abs=1e-3))
 
 
 def test_experts_that_are_split_otherwise_are_refused(ranks: WorkerPool, truth: Truth) -> None:

@@ -12,10 +12,12 @@ from nemo_minitron.models.in_schedule import _check_pair
 from tests.helpers.tiny import LLAMA
 
 
-def chunk(vocab_size: int = LLAMA.vocab_size, per_token: bool = True) -> SimpleNamespace:
+def chunk(
+    vocab_size: int = LLAMA.vocab_size, per_token: bool = True, fp16: bool = False
+) -> SimpleNamespace:
     return SimpleNamespace(
         built_from=(replace(LLAMA, vocab_size=vocab_size), ParallelConfig()),
-        config=SimpleNamespace(calculate_per_token_loss=per_token),
+        config=SimpleNamespace(calculate_per_token_loss=per_token, fp16=fp16),
     )
 
 
@@ -33,6 +35,7 @@ def intermediate() -> DistillationConfig:
         ([chunk()], [chunk()], intermediate(), "use minitron distill for them"),
         ([chunk()], [chunk()], DistillationConfig(offload_teacher=True), "offload_teacher=true"),
         ([chunk()], [chunk(per_token=False)], DistillationConfig(), "set it to true"),
+        ([chunk()], [chunk(fp16=True)], DistillationConfig(), "fp16=true of the student's"),
     ],
 )
 def test_refusals(teacher, student, settings, says):
