@@ -27,7 +27,9 @@ def agreed(check: Callable[[], Result]) -> Result:
 
 
 def from_first(find: Callable[[], Result]) -> Result:
-    """Return on every rank what rank 0 finds; the others do not look (collective).
+    """Return on every rank what rank 0 finds, as long as that takes; the others do not look.
+
+    A call of every rank.
 
     Raises:
         ValueError: what rank 0 says that refuses, on every rank.
@@ -39,6 +41,7 @@ def from_first(find: Callable[[], Result]) -> Result:
             box[0] = find()
         except (ValueError, OSError) as error:
             box[1] = _plain(error)
+    barrier()
     dist.broadcast_object_list(box, src=0, group=dist.group.WORLD)
     if box[1] is not None:
         raise box[1]

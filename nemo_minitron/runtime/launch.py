@@ -16,7 +16,6 @@ from nemo_minitron.runtime.agreement import from_first
 from nemo_minitron.runtime.atomic import atomic_file
 from nemo_minitron.runtime.extensions import before_megatron
 from nemo_minitron.runtime.ranks import launched_ranks, rank, store_address
-from nemo_minitron.runtime.worlds import barrier
 
 if TYPE_CHECKING:
     from nemo_minitron.config.parallel import ParallelConfig
@@ -36,7 +35,6 @@ def seen_by_all(path: Path) -> bool:
 
     It is that of rank 0: shared storage may show other ranks what was there some seconds ago.
     """
-    barrier()  # rank 0 may have been at work for all
     return from_first(path.exists)
 
 

@@ -80,13 +80,19 @@ def check_launcher() -> None:
             f"RANK={rank()} must be smaller than WORLD_SIZE={total}; start all ranks with srun or "
             "torchrun, or unset RANK to start this one alone"
         )
-    for name in () if started_by_us() else ("MASTER_ADDR", "MASTER_PORT"):
+    for name in () if started_by_us() or _have_met() else ("MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
             raise ValueError(
                 f"RANK={rank()} and WORLD_SIZE={total} are in the environment without {name}, "
                 "where the ranks meet; start all ranks with srun or torchrun, or unset RANK to "
                 "start this one alone"
             )
+
+
+def _have_met() -> bool:
+    """Whether the program that calls this one has made the process group itself."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized()
 
 
 def set_teacher_ranks(count: int) -> None:

@@ -4,6 +4,7 @@ import errno
 import itertools
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 from nemo_minitron.checkpoint.seals import write_seal
 from nemo_minitron.data.cache import build_for_all
+from nemo_minitron.evaluation.lockstep import led_by_first
 from nemo_minitron.models import saving
 from nemo_minitron.runtime import worlds
 from nemo_minitron.runtime.agreement import from_first, together
@@ -37,8 +39,15 @@ def _store(kind: str, folder: Path) -> dist.Store:
     return dist.TCPStore("127.0.0.1", int(port.read_text()), is_master=False)
 
 
+def _worked(seconds: float) -> float:
+    time.sleep(seconds)
+    return seconds
+
+
 def _wait(folder: Path, kind: str) -> list[float]:
     """A cache that rank 0 fills, and two barriers: it is the first at one, the last at another.
+
+    Then it finds something for all, and runs a program that asks nobody.
 
     Returns:
         How long each took this rank.
@@ -64,6 +73,10 @@ def _wait(folder: Path, kind: str) -> list[float]:
         time.sleep(WORK * (rank == 0))
         worlds.barrier()
         times.append(time.monotonic())
+        assert from_first(partial(_worked, WORK)) == WORK
+        times.append(time.monotonic())
+        assert led_by_first(lambda _: _worked(WORK), lambda _: None) == WORK
+        times.append(time.monotonic())
         return [end - begin for begin, end in itertools.pairwise(times)]
     finally:
         worlds._LOOK = look
@@ -72,8 +85,8 @@ def _wait(folder: Path, kind: str) -> list[float]:
 
 @pytest.mark.parametrize("kind", ["files", "tcp"])
 def test_ranks_wait_for_rank_0_longer_than_their_group_does(ranks, tmp_path, kind):
-    for filled, early, late in ranks.run(2, _wait, tmp_path, kind):
-        assert min(filled, late) > LIMIT
+    for filled, early, *late in ranks.run(2, _wait, tmp_path, kind):
+        assert min(filled, *late) > LIMIT
         assert 0.4 < early < LIMIT
 
 
