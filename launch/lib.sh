@@ -111,13 +111,13 @@ seconds_left() {
   printf '%d' "$((end - $(date +%s)))"
 }
 
-# State of this job. SIGNALING, which SLURM shows until every node has the signal, hides what it is
-# besides; a stage that saves fast ends sooner.
+# State of this job, UNKNOWN where SLURM does not answer for a minute. SIGNALING, which SLURM shows
+# until every node has the signal, hides what it is besides; a stage that saves fast ends sooner.
 job_state() {
   local state tries=60
   while
-    state=$(squeue -h -j "$(this_job)" -o %T)
-    [[ $state == SIGNALING ]] && ((tries--))
+    state=$(squeue -h -j "$(this_job)" -o %T) || state=UNKNOWN
+    [[ $state == @(SIGNALING|UNKNOWN) ]] && ((tries--))
   do
     sleep 1
   done
@@ -139,7 +139,7 @@ await_slurm() {
   local stage=$1 seconds=${MINITRON_LOST_NODE_SECONDS:-600}
   local end=$((SECONDS + seconds))
   say "minitron $stage lost a node: waiting up to $seconds seconds for SLURM to requeue job $(this_job)"
-  while ((SECONDS < end)) && [[ $(job_state) == @(RUNNING|SIGNALING) ]]; do
+  while ((SECONDS < end)) && [[ $(job_state) == @(RUNNING|SIGNALING|UNKNOWN) ]]; do
     sleep 5 || true # SLURM's signal ends it
   done
 }
@@ -147,8 +147,14 @@ await_slurm() {
 # requeue STAGE OUTPUT_DIR BEFORE WHY: start the job again, unless that cannot lead anywhere. BEFORE
 # is what `saved_work` said at the start. Returns 1 when the job has to end, with a message.
 requeue() {
-  local stage=$1 output=$2 before=$3 why=$4 count="$2.idle_starts" idle=0 left
-  if [[ $(job_state) != @(RUNNING|SIGNALING) ]]; then
+  local stage=$1 output=$2 before=$3 why=$4 count="$2.idle_starts" idle=0 left state
+  state=$(job_state)
+  if [[ $state == UNKNOWN ]]; then
+    # A job that was cancelled must not come back.
+    say "minitron $stage $why, and SLURM does not answer: job $(this_job) is not requeued; submit it again, it goes on"
+    return 0
+  fi
+  if [[ $state != @(RUNNING|SIGNALING) ]]; then
     return 0 # it was cancelled, or SLURM itself puts it back into the queue
   fi
   if [[ $(saved_work "$output") == "$before" ]]; then

@@ -260,6 +260,9 @@ def _run(stage: str, config: StageConfig) -> None:
     parallel = getattr(config, "parallel", None)
     world = parallel.world_size(launched) + ranks.teacher_ranks() if parallel else 1
     module = stage_module(stage)
+    if parallel:
+        ranks.check_launcher()  # what SLURM says of this rank was not there before
+        ranks.check_meeting_point()
     if not ranks.started_by_us() and parallel:
         versions.check_megatron()
     with _place(stage, config):

@@ -20,6 +20,8 @@ PARTS: Mapping[str, owned.Owned] = {
 }
 """Part of the section -> fields of its dataclass that are set elsewhere."""
 
+GROUP = "microbatch_group_size_per_vp_stage"
+"""Field of ``TransformerConfig``: micro-batches that a virtual stage runs in a row."""
 # When gradients travel, not what they are.
 _BUCKETS = may_change("overlap_", "align_param_gather", "bucket_size", "num_buckets")
 

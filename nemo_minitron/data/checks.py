@@ -203,8 +203,16 @@ def _replicas(data: DataConfig) -> str:
     return f", or run it on a data-parallel size that divides its {count} micro-batches: {fit}"
 
 
-def check_batches(data: DataConfig, parallel: ParallelConfig, world_size: int) -> None:
+def check_batches(
+    data: DataConfig, parallel: ParallelConfig, world_size: int, group: int | None = None
+) -> None:
     """Refuse sequences and batches that the layout cannot cut.
+
+    Args:
+        data: sizes of sequences and batches.
+        parallel: the layout.
+        world_size: ranks in all.
+        group: micro-batches that a virtual stage runs in a row; None is one for each stage.
 
     Raises:
         ValueError: names the sizes, the degrees and the key to change.
@@ -220,6 +228,13 @@ def check_batches(data: DataConfig, parallel: ParallelConfig, world_size: int) -
             f"model replica; virtual pipeline stages need a multiple of parallel."
             f"pipeline_model_parallel_size={pp}: set data.global_batch_size to a multiple of "
             f"{step * pp}"
+        )
+    if group is not None and (not pp <= group <= count or 0 < count % group < pp):
+        raise ValueError(
+            f"megatron.transformer.microbatch_group_size_per_vp_stage={group} must be between "
+            f"parallel.pipeline_model_parallel_size={pp} and the {count} micro-batches per model "
+            f"replica (data.global_batch_size={data.global_batch_size}), and leave no rest below "
+            f"{pp}; set it to {pp}, or leave it out"
         )
 
 

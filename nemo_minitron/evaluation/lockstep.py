@@ -5,6 +5,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from nemo_minitron.runtime.worlds import barrier
+
 T = TypeVar("T")
 Q = TypeVar("Q")
 A = TypeVar("A")
@@ -59,6 +61,7 @@ def _lead(work: Callable[[Callable[[Q], A]], T], answer: Callable[[Q], A]) -> T:
 
 def _broadcast(message: tuple[str, object] | None) -> tuple[str, Any]:
     box: list[Any] = [message]
+    barrier()  # rank 0 may work between two questions for longer than a collective waits
     dist.broadcast_object_list(box, src=0, group=dist.group.WORLD)
     found: tuple[str, Any] = box[0]
     return found

@@ -91,7 +91,11 @@ def transformer_config(
     _refuse(family, config, parallel, given)
     on_gpu = torch.cuda.is_available()
     defaults = transformer_defaults(
-        config, on_gpu=on_gpu, have_te=HAVE_TE, have_grouped_gemm=HAVE_GROUPED_GEMM
+        config,
+        on_gpu=on_gpu,
+        have_te=HAVE_TE,
+        have_grouped_gemm=HAVE_GROUPED_GEMM,
+        overlap_p2p=bool(given.get("overlap_p2p_comm")),
     )
     mcore = (MLATransformerConfig if config.multi_latent else TransformerConfig)(
         num_layers=config.num_layers,

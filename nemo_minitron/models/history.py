@@ -1,5 +1,6 @@
 """Report the steps of a training: records, the progress bar, and the current step."""
 
+import contextlib
 import logging
 import time
 from collections.abc import Sequence
@@ -112,23 +113,27 @@ class History(Callback):
             self._advance(1)
 
     def _note(self, step: int, config: TrainerConfig) -> None:
-        """Say for ``minitron status`` where training is, at most once a second."""
+        """Say for ``minitron status`` where training is, at most once a second.
+
+        Training goes on where the note cannot be written: a checkpoint that cannot be ends it.
+        """
         now = time.monotonic()
         if dist.get_rank() != 0 or (now - self._noted < 1.0 and step < self.total_steps):
             return
         self._noted = now
-        write_progress(
-            self.work,
-            step=step,
-            max_steps=self.total_steps,
-            loss=self.records[-1]["loss"],
-            tokens=sum(record.get("tokens", 0.0) for record in self.records),
-            tokens_per_second=self.records[-1]["tokens_per_second"],
-            slow=self.stragglers.found,
-            seconds_per_step=(now - self._begin) / max(step - self._first, 1),
-            log_every_n_steps=config.log_every_n_steps,
-            hang_after_minutes=config.hang_after_minutes,
-        )
+        with contextlib.suppress(OSError):
+            write_progress(
+                self.work,
+                step=step,
+                max_steps=self.total_steps,
+                loss=self.records[-1]["loss"],
+                tokens=sum(record.get("tokens", 0.0) for record in self.records),
+                tokens_per_second=self.records[-1]["tokens_per_second"],
+                slow=self.stragglers.found,
+                seconds_per_step=(now - self._begin) / max(step - self._first, 1),
+                log_every_n_steps=config.log_every_n_steps,
+                hang_after_minutes=config.hang_after_minutes,
+            )
 
     def _epochs(self, pl_module: LightningModule, step: int) -> dict[str, float]:
         """How often each source of a blend was read."""

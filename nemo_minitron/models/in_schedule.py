@@ -22,6 +22,7 @@ from nemo_minitron.runtime.groups import ParallelGroups
 MicroBatch = dict[str, Any]
 """``tokens``, ``position_ids``, ``labels`` and ``loss_mask``, ``[b, s]`` each."""
 Loss = Callable[..., tuple[Tensor, Tensor, dict[str, Tensor]]]
+Edge = dist.ProcessGroup | None
 
 
 class Distillation:
@@ -57,7 +58,8 @@ class Distillation:
         agreed(partial(_check_pair, frozen, bare, self._settings, vocab_size))
         self._vocab_size = vocab_size or config_of(bare[0]).vocab_size
         self._teacher = Teacher(frozen)
-        self._wire = _own_group(self._groups.pp)
+        on = next(frozen[0].parameters()).device
+        self._before, self._after = _edges(self._groups.pp, on)
         self._sent: list[tuple[dist.Work, Tensor]] = []
 
     def forward_step(self, batch: MicroBatch, model: nn.Module) -> tuple[Tensor, Loss]:
@@ -94,15 +96,18 @@ class Distillation:
         dtype, pp = chunk.config.pipeline_dtype, self._groups.pp
         if not chunk.pre_process:
             s, b, _ = student.decoder.input_tensor.shape
+            if student.config.sequence_parallel != chunk.config.sequence_parallel:
+                tp = self._groups.tp.size()
+                s = s * tp if student.config.sequence_parallel else s // tp
             states = student.decoder.input_tensor.new_empty(
                 s, b, chunk.config.hidden_size, dtype=dtype
             )
-            dist.recv(states, group=self._wire, group_src=(pp.rank() - 1) % pp.size())
+            dist.recv(states, _neighbour(pp, -1), self._before)
             chunk.set_input_tensor(states)
         output = output_of(chunk, batch)
         if not chunk.post_process:
             output = output.to(dtype).contiguous()
-            work = dist.isend(output, group=self._wire, group_dst=(pp.rank() + 1) % pp.size())
+            work = dist.isend(output, _neighbour(pp, 1), self._after)
             assert work is not None  # this rank is in the group
             # Memory must stay until it is sent.
             self._sent = [(w, t) for w, t in self._sent if not w.is_completed()]
@@ -123,14 +128,48 @@ class Distillation:
         return total, sums.tokens.int(), logged
 
 
-def _own_group(pp: dist.ProcessGroup) -> dist.ProcessGroup | None:
-    """The pipeline's ranks again: with its messages those of the schedule would get mixed up."""
-    if pp.size() == 1:
-        return None
-    ranks = dist.get_process_group_ranks(pp)
-    group = dist.new_group(ranks, use_local_synchronization=True)
-    assert isinstance(group, dist.ProcessGroup)  # this rank is in it
-    return group
+def _neighbour(pp: dist.ProcessGroup, distance: int) -> int:
+    """Global rank of a stage in the ring of the pipeline."""
+    return dist.get_global_rank(pp, (pp.rank() + distance) % pp.size())
+
+
+def _edges(pp: dist.ProcessGroup, device: torch.device) -> tuple[Edge, Edge]:
+    """Groups of two ranks: with the stage before this one, and with the one after it (collective).
+
+    NCCL runs what one communicator is given one after another, and a send ends when it is received.
+    Where both directions of a pair share one, or several pairs do, each of the ranks may have to
+    receive what stands behind a send of its own. So every edge of the ring has a communicator.
+    """
+    me, mine = dist.get_rank(), dist.get_process_group_ranks(pp)
+    before: Edge = None
+    after: Edge = None
+    if len(mine) == 1:
+        return before, after
+    pipelines = [mine] * dist.get_world_size()
+    dist.all_gather_object(pipelines, mine, group=dist.group.WORLD)
+    for stages in sorted(set(map(tuple, pipelines))):
+        for source, target in zip(stages, (*stages[1:], stages[0]), strict=True):
+            # A call of all ranks: names that torch before 2.14 gives groups whose members alone
+            # make them depend on how many groups each of these has seen.
+            group = dist.new_group([source, target])
+            if me not in (source, target):
+                continue
+            assert isinstance(group, dist.ProcessGroup)  # this rank is in it
+            # NCCL connects at the first message, and both wait. In the schedule the receiver may
+            # be waiting for the student's stage before, which comes after the teacher's.
+            word = torch.zeros(1, device=device)
+            if me == source:
+                after = group
+                dist.send(word, target, group)
+            else:
+                before = group
+                dist.recv(word, source, group)
+    return before, after
+
+
+def _waits(config: Any) -> bool:
+    """Whether the schedule waits for the device, the teacher's sends included, at each exchange."""
+    return bool(torch.cuda.is_available() and config.batch_p2p_comm and config.batch_p2p_sync)
 
 
 def _check_pair(
@@ -169,4 +208,15 @@ def _check_pair(
         raise ValueError(
             "calculate_per_token_loss=false of the student's TransformerConfig would weigh "
             "micro-batches, not tokens, and the loss would depend on the layout; set it to true"
+        )
+    if student[0].config.fp16:
+        raise ValueError(
+            "fp16=true of the student's TransformerConfig is not supported: gradients of the "
+            "losses exist before Megatron scales the loss, and would be lost; use bf16"
+        )
+    if len(student) > 1 and _waits(student[0].config):
+        raise ValueError(
+            "batch_p2p_sync=true of the student's TransformerConfig would make stages of the "
+            "interleaved schedule wait for each other's teacher for ever; set it to false, or "
+            "overlap_p2p_comm=true with batch_p2p_comm=false"
         )

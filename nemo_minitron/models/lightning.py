@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,6 +16,7 @@ from nemo_minitron.checkpoint.refuse_code import refuse_code
 from nemo_minitron.checkpoint.seals import read_seal
 from nemo_minitron.models.saving import Saver, hashes_by_rank, step_of
 from nemo_minitron.models.weights import plain_errors
+from nemo_minitron.runtime.agreement import from_first
 
 if TYPE_CHECKING:
     from nemo_minitron.models.gpt import MinitronGPTModel
@@ -118,9 +120,7 @@ class MegatronStrategy(SingleDeviceStrategy):
 
     def _check(self, folder: Path) -> None:
         """Refuse a damaged checkpoint, on all ranks together."""
-        seal: dict[str, FileEntry] = self.broadcast(
-            read_seal(folder) if self.is_global_zero else {}
-        )
+        seal: dict[str, FileEntry] = from_first(partial(read_seal, folder))
         if not seal:
             return  # by an earlier version
         found = hashes_by_rank(folder)

@@ -1,6 +1,7 @@
 """Goes back to earlier weights where leaving out steps did not help (docs/design/rewind.md)."""
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -11,6 +12,7 @@ from nemo_minitron.models.lightning import MegatronStrategy
 from nemo_minitron.models.optim import diverged
 from nemo_minitron.models.saving import complete_checkpoints, step_of
 from nemo_minitron.models.spikes import Spikes
+from nemo_minitron.runtime.agreement import from_first
 
 if TYPE_CHECKING:
     from nemo_minitron.models.gpt import MinitronGPTModel
@@ -49,7 +51,7 @@ class Rewind(Callback):
         if len(spikes.rewinds) >= self.config.max_rewinds:
             raise diverged(f"{bad} after trainer.max_rewinds={self.config.max_rewinds}", step)
         strategy.settle(wait=True)  # which checkpoints there are must not depend on the disk
-        path = strategy.broadcast(self._target(spikes, step) if strategy.is_global_zero else None)
+        path = from_first(partial(self._target, spikes, step))
         if path is None:
             key = f"trainer.rewind_steps={self.config.rewind_steps}"
             raise diverged(f"{bad}, and no checkpoint lies {key} before them,", step)

@@ -8,6 +8,7 @@ Until then the checkpoint before it stays, even if it is the only one and its tu
 import secrets
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from torch import Tensor
 from nemo_minitron.checkpoint.manifest import FileEntry, files_in
 from nemo_minitron.checkpoint.seals import dumped, entries_of, loaded, write_seal
 from nemo_minitron.models.weights import plain_errors
-from nemo_minitron.runtime.agreement import from_first
-from nemo_minitron.runtime.atomic import rename_folder
+from nemo_minitron.runtime.agreement import from_first, together
+from nemo_minitron.runtime.atomic import atomic_file, rename_folder
 from nemo_minitron.runtime.megatron import (
     request_save,
     save_sharded,
@@ -182,30 +183,47 @@ def _write_and_hash(
     if write is not None:
         write(*args, **kwargs)
     names = [name for name in files_in(folder) if name.startswith(f"__{rank}_")]
-    (folder / f"{_HASHES}.{rank}").write_text(dumped(entries_of(folder, names)))
+    with atomic_file(folder / f"{_HASHES}.{rank}") as draft:
+        draft.write_text(dumped(entries_of(folder, names)))
 
 
 def _finish(work: Path, target: Path) -> None:
-    """A checkpoint that all ranks have written gets its name (collective)."""
-    settle_common(str(work))
-    own = work / f"{_HASHES}.{dist.get_rank()}"
-    entries = _gathered(loaded(own))
-    own.unlink()
-    dist.barrier(group=dist.group.WORLD)
-    if dist.get_rank() == 0:
-        entries |= entries_of(work, set(files_in(work)) - set(entries))
-    _publish(work, target, entries)
+    """A checkpoint that all ranks have written gets its name (collective).
+
+    Raises:
+        OSError: the process that wrote a rank's files ended before it was done, on every rank.
+    """
+    own, mine = work / f"{_HASHES}.{dist.get_rank()}", dict[str, FileEntry]()
+
+    def read() -> None:
+        settle_common(str(work))
+        if not own.is_file():
+            raise OSError(f"{work}: the process that writes rank {dist.get_rank()}'s files ended")
+        mine.update(loaded(own))
+        own.unlink()
+
+    together(read)
+    _publish(work, target, _gathered(mine))
 
 
 def _publish(work: Path, target: Path, entries: dict[str, FileEntry]) -> None:
-    if dist.get_rank() == 0:
+    """Hash what no rank has hashed, and give a checkpoint its name (collective).
+
+    Raises:
+        OSError: it failed, on every rank.
+    """
+
+    def publish() -> None:
+        rest = entries_of(work, set(files_in(work)) - set(entries))
         shutil.rmtree(target, ignore_errors=True)
-        write_seal(target, entries)
+        write_seal(target, entries | rest)
         rename_folder(work, target)
-    dist.barrier(group=dist.group.WORLD)
+
+    together(publish if dist.get_rank() == 0 else None)
 
 
 def _remove(path: Path) -> None:
     """Delete a checkpoint; renamed first, so that half of one is never read."""
     if dist.get_rank() == 0 and path.exists():
-        shutil.rmtree(path.rename(path.with_name(path.name + UNFINISHED)), ignore_errors=True)
+        with suppress(OSError):  # it is not in anybody's way, and the other ranks go on
+            shutil.rmtree(path.rename(path.with_name(path.name + UNFINISHED)), ignore_errors=True)

@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from nemo_minitron.models.build import HiddenGPTModel, unwrap
@@ -84,7 +86,8 @@ def output_of(model: torch.nn.Module, batch: Batch) -> Tensor:
     """Run a chunk, wrapped for training or not, on a micro-batch or on its input tensor."""
     chunk = unwrap(model)
     kwargs: dict[str, Any] = {}
-    if chunk.config.bf16 and chunk is not model:
+    wrapped = model.module if isinstance(model, DistributedDataParallel) else model
+    if isinstance(wrapped, Float16Module):
         kwargs["fp32_output"] = False
     shared = shared_samples(chunk, batch.get(DOCUMENTS))
     if shared is not None:

@@ -48,7 +48,12 @@ def _gradient_kernel() -> bool:
 
 
 def transformer_defaults(
-    config: ModelConfig, *, on_gpu: bool, have_te: bool, have_grouped_gemm: bool = False
+    config: ModelConfig,
+    *,
+    on_gpu: bool,
+    have_te: bool,
+    have_grouped_gemm: bool = False,
+    overlap_p2p: bool = False,
 ) -> Settings:
     """Fields of ``TransformerConfig`` that are chosen here unless the user says otherwise.
 
@@ -58,6 +63,8 @@ def transformer_defaults(
         have_te: whether layers are Transformer Engine's, which choose their attention kernel
             themselves (``attention_backend``).
         have_grouped_gemm: whether one kernel can multiply the matrices of all experts of a rank.
+        overlap_p2p: whether stages exchange beside computation, for which Megatron takes messages
+            one by one.
     """
     return {
         "moe_grouped_gemm": have_grouped_gemm and config.num_moe_experts is not None,
@@ -68,7 +75,7 @@ def transformer_defaults(
         "bias_activation_fusion": config.swiglu,
         "bias_dropout_fusion": on_gpu,
         "persist_layer_norm": have_te,
-        "batch_p2p_comm": on_gpu,
+        "batch_p2p_comm": on_gpu and not overlap_p2p,
         # Megatron would wait for the device at every exchange between stages, for the sake of
         # versions of torch that are older than any this package takes.
         "batch_p2p_sync": False,

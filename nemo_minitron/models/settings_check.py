@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from nemo_minitron.config.megatron import (
+    GROUP,
     ForwardMegatronConfig,
     MegatronConfig,
     given_keys,
@@ -48,12 +49,17 @@ def check_machine(megatron: ForwardMegatronConfig, parallel: ParallelConfig) -> 
             "allgather, or leave it out"
         )
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
-    for name in ("overlap_p2p_comm", "microbatch_group_size_per_vp_stage"):
+    for name in ("overlap_p2p_comm", GROUP):
         if given.get(name) and not interleaved:
             raise ValueError(
                 f"megatron.transformer.{name}={given[name]} is for the interleaved schedule; set "
                 "parallel.virtual_pipeline_model_parallel_size, or leave it out"
             )
+    if given.get("overlap_p2p_comm") and given.get("batch_p2p_comm"):
+        raise ValueError(
+            "megatron.transformer.overlap_p2p_comm=true and batch_p2p_comm=true exclude each "
+            "other; leave batch_p2p_comm out"
+        )
     if isinstance(megatron, MegatronConfig):
         _check_adam(megatron)
 

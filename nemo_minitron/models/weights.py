@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from nemo_minitron.families.registry import family_of
 from nemo_minitron.models.build import HiddenGPTModel, build_gpt
 from nemo_minitron.models.projection import is_projection, without_projection
 from nemo_minitron.models.settings import frozen_settings
+from nemo_minitron.runtime.agreement import together
 from nemo_minitron.runtime.groups import ParallelGroups
 from nemo_minitron.runtime.launch import device
 from nemo_minitron.runtime.megatron import save_sharded
@@ -212,9 +214,8 @@ def save_model(
 
     The dtype that is written is that of the weights in memory, not of those they came from.
     """
-    if dist.get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-    dist.barrier(group=dist.group.WORLD)
+    make = partial(folder.mkdir, parents=True, exist_ok=True)
+    together(make if dist.get_rank() == 0 else None)
     largest = max(chunks[0].parameters(), key=torch.Tensor.numel)
     config = replace(config, dtype=str(largest.dtype).removeprefix("torch."))
     save_weights(chunks, groups, config, folder)

@@ -21,26 +21,30 @@ def agreed(check: Callable[[], Result]) -> Result:
     try:
         result.append(check())
     except ValueError as error:
-        said = error
+        said = _plain(error)
     _raise_first(said)
     return result[0]
 
 
 def from_first(find: Callable[[], Result]) -> Result:
-    """Return on every rank what rank 0 finds; the others do not look (collective).
+    """Return on every rank what rank 0 finds, as long as that takes; the others do not look.
+
+    A call of every rank.
 
     Raises:
         ValueError: what rank 0 says that refuses, on every rank.
+        OSError: what rank 0 says that fails otherwise, on every rank.
     """
     box: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             box[0] = find()
-        except ValueError as error:
-            box[1] = str(error)
+        except (ValueError, OSError) as error:
+            box[1] = _plain(error)
+    barrier()
     dist.broadcast_object_list(box, src=0, group=dist.group.WORLD)
     if box[1] is not None:
-        raise ValueError(box[1])
+        raise box[1]
     found: Result = box[0]
     return found
 
@@ -59,19 +63,25 @@ def together(step: Callable[[], None] | None) -> None:
     try:
         if step is not None:
             step()
-    except ValueError as error:
-        said = error
-    except (OSError, RuntimeError, tarfile.TarError) as error:
-        said = OSError(str(error))
+    except (ValueError, OSError, RuntimeError, tarfile.TarError) as error:
+        said = _plain(error)
     barrier()
     _raise_first(said)
 
 
+def _plain(error: Exception) -> Exception:
+    """What may travel between ranks; the number of an ``OSError`` decides what the job says."""
+    if isinstance(error, ValueError):
+        return ValueError(str(error))
+    if isinstance(error, OSError) and error.errno:
+        return OSError(error.errno, error.strerror, error.filename)
+    return OSError(str(error))
+
+
 def _raise_first(said: Exception | None) -> None:
     """Raise on every rank what the first one says that says anything."""
-    mine = None if said is None else (isinstance(said, OSError), str(said))
-    answers: list[tuple[bool, str] | None] = [mine] * dist.get_world_size()
+    answers: list[Exception | None] = [said] * dist.get_world_size()
     # Every rank has to learn of it, whatever it shares with the one that refuses.
-    dist.all_gather_object(answers, mine, group=dist.group.WORLD)
-    for failed, words in filter(None, answers):
-        raise OSError(words) if failed else ValueError(words)
+    dist.all_gather_object(answers, said, group=dist.group.WORLD)
+    for error in filter(None, answers):
+        raise error

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 
 from nemo_minitron.runtime import cpu, peers, worlds
+from nemo_minitron.runtime.agreement import from_first
 from nemo_minitron.runtime.atomic import atomic_file
 from nemo_minitron.runtime.extensions import before_megatron
 from nemo_minitron.runtime.ranks import launched_ranks, rank, store_address
-from nemo_minitron.runtime.worlds import barrier
 
 if TYPE_CHECKING:
     from nemo_minitron.config.parallel import ParallelConfig
@@ -24,16 +24,18 @@ if TYPE_CHECKING:
 def device() -> torch.device:
     """This rank's device."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        # Schedulers may show each rank its own GPU alone (srun --gpus-per-task), as number 0.
+        own = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+        return torch.device("cuda", own)
     return torch.device("cpu")
 
 
 def seen_by_all(path: Path) -> bool:
-    """Whether a file or folder that rank 0 may make next is there already: one answer for all."""
-    barrier()  # rank 0 does not make it before everyone has looked
-    there = path.exists()
-    barrier()
-    return there
+    """Whether a file or folder that rank 0 may make next is there already: one answer for all.
+
+    It is that of rank 0: shared storage may show other ranks what was there some seconds ago.
+    """
+    return from_first(path.exists)
 
 
 def init_process_group(timeout_minutes: int = 30) -> None:

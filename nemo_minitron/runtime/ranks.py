@@ -28,6 +28,7 @@ _VERDICT_FILE = "MINITRON_VERDICT_FILE"
 """Where a process that another minitron started says why it failed. The first rank to fail does."""
 _STORE = "MINITRON_STORE"
 """File that says where ranks started by ``start_ranks`` meet."""
+_ADVICE = "start all ranks with srun or torchrun, or unset RANK and LOCAL_RANK"
 _teacher_ranks = 0
 _LAUNCHER_KEYS = (
     "RANK",
@@ -58,10 +59,9 @@ def launched_ranks() -> int | None:
     """
     if "RANK" not in os.environ:
         return None
-    if "WORLD_SIZE" not in os.environ:
+    if not os.environ.get("WORLD_SIZE"):
         raise ValueError(
-            f"RANK={os.environ['RANK']} is in the environment without WORLD_SIZE; start all ranks "
-            "with srun or torchrun, or unset RANK to start this one alone"
+            f"RANK={os.environ['RANK']} is in the environment without WORLD_SIZE; {_ADVICE}"
         )
     return int(os.environ["WORLD_SIZE"])
 
@@ -72,15 +72,38 @@ def check_launcher() -> None:
     Raises:
         ValueError: names the variable.
     """
-    env, advice = os.environ, "start all ranks with srun or torchrun, or unset RANK and LOCAL_RANK"
-    for name in ("RANK", "LOCAL_RANK", *(("WORLD_SIZE",) if "RANK" in env else ())):
-        if not env.get(name, "0").strip().isdecimal():
-            raise ValueError(f"{name}={env[name]} in the environment is not a number; {advice}")
+    for name in ("RANK", "LOCAL_RANK", *(("WORLD_SIZE",) if "RANK" in os.environ else ())):
+        value = os.environ.get(name, "0")
+        if not value.strip().isdecimal() and (value or name != "WORLD_SIZE"):
+            raise ValueError(f"{name}={value} in the environment is not a number; {_ADVICE}")
     total = launched_ranks()
     if total is not None and rank() >= total:
         raise ValueError(
-            f"RANK={rank()} in the environment must be below WORLD_SIZE={total}; {advice}"
+            f"RANK={rank()} in the environment must be below WORLD_SIZE={total}; {_ADVICE}"
         )
+
+
+def check_meeting_point() -> None:
+    """Refuse ranks that could not find each other, before any of them has work to lose.
+
+    Raises:
+        ValueError: names the variable of the launcher that is missing.
+    """
+    total = launched_ranks()
+    if total is None or started_by_us() or _have_met():
+        return
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise ValueError(
+                f"RANK={rank()} and WORLD_SIZE={total} are in the environment without {name}, "
+                f"where the ranks meet; {_ADVICE}"
+            )
+
+
+def _have_met() -> bool:
+    """Whether the program that calls this one has made the process group itself."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized()
 
 
 def set_teacher_ranks(count: int) -> None:
@@ -155,8 +178,8 @@ def adopt_slurm() -> None:
 def _first_node(env: Mapping[str, str]) -> str:
     """Host of rank 0. The batch node's address stands in for names that do not resolve."""
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or ""
-    match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
-    name = "".join(part or "" for part in match.groups()) if match else ""
+    first = re.match(r"(?:\[[^\]]*\]|[^,\[])*", nodes)  # up to a comma outside of brackets
+    name = re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0] if first else "")
     with contextlib.suppress(OSError):
         if name:
             socket.gethostbyname(name)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron.checkpoint.artifact import check_output
 from nemo_minitron.checkpoint.lineage import record
 from nemo_minitron.config.layout import check_layout
+from nemo_minitron.config.megatron import GROUP
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.phases import Phase
 from nemo_minitron.config.stages import FinetuneConfig
@@ -85,7 +86,7 @@ def check_training(
         with phase.naming():
             _check_one_kind(cfg, phase)
             world_size = cfg.parallel.world_size(launched_world_size())
-            check_batches(phase.data, cfg.parallel, world_size)
+            check_batches(phase.data, cfg.parallel, world_size, cfg.megatron.transformer.get(GROUP))
             check_data(
                 phase.data,
                 splits=splits(cfg.trainer),

@@ -12,6 +12,7 @@ from nemo_minitron.checkpoint.output_checks import is_export
 from nemo_minitron.config.inference import EvaluateConfig
 from nemo_minitron.config.layout import check_layout, check_prediction, check_recompute
 from nemo_minitron.config.megatron import (
+    GROUP,
     ForwardMegatronConfig,
     given_keys,
     merged_recompute,
@@ -153,7 +154,7 @@ def check_forward(
     world_size = cfg.parallel.world_size(launched_world_size())
     if data is None:
         return
-    check_batches(data, cfg.parallel, world_size)
+    check_batches(data, cfg.parallel, world_size, cfg.megatron.transformer.get(GROUP))
     check_data(
         data,
         vocab_size=model.vocab_size,

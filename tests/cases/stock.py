@@ -116,17 +116,19 @@ def against_our_own(
     parallel: ParallelConfig,
     targets: Any,
     pattern: str | None = None,
+    teachers: ParallelConfig | None = None,
 ) -> dict[str, Any]:
     """Scores, kept indices, weights, logits and gradients of a stock model, and how ours differ.
 
     ``pattern`` builds a HybridModel; where ours is a GPT model it has two layers for each of ours.
+    ``teachers`` is the layout of the teacher, where it splits sequences otherwise.
     """
     from nemo_minitron.models.prune_live import prune_live
 
     groups, pairs = _start(parallel), pattern is not None and config.hybrid_layer_pattern is None
     own = _load(config, folder, parallel, groups)
     chunks = stock_model(config, parallel, own, pattern)
-    teacher = stock_model(config, parallel, own, pattern)
+    teacher = stock_model(config, teachers or parallel, own, pattern)
     with nemo_minitron.score(chunks) as scores:
         _run(chunks, _samples(ids), _forward_only, forward_only=True, collect_non_loss_data=True)
     assert all(chunk.training for chunk in chunks)
@@ -162,6 +164,16 @@ def against_our_own(
         "logits": _difference(logits, own_logits),
         "gradients": max(_difference(theirs[name], ours[name]) for name in ours),
     }
+
+
+def edges(parallel: ParallelConfig) -> list[list[int]]:
+    """Ranks of the groups in which a teacher's states come and go; no two are one group."""
+    from nemo_minitron.models.in_schedule import _edges
+
+    both = _edges(_start(parallel).pp, torch.device("cpu"))
+    found = [group for group in both if group is not None]
+    assert len({*map(id, found)}) == len(found)
+    return [torch.distributed.get_process_group_ranks(group) for group in found]
 
 
 def _difference(found: torch.Tensor | None, wanted: torch.Tensor | None) -> float:
@@ -309,6 +321,26 @@ def of_another_dtype(config: ModelConfig, folder: str, parallel: ParallelConfig)
     small = nemo_minitron.prune(chunks, plan)
     pairs = zip(expected[0].parameters(), small[0].parameters(), strict=True)
     return all(torch.equal(one.bfloat16(), other) for one, other in pairs)
+
+
+def half_precision(config: ModelConfig, folder: str, wrapped: bool) -> tuple[torch.dtype, float]:
+    """Dtype of the output of a student in bf16, and its loss beside itself as the teacher."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.transformer.module import Float16Module
+
+    from nemo_minitron.models.weights import load_frozen
+
+    groups, parallel = _start(ParallelConfig()), ParallelConfig()
+    config.save(Path(folder))
+    teacher, student = (
+        load_frozen(Path(folder), parallel, groups, dtype=torch.bfloat16) for _ in range(2)
+    )
+    inner = Float16Module(student[0].config, student[0]) if wrapped else student[0]
+    settings = DistributedDataParallelConfig()
+    model = DistributedDataParallel(student[0].config, settings, inner)
+    distillation = nemo_minitron.Distillation(teacher, [model])
+    output, loss = distillation.forward_step(batches(1, 16, config.vocab_size)[0], model)
+    return output.dtype, loss(output)[0].item()
 
 
 def experts_split_otherwise(config: ModelConfig, folder: str) -> tuple[str, bool]:

@@ -60,6 +60,16 @@ def test_gradients(ranks, tmp_path, case):
         assert reduce.passes == plain.passes
 
 
+def test_exchange_between_stages_beside_computation(ranks, tmp_path):
+    """And a stage that runs more micro-batches in a row than there are stages."""
+    size, config, parallel, over = CASES["pp2_vpp2_dp2_tied"]
+    beside = {"transformer": {"overlap_p2p_comm": True}}
+    longer = {"transformer": {**beside["transformer"], "microbatch_group_size_per_vp_stage": 4}}
+    args = (*_pair(tmp_path, config), parallel, [beside, longer], over)
+    for _, *found in ranks.run(size, compare_gradients, *args):
+        assert all(one.difference < 1e-6 for one in found)
+
+
 @pytest.mark.parametrize("case", ["dp2_tied", "pp2_vpp2_dp2", "dp2_ep2"])
 def test_weights(ranks, tmp_path, case):
     """Weights gathered in the next forward pass are those of a run that waits for them.

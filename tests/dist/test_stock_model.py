@@ -5,12 +5,15 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from nemo_minitron.config.parallel import ParallelConfig
 from tests.cases.live_truth import Truth, layout, make_truth
 from tests.cases.stock import (
     against_our_own,
+    edges,
     experts_split_otherwise,
+    half_precision,
     hybrid_refusals,
     of_another_dtype,
     refusals,
@@ -27,6 +30,7 @@ LAYOUTS = {
     "TP1": layout(),
     "TP2 PP2": layout(tp=2, pp=2),
     "PP2 VPP2": layout(pp=2, vpp=2),
+    "PP4 VPP2": layout(pp=4, vpp=2),
 }
 # A HybridModel does not keep the base of its rotary positions, nor is it asked to scale them.
 STRETCHED = replace(LLAMA, rotary_base=500000.0, rope_scaling={"rope_type": "linear", "factor": 2})
@@ -63,10 +67,19 @@ def assert_as_ours(found: dict[str, Any], kind: str) -> None:
 def test_as_our_own_model(ranks: WorkerPool, truth: Truth, name: str) -> None:
     """Scores, kept indices, weights, and gradients of a distillation of the pruned model."""
     parallel: ParallelConfig = LAYOUTS[name]
-    targets = {**TARGETS, "num_layers": 4 if "VPP" in name else 6}
+    targets = {**TARGETS, "num_layers": {"PP2 VPP2": 4, "PP4 VPP2": 8}.get(name, 6)}
     arguments = (MODEL, str(truth.folder), truth.ids, parallel, targets)
     for found in ranks.run(parallel.world_size(), against_our_own, *arguments):
         assert_as_ours(found, "GPTModel")
+
+
+def test_every_edge_of_the_pipeline_has_a_group(ranks: WorkerPool) -> None:
+    """With one communicator for two of them ranks may wait for each other's sends on NCCL."""
+    assert ranks.run(2, edges, layout(pp=2, vpp=2)) == [[[0, 1], [0, 1]]] * 2
+    found = ranks.run(4, edges, layout(pp=4))
+    assert found == [[[0, 3], [0, 1]], [[0, 1], [1, 2]], [[1, 2], [2, 3]], [[2, 3], [0, 3]]]
+    assert ranks.run(4, edges, layout(tp=2, pp=2)) == [[[0, 2]] * 2, [[1, 3]] * 2] * 2
+    assert ranks.run(1, edges, layout()) == [[]]
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
@@ -77,6 +90,20 @@ def test_hybrid_model(ranks: WorkerPool, tmp_path, name: str) -> None:
     ids = token_batch(4, 16, config.vocab_size)[:, :16].contiguous()
     arguments = (config, str(tmp_path / "model"), ids, parallel, targets, pattern)
     for found in ranks.run(parallel.world_size(), against_our_own, *arguments):
+        assert_as_ours(found, "HybridModel")
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["student's", "teacher's"])
+def test_a_teacher_that_splits_sequences_otherwise(
+    ranks: WorkerPool, tmp_path, split: bool
+) -> None:
+    """Sequence parallelism of one of the two models alone."""
+    config, pattern, _, targets = HYBRIDS["PP2"]
+    write_weights(tmp_path / "model", config, seed=0)
+    ids = token_batch(4, 16, config.vocab_size)[:, :16].contiguous()
+    parallel, teacher = (layout(tp=2, pp=2, sp=one) for one in (not split, split))
+    arguments = (config, str(tmp_path / "model"), ids, parallel, targets, pattern, teacher)
+    for found in ranks.run(4, against_our_own, *arguments):
         assert_as_ours(found, "HybridModel")
 
 
@@ -120,6 +147,15 @@ def test_a_hybrid_model_that_is_refused_is_as_it_was(ranks: WorkerPool, tmp_path
 def test_a_model_that_was_cast(ranks: WorkerPool, truth: Truth) -> None:
     """Rows that travel are of the dtype that the weights have now."""
     assert all(ranks.run(2, of_another_dtype, MODEL, str(truth.folder), layout(tp=2)))
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_half_precision_with_and_without_a_wrapper(
+    ranks: WorkerPool, truth: Truth, wrapped: bool
+) -> None:
+    """Megatron's wrapper would make fp32 of the hidden states; a model may also have none."""
+    (found,) = ranks.run(1, half_precision, MODEL, str(truth.folder), wrapped)
+    assert found == (torch.bfloat16, pytest.approx(0.0, abs=1e-3))
 
 
 def test_experts_that_are_split_otherwise_are_refused(ranks: WorkerPool, truth: Truth) -> None:

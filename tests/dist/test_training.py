@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nemo_minitron.checkpoint.seals import read_seal
 from nemo_minitron.config.parallel import ParallelConfig
+from nemo_minitron.config.training import TrainerConfig
 from nemo_minitron.models import history as history_module
 from nemo_minitron.models.phases import Course
 from nemo_minitron.models.saving import of_own_storage
@@ -131,6 +132,18 @@ def test_the_speed_of_a_resumed_run_counts_its_own_tokens(monkeypatch, tmp_path)
         kept.on_train_batch_end(trainer, model)
     assert [r["tokens_per_second"] for r in kept.records] == [150.0, 100.0]
     assert [r["tokens"] for r in kept.records] == [800.0, 100.0]
+
+
+def test_a_note_that_cannot_be_written_does_not_end_a_training(monkeypatch, tmp_path):
+    """It is for ``minitron status`` alone; here a file stands where its folder should be."""
+    work = tmp_path / "work"
+    work.write_text("")
+    monkeypatch.setattr(history_module.dist, "get_rank", lambda: 0)
+    kept = history_module.History(
+        work, 9, Speed(1, None, memory=False), Course([], []), Stragglers(0.0)
+    )
+    kept.records = [{"step": 2, "loss": 1.0, "tokens_per_second": 5.0}]
+    kept._note(2, TrainerConfig())
 
 
 def test_batch_sizes(run, every_step):

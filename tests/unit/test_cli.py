@@ -478,6 +478,26 @@ def test_what_no_launcher_says(run, monkeypatch, env, says):
     assert err.startswith(f"minitron: {says}")
 
 
+@pytest.mark.parametrize(
+    ("env", "says"),
+    [
+        ({"RANK": "0"}, "RANK=0 and WORLD_SIZE=2 are in the environment without MASTER_ADDR"),
+        ({"RANK": "1", "MASTER_ADDR": "localhost"}, "without MASTER_PORT, where the ranks meet"),
+        ({"RANK": "0", "WORLD_SIZE": ""}, "RANK=0 is in the environment without WORLD_SIZE"),
+    ],
+)
+def test_ranks_that_could_not_meet(run, monkeypatch, tmp_path, env, says):
+    """They are told before their input is looked at, and not after it has been hashed."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ({"WORLD_SIZE": "2"} | env).items():
+        monkeypatch.setenv(name, value)
+    line = ["evaluate", "checkpoint=none", "data.path=none", "output_dir=out", "parallel=tp2"]
+    code, _, err, _ = run(*line)
+    assert code == 2
+    assert says in err
+
+
 SRUN = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "8"}
 SRUN |= {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "localhost,b[3-4]"}
 
@@ -516,11 +536,38 @@ def test_outside_a_parallel_step_a_process_is_alone(slurm, without):
 
 
 @pytest.mark.parametrize(
-    ("nodes", "host"), [("localhost", "localhost"), ("nowhere-x[03-07,9],b", "10.0.0.1")]
+    ("nodes", "host"),
+    [
+        ("localhost", "localhost"),
+        ("nowhere-x[03-07,9],b", "10.0.0.1"),
+        ("node-a[03-07,9],b", "node-a03"),
+        ("node-r[2,4]c[01-16],node-b", "node-r2c01"),
+        ("node-r[2-4]-gpu,b", "node-r2-gpu"),
+        ("node-x[0A0-0A3]", "node-x0A0"),
+        ("", "10.0.0.1"),
+    ],
 )
-def test_first_node_or_what_resolves(nodes, host):
+def test_first_node_or_what_resolves(monkeypatch, nodes, host):
+    def resolves(name):
+        if not name.startswith(("localhost", "node-")) or "[" in name:
+            raise OSError
+
+    monkeypatch.setattr(ranks.socket, "gethostbyname", resolves)
     env = {"SLURM_JOB_NODELIST": nodes, "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1"}
     assert ranks._first_node(env) == host
+
+
+@pytest.mark.parametrize(("visible", "own"), [(8, 3), (1, 0)])
+def test_a_rank_that_sees_its_own_gpu_alone(monkeypatch, visible, own):
+    """The third task of a node under srun's --gpus-per-task=1, and without it."""
+    import torch
+
+    from nemo_minitron.runtime import launch
+
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    assert launch.device() == torch.device("cuda", own)
 
 
 def test_more_ranks_than_gpus(monkeypatch):

@@ -4,6 +4,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from nemo_minitron.config.distillation import DistillationConfig
 from nemo_minitron.config.parallel import ParallelConfig
@@ -11,10 +12,12 @@ from nemo_minitron.models.in_schedule import _check_pair
 from tests.helpers.tiny import LLAMA
 
 
-def chunk(vocab_size: int = LLAMA.vocab_size, per_token: bool = True) -> SimpleNamespace:
+def chunk(
+    vocab_size: int = LLAMA.vocab_size, per_token: bool = True, fp16: bool = False
+) -> SimpleNamespace:
     return SimpleNamespace(
         built_from=(replace(LLAMA, vocab_size=vocab_size), ParallelConfig()),
-        config=SimpleNamespace(calculate_per_token_loss=per_token),
+        config=SimpleNamespace(calculate_per_token_loss=per_token, fp16=fp16),
     )
 
 
@@ -32,6 +35,7 @@ def intermediate() -> DistillationConfig:
         ([chunk()], [chunk()], intermediate(), "use minitron distill for them"),
         ([chunk()], [chunk()], DistillationConfig(offload_teacher=True), "offload_teacher=true"),
         ([chunk()], [chunk(per_token=False)], DistillationConfig(), "set it to true"),
+        ([chunk()], [chunk(fp16=True)], DistillationConfig(), "fp16=true of the student's"),
     ],
 )
 def test_refusals(teacher, student, settings, says):
@@ -56,3 +60,18 @@ def test_more_logits_than_tokens(vocab_size, least):
 
 def test_a_padded_vocabulary_is_said():
     _check_pair([chunk(8)], [chunk(16)], DistillationConfig(), 8)
+
+
+def test_stages_that_would_wait_for_each_other(monkeypatch):
+    """Megatron waits for the device after each exchange of an interleaved schedule."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def pair(**settings: bool) -> None:
+        one = chunk()
+        vars(one.config).update(settings)
+        _check_pair([chunk(), chunk()], [one, one], DistillationConfig(), None)
+
+    with pytest.raises(ValueError, match="batch_p2p_sync=true of the student's"):
+        pair(batch_p2p_comm=True, batch_p2p_sync=True)
+    pair(batch_p2p_comm=True, batch_p2p_sync=False)
+    pair(batch_p2p_comm=False, batch_p2p_sync=True)

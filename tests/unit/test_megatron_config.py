@@ -1,5 +1,6 @@
 """The section ``megatron:`` names, types and owners, against the installed Megatron-Core."""
 
+import contextlib
 import dataclasses
 import inspect
 import re
@@ -293,8 +294,37 @@ def test_defaults_on_a_gpu():
     assert on_cpu["bias_activation_fusion"], "the same function of Megatron, uncompiled"
     assert fused["apply_rope_fusion"]
     assert fused["persist_layer_norm"]
+    beside = transformer_defaults(LLAMA, on_gpu=True, have_te=True, overlap_p2p=True)
+    assert (fused["batch_p2p_comm"], beside["batch_p2p_comm"]) == (True, False), "one of both"
     made = ddp_config(OptimConfig(), MegatronConfig(ddp={"overlap_param_gather": True}), 2)
     assert made.overlap_grad_reduce, "gathering beside the forward pass needs it"
+
+
+@pytest.mark.parametrize(
+    ("stages", "count", "group", "fits"),
+    [
+        (2, 8, 2, True),
+        (2, 8, 3, True),  # 3 + 3 + 2
+        (2, 8, 8, True),
+        (2, 8, 9, False),
+        (2, 8, 1, False),
+        (4, 12, 5, False),  # 5 + 5 + 2
+        (4, 12, 4, True),
+        (4, 12, None, True),
+    ],
+)
+def test_micro_batches_that_a_virtual_stage_runs_in_a_row(stages, count, group, fits):
+    """Megatron itself says it in the first step, when everything has been loaded."""
+    from nemo_minitron.config.parallel import ParallelConfig
+    from nemo_minitron.data.checks import check_batches
+
+    parallel = ParallelConfig(
+        pipeline_model_parallel_size=stages, virtual_pipeline_model_parallel_size=2
+    )
+    data = DataConfig(path="x", seq_length=8, global_batch_size=count, micro_batch_size=1)
+    says = f"microbatch_group_size_per_vp_stage={group} must be between"
+    with contextlib.nullcontext() if fits else pytest.raises(ValueError, match=says):
+        check_batches(data, parallel, stages, group)
 
 
 def test_what_this_machine_cannot_do():
@@ -304,8 +334,8 @@ def test_what_this_machine_cannot_do():
     from nemo_minitron.models.spec import HAVE_TE
     from tests.helpers.tiny import GPT2, LLAMA, MIXTRAL
 
-    def check(model=LLAMA, **parts):
-        args = (ParallelConfig(), TrainerConfig(), OptimConfig())
+    def check(model=LLAMA, parallel=None, **parts):
+        args = (parallel or ParallelConfig(), TrainerConfig(), OptimConfig())
         check_training_with_megatron(MegatronConfig(**parts), model, *args)
 
     if not HAVE_TE:
@@ -319,6 +349,13 @@ def test_what_this_machine_cannot_do():
         check(replace(GPT2, activation="gelu"), transformer={"bias_activation_fusion": True})
     with pytest.raises(ValueError, match=r"overlap_p2p_comm=True is for the interleaved schedule"):
         check(transformer={"overlap_p2p_comm": True})
+    with pytest.raises(ValueError, match=r"exclude each other; leave batch_p2p_comm out"):
+        check(
+            parallel=ParallelConfig(
+                pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2
+            ),
+            transformer={"overlap_p2p_comm": True, "batch_p2p_comm": True},
+        )
     with pytest.raises(ValueError, match=r"Megatron refuses megatron.optimizer.exp_avg_dtype=bf16"):
         check(optimizer={"exp_avg_dtype": "bf16"})
     check(transformer={"recompute_granularity": "full"}, ddp={"overlap_grad_reduce": True})

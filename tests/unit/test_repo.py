@@ -421,6 +421,22 @@ def test_a_stage_that_ends_while_its_job_is_being_signalled(tmp_path, states, ag
     assert (tmp_path / "said").exists() == again
 
 
+@pytest.mark.parametrize(("failures", "again"), [(2, True), (1000, False)])
+def test_a_job_whose_state_slurm_does_not_say(tmp_path, failures, again):
+    """It is asked again for a minute, and only what SLURM says is taken for a cancelled job."""
+    asked = f"echo >> {tmp_path}/asked; [ $(wc -l < {tmp_path}/asked) -gt {failures} ]"
+    tools = {
+        "srun": f"mkdir -p {tmp_path}/out.partial; echo x > {tmp_path}/out.partial/step; exit 75",
+        "scontrol": f'echo "$@" > {tmp_path}/said',
+        "squeue": f"{asked} && echo RUNNING",
+        "sleep": "exit 0",
+    }
+    done = distill_with(tmp_path, tools, tmp_path / "out")
+    assert done.returncode == 75
+    assert (tmp_path / "said").exists() == again
+    assert ("SLURM does not answer: job 17 is not requeued" in done.stderr) == (not again)
+
+
 @pytest.mark.parametrize(
     ("verdict", "last"),
     [
