@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -114,29 +115,24 @@ def tokens_by_id(text: bytes) -> dict[int, str]:
     return {index: token for token, index in {**vocab, **added}.items()}
 
 
-def check_gguf_tokenizer(path: Path) -> None:
-    """Refuse GGUF tokenizers that cannot be rebuilt.
+_WAY_OUT = (
+    "set tokenizer to a folder with the tokenizer.json or tokenizer.model of this model, or source "
+    "to its Hugging Face folder"
+)
 
-    Raises:
-        ValueError: not byte-level BPE, or cut by rules not known here.
-    """
-    from nemo_minitron.checkpoint.gguf import fields_of
 
-    get = fields_of(path)
+def _check_kind(path: Path, get: Callable[..., Any]) -> None:
+    """Refuse tokenizers that are no byte-level BPE, or cut text by rules not known here."""
     kind, pre = get("tokenizer.ggml.model", None), get("tokenizer.ggml.pre", "default")
-    way_out = (
-        "set tokenizer to a folder with the tokenizer.json or tokenizer.model of this model, or "
-        "source to its Hugging Face folder"
-    )
     if kind != "gpt2":
         raise ValueError(
             f"{path}: tokenizer.ggml.model={kind} is not supported; supported: gpt2 (byte-level "
-            f"BPE); {way_out}"
+            f"BPE); {_WAY_OUT}"
         )
-    if pre not in _PRE_TOKENIZERS:
+    if not isinstance(pre, str) or pre not in _PRE_TOKENIZERS:
         raise ValueError(
             f"{path}: tokenizer.ggml.pre={pre} is not supported; supported: "
-            f"{sorted(_PRE_TOKENIZERS)}; {way_out}"
+            f"{sorted(_PRE_TOKENIZERS)}; {_WAY_OUT}"
         )
 
 
@@ -157,12 +153,27 @@ def _template(tokens: dict[str, tuple[str, int]], bos: bool, eos: bool) -> Any:
     return processors.TemplateProcessing(single=single, pair=pair, special_tokens=used)
 
 
-def _build_from_gguf(path: Path) -> tuple[Tokenizer, JsonObject]:
-    """Tokenizer and tokenizer_config.json of a GGUF file."""
+def gguf_tokenizer(path: Path) -> tuple[Tokenizer, JsonObject]:
+    """Tokenizer and tokenizer_config.json of a GGUF file.
+
+    Raises:
+        ValueError: not byte-level BPE, cut by rules not known here, or damaged.
+    """
     from nemo_minitron.checkpoint.gguf import fields_of
 
-    check_gguf_tokenizer(path)
     get = fields_of(path)
+    _check_kind(path, get)
+    try:
+        return _build_from_gguf(get)
+    except Exception as error:  # of tokenizers, which has no class of its own for it
+        raise ValueError(
+            f"{path}: the tokenizer (tokenizer.ggml) is damaged: {error}; {_WAY_OUT}"
+        ) from error
+
+
+def _build_from_gguf(get: Callable[..., Any]) -> tuple[Tokenizer, JsonObject]:
+    from nemo_minitron.checkpoint.gguf import special_token
+
     tokens, pre = get("tokenizer.ggml.tokens"), get("tokenizer.ggml.pre", "default")
     merges = [tuple(merge.split(" ", 1)) for merge in get("tokenizer.ggml.merges")]
     vocab = {token: index for index, token in enumerate(tokens)}
@@ -171,8 +182,8 @@ def _build_from_gguf(path: Path) -> tuple[Tokenizer, JsonObject]:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens(_added_tokens(tokens, get("tokenizer.ggml.token_type")))
     special: dict[str, tuple[str, int]] = {}
-    for name, field in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        index = get(f"tokenizer.ggml.{field}_token_id", None)
+    for name in ("bos", "eos", "unk", "pad"):
+        index = special_token(get, name, len(tokens))
         if index is not None:
             special[name] = (tokens[index], index)
     # As llama.cpp has it: Llama 3 begins every text with this token unless the file says otherwise.
@@ -214,7 +225,7 @@ def save_tokenizer(source: Path, folder: Path) -> list[str]:
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(inside(source, name), folder / name)
         return names
-    tokenizer, config = _build_from_gguf(source)
+    tokenizer, config = gguf_tokenizer(source)
     tokenizer.save(str(folder / TOKENIZER_JSON))
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (folder / TOKENIZER_CONFIG).write_text(text, encoding="utf-8")

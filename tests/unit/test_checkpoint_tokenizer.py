@@ -4,6 +4,7 @@ import pytest
 from gguf import GGUFWriter
 from transformers import AutoTokenizer
 
+from nemo_minitron.checkpoint.source import open_source
 from nemo_minitron.checkpoint.tokenizer import save_tokenizer
 from nemo_minitron.checkpoint.tokenizer_read import load_tokenizer
 from tests.helpers.gguf_fixtures import SPECIAL, TEXT, llama, tokenizer, write_gguf
@@ -87,6 +88,23 @@ def test_other_kinds_are_refused(tmp_path, model, pre, message):
     writer.close()
     with pytest.raises(ValueError, match=message):
         save_tokenizer(tmp_path / "model.gguf", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("token_type", [1, 1], "is shorter"),
+        ("merges", ["a"], "Merges"),
+        ("tokens", ["a"] * 288, "out of vocabulary"),
+        ("pre", [1], r"tokenizer.ggml.pre=\[1\] is not supported"),
+    ],
+)
+def test_damaged_ones_are_refused_before_a_weight_is_written(tmp_path, field, value, message):
+    write_gguf(tmp_path / "m.gguf", llama(), changed={f"tokenizer.ggml.{field}": value})
+    with pytest.raises(ValueError, match=f"(?s)source: .*m.gguf: .*{message}.*; set tokenizer to a"):
+        open_source(str(tmp_path / "m.gguf"))
+    with pytest.raises(ValueError, match=message):
+        save_tokenizer(tmp_path / "m.gguf", tmp_path)
 
 
 def test_folder_is_copied_as_it_is(built, tmp_path):
