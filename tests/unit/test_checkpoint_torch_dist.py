@@ -1,5 +1,6 @@
 import pickle
 import shutil
+import sys
 import threading
 import weakref
 from dataclasses import replace
@@ -234,6 +235,22 @@ def test_a_gap_between_chunks_is_found(tmp_path):
         store["decoder.layers.2.mlp.linear_fc1.weight"].read()
     with pytest.raises(ValueError, match=r"has 0 of 12288 elements"):
         read_rows(store["decoder.layers.2.mlp.linear_fc1.weight"], 0, 2)
+
+
+def test_another_byte_order(tmp_path, monkeypatch):
+    """Rows are then read as torch reads the whole, which turns the bytes."""
+    weights = random_weights(LLAMA)
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.byteorder", {"little": "big", "big": "little"}[sys.byteorder])
+        folder = write(tmp_path / "checkpoint", weights)
+    turned = {
+        name: torch.from_numpy(tensor.numpy().byteswap()) for name, tensor in weights.items()
+    }
+    store = read_torch_dist(folder, FAMILY, LLAMA)
+    for name, tensor in turned.items():
+        assert torch.equal(store[name].read().view(torch.int32), tensor.view(torch.int32)), name
+        rows = read_rows(store[name], 1, 3)
+        assert torch.equal(rows.view(torch.int32), tensor[1:3].view(torch.int32)), name
 
 
 def test_store_that_does_not_fit_is_refused(tmp_path):
