@@ -200,7 +200,7 @@ def _values_start(
         with zipfile.ZipFile(view) as archive:
             members = archive.infolist()
             refuse_packed(members, length)
-            if not in_native_order(archive):
+            if not in_native_order(archive):  # nor can torch look at it without its bytes
                 return None
         view.seek(0)
         piece = torch.load(cast("IO[bytes]", view), map_location="meta", weights_only=True)
