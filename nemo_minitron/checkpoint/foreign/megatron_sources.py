@@ -144,7 +144,7 @@ def _megatron_lm(path: Path) -> Source:
         folder,
         in_folder(folder),
         tokenizer=_named_tokenizer(folder, said.get("tokenizer_model"), file),
-        vocab_size=int(vocab) + adds_one if null and vocab is not None else None,
+        vocab_size=None if not null else vocab + adds_one if isinstance(vocab, int) else vocab,
     )
 
 

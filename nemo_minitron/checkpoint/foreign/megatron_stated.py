@@ -160,7 +160,7 @@ def of_nemo1(config: Mapping[str, Any], where: str) -> Stated:
     if not config.get("mcore_gpt"):
         raise stated.refuse("mcore_gpt", "true (models of Megatron-Core)")
     activation = config.get("activation", "gelu")
-    if activation not in _NEMO1_ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in _NEMO1_ACTIVATIONS:
         raise stated.refuse("activation_func", str(sorted(_NEMO1_ACTIVATIONS)))
     norm = str(config.get("normalization", "layernorm")).lower()
     if norm not in _NEMO1_NORMS:
