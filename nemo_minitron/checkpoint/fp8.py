@@ -51,6 +51,11 @@ def dequantised(store: Store, block: tuple[int, int]) -> Store:
         if not quantised:
             continue
         scale = scales.pop(name)
+        if len(tensor.shape) != len(block):
+            raise ValueError(
+                f"{tensor.origin}: {name} is FP8 of shape {tensor.shape}, and weight_block_size="
+                f"{list(block)} needs rows and columns; set source to a model that is not quantised"
+            )
         wanted = tuple(-(-size // step) for size, step in zip(tensor.shape, block, strict=True))
         if scale.shape != wanted:
             raise ValueError(

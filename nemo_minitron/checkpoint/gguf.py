@@ -5,6 +5,7 @@ ours: the rows of q and k are stored permuted for llama.cpp's rotary layout, and
 metadata fields, of which ``_config`` makes a config.json. Letters: n heads, d head dim, h hidden.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -85,6 +86,18 @@ def fields_of(path: Path) -> Callable[..., Any]:
     return get
 
 
+_FIELD_NAMES = {"unk": "unknown", "pad": "padding"}
+
+
+def special_token(get: Callable[..., Any], name: str, count: int) -> int | None:
+    """Id of ``bos``, ``eos``, ``unk`` or ``pad``, if the file names one.
+
+    An id that none of ``count`` tokens has stands for none, as llama.cpp has it.
+    """
+    index = get(f"tokenizer.ggml.{_FIELD_NAMES.get(name, name)}_token_id", None)
+    return index if type(index) is int and 0 <= index < count else None
+
+
 def _refuse(path: Path, what: str, field: str) -> None:
     raise ValueError(
         f"{path}: {field} {what}, which config.json cannot say; set source to the Hugging Face "
@@ -92,13 +105,51 @@ def _refuse(path: Path, what: str, field: str) -> None:
     )
 
 
+def _number(
+    path: Path, get: Callable[..., Any], field: str, *default: float, kind: type[float] = int
+) -> Any:
+    """A size of the network; a list of them, one a layer, is one if all are equal."""
+    value = get(field, *default)
+    if isinstance(value, list) and value and value.count(value[0]) == len(value):
+        value = value[0]
+    if type(value) is not kind or not value > 0:
+        raise ValueError(
+            f"{path}: {field}={value} must be of type {kind.__name__}, above 0 and the same for "
+            "every layer; set source to the Hugging Face folder of this model"
+        )
+    return value
+
+
+def _check_whole(path: Path, get: Callable[..., Any]) -> None:
+    """Refuse files that hold something else than one whole model in the order of this machine."""
+    kind, files = get("general.type", "model"), get("split.count", 1)
+    if kind != "model":
+        raise ValueError(
+            f"{path}: general.type={kind} is not supported; set source to a whole model (an "
+            "adapter has to be merged into its base model first)"
+        )
+    if files not in (0, 1):
+        raise ValueError(
+            f"{path} is one of split.count={files} files; merge them (llama-gguf-split --merge "
+            "FIRST-FILE WHOLE.gguf) and set source to the whole"
+        )
+    if open_reader(path).byte_order == "S":
+        raise ValueError(
+            f"{path} is in the byte order of another kind of machine; set source to the file in "
+            f"that of this one ({sys.byteorder}-endian), or to the Hugging Face folder"
+        )
+    arch = get("general.architecture")
+    if arch != "llama":
+        raise ValueError(f"{path}: general.architecture={arch} is not supported; supported: llama")
+
+
 def _check_supported(path: Path, get: Callable[..., Any], head_dim: int) -> None:
     if get("llama.expert_count", 0):
         _refuse(path, "is set (a mixture of experts)", "llama.expert_count")
-    if (
-        get("llama.rope.scaling.type", "none") != "none"
-        or get("llama.rope.scale_linear", 1.0) != 1.0
-    ):
+    # llama.cpp scales linearly by a factor that stands there without a type; 0 means none.
+    kind = get("llama.rope.scaling.type", None)
+    factor = get("llama.rope.scaling.factor", get("llama.rope.scale_linear", 1))
+    if kind != "none" and (kind is not None or factor not in (0, 1)):
         _refuse(path, "is set", "llama.rope.scaling")
     if any(tensor.name == "rope_freqs.weight" for tensor in open_reader(path).tensors):
         _refuse(path, "holds scaled rotary frequencies", "rope_freqs.weight")
@@ -172,17 +223,10 @@ def _check_vocabulary(path: Path, get: Callable[..., Any], rows: int) -> None:
 def _config(path: Path, tensors: dict[str, ReaderTensor], passed_over: Sequence[str]) -> JsonObject:
     """config.json of the model."""
     get = fields_of(path)
-    kind = get("general.type", "model")
-    if kind != "model":
-        raise ValueError(
-            f"{path}: general.type={kind} is not supported; set source to a whole model (an "
-            "adapter has to be merged into its base model first)"
-        )
-    arch = get("general.architecture")
-    if arch != "llama":
-        raise ValueError(f"{path}: general.architecture={arch} is not supported; supported: llama")
-    hidden, heads = get("llama.embedding_length"), get("llama.attention.head_count")
-    head_dim = get("llama.attention.key_length", hidden // heads)
+    _check_whole(path, get)
+    number = partial(_number, path, get)
+    hidden, heads = number("llama.embedding_length"), number("llama.attention.head_count")
+    head_dim = number("llama.attention.key_length", hidden // heads)
     _check_metadata(path, get, passed_over)
     _check_supported(path, get, head_dim)
     if "token_embd.weight" not in tensors:
@@ -194,20 +238,20 @@ def _config(path: Path, tensors: dict[str, ReaderTensor], passed_over: Sequence[
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "num_hidden_layers": get("llama.block_count"),
+        "num_hidden_layers": number("llama.block_count"),
         "hidden_size": hidden,
-        "intermediate_size": get("llama.feed_forward_length"),
+        "intermediate_size": number("llama.feed_forward_length"),
         "num_attention_heads": heads,
-        "num_key_value_heads": get("llama.attention.head_count_kv", heads),
+        "num_key_value_heads": number("llama.attention.head_count_kv", heads),
         "head_dim": head_dim,
         "vocab_size": int(tensors["token_embd.weight"].shape[-1]),
-        "max_position_embeddings": get("llama.context_length"),
-        "rms_norm_eps": get("llama.attention.layer_norm_rms_epsilon"),
-        "rope_theta": get("llama.rope.freq_base", 10000.0),
+        "max_position_embeddings": number("llama.context_length"),
+        "rms_norm_eps": number("llama.attention.layer_norm_rms_epsilon", kind=float),
+        "rope_theta": number("llama.rope.freq_base", 10000.0, kind=float),
         "tie_word_embeddings": "output.weight" not in tensors,
     }
-    for name, field in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        config[f"{name}_token_id"] = get(f"tokenizer.ggml.{field}_token_id", None)
+    for name in ("bos", "eos", "pad"):
+        config[f"{name}_token_id"] = special_token(get, name, config["vocab_size"])
     return config
 
 

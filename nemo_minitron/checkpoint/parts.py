@@ -96,10 +96,16 @@ def archive_parts(path: Path) -> dict[str, Part]:
     try:
         with tarfile.open(path, "r:") as tar:
             members = [member for member in tar.getmembers() if member.isreg()]
-    except tarfile.ReadError as error:
+    except (tarfile.TarError, MemoryError, OverflowError, ValueError) as error:
+        # A header may declare more bytes than there are in the world.
         raise ValueError(f"{path} {_why_unreadable(path)}") from error
     size = path.stat().st_size
     for member in members:
+        if member.issparse():
+            raise ValueError(
+                f"{path} holds {member.name} without its zeros (tar --sparse); unpack it "
+                "(mkdir model && tar -xf FILE -C model) and set source to that folder"
+            )
         if member.offset_data + member.size > size:
             raise ValueError(f"{path} is truncated at {member.name}: {size} bytes")
     return {

@@ -1,6 +1,8 @@
 """Refuses a checkpoint that would run code when Megatron and torch read it."""
 
 import io
+import sys
+import zipfile
 from pathlib import Path
 
 import torch
@@ -10,6 +12,7 @@ from nemo_minitron.checkpoint.common_state import COMMON_PT
 from nemo_minitron.checkpoint.parts import Part, in_folder, piece_of
 from nemo_minitron.checkpoint.safe_pickle import PICKLE_ERRORS
 from nemo_minitron.checkpoint.torch_dist_read import check_format, checked_metadata
+from nemo_minitron.checkpoint.torch_dist_rows import in_native_order, refuse_packed
 
 _EXTRA_STATE = "_extra_state"
 """Objects of Transformer Engine: one for every layer, and never loaded by this package."""
@@ -45,8 +48,14 @@ def refuse_code(folder: Path) -> Metadata:
 
 def _check_object(where: str, part: Part) -> None:
     """Read a file of ``torch.save`` as torch reads one that is not trusted."""
+    text = io.BytesIO(part.read())
     try:
-        torch.load(io.BytesIO(part.read()), map_location="meta", weights_only=True)
+        with zipfile.ZipFile(text) as archive:
+            refuse_packed(archive.infolist(), part.size)
+            if not in_native_order(archive):  # torch would end the process: tensors have no bytes
+                raise ValueError(f"it is not in this machine's byte order, {sys.byteorder}")
+        text.seek(0)
+        torch.load(text, map_location="meta", weights_only=True)
     except PICKLE_ERRORS as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(

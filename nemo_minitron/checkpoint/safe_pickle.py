@@ -9,12 +9,15 @@ to read a pickle, the other names are refused instead.
 import io
 import pickle
 import struct
+import sys
 import zipfile
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
+from types import FunctionType
 from typing import IO, Any, ClassVar, cast
 
 import torch
@@ -23,7 +26,12 @@ from torch.distributed.checkpoint import filesystem, metadata, planner
 
 from nemo_minitron.checkpoint.lazy import LazyTensor
 from nemo_minitron.checkpoint.parts import FileView, Part, read_into
-from nemo_minitron.checkpoint.torch_dist_rows import READ_ERRORS, member_start, refuse_packed
+from nemo_minitron.checkpoint.torch_dist_rows import (
+    READ_ERRORS,
+    in_native_order,
+    member_start,
+    refuse_packed,
+)
 from nemo_minitron.documents import JsonObject
 
 PICKLE_ERRORS = (
@@ -112,6 +120,9 @@ _METADATA: JsonObject = {
 }
 
 
+_build_as_python: Callable[..., None] = pickle._Unpickler.dispatch[pickle.BUILD[0]]
+
+
 class _Unpickler(pickle._Unpickler):
     """Looks up the names of ``known`` and of torch's dtypes; all others are inert.
 
@@ -158,6 +169,13 @@ class _Unpickler(pickle._Unpickler):
     def _no_bytearray(self) -> None:
         raise pickle.UnpicklingError("it holds a bytearray, which no checkpoint has")
 
+    def _build(self) -> None:
+        # Instances are the pickle's own; classes and members of an Enum belong to the process.
+        if isinstance(self.stack[-2], type | FunctionType | Enum):
+            raise pickle.UnpicklingError(f"it changes {self.stack[-2]}, which is not its own")
+        _build_as_python(self)
+
+    dispatch[pickle.BUILD[0]] = _build
     dispatch[pickle.LONG_BINPUT[0]] = _put
     dispatch[pickle.PUT[0]] = _put_text
     dispatch[pickle.BYTEARRAY8[0]] = _no_bytearray
@@ -245,22 +263,30 @@ def read_torch_file(part: Part) -> Any:
                 raise ValueError("it is not a file of torch.save, or of a version before 1.6")
             refuse_packed(members.values(), part.size)
             found = _TorchUnpickler(archive.read(members["data.pkl"]), _TENSORS).load()
+            native = in_native_order(archive)
 
         def place(key: str, needed: int) -> int:
+            if not native:
+                raise ValueError(f"its numbers are not in this machine's order, {sys.byteorder}")
             member = members[f"data/{key}"]
             if needed > member.file_size:
                 raise ValueError(f"its member {member.filename} is too short for its tensor")
             return part.offset + member_start(view, member)
 
-        return _with_tensors(found, partial(_lazy, part, place))
+        return _with_tensors(found, partial(_lazy, part, place), {})
 
 
-def _with_tensors(value: object, lazy: Callable[[_Stored], LazyTensor]) -> object:
+def _with_tensors(
+    value: object, lazy: Callable[[_Stored], LazyTensor], done: dict[int, object]
+) -> object:
     if isinstance(value, _Stored):
         return lazy(value)
-    if isinstance(value, dict):
-        return {key: _with_tensors(item, lazy) for key, item in value.items()}
-    return value
+    if not isinstance(value, dict):
+        return value
+    # Once each: a few bytes can stand for billions of references to one dictionary.
+    if id(value) not in done:
+        done[id(value)] = {key: _with_tensors(item, lazy, done) for key, item in value.items()}
+    return done[id(value)]
 
 
 def _lazy(part: Part, place: Callable[[str, int], int], stored: _Stored) -> LazyTensor:

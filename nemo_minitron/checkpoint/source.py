@@ -19,7 +19,7 @@ from nemo_minitron.checkpoint.hf_checks import without_prediction_layers
 from nemo_minitron.checkpoint.lazy import Store, first_rows, on_read, refuse_nonfinite
 from nemo_minitron.checkpoint.tokenizer import (
     TokenizerFiles,
-    check_gguf_tokenizer,
+    gguf_tokenizer,
     save_tokenizer,
     tokenizer_files,
     vocabulary_size,
@@ -129,7 +129,7 @@ def _open_hf(path: Path, tokenizer: str | None, source_ignore: Sequence[str]) ->
     else:
         hf_config, hf_store = open_gguf(path, source_ignore)
         if tokenizer is None:
-            check_gguf_tokenizer(path)
+            gguf_tokenizer(path)  # refuses those that cannot be rebuilt
         family, config = model_config(hf_config, hf_store)
     store = to_megatron(family, config, on_read(hf_store, refuse_nonfinite))
 

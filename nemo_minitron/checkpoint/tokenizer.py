@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ _PATTERNS = (
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 )
+_NOT_AS_MEANT = (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError)
+"""What values of other types than a file should have, and SentencePiece, raise."""
 TokenizerFiles = dict[str, Part]
 """Name as in a Hugging Face folder -> where its bytes are."""
 _VOCAB_JSON = "vocab.json"
@@ -84,10 +87,10 @@ def check_same_tokens(one: Path, other: Path) -> None:
     files = [tokenizer_json(folder) for folder in (one, other)]
     if not all(file.is_file() for file in files):
         return
-    texts = [file.read_bytes() for file in files]
-    if texts[0] == texts[1]:
+    parts = [Part(file, 0, file.stat().st_size) for file in files]
+    if parts[0].read() == parts[1].read():
         return
-    ours, theirs = map(tokens_by_id, texts)
+    ours, theirs = map(tokens_by_id, parts)
     different = sorted(index for index in ours if ours[index] != theirs.get(index, ours[index]))
     if different:
         index = different[0]
@@ -104,39 +107,41 @@ def tokenizer_json(folder: Path) -> Path:
     return kept if kept.is_file() else folder / TOKENIZER_JSON
 
 
-def tokens_by_id(text: bytes) -> dict[int, str]:
-    """Id -> token of a tokenizer.json."""
-    values = json_value(text)
-    vocab = values["model"].get("vocab", {})
-    if isinstance(vocab, list):  # Unigram: pairs of token and score, in the order of the ids
-        vocab = {pair[0]: index for index, pair in enumerate(vocab)}
-    added = {token["content"]: token["id"] for token in values.get("added_tokens", [])}
-    return {index: token for token, index in {**vocab, **added}.items()}
-
-
-def check_gguf_tokenizer(path: Path) -> None:
-    """Refuse GGUF tokenizers that cannot be rebuilt.
+def tokens_by_id(file: Part) -> dict[int, str]:
+    """Id -> token of a tokenizer.json.
 
     Raises:
-        ValueError: not byte-level BPE, or cut by rules not known here.
+        ValueError: it is damaged, or something else.
     """
-    from nemo_minitron.checkpoint.gguf import fields_of
+    try:
+        values = json_value(file.read())
+        vocab = values["model"].get("vocab", {})
+        if isinstance(vocab, list):  # Unigram: pairs of token and score, in the order of the ids
+            vocab = {pair[0]: index for index, pair in enumerate(vocab)}
+        added = {token["content"]: token["id"] for token in values.get("added_tokens", [])}
+        return {int(index): token for token, index in {**vocab, **added}.items()}
+    except _NOT_AS_MEANT as error:
+        raise ValueError(f"{file.path} is damaged, or not a tokenizer: {error!r}") from error
 
-    get = fields_of(path)
+
+_WAY_OUT = (
+    "set tokenizer to a folder with the tokenizer.json or tokenizer.model of this model, or source "
+    "to its Hugging Face folder"
+)
+
+
+def _check_kind(path: Path, get: Callable[..., Any]) -> None:
+    """Refuse tokenizers that are no byte-level BPE, or cut text by rules not known here."""
     kind, pre = get("tokenizer.ggml.model", None), get("tokenizer.ggml.pre", "default")
-    way_out = (
-        "set tokenizer to a folder with the tokenizer.json or tokenizer.model of this model, or "
-        "source to its Hugging Face folder"
-    )
     if kind != "gpt2":
         raise ValueError(
             f"{path}: tokenizer.ggml.model={kind} is not supported; supported: gpt2 (byte-level "
-            f"BPE); {way_out}"
+            f"BPE); {_WAY_OUT}"
         )
-    if pre not in _PRE_TOKENIZERS:
+    if not isinstance(pre, str) or pre not in _PRE_TOKENIZERS:
         raise ValueError(
             f"{path}: tokenizer.ggml.pre={pre} is not supported; supported: "
-            f"{sorted(_PRE_TOKENIZERS)}; {way_out}"
+            f"{sorted(_PRE_TOKENIZERS)}; {_WAY_OUT}"
         )
 
 
@@ -157,12 +162,27 @@ def _template(tokens: dict[str, tuple[str, int]], bos: bool, eos: bool) -> Any:
     return processors.TemplateProcessing(single=single, pair=pair, special_tokens=used)
 
 
-def _build_from_gguf(path: Path) -> tuple[Tokenizer, JsonObject]:
-    """Tokenizer and tokenizer_config.json of a GGUF file."""
+def gguf_tokenizer(path: Path) -> tuple[Tokenizer, JsonObject]:
+    """Tokenizer and tokenizer_config.json of a GGUF file.
+
+    Raises:
+        ValueError: not byte-level BPE, cut by rules not known here, or damaged.
+    """
     from nemo_minitron.checkpoint.gguf import fields_of
 
-    check_gguf_tokenizer(path)
     get = fields_of(path)
+    _check_kind(path, get)
+    try:
+        return _build_from_gguf(get)
+    except Exception as error:  # of tokenizers, which has no class of its own for it
+        raise ValueError(
+            f"{path}: the tokenizer (tokenizer.ggml) is damaged: {error}; {_WAY_OUT}"
+        ) from error
+
+
+def _build_from_gguf(get: Callable[..., Any]) -> tuple[Tokenizer, JsonObject]:
+    from nemo_minitron.checkpoint.gguf import special_token
+
     tokens, pre = get("tokenizer.ggml.tokens"), get("tokenizer.ggml.pre", "default")
     merges = [tuple(merge.split(" ", 1)) for merge in get("tokenizer.ggml.merges")]
     vocab = {token: index for index, token in enumerate(tokens)}
@@ -171,8 +191,8 @@ def _build_from_gguf(path: Path) -> tuple[Tokenizer, JsonObject]:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens(_added_tokens(tokens, get("tokenizer.ggml.token_type")))
     special: dict[str, tuple[str, int]] = {}
-    for name, field in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        index = get(f"tokenizer.ggml.{field}_token_id", None)
+    for name in ("bos", "eos", "unk", "pad"):
+        index = special_token(get, name, len(tokens))
         if index is not None:
             special[name] = (tokens[index], index)
     # As llama.cpp has it: Llama 3 begins every text with this token unless the file says otherwise.
@@ -214,7 +234,7 @@ def save_tokenizer(source: Path, folder: Path) -> list[str]:
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(inside(source, name), folder / name)
         return names
-    tokenizer, config = _build_from_gguf(source)
+    tokenizer, config = gguf_tokenizer(source)
     tokenizer.save(str(folder / TOKENIZER_JSON))
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (folder / TOKENIZER_CONFIG).write_text(text, encoding="utf-8")
@@ -231,7 +251,8 @@ def tokenizer_files(place: Path) -> TokenizerFiles:
     for path in (place, *(place / name for name in names)):
         refuse_pointer(path)
     if place.is_file():
-        name = _BY_SUFFIX.get(place.suffix)
+        own = place.name in _CORE or place.suffix == ".tiktoken"
+        name = place.name if own else _BY_SUFFIX.get(place.suffix)
         return {name: Part(place, 0, place.stat().st_size)} if name else {}
     find = in_folder(place)
     found = {name: part for name in names if (part := find(name)) is not None}
@@ -253,30 +274,48 @@ def _sentencepiece(files: TokenizerFiles) -> Any:
             f"{files[SENTENCEPIECE].path} is a SentencePiece model, and the package sentencepiece "
             "is not installed; install it, or set vocab_size"
         ) from error
-    return SentencePieceProcessor(model_proto=files[SENTENCEPIECE].read())
+    try:
+        return SentencePieceProcessor(model_proto=files[SENTENCEPIECE].read())
+    except _NOT_AS_MEANT as error:
+        raise ValueError(f"{files[SENTENCEPIECE].path} is damaged: {error}") from error
 
 
 def vocabulary_size(files: TokenizerFiles) -> int | None:
-    """Highest token id + 1; None when there is no tokenizer."""
+    """Highest token id + 1, added tokens too; None where no file says it.
+
+    Raises:
+        ValueError: a file is damaged, or something else.
+    """
     if TOKENIZER_JSON in files:
-        return max(tokens_by_id(files[TOKENIZER_JSON].read())) + 1
-    if SENTENCEPIECE in files:
-        return int(_sentencepiece(files).get_piece_size())
-    if _VOCAB_JSON in files:
-        return int(max(json_value(files[_VOCAB_JSON].read()).values())) + 1
-    return None
+        size = max(tokens_by_id(files[TOKENIZER_JSON]), default=-1) + 1
+    elif SENTENCEPIECE in files:
+        size = int(_sentencepiece(files).get_piece_size())
+    elif _VOCAB_JSON in files:
+        size = _end(files, _VOCAB_JSON, lambda values: values.values())
+    else:
+        return None
+    added = _end(files, "added_tokens.json", lambda values: values.values())
+    named = _end(files, TOKENIZER_CONFIG, lambda values: values.get("added_tokens_decoder", {}))
+    return max(size, added, named)
+
+
+def _end(files: TokenizerFiles, name: str, ids: Callable[[Any], Iterable[Any]]) -> int:
+    """Highest id in a JSON file + 1; 0 without any."""
+    if name not in files:
+        return 0
+    try:
+        return max(map(int, ids(json_value(files[name].read()))), default=-1) + 1
+    except _NOT_AS_MEANT as error:
+        raise ValueError(f"{files[name].path} is damaged: {error!r}") from error
 
 
 def special_ids(files: TokenizerFiles) -> dict[str, int]:
     """``bos_token_id`` and ``eos_token_id``, as far as the tokenizer has them."""
     if TOKENIZER_JSON in files and TOKENIZER_CONFIG in files:
         config = json_value(files[TOKENIZER_CONFIG].read())
-        ids = {token: index for index, token in tokens_by_id(files[TOKENIZER_JSON].read()).items()}
-        return {
-            f"{name}_token_id": ids[token]
-            for name in ("bos", "eos")
-            if (token := _content(config.get(f"{name}_token"))) in ids
-        }
+        ids = {token: index for index, token in tokens_by_id(files[TOKENIZER_JSON]).items()}
+        tokens = {name: _content(config.get(f"{name}_token")) for name in ("bos", "eos")}
+        return {f"{name}_token_id": ids[token] for name, token in tokens.items() if token in ids}
     if SENTENCEPIECE in files:
         model = _sentencepiece(files)
         found = {"bos_token_id": model.bos_id(), "eos_token_id": model.eos_id()}
@@ -284,6 +323,7 @@ def special_ids(files: TokenizerFiles) -> dict[str, int]:
     return {}
 
 
-def _content(token: object) -> object:
+def _content(token: object) -> str:
     """A special token of tokenizer_config.json, which may be a dictionary that describes it."""
-    return token.get("content") if isinstance(token, dict) else token
+    found = token.get("content") if isinstance(token, dict) else token
+    return found if isinstance(found, str) else ""

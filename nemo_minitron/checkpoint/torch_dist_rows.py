@@ -8,6 +8,7 @@ where they lie. Where that does not hold, the piece is loaded whole.
 import math
 import pickle
 import struct
+import sys
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -198,7 +199,9 @@ def _values_start(
         view = FileView(file, offset, length)
         with zipfile.ZipFile(view) as archive:
             members = archive.infolist()
-        refuse_packed(members, length)
+            refuse_packed(members, length)
+            if not in_native_order(archive):  # nor can torch look at it without its bytes
+                return None
         view.seek(0)
         piece = torch.load(cast("IO[bytes]", view), map_location="meta", weights_only=True)
         plain = piece.is_contiguous() and piece.storage_offset() == 0
@@ -219,6 +222,13 @@ def refuse_packed(members: Iterable[zipfile.ZipInfo], size: int) -> None:
     for member in members:
         if member.compress_type != zipfile.ZIP_STORED or not 0 <= member.file_size <= size:
             raise ValueError(f"its member {member.filename} is compressed, or larger than the file")
+
+
+def in_native_order(archive: zipfile.ZipFile) -> bool:
+    """Whether the numbers in an open file of torch.save are in the byte order of this machine."""
+    said = [name for name in archive.namelist() if name.partition("/")[2] == "byteorder"]
+    # Versions of torch before 2.1 do not say it.
+    return all(archive.read(name) == sys.byteorder.encode() for name in said)
 
 
 def member_start(view: FileView, member: zipfile.ZipInfo) -> int:

@@ -125,12 +125,12 @@ def write_gguf(
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    for key, value in (changed or {}).items():
-        writer.kv_data[0][key].value = value
-    for key, value in (fields or {}).items():
-        add = writer.add_string if isinstance(value, str) else writer.add_uint32
-        add(key, value)
     add_tokenizer(writer, add_bos, pre)
+    adders = {str: writer.add_string, list: writer.add_array, float: writer.add_float32}
+    for key in changed or {}:
+        del writer.kv_data[0][key]
+    for key, value in {**(changed or {}), **(fields or {})}.items():
+        adders.get(type(value), writer.add_uint32)(key, value)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, parameter in model.named_parameters():
         if drop and drop in name:

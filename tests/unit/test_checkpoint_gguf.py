@@ -1,13 +1,19 @@
+import re
+import sys
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
-from gguf import GGML_QUANT_SIZES
+from gguf import GGML_QUANT_SIZES, GGUFEndian, GGUFWriter
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize
 
 from nemo_minitron.checkpoint.gguf import open_gguf
 from nemo_minitron.checkpoint.hf import model_config, to_megatron
 from nemo_minitron.checkpoint.source import open_source
+from nemo_minitron.checkpoint.tokenizer import gguf_tokenizer
+from tests.helpers import gguf_fixtures
 from tests.helpers.gguf_fixtures import llama, write_gguf
 
 
@@ -86,6 +92,12 @@ def test_mixed_half_precision_becomes_float32(tmp_path):
         ({"arch": "qwen2"}, "general.architecture=qwen2 is not supported; supported: llama"),
         ({"fields": {"llama.expert_count": 8}}, "mixture of experts"),
         ({"fields": {"llama.rope.scaling.type": "linear"}}, "llama.rope.scaling is set"),
+        ({"fields": {"llama.rope.scaling.factor": 4.0}}, "llama.rope.scaling is set"),
+        ({"fields": {"llama.rope.scale_linear": 4.0}}, "llama.rope.scaling is set"),
+        (
+            {"fields": {"split.count": 2, "split.no": 0}, "drop": "layers.2."},
+            r"model.gguf is one of split.count=2 files; merge them \(llama-gguf-split --merge",
+        ),
         ({"extra": {"rope_freqs.weight": np.ones(8, np.float32)}}, "scaled rotary frequencies"),
         ({"extra": {"blk.0.attn_q.bias": np.ones(8, np.float32)}}, r"\['blk.0.attn_q.bias'\]"),
         ({"drop": "layers.2.mlp.up"}, r"lacks model.layers.2.mlp.up_proj.weight \(as blk.2.ffn_up"),
@@ -141,6 +153,71 @@ def test_metadata_that_do_not_fit(tmp_path, name, value, message):
     write_gguf(tmp_path / "model.gguf", llama(), changed={name: value})
     with pytest.raises(ValueError, match=message):
         open_source(str(tmp_path / "model.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("llama.attention.head_count", [4, 4, 2], "int"),
+        ("llama.attention.head_count_kv", [2, 2, 1], "int"),
+        ("llama.attention.head_count", 0, "int"),
+        ("llama.feed_forward_length", [96, 96, 64], "int"),
+        ("llama.block_count", "3", "int"),
+        ("llama.context_length", "64", "int"),
+        ("llama.rope.freq_base", "10000", "float"),
+        ("llama.attention.layer_norm_rms_epsilon", "1e-5", "float"),
+    ],
+)
+def test_metadata_of_other_types(tmp_path, name, value, kind):
+    write_gguf(tmp_path / "model.gguf", llama(), changed={name: value})
+    says = (
+        f"{name}={value} must be of type {kind}, above 0 and the same for every layer; set source"
+    )
+    with pytest.raises(ValueError, match=re.escape(says)):
+        open_gguf(tmp_path / "model.gguf")
+
+
+def test_sizes_may_be_lists_with_an_entry_for_each_layer(tmp_path):
+    """As llama.cpp reads them."""
+    lists = {"head_count": [4] * 3, "head_count_kv": [2] * 3}
+    changed = {f"llama.attention.{name}": sizes for name, sizes in lists.items()}
+    changed["llama.feed_forward_length"] = [96] * 3
+    write_gguf(tmp_path / "model.gguf", llama(), changed=changed)
+    write_gguf(tmp_path / "numbers.gguf", llama())
+    assert open_gguf(tmp_path / "model.gguf")[0] == open_gguf(tmp_path / "numbers.gguf")[0]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0},
+        {"llama.rope.scaling.factor": 1.0},
+        {"llama.rope.scaling.factor": 0.0},
+        {"split.count": 1},
+    ],
+)
+def test_fields_that_change_nothing(tmp_path, fields):
+    write_gguf(tmp_path / "model.gguf", llama(), fields=fields)
+    assert "rope_scaling" not in open_gguf(tmp_path / "model.gguf")[0]
+
+
+@pytest.mark.parametrize("kind", [Kind.F32, Kind.BF16, Kind.Q8_0])
+def test_another_byte_order(tmp_path, monkeypatch, kind):
+    """The gguf package turns neither the bytes of bfloat16 nor those of blocks."""
+    other = GGUFEndian.BIG if sys.byteorder == "little" else GGUFEndian.LITTLE
+    monkeypatch.setattr(gguf_fixtures, "GGUFWriter", partial(GGUFWriter, endianess=other))
+    write_gguf(tmp_path / "model.gguf", llama(), kind)
+    with pytest.raises(ValueError, match="in the byte order of another kind of machine; set sourc"):
+        open_gguf(tmp_path / "model.gguf")
+
+
+def test_special_tokens_that_no_token_is(tmp_path):
+    """llama.cpp passes over such ids."""
+    path = tmp_path / "model.gguf"
+    write_gguf(path, llama(), changed={"tokenizer.ggml.padding_token_id": 2**32 - 1})
+    hf, _ = open_gguf(path)
+    assert (hf["bos_token_id"], hf["eos_token_id"], hf["pad_token_id"]) == (1, 0, None)
+    assert "pad_token" not in gguf_tokenizer(path)[1]
 
 
 def test_damaged_files(tmp_path):

@@ -4,7 +4,14 @@ import pytest
 from gguf import GGUFWriter
 from transformers import AutoTokenizer
 
-from nemo_minitron.checkpoint.tokenizer import save_tokenizer
+from nemo_minitron.checkpoint.source import open_source
+from nemo_minitron.checkpoint.tokenizer import (
+    check_same_tokens,
+    save_tokenizer,
+    special_ids,
+    tokenizer_files,
+    vocabulary_size,
+)
 from nemo_minitron.checkpoint.tokenizer_read import load_tokenizer
 from tests.helpers.gguf_fixtures import SPECIAL, TEXT, llama, tokenizer, write_gguf
 
@@ -89,6 +96,25 @@ def test_other_kinds_are_refused(tmp_path, model, pre, message):
         save_tokenizer(tmp_path / "model.gguf", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("token_type", [1, 1], "is shorter"),
+        ("merges", ["a"], "Merges"),
+        ("tokens", ["a"] * 288, "out of vocabulary"),
+        ("pre", [1], r"tokenizer.ggml.pre=\[1\] is not supported"),
+    ],
+)
+def test_damaged_ones_are_refused_before_a_weight_is_written(tmp_path, field, value, message):
+    write_gguf(tmp_path / "m.gguf", llama(), changed={f"tokenizer.ggml.{field}": value})
+    with pytest.raises(
+        ValueError, match=f"(?s)source: .*m.gguf: .*{message}.*; set tokenizer to a"
+    ):
+        open_source(str(tmp_path / "m.gguf"))
+    with pytest.raises(ValueError, match=message):
+        save_tokenizer(tmp_path / "m.gguf", tmp_path)
+
+
 def test_folder_is_copied_as_it_is(built, tmp_path):
     (built / "special_tokens_map.json").write_text("{}")
     (built / "config.json").write_text("{}")
@@ -112,3 +138,85 @@ def test_no_tokenizer(tmp_path):
     assert save_tokenizer(tmp_path, tmp_path) == []
     with pytest.raises(ValueError, match=r"holds no tokenizer.json.*import again"):
         load_tokenizer(tmp_path)
+
+
+def folder_of(tmp_path, **files):
+    """A tokenizer's folder; ``__`` in names stands for a dot."""
+    for name, content in files.items():
+        text = content if isinstance(content, str) else json.dumps(content)
+        (tmp_path / name.replace("__", ".")).write_text(text)
+    return tokenizer_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"added_tokens__json": {"<pad>": 7}},
+        {"tokenizer_config__json": {"added_tokens_decoder": {"7": {"content": "<pad>"}}}},
+        {"added_tokens__json": {"<pad>": 7}, "tokenizer_config__json": {}},
+    ],
+)
+@pytest.mark.parametrize(
+    "core",
+    [
+        {"vocab__json": {"a": 0, "b": 1}, "merges__txt": ""},
+        {"tokenizer__json": {"model": {"vocab": {"a": 0, "b": 1}}}},
+        {"tokenizer__json": {"model": {"vocab": [["a", 0.0], ["b", -1.0]]}}},
+    ],
+)
+def test_added_tokens_count(tmp_path, core, files):
+    """A row of the embedding that only an added token has is no padding."""
+    assert vocabulary_size(folder_of(tmp_path, **core)) == 2
+    assert vocabulary_size(folder_of(tmp_path, **files)) == 8
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", [1], {}, {"model": {"vocab": {"a": "x"}}}, {"model": {}, "added_tokens": [3]}],
+)
+def test_files_that_are_no_tokenizer(tmp_path, content):
+    files = folder_of(tmp_path, tokenizer__json=content, tokenizer_config__json={})
+    for read in (vocabulary_size, special_ids):
+        with pytest.raises(ValueError, match=r"tokenizer\.json is damaged, or not a tokenizer"):
+            read(files)
+    other = tmp_path / "other"
+    other.mkdir()
+    folder_of(other, tokenizer__json={"model": {"vocab": {"a": 0}}})
+    with pytest.raises(ValueError, match=r"tokenizer\.json is damaged, or not a tokenizer"):
+        check_same_tokens(other, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("vocab.json", "[1, 2]", r"vocab\.json is damaged"),
+        ("vocab.json", '{"a": []}', r"vocab\.json is damaged"),
+        ("tokenizer.model", "no model", r"tokenizer\.model is damaged"),
+    ],
+)
+def test_damaged_vocabularies(tmp_path, name, content, says):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=says):
+        vocabulary_size(tokenizer_files(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("tekken.json", "tekken.json"),
+        ("vocab.txt", "vocab.txt"),
+        ("qwen.tiktoken", "qwen.tiktoken"),
+        ("my.json", "tokenizer.json"),
+        ("my.model", "tokenizer.model"),
+    ],
+)
+def test_one_file_keeps_its_kind(tmp_path, name, kept):
+    (tmp_path / name).write_text("")
+    assert list(tokenizer_files(tmp_path / name)) == [kept]
+
+
+def test_special_tokens_of_other_types(tmp_path):
+    config = {"bos_token": ["a"], "eos_token": {"content": "a"}}
+    core = {"model": {"vocab": {"a": 0}}}
+    files = folder_of(tmp_path, tokenizer__json=core, tokenizer_config__json=config)
+    assert special_ids(files) == {"eos_token_id": 0}

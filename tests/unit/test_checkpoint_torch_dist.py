@@ -1,7 +1,9 @@
 import pickle
 import shutil
+import sys
 import threading
 import weakref
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from torch.distributed.checkpoint.planner import (
 from nemo_minitron.checkpoint import torch_dist, torch_dist_rows
 from nemo_minitron.checkpoint.lazy import LazyTensor, from_tensor
 from nemo_minitron.checkpoint.page_cache import create
+from nemo_minitron.checkpoint.refuse_code import refuse_code
 from nemo_minitron.checkpoint.torch_dist import (
     _LazySavePlanner,
     disk_key,
@@ -234,6 +237,42 @@ def test_a_gap_between_chunks_is_found(tmp_path):
         store["decoder.layers.2.mlp.linear_fc1.weight"].read()
     with pytest.raises(ValueError, match=r"has 0 of 12288 elements"):
         read_rows(store["decoder.layers.2.mlp.linear_fc1.weight"], 0, 2)
+
+
+def test_another_byte_order_in_settings(tmp_path, monkeypatch):
+    """torch ends the process when it looks at the tensors of such a file without reading them."""
+    folder = write(tmp_path / "checkpoint", random_weights(LLAMA))
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.byteorder", {"little": "big", "big": "little"}[sys.byteorder])
+        torch.save({"step": torch.ones(3)}, folder / "common.pt")
+    with pytest.raises(ValueError, match=r"common\.pt is damaged, or .*this machine's byte order"):
+        refuse_code(folder)
+
+
+def test_compressed_settings(tmp_path):
+    """A hundred kilobytes of them could stand for a hundred megabytes."""
+    folder = write(tmp_path / "checkpoint", random_weights(LLAMA))
+    with zipfile.ZipFile(folder / "common.pt") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(folder / "common.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    with pytest.raises(ValueError, match=r"common\.pt is damaged, or .* is compressed"):
+        refuse_code(folder)
+
+
+def test_another_byte_order(tmp_path, monkeypatch):
+    """Rows are then read as torch reads the whole, which turns the bytes."""
+    weights = random_weights(LLAMA)
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.byteorder", {"little": "big", "big": "little"}[sys.byteorder])
+        folder = write(tmp_path / "checkpoint", weights)
+    turned = {name: torch.from_numpy(tensor.numpy().byteswap()) for name, tensor in weights.items()}
+    store = read_torch_dist(folder, FAMILY, LLAMA)
+    for name, tensor in turned.items():
+        assert torch.equal(store[name].read().view(torch.int32), tensor.view(torch.int32)), name
+        rows = read_rows(store[name], 1, 3)
+        assert torch.equal(rows.view(torch.int32), tensor[1:3].view(torch.int32)), name
 
 
 def test_store_that_does_not_fit_is_refused(tmp_path):

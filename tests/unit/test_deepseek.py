@@ -223,3 +223,10 @@ def test_fp8_weights_are_dequantised(tmp_path: Path) -> None:
     save_file({**tensors, f"{name}_scale_inv": scales[1:]}, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"_scale_inv has shape .* weight_block_size=\[16, 32\]"):
         open_source(str(folder), None)
+    norm = name.replace("self_attn.q_b_proj", "input_layernorm")
+    held = {**tensors, name: tensors[name].bfloat16(), norm: tensors[norm].to(torch.float8_e4m3fn)}
+    save_file({**held, f"{norm}_scale_inv": scales}, folder / "model.safetensors")
+    with pytest.raises(
+        ValueError, match=r"is FP8 of shape \(\d+,\), and weight_block_size=\[16, 32"
+    ):
+        open_source(str(folder), None)

@@ -242,7 +242,16 @@ def test_archives(tmp_path: Path) -> None:
         ({"add_bias_linear": True}, "no supported family has this add_bias_linear"),
         ({"num_query_groups": 3}, "must be a multiple of num_query_groups=3"),
         ({"num_layers": 5}, "in 5 layers"),
+        ({"num_layers": "4"}, "num_layers=4 is not supported; only a whole number above 0"),
+        ({"hidden_size": 64.5}, "hidden_size=64.5 is not supported; only a whole number above 0"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0 is not supported; only a whole"),
+        ({"num_experts": [4]}, "num_experts=[4] is not supported; only a whole number above 0"),
+        ({"norm_epsilon": []}, "norm_epsilon=[] is not supported; only a number"),
+        ({"num_experts": 4, "moe_layer_freq": 2.5}, "moe_layer_freq=2.5 is not supported; only a"),
+        ({"window_size": [5]}, "has a value of a type that Megatron does not write there: list"),
+        ({"spec": 5}, "has a value of a type that Megatron does not write there"),
         ({"vocab_size": 200}, "embeddings of 128 tokens, but args in"),
+        ({"vocab_size": [200]}, "vocab_size=[200] is not supported; only a whole number"),
         ({"tokenizer_type": "Llama2Tokenizer"}, "set tokenizer to the folder that has it, or "),
     ],
 )
@@ -362,6 +371,7 @@ def test_windows_and_nemo1() -> None:
         windows([4096, 4])
     for over, says in (
         ({"mcore_gpt": False}, "mcore_gpt=False is not supported; only true"),
+        ({"activation": ["gelu"]}, r"activation=\['gelu'\] is not supported; only"),
         ({"activation": "reglu"}, "activation=reglu is not supported; only"),
         ({"normalization": "none"}, "normalization=none is not supported"),
         ({"transformer_block_type": "post_ln"}, "transformer_block_type=post_ln"),

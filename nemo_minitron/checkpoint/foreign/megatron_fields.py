@@ -195,6 +195,36 @@ def _refuse_others(stated: Stated, head_dim: int) -> None:
         raise stated.refuse("softmax_scale", "null")
 
 
+_SIZES = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "seq_length",
+    "num_moe_experts",
+    "moe_ffn_hidden_size",
+    "moe_router_topk",
+)
+_REALS = ("layernorm_epsilon", "rotary_percent", "seq_len_interpolation_factor")
+
+
+def _check_numbers(stated: Stated) -> None:
+    """Refuse what is no number where one belongs; YAML reads 1e-5 as a text."""
+    for key in (*_SIZES, *_REALS):
+        value = stated.get(key, 1)
+        try:
+            number = float(value)
+        except (OverflowError, TypeError, ValueError):
+            number = math.nan
+        whole = number >= 1 and number % 1 == 0 and not isinstance(value, bool | str)
+        if key in _SIZES and not whole:
+            raise stated.refuse(key, "a whole number above 0")
+        if not math.isfinite(number):
+            raise stated.refuse(key, "a number")
+
+
 def model_fields(stated: Stated, vocab_size: int) -> JsonObject:
     """Fields of ModelConfig; those of the family, the dtype and what is carried over are not there.
 
@@ -205,6 +235,7 @@ def model_fields(stated: Stated, vocab_size: int) -> JsonObject:
     Raises:
         ValueError: names the field that is missing or whose value is not supported.
     """
+    _check_numbers(stated)
     hidden, heads = stated.need("hidden_size"), stated.need("num_attention_heads")
     head_dim = stated.get("kv_channels", hidden // heads)
     _refuse_others(stated, head_dim)

@@ -3,6 +3,8 @@
 Part of ``megatron_fields``, which see.
 """
 
+from collections.abc import Sequence
+
 from nemo_minitron.checkpoint.foreign.megatron_stated import Stated
 from nemo_minitron.config.model_checks import LINEAR_SIZES, LINEAR_VARIANT
 from nemo_minitron.documents import JsonObject
@@ -36,7 +38,7 @@ def _routed_layers(stated: Stated) -> list[int] | None:
     value, layers = stated.get("moe_layer_freq", 1), stated.need("num_layers")
     if isinstance(value, int):
         value = [layer % value == 0 for layer in range(layers)] if value > 0 else [False]
-    found = [int(bool(entry)) for entry in value]
+    found = [int(bool(entry)) for entry in value] if isinstance(value, Sequence) else []
     if len(found) != layers or not any(found):
         only = f"a list of num_layers={layers} entries with a 1, or a number above 0"
         raise stated.refuse("moe_layer_freq", only)

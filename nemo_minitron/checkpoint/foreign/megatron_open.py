@@ -146,7 +146,7 @@ def _true_vocabulary(source: Source, rows: int, asked: int | None) -> int:
             "tokenizer that says how many there are; set tokenizer to the folder that has it, or "
             "vocab_size to the number of tokens"
         )
-    if not 1 <= known <= rows:
+    if type(known) is not int or not 1 <= known <= rows:
         raise ValueError(
             f"{source.where} has embeddings of {rows} tokens, but {by} says {known}; set "
             "vocab_size to the number of tokens"
@@ -157,7 +157,13 @@ def _true_vocabulary(source: Source, rows: int, asked: int | None) -> int:
 def _family(source: Source, vocab_size: int) -> tuple[Family, ModelConfig]:
     if source.config is not None:
         return family_of(source.config), source.config
-    family, config = match_family(source.stated, model_fields(source.stated, vocab_size))
+    try:
+        family, config = match_family(source.stated, model_fields(source.stated, vocab_size))
+    except (AttributeError, IndexError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"{source.stated.where} has a value of a type that Megatron does not write there: "
+            f"{error}; set source to an intact copy"
+        ) from error
     if config.multi_latent and config.layernorm_epsilon != LATENT_EPSILON:
         raise ValueError(
             f"{source.where}: layernorm_epsilon={config.layernorm_epsilon} of a model with "

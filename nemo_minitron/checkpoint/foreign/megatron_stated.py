@@ -58,11 +58,16 @@ class Stated:
 
         Returns:
             None for any other tokenizer, or where no size is given.
+
+        Raises:
+            ValueError: the size is no whole number.
         """
         kind, size = self.values.get("tokenizer_type"), self.values.get("vocab_size")
         if size is None or kind not in ("NullTokenizer", "NullMultimodalTokenizer"):
             return None
-        return int(size) + (before_core_0_18 or kind != "NullTokenizer")
+        if not isinstance(size, int):
+            raise self.refuse("vocab_size", "a whole number")
+        return size + (before_core_0_18 or kind != "NullTokenizer")
 
 
 # Arguments of Megatron-LM that core 0.16.0 renamed to what TransformerConfig calls them. A newer
@@ -175,7 +180,7 @@ def of_nemo1(config: Mapping[str, Any], where: str) -> Stated:
     if not config.get("mcore_gpt"):
         raise stated.refuse("mcore_gpt", "true (models of Megatron-Core)")
     activation = config.get("activation", "gelu")
-    if activation not in _NEMO1_ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in _NEMO1_ACTIVATIONS:
         raise stated.refuse("activation_func", str(sorted(_NEMO1_ACTIVATIONS)))
     norm = str(config.get("normalization", "layernorm")).lower()
     if norm not in _NEMO1_NORMS:
