@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from nemo_minitron.checkpoint.manifest import digest, hash_file
 from nemo_minitron.documents import read_json_object
-from nemo_minitron.runtime.agreement import agreed, from_first
+from nemo_minitron.runtime.agreement import agreed, from_first, together
 from nemo_minitron.runtime.atomic import atomic_file
 
 log = logging.getLogger(__name__)
@@ -127,6 +127,9 @@ class SavedState:
             samples: forward passes of a sample since the last call.
             done: forward passes of a sample so far.
             state: what to save of this rank.
+
+        Raises:
+            OSError: a rank cannot write, on every rank.
         """
         self._samples += samples
         if not self.every or self._samples < self.every:
@@ -134,21 +137,27 @@ class SavedState:
         self._samples = 0
         before, self.number = self.number, self.number + 1
         path = self._file(self.number)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as draft:
-            torch.save(state(), draft)
+        together(partial(_write_state, path, state))
         hashes: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(hashes, hash_file(path).sha256, group=dist.group.WORLD)
-        if dist.get_rank() == 0:
-            latest = {"number": self.number, "samples": done, "layout": self.layout}
-            latest["files"] = hashes
-            latest["sha256"] = digest(latest)
-            with atomic_file(self.folder / _LATEST) as draft:
-                draft.write_text(json.dumps(latest))
-            shutil.rmtree(self.folder / str(before), ignore_errors=True)
+        from_first(partial(self._name_newest, before, done, hashes))
+
+    def _name_newest(self, before: int, done: int, hashes: list[str]) -> None:
+        """Say that the state of all ranks is whole, and remove the one before it."""
+        latest = {"number": self.number, "samples": done, "layout": self.layout, "files": hashes}
+        latest["sha256"] = digest(latest)
+        with atomic_file(self.folder / _LATEST) as draft:
+            draft.write_text(json.dumps(latest))
+        shutil.rmtree(self.folder / str(before), ignore_errors=True)
 
     def remove(self) -> None:
         """Forget all of it: the scores are there."""
         dist.barrier(group=dist.group.WORLD)
         if dist.get_rank() == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _write_state(path: Path, state: Callable[[], dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as draft:
+        torch.save(state(), draft)

@@ -7,6 +7,7 @@ import logging
 import shutil
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,11 @@ from nemo_minitron.pruning.rounds import ROUNDS, compose
 from nemo_minitron.pruning.scores import Scores
 from nemo_minitron.pruning.slicing import prune_checkpoint
 from nemo_minitron.pruning.targets import needed_scores, target_sizes
+from nemo_minitron.runtime.agreement import from_first
 from nemo_minitron.runtime.atomic import rename_folder
 from nemo_minitron.runtime.console import progress
 from nemo_minitron.runtime.groups import ParallelGroups
 from nemo_minitron.runtime.launch import seen_by_all
-from nemo_minitron.runtime.ranks import rank
-from nemo_minitron.runtime.worlds import barrier
 
 log = logging.getLogger(__name__)
 
@@ -137,9 +137,7 @@ def run_rounds(
         log.info("round %d of %d: to %s", number, len(rounds), sizes)
         scores, figures = _scores(cfg, config, plan, one, work / ROUNDS, number)
         step = make_plan(small, one, scores)
-        if rank() == 0:
-            (work / ROUNDS / str(number)).mkdir(parents=True, exist_ok=True)
-            step.save(work / ROUNDS / str(number))
+        from_first(partial(_save_plan, step, work / ROUNDS / str(number)))
         plan = compose(plan, step)
         costs.append({"sizes": sizes, **figures})
     return plan, costs
@@ -158,10 +156,7 @@ def _scores(
     figures: dict[str, Any] = {}
     if not seen_by_all(result):
         figures = _score_here(cfg, config, plan, one, part, number)
-        if rank() == 0:
-            seal(result, part)
-            rename_folder(part, result)
-        barrier()
+        from_first(partial(_publish, part, result))
     check_seal(result, f"remove {result}, then the same command scores this round again")
     return Scores.load(result), figures
 
@@ -173,11 +168,7 @@ def _score_here(
     source = model = Path(cfg.checkpoint) / "checkpoint"
     if number > 1:
         model = part / "checkpoint"
-        if rank() == 0:
-            shutil.rmtree(model, ignore_errors=True)  # half a model, of a run that was killed
-            part.mkdir(parents=True, exist_ok=True)
-            prune_checkpoint(source, config, plan, model, cfg.workers)
-        barrier()
+        from_first(partial(_prune_anew, source, config, plan, model, cfg.workers))
     calibrated = calibrate(
         model,
         cfg.data,
@@ -188,11 +179,30 @@ def _score_here(
         work=part,
         save_every=cfg.save_every_n_samples,
     )
-    if rank() == 0:
-        part.mkdir(parents=True, exist_ok=True)
-        calibrated.scores.save(part)
-        shutil.rmtree(part / "checkpoint", ignore_errors=True)
+    from_first(partial(_save_scores, calibrated.scores, part))
     return calibrated.figures()
+
+
+def _save_plan(plan: Plan, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    plan.save(folder)
+
+
+def _publish(part: Path, result: Path) -> None:
+    seal(result, part)
+    rename_folder(part, result)
+
+
+def _prune_anew(source: Path, config: ModelConfig, plan: Plan, model: Path, workers: int) -> None:
+    shutil.rmtree(model, ignore_errors=True)  # half a model, of a run that was killed
+    model.parent.mkdir(parents=True, exist_ok=True)
+    prune_checkpoint(source, config, plan, model, workers)
+
+
+def _save_scores(scores: Scores, part: Path) -> None:
+    part.mkdir(parents=True, exist_ok=True)
+    scores.save(part)
+    shutil.rmtree(part / "checkpoint", ignore_errors=True)
 
 
 def _what_to_score(cfg: PruneConfig, small: ModelConfig, one: PruningConfig) -> ScoreConfig:

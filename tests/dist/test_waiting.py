@@ -15,6 +15,7 @@ import torch.distributed as dist
 from nemo_minitron.checkpoint.seals import write_seal
 from nemo_minitron.data.cache import build_for_all
 from nemo_minitron.evaluation.lockstep import led_by_first
+from nemo_minitron.importance.resume import SavedState
 from nemo_minitron.models import saving
 from nemo_minitron.runtime import worlds
 from nemo_minitron.runtime.agreement import from_first, together
@@ -133,6 +134,23 @@ def _numbers(folder: Path) -> list[tuple[int | None, str | None]]:
 def test_a_full_disk_of_rank_0_ends_all_ranks(ranks, tmp_path):
     """With the number by which the last line of the job says what to do."""
     assert ranks.run(2, _numbers, tmp_path) == [[(errno.ENOSPC, "shard.bin")] * 3] * 2
+
+
+def _kept(folder: Path, full_on: int) -> tuple[int | None, str]:
+    state = SavedState(folder, 1, {})
+    write = _full if dist.get_rank() == full_on else torch.save
+    with patch.object(torch, "save", write), pytest.raises(OSError, match="No space") as raised:
+        state.after(1, 1, dict)
+    assert state.load() is None
+    return raised.value.errno, str(raised.value)
+
+
+@pytest.mark.parametrize("full_on", [0, 1])
+def test_a_full_disk_under_the_state_of_a_scoring_ends_all_ranks(ranks, tmp_path, full_on):
+    """No state is left that looks whole."""
+    first, second = ranks.run(2, _kept, tmp_path, full_on)
+    assert first == second
+    assert first[0] == errno.ENOSPC
 
 
 def _finished(folder: Path) -> str:
