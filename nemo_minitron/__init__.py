@@ -34,5 +34,5 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    """Public names, imported or not."""
+    """Return public names, imported or not."""
     return sorted({*globals(), *_PLACES})

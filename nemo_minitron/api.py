@@ -301,7 +301,7 @@ def _write_export(checkpoint: Path, target: Path, max_shard_size: str, workers: 
 
 
 def _refuse_sizes(config: ModelConfig) -> None:
-    """Refuse a model that config.json cannot say."""
+    """Refuse a model that no config.json can describe."""
     family_of(config).to_hf(config)
 
 
@@ -312,6 +312,6 @@ def _refuse_existing(*folders: Path) -> None:
 
 
 def _checkpoint(folder: Path | str) -> Path:
-    """``checkpoint/`` of a result folder, or the folder itself where it is one."""
+    """Return ``checkpoint/`` of a result folder, or the folder itself where it is one."""
     inner = Path(folder) / "checkpoint"
     return inner if (inner / MODEL_YAML).is_file() else Path(folder)

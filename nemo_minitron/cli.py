@@ -295,7 +295,7 @@ def _log_path(config: StageConfig) -> Path:
 
 
 def stage_module(stage: str) -> ModuleType:
-    """The module with the ``check`` and ``run`` of a stage."""
+    """Return the module with the ``check`` and ``run`` of a stage."""
     return importlib.import_module(
         f"nemo_minitron.stages.{'import_' if stage == 'import' else stage}"
     )
@@ -337,7 +337,7 @@ def _stopped(stage: str, config: StageConfig) -> Preempted | Terminated:
 
 
 def _same_job(stage: str, config: StageConfig) -> list[str]:
-    """Arguments that run this very job again, alone, also when it is part of a sweep."""
+    """Return arguments that run this very job again, alone, also when it is part of a sweep."""
     from hydra.core.hydra_config import HydraConfig
 
     settings = HydraConfig.get()

@@ -19,9 +19,9 @@ LARGEST_JSON = 64 << 20
 LARGEST_YAML = 1 << 20
 """Bytes; configs have a few thousand."""
 DEEPEST = 100
-"""Lists and mappings inside each other."""
+"""Maximum depth of nested lists and mappings."""
 _MOST_VALUES = 50_000
-"""Of a YAML document, an alias counting as all that it repeats."""
+"""Maximum number of values of a YAML document, an alias counting as all that it repeats."""
 _TOO_DEEP = f"it is nested more than {DEEPEST} deep"
 _TOO_MANY = f"it stands for more than {_MOST_VALUES} values"
 
@@ -140,7 +140,7 @@ class _Loader(yaml.SafeLoader):
         self._values: dict[int, int] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> Any:
-        """A part of the document; counted, since an alias gives the same part once more."""
+        """Return a part of the document; counted, since an alias gives the same part once more."""
         if self.check_event(yaml.AliasEvent):
             node = super().compose_node(parent, index)
             if id(node) not in self._values:

@@ -58,7 +58,7 @@ class _Rule:
 def kept_layers(
     config: ModelConfig, search: SearchConfig, scores: Scores | None
 ) -> dict[int, list[int]]:
-    """Which layers stay for each number of them; empty where all layers are of one size.
+    """Return which layers stay for each number of them; empty if all layers are alike.
 
     Args:
         config: the model to prune.
@@ -82,7 +82,7 @@ def candidates(
     layers: Mapping[int, list[int]] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Candidate]:
-    """Shapes within the rules and the budget that can be exported, smallest first.
+    """Return shapes within the rules and the budget that can be exported, smallest first.
 
     Args:
         config: the model to prune.
@@ -113,7 +113,7 @@ def candidates(
 
 
 def _product(config: ModelConfig, space: SearchSpaceConfig) -> Iterable[Sizes]:
-    """Every combination, the model itself left out."""
+    """Yield every combination of sizes, the model itself left out."""
     names = [n for n in SEARCHED if n not in SEARCHED_LATER or getattr(space, n)]
     own = {name: getattr(config, name) for name in names}
     for name in (name for name, size in own.items() if size is None):
@@ -258,7 +258,7 @@ def _exportable(
 
 
 def _nearest(known: list[Candidate], space: SearchSpaceConfig) -> str:
-    """Message for a budget that no shape meets."""
+    """Return the message for a budget that no shape meets."""
     bounds = _bounds(space)
 
     def distance(one: Candidate) -> float:
@@ -296,7 +296,7 @@ def objective(record: Mapping[str, Any]) -> float:
 
 
 def within_latency(records: list[dict[str, Any]], limit: float | None) -> list[dict[str, Any]]:
-    """The candidates that are fast enough.
+    """Return the candidates that are fast enough.
 
     Raises:
         ValueError: every candidate takes longer than ``search.max_latency_ms``.
@@ -313,7 +313,7 @@ def within_latency(records: list[dict[str, Any]], limit: float | None) -> list[d
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other point beats, both figures being better when lower.
+    """Return indices of the points that no other point beats, both figures being better when lower.
 
     A point is beaten by one that is as low in both and lower in one. Of equal points all stay.
 

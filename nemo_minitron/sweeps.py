@@ -22,7 +22,7 @@ def is_sweep_job() -> bool:
 
 
 def job_folder(output_dir: str) -> str:
-    """Own folder of a sweep's job: ``<output_dir>/<swept key>=<value>,...``."""
+    """Return the folder of a sweep's job: ``<output_dir>/<swept key>=<value>,...``."""
     if not is_sweep_job():
         return output_dir
     from hydra.core.hydra_config import HydraConfig
@@ -64,7 +64,7 @@ def move(composed: DictConfig) -> None:
 
 
 def sweep_settings(flags: Namespace, scratch: str) -> list[str]:
-    """Overrides that tell a sweep's jobs which keys are swept, and keep Hydra's files away.
+    """Return overrides that tell a sweep's jobs which keys are swept, and keep Hydra's files away.
 
     Hydra writes multirun.yaml before the first job has been checked: into a scratch folder, since
     every job stores its own config. Launchers that submit jobs need a lasting folder instead.

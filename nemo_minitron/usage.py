@@ -49,7 +49,7 @@ EXIT_CODES = (
 
 
 def overview() -> str:
-    """Text of ``minitron --help``."""
+    """Return the text of ``minitron --help``."""
     rows = [(stage, schema.summary(stage)) for stage in STAGE_CONFIGS]
     return "\n".join(
         [
@@ -94,7 +94,7 @@ def config_dir(arguments: Sequence[str]) -> str | None:
 
 
 def stage_help(stage: str, own: str | None = None) -> str:
-    """Text of ``minitron <stage> --help``; ``own`` is the user's folder of config files."""
+    """Return text of ``minitron <stage> --help``; ``own`` is the user's folder of config files."""
     keys = [
         (f"{key.name}={shown(key.default)}", f"{key.words}: {key.doc}".removeprefix(": "))
         for key in schema.keys(schema.COMMANDS[stage])
@@ -122,14 +122,14 @@ def stage_help(stage: str, own: str | None = None) -> str:
 
 
 def unknown_stage(stage: str) -> str:
-    """Message for a stage that does not exist."""
+    """Return the message for a stage that does not exist."""
     near = load.nearest(stage, schema.COMMANDS)
     hint = f"did you mean {near}?" if near else f"stages: {', '.join(STAGE_CONFIGS)}"
     return f"{stage} is not a stage; {hint}"
 
 
 def shown(value: object) -> str:
-    """A default as it is written in YAML."""
+    """Return a default as it is written in YAML."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list):
@@ -138,7 +138,7 @@ def shown(value: object) -> str:
 
 
 def _table(rows: "list[tuple[str, str]] | tuple[tuple[str, str], ...]") -> list[str]:
-    """Two columns, the second wrapped to the terminal."""
+    """Return two columns, the second wrapped to the terminal."""
     width = shutil.get_terminal_size((100, 24)).columns
     column = min(max(len(left) for left, _ in rows) + 4, 52)
     lines = []

@@ -278,7 +278,7 @@ def _contents(job: _Job, identities: Mapping[str, str]) -> dict[str, str]:
 def _in_older_words(
     named: Mapping[str, str | Path], then: JsonObject, now: Mapping[str, str], workers: int
 ) -> dict[str, str]:
-    """Identities as an earlier version wrote them, of inputs that are what they were."""
+    """Return identities as an earlier version wrote them, of inputs that are what they were."""
     return {
         key: then[key]
         for key in then

@@ -126,7 +126,7 @@ def take_back(work: Path) -> None:
 
 
 def _remove_replaced(old: Path) -> None:
-    """Remove a result that another has replaced, unless somebody put files there meanwhile."""
+    """Remove a result that another has replaced, unless somebody put files into it meanwhile."""
     added = added_files(old, result_in(old))
     if added:
         (old / REPLACED).unlink()

@@ -19,7 +19,7 @@ _SCALES = "_scale_inv"
 
 
 def fp8_block(config: JsonObject) -> tuple[int, int] | None:
-    """Rows and columns of a block, where config.json says that weights are stored so; else None."""
+    """Return rows and columns of an FP8 block; None if config.json tells of no such weights."""
     said = config.get(QUANTISED)
     if not isinstance(said, dict) or said.get("quant_method") != "fp8":
         return None

@@ -57,7 +57,7 @@ def _parse(path: Path, size: int, mtime_ns: int) -> GGUFReader:
 
 
 def open_reader(path: Path) -> GGUFReader:
-    """Memory-mapped GGUF file.
+    """Return a memory-mapped GGUF file.
 
     Raises:
         ValueError: the file is missing, truncated or not GGUF.
@@ -70,7 +70,7 @@ def open_reader(path: Path) -> GGUFReader:
 
 
 def fields_of(path: Path) -> Callable[..., Any]:
-    """Look-up ``get(key, default)`` of metadata; without a default the field must be there."""
+    """Return a look-up ``get(key, default)`` of metadata; without a default it must be set."""
     reader = open_reader(path)
 
     def get(key: str, *default: object) -> Any:
@@ -90,7 +90,7 @@ _FIELD_NAMES = {"unk": "unknown", "pad": "padding"}
 
 
 def special_token(get: Callable[..., Any], name: str, count: int) -> int | None:
-    """Id of ``bos``, ``eos``, ``unk`` or ``pad``, if the file names one.
+    """Return the id of ``bos``, ``eos``, ``unk`` or ``pad``, if the file names one.
 
     An id that none of ``count`` tokens has stands for none, as llama.cpp has it.
     """
@@ -108,7 +108,7 @@ def _refuse(path: Path, what: str, field: str) -> None:
 def _number(
     path: Path, get: Callable[..., Any], field: str, *default: float, kind: type[float] = int
 ) -> Any:
-    """A size of the network; a list of them, one a layer, is one if all are equal."""
+    """Return a size of the network; a list of one a layer is taken if all are equal."""
     value = get(field, *default)
     if isinstance(value, list) and value and value.count(value[0]) == len(value):
         value = value[0]
@@ -221,7 +221,7 @@ def _check_vocabulary(path: Path, get: Callable[..., Any], rows: int) -> None:
 
 
 def _config(path: Path, tensors: dict[str, ReaderTensor], passed_over: Sequence[str]) -> JsonObject:
-    """config.json of the model."""
+    """Return the config.json of the model."""
     get = fields_of(path)
     _check_whole(path, get)
     number = partial(_number, path, get)
@@ -263,7 +263,7 @@ def _plain(tensor: ReaderTensor) -> Tensor:
 
 
 def _read(tensor: ReaderTensor, dtype: torch.dtype, heads: int) -> Tensor:
-    """One tensor in Hugging Face row order.
+    """Return one tensor in Hugging Face row order.
 
     Args:
         tensor: entry of the memory-mapped file.
@@ -282,7 +282,7 @@ def _read(tensor: ReaderTensor, dtype: torch.dtype, heads: int) -> Tensor:
 
 
 def _dtypes(path: Path, tensors: dict[str, ReaderTensor]) -> Callable[[ReaderTensor], torch.dtype]:
-    """Dtype of every tensor: as stored if all matrices have one plain type, else float32.
+    """Return dtype of every tensor: as stored if all matrices have one plain type, else float32.
 
     Norms stay float32, as GGUF stores them.
     """

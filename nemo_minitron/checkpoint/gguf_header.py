@@ -16,7 +16,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 _MAGIC = 0x46554747
 _MOST_ELEMENTS = 1 << 22
-"""Of all arrays together: a vocabulary of a million tokens with its merges has three million."""
+"""Maximum number of entries of all arrays: a million tokens with merges have three million."""
 _MOST_DIMS = 4
 _ARRAY, _STRING = GGUFValueType.ARRAY, GGUFValueType.STRING
 _WIDTHS = {kind: np.dtype(kept).itemsize for kind, kept in GGUFReader.gguf_scalar_to_np.items()}
@@ -42,18 +42,18 @@ class _Walk:
         return before
 
     def number(self, kind: str) -> int:
-        """A number of a kind of ``struct``."""
+        """Read a number in a format of ``struct``."""
         size = struct.calcsize(kind)
         place = self.skip(size)
         (found,) = struct.unpack(self.order + kind, self.data[place : place + size])
         return int(found)
 
     def string(self) -> None:
-        """A text with its length before it."""
+        """Pass over a text with its length before it."""
         self.skip(self.number("Q"))
 
     def value(self, kind: int) -> None:
-        """The value of a metadata field."""
+        """Pass over the value of a metadata field."""
         if kind in _WIDTHS:
             self.skip(_WIDTHS[GGUFValueType(kind)])
         elif kind == _STRING:
@@ -64,7 +64,7 @@ class _Walk:
             raise ValueError(f"byte {self.at} declares a value of the unknown type {kind}")
 
     def array(self) -> None:
-        """An array, whose elements are no arrays."""
+        """Pass over an array, whose elements may not be arrays."""
         kind, count = self.number("I"), self.number("Q")
         self.elements += count
         if self.elements > _MOST_ELEMENTS:

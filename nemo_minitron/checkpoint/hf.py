@@ -51,7 +51,7 @@ _MISTRAL = "consolidated"
 
 
 def _indexed(folder: Path) -> dict[str, set[str]]:
-    """Files and their tensors, as the index says."""
+    """Return files and their tensors, as the index says."""
     index = folder / INDEX_JSON
     refuse_pointer(index)
     weight_map = read_json_object(index).get("weight_map")
@@ -71,7 +71,7 @@ def _indexed(folder: Path) -> dict[str, set[str]]:
 
 
 def _shard_names(folder: Path) -> dict[str, set[str] | None]:
-    """Safetensors files of a folder, each with its tensors by the index (None without an index)."""
+    """Return safetensors files, each with its tensors by the index (None without an index)."""
     if (folder / INDEX_JSON).is_file():
         return dict(_indexed(folder))
     names = sorted(path.name for path in folder.glob("*.safetensors"))
@@ -96,7 +96,7 @@ def _shard_names(folder: Path) -> dict[str, set[str] | None]:
 def _open_shard(
     path: Path, expected: set[str] | None, dtypes: Mapping[str, torch.dtype] = DTYPES
 ) -> Store:
-    """Store of one safetensors file, from its header."""
+    """Return the store of one safetensors file, from its header."""
     if not path.is_file():
         raise ValueError(f"{path} is missing although {INDEX_JSON} lists it")
     refuse_pointer(path)
@@ -167,7 +167,7 @@ def open_hf(folder: Path) -> tuple[JsonObject, Store]:
 def model_config(
     hf_config: JsonObject, hf_store: Store, passed_over: Sequence[str] = ()
 ) -> tuple[Family, ModelConfig]:
-    """Family and sizes of an opened Hugging Face model (or GGUF).
+    """Return the family and sizes of an opened Hugging Face model (or GGUF).
 
     ``dtype`` is that of the weights themselves, whatever config.json says.
 
@@ -210,7 +210,7 @@ def _prefixed(family: Family, config: ModelConfig, store: Store) -> Store:
 
 
 def to_megatron(family: Family, config: ModelConfig, hf_store: Store) -> Store:
-    """Hugging Face names and row order -> Megatron's. Exact; dtypes are kept.
+    """Return Hugging Face names and row order -> Megatron's. Exact; dtypes are kept.
 
     Args:
         family: the table.
@@ -232,7 +232,7 @@ def to_megatron(family: Family, config: ModelConfig, hf_store: Store) -> Store:
 
 
 def _reformed(row: Row, config: ModelConfig, whole: LazyTensor) -> LazyTensor:
-    """The one Hugging Face tensor of a row."""
+    """Return the one Hugging Face tensor of a row."""
     if row.hf_form is None:
         return whole
     (shape,), form = hf_shapes(row, config), HF_FORMS[row.hf_form]
@@ -254,7 +254,7 @@ def to_hf(family: Family, config: ModelConfig, store: Store) -> Store:
 
 
 def split_shards(store: Store, max_shard_size: str) -> StateDictSplit:
-    """File of every tensor, as ``save_pretrained`` would choose.
+    """Return the file of every tensor, as ``save_pretrained`` would choose.
 
     Raises:
         ValueError: max_shard_size is not a size.

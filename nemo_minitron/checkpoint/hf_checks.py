@@ -27,13 +27,13 @@ _WRAPPERS = {
 
 
 def hf_names(row: Row, layer: int | None) -> list[str]:
-    """Hugging Face names of a row, with the number of its layer (``families.letters``)."""
+    """Return Hugging Face names of a row, with the number of its layer (``families.letters``)."""
     pair = None if layer is None else layer // 2
     return [name.format(layer=layer, pair=pair) for name in row.hf]
 
 
 def expected_tensors(family: Family, config: ModelConfig) -> dict[str, tuple[tuple[int, ...], Row]]:
-    """Hugging Face name of every tensor that the model has -> its shape and its row."""
+    """Return Hugging Face name of every tensor that the model has -> its shape and its row."""
     return {
         name: (shape, row)
         for _, row, layer in family.parameters(config)
@@ -42,7 +42,7 @@ def expected_tensors(family: Family, config: ModelConfig) -> dict[str, tuple[tup
 
 
 def check_hf(family: Family, config: ModelConfig, store: Store) -> None:
-    """Names, shapes and dtypes against the table.
+    """Compare names, shapes and dtypes with the table.
 
     Args:
         family: the table.
@@ -68,7 +68,7 @@ def check_hf(family: Family, config: ModelConfig, store: Store) -> None:
 
 
 def _at(store: Store, name: str) -> str:
-    """A tensor and its file."""
+    """Return a tensor and its file."""
     origin = store[name].origin
     return f"{origin}: {name}" if origin else name
 
@@ -103,7 +103,7 @@ def _check_names(family: Family, config: ModelConfig, store: Store, expected: se
 
 
 def _tied_copies(family: Family, config: ModelConfig) -> set[str]:
-    """Names under which an untied model of the family keeps its output embedding; none if it is."""
+    """Return where an untied model keeps its output embedding; nothing if this one is untied."""
     if not config.share_embeddings_and_output_weights:
         return set()
     return {name for row in family.rows if row.name == _OUTPUT for name in row.hf}
@@ -166,12 +166,12 @@ def _refuse_wrapped(family: Family, missing: list[str], store: Store) -> None:
 
 
 def _first(store: Store, part: str) -> str:
-    """The first name that contains ``part``."""
+    """Return the first name that contains ``part``."""
     return next(name for name in sorted(store) if part in name)
 
 
 def _layers(family: Family, store: Store) -> dict[str, int]:
-    """Number of the layer of every tensor that is in one."""
+    """Return the number of the layer of every tensor that is in one."""
     starts = {name.split("{layer}")[0] for row in family.rows if row.per_layer for name in row.hf}
     pattern = re.compile(rf"(?:{'|'.join(map(re.escape, sorted(starts)))})(\d+)\.")
     return {name: int(found[1]) for name in store if (found := pattern.match(name))}

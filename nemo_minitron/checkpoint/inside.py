@@ -16,7 +16,7 @@ def is_inside(name: str) -> bool:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Path of a file that lies in ``folder``, whether it exists or not.
+    """Return the path of a file that lies in ``folder``, whether it exists or not.
 
     Args:
         folder: of a checkpoint.

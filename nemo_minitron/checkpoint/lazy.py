@@ -98,12 +98,12 @@ def first_rows(tensor: LazyTensor, count: int) -> LazyTensor:
 
 
 def store_nbytes(store: Store) -> int:
-    """Bytes of all tensors of a store."""
+    """Return bytes of all tensors of a store."""
     return sum(tensor.nbytes for tensor in store.values())
 
 
 def main_dtype(store: Store) -> torch.dtype:
-    """Dtype that most bytes of a store have."""
+    """Return the dtype that most bytes of a store have."""
     sizes: dict[torch.dtype, int] = {}
     for tensor in store.values():
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes

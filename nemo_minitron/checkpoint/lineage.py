@@ -65,7 +65,7 @@ def model_facts(config: ModelConfig) -> JsonObject:
 
 
 def read_lineage(folder: Path) -> list[JsonObject]:
-    """Entries of a ``checkpoint/`` folder, oldest first; none where none were kept.
+    """Return entries of a ``checkpoint/`` folder, oldest first; none where none were kept.
 
     Raises:
         ValueError: the file is damaged or of another version.
@@ -126,7 +126,7 @@ def read_source_card(source: Path) -> JsonObject:
 
 
 def _licence(fields: JsonObject) -> JsonObject:
-    """A licence is a word, or several."""
+    """Return the licence that a model card states: a word, or several."""
     return {key: fields[key] for key in LICENCE_KEYS if isinstance(fields.get(key), str | list)}
 
 

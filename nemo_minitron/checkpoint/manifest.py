@@ -89,12 +89,12 @@ def _is_content(name: str, told: tuple[str, ...]) -> bool:
 
 
 def digest(value: object) -> str:
-    """sha256 (hex) of a JSON value, independent of the order of keys."""
+    """Return sha256 (hex) of a JSON value, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def config_hash(cfg: StageConfig) -> str:
-    """Hash of everything in a stage config that decides its result, its inputs apart."""
+    """Return the hash of everything in a stage config that decides its result, its inputs apart."""
     return digest(config_values(cfg))
 
 
@@ -106,7 +106,7 @@ def stored_config(manifest: Manifest) -> JsonObject | None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package and of what computes with it, as installed (nothing is imported)."""
+    """Return the installed versions of this package and of what computes with it."""
     found = {"nemo_minitron": nemo_minitron.__version__}
     for name in _VERSIONS:
         try:
@@ -117,12 +117,12 @@ def versions() -> dict[str, str]:
 
 
 def now() -> str:
-    """UTC time, ISO 8601, whole seconds."""
+    """Return the UTC time, ISO 8601, whole seconds."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def files_in(folder: Path) -> list[str]:
-    """Relative POSIX paths of all files under ``folder``, sorted.
+    """Return relative POSIX paths of all files under ``folder``, sorted.
 
     What a link to a folder leads to is listed once, so links in a circle have an end.
     """
@@ -163,14 +163,14 @@ def has_older_words(path: str | Path) -> bool:
 
 
 def matching(path: str | Path) -> list[str]:
-    """Files that a pattern such as ``/data/**/*.jsonl`` names, sorted; none for any other path."""
+    """Return the sorted files that a pattern (``/data/**/*.jsonl``) names; none for other paths."""
     if not glob.has_magic(str(path)) or os.path.exists(path):
         return []
     return sorted(filter(os.path.isfile, glob.glob(str(path), recursive=True)))
 
 
 def hash_file(path: Path, *, flush: bool = False) -> FileEntry:
-    """Size and sha256 of a file; with ``flush`` it is also forced to disk."""
+    """Return the size and sha256 of a file; with ``flush`` it is also forced to disk."""
     sha, size = hashlib.sha256(), 0
     with open(path, "rb") as file:
         while block := file.read(_BLOCK):
@@ -311,7 +311,7 @@ def _damage(manifest: Manifest, verify: str, workers: int) -> str | None:
 
 
 def fingerprint(path: str | Path, workers: int = 2, *, earlier: bool = False) -> str:
-    """Identity of an input: the manifest id of a result folder, else a hash of the content.
+    """Return identity of an input: the manifest id of a result folder, else a hash of the content.
 
     Args:
         path: result folder, data file, data folder, a Megatron .bin/.idx pair (one of its files, or
@@ -345,6 +345,6 @@ def fingerprint(path: str | Path, workers: int = 2, *, earlier: bool = False) ->
 
 
 def halves(path: Path) -> list[str]:
-    """Names of the files of a pair that its prefix, or one of them, stands for; those there are."""
+    """Return the files that exist of the pair which its prefix, or one of the two, names."""
     prefix = path.name.removesuffix(path.suffix) if path.suffix in PAIR else path.name
     return [prefix + end for end in PAIR if (path.parent / (prefix + end)).is_file()]

@@ -137,7 +137,7 @@ def _linear_args(config: ModelConfig) -> JsonObject:
 
 
 def megatron_lm_args(config: ModelConfig) -> Namespace:
-    """Arguments with which Megatron-LM builds this model."""
+    """Return arguments with which Megatron-LM builds this model."""
     positions = config.max_position_embeddings
     multiple = _vocab_multiple(config.vocab_size)
     padded = -(-config.vocab_size // multiple) * multiple
@@ -232,7 +232,7 @@ _QKV, _ATTENTION = ".self_attention.linear_qkv", ".self_attention.core_attention
 
 
 def _modules(row: Row, layer: int | None) -> list[str]:
-    """Modules that hold a row under Transformer Engine; attention has no parameter of its own."""
+    """Return modules that hold a row under Transformer Engine; attention has no parameter."""
     number = "" if layer is None else f"{layer}."
     name = stacked_name(row.te_name or row.name).replace("{layer}.", number)
     module = name.rpartition(".")[0]
@@ -264,7 +264,7 @@ def name_on_disk(key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> s
 
 
 def stored(value: object) -> io.BytesIO:
-    """An object as Megatron stores it: pickled, in a list of one."""
+    """Return an object as Megatron stores it: pickled, in a list of one."""
     stream = io.BytesIO()
     torch.save([value], stream)
     return stream

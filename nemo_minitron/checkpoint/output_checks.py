@@ -19,7 +19,7 @@ from nemo_minitron.checkpoint.watched import files_read, read_in_part, read_path
 from nemo_minitron.config.stages import StageConfig
 
 REPLACED = "replaced.json"
-"""In a result that waits under ``<output_dir>.old``: a stage put it there."""
+"""Mark in a result that waits under ``<output_dir>.old``: a stage put it there."""
 # As ``runtime.console.log_file`` writes it, which is not Python's default.
 _LOG_LINE = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+( rank \d+)? [\w.]+: ")
 _NAMED = 5  # of the user's files in a message
@@ -36,7 +36,7 @@ def old_of(output_dir: Path) -> Path:
 
 
 def log_of(cfg: StageConfig) -> Path:
-    """Log file of a stage: beside the name that was given, wherever links lead from there."""
+    """Return the log file of a stage: beside the name that was given, wherever links lead."""
     return Path(f"{Path(cfg.output_dir)}.log")
 
 
@@ -236,7 +236,7 @@ def check_additions(output: Path, manifest: Manifest | None) -> None:
 
 
 def added_files(folder: Path, manifest: Manifest | None) -> list[str]:
-    """Files of a result that its manifest does not list."""
+    """Return files of a result that its manifest does not list."""
     names = files_in(folder)
     ours = {MANIFEST, REPLACED, *owner_files(names)}
     if manifest is not None:
@@ -310,7 +310,7 @@ def check_cache(cfg: StageConfig, outputs: Sequence[Path]) -> None:
 
 
 def _is_result_of_a_stage(folder: Path) -> bool:
-    """Whether a result is there; that of a pipeline is just the folder around its results."""
+    """Whether a result exists; that of a pipeline is just the folder around its results."""
     manifest = result_in(folder)
     return manifest is not None and manifest.stage != "pipeline"
 

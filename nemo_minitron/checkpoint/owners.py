@@ -14,7 +14,7 @@ STALE = 300.0
 
 
 def signature() -> JsonObject:
-    """This process: start time too, since process ids come round again."""
+    """Return this process's id and start time, since process ids come round again."""
     process = psutil.Process()
     return {**_place(), "pid": process.pid, "started": process.create_time(), **_job()}
 
@@ -36,7 +36,7 @@ def is_alive(owner: JsonObject, age: float) -> bool:
 
 
 def _place() -> dict[str, str]:
-    """Where process ids mean the same: a host since its start, and a container on it."""
+    """Return where process ids mean the same: a host since its start, and a container on it."""
     return {
         "host": socket.gethostname(),
         "boot": _text(Path("/proc/sys/kernel/random/boot_id")),
@@ -57,7 +57,7 @@ def same_place(owner: JsonObject) -> bool:
 
 
 def _job() -> JsonObject:
-    """The SLURM job; a requeued one has the same number and has been started once more."""
+    """Return the SLURM job; a requeued one has the same number and has been started once more."""
     job = os.environ.get("SLURM_JOB_ID")
     return {} if job is None else {"job": job, "restarts": _restarts()}
 

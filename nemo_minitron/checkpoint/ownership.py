@@ -135,12 +135,12 @@ def has_owner(work: Path) -> bool:
 
 
 def owner_files(names: list[str]) -> list[str]:
-    """Those of a folder's files that say whose it is, and are no part of a result."""
+    """Return the files of a folder that say whose it is, and are no part of a result."""
     return [name for name in names if f"{name}.".startswith((f"{OWNER}.", f"{SIGNED}."))]
 
 
 def aside_of(work: Path) -> Path:
-    """A new name beside a working folder, for what was moved out of it (``set_aside``)."""
+    """Make a new name beside a working folder, for what was moved out of it (``set_aside``)."""
     return _beside(work, uuid.uuid4().hex, _ASIDE)
 
 
@@ -195,7 +195,7 @@ def _take(claim: Claim) -> None:
 
 
 def _create(claim: Claim, mine: str) -> bool:
-    """Create the working folder with our signature in it, unless something is there."""
+    """Create the working folder with our signature in it, unless the name is taken."""
     work = claim.work
     if work.exists() or work.is_symlink():
         return False
@@ -245,7 +245,7 @@ def _succeed(claim: Claim, mine: str) -> bool:
 
 
 def _exclusive(draft: Path, path: Path, text: str) -> bool:
-    """Create ``path`` with the content of ``draft``, unless it is there."""
+    """Create ``path`` with the content of ``draft``, unless it exists."""
     try:
         os.link(draft, path)
     except FileExistsError:

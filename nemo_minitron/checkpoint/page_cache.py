@@ -43,7 +43,7 @@ def read_ahead(file: int, offset: int, size: int) -> None:
 
 
 class _WriteBehind(io.FileIO):
-    """Asks for a block's way to the disk as soon as it is written, and lets go of it there."""
+    """Asks that a block goes to disk as soon as it is written, and drops it from memory then."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(path, "wb")

@@ -36,7 +36,7 @@ class Part:
     size: int
 
     def read(self) -> bytes:
-        """All bytes.
+        """Return all bytes.
 
         Raises:
             OSError: the file cannot be read.
@@ -51,7 +51,7 @@ Find = Callable[[str], Part | None]
 
 
 def piece_of(path: Path, file: Part | None, offset: int, length: int) -> Part:
-    """A run of bytes of a file that something in a checkpoint names.
+    """Return the run of bytes of a file that something in a checkpoint names.
 
     Args:
         path: what to call the file in messages.
@@ -87,7 +87,7 @@ def below(parts: dict[str, Part], folder: str) -> Find:
 
 
 def archive_parts(path: Path) -> dict[str, Part]:
-    """Files of a tar archive by name, without a leading ``./``; only headers are read.
+    """Return files of a tar archive by name, without a leading ``./``; only headers are read.
 
     Raises:
         ValueError: not a tar archive, compressed, or truncated.
@@ -126,22 +126,22 @@ def _why_unreadable(path: Path) -> str:
 
 
 class FileView(io.RawIOBase):
-    """A part of an open file as a file of its own."""
+    """A part of an open file, read as if it were a file of its own."""
 
     def __init__(self, file: io.BufferedReader, offset: int, length: int) -> None:
         super().__init__()
         self._file, self._offset, self._length, self._at = file, offset, length, 0
 
     def readable(self) -> bool:
-        """Yes."""
+        """Return true, as of any file that can be read."""
         return True
 
     def seekable(self) -> bool:
-        """Yes."""
+        """Return true, as of any file that can be read."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Offsets count from the start of the part."""
+        """Move to an offset, which counts from the start of the part."""
         start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
         self._at = start + offset
         return self._at

@@ -191,7 +191,7 @@ class _Strict(_Unpickler):
 
 
 def read_metadata(part: Part, *, strict: bool = False) -> metadata.Metadata:
-    """The ``.metadata`` file of a torch.distributed.checkpoint folder.
+    """Return the ``.metadata`` file of a torch.distributed.checkpoint folder.
 
     Args:
         part: the file.

@@ -35,7 +35,7 @@ _ALIGNMENT = 8
 
 
 def _header(store: Store) -> bytes:
-    """Length and JSON header; tensors follow in the order of the store."""
+    """Return the length and JSON header; tensors follow in the order of the store."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in store.items():
@@ -61,7 +61,7 @@ def value_places(path: Path) -> dict[str, int]:
 
 
 def stored_tensor(path: Path, place: int, shape: tuple[int, ...], dtype: torch.dtype) -> LazyTensor:
-    """A tensor whose values lie in a file from byte ``place`` on."""
+    """Return a tensor whose values lie in a file from byte ``place`` on."""
     row = math.prod(shape[1:])
 
     def read_rows(start: int, stop: int) -> Tensor:

@@ -53,7 +53,7 @@ def write_seal(path: Path, entries: Mapping[str, FileEntry]) -> None:
 
 
 def dumped(entries: Mapping[str, FileEntry]) -> str:
-    """Sizes and hashes by name as JSON."""
+    """Return sizes and hashes by name as JSON."""
     return json.dumps({name: asdict(entry) for name, entry in entries.items()})
 
 
@@ -102,7 +102,7 @@ def compare(path: Path, entries: Mapping[str, FileEntry], remedy: str) -> None:
 
 
 def sealed_files(work: Path) -> dict[str, FileEntry]:
-    """All hashes below a working folder by the file they are of, relative to it."""
+    """Return all hashes below a working folder by the file they are of, relative to it."""
     found = {}
     for folder in _sums_folders(work):
         for sums in folder.iterdir():

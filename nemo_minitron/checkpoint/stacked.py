@@ -55,7 +55,7 @@ def _whole(parts: Sequence[LazyTensor]) -> LazyTensor:
 
 
 def stacked(store: Store) -> Store:
-    """Inverse of ``unstacked``; the parts of a tensor are there in the order of the experts."""
+    """Do the inverse of ``unstacked``: the parts of a tensor are in the order of the experts."""
     parts: dict[str, list[LazyTensor]] = {}
     for name, tensor in store.items():
         parts.setdefault(name.partition("[")[0], []).append(tensor)

@@ -69,7 +69,7 @@ _PRE_TOKENIZERS: dict[str, list[Any]] = {
 
 
 def names_in(folder: Path) -> list[str]:
-    """Names of the tokenizer's files in a Hugging Face folder, chat templates included."""
+    """Return names of the tokenizer's files in a Hugging Face folder, chat templates included."""
     found = {path for pattern in _PATTERNS for path in folder.glob(pattern) if path.is_file()}
     return sorted(path.relative_to(folder).as_posix() for path in found)
 
@@ -108,7 +108,7 @@ def tokenizer_json(folder: Path) -> Path:
 
 
 def tokens_by_id(file: Part) -> dict[int, str]:
-    """Id -> token of a tokenizer.json.
+    """Return the id -> token of a tokenizer.json.
 
     Raises:
         ValueError: it is damaged, or something else.
@@ -154,7 +154,7 @@ def _added_tokens(tokens: list[str], kinds: list[int]) -> list[AddedToken]:
 
 
 def _template(tokens: dict[str, tuple[str, int]], bos: bool, eos: bool) -> Any:
-    """Post-processor that adds beginning- and end-of-text tokens."""
+    """Return a post-processor that adds beginning- and end-of-text tokens."""
     pieces = [name for name, wanted in (("bos", bos), ("A", True), ("eos", eos)) if wanted]
     single = " ".join("$A" if piece == "A" else tokens[piece][0] for piece in pieces)
     pair = single + " " + single.replace("$A", "$B:1")
@@ -163,7 +163,7 @@ def _template(tokens: dict[str, tuple[str, int]], bos: bool, eos: bool) -> Any:
 
 
 def gguf_tokenizer(path: Path) -> tuple[Tokenizer, JsonObject]:
-    """Tokenizer and tokenizer_config.json of a GGUF file.
+    """Return tokenizer and tokenizer_config.json of a GGUF file.
 
     Raises:
         ValueError: not byte-level BPE, cut by rules not known here, or damaged.
@@ -242,7 +242,7 @@ def save_tokenizer(source: Path, folder: Path) -> list[str]:
 
 
 def tokenizer_files(place: Path) -> TokenizerFiles:
-    """Files of the tokenizer that a folder holds or a file is; empty without a tokenizer.
+    """Return files of the tokenizer that a folder holds or a file is; empty without a tokenizer.
 
     Raises:
         ValueError: one of them is kept elsewhere by Git LFS.
@@ -281,7 +281,7 @@ def _sentencepiece(files: TokenizerFiles) -> Any:
 
 
 def vocabulary_size(files: TokenizerFiles) -> int | None:
-    """Highest token id + 1, added tokens too; None where no file says it.
+    """Return the highest token id + 1, added tokens too; None where no file says it.
 
     Raises:
         ValueError: a file is damaged, or something else.
@@ -300,7 +300,7 @@ def vocabulary_size(files: TokenizerFiles) -> int | None:
 
 
 def _end(files: TokenizerFiles, name: str, ids: Callable[[Any], Iterable[Any]]) -> int:
-    """Highest id in a JSON file + 1; 0 without any."""
+    """Return the highest id in a JSON file + 1; 0 without any."""
     if name not in files:
         return 0
     try:
@@ -310,7 +310,7 @@ def _end(files: TokenizerFiles, name: str, ids: Callable[[Any], Iterable[Any]]) 
 
 
 def special_ids(files: TokenizerFiles) -> dict[str, int]:
-    """``bos_token_id`` and ``eos_token_id``, as far as the tokenizer has them."""
+    """Return ``bos_token_id`` and ``eos_token_id``, as far as the tokenizer has them."""
     if TOKENIZER_JSON in files and TOKENIZER_CONFIG in files:
         config = json_value(files[TOKENIZER_CONFIG].read())
         ids = {token: index for index, token in tokens_by_id(files[TOKENIZER_JSON]).items()}

@@ -66,7 +66,7 @@ def _is_kept(folder: Path, tokenizer: "PreTrainedTokenizerFast") -> bool:
 
 
 def ids_of(tokenizer: "PreTrainedTokenizerFast") -> tuple[str, bool]:
-    """All that decides which ids a text gets."""
+    """Return all that decides which ids a text gets."""
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
@@ -74,7 +74,7 @@ def ids_of(tokenizer: "PreTrainedTokenizerFast") -> tuple[str, bool]:
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
-    """The tokenizer of a result, as ``AutoTokenizer`` read it when the model was imported.
+    """Return the tokenizer of a result, as ``AutoTokenizer`` read it when the model was imported.
 
     Args:
         folder: ``checkpoint/tokenizer`` of a result. Those of earlier versions have no
@@ -108,7 +108,7 @@ def _stored(folder: Path) -> "PreTrainedTokenizerFast":
 
 
 def _config_beside(folder: Path) -> JsonObject:
-    """config.json of the model whose tokenizer it is, as an export would have it."""
+    """Return the config.json of the model whose tokenizer it is, as an export would have it."""
     from nemo_minitron.config.model import MODEL_YAML, ModelConfig
     from nemo_minitron.families.registry import family_of
 
@@ -144,7 +144,7 @@ def _tokenizer_config(folder: Path) -> JsonObject:
 def _without_code(
     folder: Path, names: list[str], config: JsonObject, what: str
 ) -> "PreTrainedTokenizerFast":
-    """A tokenizer whose config names Python files, if transformers reads it without them.
+    """Return a tokenizer whose config names Python files, if transformers reads it without them.
 
     ``auto_map`` may be stale: the class is one of transformers by now. It is not where transformers
     reads the folder only with the files, or otherwise than an export, which has none of them.
@@ -209,7 +209,7 @@ def _check_names(folder: Path) -> None:
 def stop_ids(
     folder: Path, tokenizer: "PreTrainedTokenizerFast", in_config: int | list[int] | None
 ) -> frozenset[int]:
-    """Tokens that end a text, as in transformers.
+    """Return tokens that end a text, as in transformers.
 
     They are those of generation_config.json, without that file those of config.json, and in either
     case the tokenizer's own.
@@ -241,7 +241,7 @@ def stop_ids(
 def continuation(
     tokenizer: "PreTrainedTokenizerFast", prompt: list[int], new: list[int], stops: frozenset[int]
 ) -> str:
-    """The text of new tokens, decoded after their prompt: some tokenizers join words so.
+    """Return the text of new tokens, decoded after their prompt: some tokenizers join words so.
 
     Args:
         tokenizer: of the model.

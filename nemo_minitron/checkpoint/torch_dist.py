@@ -84,7 +84,7 @@ _MAX_FILE_BYTES = 2 << 30
 
 
 def disk_key(row: Row, layer: int | None = None) -> str:
-    """Key of a row on disk: TE name where there is one, expert number left out.
+    """Return the key of a row on disk: TE name where there is one, expert number left out.
 
     Args:
         row: of the table.
@@ -202,7 +202,7 @@ def _write_pieces(store: Store, family: Family, config: ModelConfig) -> dict[str
 
 
 def _files(pieces: dict[str, list[_Piece]]) -> list[SavePlan]:
-    """One plan per file, largest first.
+    """Return one plan per file, largest first.
 
     One key per file, as the writer keeps alive the newest tensor of every key of an open file.
     """

@@ -101,7 +101,7 @@ def check_format(where: Path, find: Find) -> None:
 
 
 def checked_metadata(where: Path, find: Find, *, strict: bool = False) -> Metadata:
-    """The metadata of a checkpoint, in which every size and place is a number that can be.
+    """Return the metadata of a checkpoint, in which every size and place is a number that can be.
 
     Args:
         where: the checkpoint's folder, for messages.
@@ -147,7 +147,7 @@ def _check_place(info: _StorageInfo, needed: int) -> None:
 
 
 def _ends(metadata: Metadata) -> dict[str, int]:
-    """The length that every file it names must have at least."""
+    """Return the length that every file it names must have at least."""
     ends: dict[str, int] = {}
     for info in metadata.storage_data.values():
         end = info.offset + info.length
@@ -193,7 +193,7 @@ def open_torch_dist(where: Path, find: Find | None = None) -> Checkpoint:
 def _locate(
     row: Row, layer: int | None, checkpoint: Checkpoint, prefix: str, part: str
 ) -> tuple[str, TensorStorageMetadata, bool] | None:
-    """Key, metadata and whether the key holds all layers; None when the checkpoint lacks it."""
+    """Return key, metadata and whether the key holds all layers; None without the key."""
     for name in map(stacked_name, row.names_on_disk):
         for key, stacked in ((name.replace("{layer}.", ""), True), (name, False)):
             if not stacked and layer is not None:
@@ -211,7 +211,7 @@ def _wanted(
     sizes: tuple[int, ...],
     saved: TensorStorageMetadata,
 ) -> ChunkStorageMetadata | None:
-    """Region that holds one parameter; None when the saved shape does not fit the config."""
+    """Return region that holds one parameter; None when the saved shape does not fit the config."""
     rows = list(saved.size)
     if rows[: len(axes)] != [count for _, count in axes]:
         return None
@@ -238,7 +238,7 @@ def _refuse_unknown(used: set[str], checkpoint: Checkpoint, prefix: str) -> None
 
 @dataclass(frozen=True)
 class _Place:
-    """One tensor on disk: a parameter, or a part of it (``Row.parts_on_disk``)."""
+    """A tensor on disk: a parameter, or a part of one (``Row.parts_on_disk``)."""
 
     name: str
     row: Row
@@ -255,7 +255,7 @@ def _stored(
     used: set[str],
     starts: dict[tuple[Path, int], int | None],
 ) -> LazyTensor:
-    """One tensor of a checkpoint, read when asked for; its key is added to ``used``."""
+    """Return one tensor of a checkpoint, read when asked for; its key is added to ``used``."""
     row, layer, shape = place.row, place.layer, place.shape
     found = _locate(row, layer, checkpoint, prefix, place.part)
     if found is None:
@@ -279,7 +279,7 @@ def _stored(
 def stored_weights(
     checkpoint: Checkpoint, family: Family, config: ModelConfig, *, prefix: str = ""
 ) -> Store:
-    """Weights of an opened checkpoint; nothing is read yet.
+    """Return weights of an opened checkpoint; nothing is read yet.
 
     Args:
         checkpoint: from ``open_torch_dist``.

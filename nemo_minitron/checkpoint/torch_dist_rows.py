@@ -113,7 +113,7 @@ class RowReader:
         return len(self.wanted.sizes) - len(self.shape)
 
     def __call__(self, start: int, stop: int) -> Tensor:
-        """Rows ``[start, stop)`` of dim 0: CPU, contiguous, owned by the caller.
+        """Return rows ``[start, stop)`` of dim 0: CPU, contiguous, owned by the caller.
 
         Raises:
             ValueError: a file is damaged.

@@ -35,7 +35,7 @@ _MAY_HOLD_MANY = ("data.path", "data.blend.", "trainer.phases.")  # one file for
 
 
 def read_paths(cfg: StageConfig) -> dict[str, str]:
-    """Config key -> path of everything that a stage reads."""
+    """Return the config key -> path of everything that a stage reads."""
     values = asdict(cfg)
     also = {key: values[key] for key in _ALSO_READ if isinstance(values.get(key), str)}
     return {**input_paths(cfg), **also}
@@ -47,7 +47,7 @@ def input_states(cfg: StageConfig) -> dict[str, str]:
 
 
 def identity_of(key: str, path: Path, workers: int) -> str:
-    """Identity of the content of an input, by the files of it that are read.
+    """Return the identity of the content of an input, by the files of it that are read.
 
     Args:
         key: config key of the input.
@@ -61,7 +61,7 @@ def identity_of(key: str, path: Path, workers: int) -> str:
 
 
 def changed_since(cfg: StageConfig, states: Mapping[str, str]) -> list[str]:
-    """Keys of inputs of which the file system says something else than in ``states``."""
+    """Return keys of inputs of which the file system says something else than in ``states``."""
     now = input_states(cfg)
     return [key for key in now if key in states and now[key] != states[key]]
 
@@ -127,7 +127,7 @@ def _difference(key: str, path: Path, before: str, workers: int, exact: bool) ->
 
 
 def _state(files: Iterable[str]) -> str:
-    """Hash over the files of an input: names, inodes, sizes and times."""
+    """Return the hash over the files of an input: names, inodes, sizes and times."""
     found = []
     for file in files:
         try:
@@ -152,7 +152,7 @@ def read_in_part(key: str, path: Path) -> bool:
 
 
 def files_read(key: str, path: Path) -> list[str]:
-    """The files of an input: of a result those it lists, else all that are there.
+    """Return the files of an input: of a result those it lists, else all that are there.
 
     Paths are strings: a folder that is given by mistake may hold very many files.
 

@@ -105,7 +105,7 @@ _TABLE = (
 
 
 def _added(name: str, axis: Axis) -> Axis:
-    """An axis of another package; ``later``, since stored results did not have it.
+    """Return an axis of another package; ``later``, since stored results did not have it.
 
     Raises:
         ValueError: its size is not a field of a model, or another axis has it.
@@ -135,7 +135,7 @@ NEVER_PRUNED = dict.fromkeys(
 
 
 def axis_size(config: ModelConfig, name: str) -> int:
-    """Size of an axis in a model before pruning; 0 where the model does not have it."""
+    """Return the size of an axis in a model before pruning; 0 where the model does not have it."""
     return getattr(config, AXES[name].size) or 0
 
 
@@ -150,17 +150,17 @@ def groups_in(config: ModelConfig, axis: Axis) -> int:
 
 
 def axes_of(config: ModelConfig) -> list[Axis]:
-    """The axes that a model has, in the order of the table."""
+    """Return the axes that a model has, in the order of the table."""
     return [axis for axis in AXES.values() if has_axis(config, axis)]
 
 
 def layers_with(config: ModelConfig, axis: Axis) -> list[int]:
-    """Layers (0-based) that have an axis; all of them for an axis of the model."""
+    """Return layers (0-based) that have an axis; all of them for an axis of the model."""
     return [layer for layer, kinds in enumerate(kinds_of(config)) if axis.kind in kinds]
 
 
 def split_sizes(config: ModelConfig) -> dict[str, str]:
-    """Size that a model has -> the parallel degree that has to divide it."""
+    """Return the size that a model has -> the parallel degree that has to divide it."""
     return {axis.size: axis.split_by for axis in axes_of(config) if axis.split_by}
 
 

@@ -5,7 +5,7 @@ from enum import Enum
 
 
 class Scope(Enum):
-    """How many lists of kept indices an axis has."""
+    """For what an axis has a list of kept indices of its own."""
 
     MODEL = "model"
     """One list for the whole model."""

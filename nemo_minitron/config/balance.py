@@ -18,7 +18,7 @@ from nemo_minitron.config.parallel import ParallelConfig
 def balanced_layout(
     config: ModelConfig, pruned: ModelConfig, parallel: ParallelConfig
 ) -> ParallelConfig:
-    """Layout of the pruned model on the ranks of the model before pruning.
+    """Return the layout of the pruned model on the ranks of the model before pruning.
 
     Args:
         config: the model before pruning.
@@ -44,7 +44,7 @@ def balanced_layout(
 
 
 def _check_shares(pruned: ModelConfig, parallel: ParallelConfig) -> None:
-    """Every rank gets an equal share of what the ranks share out."""
+    """Check that every rank gets an equal share of what the ranks share out."""
     for name, degree in split_sizes(pruned).items():
         size, ranks = getattr(pruned, name), getattr(parallel, degree)
         if size % ranks:
@@ -58,7 +58,7 @@ def _check_shares(pruned: ModelConfig, parallel: ParallelConfig) -> None:
 
 
 def layer_cost(config: ModelConfig, kind: str) -> int:
-    """Multiplications that a token takes in a layer of a hybrid model, without attention's scores.
+    """Return multiplications of a token in a hybrid model's layer, without attention's scores.
 
     Args:
         config: global sizes.
@@ -101,7 +101,7 @@ def by_cost(config: ModelConfig, parallel: ParallelConfig) -> ParallelConfig | N
 
 
 def _least_largest(costs: list[int], parts: int) -> list[int]:
-    """Sizes of ``parts`` runs of layers, the largest sum of which is as small as can be."""
+    """Return sizes of ``parts`` runs of layers, the largest sum of which is as small as can be."""
     low, high = max(costs), sum(costs)
     while low < high:
         middle = (low + high) // 2
@@ -117,7 +117,7 @@ def _least_largest(costs: list[int], parts: int) -> list[int]:
 
 
 def _packed(costs: list[int], limit: int) -> list[int]:
-    """Sizes of runs that are as long as a limit of their sum allows."""
+    """Return sizes of runs that are as long as a limit of their sum allows."""
     sizes, total = [0], 0
     for cost in costs:
         if total + cost > limit:
@@ -129,7 +129,7 @@ def _packed(costs: list[int], limit: int) -> list[int]:
 
 
 def balanced_pipeline(num_layers: int, parallel: ParallelConfig) -> ParallelConfig:
-    """Pipeline split with stages that differ by at most one layer.
+    """Return pipeline split with stages that differ by at most one layer.
 
     With interleaving every stage holds the same number of layers in each of its chunks, so stages
     are equal or differ by at least the number of chunks: only equal ones are accepted.
@@ -166,7 +166,7 @@ def balanced_pipeline(num_layers: int, parallel: ParallelConfig) -> ParallelConf
 def _first_and_last(
     num_layers: int, parallel: ParallelConfig
 ) -> tuple[int | None, int | None] | None:
-    """Sizes of the first and the last stage, None where it is as long as the others.
+    """Return sizes of the first and the last stage, None where it is as long as the others.
 
     Where there is a choice the last stage is the shorter one: it holds the output layer too.
 

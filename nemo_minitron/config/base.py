@@ -45,7 +45,7 @@ TOKENS: Final[dict[str, Any]] = {"tokens": True}
 
 
 def may_change(*names: str) -> dict[str, Any]:
-    """``MAY_CHANGE`` for a part of a section.
+    """Return ``MAY_CHANGE`` for a part of a section.
 
     Args:
         names: keys of the section, or how they begin.
@@ -54,7 +54,7 @@ def may_change(*names: str) -> dict[str, Any]:
 
 
 def one_of(*words: str | None) -> dict[str, Any]:
-    """Metadata of a field that takes a few words alone; None is written null."""
+    """Return metadata of a field that takes a few words alone; None is written null."""
     return {WORDS: tuple("null" if word is None else word for word in words)}
 
 
@@ -83,7 +83,7 @@ def check_values(section: Any, prefix: str = "") -> None:
 
 @dataclass(kw_only=True)
 class StageConfig:
-    """Keys every stage has."""
+    """Keys that every stage has."""
 
     output_dir: str = field(default=MISSING, metadata=NEUTRAL)
     """Folder of the result. It appears, complete, when the stage ends well."""

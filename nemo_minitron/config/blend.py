@@ -44,7 +44,7 @@ def parse_blend(value: object) -> list[dict[str, Any]]:
 
 
 def _read(text: str) -> object:
-    """A YAML file, or the words that Megatron-LM takes after ``--data-path``."""
+    """Return a YAML file, or the words that Megatron-LM takes after ``--data-path``."""
     words = text.split()
     if len(words) > 1:
         return words
@@ -69,7 +69,7 @@ def _in_turn(words: list[Any]) -> list[dict[str, Any]]:
 
 
 def parse_changes(changes: list[dict[str, Any]], sources: int) -> list[dict[str, Any]]:
-    """The entries of ``data.blend_changes``, their weights as numbers.
+    """Return the entries of ``data.blend_changes``, their weights as numbers.
 
     Args:
         changes: as given; what this function returned stays what it is.

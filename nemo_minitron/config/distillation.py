@@ -16,9 +16,9 @@ RAW_LOSSES = ("mse", "cosine")
 _JS_BETA = 0.5
 BOUNDARY_LOSSES = ("embedding", "block_output")
 STATE_LOSSES = (*BOUNDARY_LOSSES, "mlp_input")
-"""Those that compare hidden states, position by position, in the teacher's width."""
+"""Losses that compare hidden states, position by position, in the teacher's width."""
 LAYER_LOSSES = ("attention_relation", "mlp_input", "block_output")
-"""Those that compare mapped layers."""
+"""Losses that compare mapped layers."""
 INTERMEDIATE_LOSSES = ("embedding", *LAYER_LOSSES)
 
 
@@ -67,7 +67,7 @@ class IntermediateConfig:
             )
 
     def _check_unused(self) -> None:
-        """A key that nothing would read is a mistake."""
+        """Refuse a key that none of the chosen losses would read."""
         if self.layer_map is not None and not self.uses(LAYER_LOSSES):
             raise ValueError(
                 f"distillation.intermediate.layer_map={self.layer_map} is for "
@@ -87,7 +87,7 @@ class IntermediateConfig:
 
     @property
     def dynamic(self) -> bool:
-        """Whether alpha follows the losses."""
+        """Whether alpha is computed from the losses of the batch before."""
         return self.alpha == "dynamic"
 
 
@@ -102,7 +102,7 @@ class DistillationConfig:
     teacher's ``top_k`` largest logits, renormalised; ``top_k_tail``: the same with one entry more
     for the rest of both distributions."""
     temperature: float = 1.0
-    """Divides both logits; ``mse`` and ``cosine`` take 1 only."""
+    """Number that both models' logits are divided by; ``mse`` and ``cosine`` take 1 only."""
     temperature_scaling: str = field(default="none", metadata=one_of("none", "square"))
     """``none``, as in the papers: the loss stays as it is, and its gradient shrinks with
     1 / temperature^2; ``square``: the distillation loss is multiplied by temperature^2."""
@@ -110,9 +110,9 @@ class DistillationConfig:
     """Weight of the teacher in the mixture m of ``js``: b KL(t || m) + (1 - b) KL(s || m) with
     m = b t + (1 - b) s (2306.13649, eq. 1)."""
     top_k: int | None = None
-    """Logits of each token that ``top_k`` and ``top_k_tail`` read."""
+    """Logits of each token, the teacher's largest ones, that ``top_k`` and ``top_k_tail`` read."""
     chunk_size: int = 256
-    """Tokens whose logits exist at one time."""
+    """Tokens whose logits are in memory at one time."""
     kd_weight: float = 1.0
     """Weight of the distillation loss on the logits."""
     ce_weight: float = 0.0

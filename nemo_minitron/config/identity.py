@@ -35,7 +35,7 @@ class Meaning:
     earlier: Any = None
 
     def plain(self, value: Any) -> Any:
-        """A value of the key as earlier versions would have it."""
+        """Return a value of the key as earlier versions would have it."""
         return self.earlier if self.earlier is not None and value == self.default else value
 
 
@@ -64,7 +64,7 @@ def _inside(changing: tuple[str, ...], name: str) -> tuple[str, ...]:
 
 
 def _find(known: Mapping[str, Meaning], key: str) -> tuple[str, Meaning | None]:
-    """The field a key belongs to: itself, or the free-form dictionary that holds it."""
+    """Return the field a key belongs to: itself, or the free-form dictionary that holds it."""
     name = key
     while name and name not in known:
         name = name.rpartition(".")[0]
@@ -113,7 +113,7 @@ def _without_paths(entry: Any) -> Any:
 
 
 def input_paths(cfg: StageConfig) -> dict[str, str]:
-    """Config key -> path, for every input the stage config names.
+    """Return the config key -> path, for every input the stage config names.
 
     Keys are ``key.0``, ... for a list, ``key.0.path``, ... for one of weighted sources, and
     ``key.0.data.path``, ... for phases.
@@ -141,7 +141,7 @@ def _named_paths(key: str, value: Any) -> Iterator[tuple[str, str]]:
 def changes(
     cfg: StageConfig, stored: Mapping[str, Any], *, resuming: bool = False
 ) -> dict[str, tuple[Any, Any]]:
-    """Keys that decide a result and are others now: key -> value then and now.
+    """Return keys that decide a result and are others now: key -> value then and now.
 
     Args:
         cfg: the config now.
@@ -179,5 +179,5 @@ def _may_change(meaning: Meaning, name: str, key: str) -> bool:
 
 
 def said(changed: Mapping[str, tuple[Any, Any]]) -> str:
-    """Changes in words."""
+    """Return changes in words."""
     return ", ".join(f"{key} {then} -> {now}" for key, (then, now) in changed.items())

@@ -13,7 +13,7 @@ from nemo_minitron.config.training import PRECISION, OptionalDataConfig
 
 @dataclass(kw_only=True)
 class LmEvalConfig:
-    """How lm-eval runs its tasks; its own names."""
+    """How lm-eval runs its tasks; the keys have lm-eval's own names."""
 
     num_fewshot: int | None = None
     """Examples before each question; null: as many as the task says."""
@@ -52,7 +52,7 @@ class EvaluateConfig(StageConfig):
     """Beginnings of texts. The model goes on with its most likely tokens, and the report shows what
     it wrote."""
     sample_tokens: int = field(default=40, metadata=ADDED)
-    """Tokens of the longest such continuation."""
+    """Most tokens with which the model continues each of ``sample_prompts``."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     megatron: ForwardMegatronConfig = field(default_factory=ForwardMegatronConfig)
 
@@ -69,16 +69,16 @@ class EvaluateConfig(StageConfig):
 
 @dataclass(kw_only=True)
 class SamplingConfig:
-    """How tokens are drawn."""
+    """How the next token is drawn from the model's distribution."""
 
     max_new_tokens: int = 256
-    """Tokens of the longest continuation."""
+    """Most tokens that are written after a prompt."""
     temperature: float = 1.0
     """Divides the logits; 0 always takes the most likely token."""
     top_p: float = 0.95
     """Draw from the smallest set of tokens with this probability (1904.09751); 1: from all."""
     seed: int = 1234
-    """With the number of a sample it fixes its random numbers, whatever the layout and batch."""
+    """Seed. With a sample's number it fixes the random numbers, whatever the layout and batch."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -96,16 +96,16 @@ class SamplingConfig:
 
 @dataclass(kw_only=True)
 class FilterConfig:
-    """Which continuations are kept."""
+    """Which of the continuations that the model wrote are kept."""
 
     min_tokens: int = 16
-    """Fewest new tokens."""
+    """Fewest new tokens of a continuation that is kept."""
     ended: bool = False
-    """Only those that came to an end of text within sampling.max_new_tokens."""
+    """Whether to keep only texts that end within sampling.max_new_tokens."""
     max_repetition: float = 0.3
     """Largest share of word n-grams that occurred before in the same continuation; 1: any."""
     ngram: int = 4
-    """Words of such an n-gram, and of those that near duplicates are found by."""
+    """Words of an n-gram, for max_repetition and for near_duplicates."""
     near_duplicates: float = 0.8
     """Drop a text whose set of n-grams is this similar (Jaccard) to that of one kept before; 1
     drops equal texts alone."""
@@ -138,7 +138,7 @@ class GenerateConfig(StageConfig):
     """Key of the prompt in a JSONL record: text, or with ``chat_template`` also a list of messages
     (``role``, ``content``)."""
     samples_per_prompt: int = 1
-    """Continuations of each prompt."""
+    """Number of continuations that are written for each prompt."""
     chat_template: bool = False
     """Put every prompt into the tokenizer's chat template, as what the user says."""
     keep_prompt: bool = field(default=True, metadata=MAY_CHANGE)
@@ -148,7 +148,7 @@ class GenerateConfig(StageConfig):
     batch_size: int = field(default=8, metadata=MAY_CHANGE)
     """Prompts that are continued together on one data-parallel rank."""
     precision: str = field(default="32", metadata=PRECISION)
-    """Of the forward passes: ``32`` or ``bf16-mixed``."""
+    """Precision of the forward passes: ``32`` or ``bf16-mixed``."""
     save_every_n_samples: int = field(default=64, metadata=NEUTRAL)
     """Samples of a data-parallel rank between two saves, from which a killed run goes on."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata=MAY_CHANGE)
@@ -171,7 +171,7 @@ class BenchmarkConfig(StageConfig):
     prompt_length: int = 512
     """Tokens of every prompt."""
     new_tokens: int = 64
-    """Tokens that follow it: the first comes out of the prefill, the others are decoded."""
+    """Tokens after each prompt: the first comes out of the prefill, the others are decoded."""
     batch_size: int = 1
     """Sequences that go together on each data-parallel rank, the same for every model."""
     memory_limit_gb: float | None = None
@@ -182,9 +182,9 @@ class BenchmarkConfig(StageConfig):
     rounds: int = 5
     """Measurements of every model, after one that does not count; the models take turns."""
     precision: str = field(default="32", metadata=PRECISION)
-    """Of weights and cache: ``32`` or ``bf16-mixed``."""
+    """Precision of weights and cache: ``32`` or ``bf16-mixed``."""
     seed: int = 1234
-    """Of the random prompts."""
+    """Seed of the random prompts."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     megatron: ForwardMegatronConfig = field(default_factory=ForwardMegatronConfig)
 

@@ -32,12 +32,12 @@ class Layer:
 
 
 def per_layer_fields(config: Any) -> tuple[str, ...]:
-    """Names of the fields that hold one entry per layer."""
+    """Return names of the fields that hold one entry per layer."""
     return tuple(field.name for field in fields(config) if field.metadata.get("per_layer"))
 
 
 def kinds_of(config: Any) -> list[str]:
-    """The letters of every layer.
+    """Return the letters of every layer.
 
     A layer of a hybrid model is of one kind. A GPT layer is attention or linear attention, then an
     MLP or experts, whichever of the two this layer has.
@@ -56,7 +56,7 @@ def kinds_of(config: Any) -> list[str]:
 
 
 def layers_of(config: Any) -> list[Layer]:
-    """The layers of a model in order."""
+    """Return the layers of a model in order."""
     lists = {name: getattr(config, name) for name in per_layer_fields(config)}
     lists = {name: values for name, values in lists.items() if values is not None}
     return [
@@ -80,7 +80,7 @@ def check_pattern(pattern: str) -> None:
 
 
 def entries_of(config: Any, layers: Sequence[int]) -> dict[str, Any]:
-    """Entries of the per-layer fields that are set, for some of the layers (0-based).
+    """Return entries of the per-layer fields that are set, for some of the layers (0-based).
 
     A string of letters stays a string, every other field is a list.
     """

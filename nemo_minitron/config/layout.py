@@ -8,7 +8,7 @@ from nemo_minitron.config.training import RECOMPUTE_KEYS, TrainerConfig
 
 
 def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
-    """Smallest multiple of the tensor-parallel size that holds the vocabulary."""
+    """Return the smallest multiple of the tensor-parallel size that holds the vocabulary."""
     tp = tensor_model_parallel_size
     return -(-vocab_size // tp) * tp
 
@@ -155,7 +155,7 @@ def check_pipeline(config: ModelConfig, parallel: ParallelConfig) -> None:
 
 
 def layers_of_stages(config: ModelConfig, parallel: ParallelConfig) -> list[list[int]]:
-    """Layers of every model chunk of each pipeline stage, of a layout that fits the model.
+    """Return layers of every model chunk of each pipeline stage, of a layout that fits the model.
 
     Returns:
         One list per pipeline rank, with one number per virtual stage.
@@ -189,7 +189,7 @@ def layers_on_stages(config: ModelConfig, parallel: ParallelConfig) -> list[list
 
 
 def recompute_settings(trainer: TrainerConfig) -> dict[str, object]:
-    """The keyword arguments of Megatron's ``TransformerConfig``."""
+    """Return the keyword arguments of Megatron's ``TransformerConfig``."""
     return {key: getattr(trainer, key) for key in RECOMPUTE_KEYS}
 
 

@@ -29,7 +29,7 @@ def register(stage: str) -> None:
 
 
 def _stage_folder(name: str, _root_: DictConfig) -> str:
-    """Folder of a pipeline item: ``${stage:NAME}``."""
+    """Return the folder of a pipeline item: ``${stage:NAME}``."""
     return f"{_root_.output_dir}/{name}"
 
 
@@ -61,7 +61,7 @@ def stage_config(stage: str, composed: DictConfig) -> StageConfig:
 
 
 def _take_row_length(data: object) -> None:
-    """The rows of a ``.npy`` say how long samples are, where ``data.seq_length`` does not."""
+    """Take the length of samples from the rows of a ``.npy``, if ``data.seq_length`` is not set."""
     if not isinstance(data, DataConfig) or data.seq_length != DataConfig.seq_length:
         return
     path = Path(data.path or "")
@@ -74,14 +74,14 @@ def _take_row_length(data: object) -> None:
 
 
 def _with_names_for_inputs(composed: DictConfig) -> DictConfig:
-    """An experiment can be planned before its ``inputs`` are there: a name stands for each."""
+    """Let a name stand for each open one of the ``inputs``, so that it can be planned."""
     names = [name for name in composed.inputs if OmegaConf.is_missing(composed.inputs, name)]
     known = {"inputs": {name: f"<inputs.{name}>" for name in names}}
     return cast(DictConfig, OmegaConf.merge(composed, known))
 
 
 def read_section(cls: type[T], values: DictConfig | dict[str, Any]) -> T:
-    """One section of a NeMo model's config as its dataclass, nested ones included."""
+    """Return one section of a NeMo model's config as its dataclass, nested ones included."""
     return cast(T, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values)))
 
 
@@ -137,9 +137,9 @@ def hydra_for(config_dir: str | None) -> Iterator[None]:
 
 
 _MOST_BRACKETS = 1000
-"""Of an override."""
+"""Maximum number of brackets in an override."""
 _DEEPEST = 40
-"""Brackets inside each other; Hydra and OmegaConf end in Python's recursion limit above hundred."""
+"""Maximum depth of brackets; above 100 Hydra and OmegaConf end in Python's recursion limit."""
 
 
 def check_overrides(stage: str, overrides: Iterable[str], config_dir: str | None = None) -> None:
@@ -172,7 +172,7 @@ def check_overrides(stage: str, overrides: Iterable[str], config_dir: str | None
 
 
 def _depth(override: str) -> int:
-    """How many brackets are open at once in the text of an override."""
+    """Return how many brackets are open at once in the text of an override."""
     depth = deepest = 0
     for letter in override:
         depth += (letter in "[{(") - (letter in "]})")
@@ -240,7 +240,7 @@ def _open_section(stage: str, key: str) -> bool:
 
 
 def unknown_key(stage: str, key: str) -> str:
-    """Message for a key that the stage does not have."""
+    """Return the message for a key that the stage does not have."""
     key = key.replace("[", ".").replace("]", "")  # stages[0].x, as OmegaConf writes it
     if _open_section(stage, key):
         return f"{key} is not in the config files chosen; write +{key}=... to add it"
@@ -264,7 +264,7 @@ def searchpath() -> list[str]:
 
 
 def config_flags() -> list[str]:
-    """Arguments that give another ``minitron`` the config folders of this one."""
+    """Return arguments that give another ``minitron`` the config folders of this one."""
     from hydra.core.hydra_config import HydraConfig
 
     if not HydraConfig.initialized():
@@ -279,12 +279,12 @@ def config_flags() -> list[str]:
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word most like ``word``, if any is."""
+    """Return the known word most like ``word``, if any is."""
     return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)), None)
 
 
 def explain(stage: str, error: Exception) -> str:
-    """One line for an error of Hydra or OmegaConf."""
+    """Return one line for an error of Hydra or OmegaConf."""
     from hydra.errors import OverrideParseException
 
     if isinstance(error, OverrideParseException):

@@ -16,9 +16,9 @@ class WandbConfig:
     name: str | None = None
     """Name of the run; must be given."""
     entity: str | None = None
-    """User or team; null means that of the login."""
+    """User or team that owns the run; null means the one that is logged in."""
     group: str | None = None
-    """Runs to show together."""
+    """Group of runs that Weights & Biases shows together."""
     offline: bool = False
     """Write to ``logs/wandb`` only, for ``wandb sync`` later: on nodes without a network."""
 

@@ -77,7 +77,7 @@ class MegatronConfig(ForwardMegatronConfig):
             )
 
     def _check_trains(self) -> None:
-        """Whatever is given is used: there is a backward pass."""
+        """Refuse nothing here: with a backward pass every setting has an effect."""
 
 
 def check_part(part: str, values: Mapping[str, Any]) -> None:
@@ -133,7 +133,7 @@ def check_optimizer(megatron: MegatronConfig, optim: OptimConfig) -> None:
 
 
 def merged_recompute(trainer: TrainerConfig, megatron: MegatronConfig) -> TrainerConfig:
-    """The trainer with activation recomputation from both places that may set it.
+    """Return the trainer with activation recomputation from both places that may set it.
 
     ``megatron.transformer.recompute_granularity=full`` alone recomputes every layer: Megatron
     wants a method and a number too, which are ``uniform`` and 1 then.

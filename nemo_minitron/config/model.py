@@ -52,14 +52,14 @@ class ModelConfig:
     normalization: str = "RMSNorm"
     layernorm_epsilon: float = 1e-5
     layernorm_zero_centered_gamma: bool = False
-    """Norms multiply by 1 + weight."""
+    """Whether norms multiply by 1 + weight (Megatron's ``apply_layernorm_1p``)."""
     gated_linear_unit: bool = True
     activation: str = "silu"
     """``silu``, ``gelu``, ``gelu_tanh``, ``quick_gelu`` or ``squared_relu``."""
     activation_func_clamp_value: float | None = field(default=None, metadata=OPTIONAL)
-    """What the gate never exceeds, and what is multiplied by it neither above nor below 0."""
+    """Clamp of a gated MLP: neither the gate nor the size of what it multiplies exceeds this."""
     glu_linear_offset: float = field(default=0.0, metadata=OPTIONAL)
-    """Added to what is multiplied by the gate."""
+    """Constant that a gated MLP adds to what the gate multiplies."""
     add_bias_linear: bool = False
     add_qkv_bias: bool = False
     qk_layernorm: bool = False
@@ -83,17 +83,17 @@ class ModelConfig:
     attn_logit_softcapping: float | None = field(default=None, metadata=OPTIONAL)
     """What no score of attention exceeds: ``cap * tanh(score / cap)`` takes its place."""
     final_logit_softcapping: float | None = field(default=None, metadata=OPTIONAL)
-    """The same of the logits."""
+    """What no logit exceeds: ``cap * tanh(logit / cap)`` takes its place."""
     rotary_base_local: float | None = field(default=None, metadata=OPTIONAL)
     """``rotary_base`` of the layers with a window, which are not scaled; None if it is the same."""
     share_embeddings_and_output_weights: bool = False
-    """Tied input and output embeddings."""
+    """Whether input and output embeddings are one matrix (tied)."""
     num_moe_experts: int | None = None
     """Number of experts in every layer that has them, or None for a dense model."""
     moe_ffn_hidden_size: int | None = None
     """FFN width of each expert."""
     moe_router_topk: int = 2
-    """Experts that each token is routed to."""
+    """Number of experts that each token is routed to."""
     moe_router_pre_softmax: bool = False
     """Softmax over all experts before some are picked, else over the picked ones."""
     moe_shared_expert_intermediate_size: int | None = None
@@ -105,7 +105,7 @@ class ModelConfig:
     moe_router_enable_expert_bias: bool = field(default=False, metadata=OPTIONAL)
     """A bias that is added to the scores by which experts are picked, not to their weights."""
     moe_router_topk_scaling_factor: float | None = field(default=None, metadata=OPTIONAL)
-    """Multiplies the weights of the picked experts."""
+    """Factor of the weights of the picked experts."""
     moe_router_num_groups: int | None = field(default=None, metadata=OPTIONAL)
     """Groups of experts, the best ``moe_router_group_topk`` of which are picked from."""
     moe_router_group_topk: int | None = field(default=None, metadata=OPTIONAL)
@@ -117,26 +117,26 @@ class ModelConfig:
     """One letter per layer of a hybrid model: ``M`` Mamba-2, ``*`` attention, ``-`` MLP, ``E``
     experts. None for a GPT model, whose layers are attention and then an MLP or experts."""
     mamba_num_heads: int | None = field(default=None, metadata=OPTIONAL)
-    """Heads of every Mamba-2 layer."""
+    """Number of heads of every Mamba-2 layer."""
     mamba_head_dim: int | None = field(default=None, metadata=OPTIONAL)
-    """Channels of each of these heads."""
+    """Channels of each head of a Mamba-2 layer."""
     mamba_num_groups: int | None = field(default=None, metadata=OPTIONAL)
-    """Groups of these heads, each with an input and an output matrix (B and C) of its own."""
+    """Groups of Mamba-2 heads, each with an input and an output matrix (B and C) of its own."""
     mamba_state_dim: int | None = field(default=None, metadata=OPTIONAL)
-    """Size of the state that each channel of a head has."""
+    """Size of the state that each channel of a Mamba-2 head has."""
     linear_attention_freq: list[int] | None = field(default=None, metadata=PER_LAYER)
     """One entry per layer of a GPT model: 1 if it has a gated delta net, a linear attention, in
     place of attention, else 0. None if no layer has one."""
     linear_num_key_heads: int | None = field(default=None, metadata=OPTIONAL)
     """Heads of queries and keys in every gated delta net."""
     linear_num_value_heads: int | None = field(default=None, metadata=OPTIONAL)
-    """Heads of values there, each with a state, a gate and a decay of its own."""
+    """Heads of values in every gated delta net, each with its own state, gate and decay."""
     linear_key_head_dim: int | None = field(default=None, metadata=OPTIONAL)
-    """Channels of a head of queries or keys there."""
+    """Channels of a head of queries or keys of a gated delta net."""
     linear_value_head_dim: int | None = field(default=None, metadata=OPTIONAL)
-    """Channels of a head of values there."""
+    """Channels of a head of values of a gated delta net."""
     linear_conv_kernel_dim: int | None = field(default=None, metadata=OPTIONAL)
-    """Tokens that the convolution there sees, itself and those before it."""
+    """Tokens that the convolution of a gated delta net sees: a token and those before it."""
     attention_output_gate: bool = field(default=False, metadata=OPTIONAL)
     """What the heads of attention put out is multiplied by the sigmoid of a gate of each channel,
     whose rows come after those of the queries of a group."""
@@ -144,17 +144,17 @@ class ModelConfig:
     """Size of the latent that keys and values are made of in multi-latent attention (MLA), or None
     of a network without it."""
     q_lora_rank: int | None = field(default=None, metadata=OPTIONAL)
-    """Size of the latent that queries are made of there; None where they are made of the input."""
+    """Size of the latent that MLA makes queries of; None where it makes them of the input."""
     qk_head_dim: int | None = field(default=None, metadata=OPTIONAL)
-    """Channels of a query or key head that are not rotated there."""
+    """Channels of a query or key head that MLA does not rotate."""
     qk_pos_emb_head_dim: int | None = field(default=None, metadata=OPTIONAL)
-    """Channels of a query head that are rotated there; all heads share those of the key."""
+    """Channels of a query head that MLA rotates; all heads share those of the key."""
     mtp_num_layers: int | None = field(default=None, metadata=OPTIONAL)
     """Layers for multi-token prediction after the last layer, each like it inside; None without."""
     dtype: str = "float32"
     """Storage dtype of the weights: ``float32``, ``bfloat16`` or ``float16``."""
     kept_layers: list[int] = field(default_factory=list)
-    """Indices (0-based) of these layers in the original model; empty when nothing was dropped."""
+    """Indices (0-based) of this model's layers in the original one; empty if none was dropped."""
     hf: dict[str, Any] = field(default_factory=dict)
     """Fields of the source ``config.json`` that do not change with size (token ids, rope, ...)."""
 
@@ -256,7 +256,7 @@ class ModelConfig:
     def resized(
         self, sizes: Mapping[str, int], layers: Sequence[int] | None = None
     ) -> "ModelConfig":
-        """The config of a smaller model, which every kind of pruning makes here.
+        """Return the config of a smaller model, which every kind of pruning makes here.
 
         Args:
             sizes: name of a size -> its new value.

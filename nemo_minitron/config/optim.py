@@ -7,7 +7,7 @@ from nemo_minitron.config.base import check_values, one_of
 
 @dataclass(kw_only=True)
 class OptimConfig:
-    """Adam and its schedule; Megatron's names."""
+    """Adam and the schedule of its learning rate, by Megatron's names."""
 
     lr: float = 1e-4
     """Peak learning rate."""

@@ -12,7 +12,7 @@ _HOME = re.compile(r"([+\w./@]+)=(~[^',]*)")
 
 
 def opened(overrides: Iterable[str]) -> list[str]:
-    """Overrides as Hydra needs them: ``megatron.<part>.<field>`` is new to its config.
+    """Return overrides as Hydra needs them: ``megatron.<part>.<field>`` is new to its config.
 
     The fields of Megatron's dataclasses and the arguments of loggers are no keys of ours, so Hydra
     would ask for a ``+`` before each. Whether there is one is checked elsewhere. What people

@@ -13,15 +13,15 @@ class ParallelConfig:
     """Degrees of parallelism, named as Megatron-Core names them."""
 
     tensor_model_parallel_size: int = 1
-    """Ranks that share every matrix."""
+    """Ranks that every matrix is split over."""
     pipeline_model_parallel_size: int = 1
-    """Ranks that share the layers."""
+    """Ranks that the layers are split over."""
     virtual_pipeline_model_parallel_size: int | None = None
     """Model chunks per pipeline rank (interleaved schedule); null switches it off."""
     context_parallel_size: int = 1
-    """Ranks that share every sequence."""
+    """Ranks that every sequence is split over."""
     expert_model_parallel_size: int = 1
-    """Ranks that share the experts of a mixture-of-experts layer."""
+    """Ranks that the experts of a mixture-of-experts layer are split over."""
     sequence_parallel: bool = False
     """Split norms and residuals along the sequence over the tensor-parallel ranks."""
     data_parallel_size: int | None = None
@@ -105,7 +105,7 @@ class ParallelConfig:
         return parts * (self.tensor_model_parallel_size if self.sequence_parallel else 1)
 
     def world_size(self, launched: int | None = None) -> int:
-        """Ranks in all.
+        """Return ranks in all.
 
         Args:
             launched: ranks the launcher (torchrun, srun) started; None when started alone.
@@ -159,19 +159,19 @@ class TeacherParallelConfig:
     own_ranks: int = field(default=0, metadata=ADDED)
     """Ranks that run the teacher alone, the last ones of the job; 0 runs it on the student's."""
     tensor_model_parallel_size: int | None = field(default=None, metadata=ADDED)
-    """As in ``parallel``, for ``own_ranks``; null is the student's."""
+    """The key of ``parallel``, for ``own_ranks``; null: that of the student."""
     pipeline_model_parallel_size: int | None = field(default=None, metadata=ADDED)
-    """As in ``parallel``, for ``own_ranks``; null is the student's."""
+    """The key of ``parallel``, for ``own_ranks``; null: that of the student."""
     expert_model_parallel_size: int | None = field(default=None, metadata=ADDED)
-    """As in ``parallel``, for ``own_ranks``; null is the student's."""
+    """The key of ``parallel``, for ``own_ranks``; null: that of the student."""
     sequence_parallel: bool | None = field(default=None, metadata=ADDED)
     """As in ``parallel``, for ``own_ranks``; null is the student's where tensors are split."""
     num_layers_in_first_pipeline_stage: int | None = None
-    """As in ``parallel``."""
+    """The key of ``parallel``, for the teacher."""
     num_layers_in_last_pipeline_stage: int | None = None
-    """As in ``parallel``."""
+    """The key of ``parallel``, for the teacher."""
     pipeline_model_parallel_layout: str | None = None
-    """As in ``parallel``."""
+    """The key of ``parallel``, for the teacher."""
 
     def __post_init__(self) -> None:
         """Check what can be checked without knowing the student's layout."""
@@ -186,7 +186,7 @@ class TeacherParallelConfig:
                 )
 
     def of(self, student: ParallelConfig) -> ParallelConfig:
-        """Layout of the teacher beside a student of this layout.
+        """Return the layout of the teacher beside a student of this layout.
 
         Raises:
             ValueError: the split does not fit the degrees, or the degrees not ``own_ranks``.
@@ -219,7 +219,7 @@ class TeacherParallelConfig:
 
 
 def own_ranks(config: object) -> int:
-    """Ranks that run the teacher of a stage alone, beside those of ``parallel``."""
+    """Return ranks that run the teacher of a stage alone, beside those of ``parallel``."""
     where = getattr(config, "teacher_parallel", None)
     return where.own_ranks if where else 0
 

@@ -37,11 +37,11 @@ class Phase:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps."""
+        """Number of optimizer steps of the phase."""
         return self.end - self.begin
 
     def steps_between(self, first: int, last: int) -> int:
-        """Its steps among those after step ``first`` up to step ``last``."""
+        """Number of its steps among those after step ``first`` up to step ``last``."""
         return max(0, min(last, self.end) - max(first, self.begin))
 
     def naming(self) -> AbstractContextManager[None]:
@@ -81,7 +81,7 @@ def phases_of(data: DataConfig, trainer: TrainerConfig) -> list[Phase]:
 
 
 def parse_phases(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The entries of ``trainer.phases``, each with ``steps`` and ``data``.
+    """Return the entries of ``trainer.phases``, each with ``steps`` and ``data``.
 
     Args:
         entries: as given; what this function returned stays what it is.
@@ -95,7 +95,7 @@ def parse_phases(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _checked(index: int, entry: dict[str, Any]) -> dict[str, Any]:
-    """An entry with both of its keys, and its sources in one form."""
+    """Return an entry with both of its keys, and its sources in one form."""
     where = f"trainer.phases.{index}"
     if not {"steps"} <= set(entry) <= {"steps", "data"} or not isinstance(
         entry.setdefault("data", {}), dict
@@ -120,7 +120,7 @@ def _checked(index: int, entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _data(index: int, data: DataConfig, own: dict[str, Any]) -> DataConfig:
-    """The keys of ``data`` with those of a phase in their place."""
+    """Return the keys of ``data`` with those of a phase in their place."""
     values = with_own(asdict(data), own)
     with _naming(index, own):
         try:
@@ -163,10 +163,10 @@ def _naming(index: int, own: Iterable[str]) -> Iterator[None]:
 
 
 def phase_of(phases: Sequence[Phase], step: int) -> int:
-    """Index of the phase that a step is in, counted from 1."""
+    """Return the index of the phase that a step is in, counted from 1."""
     return next(index for index, phase in enumerate(phases) if step <= phase.end)
 
 
 def samples_before(phases: Sequence[Phase], step: int) -> list[int]:
-    """Samples of each phase that are consumed when a step, counted from 1, is done."""
+    """Return samples of each phase that are consumed when a step, counted from 1, is done."""
     return [phase.steps_between(0, step) * phase.data.global_batch_size for phase in phases]

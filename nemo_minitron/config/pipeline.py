@@ -60,7 +60,7 @@ class ClusterConfig:
     gpu_memory_gb: float = 80.0
     """Memory of each GPU, GiB (of a rank, where there are no GPUs)."""
     reserved_memory_gb: float = 4.0
-    """Part of it that tensors cannot have, GiB: CUDA context, NCCL buffers, fragmentation."""
+    """GPU memory that tensors cannot have, GiB: CUDA context, NCCL buffers, fragmentation."""
     peak_tflops: float = 989.0
     """Dense bf16 peak of each GPU, 1e12 floating-point operations per second."""
     gpu_link_gb_per_s: float = 450.0
@@ -85,7 +85,7 @@ class ClusterConfig:
 
     @property
     def ranks_per_node(self) -> int:
-        """Ranks of a node."""
+        """Ranks that run on a node."""
         return self.gpus_per_node or 1
 
 
@@ -123,7 +123,7 @@ class PlanConfig(PipelineConfig):
     """Folder of the pipeline; models that are there already are looked at. Nothing is written."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     nodes: int = 1
-    """Nodes for the stages that train. Others take as many of them as their batch can fill."""
+    """Nodes for stages that train. Other stages take as many of them as their batch can fill."""
     mfu: float = 0.4
     """Share of ``cluster.peak_tflops`` that a rank reaches, an assumption; recomputation counts as
     work."""

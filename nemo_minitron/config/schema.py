@@ -70,7 +70,7 @@ def register_schema(stage: str) -> None:
 
 
 def summary(stage: str) -> str:
-    """First line of the stage dataclass's docstring."""
+    """Return the first line of the stage dataclass's docstring."""
     return (COMMANDS[stage].__doc__ or "").strip().splitlines()[0]
 
 

@@ -47,7 +47,7 @@ class ShortDistillConfig:
     lr_warmup_steps: int = 0
     """Steps of linear warm-up."""
     precision: str = field(default=TrainerConfig.precision, metadata=PRECISION)
-    """Precision of the training."""
+    """Precision of the short distillation."""
     save_every_n_steps: int = field(default=50, metadata=NEUTRAL)
     """Steps between checkpoints, from which a killed search goes on; 0 saves none."""
 
@@ -73,42 +73,42 @@ class SearchSpaceConfig:
     num_layers: list[Any] = field(default_factory=list)
     """Sizes to try: numbers and inclusive ranges ``start:stop:step``; empty keeps the model's."""
     hidden_size: list[Any] = field(default_factory=list)
-    """As num_layers."""
+    """Sizes to try, written as those of num_layers."""
     ffn_hidden_size: list[Any] = field(default_factory=list)
-    """As num_layers."""
+    """Sizes to try, written as those of num_layers."""
     num_attention_heads: list[Any] = field(default_factory=list)
-    """As num_layers."""
+    """Sizes to try, written as those of num_layers."""
     num_query_groups: list[Any] = field(default_factory=list)
-    """As num_layers."""
+    """Sizes to try, written as those of num_layers."""
     num_moe_experts: list[Any] = field(default_factory=list, metadata=ADDED)
-    """As num_layers."""
+    """Sizes to try, written as those of num_layers."""
     moe_ffn_hidden_size: list[Any] = field(default_factory=list, metadata=ADDED)
-    """As num_layers."""
+    """Sizes to try, written as those of num_layers."""
     moe_shared_expert_intermediate_size: list[Any] = field(default_factory=list, metadata=ADDED)
-    """As num_layers."""
+    """Sizes to try, written as those of num_layers."""
     mamba_num_heads: list[Any] = field(default_factory=list, metadata=ADDED)
-    """As num_layers."""
+    """Sizes to try, written as those of num_layers."""
     mamba_head_dim: list[Any] = field(default_factory=list, metadata=ADDED)
-    """As num_layers."""
+    """Sizes to try, written as those of num_layers."""
     divisor: int = 1
     """What hidden_size and ffn_hidden_size must be multiples of (64 suits tensor cores)."""
     tensor_model_parallel_size: int = 1
     """Tensor-parallel degree that every candidate must split into."""
     target_params: float | None = None
-    """Parameters to come within ``tolerance`` of."""
+    """Parameters that a candidate shall have; it may differ by ``tolerance``."""
     tolerance: float = _TOLERANCE
-    """Share of target_params (2407.14679: 5 %)."""
+    """Share of target_params by which a candidate may differ from it (2407.14679: 5 %)."""
     max_params: float | None = None
-    """Most parameters."""
+    """Most parameters that a candidate may have."""
     max_active_params: float | None = field(default=None, metadata=ADDED)
     """Most parameters that a token meets: of the routed experts those that it is routed to."""
     max_memory_gb: float | None = None
     """Most memory at inference, GiB: weights, and of batch_size sequences keys, values and the
     states of Mamba layers."""
     batch_size: int = 1
-    """Sequences of max_memory_gb."""
+    """Sequences whose keys, values and states max_memory_gb counts."""
     seq_length: int = 4096
-    """Tokens of each of them."""
+    """Tokens of each of these sequences."""
     max_latency_ms: float | None = field(default=None, metadata=MAY_CHANGE)
     """Longest forward pass of a sample of ``data``, measured while candidates are scored."""
     max_candidates: int = 20
@@ -139,7 +139,7 @@ class SearchSpaceConfig:
 
 
 def _sizes(name: str, values: list[Any]) -> list[int]:
-    """Numbers of a list of numbers and ranges, ascending."""
+    """Return numbers of a list of numbers and ranges, ascending."""
     found: set[int] = set()
     for value in values:
         parts = str(value).split(":")
@@ -164,9 +164,9 @@ class SearchConfig(StageConfig):
     checkpoint: str = field(default=MISSING, metadata=INPUT)
     """Result folder that holds the model to prune."""
     importance: str | None = field(default=None, metadata=INPUT)
-    """Result folder of ``importance`` of that model."""
+    """Result folder of ``importance`` for this model."""
     layer_criterion: str = "block_influence"
-    """As ``pruning.layer_criterion``."""
+    """Which scores choose the layers that stay; see ``pruning.layer_criterion``."""
     search: SearchSpaceConfig = field(default_factory=SearchSpaceConfig)
     data: DataConfig = field(
         default_factory=lambda: DataConfig(split_name="validation", num_samples=64)

@@ -56,7 +56,7 @@ class SourcesStageConfig(StageConfig):
     checkpoint: str = field(default=MISSING, metadata=INPUT)
     """Result folder of the model whose tokenizer gives the ids."""
     total_tokens: int = field(default=MISSING, metadata=MAY_CHANGE)
-    """Tokens of all sources together, those that end documents included."""
+    """Tokens of all sources together, end-of-document tokens included."""
     data: SourcesConfig = field(default_factory=SourcesConfig)
 
     def __post_init__(self) -> None:
@@ -66,6 +66,6 @@ class SourcesStageConfig(StageConfig):
             raise ValueError(f"total_tokens={self.total_tokens} must be at least 1")
 
     def shares(self) -> list[int]:
-        """Tokens of each source."""
+        """Return the tokens that each source gives."""
         weights = [source["weight"] for source in self.data.blend]
         return [max(round(self.total_tokens * weight / sum(weights)), 1) for weight in weights]

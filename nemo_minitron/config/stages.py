@@ -86,7 +86,7 @@ _CRITERIA = one_of("activation", *added("criteria", ("activation",)))
 
 @dataclass(kw_only=True)
 class CalibrationConfig:
-    """How activations become scores, whatever is scored."""
+    """How activations become scores, the same for every axis."""
 
     batch_aggregation: str = field(default="l2", metadata=_AGGREGATIONS)
     """How samples are aggregated (2407.14679, section 2.2)."""
@@ -240,7 +240,7 @@ class PruningConfig:
     """Axes whose cut channels the kept ones stand in for as well as least squares can make them,
     any of ``ffn``, ``head`` and ``hidden``; ``importance`` needs their ``scores.moments``."""
     ridge: float = 1e-3
-    """Of the least squares: multiple of the mean squared channel that is added to the diagonal."""
+    """Ridge of these least squares, as a multiple of the mean squared channel."""
     iterations: int = 1
     """Rounds of scoring and pruning on the way to the target (2407.14679, section 2.2); the rounds
     that ``importance`` does not serve calibrate on ``data.path``."""
@@ -268,7 +268,7 @@ class PruningConfig:
 
 @dataclass(kw_only=True)
 class PruneConfig(StageConfig):
-    """Scores -> plan -> smaller checkpoint."""
+    """Choose what to keep by the scores, and write the smaller checkpoint."""
 
     checkpoint: str = field(default=MISSING, metadata=INPUT)
     """Result folder that holds the model to prune."""
@@ -284,7 +284,7 @@ class PruneConfig(StageConfig):
     megatron: ForwardMegatronConfig = field(default_factory=ForwardMegatronConfig)
     scores: CalibrationConfig = field(default_factory=CalibrationConfig)
     save_every_n_samples: int = field(default=64, metadata=NEUTRAL)
-    """As in ``importance``."""
+    """Samples between saved states, from which a killed calibration goes on; 0 saves none."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -294,12 +294,12 @@ class PruneConfig(StageConfig):
 
 @dataclass(kw_only=True)
 class ExportConfig(StageConfig):
-    """Megatron checkpoint -> Hugging Face folder."""
+    """Write a Megatron checkpoint as a Hugging Face folder."""
 
     checkpoint: str = field(default=MISSING, metadata=INPUT)
     """Result folder that holds the model."""
     max_shard_size: str = "5GB"
-    """Largest safetensors file."""
+    """Size that no safetensors file of the export exceeds."""
 
 
 STAGE_CONFIGS: dict[str, type[StageConfig]] = {

@@ -51,15 +51,15 @@ class DataConfig:
     """Other weights of the sources of ``blend`` from steps on, a list of ``{step, weights}``; a run
     that goes on may have new ones, of steps that are not trained yet."""
     blend_max_epochs: float | None = field(default=None, metadata=ADDED)
-    """Most times that training may read a source of ``blend``; null repeats them as needed."""
+    """Most times that training may read each source of ``blend``; null: as often as needed."""
     seq_length: int = field(default=512, metadata=TOKENS)
-    """Tokens per sample."""
+    """Tokens of each sample."""
     num_samples: int | None = None
     """Samples to use (calibration, evaluation); null means all of them once."""
     split: str = field(default="90,5,5", metadata=TOKENS)
     """Shares of documents for train, validation and test."""
     split_name: str = field(default="train", metadata=one_of("train", "validation", "test"))
-    """The split that a stage reads."""
+    """The split that a stage which does not train reads."""
     micro_batch_size: int = field(default=1, metadata=MAY_CHANGE)
     """Samples per forward pass and rank."""
     global_batch_size: int = 8
@@ -124,7 +124,7 @@ class DataConfig:
         return bool(self.path or self.blend)
 
     def sources(self) -> list["DataConfig"]:
-        """The keys of each source of ``blend`` on its own, all of its samples."""
+        """Return the keys of each source of ``blend`` on its own, all of its samples."""
         alone: dict[str, Any] = dict.fromkeys(
             ("blend", "blend_changes", "blend_max_epochs", "num_samples")
         )
@@ -153,7 +153,7 @@ class DataConfig:
 
 @dataclass(kw_only=True)
 class OptionalDataConfig(DataConfig):
-    """Data of a stage that can do without."""
+    """Data of a stage that can do without any."""
 
     path: str | None = field(default=None, metadata=INPUT)  # type: ignore[assignment]  # here it may be missing
     """As in the stages that need it; null when there is no text to read (``prune`` that scores
@@ -178,27 +178,27 @@ _NOT_NEGATIVE = (
 
 @dataclass(kw_only=True)
 class TrainerConfig:
-    """How long and how often; Lightning's names where Lightning has one."""
+    """How long a training runs, and how often it validates, logs and saves; Lightning's names."""
 
     max_steps: int = 100
-    """Optimizer steps."""
+    """Optimizer steps of the whole training."""
     phases: list[dict[str, Any]] | None = field(default=None, metadata=INPUT)
     """Parts of the training with other data: a list of ``{steps, data}``, where ``data`` holds what
     differs from ``data.*`` (seq_length, path or blend, batch sizes, ...); null: one part."""
     val_check_interval: int = 50
-    """Steps between validations."""
+    """Optimizer steps between two validations."""
     limit_val_batches: int = 8
     """Global batches per validation; 0 switches validation off."""
     log_every_n_steps: int = field(default=1, metadata=MAY_CHANGE)
-    """Steps between log lines."""
+    """Optimizer steps between two log lines."""
     save_every_n_steps: int = field(default=50, metadata=MAY_CHANGE)
     """Steps between resumable checkpoints; 0 keeps only the final one."""
     save_top_k: int = field(default=2, metadata=MAY_CHANGE)
     """Resumable checkpoints kept (the newest ones)."""
     save_every_n_minutes: float = field(default=0.0, metadata=NEUTRAL)
-    """Minutes between further resumable checkpoints; 0 writes none of these."""
+    """Minutes between further resumable checkpoints; 0 writes none by the clock."""
     keep_every_n_steps: int = field(default=0, metadata=NEUTRAL)
-    """Checkpoints of steps that this divides are kept besides the newest; 0 keeps none of them."""
+    """Besides the newest, keep the checkpoints of steps that this divides; 0 keeps none of them."""
     async_save: bool = field(default=False, metadata=NEUTRAL)
     """Whether training goes on while a checkpoint is written, by a process beside each rank."""
     exit_interval: int = field(default=0, metadata=NEUTRAL)
@@ -245,7 +245,7 @@ class TrainerConfig:
     ``block`` (the first recompute_num_layers of each model chunk, one by one). A pipeline stage is
     one chunk, or virtual_pipeline_model_parallel_size of them."""
     recompute_num_layers: int | None = field(default=None, metadata=MAY_CHANGE)
-    """See recompute_method; Megatron wants it with ``full`` alone."""
+    """Layers of a group or chunk, see recompute_method; Megatron takes it with ``full`` alone."""
     recompute_modules: list[str] | None = field(default=None, metadata=MAY_CHANGE)
     """Parts to recompute under ``selective``, any of ``core_attn``, ``mlp`` and ``moe``; null means
     ``core_attn``."""
@@ -270,7 +270,7 @@ class TrainerConfig:
         self._check_recompute()
 
     def _check_rewinds(self) -> None:
-        """The checkpoint to go back to must be written, and still be there."""
+        """Check that the checkpoint that ``rewind_steps`` goes back to is written and kept."""
         key = f"trainer.rewind_steps={self.rewind_steps}"
         if not self.rewind_steps:
             return
@@ -296,7 +296,7 @@ class TrainerConfig:
             )
 
     def _check_recompute(self) -> None:
-        """Megatron's rules, with the keys to set."""
+        """Check Megatron's rules of recomputation, and name the keys to set."""
         key, value = "trainer.recompute_granularity", self.recompute_granularity
         missing = self.recompute_method is None or (self.recompute_num_layers or 0) < 1
         if value == "full" and missing:

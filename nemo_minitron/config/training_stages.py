@@ -69,7 +69,7 @@ class FinetuneConfig(TrainingStageConfig):
     checkpoint: str = field(default=MISSING, metadata=INPUT)
     """Result folder that holds the model to train."""
     chunk_size: int = 256
-    """Tokens whose logits exist at one time."""
+    """Tokens whose logits are in memory at one time."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -85,7 +85,7 @@ class DistillConfig(TrainingStageConfig):
     student: str = field(default=MISSING, metadata=INPUT)
     """Result folder that holds the model to train."""
     teacher: str | None = field(default=None, metadata=INPUT)
-    """Result folder that holds the model to imitate."""
+    """Result folder that holds the model that the student learns to imitate."""
     teacher_logits: str | None = field(default=None, metadata=INPUT)
     """Result folder of ``teacher_logits`` instead of ``teacher``: no teacher is built."""
     teacher_parallel: TeacherParallelConfig = field(
@@ -189,7 +189,7 @@ class TeacherPassConfig:
     limit_val_batches: int = TrainerConfig.limit_val_batches
     """Global batches per validation, whose samples are stored too; 0 leaves them out."""
     precision: str = field(default=TrainerConfig.precision, metadata=PRECISION)
-    """Of the teacher's forward pass: ``32`` or ``bf16-mixed``."""
+    """Precision of the teacher's forward pass: ``32`` or ``bf16-mixed``."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -211,14 +211,14 @@ class TeacherLogitsConfig(StageConfig):
     top_k: int = 64
     """Logits stored of each token, the largest ones; ``distillation.top_k`` may be lower."""
     temperature: float = 1.0
-    """At which the normaliser is taken: ``distillation.temperature`` if loss is ``top_k_tail``."""
+    """Temperature of the normaliser: ``distillation.temperature`` if loss is ``top_k_tail``."""
     dtype: str = field(default="float32", metadata=one_of("float32", "bfloat16"))
     """Of the stored logits: ``float32``, or ``bfloat16``, which takes 6 bytes each instead of 8 and
     loses nothing if ``trainer.precision`` is ``bf16-mixed`` and no soft cap is on the logits."""
     shard_samples: int = 64
     """Samples of a file. A rank holds one file's in memory; a killed run loses at most one."""
     chunk_size: int = field(default=256, metadata=MAY_CHANGE)
-    """Tokens whose full logits exist at one time."""
+    """Tokens whose full logits are in memory at one time."""
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata=MAY_CHANGE)
     megatron: ForwardMegatronConfig = field(default_factory=ForwardMegatronConfig)

@@ -52,7 +52,7 @@ def part_sizes(weights: Sequence[float], size: int) -> list[int]:
 
 
 def blend_order(weights: Sequence[float], size: int) -> Order:
-    """Sources and samples of a blend of ``size`` samples."""
+    """Return sources and samples of a blend of ``size`` samples."""
     # The builder normalises the weights, and the blended dataset does so again.
     weights = _normalized(_normalized(weights))
     from megatron.core.datasets import helpers
@@ -123,7 +123,7 @@ class BlendedSamples(Dataset[Sample]):
         self._counted, self._counts = 0, np.zeros(len(parts), np.int64)
 
     def __len__(self) -> int:
-        """Samples."""
+        """Return the number of samples."""
         return len(self.order.source)
 
     def __getitem__(self, index: int | None) -> Sample:
@@ -135,7 +135,7 @@ class BlendedSamples(Dataset[Sample]):
         return part[sample % len(part)]  # type: ignore[arg-type]  # torch's Dataset declares no length
 
     def epochs(self, consumed: int) -> dict[str, float]:
-        """How often each source was read by the first ``consumed`` samples, by name.
+        """Return how often each source was read by the first ``consumed`` samples, by name.
 
         Calls with growing numbers count each sample once.
         """
@@ -148,7 +148,7 @@ class BlendedSamples(Dataset[Sample]):
         return dict(zip(self.names, epochs.tolist(), strict=True))
 
     def log(self) -> None:
-        """Say what the sources give in all."""
+        """Return a text that says what the sources give in all."""
         planned = self.epochs(len(self)).items()
         for (name, epochs), count, held in zip(planned, self._counts, self.held, strict=True):
             logger.info(

@@ -35,7 +35,7 @@ class Taken(NamedTuple):
     repeats: int
     """Documents that were left out because one before them is equal."""
     files: int
-    """Read for it, of ``of_files``."""
+    """Files that were read for it, of ``of_files``."""
     of_files: int
 
 
@@ -48,18 +48,18 @@ class Source:
     started: int = 0
     ended: set[int] = field(default_factory=set)
     documents: list[Documents] = field(default_factory=list)
-    """Of the parts before the first that has not ended."""
+    """Documents of the parts before the first part that is not read to its end."""
     read: int = 0
-    """Tokens of those documents."""
+    """Tokens of ``documents``."""
     repeated: int = 0
-    """Tokens of them that are known to repeat a document before them."""
+    """Tokens of ``documents`` that are known to repeat a document before them."""
     tokens: int = 0
-    """Those that are not known to repeat any; of ``kept`` when the share is there."""
+    """Tokens without those known to be repeats; once the share is there, those of ``kept``."""
     kept: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @property
     def complete(self) -> bool:
-        """Whether the share is there, or all that the source has."""
+        """Whether the share is complete, or the source has no more."""
         return self.tokens >= self.share or len(self.documents) == len(self.parts)
 
     def end(self, number: int) -> None:
@@ -93,7 +93,7 @@ class Source:
 def sources_of(
     data: DataConfig, shares: Sequence[int], tokenizer: Path, vocab_size: int, parts: Path
 ) -> list[Source]:
-    """The sources of a blend with nothing read yet.
+    """Return the sources of a blend with nothing read yet.
 
     Args:
         data: its keys; all sources are texts.

@@ -45,7 +45,7 @@ def is_sft(keys: set[str]) -> bool:
 
 
 def read_keys(keys: set[str]) -> tuple[str, ...]:
-    """Those that are read of a table with such columns."""
+    """Return columns that are read of a table that has chat records."""
     wanted = (MESSAGES, TOOLS) if MESSAGES in keys else (PROMPT, COMPLETION)
     return tuple(key for key in wanted if key in keys) or (MESSAGES,)
 
@@ -112,7 +112,7 @@ def _check_message(message: object, where: str) -> None:
 
 
 def encode(record: dict[str, Any], tokenizer: "PreTrainedTokenizerFast", where: str) -> Encoded:
-    """Tokens of a record that ``check_record`` has passed.
+    """Return tokens of a record that ``check_record`` has passed.
 
     Args:
         record: with messages, or prompt and completion.
@@ -170,7 +170,7 @@ def _completed(
 
 
 def template_on_one_day(tokenizer: "PreTrainedTokenizerFast", tools: Any = None) -> str:
-    """The chat template, with a fixed date where it asks for that of today.
+    """Return the chat template, with a fixed date where it asks for that of today.
 
     The same messages must give the same tokens tomorrow, in another cache and after a restart.
     """

@@ -98,7 +98,7 @@ def check_data(
 
 
 def _check_changes(data: DataConfig, train_samples: int | None) -> None:
-    """Refuse changes of weights where there are no steps, or behind the last one."""
+    """Refuse changes of weights in a stage without steps, or behind its last step."""
     if not data.blend_changes:
         return
     if train_samples is None:
@@ -195,7 +195,7 @@ def check_batch_sizes(data: DataConfig, data_parallel_size: int) -> None:
 
 
 def _replicas(data: DataConfig) -> str:
-    """The other way out: numbers of replicas that share the micro-batches evenly."""
+    """Return the other way out: numbers of replicas that share the micro-batches evenly."""
     count, rest = divmod(data.global_batch_size, data.micro_batch_size)
     if rest:
         return ""

@@ -92,7 +92,7 @@ def prepare_tokens(
 
 
 def _identity(source: Source) -> str:
-    """Key of a pair that is too large to hash: path, size and times of both files."""
+    """Return the key of a pair that is too large to hash: path, size and times of both files."""
     stats = [(file.absolute(), file.stat()) for file in source.files]
     status = [(str(f), s.st_size, s.st_mtime_ns, s.st_ctime_ns) for f, s in stats]
     return hashlib.sha256(str(status).encode()).hexdigest()[:24]
@@ -101,7 +101,7 @@ def _identity(source: Source) -> str:
 def build_datasets(
     data: DataConfig, tokens: TokenData, sizes: tuple[int, int, int]
 ) -> tuple["SampleSet | None", ...]:
-    """Datasets of a training stage; every rank calls this.
+    """Return datasets of a training stage; every rank calls this.
 
     Args:
         data: the data keys.
@@ -133,7 +133,7 @@ def build_datasets(
 
 
 def build_split(data: DataConfig, tokens: TokenData, *, filled: bool = False) -> "SampleSet":
-    """The samples a calibration or evaluation stage reads: each once, in a fixed order.
+    """Return the samples a calibration or evaluation stage reads: each once, in a fixed order.
 
     Every rank calls this.
 
@@ -227,7 +227,7 @@ def _training_part(
 
 
 def _samples_held(sources: list[_Source], split: str) -> list[int]:
-    """Samples of one epoch of each source."""
+    """Return the samples of one epoch of each source."""
     return [
         records_held(source, pair.path, split)
         if pair.kind == SFT
@@ -237,7 +237,7 @@ def _samples_held(sources: list[_Source], split: str) -> list[int]:
 
 
 def _read_once(order: Order, sizes: list[int]) -> Order:
-    """The samples before the first one that some source would have to repeat."""
+    """Return the samples before the first one that some source would have to repeat."""
     over = np.flatnonzero(order.sample >= np.array(sizes)[order.source])
     end = int(over[0]) if len(over) else len(order.source)
     return Order(order.source[:end], order.sample[:end])
@@ -251,7 +251,7 @@ def stage_dataset(
     *,
     filled: bool = False,
 ) -> "SampleSet":
-    """The samples of ``data.split_name`` that calibration and evaluation read.
+    """Return the samples of ``data.split_name`` that calibration and evaluation read.
 
     ``filled`` is that of :func:`build_split`.
     """

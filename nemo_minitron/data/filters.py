@@ -69,7 +69,7 @@ def _flaw(sample: Generated, cfg: FilterConfig) -> str | None:
 
 
 def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
-    """All n-grams of a text in order; a shorter text is one n-gram."""
+    """Return all n-grams of a text in order; a shorter text is one n-gram."""
     words = text.split()
     return [tuple(words[i : i + n]) for i in range(max(len(words) - n + 1, 1))]
 
@@ -81,7 +81,7 @@ def repetition(text: str, n: int) -> float:
 
 
 class _Duplicates:
-    """Remembers the texts that were kept."""
+    """Finds near duplicates of the texts that were kept."""
 
     def __init__(self, cfg: FilterConfig) -> None:
         self.cfg = cfg

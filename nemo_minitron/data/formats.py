@@ -96,7 +96,7 @@ def records_of(file: Path, keys: Sequence[str]) -> Iterator[tuple[str, object]]:
 
 
 def keys_of(file: Path) -> set[str]:
-    """The columns of a table, or the keys of the first record of another file.
+    """Return the columns of a table, or the keys of the first record of another file.
 
     Raises:
         ValueError: the file cannot be read, or is damaged.
@@ -149,7 +149,7 @@ def line_that_is_no_text(file: Path) -> str:
 
 
 def _open_bytes(file: Path) -> IO[bytes]:
-    """The bytes of a file, decompressed."""
+    """Return the bytes of a file, decompressed."""
     _, compression = _suffixes(file)
     if compression == ".zst":
         zstandard = _package("zstandard", file, "compressed with Zstandard", "decompress the file")
@@ -182,7 +182,7 @@ def _package(name: str, file: Path, what: str, instead: str) -> ModuleType:
 
 
 def _open_text(file: Path) -> IO[str]:
-    """The text of a file whatever its line ends are, without a byte order mark."""
+    """Return the text of a file whatever its line ends are, without a byte order mark."""
     return io.TextIOWrapper(_open_bytes(file), encoding="utf-8-sig")
 
 

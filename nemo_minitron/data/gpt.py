@@ -27,7 +27,7 @@ class TokenData:
     cache: Path
     """Folder for Megatron's sample indices."""
     pad: int = 0
-    """Of SFT records: the token that fills what they leave of a sample."""
+    """Token that fills what SFT records leave of a sample."""
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class TextTokenizer:
                 "model again"
             )
         self.eod: int = eod
-        """Id that ends every document."""
+        """Id of the token that ends every document."""
         text = f"{eod} {whole} {self._tokenizer.to_str()}"
         self.digest = hashlib.sha256(text.encode()).hexdigest()
 
@@ -184,7 +184,7 @@ def file_identity(file: Path, whole: bool) -> list[object]:
 
 
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
-    """Megatron's rule (``DType.optimal_dtype``)."""
+    """Return Megatron's rule (``DType.optimal_dtype``)."""
     return np.uint16 if vocab_size < 65500 else np.int32
 
 
@@ -211,7 +211,7 @@ def _build(
 def _tokenise(
     prefix: Path, texts: Iterator[str], source: Source, tokenizer: TextTokenizer, vocab_size: int
 ) -> np.ndarray:
-    """First pass: documents in reading order. Returns their lengths in tokens."""
+    """Return the documents' lengths in tokens, from a first pass in reading order."""
     where = f"the tokenizer gives data.path={source.path}"
     lengths = array("q")
     total, done = -(-source.size // 1024), 0

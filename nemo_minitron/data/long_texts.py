@@ -25,7 +25,7 @@ Encode = Callable[[Sequence[str]], list[list[int]]]
 
 
 def encode_long(text: str, encode: Encode) -> np.ndarray:
-    """Ids of a text, int32.
+    """Return ids of a text, int32.
 
     Args:
         text: of any length.
@@ -57,7 +57,7 @@ def _is_free(text: str, cut: int, encode: Encode) -> bool:
 
 
 def _joined(text: str, cuts: list[int], encode: Encode) -> np.ndarray | None:
-    """Ids of all pieces, or None if the ids of a piece do not continue those before it."""
+    """Return ids of all pieces, or None if the ids of a piece do not continue those before it."""
     bounds = list(zip([0, *cuts], [*cuts, len(text)], strict=True))
     found: list[np.ndarray] = []
     for first in range(0, len(bounds), _TOGETHER):

@@ -23,12 +23,12 @@ class Records(NamedTuple):
     ids: np.ndarray
     """int32 ``[tokens]``."""
     answer: np.ndarray
-    """bool ``[tokens]``: what is learnt."""
+    """bool ``[tokens]``: true for the tokens that are learnt."""
     ends: np.ndarray
     """int64 ``[records]``: one past the last token of each."""
 
     def bounds(self, record: int) -> tuple[int, int]:
-        """First and one-past-last token of a record."""
+        """Return the first token of a record, and one past its last."""
         return int(self.ends[record - 1]) if record else 0, int(self.ends[record])
 
     def positions(self) -> np.ndarray:
@@ -63,13 +63,13 @@ class Rows(NamedTuple):
     """Records of each sample of one pass, int64."""
 
     records: np.ndarray
-    """Of all samples, one sample after another."""
+    """Records of all samples, one sample after another."""
     ends: np.ndarray
     """``[samples]``: one past the last record of each."""
 
 
 def whole_rows(lengths: np.ndarray, order: np.ndarray, room: int, *, pack: bool) -> Rows:
-    """Samples of whole records.
+    """Return samples of whole records.
 
     Args:
         lengths: positions of every record.
@@ -117,7 +117,7 @@ class RecordSamples(Dataset[Sample]):
         self.seq_length, self.pad, self.shared = seq_length, pad, shared
 
     def __len__(self) -> int:
-        """Samples."""
+        """Return the number of samples."""
         return self.size
 
     def __getitem__(self, index: int | None) -> Sample:
@@ -168,7 +168,7 @@ class WholeParts:
         return int(self._order[1][place])
 
     def __call__(self, index: int) -> Iterator[tuple[int, int]]:
-        """All positions of each record of a sample."""
+        """Return all positions of each record of a sample."""
         row = self._row(index)
         begin = int(self.rows.ends[row - 1]) if row else 0
         for record in self.rows.records[begin : int(self.rows.ends[row])]:
@@ -191,7 +191,7 @@ class FilledParts:
         self.ends = np.cumsum(records.positions()[order])
 
     def __len__(self) -> int:
-        """Samples."""
+        """Return the number of samples."""
         return int(self.ends[-1]) // self.seq_length if len(self.ends) else 0
 
     def __call__(self, index: int) -> Iterator[tuple[int, int]]:

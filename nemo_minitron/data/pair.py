@@ -64,7 +64,7 @@ def read_index(prefix: Path) -> Index:
 
 
 def _read_header(path: Path) -> tuple[np.dtype, int, int]:
-    """Token type and counts of an ``.idx`` that is as long as they say."""
+    """Return token type and counts of an ``.idx`` that is as long as they say."""
     with path.open("rb") as file:
         raw, size = file.read(_HEADER), os.fstat(file.fileno()).st_size
     if len(raw) < _HEADER or not raw.startswith(_MAGIC):

@@ -32,7 +32,7 @@ class Part(NamedTuple):
     """A file of a source, and where its tokens go."""
 
     data: DataConfig
-    """``path`` is that of the whole source."""
+    """Settings of ``data``, with the ``path`` of the whole source."""
     file: Path
     folder: Path
     tokenizer: Path
@@ -40,7 +40,7 @@ class Part(NamedTuple):
 
     @property
     def ids(self) -> Path:
-        """Its documents one after another."""
+        """The file that holds the documents' tokens one after another."""
         return self.folder / _IDS
 
 
@@ -48,13 +48,13 @@ class Documents(NamedTuple):
     """Facts about the documents of a part, in reading order."""
 
     lengths: np.ndarray
-    """Tokens, int64."""
+    """Tokens of each document, int64."""
     digests: np.ndarray
-    """Of the texts, uint64."""
+    """Digests of the texts, uint64."""
 
 
 class StoppedError(Exception):
-    """The other process was asked to stop."""
+    """Raised in a process that was asked to stop."""
 
 
 def begin(stop: Event, threads: int, parent: int) -> None:

@@ -36,7 +36,7 @@ class Prompt:
 def read_prompts(
     cfg: GenerateConfig, tokenizer: "PreTrainedTokenizerFast", context: int
 ) -> list[Prompt]:
-    """Every prompt of ``cfg.prompts``, empty lines left out.
+    """Return every prompt of ``cfg.prompts``, empty lines left out.
 
     Args:
         cfg: the stage.

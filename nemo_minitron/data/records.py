@@ -14,7 +14,7 @@ _BLANK = re.compile(r"\s*")
 
 
 def parse_record(line: str, key: str, where: str) -> object:
-    """One line of JSON.
+    """Parse one line of JSON.
 
     Args:
         line: the text.
@@ -44,11 +44,11 @@ def _json_errors(where: str) -> Iterator[None]:
 
 
 class _TwiceError(Exception):
-    """An object has a key twice."""
+    """Raised where a JSON object has a key twice."""
 
 
 def _object_with(key: str) -> Callable[[list[tuple[str, object]]], dict[str, object]]:
-    """Makes objects of which ``key`` is not there twice; Python would take the last one."""
+    """Make objects that have ``key`` once; of two values Python would take the last one."""
 
     def make(pairs: list[tuple[str, object]]) -> dict[str, object]:
         found = dict(pairs)
@@ -77,7 +77,7 @@ def check_characters(text: str, where: str) -> None:
 
 
 def text_of(record: object, key: str, where: str) -> str:
-    """The text of a record.
+    """Return the text of a record.
 
     Args:
         record: a JSON value, or a row of a table as an object.
@@ -147,13 +147,13 @@ class _Ahead:
         self.buffer, self.position, self.ended = "", 0, False
 
     def _read_more(self) -> None:
-        """At least as much again, so that a long record is not looked at many times."""
+        """Read at least as much again, so that a long record is not looked at many times."""
         more = self.stream.read(max(self.chunk, len(self.buffer) - self.position))
         self.buffer, self.position = self.buffer[self.position :] + more, 0
         self.ended = not more
 
     def next_character(self) -> str:
-        """The next one that is no blank; empty at the end of the file."""
+        """Return the next one that is no blank; empty at the end of the file."""
         while True:
             found = _BLANK.match(self.buffer, self.position)
             assert found is not None  # it matches the empty text
@@ -163,7 +163,7 @@ class _Ahead:
             self._read_more()
 
     def value(self, where: str) -> object:
-        """The next value."""
+        """Return the next value."""
         self.next_character()
         while True:
             try:
@@ -184,4 +184,4 @@ class _Ahead:
 
 
 class _MoreError(Exception):
-    """The value goes on behind what was read."""
+    """Raised where a value goes on behind what was read."""

@@ -11,7 +11,7 @@ _PLACES = 1 << 10  # to begin with; always a power of two
 
 
 def digest_of(text: str) -> int:
-    """64 bits that texts share when they are equal; never 0."""
+    """Return 64 bits that texts share when they are equal; never 0."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") or 1
 
 

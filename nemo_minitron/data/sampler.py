@@ -20,11 +20,11 @@ class GlobalBatchSampler(Sampler[list[int | None]]):
     """
 
     total_samples: int
-    """Samples of all ranks."""
+    """Samples to read in all, by all ranks together."""
     consumed_samples: int
     """Samples that earlier global batches took."""
     micro_batch_size: int
-    """Samples of each list."""
+    """Samples of a micro-batch."""
     global_batch_size: int
     """Samples of an optimizer step over all ranks: a multiple of micro_batch_size * dp_size."""
     dp_rank: int
@@ -35,7 +35,7 @@ class GlobalBatchSampler(Sampler[list[int | None]]):
     ``None``, so that all ranks see equally many micro-batches."""
 
     def __post_init__(self) -> None:
-        """Refuse to go on behind the end of the data."""
+        """Refuse a resumed run whose data ended before the step that it resumes at."""
         if not 0 <= self.consumed_samples <= self.total_samples:
             raise ValueError(
                 f"consumed_samples={self.consumed_samples} of the resumed run lies outside the "
@@ -44,7 +44,7 @@ class GlobalBatchSampler(Sampler[list[int | None]]):
             )
 
     def __len__(self) -> int:
-        """Micro-batches that are left on this rank."""
+        """Return the number of micro-batches that are left on this rank."""
         left = self.total_samples - self.consumed_samples
         batches = left // self.global_batch_size
         if not self.drop_last and left % self.global_batch_size:
@@ -70,7 +70,7 @@ def build_dataloader(
     drop_last: bool,
     num_workers: int = 0,
 ) -> DataLoader[dict[str, torch.Tensor]]:
-    """Micro-batches ``[micro_batch_size, seq_length]`` of one data-parallel rank.
+    """Return micro-batches ``[micro_batch_size, seq_length]`` of one data-parallel rank.
 
     Args:
         dataset: all samples, of all ranks, in global order (``datasets.build_datasets``).

@@ -25,7 +25,7 @@ class NpyDataset(Dataset[Sample]):
         self.size = size
 
     def __len__(self) -> int:
-        """Samples."""
+        """Return the number of samples."""
         return self.size
 
     def __getitem__(self, index: int | None) -> Sample:
@@ -54,7 +54,7 @@ class FirstSamples(Dataset[Sample]):
         self.dataset, self.size = dataset, size
 
     def __len__(self) -> int:
-        """Samples."""
+        """Return the number of samples."""
         return self.size
 
     def __getitem__(self, index: int | None) -> Sample:
@@ -70,7 +70,7 @@ class WholeDocument(Dataset[Sample]):
         self.dataset = dataset
 
     def __len__(self) -> int:
-        """Samples."""
+        """Return the number of samples."""
         return len(self.dataset)  # type: ignore[arg-type]  # torch's Dataset declares no length
 
     def __getitem__(self, index: int | None) -> Sample:

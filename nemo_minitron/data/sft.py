@@ -118,7 +118,7 @@ def _states(model: ModelConfig) -> str:
 
 
 def parts_of(data: DataConfig) -> list[DataConfig]:
-    """The keys of each source of a blend: those for SFT records count where it holds some.
+    """Return the keys of each source of a blend: those for SFT records count where it holds some.
 
     Raises:
         ValueError: a source holds samples as they are; or keys for SFT records are set, and no
@@ -159,7 +159,7 @@ def _encoded(
 
 
 def _as_written(record: object) -> object:
-    """A row of a table without the names that the table added to its values.
+    """Return a row of a table without the names that the table added to its values.
 
     Arrow gives every structure of a column the keys of all of them, and null where a row had none:
     the arguments of one tool's call would have the names of all tools' arguments. A null that was
@@ -177,7 +177,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _fitted(one: Encoded, data: DataConfig, where: str, counts: Counter[str]) -> Encoded | None:
-    """A record that fits a sample, or None where it is left out."""
+    """Return a record that fits a sample, or None where it is left out."""
     room, kind = data.seq_length + 1, data.record_too_long  # the last token is only a label
     if not one.answer[1:].any():
         raise ValueError(f"{where}: no token of the record is part of an answer")
@@ -252,7 +252,7 @@ def check_first(source: Source) -> None:
 
 
 def opened(folder: Path) -> "PreTrainedTokenizerFast":
-    """The tokenizer of a checkpoint."""
+    """Return the tokenizer of a checkpoint."""
     tokenizer = load_tokenizer(folder)
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()

@@ -35,13 +35,13 @@ def _opened(folder: Path) -> Records:
 
 
 def _order(data: DataConfig, count: int, split: str) -> np.ndarray:
-    """The records of a split, in the order of ``data.seed``."""
+    """Return the records of a split, in the order of ``data.seed``."""
     begin, end = split_bounds(data.split, count)[SPLITS.index(split)]
     return document_order(count, data.seed)[begin:end]
 
 
 def _rows(data: DataConfig, folder: Path, records: Records, split: str) -> Rows:
-    """The samples of a split, kept on disk; every rank calls this."""
+    """Return the samples of a split, kept on disk; every rank calls this."""
     key = json.dumps([str(folder), data.seq_length, data.seed, data.split, split, data.pack])
     made = folder.parent / f"rows-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
 
@@ -67,7 +67,7 @@ def _rows(data: DataConfig, folder: Path, records: Records, split: str) -> Rows:
 def training_samples(
     data: DataConfig, folder: Path, pad: int, sizes: Sequence[int]
 ) -> tuple[RecordSamples | None, ...]:
-    """Samples of train, validation and test; every rank calls this.
+    """Return samples of train, validation and test; every rank calls this.
 
     Args:
         data: the data keys.
@@ -92,7 +92,7 @@ def training_samples(
 
 
 def records_held(data: DataConfig, folder: Path, split: str) -> int:
-    """Samples of one pass over a split; every rank calls this."""
+    """Return samples of one pass over a split; every rank calls this."""
     return len(_rows(data, folder, _opened(folder), split).ends)
 
 
@@ -106,7 +106,7 @@ def _samples(
 
 
 def stage_samples(data: DataConfig, folder: Path, pad: int, *, filled: bool) -> RecordSamples:
-    """Samples that calibration or evaluation reads, each once; every rank calls this.
+    """Return samples that calibration or evaluation reads, each once; every rank calls this.
 
     Args:
         data: the data keys.

@@ -15,7 +15,7 @@ _OPEN = 128  # files at a time
 
 
 def document_order(count: int, seed: int) -> np.ndarray:
-    """The order in which documents are stored: a permutation of ``range(count)``, int64."""
+    """Return the order in which documents are stored: a permutation of ``range(count)``, int64."""
     return np.random.default_rng(seed).permutation(count)
 
 

@@ -35,7 +35,7 @@ def parse_split(split: str) -> tuple[float, float, float]:
 
 
 def split_numbers(split: str) -> list[str]:
-    """The three numbers of ``data.split`` as written; see :func:`parse_split`."""
+    """Return the three numbers of ``data.split`` as written; see :func:`parse_split`."""
     parts = re.split(r"[,/:\s]+", split.strip())
     number = re.compile(r"\d+(\.\d*)?|\.\d+")
     if len(parts) > 3 or not all(map(number.fullmatch, parts)) or not any(map(float, parts)):
@@ -61,7 +61,7 @@ def split_bounds(split: str, count: int) -> list[tuple[int, int]]:
 
 
 def wanted_splits(data: DataConfig, splits: Sequence[str] | None) -> tuple[str, ...]:
-    """Names of the splits a stage reads.
+    """Return names of the splits a stage reads.
 
     Args:
         data: the data keys.
@@ -148,7 +148,7 @@ def check_tokens(data: DataConfig, lengths: np.ndarray, splits: Sequence[str] | 
 
 
 def split_samples(data: DataConfig, lengths: np.ndarray, name: str) -> int:
-    """Samples of one pass over a split.
+    """Return samples of one pass over a split.
 
     Args:
         data: the data keys.
@@ -191,7 +191,7 @@ def check_shares(
 
 
 def samples_taken(data: DataConfig, samples: int) -> int:
-    """How many of the samples that there are a stage reads; says so where they are fewer.
+    """Return how many of the samples that there are a stage reads; says so where they are fewer.
 
     Raises:
         ValueError: as ``check_num_samples``.

@@ -104,7 +104,7 @@ def _of_datasets(path: Path) -> bool:
 
 
 def _dataset(path: Path) -> Source:
-    """The tables of a folder that ``save_to_disk`` wrote, in its order."""
+    """Return the tables of a folder that ``save_to_disk`` wrote, in its order."""
     state = read_json_object(path / _OF_DATASETS[0])
     try:
         files = tuple(path / entry["filename"] for entry in state["_data_files"])
@@ -122,7 +122,7 @@ def _folder(path: Path) -> Source:
 
 
 def _texts(path: Path, entries: Sequence[Path]) -> Source:
-    """Those of some files that hold texts."""
+    """Return the source of the files among ``entries`` that hold texts."""
     files = tuple(entry for entry in entries if form_of(entry) and not entry.is_dir())
     lost = [entry for entry in files if not entry.is_file()]
     if lost:
@@ -146,7 +146,7 @@ def _texts(path: Path, entries: Sequence[Path]) -> Source:
 
 
 def _named(entries: Sequence[Path]) -> str:
-    """The first names, folders with a slash at the end, and how many more there are."""
+    """Return the first names, folders with a slash at the end, and how many more there are."""
     names = [f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries[:_NAMES]]
     more = len(entries) - len(names)
     return ", ".join(names) + (f" and {more} more" if more else "")
@@ -214,5 +214,5 @@ def unique_documents(documents: Iterable[str], dropped: Counter[str]) -> Iterato
 
 
 def no_documents(source: Source) -> ValueError:
-    """The error for a source in which every document is empty."""
+    """Return the error for a source in which every document is empty."""
     return ValueError(f"data.path={source.path} holds no documents: every text in it is empty")

@@ -37,7 +37,7 @@ def _tempered(student: Tensor, teacher: Tensor, config: DistillationConfig) -> N
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """``[c]`` row by row product of ``[c, v]``."""
+    """Return ``[c]`` row by row product of ``[c, v]``."""
     return torch.linalg.vecdot(a, b)
 
 
@@ -93,7 +93,7 @@ def js(
 def mse(
     student: Tensor, teacher: Tensor, weight: Tensor, config: DistillationConfig, shard: VocabShard
 ) -> tuple[Tensor, Tensor]:
-    """Mean over the true (unpadded, global) vocabulary of (s - t)^2, raw logits."""
+    """Return the mean over the true (unpadded, global) vocabulary of (s - t)^2, raw logits."""
     difference = student.sub_(teacher)
     loss = _dot(difference, difference) @ weight / shard.vocab_size
     return loss, difference.mul_((weight * (2 / shard.vocab_size))[:, None])
@@ -127,7 +127,7 @@ LOSSES: dict[str, LossFunction] = {
 
 @cache
 def loss_function(kind: str) -> LossFunction:
-    """The loss that ``distillation.loss`` names, of this package or of another.
+    """Return the loss that ``distillation.loss`` names, of this package or of another.
 
     Raises:
         ValueError: the package that adds it cannot be imported.

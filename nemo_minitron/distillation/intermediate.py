@@ -44,7 +44,7 @@ def attach(activation: Tensor, loss: Tensor, weight: Tensor) -> Tensor:
 
 
 def state_loss(student: Tensor, teacher: Tensor, mask: Tensor, metric: str) -> Tensor:
-    """Masked sum of distances between hidden states.
+    """Return masked sum of distances between hidden states.
 
     Args:
         student: ``[s, b, H]`` student states, in the teacher's width.
@@ -98,7 +98,7 @@ def relation_loss(
     total_heads: int,
     gather: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Masked sum of KL(teacher || student) of self-attention relations (2012.15828, eq. 3-6).
+    """Return the masked sum of KL(teacher || student) of relations (2012.15828, eq. 3-6).
 
     The relations query-query, key-key and value-value are added with weight 1 and averaged over
     relation heads. Positions see themselves and those before, as in the models' attention.

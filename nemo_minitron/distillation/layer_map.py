@@ -37,7 +37,7 @@ class Pair:
 
 
 def automatic_map(teacher: ModelConfig, student: ModelConfig) -> list[list[int]]:
-    """The last layer but two of both models, whether depth or width was pruned.
+    """Return the last layer but two of both models, whether depth or width was pruned.
 
     Raises:
         ValueError: one of them has fewer than three layers.
@@ -77,7 +77,7 @@ def _check_map(pairs: list[list[int]], teacher: ModelConfig, student: ModelConfi
 def layer_map(
     config: IntermediateConfig, teacher: ModelConfig, student: ModelConfig
 ) -> list[list[int]]:
-    """Pairs [teacher layer, student layer], counted from 0.
+    """Return pairs [teacher layer, student layer], counted from 0.
 
     Raises:
         ValueError: not pairs, out of range, or a student layer twice.
@@ -105,7 +105,7 @@ def _check_kind(loss: str, model: ModelConfig, layer: int, key: str) -> None:
 def make_pairs(
     config: IntermediateConfig, teacher: ModelConfig, student: ModelConfig
 ) -> list[Pair]:
-    """Every comparison that ``distillation.intermediate`` asks for, in one fixed order.
+    """Return every comparison that ``distillation.intermediate`` asks for, in one fixed order.
 
     Raises:
         ValueError: as ``layer_map``; a layer has no part that a loss is of.
@@ -126,7 +126,7 @@ def make_pairs(
 def relation_heads(
     config: IntermediateConfig, teacher: ModelConfig, student: ModelConfig, parallel: ParallelConfig
 ) -> int:
-    """Heads that queries, keys and values of both models are split into (2012.15828, section 3.2).
+    """Return how many heads both models' states are split into (2012.15828, section 3.2).
 
     Each is a run of channels of the concatenated heads, as wide as the model and the tensor make
     it. The automatic number makes it whole heads and a multiple of every tensor-parallel size that

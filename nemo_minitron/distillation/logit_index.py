@@ -81,7 +81,7 @@ class LogitIndex:
             ) from error
 
     def changed_keys(self, data: DataConfig) -> str:
-        """The ``data`` keys that differ from those of the stage, in words; maybe none."""
+        """Return the ``data`` keys that differ from those of the stage, in words; maybe none."""
         before = {**DATA_KEYS, **self.data}  # an earlier version may have had fewer
         changes = [
             f"data.{key}={getattr(data, key)!r} ({before[key]!r} when they were stored)"
@@ -108,18 +108,18 @@ def _mixture(data: DataConfig) -> list[list[Any]]:
 
 
 def shard_name(part: str, number: int) -> str:
-    """File name of a shard."""
+    """Return the file name of a shard."""
     return f"{part}-{number:05d}.safetensors"
 
 
 def shard_range(number: int, shard_samples: int, samples: int) -> range:
-    """Samples of shard ``number`` of a part."""
+    """Return the samples of shard ``number`` of a part."""
     start = number * shard_samples
     return range(start, min(start + shard_samples, samples))
 
 
 def shard_numbers(shard_samples: int, samples: int) -> range:
-    """Numbers of all shards of a part."""
+    """Return the numbers of all shards of a part."""
     return range(-(-samples // shard_samples))
 
 

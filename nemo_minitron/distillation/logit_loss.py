@@ -33,7 +33,7 @@ class TeacherStates:
     weight: Tensor
     """``[rows, H]`` local rows of the output layer, over the student's vocabulary."""
     cap: float | None = None
-    """What no logit exceeds (``capped_``)."""
+    """What no logit exceeds, as in ``capped_``; None without a soft cap."""
     predicting: Tensor | None = None
     """``[N, H]`` final state of its layer for multi-token prediction, if it has one."""
 
@@ -50,11 +50,11 @@ class _Job:
     shard: VocabShard
     resident: TeacherStates | None
     stored: TopKTargets | None
-    """Instead of ``resident``; without both only the language-model loss is left."""
+    """Stored outputs in place of ``resident``; without both only the LM loss is left."""
     need_grad: bool
     reduce_grad: bool
     cap: float | None
-    """Of the student's logits."""
+    """Soft cap of the student's logits; None without one."""
 
     @property
     def with_teacher(self) -> bool:
@@ -77,7 +77,7 @@ class _Job:
 def _ce(
     student: Tensor, labels: Tensor, weight: Tensor, shard: VocabShard, *, stay: bool
 ) -> tuple[Tensor, Tensor]:
-    """Local part of the weighted cross-entropy sum and its gradient by the student logits.
+    """Return local part of the weighted cross-entropy sum and its gradient by the student logits.
 
     The gradient takes the place of the logits ``[c, v]``, unless they are to stay.
     """
@@ -112,7 +112,7 @@ def capped_(logits: Tensor, cap: float | None) -> Tensor:
 
 
 def _output_layer(hidden: Tensor, weight: Tensor, buffer: Tensor, cap: float | None) -> Tensor:
-    """``[c, v]`` logits in the precision of ``buffer``, whose first c rows they fill."""
+    """Return ``[c, v]`` logits in the precision of ``buffer``, whose first c rows they fill."""
     out = buffer[: hidden.size(0)]
     if out.dtype == weight.dtype:
         torch.mm(hidden, weight.t(), out=out)
@@ -122,7 +122,7 @@ def _output_layer(hidden: Tensor, weight: Tensor, buffer: Tensor, cap: float | N
 
 
 def _add_outer(out: Tensor, grad: Tensor, hidden: Tensor) -> None:
-    """``out += grad^T hidden`` with ``out`` in fp32 and half-precision factors left as they are."""
+    """Add ``grad^T hidden`` to ``out``, fp32; half-precision factors stay as they are."""
     if out.dtype == grad.dtype:
         out.addmm_(grad.t(), hidden)
     else:
@@ -130,7 +130,7 @@ def _add_outer(out: Tensor, grad: Tensor, hidden: Tensor) -> None:
 
 
 def _kd(job: _Job, tokens: slice, student: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Local part of the distillation sum and ``kd_weight`` times its gradient.
+    """Return the local part of the distillation sum and ``kd_weight`` times its gradient.
 
     Args:
         job: the call.
@@ -241,7 +241,7 @@ def logit_loss(
     reduce_grad: bool = True,
     cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Masked sum of the distillation and language-model losses, differentiable by the student.
+    """Return the masked sum of distillation and LM losses, differentiable by the student.
 
     Args:
         hidden: ``[N, h]`` final hidden state of the student, the same on every rank of the group.

@@ -23,13 +23,13 @@ Sample = dict[str, Tensor]
 
 
 def sample_hash(tokens: Tensor) -> int:
-    """64 bits that stand for the ``[s]`` token ids of a sample."""
+    """Return 64 bits that stand for the ``[s]`` token ids of a sample."""
     data = tokens.to(torch.int64).contiguous().numpy().tobytes()
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 
 def shard_hash(hashes: Tensor) -> str:
-    """Hash of all tokens of a shard, from the ``[n]`` hashes of its samples."""
+    """Return the hash of all tokens of a shard, from the ``[n]`` hashes of its samples."""
     return hashlib.sha256(hashes.contiguous().numpy().tobytes()).hexdigest()[:32]
 
 
@@ -43,13 +43,13 @@ def write_shard(path: Path, tensors: Sample) -> None:
 
 
 def read_hashes(path: Path) -> Tensor:
-    """``[n]`` hashes of the samples of a shard."""
+    """Return ``[n]`` hashes of the samples of a shard."""
     with _opened(path) as file:
         return file.get_tensor("tokens")
 
 
 def _opened(path: Path) -> Any:
-    """A shard, memory-mapped.
+    """Return a shard, memory-mapped.
 
     Raises:
         ValueError: it is missing or damaged.
@@ -112,7 +112,7 @@ class StoredTeacher(Dataset[Sample]):
             self[sample]
 
     def __len__(self) -> int:
-        """Samples."""
+        """Return the number of samples."""
         return len(self.dataset)
 
     def __getitem__(self, index: int | None) -> Sample:
@@ -135,7 +135,7 @@ class StoredTeacher(Dataset[Sample]):
         return {**sample, **found}
 
     def _shard(self, number: int) -> Any:
-        """Samples are read in order: one open shard is enough."""
+        """Return a shard and keep it open, one at a time: samples are read in order."""
         if self._open[0] != number:
             path = self.folder / shard_name(self.part, number)
             shard = _opened(path)
@@ -162,7 +162,7 @@ class StoredTeacher(Dataset[Sample]):
 
 
 def stored_targets(batch: Sample, temperature: float) -> TopKTargets:
-    """Targets of a micro-batch, in the token order of a flattened ``[s, b, h]`` hidden state.
+    """Return targets of a micro-batch in the token order of a flattened ``[s, b, h]`` state.
 
     Args:
         batch: ``teacher_values`` and ``teacher_ids`` ``[b, s, k]``, ``teacher_log_z`` ``[b, s]``,

@@ -61,7 +61,7 @@ class HostWeights:
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
-        """The weights are on the device inside, and on the host after."""
+        """Keep the weights on the device inside, and on the host after."""
         self.fetch()
         try:
             yield
@@ -74,7 +74,7 @@ def _address(tensor: Tensor) -> int:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """The whole storage as uint8."""
+    """Return the whole storage of a tensor as uint8."""
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 

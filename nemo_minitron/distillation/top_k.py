@@ -33,7 +33,7 @@ class TopKTargets:
     temperature: float = 1.0
 
     def rows(self, rows: slice, k: int) -> "TopKTargets":
-        """The first ``k`` entries of some tokens."""
+        """Return the first ``k`` entries of some tokens."""
         return TopKTargets(
             self.values[rows, :k], self.ids[rows, :k], self.log_z[rows], self.temperature
         )
@@ -64,7 +64,7 @@ class TopKTargets:
 
 
 def _largest(x: Tensor, k: int) -> Tensor:
-    """``[c, k]`` columns of the largest entries of ``[c, n]``, largest first.
+    """Return ``[c, k]`` columns of the largest entries of ``[c, n]``, largest first.
 
     Of equal entries the lower column wins, so that layouts agree (ties are common under bf16).
     """
@@ -91,7 +91,7 @@ def _candidates(logits: Tensor, k: int, shard: VocabShard) -> tuple[Tensor, Tens
 
 
 def _gathered(x: Tensor, shard: VocabShard) -> Tensor:
-    """``[c, k]`` of every rank side by side: ``[c, tp * k]``."""
+    """Return ``[c, k]`` of every rank side by side: ``[c, tp * k]``."""
     parts = [torch.empty_like(x) for _ in range(shard.group.size())]
     dist.all_gather(parts, x, group=shard.group)
     return torch.cat(parts, -1)
@@ -190,7 +190,7 @@ def top_k_tail(
 def _teacher_masses(
     teacher: TopKTargets, dtype: torch.dtype, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """``[c, k]`` log probabilities of the k entries and ``[c]`` probability of the rest."""
+    """Return ``[c, k]`` log probabilities of the k entries and ``[c]`` probability of the rest."""
     log_p = teacher.values.to(dtype) / temperature - teacher.log_z.to(dtype)[:, None]
     # Rounding may leave a sum above 1: the rest is then as good as nothing.
     rest = -torch.expm1(log_p.logsumexp(-1)).clamp_max_(0)

@@ -66,7 +66,7 @@ def all_reduce(
 
 
 def _row_max(logits: Tensor) -> Tensor:
-    """``[c]`` largest of ``[c, v]``; the lowest finite number where ``v`` is 0."""
+    """Return ``[c]`` largest of ``[c, v]``; the lowest finite number where ``v`` is 0."""
     if logits.size(-1):
         return logits.amax(-1)
     return logits.new_full(logits.shape[:1], torch.finfo(logits.dtype).min)
@@ -97,7 +97,7 @@ def softmax_(logits: Sequence[Tensor], shard: VocabShard) -> list[Tensor]:
 
 
 def log_normalizer(logits: Tensor, shard: VocabShard) -> Tensor:
-    """``[c, 1]`` log of the softmax denominator of ``[c, v]`` local logits, which stay."""
+    """Return ``[c, 1]`` log of the softmax denominator of ``[c, v]`` local logits, which stay."""
     peak = all_reduce(_row_max(logits), shard.group, dist.ReduceOp.MAX)[:, None]
     total = all_reduce((logits - peak).exp_().sum(-1, keepdim=True), shard.group)
     return peak + total.log()

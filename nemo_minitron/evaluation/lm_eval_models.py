@@ -59,7 +59,7 @@ class MegatronLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[object, list[int], list[int]]], **kwargs: object
     ) -> Scores:
-        """Scores of ``(texts, context ids, continuation ids)``, longer ones cut on the left."""
+        """Return scores of ``(texts, context ids, continuation ids)``, cut on the left."""
         found: Scores = self._ask([self._request(given, asked) for _, given, asked in requests])
         return found
 
@@ -82,7 +82,7 @@ class MegatronLM(HFLM):
         attention_mask: Tensor | None = None,
         **kwargs: object,
     ) -> Tensor:
-        """Greedy continuations of ``[b, s]`` prompts, padded on the left, as ``[b, s + new]``."""
+        """Return ``[b, s + new]``: greedy continuations of ``[b, s]`` prompts, padded left."""
         assert attention_mask is not None
         rows = zip(context.tolist(), attention_mask.tolist(), strict=True)
         prompts = [[i for i, m in zip(ids, mask, strict=True) if m] for ids, mask in rows]
@@ -95,7 +95,7 @@ class MegatronLM(HFLM):
 
 
 def hf_model(folder: Path, *, max_length: int, batch_size: int) -> HFLM:
-    """lm-eval's own model of an exported folder, in fp32 as Megatron models are evaluated."""
+    """Open an exported folder as lm-eval's own model, in fp32 as for Megatron models."""
     return HFLM(
         pretrained=str(folder),
         dtype="float32",

@@ -64,7 +64,7 @@ def evaluate_lm(
     dataset: Dataset[Batch],
     data: DataConfig,
 ) -> dict[str, float]:
-    """Loss over every sample of ``dataset``; the sums do not depend on batch sizes or layout.
+    """Return the loss over all of ``dataset``; it does not depend on batch sizes or layout.
 
     Args:
         chunks: this rank's model chunks, returning hidden states.

@@ -41,7 +41,7 @@ class Request:
     continuation: Sequence[int]
 
     def __len__(self) -> int:
-        """Tokens that the model sees."""
+        """Return tokens that the model sees."""
         return len(self.context) + len(self.continuation) - 1
 
 
@@ -119,14 +119,14 @@ class RequestScorer:
     multiple: int = 1
 
     def __post_init__(self) -> None:
-        """Find this rank's rows of the output layer."""
+        """Find out which rows of the output layer this rank has."""
         self.shard = vocab_shard(self.chunks, self.groups, self.vocab_size)
 
     @torch.no_grad()
     def score(
         self, requests: Sequence[Request], advance: Callable[[int], None] = lambda n: None
     ) -> Scores:
-        """Sum of the log-probabilities (nats) of every continuation, and whether it is greedy.
+        """Return each continuation's summed log-probability (nats), and whether it is greedy.
 
         Requests of similar length go together, padded on the right, which a causal model does not
         see. Each data-parallel rank scores its share.
@@ -164,7 +164,7 @@ class RequestScorer:
         return torch.cat(outputs) if outputs else None
 
     def _collect(self, index: int, batch: Batch, hidden: Tensor) -> Tensor:
-        """``[b, 2]`` sums of log-probabilities and counts of labels that are not greedy."""
+        """Return ``[b, 2]`` sums of log-probabilities and counts of labels that are not greedy."""
         assert self.shard is not None
         labels, mask = tokens_first(batch)
         wanted = mask.nonzero()[:, 0]
@@ -177,7 +177,7 @@ class RequestScorer:
 
 
 def _batch(requests: Sequence[Request], length: int, size: int) -> Batch:
-    """Micro-batch ``[size, length]``; rows that nobody asked for score nothing."""
+    """Return a micro-batch ``[size, length]``; rows that nobody asked for score nothing."""
     tokens = torch.zeros(size, length, dtype=torch.long)
     labels, mask = torch.zeros_like(tokens), torch.zeros(size, length)
     for row, request in enumerate(requests):

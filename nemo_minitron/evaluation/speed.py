@@ -57,7 +57,7 @@ class Candidate:
     memory: dict[str, int | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """On a GPU the weights wait in host memory while others are measured."""
+        """Move the weights to host memory on a GPU, until they are measured."""
         tensors = [*self.model.chunk.parameters(), *self.model.chunk.buffers()]
         self.host = HostWeights(tensors)
         if torch.cuda.is_available():
@@ -65,7 +65,7 @@ class Candidate:
 
 
 def run_once(candidate: Candidate, work: Work, steps: int | None = None) -> tuple[float, float]:
-    """Seconds of prefill and of decoding, the same on every rank (collective).
+    """Return seconds of prefill and of decoding, the same on every rank (collective).
 
     Args:
         candidate: whose ``memory`` this fills too.
@@ -104,7 +104,7 @@ def _timed(candidate: Candidate, tokens: Tensor, work: Work, steps: int) -> tupl
 
 
 def _next(model: CachedModel, tokens: Tensor) -> Tensor:
-    """``[b, 1]`` most likely tokens after ``[b, s]``."""
+    """Return ``[b, 1]`` most likely tokens after ``[b, s]``."""
     logits = model.forward(tokens)
     ids = None if logits is None else logits.argmax(-1)
     return model.from_last_stage(ids, tokens.size(0))[:, None]
@@ -135,7 +135,7 @@ def used(memory: dict[str, int | None]) -> int:
 
 
 def largest_batch(candidate: Candidate, work: Work, limit: int, most: int) -> int:
-    """Largest batch that fits, on a straight line through the memory of two batches (collective).
+    """Return the largest batch that fits, by a straight line through two batches (collective).
 
     Raises:
         ValueError: one sequence does not fit.

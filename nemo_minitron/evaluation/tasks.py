@@ -46,7 +46,7 @@ def check_installed() -> None:
 
 
 def find_tasks(tasks: Sequence[str], path: str | None) -> "TaskManager":
-    """lm-eval's index of tasks, which has all that are named.
+    """Return lm-eval's index of tasks, which has all that are named.
 
     Its own 14,000 tasks take 10 seconds to list: only if ``path`` does not have them all.
 
@@ -206,7 +206,7 @@ def run_tasks(model: "LM", tasks: Sequence[str], path: str | None, cfg: LmEvalCo
 
 
 def task_metrics(results: Mapping[str, Mapping[str, Any]]) -> Metrics:
-    """lm-eval's ``metric,filter`` and ``metric_stderr,filter`` of every task as pairs.
+    """Return lm-eval's ``metric,filter`` and ``metric_stderr,filter`` of every task as pairs.
 
     The filter is left out of the name where it is ``none``.
     """
@@ -241,7 +241,7 @@ def check_metric(tasks: Mapping[str, "Task"], names: Sequence[str], metric: str)
 
 
 def mean_metric(found: Metrics, names: Sequence[str], metric: str) -> float:
-    """Mean of one metric over the tasks that were named, a group counting as one task.
+    """Return the mean of one metric over the tasks that were named, a group counting as one task.
 
     Raises:
         ValueError: a task or group does not have it.

@@ -13,7 +13,7 @@ from typing import Any
 
 
 def words(text: str) -> frozenset[str]:
-    """Names that stand in a text, with spaces between them."""
+    """Return names that stand in a text, with spaces between them."""
     return frozenset(text.split())
 
 
@@ -90,7 +90,7 @@ _WAY_OUT = (
 
 
 def of_layers(hf: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """Values of keys that depend on sizes, at which they change nothing."""
+    """Return values of keys that depend on sizes, at which they change nothing."""
     sizes = [hf.get(one) or hf.get(other) for one, other in _SIZES]
     if not all(isinstance(size, int) and size > 0 for size in sizes):
         return {}  # which is refused for other reasons
@@ -110,7 +110,7 @@ def unknown_keys(
     reads: Collection[str],
     neutral: Mapping[str, tuple[Any, ...]] = MappingProxyType({}),
 ) -> dict[str, str]:
-    """Keys of a config.json that may change the network and that no mapping looks at.
+    """Return keys of a config.json that may change the network and that no mapping looks at.
 
     Args:
         hf: config.json.

@@ -90,7 +90,7 @@ def _only(hf: Mapping[str, Any], **values: Any) -> None:
 
 
 def _experts(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of ModelConfig that both routers have; none where all layers are dense."""
+    """Return fields of ModelConfig that both routers have; none where all layers are dense."""
     dense, layers = hf["first_k_dense_replace"], hf["num_hidden_layers"]
     if dense >= layers:
         return {}
@@ -126,7 +126,7 @@ def _groups(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sigmoid_router(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """The router of V3."""
+    """Return the router of V3."""
     found = _experts(hf)
     if not found:
         return found
@@ -136,7 +136,7 @@ def _sigmoid_router(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _softmax_router(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """The router of V2."""
+    """Return the router of V2."""
     found = _experts(hf)
     if not found:
         return found
@@ -152,13 +152,13 @@ def _from_hf(
     known: dict[str, Any],
     router: Callable[[Mapping[str, Any]], dict[str, Any]],
 ) -> ModelConfig:
-    """Sizes of a config.json with its defaults filled in."""
+    """Return sizes of a config.json with its defaults filled in."""
     check_keys(family, known, reads)
     return replace(latent.from_hf(known, family), **router(known))
 
 
 def v3_from_hf(hf: dict[str, Any]) -> ModelConfig:
-    """Megatron sizes of a Hugging Face DeepSeek-V3 config.
+    """Return the Megatron sizes of a Hugging Face DeepSeek-V3 config.
 
     Raises:
         ValueError: the config asks for something this table does not hold.
@@ -169,7 +169,7 @@ def v3_from_hf(hf: dict[str, Any]) -> ModelConfig:
 
 
 def v2_from_hf(hf: dict[str, Any]) -> ModelConfig:
-    """Megatron sizes of a Hugging Face DeepSeek-V2 config.
+    """Return the Megatron sizes of a Hugging Face DeepSeek-V2 config.
 
     Raises:
         ValueError: the config asks for something this table does not hold.
@@ -221,7 +221,7 @@ def _written_experts(config: ModelConfig) -> dict[str, Any]:
 
 
 def v3_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a (pruned) DeepSeek-V3.
+    """Return the config.json of a (pruned) DeepSeek-V3.
 
     Raises:
         ValueError: config.json cannot say these sizes.
@@ -237,7 +237,7 @@ def v3_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def v2_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a (pruned) DeepSeek-V2.
+    """Return the config.json of a (pruned) DeepSeek-V2.
 
     Raises:
         ValueError: transformers could not open a model of these sizes.

@@ -52,7 +52,7 @@ REFUSES = (
     "layers for multi-token prediction (`mtp.*`): `source_ignore=[num_nextn_predict_layers]` "
     "leaves them out",
 )
-"""For the documentation."""
+"""What the documentation says of gated delta nets."""
 _WORDS = ("full_attention", "linear_attention")
 
 
@@ -61,7 +61,7 @@ def _linear(name: str, dims: tuple[str, ...], tp_dim: int | None, hf: str, **mor
 
 
 def _linear_rows(projections: Mapping[str, str]) -> tuple[Row, ...]:
-    """Rows of a gated delta net.
+    """Return rows of a gated delta net.
 
     Args:
         projections: name of each Hugging Face projection of the input -> what its rows are.
@@ -114,7 +114,7 @@ def dense_rows(projections: Mapping[str, str]) -> tuple[Row, ...]:
 
 
 def read_layers(known: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of ModelConfig that every network with gated delta nets has.
+    """Return fields of ModelConfig that every network with gated delta nets has.
 
     Args:
         known: config.json with the defaults of the family.

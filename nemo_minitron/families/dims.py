@@ -39,13 +39,13 @@ FIXED: dict[str, Callable[[ModelConfig], int]] = {
 
 
 def _head_dim(config: Any) -> int:
-    """Channels of a head's output; Megatron has a name of its own for those of latent attention."""
+    """Return channels of a head's output; latent attention has another name for them."""
     latent = getattr(config, "multi_latent_attention", False) and hasattr(config, "v_head_dim")
     return int(config.v_head_dim if latent else config.kv_channels)
 
 
 def _size(config: ModelConfig, name: str) -> int:
-    """Size of an axis, or a size in ``FIXED``."""
+    """Return the size of an axis, or a size in ``FIXED``."""
     fixed = FIXED.get(name)
     return axis_size(config, name) if fixed is None else fixed(config)
 
@@ -63,11 +63,11 @@ class Part:
     inner: str = "one"
 
     def count(self, config: ModelConfig) -> int:
-        """Indices of the axis."""
+        """Return indices of the axis."""
         return _size(config, self.axis)
 
     def rows(self, config: ModelConfig) -> int:
-        """Consecutive rows of each index."""
+        """Return consecutive rows of each index."""
         return _size(config, self.inner)
 
 
@@ -86,11 +86,11 @@ class Dim:
     interleaved_by: str | None = None
 
     def size(self, config: ModelConfig) -> int:
-        """Global size of the dim."""
+        """Return the global size of the dim."""
         return sum(self.part_sizes(config))
 
     def part_sizes(self, config: ModelConfig) -> tuple[int, ...]:
-        """Rows of each part."""
+        """Return rows of each part."""
         return tuple(part.count(config) * part.rows(config) for part in self.parts)
 
     @property
@@ -100,12 +100,12 @@ class Dim:
         return tuple(name for name in names if name in AXES)
 
     def blocks(self, config: ModelConfig) -> tuple[int, ...]:
-        """Sizes of the blocks that tensor parallelism splits one by one."""
+        """Return sizes of the blocks that tensor parallelism splits one by one."""
         sizes = self.part_sizes(config)
         return (sum(sizes),) if self.interleaved_by else sizes
 
     def repeats(self, config: ModelConfig) -> int:
-        """How many times the sequence of parts lies in the dim."""
+        """Return how many times the sequence of parts lies in the dim."""
         return _size(config, self.interleaved_by) if self.interleaved_by else 1
 
     def runs(self, config: ModelConfig) -> Iterator[Run]:
@@ -125,7 +125,7 @@ _MAMBA_X, _MAMBA_B = Part("mamba_head", "mamba_head_dim"), Part("mamba_group", "
 
 
 def _gate_up(axis: str) -> Dim:
-    """The rows of the gate projection, then those of the up projection."""
+    """Return the rows of the gate projection, then those of the up projection."""
     return Dim((Part(axis), Part(axis)))
 
 

@@ -31,7 +31,7 @@ def before_experts(rows: Iterable[Row]) -> Iterator[Row]:
 
 
 def beside_dense(dense: Iterable[Row], routed: Iterable[Row]) -> tuple[Row, ...]:
-    """Rows of a family in which a layer has either an MLP or experts (``moe_layer_freq``).
+    """Return rows of a family in which a layer has either an MLP or experts (``moe_layer_freq``).
 
     Args:
         dense: rows of a family whose layers all have an MLP.
@@ -47,7 +47,7 @@ def beside_dense(dense: Iterable[Row], routed: Iterable[Row]) -> tuple[Row, ...]
 
 
 def dense_layers(routed: list[int] | None, width: int, dense_width: int) -> dict[str, Any]:
-    """Fields of ModelConfig that say which layers are dense, and how wide.
+    """Return fields of ModelConfig that say which layers are dense, and how wide.
 
     ``ffn_hidden_size``, the width of dense layers, is that of the experts where there are none.
 
@@ -71,7 +71,7 @@ ROUTER_KEYS = words(
 
 
 def sigmoid_router(hf: dict[str, Any]) -> dict[str, Any]:
-    """Fields of ModelConfig that describe a router of sigmoids with a bias for each expert.
+    """Return fields of ModelConfig that describe a router of sigmoids with a bias for each expert.
 
     Args:
         hf: config.json with the family's defaults of ``ROUTER_KEYS``.
@@ -121,7 +121,7 @@ def written_router(config: ModelConfig) -> dict[str, Any]:
 
 
 def shared_experts(config: ModelConfig) -> int:
-    """How many experts the shared one is as wide as, where config.json says it so.
+    """Return how many experts the shared one is as wide as, where config.json says it so.
 
     Raises:
         ValueError: it is as wide as no number of them.

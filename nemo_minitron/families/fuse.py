@@ -19,12 +19,12 @@ from nemo_minitron.families.table import Row
 
 
 def fuse(dim: Dim, config: ModelConfig, parts: Sequence[Tensor]) -> Tensor:
-    """The parts of a dim -> the rows as they lie in the Megatron tensor."""
+    """Return the parts of a dim -> the rows as they lie in the Megatron tensor."""
     return torch.cat([parts[part][start:stop] for part, start, stop in dim.runs(config)])
 
 
 def rows_of_part(dim: Dim, config: ModelConfig, part: int) -> list[Run]:
-    """Rows of the Megatron tensor in the order of one part of the dim."""
+    """Return rows of the Megatron tensor in the order of one part of the dim."""
     found, place = [], 0
     for number, start, stop in dim.runs(config):
         if number == part:
@@ -52,7 +52,7 @@ def _located(dim: Dim, config: ModelConfig, part: int, start: int, stop: int) ->
 
 
 def runs_from_hf(row: Row, config: ModelConfig) -> list[Run]:
-    """Rows of the Hugging Face tensors (by number) in the order of the Megatron tensor."""
+    """Return rows of the Hugging Face tensors (by number) in the order of the Megatron tensor."""
     runs = DIMS[row.dims[0]].runs(config)
     if not row.hf_dims:
         return list(runs)
@@ -70,7 +70,7 @@ def runs_from_hf(row: Row, config: ModelConfig) -> list[Run]:
 
 
 def runs_to_hf(row: Row, config: ModelConfig, number: int) -> list[Run]:
-    """Rows of the Megatron tensor in the order of one of the Hugging Face tensors."""
+    """Return rows of the Megatron tensor in the order of one of the Hugging Face tensors."""
     whole = DIMS[row.dims[0]]
     if not row.hf_dims:
         return rows_of_part(whole, config, number)
@@ -153,7 +153,7 @@ HF_FORMS: dict[str, HfForm] = {
 
 
 def hf_shapes(row: Row, config: ModelConfig) -> list[tuple[int, ...]]:
-    """Shapes of the Hugging Face tensors of a row, in the order of ``row.hf``."""
+    """Return shapes of the Hugging Face tensors of a row, in the order of ``row.hf``."""
     if row.hf_form is not None and HF_FORMS[row.hf_form].transposed:
         return [row.shape(config)[::-1]]
     rest = row.shape(config)[1:]

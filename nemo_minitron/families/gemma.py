@@ -25,7 +25,7 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def _pre_mlp(row: Row) -> Row:
-    """The name that Hugging Face has for the norm before the MLP where there are four norms."""
+    """Hugging Face's name of the norm before the MLP in models with four norms a layer."""
     if not row.name.endswith("pre_mlp_layernorm.weight"):
         return row
     return replace(row, hf=(_HF_LAYER + "pre_feedforward_layernorm.weight",))
@@ -96,7 +96,7 @@ def _sizes(family: str, hf: dict[str, Any], rope: Rope, every: int) -> ModelConf
 
 
 def gemma2_from_hf(hf: dict[str, Any]) -> ModelConfig:
-    """Megatron sizes of a Hugging Face Gemma 2 config.
+    """Return the Megatron sizes of a Hugging Face Gemma 2 config.
 
     Raises:
         ValueError: the config asks for something this table does not hold.
@@ -107,7 +107,7 @@ def gemma2_from_hf(hf: dict[str, Any]) -> ModelConfig:
 
 
 def gemma3_from_hf(hf: dict[str, Any]) -> ModelConfig:
-    """Megatron sizes of a Hugging Face config of Gemma 3's text model.
+    """Return the Megatron sizes of a Hugging Face config of Gemma 3's text model.
 
     Raises:
         ValueError: the config asks for something this table does not hold.
@@ -133,7 +133,7 @@ def gemma3_from_hf(hf: dict[str, Any]) -> ModelConfig:
 
 
 def _rotations(hf: dict[str, Any]) -> tuple[Rope, Rope]:
-    """Rotations of the layers that see all tokens and of those with windows.
+    """Return rotations of the layers that see all tokens and of those with windows.
 
     transformers 5 writes ``rope_parameters`` with one dictionary for each kind of layer; releases
     before it write ``rope_theta`` and ``rope_scaling`` of the former and ``rope_local_base_freq``.
@@ -165,7 +165,7 @@ def _rotations(hf: dict[str, Any]) -> tuple[Rope, Rope]:
 
 
 def to_hf(architecture: str, config: ModelConfig) -> dict[str, Any]:
-    """config.json of a (pruned) model.
+    """Return the config.json of a (pruned) model.
 
     Raises:
         ValueError: transformers' config class does not take the sizes.
@@ -189,7 +189,7 @@ def to_hf(architecture: str, config: ModelConfig) -> dict[str, Any]:
 
 
 def _check_sizes(config: ModelConfig) -> None:
-    """Transformers' config classes of Gemma want a hidden size that the heads divide."""
+    """Refuse sizes that transformers' config classes of Gemma refuse."""
     hidden, heads = config.hidden_size, config.num_attention_heads
     if hidden % heads:
         raise ValueError(

@@ -82,7 +82,7 @@ _ROTATED = 0.5
 
 
 def experts_after_dense(hf: dict[str, Any]) -> dict[str, Any]:
-    """Fields of ModelConfig that describe experts, their shared one and the dense layers first.
+    """Return fields of ModelConfig about experts, the shared one and the dense layers first.
 
     Raises:
         ValueError: no layer has experts, or none of them is shared.
@@ -105,7 +105,7 @@ def experts_after_dense(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_hf(hf: dict[str, Any]) -> ModelConfig:
-    """Megatron sizes of a Hugging Face Glm4Moe config.
+    """Return the Megatron sizes of a Hugging Face Glm4Moe config.
 
     Raises:
         ValueError: the config asks for something this table does not hold.
@@ -141,7 +141,7 @@ def written_experts(config: ModelConfig) -> dict[str, Any]:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a (pruned) model.
+    """Return the config.json of a (pruned) model.
 
     Raises:
         ValueError: see ``shared_experts``.

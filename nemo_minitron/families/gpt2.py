@@ -40,7 +40,7 @@ _NORMS = (
 def _linear(
     name: str, dims: tuple[str, str], tp_dim: int, hf: str, form: str, bias_form: str | None = None
 ) -> tuple[Row, Row]:
-    """Weight and bias; the bias is split over the ranks where the weight is split by rows."""
+    """Return weight and bias; the bias is split where the weight is split by rows."""
     weight = Row(
         _LAYER + name + ".weight", dims, tp_dim, (_HF_LAYER + hf + ".weight",), hf_form=form
     )
@@ -90,7 +90,7 @@ _FIXED = {
 
 
 def from_hf(hf: dict[str, Any]) -> ModelConfig:
-    """Megatron sizes of a Hugging Face GPT-2 config.
+    """Return the Megatron sizes of a Hugging Face GPT-2 config.
 
     Raises:
         ValueError: the config asks for something this table does not hold.
@@ -134,7 +134,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a (pruned) model; ``n_inner`` is always written."""
+    """Return the config.json of a (pruned) model; ``n_inner`` is always written."""
     return {
         **{key: value for key, value in config.hf.items() if key not in READS},
         **_FIXED,

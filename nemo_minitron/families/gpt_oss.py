@@ -110,7 +110,7 @@ def _refuse(hf: dict[str, Any]) -> None:
 
 
 def from_hf(hf: dict[str, Any]) -> ModelConfig:
-    """Megatron sizes of a Hugging Face GptOss config.
+    """Return the Megatron sizes of a Hugging Face GptOss config.
 
     Raises:
         ValueError: the config asks for something this table does not hold.
@@ -140,7 +140,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a (pruned) model."""
+    """Return the config.json of a (pruned) model."""
     carried = {key: value for key, value in config.hf.items() if key not in READS}
     return {
         **llama.to_hf(replace(config, hf=carried)),

@@ -25,7 +25,7 @@ READS = (llama.READS - {"sliding_window"}) | set(_KEYS.values())
 
 
 def from_hf(hf: dict[str, Any]) -> ModelConfig:
-    """Megatron sizes of a Hugging Face Granite config.
+    """Return the Megatron sizes of a Hugging Face Granite config.
 
     Raises:
         ValueError: the config asks for something this table does not hold.
@@ -36,7 +36,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a (pruned) model."""
+    """Return the config.json of a (pruned) model."""
     numbers = config.multipliers or {}
     carried = {key: value for key, value in config.hf.items() if key not in READS}
     return {

@@ -42,7 +42,7 @@ def _plain(row: Row) -> Row:
 
 
 LATENT_EPSILON = 1e-6
-"""Of the norms of latents in transformers, whatever the other norms of the model have."""
+"""Epsilon of the norms of latents in transformers, whatever the model's other norms have."""
 _ROWS = (
     _row("linear_q_proj", ("latent_query", "hidden"), 0, "q_proj", when=_full_queries),
     _row("linear_q_down_proj", ("q_lora", "hidden"), None, "q_a_proj", when=_low_rank_queries),
@@ -84,7 +84,7 @@ DEFAULTS = {
 
 
 def _rope(hf: Mapping[str, Any]) -> Rope:
-    """Rotary positions; YaRN also has a factor of the scores here (``mscale_all_dim``)."""
+    """Return rotary positions; YaRN also has a factor of the scores here (``mscale_all_dim``)."""
     rope = llama.whole(read_rope(dict(hf)))
     if rope.scaling is None:
         return rope
@@ -126,7 +126,7 @@ def _refuse(hf: Mapping[str, Any]) -> None:
 
 
 def from_hf(known: dict[str, Any], family: str) -> ModelConfig:
-    """Sizes of a network without experts; other keys are not looked at.
+    """Return sizes of a network without experts; other keys are not looked at.
 
     Args:
         known: config.json with the defaults of the family.

@@ -26,7 +26,7 @@ def is_hybrid(family: Family) -> bool:
 
 
 def takes_letters(family: Family, pattern: str) -> bool:
-    """Whether a model of the family can be a HybridModel of these letters."""
+    """Whether a model of the family can be a HybridModel with these letters."""
     if is_hybrid(family):
         return True
     common = family.layer_spec == COMMON_SPEC and "multi_latent_attention" not in family.megatron
@@ -34,7 +34,7 @@ def takes_letters(family: Family, pattern: str) -> bool:
 
 
 def by_letters(family: Family, config: ModelConfig) -> Family:
-    """The family as a model of it needs it: itself, or its table for a HybridModel.
+    """Return the family as a model of it needs it: itself, or its table for a HybridModel.
 
     Raises:
         ValueError: no model of the family is one of these letters.
@@ -61,7 +61,7 @@ def by_letters(family: Family, config: ModelConfig) -> Family:
 
 
 def _row(row: Row, mlp: str) -> Row:
-    """A row of a GPT family, with the letter of the layers that have it."""
+    """Return a row of a GPT family, with the letter of the layers that have it."""
     if not row.per_layer:
         return replace(
             row, name=row.name.replace("decoder.final_layernorm.", "decoder.final_norm.")
@@ -74,7 +74,7 @@ def _row(row: Row, mlp: str) -> Row:
 
 
 def in_letters(config: ModelConfig) -> ModelConfig:
-    """Sizes of the HybridModel with the same tensors as a GPT model (``as_hybrid``).
+    """Return sizes of the HybridModel with the same tensors as a GPT model (``as_hybrid``).
 
     Raises:
         ValueError: HybridModel has no such model.
@@ -109,7 +109,7 @@ def name_of_pair(name: str) -> str:
 
 
 def of_whole_layers(family: Family, config: ModelConfig) -> ModelConfig:
-    """Sizes of the GPT model with the same tensors.
+    """Return sizes of the GPT model with the same tensors.
 
     Raises:
         ValueError: the layers are not pairs of attention and MLP, or of attention and experts.
@@ -133,7 +133,7 @@ def of_whole_layers(family: Family, config: ModelConfig) -> ModelConfig:
 
 
 def without_letters(family: Family, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of ModelConfig, for a GPT family those of a GPT model with as many layers."""
+    """Return fields of ModelConfig, for a GPT family those of a GPT model with as many layers."""
     pattern = fields.get("hybrid_layer_pattern")
     if pattern is None or is_hybrid(family):
         return dict(fields)

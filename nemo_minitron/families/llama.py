@@ -76,7 +76,7 @@ SINKS = Row(
     0,
     (_HF_LAYER + "self_attn.sinks",),
 )
-"""Of families whose ``Family.megatron`` says ``softmax_type: learnable``."""
+"""Tensors of families whose ``Family.megatron`` says ``softmax_type: learnable``."""
 
 HF_ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
 READS = ROPE_KEYS | words(
@@ -110,7 +110,7 @@ def whole(rope: Rope) -> Rope:
 
 
 def dense(hf: dict[str, Any], rope: Rope | None = None) -> ModelConfig:
-    """Sizes of a network like Llama's, of whichever family; other keys are not looked at.
+    """Return sizes of a network like Llama's, of whichever family; other keys are not looked at.
 
     Args:
         hf: config.json.
@@ -147,7 +147,7 @@ def dense(hf: dict[str, Any], rope: Rope | None = None) -> ModelConfig:
 
 
 def from_hf(hf: dict[str, Any]) -> ModelConfig:
-    """Megatron sizes of a Hugging Face Llama or Mistral config.
+    """Return the Megatron sizes of a Hugging Face Llama or Mistral config.
 
     Raises:
         ValueError: the config asks for something this table does not hold.
@@ -166,7 +166,7 @@ def _is_mistral(hf: dict[str, Any]) -> bool:
 
 
 def _architecture(config: ModelConfig) -> dict[str, Any]:
-    """Class that ``transformers`` opens the model with: the source's, where it can.
+    """Return the class that ``transformers`` opens the model with: the source's, where it can.
 
     Its LlamaConfig insists on ``hidden_size % num_attention_heads == 0`` although ``head_dim`` is
     given. Mistral without a sliding window is the same network and has no such rule.
@@ -182,7 +182,7 @@ def _architecture(config: ModelConfig) -> dict[str, Any]:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a (pruned) model; ``head_dim`` is always written."""
+    """Return the config.json of a (pruned) model; ``head_dim`` is always written."""
     return {
         **{key: value for key, value in config.hf.items() if key not in READS},
         **_architecture(config),

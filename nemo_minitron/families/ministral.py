@@ -42,7 +42,7 @@ _TWICE = "max_position_embeddings"
 
 
 def from_hf(hf: dict[str, Any]) -> ModelConfig:
-    """Megatron sizes of a Hugging Face Ministral config.
+    """Return the Megatron sizes of a Hugging Face Ministral config.
 
     Raises:
         ValueError: the config asks for something this table does not hold.
@@ -54,7 +54,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a (pruned) model."""
+    """Return the config.json of a (pruned) model."""
     return {
         **llama.to_hf(config),
         "architectures": ["MinistralForCausalLM"],
@@ -86,7 +86,7 @@ def _rope3(hf: dict[str, Any]) -> Rope:
 
 
 def from_hf3(hf: dict[str, Any]) -> ModelConfig:
-    """Megatron sizes of a Hugging Face Ministral 3 config.
+    """Return the Megatron sizes of a Hugging Face Ministral 3 config.
 
     Raises:
         ValueError: the config asks for something this table does not hold.
@@ -98,7 +98,7 @@ def from_hf3(hf: dict[str, Any]) -> ModelConfig:
 
 
 def to_hf3(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a (pruned) model."""
+    """Return the config.json of a (pruned) model."""
     return {
         **llama.to_hf(config),
         "architectures": ["Ministral3ForCausalLM"],

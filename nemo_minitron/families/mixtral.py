@@ -44,7 +44,7 @@ READS = llama.READS | {"num_local_experts", "num_experts_per_tok"}
 
 
 def from_hf(hf: dict[str, Any]) -> ModelConfig:
-    """Megatron sizes of a Hugging Face Mixtral config.
+    """Return the Megatron sizes of a Hugging Face Mixtral config.
 
     ``ffn_hidden_size``, the width of dense layers, is that of the experts: there is no dense layer.
 
@@ -71,7 +71,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a (pruned) model."""
+    """Return the config.json of a (pruned) model."""
     carried = {key: value for key, value in config.hf.items() if key not in READS}
     return {
         **llama.to_hf(replace(config, hf=carried)),

@@ -18,7 +18,7 @@ _HF_LAYER = "model.layers.{layer}."
 
 
 def norm_bias(row: Row) -> Row:
-    """The row of the bias that belongs to the row of a norm's weight."""
+    """Return the row of the bias that belongs to the row of a norm's weight."""
     return replace(
         row,
         name=row.name.removesuffix("weight") + "bias",
@@ -44,7 +44,7 @@ READS = (llama.READS - {"rms_norm_eps"}) | {"norm_eps", "rope_percent"}
 
 
 def from_hf(hf: dict[str, Any]) -> ModelConfig:
-    """Megatron sizes of a Hugging Face Nemotron config.
+    """Return the Megatron sizes of a Hugging Face Nemotron config.
 
     Raises:
         ValueError: the config asks for something this table does not hold.
@@ -69,7 +69,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a (pruned) model."""
+    """Return the config.json of a (pruned) model."""
     carried = {key: value for key, value in config.hf.items() if key not in READS}
     written = {
         **llama.to_hf(replace(config, hf=carried)),

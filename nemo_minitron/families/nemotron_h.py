@@ -27,7 +27,7 @@ def _norm(kind: str, name: str, te_name: str | None) -> Row:
 
 
 def _mamba(name: str, dims: tuple[str, ...], tp_dim: int | None = 0, **more: Any) -> Row:
-    """A row of a Mamba layer; Hugging Face has the convolution in a module of its own."""
+    """Return a row of a Mamba layer; Hugging Face has the convolution in a module of its own."""
     hf = name.replace("conv1d_", "conv1d.")
     te_name = _MIXER + hf if hf != name else None
     return Row(_MIXER + name, dims, tp_dim, (_HF_MIXER + hf,), te_name=te_name, kind=MAMBA, **more)
@@ -167,7 +167,7 @@ READS = (
 
 
 def pattern_of(hf: dict[str, Any]) -> str:
-    """Letters of the layers, as transformers reads them.
+    """Return letters of the layers, as transformers reads them.
 
     Raises:
         ValueError: two keys disagree, or a layer is of no known kind.
@@ -215,7 +215,7 @@ def _refuse(hf: dict[str, Any]) -> None:
 
 
 def _known(hf: dict[str, Any]) -> dict[str, Any]:
-    """The same with what transformers takes for what it leaves out.
+    """Return a config.json with what transformers takes for what it leaves out.
 
     Raises:
         ValueError: the two names of the number of experts disagree.
@@ -230,7 +230,7 @@ def _known(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def _experts(hf: dict[str, Any]) -> dict[str, Any]:
-    """Fields of ModelConfig that describe layers of experts."""
+    """Return fields of ModelConfig that describe layers of experts."""
     return {
         **sigmoid_router(hf),
         "moe_ffn_hidden_size": hf["moe_intermediate_size"],
@@ -239,7 +239,7 @@ def _experts(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_hf(hf: dict[str, Any]) -> ModelConfig:
-    """Megatron sizes of a Hugging Face NemotronH config.
+    """Return the Megatron sizes of a Hugging Face NemotronH config.
 
     Raises:
         ValueError: the config asks for something this table does not hold.
@@ -274,7 +274,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a (pruned) model."""
+    """Return the config.json of a (pruned) model."""
     pattern = config.hybrid_layer_pattern or ""
     written = {
         **{key: value for key, value in config.hf.items() if key not in READS - _NO_MATTER},

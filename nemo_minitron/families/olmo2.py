@@ -33,7 +33,7 @@ READS = llama.READS - {"sliding_window", "mlp_bias"}
 
 
 def from_hf(hf: dict[str, Any]) -> ModelConfig:
-    """Megatron sizes of a Hugging Face OLMo-2 config.
+    """Return the Megatron sizes of a Hugging Face OLMo-2 config.
 
     Raises:
         ValueError: the config asks for something this table does not hold.
@@ -44,7 +44,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a (pruned) model."""
+    """Return the config.json of a (pruned) model."""
     return {
         **llama.to_hf(config),
         "architectures": ["Olmo2ForCausalLM"],

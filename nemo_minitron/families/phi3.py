@@ -36,7 +36,7 @@ _ROPE_DICTIONARIES = ("rope_scaling", "rope_parameters")
 
 
 def from_hf(hf: dict[str, Any]) -> ModelConfig:
-    """Megatron sizes of a Hugging Face Phi-3 config.
+    """Return the Megatron sizes of a Hugging Face Phi-3 config.
 
     Raises:
         ValueError: the config asks for something this table does not hold.
@@ -54,7 +54,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
 
 
 def _renamed(scaling: Any) -> Any:
-    """The first files of Phi-3 call LongRoPE ``su``."""
+    """Rename ``su``, as the first files of Phi-3 call LongRoPE."""
     if not isinstance(scaling, dict):
         return scaling
     return {key: "longrope" if value == "su" else value for key, value in scaling.items()}
@@ -77,7 +77,7 @@ def _check_heads(config: ModelConfig) -> None:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a (pruned) model.
+    """Return the config.json of a (pruned) model.
 
     Raises:
         ValueError: transformers' config class does not take the sizes.

@@ -20,7 +20,7 @@ REFUSED_LAYERS = (
     f"more than one layer for multi-token prediction (`{MTP_LAYERS}`), and pruning sizes inside of "
     f"it; `source_ignore=[{MTP_LAYERS}]` leaves it out"
 )
-"""For the documentation."""
+"""What the documentation says of layers for multi-token prediction."""
 _LAYER, _HF_LAYER, _HF = "decoder.layers.{layer}.", "model.layers.{layer}.", "model.layers.{mtp}."
 _MTP = PREDICTION + "{mtp}."
 _COPIES = {
@@ -49,7 +49,7 @@ _OWN = (
 
 
 def prediction_rows(rows: Iterable[Row]) -> tuple[Row, ...]:
-    """Rows of the layers for multi-token prediction of a family.
+    """Return rows of the layers for multi-token prediction of a family.
 
     Args:
         rows: those of its other parameters.
@@ -58,7 +58,7 @@ def prediction_rows(rows: Iterable[Row]) -> tuple[Row, ...]:
 
 
 def _inner(row: Row) -> Row:
-    """The row of a parameter of the layer inside."""
+    """Return the row of a parameter of the layer inside."""
     inside, on_disk = f"{_MTP}mtp_model_layer.", f"{_MTP}{ON_DISK}"
     stored = row.stored_as and row.stored_as.replace(_LAYER, on_disk)
     return replace(
@@ -76,7 +76,7 @@ def _both(row: Row, config: ModelConfig) -> bool:
 
 
 def copies(config: ModelConfig) -> dict[str, str]:
-    """Hugging Face name of every copy in these layers -> what it is a copy of."""
+    """Return Hugging Face name of every copy in these layers -> what it is a copy of."""
     numbers = range(config.num_layers, config.num_layers + (config.mtp_num_layers or 0))
     return {
         f"model.layers.{number}.{name}": original
@@ -86,7 +86,7 @@ def copies(config: ModelConfig) -> dict[str, str]:
 
 
 def read_layers(hf: Mapping[str, Any]) -> int | None:
-    """``mtp_num_layers`` of a config.json.
+    """Return ``mtp_num_layers`` of a config.json.
 
     Raises:
         ValueError: there are more than Megatron-Core computes as these models do.

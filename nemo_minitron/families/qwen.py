@@ -44,13 +44,13 @@ _DEFAULTS = {"num_key_value_heads": 32, "max_position_embeddings": 32768}
 
 
 def read_windows(hf: dict[str, Any]) -> list[int]:
-    """Windows of a Qwen: the layers from ``max_window_layers`` on, or as ``layer_types`` says."""
+    """Return the windows of layers from ``max_window_layers`` on, or as ``layer_types`` says."""
     known = {"sliding_window": 4096, **hf}
     return windows.by_layer(known, lambda layer: layer >= hf.get("max_window_layers", 28))
 
 
 def from_hf_qwen2(hf: dict[str, Any]) -> ModelConfig:
-    """Megatron sizes of a Hugging Face Qwen2 config.
+    """Return the Megatron sizes of a Hugging Face Qwen2 config.
 
     Raises:
         ValueError: the config asks for something this table does not hold.
@@ -62,7 +62,7 @@ def from_hf_qwen2(hf: dict[str, Any]) -> ModelConfig:
 
 
 def from_hf_qwen3(hf: dict[str, Any]) -> ModelConfig:
-    """Megatron sizes of a Hugging Face Qwen3 config; its head dim is 128 where it says nothing.
+    """Return the Megatron sizes of a Hugging Face Qwen3 config; the default head dim is 128.
 
     Raises:
         ValueError: the config asks for something this table does not hold.
@@ -84,12 +84,12 @@ def _to_hf(config: ModelConfig, architecture: str, model_type: str) -> dict[str,
 
 
 def to_hf_qwen2(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a (pruned) model."""
+    """Return the config.json of a (pruned) model."""
     return _to_hf(config, "Qwen2ForCausalLM", "qwen2")
 
 
 def to_hf_qwen3(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a (pruned) model."""
+    """Return the config.json of a (pruned) model."""
     return {**_to_hf(config, "Qwen3ForCausalLM", "qwen3"), "attention_bias": False}
 
 

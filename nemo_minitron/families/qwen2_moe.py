@@ -104,14 +104,14 @@ def refuse(hf: dict[str, Any]) -> None:
 
 
 def _windows(hf: dict[str, Any]) -> list[int]:
-    """Windows of every second of the first ``max_window_layers``, or as ``layer_types`` says."""
+    """Return windows of every second of the first ``max_window_layers``, or of ``layer_types``."""
     before = hf.get("max_window_layers", 28)
     known = {"sliding_window": 4096, **hf}
     return windows.by_layer(known, lambda layer: layer % 2 == 0 and layer < before)
 
 
 def router(hf: dict[str, Any]) -> dict[str, Any]:
-    """Fields of ModelConfig that describe experts; transformers 5 may rename the first."""
+    """Return fields of ModelConfig that describe experts; transformers 5 may rename the first."""
     renamed, experts = hf.get("num_local_experts"), hf.get("num_experts")
     if None not in (renamed, experts) and renamed != experts:
         raise ValueError(
@@ -127,7 +127,7 @@ def router(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_hf(hf: dict[str, Any]) -> ModelConfig:
-    """Megatron sizes of a Hugging Face Qwen2-MoE config.
+    """Return the Megatron sizes of a Hugging Face Qwen2-MoE config.
 
     Raises:
         ValueError: the config asks for something this table does not hold.
@@ -167,7 +167,7 @@ def to_hf_routed(config: ModelConfig) -> dict[str, Any]:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a (pruned) model."""
+    """Return the config.json of a (pruned) model."""
     return {
         **to_hf_routed(config),
         "architectures": ["Qwen2MoeForCausalLM"],

@@ -60,7 +60,7 @@ def _without_sections(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _network(family: str, known: Mapping[str, Any]) -> ModelConfig:
-    """Everything but the experts of a config.json with its defaults filled in.
+    """Return a config.json's fields but the experts', defaults filled in.
 
     Raises:
         ValueError: the config asks for something this table does not hold.
@@ -79,7 +79,7 @@ def _network(family: str, known: Mapping[str, Any]) -> ModelConfig:
 
 
 def from_hf(hf: dict[str, Any]) -> ModelConfig:
-    """Megatron sizes of a Hugging Face Qwen3.5 config (text).
+    """Return the Megatron sizes of a Hugging Face Qwen3.5 config (text).
 
     Raises:
         ValueError: the config asks for something this table does not hold.
@@ -89,7 +89,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
 
 
 def routed_from_hf(hf: dict[str, Any]) -> ModelConfig:
-    """Megatron sizes of a Hugging Face Qwen3.5-MoE config (text).
+    """Return the Megatron sizes of a Hugging Face Qwen3.5-MoE config (text).
 
     Raises:
         ValueError: the config asks for something this table does not hold.
@@ -108,7 +108,7 @@ def routed_from_hf(hf: dict[str, Any]) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a (pruned) model."""
+    """Return the config.json of a (pruned) model."""
     return {
         **llama.to_hf(replace(config, hf=_carried(config, READS))),
         **delta_net.written_layers(config),
@@ -118,7 +118,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def routed_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a (pruned) model with experts."""
+    """Return the config.json of a (pruned) model with experts."""
     written = {
         **llama.to_hf(replace(config, hf=_carried(config, ROUTED_READS))),
         **delta_net.written_layers(config),

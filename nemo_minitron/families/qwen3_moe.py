@@ -22,7 +22,7 @@ _NEUTRAL = {"use_qk_norm": (False, True), "shared_expert_intermediate_size": (0,
 
 
 def _windows(hf: dict[str, Any]) -> list[int]:
-    """Windows of all layers: transformers has no ``layer_types`` for this model."""
+    """Return windows of all layers: transformers has no ``layer_types`` for this model."""
     if hf.get("use_sliding_window") and "full_attention" in (hf.get("layer_types") or []):
         raise ValueError(
             f"config.json layer_types={hf['layer_types']} with use_sliding_window=true is not "
@@ -32,7 +32,7 @@ def _windows(hf: dict[str, Any]) -> list[int]:
 
 
 def from_hf(hf: dict[str, Any]) -> ModelConfig:
-    """Megatron sizes of a Hugging Face Qwen3-MoE config.
+    """Return the Megatron sizes of a Hugging Face Qwen3-MoE config.
 
     Raises:
         ValueError: the config asks for something this table does not hold.
@@ -52,7 +52,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a (pruned) model."""
+    """Return the config.json of a (pruned) model."""
     return {
         **qwen2_moe.to_hf_routed(config),
         "architectures": ["Qwen3MoeForCausalLM"],

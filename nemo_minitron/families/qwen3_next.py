@@ -36,7 +36,7 @@ READS = (
 
 
 def from_hf(hf: dict[str, Any]) -> ModelConfig:
-    """Megatron sizes of a Hugging Face Qwen3-Next config.
+    """Return the Megatron sizes of a Hugging Face Qwen3-Next config.
 
     Raises:
         ValueError: the config asks for something this table does not hold.
@@ -56,7 +56,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a (pruned) model."""
+    """Return the config.json of a (pruned) model."""
     written = {
         **qwen2_moe.to_hf_routed(config),
         **delta_net.written_layers(config),

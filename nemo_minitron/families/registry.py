@@ -72,7 +72,7 @@ _PASSES = 4
 
 
 def _text_of(both: str) -> str:
-    """How to take the text model out of one that reads images too."""
+    """Return how to take the text model out of one that reads images too."""
     return (
         "it reads images too; with transformers the text model is: both = "
         f"{both}ForConditionalGeneration.from_pretrained(FOLDER); text = AutoModelForCausalLM."
@@ -94,14 +94,14 @@ UNSUPPORTED: dict[str, str] = {
 
 
 def family_of(config: ModelConfig) -> Family:
-    """Family of a stored model; of a HybridModel with the table for its letters."""
+    """Return the family of a stored model; of a HybridModel with the table for its letters."""
     if config.family not in FAMILIES:
         raise ValueError(f"family '{config.family}' is unknown; known: {sorted(FAMILIES)}")
     return by_letters(FAMILIES[config.family], config)
 
 
 def family_of_hf(hf_config: dict[str, Any]) -> Family:
-    """Family of a Hugging Face config.json.
+    """Return the family of a Hugging Face config.json.
 
     transformers opens a model by ``model_type``; other programs by ``architectures``. Where both
     are there they have to name one network. A bare model (``LlamaModel``) is of its family, too.
@@ -146,7 +146,7 @@ def _bare(architecture: str) -> str:
 def read_config(
     hf_config: dict[str, Any], passed_over: Sequence[str] = ()
 ) -> tuple[Family, ModelConfig]:
-    """Family and sizes of a config.json; ``ModelConfig.hf`` is the whole of it.
+    """Return the family and sizes of a config.json; ``ModelConfig.hf`` is the whole of it.
 
     Args:
         hf_config: config.json.
@@ -178,7 +178,7 @@ def read_config(
 
 
 def written_config(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a model: its source's, with what the stages changed and nothing else.
+    """Return config.json of a model: its source's, with what the stages changed and nothing else.
 
     Keys stay as they came, also those of which transformers knows two spellings, and what the
     source leaves out stays left out as long as it means the same. A model that was not opened from
@@ -237,7 +237,7 @@ def _said(family: Family, hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def longest_sequence(config: ModelConfig) -> int | None:
-    """Longest sequence that a model here takes as transformers does; None if any is.
+    """Return the longest sequence that a model here takes as transformers does; None if any is.
 
     A sliding window of ``max_position_embeddings`` or more is no window up to there, and left out.
     Sequences that are longer than such a window would meet it.

@@ -25,7 +25,7 @@ ROPE_KEYS = words(
 _SHARE = "partial_rotary_factor"
 _ORIGINAL = "original_max_position_embeddings"
 BETA = "llama_4_scaling_beta"
-"""Beside the values of YaRN: how fast the factor of queries grows (``families.ministral``)."""
+"""Key beside those of YaRN: how fast the factor of queries grows (``families.ministral``)."""
 # Kind of scaling -> the values that it needs beside its name.
 _NEEDS = {
     "default": (),
@@ -41,7 +41,7 @@ REFUSED_SCALINGS = (
     "sequences longer than `max_position_embeddings` where `rope_scaling` is `dynamic`: its "
     "frequencies would change with every token",
 )
-"""Of every family whose positions are rotary, for the documentation."""
+"""What the documentation says of every family whose positions are rotary."""
 _OPTIONAL = {
     "yarn": words("attention_factor mscale mscale_all_dim beta_fast beta_slow truncate"),
     "longrope": words("attention_factor short_factor long_factor"),
@@ -68,7 +68,7 @@ class Rope:
 
 
 def read_rope(hf: dict[str, Any], base: float = 10000.0, share: float = 1.0) -> Rope:
-    """Rotary positions of a config.json.
+    """Return rotary positions of a config.json.
 
     Args:
         hf: config.json.
@@ -139,7 +139,7 @@ def _one(hf: dict[str, Any], given: dict[str, Any], key: str, default: float) ->
 
 
 def _scaling(hf: dict[str, Any], given: dict[str, Any]) -> dict[str, Any] | None:
-    """The scaling with all of its values, or None."""
+    """Return the scaling with all of its values, or None."""
     kinds = {given[key] for key in ("rope_type", "type") if given.get(key) is not None}
     if len(kinds) > 1:
         raise ValueError(
@@ -231,7 +231,7 @@ def _attention_factor(said: dict[str, Any]) -> float:
 
 
 def concentration(factor: float, scale: float = 1.0) -> float:
-    """Factor of sines and cosines that YaRN takes for a factor of the length."""
+    """Return the factor of sines and cosines that YaRN takes for a factor of the length."""
     return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 
@@ -240,7 +240,7 @@ YARN_ARGUMENTS = ("rotary_scaling_factor", "mscale", "mscale_all_dim")
 
 
 def yarn_fields(scaling: dict[str, Any] | None) -> dict[str, Any]:
-    """YaRN in the words of Megatron's configs; nothing where the scaling is another one.
+    """Return YaRN in the words of Megatron's configs; nothing where the scaling is another one.
 
     Megatron computes the factor of sines and cosines from two numbers, the second of which is
     0 here.
@@ -276,7 +276,7 @@ def attention_fields(scaling: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def latent_fields(scaling: dict[str, Any] | None) -> dict[str, Any]:
-    """Rotary positions in the words of Megatron's ``MLATransformerConfig``.
+    """Return rotary positions in the words of Megatron's ``MLATransformerConfig``.
 
     Its attention scores are multiplied by the square of ``concentration(factor, mscale_all_dim)``,
     and its sines and cosines by a quotient that ``mscale`` is chosen for here.

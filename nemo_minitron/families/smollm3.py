@@ -40,7 +40,7 @@ def _rotates(hf: dict[str, Any]) -> list[int]:
 
 
 def from_hf(hf: dict[str, Any]) -> ModelConfig:
-    """Megatron sizes of a Hugging Face SmolLM3 config.
+    """Return the Megatron sizes of a Hugging Face SmolLM3 config.
 
     Raises:
         ValueError: the config asks for something this table does not hold.
@@ -55,7 +55,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a (pruned) model; every layer's rotation is written out."""
+    """Return the config.json of a (pruned) model; every layer's rotation is written out."""
     skips = config.no_rope_freq or [0] * config.num_layers
     carried = {key: value for key, value in config.hf.items() if key not in READS}
     return {

@@ -99,7 +99,7 @@ class Row:
         return name if found else None
 
     def of_expert(self, expert: int) -> "Row":
-        """The row of one expert (global index): every name with the index filled in."""
+        """Return the row of one expert (global index): every name with the index filled in."""
 
         def fill(name: str) -> str:
             return name.replace("{expert}", str(expert))
@@ -114,7 +114,7 @@ class Row:
         )
 
     def of_prediction(self, number: int, layers: int) -> "Row":
-        """The row of one layer for multi-token prediction, after ``layers`` of the model."""
+        """Return the row of one layer for multi-token prediction, after ``layers`` of the model."""
         te_name = self.te_name and self.te_name.replace("{mtp}", str(number))
         return replace(
             self,
@@ -125,7 +125,7 @@ class Row:
         )
 
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
-        """Global shape of the Megatron tensor."""
+        """Return the global shape of the Megatron tensor."""
         return tuple(DIMS[dim].size(config) for dim in self.dims)
 
 
@@ -210,7 +210,7 @@ class Family:
             yield row, number
 
     def find(self, name: str, config: ModelConfig) -> tuple[Row, int | None]:
-        """Row (bound to its expert) and layer of a Megatron name, under any layer spec.
+        """Return row (bound to its expert) and layer of a Megatron name, under any layer spec.
 
         Raises:
             ValueError: no row fits; names the parameter and lists the known rows.

@@ -15,7 +15,7 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def _width(hf: dict[str, Any]) -> int:
-    """The window, or 0 where there is none or none that a position leaves."""
+    """Return the window, or 0 without one, or where no position leaves it."""
     width = hf.get("sliding_window")
     if width is None or width >= hf["max_position_embeddings"]:
         return 0
@@ -27,7 +27,7 @@ def _width(hf: dict[str, Any]) -> int:
 
 
 def everywhere(hf: dict[str, Any]) -> list[int]:
-    """Windows of a network in which all layers have the same (Mistral, Mixtral, Phi-3).
+    """Return windows of a network in which all layers have the same (Mistral, Mixtral, Phi-3).
 
     Args:
         hf: config.json with ``max_position_embeddings``, and ``sliding_window`` where the family
@@ -37,7 +37,7 @@ def everywhere(hf: dict[str, Any]) -> list[int]:
 
 
 def by_layer(hf: dict[str, Any], slides: Callable[[int], bool]) -> list[int]:
-    """Windows of a network whose layers differ (Qwen2, Qwen3, SmolLM3).
+    """Return windows of a network whose layers differ (Qwen2, Qwen3, SmolLM3).
 
     Args:
         hf: config.json with ``max_position_embeddings``, and ``sliding_window`` where the family
@@ -77,12 +77,12 @@ def _check_kinds(kinds: Sequence[str], layers: int) -> None:
 
 
 def width_of(config: ModelConfig) -> int | None:
-    """The window of the layers that have one, or None."""
+    """Return the window of the layers that have one, or None."""
     return max(config.window_size or [0]) or None
 
 
 def stated_width(config: ModelConfig) -> int:
-    """``sliding_window`` of a config.json where transformers makes a mask of windows for any model.
+    """Return the ``sliding_window`` of which transformers makes a mask for any model.
 
     Its Gemma, Ministral and gpt-oss refuse null even where no layer has a window, so such a model
     states one that no position leaves.
@@ -91,7 +91,7 @@ def stated_width(config: ModelConfig) -> int:
 
 
 def layer_types(config: ModelConfig) -> list[str]:
-    """``layer_types`` of a config.json."""
+    """Return ``layer_types`` of a config.json."""
     layers = config.window_size or [0] * config.num_layers
     return [_SLIDING if window else _FULL for window in layers]
 
@@ -112,7 +112,7 @@ def written(config: ModelConfig) -> dict[str, Any]:
 
 
 def megatron_fields(config: ModelConfig) -> dict[str, Any]:
-    """Windows in the words of Megatron's configs; nothing where there are none."""
+    """Return windows in the words of Megatron's configs; nothing for a model without any."""
     width = width_of(config)
     if width is None:
         return {}

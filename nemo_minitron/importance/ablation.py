@@ -31,7 +31,7 @@ LayerOutput = Tensor | tuple[Tensor, Any]
 
 
 def ablated_blocks(num_layers: int, scores: ScoreConfig) -> list[Block]:
-    """The blocks to ablate, the empty one first; an empty list if no score needs any."""
+    """Return the blocks to ablate, the empty one first; an empty list if no score needs any."""
     sizes = set(scores.block_sizes) if scores.layers_by("block_lm_loss") else set()
     sizes |= {1} if scores.layers_by("lm_loss") else set()
     blocks = [
@@ -50,7 +50,7 @@ class _Bypass:
         self.whole: dict[int, LayerOutput] = {}
 
     def begin(self, _: nn.Module, args: tuple[Any, ...]) -> None:
-        """A forward pass of the chunk begins."""
+        """Note that a forward pass of the chunk begins."""
         self.block = self.blocks[self.calls % len(self.blocks)]
         self.calls += 1
 
@@ -149,7 +149,7 @@ class LayerAblation:
                 on_samples((plan.done(self.runs) - before) * len(self.blocks))
 
     def losses(self) -> dict[Block, float]:
-        """Block -> LM loss in nats per token without it; collective, the same on every rank.
+        """Return block -> LM loss in nats per token without it; collective, the same on every rank.
 
         Raises:
             ValueError: no token of the samples counts for the loss.

@@ -37,7 +37,7 @@ _SUMS = {"mean": ("sum",), "l2": ("squares",), "var": ("sum", "squares")}
 
 
 def partial_sums(x: Tensor, seq: str, dtype: torch.dtype) -> Tensor:
-    """Partial sums of one activation over its local positions.
+    """Return partial sums of one activation over its local positions.
 
     Few operations on few bytes: between the matrix products of a forward pass each of them finds
     its input and its own code out of the caches.
@@ -83,7 +83,7 @@ def sequence_statistic(partials: Tensor, seq: str, positions: int | Tensor) -> T
 
 @cache
 def criterion(name: str) -> Criterion:
-    """The criterion that ``scores.criterion`` names, of this package or of another.
+    """Return the criterion that ``scores.criterion`` names, of this package or of another.
 
     Raises:
         ValueError: the package that adds it cannot be imported.
@@ -152,7 +152,7 @@ class Accumulator:
         self.samples += valid
 
     def scores(self) -> Tensor:
-        """``[m, w]`` fp64 scores of all samples committed (and reduced) so far."""
+        """Return ``[m, w]`` fp64 scores of all samples committed (and reduced) so far."""
         if self.samples == 0:
             raise ValueError("no sample was observed; set data.num_samples to at least 1")
         if self.batch == "l2":
@@ -232,7 +232,7 @@ class BlockInfluence:
         self.tokens += valid * dot.size(1)
 
     def scores(self) -> Tensor:
-        """``[layers]`` fp64 influence of all tokens committed (and reduced) so far."""
+        """Return ``[layers]`` fp64 influence of all tokens committed (and reduced) so far."""
         if self.tokens == 0:
             raise ValueError("no token was observed; set data.num_samples to at least 1")
         return self.sums / self.tokens

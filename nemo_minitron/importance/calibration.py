@@ -37,7 +37,7 @@ class Calibration:
     def of(
         cls, samples: int, data: DataConfig, groups: ParallelGroups, *, interleaved: bool
     ) -> "Calibration":
-        """The calibration on ``samples`` samples at the current layout."""
+        """Return the calibration on ``samples`` samples at the current layout."""
         return cls(
             samples=samples,
             micro_batch_size=data.micro_batch_size,
@@ -49,16 +49,16 @@ class Calibration:
         )
 
     def valid(self, micro_batch: int) -> int:
-        """Leading samples of a micro-batch of this rank that are not filler."""
+        """Return leading samples of a micro-batch of this rank that are not filler."""
         start = (micro_batch * self.dp_size + self.dp_rank) * self.micro_batch_size
         return min(max(self.samples - start, 0), self.micro_batch_size)
 
     def done(self, runs: int) -> int:
-        """Samples of the first ``runs`` runs of the schedule, over all ranks."""
+        """Return samples of the first ``runs`` runs of the schedule, over all ranks."""
         return min(runs * self.global_batch_size, self.samples)
 
     def schedule(self) -> list[int]:
-        """Micro-batches per run of Megatron's schedule: one global batch each, the last cut short.
+        """Return micro-batches per run of the schedule: a global batch, the last one cut short.
 
         Raises:
             ValueError: an interleaved pipeline is given fewer micro-batches than it has stages.
@@ -116,7 +116,7 @@ def calibration_runs(
 
 @contextmanager
 def evaluating(chunks: Sequence[HiddenGPTModel]) -> Iterator[None]:
-    """Evaluation mode for as long as it takes."""
+    """Run the body in evaluation mode."""
     modes = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
@@ -129,7 +129,7 @@ def evaluating(chunks: Sequence[HiddenGPTModel]) -> Iterator[None]:
 
 @contextmanager
 def calibrating(chunks: Sequence[HiddenGPTModel]) -> Iterator[None]:
-    """Evaluation mode and no output layer, for as long as it takes."""
+    """Run the body in evaluation mode and without the output layer."""
     before = [chunk.return_hidden for chunk in chunks]
     for chunk in chunks:
         chunk.return_hidden = True

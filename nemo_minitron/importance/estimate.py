@@ -38,7 +38,7 @@ Samples = Dataset[dict[str, Tensor]]
 
 
 def forward_passes(config: ModelConfig, scores: ScoreConfig, samples: int) -> tuple[int, int]:
-    """Forward passes of a sample: those that record activations, those that measure the LM loss.
+    """Return a sample's forward passes: those that record, and those that measure the LM loss.
 
     Args:
         config: global sizes of the model.
@@ -96,7 +96,7 @@ class _Calibrator:
         self.recorders: list[ChunkRecorder] = []
 
     def run(self, scores: ScoreConfig, vocab_size: int) -> None:
-        """Both loops, from where the saved state is on."""
+        """Run both loops, from where the saved state is on."""
         state = self.saved.load() if self.saved else None
         with calibrating(self.chunks):
             with record(self.chunks, self.groups, scores, self.plan.valid) as self.recorders:
@@ -203,7 +203,7 @@ def collected(
     scores: ScoreConfig,
     seen: tuple[int, int],
 ) -> Scores:
-    """Scores of what was recorded, with what they were made of (collective).
+    """Return scores of what was recorded, with what they were made of (collective).
 
     Args:
         recorders: of this rank's chunks; empty where only losses are measured.
@@ -311,7 +311,7 @@ def _layer_tables(recorders: list[ChunkRecorder], config: ModelConfig) -> dict[s
 
 
 def _final(scores: Tensor, tp_group: dist.ProcessGroup) -> Tensor:
-    """fp32 on the CPU; replicas may differ in the last bit, so one of them decides."""
+    """Return the first TP rank's scores, fp32 on the CPU; ranks may differ in the last bit."""
     scores = scores.float().contiguous()
     if tp_group.size() > 1:
         dist.broadcast(scores, src=dist.get_global_rank(tp_group, 0), group=tp_group)

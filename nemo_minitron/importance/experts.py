@@ -211,12 +211,12 @@ class ExpertRecorder:
 
 
 def _numbers(tokens: Any) -> list[int]:
-    """Tokens of each expert, which Megatron has as a tensor or as a list."""
+    """Return tokens of each expert, which Megatron has as a tensor or as a list."""
     return tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
 
 
 def gather(local: Tensor, group: Group, dim: int) -> Tensor:
-    """Shards of every rank of ``group``, concatenated along ``dim`` in rank order."""
+    """Return shards of every rank of ``group``, concatenated along ``dim`` in rank order."""
     if group.size() == 1:
         return local
     parts = [torch.empty_like(local) for _ in range(group.size())]

@@ -56,7 +56,7 @@ def kinds_of_chunk(chunk: Any) -> list[str]:
 
 
 def rows_seen(axis: Axis, config: Any) -> tuple[int, int]:
-    """First row of what is scored in the dim of its module, and how many there are; global."""
+    """Return the first scored row in the dim of its module, and the number of them (global)."""
     sizes = DIMS[axis.scored_dim].part_sizes(config)
     if axis.seen_part is None:
         return 0, sum(sizes)
@@ -189,7 +189,7 @@ class ChunkRecorder:
     # Hooks: torch gives (module, args[, kwargs][, output]) after the bound arguments.
 
     def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """First layer of a micro-batch: its positions, of which sequence parallelism splits s."""
+        """Note a micro-batch's positions at its first layer; sequence parallelism splits s."""
         length, self._size = (args[0] if args else kwargs["hidden_states"]).shape[:2]
         self._positions = length * self._ranks if self._split else length
 
@@ -245,7 +245,7 @@ class ChunkRecorder:
         return hidden[length * rank // ranks : length * (rank + 1) // ranks]
 
     def _finish(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """End of one micro-batch: complete the samples over the ranks that share them."""
+        """Complete a micro-batch's samples over the ranks that share them."""
         valid, positions = self._valid_now(), self._positions * self.groups.cp.size()
         self.micro_batches += 1
         self.samples += valid
@@ -302,7 +302,7 @@ class ChunkRecorder:
 def _block_angles(
     chunks: Sequence[Any], groups: ParallelGroups, scores: ScoreConfig
 ) -> BlockAngles | None:
-    """The accumulator of block angles that all chunks of this rank feed."""
+    """Return the accumulator of block angles that all chunks of this rank feed."""
     if not scores.layers_by("block_angular"):
         return None
     num_layers = chunks[0].config.num_layers

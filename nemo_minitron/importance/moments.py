@@ -32,7 +32,7 @@ from nemo_minitron.runtime.groups import ParallelGroups
 
 
 def scored_module(block: Any, axis: Axis) -> nn.Module:
-    """The module of a transformer layer whose input is scored for an axis.
+    """Return the module of a transformer layer whose input is scored for an axis.
 
     Raises:
         ValueError: the layer has no such module.

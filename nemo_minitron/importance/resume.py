@@ -92,7 +92,7 @@ class SavedState:
         )
 
     def _find(self) -> tuple[int, int, list[str] | None] | None:
-        """Newest complete state, samples done by then, hashes by rank (rank 0).
+        """Return the newest complete state, samples done by then, hashes by rank (rank 0).
 
         States of earlier versions have no hashes.
         """
@@ -151,7 +151,7 @@ class SavedState:
         shutil.rmtree(self.folder / str(before), ignore_errors=True)
 
     def remove(self) -> None:
-        """Forget all of it: the scores are there."""
+        """Remove all saved states: the scores are there."""
         dist.barrier(group=dist.group.WORLD)
         if dist.get_rank() == 0:
             shutil.rmtree(self.folder, ignore_errors=True)

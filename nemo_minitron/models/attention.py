@@ -25,7 +25,7 @@ from torch import Tensor
 def zigzag_positions(
     local_length: int, rank: int, size: int, device: torch.device | None = None
 ) -> Tensor:
-    """Global positions of the tokens a context-parallel rank holds.
+    """Return global positions of the tokens a context-parallel rank holds.
 
     Args:
         local_length: tokens on this rank, two equal chunks.
@@ -46,13 +46,13 @@ def zigzag_positions(
 
 
 def gathered_positions(local_length: int, size: int, device: torch.device | None = None) -> Tensor:
-    """``[s * cp]`` global positions of gathered tokens, those of the first rank first."""
+    """Return ``[s * cp]`` global positions of gathered tokens, those of the first rank first."""
     ranks = [zigzag_positions(local_length, rank, size, device) for rank in range(size)]
     return torch.cat(ranks)
 
 
 def gather_sequence(local: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
-    """Tokens of all context-parallel ranks, ``[s, ...]`` to ``[s * cp, ...]``.
+    """Return tokens of all context-parallel ranks, ``[s, ...]`` to ``[s * cp, ...]``.
 
     Each rank gets its part of the summed gradient: sequence parallelism does the same.
     """
@@ -68,7 +68,7 @@ def causal_mask(
     device: torch.device | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """``[s, s * cp]`` boolean mask of this rank's queries over all keys in gathered order.
+    """Return ``[s, s * cp]`` boolean mask of this rank's queries over all keys in gathered order.
 
     It is made where it is used: copying it to a GPU would have the host wait in every layer.
 
@@ -87,7 +87,7 @@ def causal_mask(
 
 
 def capped(x: Tensor, cap: float | None) -> Tensor:
-    """``x`` where there is no cap, else what comes near the cap and never exceeds it."""
+    """Return ``x`` without a cap, else values that come near the cap and never exceed it."""
     return x if cap is None else torch.tanh(x / cap) * cap
 
 
@@ -233,7 +233,7 @@ class LocalAttention(torch.nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
     ) -> dict[str, Any]:
-        """The sinks as Megatron stores a tensor that is split along its first dim."""
+        """Return the sinks as Megatron stores a tensor that is split along its first dim."""
         state: dict[str, Any] = make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,

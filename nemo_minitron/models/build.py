@@ -43,7 +43,7 @@ from nemo_minitron.runtime.megatron import HAVE_DELTA_NET, HAVE_HYBRID
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRECISION_DTYPES = {"32": torch.float32, "bf16-mixed": torch.bfloat16}
-"""Of the weights in memory, by ``precision``."""
+"""Dtype of the weights in memory, by ``precision``."""
 _NOT_MEGATRONS = (
     "multipliers",
     "apply_embedding_scaling",
@@ -51,7 +51,7 @@ _NOT_MEGATRONS = (
     "final_logit_softcapping",
     "rotary_base_local",
 )
-"""No fields of Megatron's; the code of this package looks for them in its configuration."""
+"""Settings that are no fields of Megatron's, and that this package's modules look up."""
 
 
 class HiddenGPTModel(HiddenModel, GPTModel):
@@ -79,7 +79,7 @@ def transformer_config(
     dtype: torch.dtype,
     settings: Mapping[str, Any] | None = None,
 ) -> TransformerConfig:
-    """Megatron's configuration of this model at this layout; ``settings`` as in ``build_gpt``.
+    """Return Megatron's configuration of this model and layout; ``settings`` as in ``build_gpt``.
 
     What is set by name here is what ``config/megatron_owned.py`` lists as set elsewhere.
 
@@ -163,7 +163,7 @@ def transformer_config(
 def _refuse(
     family: Family, config: ModelConfig, parallel: ParallelConfig, given: Mapping[str, Any]
 ) -> None:
-    """Settings that change the model, and layouts that Transformer Engine has no windows for."""
+    """Refuse settings that change the model, and layouts without windows in Transformer Engine."""
     for name in sorted(family.megatron.keys() & given.keys()):
         raise ValueError(
             f"megatron.transformer.{name}={given[name]} is not supported for family "
@@ -188,7 +188,7 @@ def _refuse(
 
 
 def _split_fields(config: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
-    """How layers are split over the pipeline; a hybrid model is told by its pattern."""
+    """Return how layers are split over the pipeline; a hybrid model is told by its pattern."""
     names = (
         "num_layers_in_first_pipeline_stage",
         "num_layers_in_last_pipeline_stage",
@@ -199,7 +199,7 @@ def _split_fields(config: ModelConfig, parallel: ParallelConfig) -> dict[str, An
 
 
 def layer_spec(family: Family) -> Callable[..., Any]:
-    """The function that makes the layers of a family (``Family.layer_spec``)."""
+    """Return the function that makes the layers of a family (``Family.layer_spec``)."""
     module, _, name = family.layer_spec.partition(":")
     found: Callable[..., Any] = getattr(importlib.import_module(module), name)
     return found
@@ -323,7 +323,7 @@ def hybrid_builder(parallel: ParallelConfig) -> Callable[..., Any]:
 
 
 def unwrap(module: torch.nn.Module) -> HiddenGPTModel:
-    """The GPT model inside Megatron's DDP and Float16Module wrappers."""
+    """Return the GPT model inside Megatron's DDP and Float16Module wrappers."""
     from megatron.core.distributed import DistributedDataParallel
 
     while isinstance(module, DistributedDataParallel | Float16Module):

@@ -22,7 +22,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def activation_fields(config: ModelConfig) -> dict[str, Any]:
-    """Fields of ``TransformerConfig``: the function, and what is done around a gate."""
+    """Return fields of ``TransformerConfig``: the function, and what is done around a gate."""
     return {
         "gated_linear_unit": config.gated_linear_unit,
         "activation_func": _ACTIVATIONS[config.activation],
@@ -32,7 +32,7 @@ def activation_fields(config: ModelConfig) -> dict[str, Any]:
 
 
 def router_fields(config: ModelConfig) -> dict[str, Any]:
-    """Fields of a router that picks experts by more than a softmax."""
+    """Return fields of a router that picks experts by more than a softmax."""
     found = {
         "moe_router_topk_scaling_factor": config.moe_router_topk_scaling_factor,
         "moe_router_num_groups": config.moe_router_num_groups,
@@ -50,13 +50,13 @@ def router_fields(config: ModelConfig) -> dict[str, Any]:
 
 
 def mamba_fields(config: ModelConfig) -> dict[str, Any]:
-    """Sizes of Mamba layers, if there are any."""
+    """Return sizes of Mamba layers, if there are any."""
     names = ("mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim")
     return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
 
 
 def linear_fields(config: ModelConfig) -> dict[str, Any]:
-    """Fields of gated delta nets and gated attention, if there are any."""
+    """Return fields of gated delta nets and gated attention, if there are any."""
     found: dict[str, Any] = {}
     if config.attention_output_gate:
         found["attention_output_gate"] = True

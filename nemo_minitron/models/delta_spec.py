@@ -69,7 +69,7 @@ class DeltaNet(GatedDeltaNet):
 
 
 def block_spec(config: TransformerConfig, vp_stage: int | None, pp_rank: int) -> Any:
-    """Spec of this stage's transformer block; see ``models.spec.block_spec``.
+    """Return the spec of this stage's transformer block; see ``models.spec.block_spec``.
 
     Raises:
         ValueError: there is a GPU, but no kernels for gated delta nets.
@@ -106,7 +106,7 @@ def _use_delta_net(layer: Any) -> None:
 
 
 def _te_block(config: TransformerConfig, vp_stage: int | None, pp_rank: int) -> Any:
-    """Megatron's own layers of Transformer Engine."""
+    """Return Megatron's own layers of Transformer Engine."""
     from megatron.core.models.gpt import experimental_attention_variant_module_specs as own
 
     spec = own.get_transformer_block_with_experimental_attention_variant_spec(

@@ -94,7 +94,7 @@ class DistillationGPTModel(MinitronGPTModel):
     def _pass_with(
         self, losses: IntermediateLosses, micro_batches: list[Batch], weight: Tensor | None
     ) -> StepSums[Tensor]:
-        """One pass with intermediate losses of this weight; None only measures them."""
+        """Run one pass with intermediate losses of this weight; None only measures them."""
         train = weight is not None
         with losses.attached(self.chunks, micro_batches, weight):
             sums = super().student_pass(micro_batches, train=train, keep=not train)
@@ -109,11 +109,11 @@ class DistillationGPTModel(MinitronGPTModel):
         return optimizers
 
     def leave_out(self) -> None:
-        """The weight of the intermediate losses does not follow a batch that taught nothing."""
+        """Put the weight of the intermediate losses back: the batch taught nothing."""
         self.alpha.put_back()
 
     def step_losses(self, sums: StepSums[float]) -> dict[str, float]:
-        """The weighted intermediate losses are part of ``loss``; all parts are logged too."""
+        """Return what is logged: ``loss``, intermediate losses included, and all its parts."""
         losses = super().step_losses(sums)
         if self.intermediate is None:
             return losses
@@ -135,7 +135,7 @@ class DistillationGPTModel(MinitronGPTModel):
             self.intermediate.check_checkpoint(folder)
 
     def load_learned(self, state: dict[str, Any]) -> None:
-        """As the base, and the weight of the intermediate losses.
+        """Load what the base class does, and the weight of the intermediate losses.
 
         Raises:
             ValueError: the checkpoint was written without intermediate losses.

@@ -22,7 +22,7 @@ from nemo_minitron.models.attention import causal_mask, gathered_positions, zigz
 from nemo_minitron.models.spec import HAVE_TE
 
 DOCUMENTS = "documents"
-"""Of a batch: ``[b, S]`` numbers of the document at each position, whole on every rank."""
+"""Key of a batch: ``[b, S]`` number of the document at each position, whole on every rank."""
 
 
 @dataclass
@@ -34,10 +34,10 @@ class SharedSamples(PackedSeqParams):
     group: Any = None
     """The context-parallel group."""
     masks: dict[int | None, Tensor] = field(default_factory=dict)
-    """Window -> mask."""
+    """Mask of each size of window."""
 
     def mask(self, local_length: int, window: int | None) -> Tensor:
-        """``[b, 1, s, S]``: true where a query of this rank sees a key, in gathered order.
+        """Return ``[b, 1, s, S]``: true where a query of this rank sees a key, in gathered order.
 
         Args:
             local_length: positions of this rank.
@@ -53,7 +53,7 @@ class SharedSamples(PackedSeqParams):
         return self.masks[window]
 
     def positions(self, local_length: int) -> Tensor:
-        """``[b, s]``: positions of this rank's tokens in their documents."""
+        """Return ``[b, s]``: positions of this rank's tokens in their documents."""
         assert self.documents is not None
         whole = torch.arange(self.documents.size(1), device=self.documents.device)
         begins = self.documents[:, 1:] != self.documents[:, :-1]
@@ -95,7 +95,7 @@ def shared_samples(chunk: Any, documents: Tensor | None) -> PackedSeqParams | No
 
 
 def rotary_of_positions(rotary: Tensor, position_ids: Tensor) -> Tensor:
-    """The rotation at each position.
+    """Return the rotation at each position.
 
     Args:
         rotary: ``[S, 1, 1, d]`` angles of all positions.

@@ -39,7 +39,7 @@ def build_empty_gpt(
 
 @contextmanager
 def _emptied_parameters() -> Iterator[Shapes]:
-    """Parameters of modules built here are emptied as soon as their module is complete.
+    """Empty the parameters of each module built inside as soon as it is complete.
 
     Embeddings and output layer are left alone: Megatron synchronises tied ones as it builds them.
     """

@@ -37,7 +37,7 @@ _UNEVEN = (
 
 
 def config_of(chunk: Any) -> ModelConfig:
-    """Global sizes and switches of the model that a chunk is a part of.
+    """Return global sizes and switches of the model that a chunk is a part of.
 
     The vocabulary of a model that another program built is the padded one.
 
@@ -59,7 +59,7 @@ def config_of(chunk: Any) -> ModelConfig:
 
 
 def _stated(chunk: Any) -> dict[str, Any]:
-    """Settings by the names of Megatron's TransformerConfig and GPTModel."""
+    """Return settings by the names of Megatron's TransformerConfig and GPTModel."""
     rotary = getattr(chunk, "rotary_pos_emb", None)
     own = ("position_embedding_type", "rotary_percent", "rotary_base", "hybrid_layer_pattern")
     values = {
@@ -83,7 +83,7 @@ def _stated(chunk: Any) -> dict[str, Any]:
 
 
 def _rotation(inv_freq: torch.Tensor, kv_channels: int) -> dict[str, float]:
-    """Base and share of the rotary positions of a HybridModel, which keeps the frequencies alone.
+    """Return base and share of a HybridModel's rotary positions, from the frequencies it keeps.
 
     Raises:
         ValueError: they are not those of a base, as of YaRN.
@@ -101,14 +101,14 @@ def _rotation(inv_freq: torch.Tensor, kv_channels: int) -> dict[str, float]:
 
 
 def _named(function: Any) -> Any:
-    """An activation function as the YAML files of Megatron-Bridge write it."""
+    """Return an activation function as the YAML files of Megatron-Bridge write it."""
     if isinstance(function, functools.partial):
         return {"_target_": _named(function.func), **function.keywords}
     return getattr(function, "__name__", str(function))
 
 
 def layout_of(chunk: Any) -> ParallelConfig:
-    """The layout that a chunk was built for, which must be the initialised one.
+    """Return the layout that a chunk was built for, which must be the initialised one.
 
     Raises:
         ValueError: Megatron's groups are not initialised, or experts or layers are split in a way
@@ -251,7 +251,7 @@ def _build_like(
 def _resized(
     old: TransformerConfig, config: ModelConfig, pruned: ModelConfig, layout: ParallelConfig
 ) -> TransformerConfig:
-    """Megatron's configuration with other sizes, and nothing of the training of the old model."""
+    """Return Megatron's configuration with other sizes, without what training left in the old."""
     mcore = copy.copy(old)
     changed = {
         name: value
@@ -275,7 +275,7 @@ def _resized(
 def _arguments(
     like: Any, mcore: TransformerConfig, groups: ParallelGroups, vp_stage: int | None
 ) -> dict[str, Any]:
-    """Arguments of the constructors of GPTModel and HybridModel that make a model like this."""
+    """Return the arguments of GPTModel or HybridModel that make a model like this."""
     chunks = mcore.virtual_pipeline_model_parallel_size or 1
     stage = vp_stage or 0
     same = (
@@ -297,7 +297,7 @@ def _arguments(
 
 
 def _spec(like: Any, mcore: TransformerConfig, vp_stage: int | None, pp_rank: int) -> Any:
-    """The layer spec, with as many layers as the stage now has where it lists them."""
+    """Return the layer spec, with as many layers as the stage now has where it lists them."""
     spec = like.transformer_layer_spec
     block = _block_of(spec)
     if not hasattr(block, "layer_specs") or mcore.num_layers == like.config.num_layers:

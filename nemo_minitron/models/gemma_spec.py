@@ -54,7 +54,7 @@ class TwoBaseAttention(SelfAttention):
 
 
 def block_spec(config: TransformerConfig, vp_stage: int | None, pp_rank: int) -> Any:
-    """Spec of this stage's transformer block; see ``models.spec.block_spec``."""
+    """Return the spec of this stage's transformer block; see ``models.spec.block_spec``."""
     spec = common_spec(config, vp_stage, pp_rank)
     for layer in getattr(spec, "layer_specs", [spec]):
         _rebuild(layer.submodules, config)

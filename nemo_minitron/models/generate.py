@@ -16,7 +16,7 @@ from nemo_minitron.runtime.worlds import barrier
 
 
 def read_samples(folder: Path) -> dict[int, list[int]]:
-    """New tokens of every sample that was written, by its number.
+    """Return new tokens of every sample that was written, by its number.
 
     Raises:
         ValueError: a file is damaged.
@@ -95,7 +95,7 @@ class SampleWriter:
         return sum(counts)
 
     def _missing(self) -> list[int]:
-        """Numbers of the samples to write, as rank 0 sees them (collective)."""
+        """Return numbers of the samples to write, as rank 0 sees them (collective)."""
 
         def look() -> list[int]:
             self.folder.mkdir(exist_ok=True)
@@ -105,7 +105,7 @@ class SampleWriter:
         return from_first(look)
 
     def _continuations(self, indices: list[int]) -> dict[int, list[int]]:
-        """New tokens by sample; prompts of similar length go together."""
+        """Return new tokens by sample; prompts of similar length go together."""
         order = sorted(indices, key=lambda index: (len(self.prompts[index]), index))
         found: dict[int, list[int]] = {}
         for start in range(0, len(order), self.batch_size):

@@ -163,10 +163,10 @@ class MinitronGPTModel(ModelPT):
     # ---- data
 
     def setup_training_data(self, train_data_config: object) -> None:
-        """Nothing at construction: stages give loaders through ``set_loaders``."""
+        """Do nothing at construction: stages give loaders through ``set_loaders``."""
 
     def setup_validation_data(self, val_data_config: object) -> None:
-        """Nothing at construction: stages give loaders through ``set_loaders``."""
+        """Do nothing at construction: stages give loaders through ``set_loaders``."""
 
     def set_loaders(self, train: Iterable[Batch], validation: Iterable[Batch] | None) -> None:
         """Attach loaders of micro-batches (``data.sampler.build_dataloader``)."""
@@ -193,7 +193,7 @@ class MinitronGPTModel(ModelPT):
         return [self._optimizer]
 
     def on_fit_end(self) -> None:
-        """Training is over: what it held can be freed with the model."""
+        """Free what training held: it is over."""
         super().on_fit_end()
         free_training(list(self.model))
 
@@ -233,17 +233,17 @@ class MinitronGPTModel(ModelPT):
     def loss(
         self, batch: Batch, hidden: Tensor, teacher: TeacherStates | TopKTargets | None
     ) -> tuple[Tensor, StepSums[Tensor]]:
-        """Summed loss of a micro-batch, and its parts (last stage)."""
+        """Return the summed loss of a micro-batch, and its parts (last stage)."""
         model: torch.nn.Module = self.model[-1]
         return micro_batch_loss(model, batch, hidden, teacher, self.distillation, self.shard)
 
     def forward_backward(self, micro_batches: list[Batch]) -> StepSums[Tensor]:
-        """One global batch forward and backward; gradients are left in Megatron's buffers."""
+        """Run one global batch forward and backward; gradients stay in Megatron's buffers."""
         self.objective.prepare(micro_batches, train=True)
         return self.student_pass(micro_batches, train=True)
 
     def evaluate_batch(self, micro_batches: list[Batch]) -> StepSums[Tensor]:
-        """Sums of one global batch, forward only."""
+        """Run one global batch forward only, and return its sums."""
         self.objective.prepare(micro_batches, train=False)
         return self.student_pass(micro_batches, train=False)
 
@@ -279,7 +279,7 @@ class MinitronGPTModel(ModelPT):
         return [on_this_cp_rank(micro_batch, self.groups) for micro_batch in batch]
 
     def training_step(self, batch: list[Batch], batch_idx: int) -> None:
-        """One optimizer step over a global batch (this rank's micro-batches).
+        """Take an optimizer step over a global batch (this rank's micro-batches).
 
         A batch without a target token counts as a step with loss 0 that changes neither weights
         nor optimizer state; the learning-rate schedule goes on. A spike changes as little.
@@ -315,10 +315,10 @@ class MinitronGPTModel(ModelPT):
             self._log_step(values, lr, grad_norm)
 
     def leave_out(self) -> None:
-        """Put back what a step changed although it was left out; there is nothing here."""
+        """Put back what a left-out step changed; here there is nothing to put back."""
 
     def step_losses(self, sums: StepSums[float]) -> dict[str, float]:
-        """Losses per token of a step: ``loss`` is what was trained on, its parts follow."""
+        """Return losses per token of a step: ``loss`` is what was trained on, its parts follow."""
         return losses_per_token(sums, self.distillation)
 
     def _log_step(self, sums: StepSums[float], lr: float, grad_norm: float | None) -> None:

@@ -55,7 +55,7 @@ class ExpertRowParallelLinear(RowParallelLinear):
 
 
 def block_spec(config: TransformerConfig, vp_stage: int | None, pp_rank: int) -> Any:
-    """Spec of this stage's transformer block; see ``models.spec.local_block``."""
+    """Return the spec of this stage's transformer block; see ``models.spec.local_block``."""
     spec = local_block(config, vp_stage, pp_rank)
     for layer in spec.layer_specs:
         experts = mlp_submodules(layer.submodules.mlp).experts

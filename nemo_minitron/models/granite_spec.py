@@ -51,7 +51,7 @@ class LastNorm:
 
 
 def block_spec(config: TransformerConfig, vp_stage: int | None, pp_rank: int) -> Any:
-    """Spec of this stage's transformer block; see ``models.spec.block_spec``."""
+    """Return the spec of this stage's transformer block; see ``models.spec.block_spec``."""
     spec = common_spec(config, vp_stage, pp_rank)
     count = get_num_layers_to_build(config, vp_stage, pp_rank)
     layers = getattr(spec, "layer_specs", [spec] * count)

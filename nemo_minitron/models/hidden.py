@@ -23,7 +23,7 @@ class HiddenModel:
     settings: Mapping[str, Any] = MappingProxyType({})
     """What ``build_gpt`` was given, for a smaller model of the same kind."""
     built_from: "tuple[ModelConfig, ParallelConfig] | None" = None
-    """What else ``build_gpt`` was given."""
+    """Sizes and layout that ``build_gpt`` was given."""
 
     @property
     def logit_cap(self: Any) -> float | None:
@@ -31,12 +31,12 @@ class HiddenModel:
         return logit_cap(self)
 
     def output_weight(self: Any) -> Tensor:
-        """Local ``[v / tp, h]`` weight of the output layer (last stage only)."""
+        """Return the local ``[v / tp, h]`` weight of the output layer (last stage only)."""
         return output_weight(self)
 
 
 def output_weight(chunk: Any) -> Tensor:
-    """Local ``[v / tp, h]`` weight of the output layer of a model of Megatron-Core (last stage)."""
+    """Return a Megatron model's local ``[v / tp, h]`` weight of the output layer (last stage)."""
     weight: Tensor
     if chunk.share_embeddings_and_output_weights:
         weight = chunk.shared_embedding_or_output_weight()

@@ -92,7 +92,7 @@ class History(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *args: object
     ) -> None:
-        """Keep what the step logged."""
+        """Keep what the step logged, with the speed since the last log line."""
         metrics = pl_module.last_metrics
         if metrics:
             now, step = time.monotonic(), trainer.global_step
@@ -136,7 +136,7 @@ class History(Callback):
             )
 
     def _epochs(self, pl_module: LightningModule, step: int) -> dict[str, float]:
-        """How often each source of a blend was read."""
+        """Return how often each source of a blend was read."""
         epochs = self.course.epochs(step)
         for name, value in epochs.items():
             pl_module.log(f"epochs/{name}", value, batch_size=1)

@@ -116,7 +116,7 @@ def build_hybrid_chunk(
     vp_stage: int | None,
     max_sequence_length: int,
 ) -> HiddenHybridModel:
-    """One chunk of a hybrid model, weights uninitialised; see ``models.build.build_gpt``.
+    """Return one chunk of a hybrid model, weights uninitialised; see ``models.build.build_gpt``.
 
     Raises:
         ValueError: there is a GPU, but no kernels for Mamba layers.
@@ -148,7 +148,7 @@ def build_hybrid_chunk(
 
 
 def stack_spec(config: TransformerConfig) -> ModuleSpec:
-    """Spec of a hybrid model's layers, whatever their order."""
+    """Return the spec of a hybrid model's layers, whatever their order."""
     if HAVE_TE:
         from megatron.core.extensions.transformer_engine import TENorm
         from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec

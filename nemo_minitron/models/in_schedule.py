@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -88,7 +88,7 @@ class Distillation:
 
     @torch.no_grad()
     def _teacher_pass(self, student: Any, batch: MicroBatch) -> Tensor:
-        """Output ``[s, b, H]`` of the teacher's chunk of the stage at which a student's chunk is.
+        """Return the output ``[s, b, H]`` of the teacher's chunk at a student chunk's stage.
 
         A stage runs a micro-batch after the one before it has, so its states are on their way.
         """
@@ -117,7 +117,7 @@ class Distillation:
     def _loss(
         self, model: nn.Module, batch: MicroBatch, states: Tensor, hidden: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The schedule calls it on the last stage."""
+        """Return the loss of a micro-batch; the schedule calls this on the last stage."""
         teacher = self._teacher
         targets = teacher_states(teacher, states)
         shard = VocabShard(self._groups.tp, self._vocab_size, output_weight(unwrap(model)).size(0))
@@ -129,41 +129,40 @@ class Distillation:
 
 
 def _neighbour(pp: dist.ProcessGroup, distance: int) -> int:
-    """Global rank of a stage in the ring of the pipeline."""
+    """Return the global rank of a stage in the ring of the pipeline."""
     return dist.get_global_rank(pp, (pp.rank() + distance) % pp.size())
 
 
 def _edges(pp: dist.ProcessGroup, device: torch.device) -> tuple[Edge, Edge]:
-    """Groups of two ranks: with the stage before this one, and with the one after it (collective).
+    """Make groups with the stage before this one and with the one after it (collective).
 
     NCCL runs what one communicator is given one after another, and a send ends when it is received.
     Where both directions of a pair share one, or several pairs do, each of the ranks may have to
     receive what stands behind a send of its own. So every edge of the ring has a communicator.
     """
-    me, mine = dist.get_rank(), dist.get_process_group_ranks(pp)
-    before: Edge = None
-    after: Edge = None
+    mine = dist.get_process_group_ranks(pp)
     if len(mine) == 1:
-        return before, after
+        return None, None
     pipelines = [mine] * dist.get_world_size()
     dist.all_gather_object(pipelines, mine, group=dist.group.WORLD)
+    edges: dict[tuple[int, int], dist.ProcessGroup] = {}
     for stages in sorted(set(map(tuple, pipelines))):
-        for source, target in zip(stages, (*stages[1:], stages[0]), strict=True):
+        for edge in zip(stages, (*stages[1:], stages[0]), strict=True):
             # A call of all ranks: names that torch before 2.14 gives groups whose members alone
             # make them depend on how many groups each of these has seen.
-            group = dist.new_group([source, target])
-            if me not in (source, target):
-                continue
-            assert isinstance(group, dist.ProcessGroup)  # this rank is in it
-            # NCCL connects at the first message, and both wait. In the schedule the receiver may
-            # be waiting for the student's stage before, which comes after the teacher's.
-            word = torch.zeros(1, device=device)
-            if me == source:
-                after = group
-                dist.send(word, target, group)
-            else:
-                before = group
-                dist.recv(word, source, group)
+            edges[edge] = cast("dist.ProcessGroup", dist.new_group(edge))
+    me, previous, following = dist.get_rank(), _neighbour(pp, -1), _neighbour(pp, 1)
+    before, after = edges[previous, me], edges[me, following]
+    # NCCL connects at the first message, and both ranks wait. In the schedule the receiver may be
+    # waiting for the student's stage before, which comes after the teacher's. Even stages begin
+    # with the stage after them and odd ones with the one before, so all edges connect at once.
+    word = torch.zeros(1, device=device)
+    meetings: list[Callable[[], object]] = [
+        partial(dist.send, word, following, after),
+        partial(dist.recv, word, previous, before),
+    ]
+    for meet in meetings if pp.rank() % 2 == 0 else reversed(meetings):
+        meet()
     return before, after
 
 

@@ -109,7 +109,7 @@ class CachedModel:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of this rank's keys and values."""
+        """Return the bytes of this rank's keys and values."""
         assert self._wrapper is not None
         pairs = self._wrapper.inference_context.key_value_memory_dict.values()
         return sum(tensor.nbytes for pair in pairs for tensor in pair)
@@ -224,6 +224,6 @@ def continue_prompts(
 
 
 def _until_stop(ids: list[int], stop_ids: frozenset[int]) -> list[int]:
-    """Up to the first stop token, which stays."""
+    """Cut tokens behind the first stop token, which stays."""
     end = next((at + 1 for at, token in enumerate(ids) if token in stop_ids), len(ids))
     return ids[:end]

@@ -196,7 +196,7 @@ class IntermediateLosses:
         micro_batches: Sequence[Batch],
         weight: Tensor | None,
     ) -> Use:
-        """The hook of one loss. A chunk sees its micro-batches in order, in forward and backward.
+        """Hook one loss in. A chunk sees its micro-batches in order, in forward and backward.
 
         Under activation recompute a layer runs without gradients first and again, with gradients,
         in the backward: the losses belong to the pass with gradients.
@@ -227,7 +227,7 @@ class IntermediateLosses:
     def _loss(
         self, pair: Pair, chunk: HiddenGPTModel, states: States, teacher: States, mask: Tensor
     ) -> Tensor:
-        """Sum over this rank's tokens; ``mask`` is ``[s, b]`` of the full local sequence."""
+        """Return sum over this rank's tokens; ``mask`` is ``[s, b]`` of the full local sequence."""
         if pair.kind == "attention_relation":
             return relation_loss(
                 states,
@@ -257,13 +257,13 @@ class IntermediateLosses:
     # ---- numbers
 
     def reduced(self) -> Tensor:
-        """``[pairs]`` sums over the global batch, the same on every rank (collective)."""
+        """Return ``[pairs]`` sums over the global batch, the same on every rank (collective)."""
         dist.all_reduce(self.sums, group=self.groups.mp)
         dist.all_reduce(self.sums, group=self.groups.dp_cp)
         return self.sums
 
     def per_token(self, tokens: float) -> dict[str, float]:
-        """Losses of the pass that ran last, in the order in which they are logged."""
+        """Return losses of the pass that ran last, in the order in which they are logged."""
         sums = zip(self.pairs, self.sums.tolist(), strict=True)
         return {f"intermediate/{loss_name(pair)}": value / tokens for pair, value in sums}
 

@@ -129,7 +129,7 @@ class LatentAttention(MLASelfAttention):
         return out
 
     def _up(self, inputs: int, outputs: int) -> ColumnParallelLinear:
-        """A projection whose rows are those of heads."""
+        """Make a projection whose output rows belong to heads."""
         return ColumnParallelLinear(
             inputs,
             outputs,

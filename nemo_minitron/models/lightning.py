@@ -88,11 +88,11 @@ class MegatronStrategy(SingleDeviceStrategy):
         return box[0]
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Nothing: weights are saved sharded."""
+        """Return nothing: weights are saved sharded."""
         return {}
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Nothing: optimizer state is saved sharded."""
+        """Return nothing: optimizer state is saved sharded."""
         return {}
 
     def save_checkpoint(
@@ -111,11 +111,11 @@ class MegatronStrategy(SingleDeviceStrategy):
         self._saver.settle(wait=wait)
 
     def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
-        """Look once per step whether one is complete."""
+        """Look once per step whether a checkpoint that is being written is complete."""
         self.settle(wait=False)
 
     def on_train_end(self) -> None:
-        """Wait for the last one."""
+        """Wait until the last checkpoint is written."""
         self.settle(wait=True)
 
     def _check(self, folder: Path) -> None:
@@ -149,10 +149,10 @@ class MegatronStrategy(SingleDeviceStrategy):
         return loaded
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Nothing left to do after ``load_checkpoint``."""
+        """Do nothing: ``load_checkpoint`` has loaded all of it."""
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Nothing left to do after ``load_checkpoint``."""
+        """Do nothing: ``load_checkpoint`` has loaded all of it."""
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
         """Delete a training checkpoint, unless it is one of every ``keep_every_n_steps``."""

@@ -20,7 +20,7 @@ _GOES_ON = {"comet": "experiment_key", "mlflow": "run_id"}
 
 
 def log_with_nemo(trainer: Trainer, folder: Path, config: ExpManagerConfig, done: int) -> None:
-    """Loggers and log files through NeMo's exp_manager; our own callbacks do the rest.
+    """Set up loggers and log files by NeMo's exp_manager; our own callbacks do the rest.
 
     Args:
         trainer: gets them.

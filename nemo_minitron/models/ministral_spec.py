@@ -16,7 +16,7 @@ from nemo_minitron.models.spec import block_spec as common_spec
 
 
 def query_scale(positions: Tensor, beta: float, length: int) -> Tensor:
-    """fp32 of the same shape: what queries at these positions are multiplied by."""
+    """Return fp32 of the same shape: what queries at these positions are multiplied by."""
     return 1 + beta * torch.log(1 + torch.floor(positions / length))
 
 
@@ -60,7 +60,7 @@ class ScaledQueryAttention(LocalAttention):
 
 
 def block_spec(config: TransformerConfig, vp_stage: int | None, pp_rank: int) -> Any:
-    """Spec of this stage's transformer block; see ``models.spec.block_spec``."""
+    """Return the spec of this stage's transformer block; see ``models.spec.block_spec``."""
     spec = common_spec(config, vp_stage, pp_rank)
     for layer in getattr(spec, "layer_specs", [spec]):
         layer.submodules.self_attention.submodules.core_attention = ScaledQueryAttention

@@ -41,7 +41,7 @@ WEIGHTS = "model_weights"
 
 
 def result_config(result: Path, parallel: ParallelConfig) -> DictConfig:
-    """Config of a MinitronGPTModel with the sizes and the tokenizer of a result folder.
+    """Return the config of a MinitronGPTModel with the sizes and the tokenizer of a result folder.
 
     Training settings are defaults; give the model others before it is trained.
 
@@ -107,7 +107,7 @@ def _unpack(path: Path, folder: Path) -> None:
 
 
 def _layout(stored: ParallelConfig, config: ModelConfig) -> ParallelConfig:
-    """The layout of the running ranks: the stored one if its degrees are theirs."""
+    """Return the layout of the running ranks: the stored one if its degrees are theirs."""
     degrees: dict[str, Any] = initialised_degrees()
     if all(getattr(stored, name) == value for name, value in degrees.items()):
         return stored

@@ -33,7 +33,7 @@ def normed_input(linear: "TELayerNormColumnParallelLinear", x: Tensor) -> Tensor
 
 
 def final_norm(chunk: Any) -> nn.Module | None:
-    """The norm before the output layer, None on other stages than the last."""
+    """Return the norm before the output layer, None on other stages than the last."""
     decoder = chunk.decoder
     found: nn.Module | None = getattr(decoder, "final_norm", None)  # of a hybrid model
     return getattr(decoder, "final_layernorm", None) if found is None else found

@@ -52,7 +52,7 @@ def micro_batch_loss(
     settings: DistillationConfig,
     shard: VocabShard,
 ) -> tuple[Tensor, StepSums[Tensor]]:
-    """Summed loss of a micro-batch, and its parts (last stage).
+    """Return the summed loss of a micro-batch, and its parts (last stage).
 
     Args:
         model: the chunk with the output layer, wrapped for training or not.
@@ -104,7 +104,7 @@ def _prediction_loss(
     settings: DistillationConfig,
     shard: VocabShard,
 ) -> tuple[Tensor, Tensor]:
-    """Loss of the layer for multi-token prediction, to be trained on and as a number.
+    """Return the loss of the layer for multi-token prediction, to be trained on and as a number.
 
     It is that of the logits against the teacher's of the same kind, and the cross entropy where
     the teacher has none (docs/design/mtp.md).
@@ -132,7 +132,7 @@ def add_up(parts: Sequence[StepSums[Tensor]]) -> StepSums[Tensor]:
 
 
 def reduced(parts: Sequence[StepSums[Tensor]], groups: ParallelGroups) -> StepSums[Tensor]:
-    """Sums of the global batch, the same on every rank (collective).
+    """Return sums of the global batch, the same on every rank (collective).
 
     Args:
         parts: the sums of this rank's micro-batches on the last pipeline stage, else empty.
@@ -180,10 +180,10 @@ class LabelsAlone:
     """No teacher: the loss is the cross entropy of the labels."""
 
     def prepare(self, micro_batches: list[Batch], *, train: bool) -> None:
-        """Nothing has to be prepared."""
+        """Prepare nothing: there is no teacher."""
 
     def targets(self, index: int, batch: Batch, *, keep: bool) -> None:
-        """There is no teacher to compare with."""
+        """Return None: there is no teacher to compare with."""
 
 
 class StoredOutputs:
@@ -194,7 +194,7 @@ class StoredOutputs:
         self.temperature = temperature
 
     def prepare(self, micro_batches: list[Batch], *, train: bool) -> None:
-        """Nothing has to be prepared: the batches hold the targets."""
+        """Prepare nothing: the batches hold the targets."""
 
     def targets(self, index: int, batch: Batch, *, keep: bool) -> TopKTargets:
         """Read the targets from the batch."""
@@ -216,7 +216,7 @@ class ResidentTeacher:
             self._states = dict(enumerate(self.teacher.hidden_states(micro_batches)))
 
     def targets(self, index: int, batch: Batch, *, keep: bool) -> TeacherStates:
-        """Final hidden state of a micro-batch; its memory is freed after the last use."""
+        """Return final hidden state of a micro-batch; its memory is freed after the last use."""
         hidden = self._states[index] if keep else self._states.pop(index)
         return teacher_states(self.teacher, hidden)
 
@@ -264,7 +264,7 @@ class AlphaSchedule:
         self._before = self.value
 
     def begin_step(self, measure: Callable[[], object] = lambda: None) -> Tensor:
-        """Weight of the training step that begins; 0 while there is no value.
+        """Return the weight of the training step that begins; 0 while there is no value.
 
         Args:
             measure: is called where there is no value yet, and may give one (``update_alpha``).
@@ -297,7 +297,7 @@ class AlphaSchedule:
             self.value = ratio
 
     def state_dict(self) -> dict[str, float | None]:
-        """State for the training checkpoint."""
+        """Return the state for the training checkpoint."""
         return {"alpha": None if self.value is None else self.value.item()}
 
     def load_state_dict(self, state: dict[str, float | None]) -> None:

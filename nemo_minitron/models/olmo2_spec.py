@@ -90,7 +90,7 @@ class ProjectionNorm(torch.nn.Module):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: Any = None,
     ) -> dict[str, Any]:
-        """The weight as Megatron stores a tensor that is split along its first dim."""
+        """Return the weight as Megatron stores a tensor that is split along its first dim."""
         state: dict[str, Any] = make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,
@@ -113,7 +113,7 @@ class Olmo2Attention(SelfAttention):
 
 
 def block_spec(config: TransformerConfig, vp_stage: int | None, pp_rank: int) -> Any:
-    """Spec of this stage's transformer block; see ``models.spec.block_spec``."""
+    """Return the spec of this stage's transformer block; see ``models.spec.block_spec``."""
     spec = common_spec(config, vp_stage, pp_rank)
     for layer in getattr(spec, "layer_specs", [spec]):
         _rebuild(layer.submodules)

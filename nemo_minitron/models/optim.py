@@ -107,7 +107,7 @@ def build_optimizer(
 
 
 def diverged(what: str, step: int) -> ValueError:
-    """The error for training that cannot go on."""
+    """Make the error for a training that cannot go on."""
     return ValueError(
         f"training diverged: {what} at step {step}; lower optim.lr, raise optim.lr_warmup_steps or "
         "check data.path, and set overwrite=true to start again"
@@ -162,8 +162,8 @@ class MegatronOptimizerAdapter(torch.optim.Optimizer):
         return math.isfinite(self.grad_norm)
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: optimizer state is saved sharded by ``MegatronStrategy.save_checkpoint``."""
+        """Return nothing: ``MegatronStrategy.save_checkpoint`` saves the state sharded."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing: see ``state_dict``."""
+        """Restore nothing: see ``state_dict``."""

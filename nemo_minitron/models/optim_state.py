@@ -117,7 +117,7 @@ def _sharded_and_step(state: dict[str, Any]) -> tuple[dict[str, Any], float]:
 
 
 def _owned_states(part: DistributedOptimizer, model_state: dict[str, Any]) -> dict[int, Any]:
-    """Weights and moments of the parameters whose beginning this data-parallel rank holds.
+    """Return weights and moments of the parameters whose beginning this data-parallel rank holds.
 
     Every rank writes its own, so only the few parameters that two or more ranks share travel, and
     only to one of them. In Megatron's format ``fully_reshardable``, which its own writer makes by
@@ -154,7 +154,7 @@ def _owned_states(part: DistributedOptimizer, model_state: dict[str, Any]) -> di
 def _pieces(
     buffer: "_ParamAndGradBuffer", place: tuple[int, int, int], ranks: int
 ) -> dict[int, tuple[int, int]]:
-    """Rank of data parallelism -> first and last (exclusive) element that it holds of a parameter.
+    """Return, by data-parallel rank, the first and last (exclusive) element it has of a parameter.
 
     Args:
         buffer: the buffer that the parameter is in.
@@ -181,7 +181,7 @@ def _held(part: DistributedOptimizer, parameter: torch.Tensor) -> dict[str, torc
 def _assembled(
     held: dict[str, torch.Tensor], pieces: dict[int, tuple[int, int]], group: dist.ProcessGroup
 ) -> tuple[dict[str, torch.Tensor], list[dist.P2POp]]:
-    """The whole parameter on the rank with its first piece, and what has to travel to there."""
+    """Return a whole parameter on the rank with its first piece, and what has to travel to it."""
     owner = next(iter(pieces))
     if len(pieces) == 1:
         return held, []
@@ -201,7 +201,7 @@ def _assembled(
 
 
 def _as_state(shard: Any, name: str, state: torch.Tensor) -> Any:
-    """The sharded tensor, or factory of some, of one state of a parameter."""
+    """Return the sharded tensor, or factory of some, of one state of a parameter."""
     data = state.view(shard.data.shape)
     changes = {"data": data, "replica_id": (*shard.replica_id[:-1], 0)}
     if isinstance(shard, ShardedTensor):

@@ -31,7 +31,7 @@ class Course:
     flops: Sequence[float] = ()
 
     def training(self, groups: ParallelGroups, done: int) -> "InTurn":
-        """Global batches of this rank that are left after ``done`` steps."""
+        """Return global batches of this rank that are left after ``done`` steps."""
         consumed = samples_before(self.phases, done)
         loaders = [
             _steps(phase, samples, groups, consumed=count, drop_last=True)
@@ -43,7 +43,7 @@ class Course:
     def validation(
         self, groups: ParallelGroups, done: Callable[[], int]
     ) -> "ValidationOfPhase | None":
-        """Global batches of this rank that hold the validation samples, if there are any.
+        """Return global batches of this rank that hold the validation samples, if there are any.
 
         Args:
             groups: this rank's process groups.
@@ -67,7 +67,7 @@ class Course:
         return train.epochs(samples_before(self.phases, step)[index])
 
     def flops_between(self, first: int, last: int) -> float:
-        """Operations of the steps after step ``first`` up to step ``last``."""
+        """Return operations of the steps after step ``first`` up to step ``last``."""
         return sum(
             phase.steps_between(first, last) * each
             for phase, each in zip(self.phases, self.flops, strict=False)
@@ -110,5 +110,5 @@ class ValidationOfPhase:
     done: Callable[[], int]
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        """All batches."""
+        """Iterate over the batches of the phase that the training is in."""
         return iter(self.loaders[phase_of(self.phases, max(self.done(), 1))])

@@ -21,7 +21,7 @@ Use = Callable[[States, Tensor], Tensor]
 
 
 def places_of(chunk: HiddenGPTModel) -> list[int]:
-    """Global 0-based layers of a chunk, and ``num_layers`` where the final norm is."""
+    """Return global 0-based layers of a chunk, and ``num_layers`` where the final norm is."""
     places = [int(layer.layer_number) - 1 for layer in chunk.decoder.layers]
     if final_norm(chunk) is not None:
         places.append(int(chunk.config.num_layers))

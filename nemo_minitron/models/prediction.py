@@ -16,7 +16,7 @@ from nemo_minitron.runtime.megatron import builds_prediction
 def prediction_spec(
     config: TransformerConfig, block: Any, vp_stage: int | None, pp_rank: int
 ) -> Any:
-    """Spec of a stage's layers for multi-token prediction; None where it has none.
+    """Return the spec of a stage's layers for multi-token prediction; None where it has none.
 
     Args:
         config: Megatron configuration (global sizes).
@@ -92,7 +92,7 @@ def predicted_beside(chunk: Any, hidden: Tensor, given: Mapping[str, Any]) -> Te
 
 
 def final_states(chunk: Any, hidden: Tensor) -> tuple[Tensor, ...]:
-    """The model's final state, then those of its layers for multi-token prediction.
+    """Return the model's final state, then those of its layers for multi-token prediction.
 
     Args:
         chunk: of the last stage.
@@ -103,7 +103,7 @@ def final_states(chunk: Any, hidden: Tensor) -> tuple[Tensor, ...]:
 
 
 def shifted(values: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Those of the next position; 0 at the last one.
+    """Return the values of the next position; 0 at the last one.
 
     Args:
         values: ``[b, s / cp]``.

@@ -70,7 +70,7 @@ class Projection(torch.nn.Module):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """One tensor for ``dist_checkpointing``, every copy a replica of it."""
+        """Describe one tensor for ``dist_checkpointing``, every copy being a replica of it."""
         key = f"{prefix}weight"
         tensor = make_sharded_tensor_for_checkpoint(self.weight, key, sharded_offsets)
         _, tp, dp = tensor.replica_id
@@ -106,7 +106,7 @@ def sum_gradients(
 
 
 def without_projection(state: dict[str, Any]) -> dict[str, Any]:
-    """A chunk's (sharded) state without the matrix, which is no part of the model."""
+    """Return a chunk's (sharded) state without the matrix, which is no part of the model."""
     return {key: value for key, value in state.items() if not is_projection(key)}
 
 

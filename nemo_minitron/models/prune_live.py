@@ -124,7 +124,7 @@ def prune_live(
 
 
 def _layers(chunks: Sequence[HiddenGPTModel]) -> dict[int, Any]:
-    """Global 0-based index -> this rank's transformer layer."""
+    """Return global 0-based index -> this rank's transformer layer."""
     return {layer.layer_number - 1: layer for chunk in chunks for layer in chunk.decoder.layers}
 
 
@@ -144,7 +144,7 @@ def _prune_outer(
     plan: Plan,
     groups: ParallelGroups,
 ) -> dict[str, Tensor]:
-    """Sliced local tensors outside the decoder's layers; the old ones are freed.
+    """Return sliced local tensors outside the decoder's layers; the old ones are freed.
 
     They stay on their stage. Tensor parallelism splits their vocabulary, which stays, and the rows
     of ``eh_proj``, which every rank needs all of to find its share of the winners.
@@ -178,7 +178,7 @@ def _fill_outer(
 
 
 def _take_parameter(parameter: Tensor, kept: tuple[Tensor | None, ...]) -> Tensor:
-    """The kept part of a parameter, whose own memory is given up."""
+    """Return the kept part of a parameter, whose own memory is given up."""
     device = parameter.device
     indices = tuple(None if index is None else index.to(device) for index in kept)
     tensor = slice_tensor(parameter.data, indices)  # type: ignore[arg-type]  # indices are Tensor to torch
@@ -192,7 +192,7 @@ def _take_parameter(parameter: Tensor, kept: tuple[Tensor | None, ...]) -> Tenso
 def _placement(
     groups: ParallelGroups, old: Sequence[HiddenGPTModel], new: Sequence[HiddenGPTModel]
 ) -> tuple[Grid, dict[int, int], dict[int, int]]:
-    """The ranks, and the virtual stage of every layer before and after.
+    """Return the ranks, and the virtual stage of every layer before and after.
 
     Asked of the ranks, so that it holds for any split Megatron made. Virtual stages are counted
     along the pipeline: chunk ``c`` of stage ``p`` of ``n`` is number ``c * n + p``.
@@ -214,7 +214,7 @@ def _placement(
 
 
 def _layer_numbers(chunks: Sequence[HiddenGPTModel]) -> list[list[int]]:
-    """Global 0-based indices of the layers of each chunk."""
+    """Return global 0-based indices of the layers of each chunk."""
     return [[layer.layer_number - 1 for layer in chunk.decoder.layers] for chunk in chunks]
 
 
@@ -253,7 +253,7 @@ def _prune_layer(
 
 
 def _shape(job: _Job, tensor: Tensor) -> torch.Size:
-    """Local shape that a parameter is to have; buffers (``expert_bias``) are never emptied."""
+    """Return the local shape of a parameter; buffers (``expert_bias``) are never emptied."""
     return job.shapes[tensor] if isinstance(tensor, nn.Parameter) else tensor.shape
 
 

@@ -52,23 +52,23 @@ class Sides:
 
     @property
     def members(self) -> int:
-        """Ranks on the bridge."""
+        """Number of ranks that the group between teacher and student has."""
         return self.data * self.context + self.ports
 
     def client(self, data: int, context: int) -> int:
-        """Number on the bridge of the student's rank with these coordinates."""
+        """Return the number on the bridge of the student's rank with these coordinates."""
         return data * self.context + context
 
     def port(self, replica: int) -> int:
-        """Number on the bridge of a replica of the teacher."""
+        """Return the number on the bridge of a replica of the teacher."""
         return self.data * self.context + replica
 
     def replica(self, data: int, index: int) -> int:
-        """Which replica runs a micro-batch of a data-parallel rank."""
+        """Return which replica runs a micro-batch of a data-parallel rank."""
         return (index * self.data + data) % self.ports
 
     def served(self, replica: int, micro_batches: int) -> list[tuple[int, int]]:
-        """Data-parallel rank and number of every micro-batch that a replica runs, in order."""
+        """Return data-parallel rank and number of each micro-batch that a replica runs."""
         return [
             (data, index)
             for index in range(micro_batches)
@@ -83,7 +83,7 @@ def step_key(number: int) -> str:
 
 
 def left_key(rank: int) -> str:
-    """Key of the shared store that a rank of the teacher sets once it knows of the end."""
+    """Return key of the shared store that a rank of the teacher sets once it knows of the end."""
     return f"teacher-left-{rank}"
 
 

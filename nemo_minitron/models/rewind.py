@@ -66,7 +66,7 @@ class Rewind(Callback):
         )
 
     def _target(self, spikes: Spikes, step: int) -> Path | None:
-        """The newest checkpoint far enough before the bad steps, None if there is none.
+        """Return the newest checkpoint far enough before the bad steps, None if there is none.
 
         One that a clock or a signal wrote would not be there in a run that was not disturbed; one
         between the ends of an earlier rewind holds the weights that were given up.

@@ -10,7 +10,7 @@ from nemo_minitron.config.model import ModelConfig
 
 
 def frequencies(config: ModelConfig) -> Tensor | None:
-    """``[d / 2]`` fp32 frequencies of linear scaling and of YaRN.
+    """Return ``[d / 2]`` fp32 frequencies of linear scaling and of YaRN.
 
     With a base of its own for layers with windows, ``[d]``: theirs after those of the others
     (``models.gemma_spec``).
@@ -28,7 +28,7 @@ def frequencies(config: ModelConfig) -> Tensor | None:
 
 
 def _powers(config: ModelConfig, base: float) -> Tensor:
-    """``[d / 2]``: one over the frequencies that are not scaled."""
+    """Return ``[d / 2]``: one over the frequencies that are not scaled."""
     dim = int(config.kv_channels * config.rotary_percent)
     return base ** (torch.arange(0, dim, 2).float() / dim)
 

@@ -41,7 +41,7 @@ _HASHES = "hashes"
 
 
 def checkpoint_name(step: int) -> str:
-    """Folder name of a training checkpoint."""
+    """Return the folder name of a training checkpoint."""
     return f"step={step}"
 
 
@@ -134,7 +134,7 @@ def _gathered(mine: dict[str, FileEntry]) -> dict[str, FileEntry]:
 
 
 def _fresh_folder(target: Path, *, shared: bool) -> Path:
-    """An empty folder beside ``target`` (collective).
+    """Return an empty folder beside ``target`` (collective).
 
     Args:
         target: the final name.

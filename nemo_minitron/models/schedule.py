@@ -20,7 +20,7 @@ Batch = dict[str, Tensor]
 
 
 def on_this_cp_rank(batch: Batch, groups: ParallelGroups) -> Batch:
-    """This context-parallel rank's part of ``[b, s]`` tensors (Megatron's zigzag split).
+    """Return this context-parallel rank's part of ``[b, s]`` tensors (Megatron's zigzag split).
 
     What documents share a sample stays whole: keys are gathered from all ranks.
     """
@@ -105,7 +105,7 @@ def tokens_first(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def gathered_hidden(hidden: Tensor, chunk: HiddenGPTModel, *, reduce: bool = True) -> Tensor:
-    """Final hidden state of the full sequence, one row per token.
+    """Return the final hidden state of the full sequence, one row per token.
 
     Args:
         hidden: ``[s, b, h]``; under sequence parallelism the local ``[s / tp, b, h]``.

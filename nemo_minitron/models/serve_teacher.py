@@ -118,7 +118,7 @@ class TeacherServer:
             self._sending.append((part, work))
 
     def _positions(self, context: int, s: int) -> Tensor:
-        """Places in the sequence of what a context-parallel rank of the student holds."""
+        """Return places in the sequence of what a context-parallel rank of the student holds."""
         size = self.sides.context
         return zigzag_positions(s // size, context, size, device())
 

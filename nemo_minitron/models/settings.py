@@ -22,7 +22,7 @@ Settings = dict[str, Any]
 
 
 def trained_settings(trainer: TrainerConfig, megatron: MegatronConfig) -> Settings:
-    """Fields of ``TransformerConfig`` for a model that is trained.
+    """Return fields of ``TransformerConfig`` for a model that is trained.
 
     Args:
         trainer: may ask for recomputation too.
@@ -55,7 +55,7 @@ def transformer_defaults(
     have_grouped_gemm: bool = False,
     overlap_p2p: bool = False,
 ) -> Settings:
-    """Fields of ``TransformerConfig`` that are chosen here unless the user says otherwise.
+    """Return fields of ``TransformerConfig`` that are chosen here unless the user says otherwise.
 
     Args:
         config: global sizes.
@@ -83,7 +83,7 @@ def transformer_defaults(
 
 
 def ddp_defaults(*, on_gpu: bool, replicas: int, distributed_optimizer: bool) -> Settings:
-    """Fields of ``DistributedDataParallelConfig`` that are chosen here unless the user does.
+    """Return fields of ``DistributedDataParallelConfig`` that are chosen here unless the user does.
 
     Args:
         on_gpu: where communication runs beside computation.
@@ -101,7 +101,7 @@ def ddp_defaults(*, on_gpu: bool, replicas: int, distributed_optimizer: bool) ->
 def ddp_config(
     optim: OptimConfig, megatron: MegatronConfig, replicas: int
 ) -> DistributedDataParallelConfig:
-    """Megatron's settings of the gradient buffers.
+    """Return Megatron's settings of the gradient buffers.
 
     Args:
         optim: says whether the optimizer is distributed.
@@ -134,7 +134,7 @@ def optimizer_config(
     megatron: MegatronConfig,
     like: tuple[DistributedDataParallelConfig, TransformerConfig],
 ) -> OptimizerConfig:
-    """Megatron's settings of Adam.
+    """Return Megatron's settings of Adam.
 
     Args:
         optim: learning rate and its relatives.

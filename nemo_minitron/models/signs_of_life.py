@@ -20,32 +20,32 @@ class SignsOfLife(Callback):
         self._watch = Watch(minutes, folder) if minutes else None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to look."""
+        """Start the watch."""
         if self._watch is not None:
             self._watch.start()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, *args: object
     ) -> None:
-        """A step begins: checkpoint and validation of the one before are done."""
+        """Note that a step begins: checkpoint and validation of the one before are done."""
         self._alive(f"began step {trainer.global_step + 1}")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *args: object
     ) -> None:
-        """A step is done."""
+        """Note that a step is done."""
         self._alive(f"ended step {trainer.global_step}")
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """A checkpoint is about to be written."""
+        """Note that a checkpoint is about to be written."""
         self._alive(f"began to write the checkpoint of step {trainer.global_step}")
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *args: object
     ) -> None:
-        """A batch of a validation is done."""
+        """Note that a batch of a validation is done."""
         self._alive(f"ended a batch of the validation at step {trainer.global_step}")
 
     def _alive(self, doing: str) -> None:
@@ -53,6 +53,6 @@ class SignsOfLife(Callback):
             self._watch.alive(doing)
 
     def stop(self) -> None:
-        """Training is over."""
+        """Stop the watch: training is over."""
         if self._watch is not None:
             self._watch.stop()

@@ -71,11 +71,11 @@ _NORMS: dict[tuple[str, bool], type[torch.nn.RMSNorm | torch.nn.LayerNorm]] = {
     ("LayerNorm", False): torch.nn.LayerNorm,
     ("LayerNorm", True): LayerNorm1P,
 }
-"""By kind, and whether the weight is the distance from 1."""
+"""Classes of norms, by kind and whether the weight is the distance from 1."""
 
 
 def local_layer(config: TransformerConfig, num_experts: int | None) -> ModuleSpec:
-    """Spec of a GPT layer of Megatron's local modules.
+    """Return the spec of a GPT layer of Megatron's local modules.
 
     Args:
         config: Megatron configuration (global sizes).
@@ -126,7 +126,7 @@ def _use_latent_attention(layer: Any) -> None:
 
 
 def _te_spec(config: TransformerConfig, vp_stage: int | None, pp_rank: int) -> Any:
-    """Spec of a stage's layers under Transformer Engine: one for all, or one for each."""
+    """Return spec of a stage's layers under Transformer Engine: one for all, or one for each."""
     if isinstance(config.moe_layer_freq, list):
         spec = get_gpt_decoder_block_spec(
             config, use_transformer_engine=True, vp_stage=vp_stage, pp_rank=pp_rank
@@ -145,7 +145,7 @@ def _te_spec(config: TransformerConfig, vp_stage: int | None, pp_rank: int) -> A
 
 
 def local_block(config: TransformerConfig, vp_stage: int | None, pp_rank: int) -> Any:
-    """Spec of this stage's transformer block of local modules, whatever is installed.
+    """Return the spec of this stage's transformer block of local modules, whatever is installed.
 
     Args:
         config: Megatron configuration (global sizes).
@@ -164,7 +164,7 @@ def local_block(config: TransformerConfig, vp_stage: int | None, pp_rank: int) -
 
 
 def block_spec(config: TransformerConfig, vp_stage: int | None, pp_rank: int) -> Any:
-    """Spec of this stage's transformer block.
+    """Return the spec of this stage's transformer block.
 
     Args:
         config: Megatron configuration (global sizes).

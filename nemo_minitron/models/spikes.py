@@ -45,7 +45,7 @@ class Spikes:
         vars(self).update(state)
 
     def figures(self) -> dict[str, float]:
-        """Counts for the log."""
+        """Return the counts that are logged."""
         counts: dict[str, float] = {"left_out": self.left_out} if self.factor else {}
         return counts | ({"rewinds": len(self.rewinds)} if self.may_rewind else {})
 

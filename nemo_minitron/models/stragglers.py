@@ -64,15 +64,15 @@ class Stragglers(Callback):
         self._begin = _now() if self.ratio else None
 
     def on_save_checkpoint(self, *args: object) -> None:
-        """A step after a checkpoint does not count: what precedes it is not its own."""
+        """Leave out a step after a checkpoint: what precedes it is not its own."""
         self._begin = None
 
     def on_validation_start(self, *args: object) -> None:
-        """Nor does one after a validation."""
+        """Leave out a step after a validation, for the same reason."""
         self._begin = None
 
     def _compare(self, pl_module: LightningModule) -> None:
-        """One number per rank travels (collective)."""
+        """Compare the seconds of all ranks, one number of each (collective)."""
         own = sum(_seconds(*part) for part in self._parts) / len(self._parts)
         self._parts = []
         mine = torch.tensor([own], dtype=torch.float64, device=device())
@@ -92,7 +92,7 @@ class Stragglers(Callback):
 
 
 def _now() -> Any:
-    """This moment of the device: an event in its stream, or the clock."""
+    """Return this moment of the device: an event in its stream, or the clock."""
     if not torch.cuda.is_available():
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -101,5 +101,5 @@ def _now() -> Any:
 
 
 def _seconds(begin: Any, end: Any) -> float:
-    """Between two moments that are past."""
+    """Return the seconds between two moments that are past."""
     return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000

@@ -39,7 +39,7 @@ class Teacher:
 
     @torch.no_grad()
     def hidden_states(self, micro_batches: list[Batch]) -> list[Tensor]:
-        """Final hidden state of every micro-batch, in order.
+        """Return the final hidden state of every micro-batch, in order.
 
         Args:
             micro_batches: those of one global batch on this rank.

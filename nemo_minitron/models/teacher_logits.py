@@ -116,7 +116,7 @@ class LogitWriter:
         return shard_range(number, self.storing.shard_samples, samples)
 
     def _missing(self, part: str, samples: int) -> list[int]:
-        """Shards to write, as rank 0 sees them; it reads those that are there.
+        """Return shards to write, as rank 0 sees them; it reads those that are there.
 
         Raises:
             ValueError: one of them is damaged.

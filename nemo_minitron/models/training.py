@@ -78,7 +78,7 @@ class StopEarly(Callback):
         raise Preempted(f"{reason}; saved at step {trainer.global_step}")
 
     def _due(self, step: int) -> str:
-        """Which key ends the run here, if one does."""
+        """Return which key ends the run at this step, or an empty text."""
         every, minutes = self.config.exit_interval, self.config.exit_duration_in_mins
         if every and step % every == 0:
             return f"trainer.exit_interval={every} ends this run"
@@ -87,7 +87,7 @@ class StopEarly(Callback):
         return ""
 
     def restore(self) -> None:
-        """Give the signals back."""
+        """Restore the signal handlers that were there before."""
         self._request.__exit__()
 
 
@@ -154,13 +154,13 @@ class _ByTheClock(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        """The clock is still due at the next step."""
+        """Do nothing at a step that is saved anyway; the clock saves the next one."""
         if not self._others or trainer.global_step % self._others:
             super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
 
 
 def _checkpoint_callbacks(config: TrainerConfig, folder: Path) -> list[ModelCheckpoint]:
-    """One by steps, and one by minutes if they are asked for."""
+    """Return a checkpoint callback by steps, and one by minutes if asked for."""
     # A limit of max_steps + 1 means: none before the end, whose weights are the result itself.
     every = config.save_every_n_steps
     makers = [partial(ModelCheckpoint, every_n_train_steps=every or config.max_steps + 1)]
@@ -194,7 +194,7 @@ class _LastValidation(Callback):
         self.max_steps = max_steps
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """No step follows."""
+        """Tell Lightning that no training step follows this validation."""
         trainer.fit_loop.epoch_loop.max_steps = self.max_steps
 
 

@@ -185,7 +185,7 @@ def load_weights(
 
 
 def _unpad(tensor: ShardedTensor, vocab_size: int) -> ShardedTensor | None:
-    """The part of a vocabulary shard that is not padding; None when nothing is left."""
+    """Return the part of a vocabulary shard that is not padding; None when nothing is left."""
     rows = min(tensor.local_shape[0], vocab_size - tensor.global_offset[0])
     if rows <= 0:
         return None

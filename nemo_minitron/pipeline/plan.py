@@ -187,7 +187,7 @@ _OWN = (
 
 
 def of_one_stage(stage: str, arguments: Sequence[str]) -> list[str]:
-    """Arguments of ``minitron plan`` that plan one stage.
+    """Return arguments of ``minitron plan`` that plan one stage.
 
     Args:
         stage: its name.
@@ -256,7 +256,7 @@ def _noted(note: Path) -> list[str]:
 
 
 def stale(item: Item) -> str | None:
-    """Why an item has to run; None when its result is of this config and of these inputs."""
+    """Return why an item has to run; None if its result is of this config and these inputs."""
     folder = Path(item.config.output_dir)
     if not (folder / MANIFEST).is_file():
         return "no result yet"
@@ -294,7 +294,7 @@ def _changes(manifest: Manifest, config: StageConfig) -> str:
 
 
 def command(item: Item) -> list[str]:
-    """Arguments of ``minitron`` that run an item, over a stale result too."""
+    """Return arguments of ``minitron`` that run an item, over a stale result too."""
     return [item.stage, *item.overrides, "overwrite=true", *load.config_flags()]
 
 

@@ -61,7 +61,7 @@ class _Parser(ArgumentParser):
 
 
 def parser() -> ArgumentParser:
-    """Arguments of ``minitron submit``."""
+    """Return arguments of ``minitron submit``."""
     said = "Queue a stage, or every stage of a pipeline, with SLURM; prints the last job's id."
     out = _Parser(prog="minitron submit", description=said, allow_abbrev=False)
     out.add_argument("stage", help="pipeline: a chain of jobs, one for each item that has to run")
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def script(given: Namespace) -> str:
-    """The shell script that submits everything; one path for a dry run and a real one."""
+    """Return the shell script that submits everything; one path for a dry run and a real one."""
     if given.stage not in STAGE_CONFIGS:
         raise ValueError(usage.unknown_stage(given.stage))
     if not (home() / "launch" / f"{given.stage}.sbatch").is_file():
@@ -213,7 +213,7 @@ def _size(
 
 
 def _fits(config: TrainingStageConfig, least: int, most: int, per_node: int) -> tuple[int, ...]:
-    """Numbers of nodes on which a training can be, the largest first.
+    """Return numbers of nodes on which a training can be, the largest first.
 
     Raises:
         ValueError: the least or the most of them is none.
@@ -274,7 +274,7 @@ def _head(cluster: ClusterConfig, logs: Path) -> Iterator[str]:
 
 
 def home() -> Path:
-    """The folder that holds ``launch/``.
+    """Return the folder that holds ``launch/``.
 
     Raises:
         ValueError: it is not where this package is.

@@ -42,19 +42,19 @@ class Tokens:
         fused: bool,
         fp8: bool = False,
     ) -> "Tokens":
-        """The micro-batch of ``data`` at a layout."""
+        """Describe a micro-batch of ``data`` at a layout."""
         local = data.seq_length * data.micro_batch_size // parallel.context_parallel_size
         return cls(local, 2 if bf16 else 4, fused, 1 if fp8 else None)
 
 
 def residual(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> int:
-    """One hidden state, split over the tensor-parallel ranks under sequence parallelism."""
+    """Return one hidden state, split over the tensor-parallel ranks under sequence parallelism."""
     split = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     return tokens.count * config.hidden_size * tokens.element // split
 
 
 def attention(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> int:
-    """Bytes that attention keeps beside its input and output in the residual stream.
+    """Return bytes that attention keeps beside its input and output in the residual stream.
 
     The normed input; the rows of ``linear_qkv``, of which values are a view, and rotated queries
     and keys, or without Transformer Engine copies of the three; the output of the heads, which
@@ -89,7 +89,7 @@ def attention(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> 
 
 
 def _latent(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> int:
-    """Bytes that multi-latent attention keeps beside its input and output.
+    """Return bytes that multi-latent attention keeps beside its input and output.
 
     Both latents before and after their norms; queries before and after rotation; keys and values
     as the latent gives them and as attention reads them; the output of the heads.
@@ -109,21 +109,21 @@ def _normalises_projections(config: ModelConfig) -> bool:
 
 
 def _normed(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> int:
-    """Output of a norm; RMSNorm of several kernels keeps what it scales, too."""
+    """Return the output of a norm; RMSNorm of several kernels keeps what it scales, too."""
     copies = 1 if tokens.fused or config.normalization == "LayerNorm" else 2
     kept = copies * residual(config, parallel, tokens)
     return kept if tokens.matmul is None else kept * tokens.matmul // tokens.element
 
 
 def mlp(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> int:
-    """Bytes that a dense MLP keeps, including its normed input."""
+    """Return bytes that a dense MLP keeps, including its normed input."""
     channels = config.ffn_hidden_size * _kept_per_channel(config, tokens) * tokens.element
     kept = round(tokens.count * channels) // parallel.tensor_model_parallel_size
     return _normed(config, parallel, tokens) + kept
 
 
 def experts(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> int:
-    """Bytes that the chosen experts keep, including their normed input."""
+    """Return bytes that the chosen experts keep, including their normed input."""
     kept, split = _normed(config, parallel, tokens), parallel.tensor_model_parallel_size
     per_channel = _kept_per_channel(config, tokens)
     # Channels are weighted by the router, which only SwiGLU does in its kernel; tokens reach their
@@ -150,7 +150,7 @@ def _kept_per_channel(config: ModelConfig, tokens: Tokens) -> float:
 
 
 def mamba(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> int:
-    """Bytes that a Mamba layer keeps: its normed input, and both projections' activations.
+    """Return bytes that a Mamba layer keeps: its normed input, and both projections' activations.
 
     The kernels compute the convolution and the scan again in the backward pass from the projection.
     """
@@ -160,7 +160,7 @@ def mamba(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> int:
 
 
 def linear(config: ModelConfig, parallel: ParallelConfig, tokens: Tokens) -> int:
-    """Bytes that a gated delta net keeps beside its input and output in the residual stream.
+    """Return bytes that a gated delta net keeps beside its input and output in the residual stream.
 
     The normed input; the projection; what is convolved after it; queries and keys of each value
     head; the output of the rule, its norm, and what the last matrix reads.
@@ -179,7 +179,7 @@ _KEPT = {ATTENTION: attention, MLP: mlp, EXPERTS: experts, MAMBA: mamba, LINEAR:
 def layer(
     config: ModelConfig, parallel: ParallelConfig, tokens: Tokens, kinds: Sequence[str]
 ) -> int:
-    """A whole layer: the input and the inside of all that it is made of.
+    """Return a whole layer: the input and the inside of all that it is made of.
 
     Args:
         config: global sizes.
@@ -241,7 +241,7 @@ def stage(
 def prediction(
     config: ModelConfig, parallel: ParallelConfig, tokens: Tokens, trainer: TrainerConfig
 ) -> int:
-    """Bytes that layers for multi-token prediction keep, on the last stage.
+    """Return bytes that layers for multi-token prediction keep, on the last stage.
 
     Each is a layer as the model's last one. Beside it are the norms of the two states that it
     joins, the joined state of twice the width, and its final norm. With ``uniform`` recomputation
@@ -254,7 +254,7 @@ def prediction(
 
 
 def micro_batches_in_flight(parallel: ParallelConfig, stage: int, micro_batches: int) -> float:
-    """Most micro-batches that a pipeline stage holds, in whole forward passes of the stage.
+    """Return how many micro-batches a stage holds at most, in whole forward passes.
 
     1F1B: a stage runs as many forward passes ahead as there are stages after it. Interleaved, in
     passes of a model chunk: 2 (stages after it) + (chunks - 1) stages + 1

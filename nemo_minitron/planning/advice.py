@@ -27,7 +27,7 @@ _FREED = (
 
 
 def advice(run: Run, cluster: ClusterConfig) -> str:
-    """Keys to set so that it fits: the cheapest that are enough.
+    """Return keys to set so that it fits: the cheapest that are enough.
 
     Changes are tried in order of what they cost, each on top of those before it, and then with
     more ranks for each replica.
@@ -63,7 +63,7 @@ def _tries(cfg: Any, cluster: ClusterConfig) -> Iterator[tuple[list[str], Any]]:
 
 
 def _changes(cfg: Any) -> list[_Change]:
-    """Changes of one key that are not made yet, cheapest first."""
+    """Return changes of one key that are not made yet, cheapest first."""
     found: list[_Change] = []
     if isinstance(cfg, TrainingStageConfig) and not cfg.optim.use_distributed_optimizer:
         optim = replace(cfg.optim, use_distributed_optimizer=True)

@@ -41,7 +41,7 @@ class Work:
 
 
 def forward_parts(config: ModelConfig, seq_length: int) -> dict[str, float]:
-    """Operations of one token's forward pass, by part of the model.
+    """Return operations of one token's forward pass, by part of the model.
 
     As Megatron-LM counts them (``num_floating_point_operations``): a multiply and an add each, the
     masked half of attention included, and layers for multi-token prediction where there are any.
@@ -75,12 +75,12 @@ def forward_parts(config: ModelConfig, seq_length: int) -> dict[str, float]:
 
 
 def forward_flops(config: ModelConfig, seq_length: int) -> float:
-    """Operations of one token's forward pass."""
+    """Return operations of one token's forward pass."""
     return sum(forward_parts(config, seq_length).values())
 
 
 def built_teacher(cfg: DistillConfig, student: ModelConfig, teacher: ModelConfig) -> ModelConfig:
-    """The teacher as ``distill`` builds it.
+    """Return the teacher as ``distill`` builds it.
 
     Its layers for multi-token prediction are left out unless the student has such layers and both
     models are on the same ranks (docs/design/mtp.md).
@@ -91,14 +91,14 @@ def built_teacher(cfg: DistillConfig, student: ModelConfig, teacher: ModelConfig
 
 
 def training_flops(model: ModelConfig, teacher: ModelConfig | None, seq_length: int) -> float:
-    """Operations of one token of a training, without what the backward pass does again."""
+    """Return operations of one token of a training, without what the backward pass does again."""
     # The backward pass takes twice the forward pass.
     each = 3 * forward_flops(model, seq_length)
     return each if teacher is None else each + forward_flops(teacher, seq_length)
 
 
 def work(job: Job) -> Work:
-    """Tokens and operations of an item, of all its phases."""
+    """Return tokens and operations of an item, of all its phases."""
     parts = [_work(one) for one in job.of_phases()]
     tokens, flops = [part.tokens for part in parts], [part.flops for part in parts]
     if None in tokens or None in flops:
@@ -149,7 +149,7 @@ def _ablation_passes(cfg: ImportanceConfig, layers: int) -> float:
 
 
 def recomputed_flops(job: Job, cfg: TrainingStageConfig, seq_length: int) -> float:
-    """Operations of one token that the backward pass does again."""
+    """Return operations of one token that the backward pass does again."""
     trainer, parts = job.trainer, forward_parts(job.model, seq_length)
     if trainer.recompute_granularity is None:
         return 0.0

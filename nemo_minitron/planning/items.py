@@ -109,7 +109,7 @@ def _place(cfg: PlanConfig, config: Any, model: ModelConfig, teacher: ModelConfi
 
 
 def _ranks(config: Any, cluster: ClusterConfig, nodes: int) -> int:
-    """Ranks of the layout ``parallel`` on some nodes, batches checked."""
+    """Return ranks of the layout ``parallel`` on some nodes, batches checked."""
     there, parallel = nodes * cluster.ranks_per_node - own_ranks(config), config.parallel
     where = f"nodes={nodes} x cluster.gpus_per_node={cluster.gpus_per_node}"
     if there < 1:
@@ -146,5 +146,5 @@ def check_job(job: Job) -> None:
 
 
 def room(run: Run, cluster: ClusterConfig) -> bool:
-    """Whether the ranks have room for it."""
+    """Whether the ranks have room for the item."""
     return fits(run.memory, cluster)

@@ -34,13 +34,13 @@ class Memory:
     """Bytes of one rank, by what they are for."""
 
     weights: float
-    """Of the model that is run or trained."""
+    """Weights of the model that is run or trained."""
     gradients: float
     """Megatron's buffer, fp32 unless ``megatron.ddp.grad_reduce_in_fp32=false``."""
     optimizer: float
     """Adam's moments, and main weights in fp32 beside weights in bf16."""
     teacher: float
-    """Weights, and its last hidden states of a global batch."""
+    """The teacher's weights, and its last hidden states of a global batch."""
     activations: float
     logits: float
     """Chunks of logits, and the gradient of the output layer."""
@@ -124,7 +124,7 @@ class Job:
         return max(1, data.global_batch_size // (data.micro_batch_size * self.data_parallel_size))
 
     def of_phases(self) -> list["Job"]:
-        """The phases of a training, each as a job of its own; otherwise this one alone."""
+        """Return the phases of a training, each as a job of its own; otherwise this one alone."""
         return [replace(self, cfg=cfg) for cfg in stage_of_each_phase(self.cfg)]
 
 
@@ -155,7 +155,7 @@ def check_split(cfg: Any, ranks: int) -> None:
 
 
 def fullest_rank(job: Job) -> Memory:
-    """Memory of the pipeline stage that needs most, in the phase that needs most.
+    """Return the memory of the pipeline stage that needs most, in the phase that needs most.
 
     Ranks that run a teacher alone count, too.
     """
@@ -167,7 +167,7 @@ def fullest_rank(job: Job) -> Memory:
 
 
 def fits(memory: Memory, cluster: ClusterConfig) -> bool:
-    """Whether a rank has room for it."""
+    """Whether a rank has room for all of it."""
     return memory.total <= (cluster.gpu_memory_gb - cluster.reserved_memory_gb) * GIB
 
 
@@ -204,7 +204,7 @@ def _rank_memory(job: Job, share: Share) -> Memory:
 
 
 def _optimizer(job: Job, share: Share) -> float:
-    """Bytes of Adam's state; the distributed optimizer splits it over the replicas."""
+    """Return bytes of Adam's state; the distributed optimizer splits it over the replicas."""
     each = TrainedBytes.of(job.megatron, bf16=job.bf16).optimizer
     if not job.cfg.optim.use_distributed_optimizer:
         return float(each * share.total)
@@ -235,7 +235,7 @@ def _teacher(job: Job, stage: int, tokens: Tokens) -> tuple[float, float]:
 
 
 def _received(job: Job, teacher: ModelConfig, tokens: Tokens) -> float:
-    """Bytes on the student's last stage of a teacher that is on ranks of its own.
+    """Return bytes on the student's last stage of a teacher that is on ranks of its own.
 
     Its output layer, from which the loss makes logits, and hidden states of micro-batches.
     """
@@ -246,7 +246,7 @@ def _received(job: Job, teacher: ModelConfig, tokens: Tokens) -> float:
 
 
 def _ranks_of_teacher(job: Job) -> list[Memory]:
-    """Memory of the ranks that run only the teacher, one for each pipeline stage."""
+    """Return the memory of the ranks that run only the teacher, one for each pipeline stage."""
     parallel, teacher = job.teacher_apart, job.teacher
     if parallel is None or teacher is None:
         return []

@@ -22,7 +22,7 @@ _SHOWN = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
 
 
 def stated_model(cfg: PipelineConfig) -> ModelConfig | None:
-    """The model that ``model.*`` describes, if it does.
+    """Return the model that ``model.*`` describes, if it does.
 
     Raises:
         ValueError: unknown or missing keys, or sizes that no model has.
@@ -41,7 +41,7 @@ def stated_model(cfg: PipelineConfig) -> ModelConfig | None:
 
 
 def target_model(config: ModelConfig, pruning: PruningConfig) -> ModelConfig:
-    """Sizes of ``config`` after pruning.
+    """Return sizes of ``config`` after pruning.
 
     Which layers stay is not known before scores are, unless ``drop_layers`` says so. Where layers
     are of several kinds, as large a share of every kind stands for them.
@@ -84,7 +84,7 @@ class Models:
         self._known: dict[str, ModelConfig] = {}
 
     def add(self, item: Item) -> ModelConfig | None:
-        """Sizes of the model an item works on; what it makes of it is remembered.
+        """Return sizes of the model an item works on; what it makes of it is remembered.
 
         Returns:
             None for an item that reads no model.
@@ -106,11 +106,11 @@ class Models:
         return model
 
     def made_by(self, item: Item) -> ModelConfig:
-        """Sizes of the model that an item leaves."""
+        """Return the sizes of the model that an item leaves."""
         return self._known[item.config.output_dir]
 
     def of(self, key: str, folder: str) -> ModelConfig:
-        """Sizes of a result that config key ``key`` names."""
+        """Return sizes of a result that config key ``key`` names."""
         if folder in self._known:
             return self._known[folder]
         nested = Path(folder) / "checkpoint"
@@ -139,7 +139,7 @@ class Models:
 
 
 def source_model(cfg: ImportConfig) -> ModelConfig:
-    """Sizes of the model that ``import`` will read, from its headers."""
+    """Return sizes of the model that ``import`` will read, from its headers."""
     path = Path(cfg.source) / "config.json"
     if path.is_file():
         values = read_json_object(path)

@@ -41,7 +41,7 @@ class Share:
 
 
 def shares(config: ModelConfig, parallel: ParallelConfig) -> list[Share]:
-    """One ``Share`` per pipeline stage (tensor-parallel ranks hold equal ones).
+    """Return one ``Share`` per pipeline stage (tensor-parallel ranks hold equal ones).
 
     The vocabulary is padded as it is when a model is built.
 
@@ -86,7 +86,7 @@ def shares(config: ModelConfig, parallel: ParallelConfig) -> list[Share]:
 
 
 def matmul_parameters(config: ModelConfig) -> dict[str, float]:
-    """Parameters that each token is multiplied with: active experts alone, no embeddings.
+    """Return parameters that each token is multiplied with: active experts alone, no embeddings.
 
     Returns:
         ``attention``, ``mlp``, ``experts`` (with the router and shared ones) and ``mamba`` of all
@@ -111,6 +111,6 @@ def matmul_parameters(config: ModelConfig) -> dict[str, float]:
 
 
 def _one_of_each_kind(config: ModelConfig, sizes: dict[str, int]) -> ModelConfig:
-    """The model with one layer of each kind that it has."""
+    """Return the model with one layer of each kind that it has."""
     kinds = kinds_of(config)
     return config.resized(sizes, [kinds.index(kind) for kind in dict.fromkeys(kinds)])

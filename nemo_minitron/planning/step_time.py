@@ -29,7 +29,7 @@ class StepTime:
     recomputed: float
     """Forward passes that the backward pass does again."""
     teacher: float
-    """Its forward passes; of a teacher on ranks of its own, what the student waits for."""
+    """The teacher's forward passes; if it has ranks of its own, what the student waits for."""
     layers: float
     """Exchange inside layers and between pipeline stages: tensor, context and expert parallel."""
     bubble: float
@@ -108,7 +108,7 @@ def _excess(model: ModelConfig, parallel: ParallelConfig, length: int) -> float:
 
 
 def _awaited(job: Job, cluster: ClusterConfig, mfu: float, student: float) -> float:
-    """Seconds that the student waits for a teacher on ranks of its own.
+    """Return seconds that the student waits for a teacher on ranks of its own.
 
     For its pass over the first micro-batch, and for what its passes over the others take longer
     than the ``student`` seconds beside them. The hidden states travel meanwhile.
@@ -133,7 +133,7 @@ def _layers(
     cluster: ClusterConfig,
     passes: dict[str, float],
 ) -> float:
-    """Seconds of exchange inside the layers of the busiest stage, for all micro-batches.
+    """Return seconds of exchange inside the layers of the busiest stage, for all micro-batches.
 
     Args:
         job: gives the batch.
@@ -173,7 +173,7 @@ def _ring(
     passes: dict[str, float],
     layers: int,
 ) -> float:
-    """Keys and values that context-parallel ranks pass round, less what attention hides.
+    """Return keys and values that context-parallel ranks pass round, less what attention hides.
 
     Args:
         job: gives the batch.
@@ -199,7 +199,7 @@ def _ring(
 
 
 def _replicas(job: Job, cluster: ClusterConfig, forward: float) -> float:
-    """Seconds of the exchange of gradients and weights that no pass hides.
+    """Return seconds of the exchange of gradients and weights that no pass hides.
 
     Overlapped, gradients travel beside the backward pass of the last micro-batch and weights beside
     the forward pass of the first: gradients are summed up before.
@@ -221,7 +221,7 @@ def _replicas(job: Job, cluster: ClusterConfig, forward: float) -> float:
 
 
 def _exchange(job: Job, rank: Share, cluster: ClusterConfig) -> float:
-    """Seconds for each byte of a parameter, scattered over or gathered from its replicas."""
+    """Return seconds for each byte of a parameter, scattered over or gathered from its replicas."""
     parallel, count = job.parallel, job.data_parallel_size * job.parallel.context_parallel_size
     link = _link(cluster, count * parallel.tensor_model_parallel_size)
     experts = max(1, count // parallel.expert_model_parallel_size)

@@ -29,7 +29,7 @@ _INPUT_NORMS = ("input_layernorm.weight", "pre_mlp_layernorm.weight")
 
 
 def column_map(moment: Tensor, kept: Tensor, ridge: float) -> Tensor:
-    """How the columns of a linear layer are added up into those that stay.
+    """Return how the columns of a linear layer are added up into those that stay.
 
     Args:
         moment: ``[w, w]`` second moments of its input.
@@ -115,7 +115,7 @@ class Compensation:
         return lambda weight: self._norm(weight, index, kept, around)
 
     def _input(self, row: Row, config: ModelConfig, layer: int) -> tuple[str, int] | None:
-        """Axis and index of the moments of what a tensor reads or scales."""
+        """Return the axis and index of the moments of what a tensor reads or scales."""
         last = row.dims[-1]
         if last not in self.axes:
             return None
@@ -128,7 +128,7 @@ class Compensation:
         return column_map(self.moment(axis, index), torch.tensor(kept), self.ridge)
 
     def _norm(self, weight: Tensor, index: int, kept: Tensor, around: float) -> Tensor:
-        """The weight of a norm that multiplies by ``around`` and the weight together."""
+        """Return the weight of a norm that multiplies by ``around`` and the weight together."""
         gain = weight.double() + around
         factor = norm_factor(self.moment("hidden", index), gain, kept)
         return (gain * factor - around).to(weight.dtype)

@@ -42,7 +42,7 @@ def merge_pairs(heads: int, kept: int) -> list[tuple[int, int]]:
 def merge_terms(
     config: ModelConfig, scores: Sequence[float], groups: Sequence[int], kept: Sequence[int]
 ) -> Terms:
-    """Terms of one layer.
+    """Return terms of one layer.
 
     Args:
         config: the model before pruning.
@@ -66,7 +66,7 @@ def merge_terms(
 
 
 def compose_terms(first: Terms, heads: Sequence[int], second: Terms, kept: Sequence[int]) -> Terms:
-    """Terms of two rounds of pruning in a row, in terms of the model before both.
+    """Return terms of two rounds of pruning in a row, in terms of the model before both.
 
     Args:
         first: terms of the first round.
@@ -88,7 +88,7 @@ def compose_terms(first: Terms, heads: Sequence[int], second: Terms, kept: Seque
 
 
 def _sums(terms: Terms) -> dict[int, dict[int, int]]:
-    """Kept head -> head -> coefficient."""
+    """Return, for each kept head, the coefficient of each head that is merged into it."""
     sums: dict[int, dict[int, int]] = {}
     for kept, head, coefficient in terms:
         sums.setdefault(kept, {})[head] = coefficient

@@ -30,7 +30,7 @@ class Grid:
     expert_rank: int
 
     def holders(self, stage: int, row: Row, config: ModelConfig) -> list[int]:
-        """Ranks that hold a parameter, in tensor-parallel order.
+        """Return ranks that hold a parameter, in tensor-parallel order.
 
         Args:
             stage: pipeline stage of its layer.
@@ -44,7 +44,7 @@ class Grid:
 
 
 def rows_of_layers(family: Family, config: ModelConfig) -> list[list[Row]]:
-    """Rows of the parameters of every layer, those of experts one by one."""
+    """Return rows of the parameters of every layer, those of experts one by one."""
     rows: list[list[Row]] = [[] for _ in range(config.num_layers)]
     for _, row, layer in family.parameters(config):
         if layer is not None:
@@ -53,7 +53,7 @@ def rows_of_layers(family: Family, config: ModelConfig) -> list[list[Row]]:
 
 
 def row_before(row: Row, plan: Plan, position: int) -> Row:
-    """The row before pruning of a row after: another expert's, where experts are dropped."""
+    """Return the row before pruning of a row after: another expert's, where experts are dropped."""
     if row.expert is None or row.template is None:
         return row
     return row.template.of_expert(plan["expert"][position][row.expert])
@@ -68,7 +68,7 @@ def plan_move(
     path: tuple[int, int],
     grid: Grid,
 ) -> Move | None:
-    """How one parameter gets to the ranks that are to hold it.
+    """Return how one parameter gets to the ranks that are to hold it.
 
     Args:
         row: of the pruned model.

@@ -73,7 +73,7 @@ class Plan(Mapping[str, Any]):
     settings: dict[str, int] = field(default_factory=dict)
 
     def __getitem__(self, axis: str) -> Any:
-        """Kept indices of an axis."""
+        """Return kept indices of an axis."""
         return self.kept[axis]
 
     def __iter__(self) -> Iterator[str]:
@@ -134,7 +134,7 @@ class Plan(Mapping[str, Any]):
 
 
 def full_plan(config: ModelConfig) -> Plan:
-    """The plan that keeps everything."""
+    """Return the plan that keeps everything."""
     kept: dict[str, Any] = {"layer": list(range(config.num_layers))}
     for axis in _inner_axes(config):
         kept[axis.name] = _everything(axis, config, kept)
@@ -147,7 +147,7 @@ def _inner_axes(config: ModelConfig) -> list[Axis]:
 
 
 def _everything(axis: Axis, config: ModelConfig, kept: dict[str, Any]) -> list[Any]:
-    """All indices of an axis, for the layers and experts that are kept."""
+    """Return all indices of an axis, for the layers and experts that are kept."""
     size = axis_size(config, axis.name)
     if axis.scope is Scope.MODEL:
         return list(range(size))
@@ -203,7 +203,7 @@ def _keep_layers(config: ModelConfig, pruning: PruningConfig, scores: Scores | N
 def _ranked(
     axis: Axis, config: ModelConfig, sizes: dict[str, int], kept: dict[str, Any], scores: Tensor
 ) -> list[Any]:
-    """The best indices of an axis with scope ``LAYER`` in every kept layer that has it.
+    """Return the best indices of an axis with scope ``LAYER`` in every kept layer that has it.
 
     An axis that others are nested in is ranked by the sum of their scores. The indices of a nested
     axis are ranked inside each parent that stays, those of a grouped axis inside each group, and
@@ -311,13 +311,13 @@ def make_plan(config: ModelConfig, pruning: PruningConfig, scores: Scores | None
 
 
 def pruned_config(config: ModelConfig, plan: Plan) -> ModelConfig:
-    """Config of the pruned model; ``kept_layers`` stays in terms of the original model."""
+    """Return config of the pruned model; ``kept_layers`` stays in terms of the original model."""
     sizes = {AXES[axis].size: _kept_size(AXES[axis], lists) for axis, lists in plan.items()}
     return config.resized(sizes | plan.settings, plan.layers)
 
 
 def _kept_size(axis: Axis, kept: list[Any]) -> int:
-    """Size of an axis after pruning; lists of different layers and experts are equally long."""
+    """Return the size of an axis after pruning; all layers and experts keep equally many."""
     if axis.scope is not Scope.MODEL:
         kept = next(filter(None, kept))  # of a layer that has the axis
     return len(kept[0] if axis.scope is Scope.EXPERT else kept)

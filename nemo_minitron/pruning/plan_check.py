@@ -59,7 +59,7 @@ def check_plan(config: ModelConfig, plan: Plan) -> None:
 
 
 def _check_layers(config: ModelConfig, plan: Plan, axis: Axis, everything: list[Any]) -> None:
-    """One list of an axis for each kept layer, all equally long."""
+    """Check that an axis has one list for each kept layer, all equally long."""
     lists = _listed(axis.name, plan[axis.name])
     if len(lists) != len(plan.layers):
         raise ValueError(
@@ -93,7 +93,7 @@ def _check_layers(config: ModelConfig, plan: Plan, axis: Axis, everything: list[
 def _check_nested(
     where: str, axis: Axis, config: ModelConfig, kept: Sequence[int], parents: Sequence[int]
 ) -> None:
-    """Every kept parent keeps the same number of its own, and no other keeps any."""
+    """Check that each kept parent keeps the same number of its own, and that no other has any."""
     assert axis.nested_in is not None
     each = axis_size(config, axis.name) // axis_size(config, axis.nested_in)
     counts = {parent: sum(index // each == parent for index in kept) for parent in parents}
@@ -105,7 +105,7 @@ def _check_nested(
 
 
 def _check_together(where: str, axis: Axis, config: ModelConfig, kept: Sequence[int]) -> None:
-    """Every group keeps as many indices, and neighbours that belong together stay together."""
+    """Check that all groups keep equally many, and that neighbours stay together."""
     groups, size = groups_in(config, axis), axis_size(config, axis.name)
     each = size // groups
     if axis.fixed and len(kept) != size:
@@ -126,7 +126,7 @@ def _check_together(where: str, axis: Axis, config: ModelConfig, kept: Sequence[
 
 
 def _check_merge(config: ModelConfig, plan: Plan) -> None:
-    """Query heads that stay become sums of heads, those of their own query group.
+    """Check that query heads that stay become sums of heads of their own query group.
 
     Heads with a key of their own may be summed with any of the layer.
     """
@@ -162,7 +162,7 @@ def _listed(where: str, values: Any) -> Sequence[Any]:
 
 
 def _check_indices(where: str, kept: Any, size: int) -> None:
-    """Some of the indices of an axis, ascending."""
+    """Check that a list has some of the indices of an axis, in ascending order."""
     numbers = [index for index in _listed(where, kept) if type(index) is int]
     known = len(numbers) == len(kept) and all(0 <= index < size for index in numbers)
     if not kept or not known or any(b <= a for a, b in pairwise(numbers)):

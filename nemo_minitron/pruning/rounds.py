@@ -71,7 +71,7 @@ def _one_round(
     drop_layers: list[int] | None,
     grouped: bool,
 ) -> PruningConfig:
-    """One round of ``pruning``: from ``config`` to ``sizes``."""
+    """Return one round of ``pruning``: from ``config`` to ``sizes``."""
     before, after = merged_heads(config, sizes)
     # Groups of one head that were larger once still have no keys of their own to merge.
     merges = before > after and (config.heads_per_group > 1 or not grouped)
@@ -91,7 +91,7 @@ def _sizes_between(
     share: Fraction,
     parallel: ParallelConfig,
 ) -> dict[str, int]:
-    """Sizes after ``share`` of the way, each between the current one and the target.
+    """Return sizes after ``share`` of the way, each between the current one and the target.
 
     What has no scores is at its target from the first round on, as it asks nothing of the others.
     """
@@ -132,7 +132,7 @@ def _pipeline_fits(config: ModelConfig, num_layers: int, parallel: ParallelConfi
 
 
 def compose(first: Plan, second: Plan) -> Plan:
-    """The plan that does at once what two plans do one after the other.
+    """Return the plan that does at once what two plans do one after the other.
 
     Args:
         first: of the original model.

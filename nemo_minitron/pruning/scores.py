@@ -97,7 +97,7 @@ def stored_order(name: str) -> tuple[int, str]:
 
 
 def moment_file(folder: Path, axis: str, index: int) -> Path:
-    """File of one matrix of second moments.
+    """Return the file of one matrix of second moments.
 
     Args:
         folder: result of ``importance``.
@@ -121,7 +121,7 @@ def layer_scores(criterion: str, dropped: int) -> str:
 
 
 def how_to_score(name: str) -> str:
-    """The keys of ``minitron importance`` that make the scores called ``name``."""
+    """Return the keys of ``minitron importance`` that make the scores called ``name``."""
     criterion, _, size = name.partition(".")
     if size:
         return f"scores.layer_criteria including {criterion}, scores.block_sizes including {size}"
@@ -217,7 +217,7 @@ def model_meta(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """``scores.json`` of a result folder, without torch.
+    """Return ``scores.json`` of a result folder, without torch.
 
     Raises:
         ValueError: the file is missing, damaged or of another version.

@@ -30,7 +30,7 @@ from nemo_minitron.runtime.console import progress
 def _kept_of_axis(
     dim: str, axis: Axis, plan: Plan, position: int | None, expert: int | None
 ) -> Tensor:
-    """Indices of one axis that stay: of the model, of a layer or of one of its experts."""
+    """Return indices of one axis that stay: of the model, of a layer or of one of its experts."""
     kept = plan[axis.name]
     if axis.scope is not Scope.MODEL:
         if position is None:
@@ -50,7 +50,7 @@ def _kept_of_axis(
 
 
 def _kept_rows(dim: Dim, config: ModelConfig, kept: dict[str, Tensor]) -> Tensor:
-    """Rows of a dim that stay.
+    """Return rows of a dim that stay.
 
     Args:
         dim: what it holds.
@@ -82,7 +82,7 @@ cores share, enough for the time of a call not to matter."""
 def dim_indices(
     dim: str, config: ModelConfig, plan: Plan, position: int | None, expert: int | None = None
 ) -> LongTensor | None:
-    """Indices that stay of one tensor dim.
+    """Return indices that stay of one tensor dim.
 
     Args:
         dim: what the dim holds, a key of ``families.dims.DIMS``.
@@ -108,7 +108,7 @@ def dim_indices(
 def row_indices(
     row: Row, config: ModelConfig, plan: Plan, position: int | None
 ) -> tuple[LongTensor | None, ...]:
-    """Indices that stay of each dim of a parameter.
+    """Return indices that stay of each dim of a parameter.
 
     What is inside a layer for multi-token prediction has no scores and stays whole; such a layer
     follows the axes of the model alone.
@@ -245,7 +245,7 @@ def _read_pruned(
 def _read_pruned_rows(
     tensor: LazyTensor, width: tuple[int, ...], source: Source, start: int, stop: int
 ) -> Tensor:
-    """Rows ``[start, stop)`` of the pruned tensor, from runs of rows small enough for a cache."""
+    """Read rows ``[start, stop)`` of the pruned tensor, in runs small enough for a cache."""
     out = torch.empty(stop - start, *width, dtype=tensor.dtype)
     step = max(1, CACHE_BYTES * tensor.shape[0] // max(tensor.nbytes, 1))
     for first in range(start, stop, step):
@@ -257,7 +257,7 @@ def _read_pruned_rows(
 def _read_pruned_run(
     tensor: LazyTensor, source: Source, start: int, stop: int, out: Tensor
 ) -> None:
-    """Rows ``[start, stop)`` of the pruned tensor, from the run of rows that holds them."""
+    """Read rows ``[start, stop)`` of the pruned tensor, from the run that holds them."""
     assert tensor.read_rows is not None
     kept = source.indices[0]
     if kept is None:
@@ -288,7 +288,7 @@ def prune_store(
     store: Store,
     compensation: Compensation | None = None,
 ) -> Store:
-    """The pruned model, tensor by tensor and only when read.
+    """Return the pruned model, tensor by tensor and only when read.
 
     Args:
         family: the table.
@@ -326,7 +326,7 @@ def prune_checkpoint(
     workers: int,
     compensation: Compensation | None = None,
 ) -> None:
-    """Lazy store in, lazy store out, one writer: no model is built, no process group needed.
+    """Prune tensor by tensor with one writer; no model is built, no process group needed.
 
     Args:
         source: ``checkpoint/`` of a result.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def target_sizes(config: ModelConfig, pruning: PruningConfig) -> dict[str, int]:
-    """Sizes after pruning by their Megatron name, with null targets filled in.
+    """Return sizes after pruning by their Megatron name, with null targets filled in.
 
     Sizes that the model does not have are left out: those of experts in a dense model, that of the
     dense MLP where every layer has experts, that of a shared expert where there is none.
@@ -165,7 +165,7 @@ def _check_criterion(config: ModelConfig, pruning: PruningConfig, sizes: dict[st
 
 
 def check_pruning(config: ModelConfig, pruning: PruningConfig) -> None:
-    """Everything about the targets that can be wrong, whatever the scores.
+    """Check everything about the targets that does not depend on scores.
 
     Raises:
         ValueError: see ``target_sizes``; heads that do not fit the query groups; drop_layers out of
@@ -189,7 +189,7 @@ def check_pruning(config: ModelConfig, pruning: PruningConfig) -> None:
 
 
 def check_result(config: ModelConfig, pruning: PruningConfig) -> None:
-    """Everything about the targets that can be wrong, and whether config.json can say the sizes.
+    """Check everything about the targets, and whether config.json can say the sizes.
 
     Sizes between two rounds of pruning need not be such, so that ``check_pruning`` does not ask.
 

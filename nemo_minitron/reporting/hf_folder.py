@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def open_store(checkpoint: Path) -> "tuple[ModelConfig, Store]":
-    """Sizes and store under Hugging Face names; only metadata is read.
+    """Return sizes and store under Hugging Face names; only metadata is read.
 
     Args:
         checkpoint: ``checkpoint/`` of a result.

@@ -18,7 +18,7 @@ _COUNTS = {"parameters": "parameters", "non_embedding_parameters": "without embe
 
 
 def model_card(title: str, config: ModelConfig, lineage: list[Entry]) -> str:
-    """Markdown with the YAML that Hugging Face reads.
+    """Return Markdown with the YAML that Hugging Face reads.
 
     Args:
         title: heading.
@@ -52,7 +52,7 @@ def model_card(title: str, config: ModelConfig, lineage: list[Entry]) -> str:
 
 
 def _front(source: Entry, lineage: list[Entry]) -> str:
-    """The YAML between the ``---`` lines."""
+    """Return the YAML between the ``---`` lines."""
     stages = [entry["stage"] for entry in lineage]
     values = {
         "library_name": "transformers",
@@ -73,12 +73,12 @@ def _words(value: object) -> str:
 
 
 def _plain(value: object) -> str | list[str]:
-    """A licence for YAML that Hugging Face reads: a word or several, on one line."""
+    """Return a licence for YAML that Hugging Face reads: a word or several, on one line."""
     return [one_line(item) for item in value] if isinstance(value, list) else one_line(value)
 
 
 def _summary(entry: Entry) -> str:
-    """A stage in one line."""
+    """Return a stage in one line."""
     said = code(entry["stage"])
     if "source" in entry:
         said += f" of {code(entry['source']['name'])} ({text(entry['source']['format'])})"
@@ -134,7 +134,7 @@ def _share(old: object, new: object) -> str:
 
 
 def _layers(config: ModelConfig, original: int | None) -> str:
-    """Kept and dropped layers of the original model; nothing when all are there."""
+    """Return kept and dropped layers of the original model; nothing when all are kept."""
     if not config.kept_layers:
         return ""
     kept = config.kept_layers
@@ -162,7 +162,7 @@ def code(value: object) -> str:
 
 
 def text(value: object) -> str:
-    """The value between other words."""
+    """Write a value so that it can stand between other words."""
     plain = re.sub(r"([\\`*\[\]|#~])", r"\\\1", one_line(value))
     return html.escape(plain, quote=False)
 
@@ -172,7 +172,7 @@ if TYPE_CHECKING:
 
 
 def templates(*, autoescape: bool = False, keep_trailing_newline: bool = False) -> "Environment":
-    """The templates below ``templates/``; a value that is missing is an error.
+    """Return the templates below ``templates/``; a value that is missing is an error.
 
     Args:
         autoescape: as ``jinja2.Environment`` has it.

@@ -74,14 +74,14 @@ def _png(draw: Callable[["Figure"], None], height: float, scheme: dict[str, str]
 
 
 def _layer_axis(axis: "Axis", layers: int) -> None:
-    """Whole layer numbers, counted from 1 as in ``pruning.drop_layers``."""
+    """Label an axis with layer numbers, counted from 1 as in ``pruning.drop_layers``."""
     step = max(1, -(-layers // 10))
     ticks = np.arange(0, layers, step)
     axis.set_ticks(ticks, [str(tick + 1) for tick in ticks])
 
 
 def _image(figure: "Figure", values: np.ndarray, label: str, extent: Sequence[float]) -> "Axes":
-    """Heat map with a log colour scale, layers from top to bottom."""
+    """Draw a heat map with a log colour scale, layers from top to bottom."""
     from matplotlib.colors import LogNorm
 
     axes = figure.subplots()
@@ -103,14 +103,14 @@ def _image(figure: "Figure", values: np.ndarray, label: str, extent: Sequence[fl
 
 
 def _mark_cut(axes: "Axes", kept: int | None, size: int) -> None:
-    """A line behind what stays, where anything was pruned."""
+    """Draw a line behind what stays, where anything was pruned."""
     if kept is not None and kept < size:
         axes.axvline(kept, color=_DROPPED, linewidth=1.8)
         axes.set_title(f"{kept} of {size} kept (left of the line)")
 
 
 def png_bytes(picture: Picture) -> bytes:
-    """The light picture as a PNG file."""
+    """Return the picture in light colours as a PNG file."""
     return base64.b64decode(picture.light.partition(",")[2])
 
 
@@ -150,7 +150,7 @@ def search_front(records: Sequence[Record]) -> Picture:
 
 
 def ffn_heat_map(ffn: np.ndarray, kept: int | None) -> Picture:
-    """FFN neurons of each layer, most important first.
+    """Draw the FFN neurons of each layer, most important first.
 
     Args:
         ffn: scores ``[layers, f]``.
@@ -174,7 +174,7 @@ def ffn_heat_map(ffn: np.ndarray, kept: int | None) -> Picture:
 
 
 def head_heat_map(head: np.ndarray, kept: dict[int, set[int]] | None) -> Picture:
-    """Query heads of each layer, in their own order; a cross marks what is dropped.
+    """Draw the query heads of each layer, in their own order; a cross marks what is dropped.
 
     Args:
         head: scores ``[layers, n]``.
@@ -207,7 +207,7 @@ def head_heat_map(head: np.ndarray, kept: dict[int, set[int]] | None) -> Picture
 
 
 def layer_bars(layer: np.ndarray, kept: Sequence[int] | None) -> Picture:
-    """Block influence of each layer.
+    """Return block influence of each layer.
 
     Args:
         layer: scores ``[layers]``.
@@ -237,7 +237,7 @@ def layer_bars(layer: np.ndarray, kept: Sequence[int] | None) -> Picture:
 
 
 def hidden_curve(hidden: np.ndarray, kept: int | None) -> Picture:
-    """Hidden channels, most important first.
+    """Draw the hidden channels, most important first.
 
     Args:
         hidden: scores ``[h]``.
@@ -304,7 +304,7 @@ def _kept_title(label: str, size: int, stays: dict[int, int], gone: list[int]) -
 
 
 def training_curve(history: Sequence[Record]) -> Picture:
-    """Losses, of which there is at least one, and learning rate over optimizer steps.
+    """Draw losses, of which there is at least one, and learning rate over optimizer steps.
 
     Args:
         history: items with ``step`` and any of ``loss``, ``val_kd_loss``, ``val_loss`` and ``lr``.

@@ -74,7 +74,7 @@ def write_report(output_dir: str | Path, cfg: PipelineConfig) -> Path:
 
 
 def render(results: Results) -> str:
-    """The HTML page: style and pictures inline, no script, no link to anywhere."""
+    """Return the HTML page: style and pictures inline, no script, no link to anywhere."""
     environment = templates(autoescape=True)
     return environment.get_template("report.html.j2").render(
         title=results.title,
@@ -107,7 +107,7 @@ def render(results: Results) -> str:
 
 
 def _main_table(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and rows of what was evaluated, without the columns that no row fills."""
+    """Return header and rows of what was evaluated, without the columns that no row fills."""
     cells = [_cells(row) for row in rows]
     filled = [any(row[column] != "-" for row in cells) for column in range(len(_HEADER))]
     header = tuple(itertools.compress(_HEADER, filled))
@@ -132,7 +132,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _task_table(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]] | None:
-    """Header and rows, a model per row and a metric per column, or None without any task."""
+    """Return header and rows, a model per row and a metric per column, or None without any task."""
     names = list(dict.fromkeys(name for row in rows for name in row.tasks))
     if not names:
         return None
@@ -141,7 +141,7 @@ def _task_table(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, .
 
 
 def millions(count: int) -> str:
-    """A parameter count with four digits: ``134.5 M``, ``8.030 B``."""
+    """Return a parameter count with four digits: ``134.5 M``, ``8.030 B``."""
     for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
         if count >= size:
             value = count / size
@@ -209,7 +209,7 @@ def _kept_picture(pruning: Pruning) -> plots.Picture:
 
 
 def _score_pictures(results: Results, name: str) -> list[plots.Picture]:
-    """Heat maps and curves of one importance stage, with the cut of the pruning that used it."""
+    """Draw maps and curves of an importance stage, with the cut of the pruning that used it."""
     folder = (results.output_dir / name).resolve()
     users = [p for p in results.prunings if p.importance and p.importance.resolve() == folder]
     plan: dict[str, Any] | None = users[0].plan if users else None
@@ -245,13 +245,13 @@ def _training(stage: StageResult) -> tuple[str, str, plots.Picture]:
 
 
 def _examples(stage: StageResult, count: int = 2) -> list[dict[str, Any]]:
-    """The first samples of a stage that wrote text."""
+    """Return the first samples of a stage that wrote text."""
     with (stage.folder / "data.jsonl").open(encoding="utf-8") as file:
         return [json_value(line) for line in itertools.islice(file, count)]
 
 
 def _versions(stages: Sequence[StageResult]) -> list[tuple[str, str]]:
-    """Package and version; several versions when stages ran with different ones."""
+    """Return package and version; several versions when stages ran with different ones."""
     found: dict[str, list[str]] = {}
     for stage in stages:
         for package, version in stage.versions.items():

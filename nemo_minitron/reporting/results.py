@@ -54,14 +54,14 @@ class Results:
     scores: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     """Importance stage -> axis -> scores."""
     warnings: list[str] = field(default_factory=list)
-    """Why the table may not mean what it says."""
+    """Warnings: why the table may not mean what it says."""
     command: str = ""
     """What runs the whole pipeline again; empty where it was not started by command line."""
     config: str = ""
     """The pipeline's resolved config, YAML."""
 
     def stages_of(self, stage: str) -> list[StageResult]:
-        """The results of one kind of stage, in pipeline order."""
+        """Return the results of one kind of stage, in pipeline order."""
         return [result for result in self.stages if result.stage == stage]
 
 
@@ -131,7 +131,7 @@ def _leaks(stages: list[StageResult]) -> list[str]:
 
 
 def _data_of(train: StageResult) -> list[dict[str, Any]]:
-    """The keys ``data.*`` of a training, those of each of its phases."""
+    """Return the keys ``data.*`` of a training, those of each of its phases."""
     data = train.values.get("data", {})
     phases = (train.values.get("trainer") or {}).get("phases") or [{}]
     return [with_own(data, phase.get("data") or {}) for phase in phases]

@@ -21,7 +21,7 @@ class StageResult:
     stage: str
     folder: Path
     command: str
-    """What makes this result when typed in a shell."""
+    """The command that makes this result when typed in a shell."""
     config: str
     """The resolved config, YAML."""
     metrics: dict[str, Any]
@@ -40,7 +40,7 @@ class Row:
 
     label: str
     loss: float | None
-    """This and the next two are None if only tasks were evaluated."""
+    """Held-out LM loss. It, perplexity and tokens are None if only tasks were evaluated."""
     perplexity: float | None
     tokens: int | None
     parameters: int
@@ -51,7 +51,7 @@ class Row:
     speed: float | None = None
     """Tokens per second that it writes, as a ``benchmark`` stage measured; None without one."""
     tasks: dict[str, str] = field(default_factory=dict)
-    """As ``task_scores``."""
+    """Scores of tasks, as ``task_scores`` returns them."""
     texts: list[dict[str, str]] = field(default_factory=list)
     """What the model wrote: ``prompt`` and ``completion``."""
 
@@ -111,13 +111,13 @@ def _evaluations(cfg: PipelineConfig) -> list[str]:
 
 
 def row_items(cfg: PipelineConfig) -> list[Item]:
-    """Rows as the config has them, or one for every evaluation."""
+    """Return rows as the config has them, or one for every evaluation."""
     every = [{"label": name, "evaluate": name} for name in _evaluations(cfg)]
     return list(cfg.report.get("rows") or every)
 
 
 def table_rows(cfg: PipelineConfig, stages: Mapping[str, StageResult]) -> list[Row]:
-    """A row for each evaluation that the report compares."""
+    """Return a row for each evaluation that the report compares."""
     items = row_items(cfg)
     losses = {item["label"]: _loss(stages[item["evaluate"]], "lm_loss") for item in items}
     first = list(losses)[:2]
@@ -168,7 +168,7 @@ def _speeds(stages: Iterable[StageResult]) -> dict[str, float]:
 
 
 def _loss(stage: StageResult, name: str) -> float | None:
-    """A figure of the loss on text, which an evaluation of tasks alone does not have."""
+    """Return a figure of the loss on text, which an evaluation of tasks alone does not have."""
     if "tasks" in stage.metrics and "lm_loss" not in stage.metrics:
         return None
     return _metric(stage, name)

@@ -67,5 +67,5 @@ def _speed_row(model: Figures, found: Figures, first: Figures, name: str) -> tup
 
 
 def _spread(figure: Mapping[str, float]) -> str:
-    """Median, and the lowest and highest in brackets."""
+    """Return the median, and the lowest and highest in brackets."""
     return f"{figure['median']:,.0f} ({figure['low']:,.0f}-{figure['high']:,.0f})"

@@ -85,7 +85,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def read(run: Path) -> list[Status]:
-    """Status of a stage, or of each stage of a pipeline that has begun, in their order."""
+    """Return status of a stage, or of each stage of a pipeline that has begun, in their order."""
     run = run.resolve()
     if run.name.endswith(".partial"):
         run = run.with_name(run.name.removesuffix(".partial"))
@@ -99,13 +99,13 @@ def read(run: Path) -> list[Status]:
 
 
 def _children(run: Path) -> list[Path]:
-    """Results and working folders inside a pipeline's folder."""
+    """Return results and working folders inside a pipeline's folder."""
     folders = [path for path in run.glob("*") if path.is_dir()]
     return [path for path in folders if (path / MANIFEST).is_file() or is_ours(path)]
 
 
 def _begun(run: Path) -> float:
-    """Roughly when a stage began to run."""
+    """Return roughly when a stage began to run."""
     for path in (partial_of(run) / SIGNED, run / MANIFEST):
         if path.is_file():
             return path.stat().st_mtime
@@ -191,7 +191,7 @@ def _ending(kind: str, text: str) -> str:
 
 
 def _lines(status: Status) -> list[str]:
-    """One run on a terminal of 80 columns."""
+    """Lay out one run for a terminal of 80 columns."""
     rows = [f"{status.run}  {status.stage}  {status.state}"]
     if status.step is not None and status.steps:
         done = f"step {status.step:,} of {status.steps:,} ({status.step / status.steps:.0%})"
@@ -213,7 +213,7 @@ def _lines(status: Status) -> list[str]:
 
 
 def _duration(seconds: float) -> str:
-    """Days, hours, minutes and seconds."""
+    """Write seconds as days, hours, minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days = f"{hours // 24}d " if hours >= 24 else ""

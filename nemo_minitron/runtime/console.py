@@ -124,7 +124,7 @@ def _lines(description: str, total: int, done: int) -> Iterator[Advance]:
 
 
 def _duration(seconds: float) -> str:
-    """Hours, minutes and seconds, as progress bars write them."""
+    """Return hours, minutes and seconds, as progress bars write them."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
@@ -166,7 +166,7 @@ def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]])
 def fitted(
     header: Sequence[str], rows: Sequence[Sequence[str]], width: int
 ) -> list[tuple[Sequence[str], Sequence[Sequence[str]]]]:
-    """A table as one or more that fit a width.
+    """Return a table as one or more that fit a width.
 
     A table that is too wide is turned over, a row for each of its columns. If that is too wide as
     well, its columns are spread over several tables, each with the first column again.
@@ -194,7 +194,7 @@ def fitted(
 
 
 def _column_width(cells: Sequence[str]) -> int:
-    """Characters that a column takes with its padding and the line beside it."""
+    """Return characters that a column takes with its padding and the line beside it."""
     from rich.cells import cell_len
 
     return 3 + max(cell_len(line) for cell in cells for line in cell.split("\n"))

@@ -54,7 +54,7 @@ def _is_cuda(device: object) -> bool:
 
 
 def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
-    """A factory (or ``Tensor.to``) that takes a CUDA device for the CPU."""
+    """Return a factory (or ``Tensor.to``) that takes a CUDA device for the CPU."""
 
     @wraps(factory)
     def make(*args: object, **kwargs: object) -> Any:
@@ -82,7 +82,7 @@ def _patch_factories() -> None:
 
 
 def _patch_tensor() -> None:
-    """``Tensor.to``, ``Tensor.type()`` and ``Tensor.cuda()``."""
+    """Patch ``Tensor.to``, ``Tensor.type()`` and ``Tensor.cuda()``."""
     to = _on_cpu(torch.Tensor.to)
     type_of: Callable[..., Any] = torch.Tensor.type
 
@@ -124,14 +124,14 @@ def _patch_torch() -> None:
 
 
 def _patch_random() -> None:
-    """The CUDA generator is the default CPU generator, so Megatron's tracker works as it is."""
+    """Make the CPU generator the CUDA generator, so that Megatron's tracker works as it is."""
     torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     torch.cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]  # it returns a generator
 
 
 def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """A reduce-scatter or an all-gather that is a copy, or nothing, in a group of one.
+    """Return a reduce-scatter or an all-gather that is a copy, or nothing, in a group of one.
 
     Gloo makes a second tensor of the whole buffer for it and copies there and back.
     """
@@ -169,7 +169,7 @@ def _patch_megatron() -> None:
 
 @cache
 def _define_missing_name() -> None:
-    """Megatron-Core 0.16 defines a name that its router reads only where Transformer Engine is.
+    """Define a name that 0.16's router reads and defines only where Transformer Engine is.
 
     Its multi-latent attention believes that Transformer Engine is there, and asks for a class of
     it. Both are as wrong on a GPU without Transformer Engine as on a CPU.

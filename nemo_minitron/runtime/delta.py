@@ -15,12 +15,12 @@ from torch import Tensor
 
 
 def _wide(x: Tensor) -> Tensor:
-    """At least float32, in which the kernels compute too."""
+    """Return ``x`` in at least float32, in which the kernels compute too."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """``[..., d]`` divided by its length."""
+    """Divide ``[..., d]`` by the length of its last dim."""
     wide = _wide(x)
     return (wide * (wide.square().sum(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
 

@@ -76,7 +76,7 @@ def end() -> None:
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Signals wait; a process that is started here starts with them waiting, for its ``begin``."""
+    """Hold signals back; a process started meanwhile holds them back too, until its ``begin``."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ALL)
     try:
         yield
@@ -86,7 +86,7 @@ def held() -> Iterator[None]:
 
 @contextlib.contextmanager
 def taken(command: str, meaning: Meaning) -> Iterator[None]:
-    """Inside, a signal that asks to stop means what the job says.
+    """Let a signal that asks to stop mean, inside, what the job says.
 
     Args:
         command: what the last line starts with.
@@ -108,7 +108,7 @@ def taken(command: str, meaning: Meaning) -> Iterator[None]:
 
 
 def close() -> None:
-    """How the job ends is decided: until it is over a signal changes nothing any more."""
+    """Ignore signals from now on: how the job ends is decided."""
     arrived()
     _request.closed = True
 
@@ -119,7 +119,7 @@ def asked() -> Ending | None:
 
 
 def say(command: str, error: BaseException) -> int:
-    """The last line of a command that did not get as far as its job; gives the exit code."""
+    """Say the last line of a command that did not reach its job; return the exit code."""
     code, message = verdict(command.rpartition(" ")[2], asked() or error, None)
     sys.stderr.write(f"{command}: {message}\n")
     return code

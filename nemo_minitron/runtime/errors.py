@@ -27,7 +27,7 @@ class Ending(BaseException):
     """
 
     code: int
-    """Exit code."""
+    """Exit code of the process."""
     line = "{}"
     """The last line of the job, given the text of the exception."""
 
@@ -83,7 +83,7 @@ class StageFailed(Exception):  # noqa: N818
 
 
 def verdict(stage: str, error: BaseException, log_path: Path | None) -> tuple[int, str]:
-    """Exit code of a job that ended with ``error``, and the line that says what to do about it.
+    """Return the exit code of a job that ended with ``error``, and the line that says what to do.
 
     ``log_path`` is the job's log file, None when it had not got that far.
     """

@@ -168,7 +168,7 @@ def _check_age(extension: Extension) -> None:
 
 
 def _version(extension: Extension) -> Version | None:
-    """Version of the installed package, whose name on the index has dashes."""
+    """Return the version of the installed package, whose name on the index has dashes."""
     found = version_of(extension.package.replace("_", "-"))
     return None if found is None else Version(found)
 
@@ -187,7 +187,7 @@ _LOGGERS = (
 
 
 def version_of(package: str) -> str | None:
-    """The installed version of a package, None if it is not installed."""
+    """Return the installed version of a package, None if it is not installed."""
     with suppress(PackageNotFoundError):
         return version(package)
     return None
@@ -225,7 +225,7 @@ def _quiet_loggers() -> None:
 
 
 def _quiet_nemo() -> None:
-    """NeMo has a logger of its own kind, and telemetry.
+    """Keep NeMo's own logger and its telemetry quiet.
 
     The telemetry leaves ``onelogger.*`` in the current folder and, where one training failed,
     refuses the next one of the same process.

@@ -13,7 +13,7 @@ Group = dist.ProcessGroup
 
 
 def initialised_degrees() -> dict[str, int | None]:
-    """Degrees of the initialised layout, by the names of ``ParallelConfig``.
+    """Return degrees of the initialised layout, by the names of ``ParallelConfig``.
 
     Raises:
         ValueError: Megatron's groups are not initialised.
@@ -58,7 +58,7 @@ class ParallelGroups(ProcessGroupCollection):
 
     @classmethod
     def current(cls) -> "ParallelGroups":
-        """The groups of the initialised layout.
+        """Return the groups of the initialised layout.
 
         Raises:
             ValueError: Megatron's groups are not initialised.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def device() -> torch.device:
-    """This rank's device."""
+    """Return this rank's device."""
     if torch.cuda.is_available():
         # Schedulers may show each rank its own GPU alone (srun --gpus-per-task), as number 0.
         own = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
@@ -95,7 +95,7 @@ def init_model_parallel(parallel: "ParallelConfig", seed: int = 1234) -> None:
 
 @contextmanager
 def distributed(parallel: "ParallelConfig", seed: int = 1234) -> Iterator[None]:
-    """Everything a stage needs around a model: stand-in, process group, model-parallel groups."""
+    """Set up what a stage needs around a model: stand-in, process group, parallel groups."""
     before_megatron()
     from megatron.core import parallel_state
 

@@ -52,7 +52,7 @@ class GatedRMSNorm(nn.Module):
 
 
 def _wide(x: Tensor) -> Tensor:
-    """At least float32, in which the kernels compute too."""
+    """Return ``x`` in at least float32, in which the kernels compute too."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

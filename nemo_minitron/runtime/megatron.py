@@ -53,7 +53,7 @@ def _arguments(function: Callable[..., object]) -> frozenset[str]:
 
 
 def batch_on_this_cp_rank(batch: dict[str, Tensor], group: dist.ProcessGroup) -> dict[str, Tensor]:
-    """This rank's part of a batch under context parallelism (Megatron's zigzag split).
+    """Return this rank's part of a batch under context parallelism (Megatron's zigzag split).
 
     Args:
         batch: ``[b, s]`` tensors of the whole sequence.
@@ -75,7 +75,7 @@ def batch_on_this_cp_rank(batch: dict[str, Tensor], group: dist.ProcessGroup) ->
 def cached_forward(
     chunk: nn.Module, collection: "ProcessGroupCollection", batch: int, length: int, vocab_size: int
 ) -> Any:
-    """Megatron's inference wrapper around a chunk, ready for a forward pass with a KV cache.
+    """Return Megatron's inference wrapper around a chunk, ready for a forward pass with a KV cache.
 
     Args:
         chunk: this rank's part of the model.
@@ -117,7 +117,7 @@ def keeping_states(chunk: nn.Module) -> AbstractContextManager[None]:
 
 
 def _wrapper_config(chunk: "GPTModel", batch: int, length: int, vocab_size: int) -> Any:
-    """The settings that 0.16 takes beside the model."""
+    """Return the settings that 0.16 takes beside the model."""
     from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import (
         InferenceWrapperConfig,
     )
@@ -170,7 +170,7 @@ def save_sharded(state: dict[str, object], folder: str) -> None:
 
 
 def saving_strategy() -> Any:
-    """Megatron's strategy for several checkpoints of the same structure, one after another.
+    """Return Megatron's strategy for several checkpoints of the same structure, one after another.
 
     From the third one on it takes the plan of the second, which equals that of the first, so that
     ranks gather none; nvidia-resiliency-ext makes every plan anew.
@@ -213,7 +213,7 @@ def request_save(
 
 
 def writer_queue() -> Any:
-    """The ``AsyncCallsQueue`` that runs each request in a forked process of its own."""
+    """Return the ``AsyncCallsQueue`` that runs each request in a forked process of its own."""
     if _writes_by_nvrx():
         from nvidia_resiliency_ext.checkpointing.async_ckpt.core import AsyncCallsQueue
     else:

@@ -33,7 +33,7 @@ _PLAIN = {bool: "true or false", int: "an integer", float: "a finite number", st
 
 @functools.cache
 def dataclass_of(part: str) -> type:
-    """Megatron's dataclass of a part of the section."""
+    """Return Megatron's dataclass of a part of the section."""
     before_megatron()
     if part == "transformer":
         from megatron.core.transformer.transformer_config import TransformerConfig
@@ -50,7 +50,7 @@ def dataclass_of(part: str) -> type:
 
 @functools.cache
 def annotations(part: str) -> dict[str, Any]:
-    """Field -> annotation; a field whose default is None may be None whatever it says."""
+    """Return field -> annotation; a field whose default is None may be None whatever it says."""
     cls = dataclass_of(part)
     hints = get_type_hints(cls)
     return {
@@ -60,7 +60,7 @@ def annotations(part: str) -> dict[str, Any]:
 
 
 def resolved(part: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Field -> the value that Megatron's dataclass takes: enums and dtypes by name.
+    """Return field -> the value that Megatron's dataclass takes: enums and dtypes by name.
 
     Args:
         part: ``transformer``, ``ddp`` or ``optimizer``.
@@ -94,7 +94,7 @@ def _unknown(part: str, name: str) -> str:
 
 
 def _conform(annotation: Any, value: Any) -> Any:
-    """The value as the annotation has it.
+    """Return the value as the annotation has it.
 
     Raises:
         TypeError: its text says what the value must be.

@@ -24,7 +24,7 @@ _SOURCES = {
 
 @functools.cache
 def fields_in_source(part: str) -> dict[str, tuple[str, object]]:
-    """Field -> annotation and default, read in the source of the installed Megatron-Core.
+    """Return field -> annotation and default, read in the source of the installed Megatron-Core.
 
     Nothing of it is imported, which would import torch. A default that is no literal is ``...``;
     without Megatron-Core there is no field.
@@ -54,7 +54,7 @@ def _annotated(cls: ast.ClassDef) -> dict[str, tuple[str, object]]:
 
 
 def installed_version() -> str:
-    """Which Megatron-Core is installed, for messages."""
+    """Return which Megatron-Core is installed, for messages."""
     try:
         return importlib.metadata.version("megatron-core")
     except importlib.metadata.PackageNotFoundError:

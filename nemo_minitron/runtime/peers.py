@@ -51,7 +51,7 @@ def leave() -> None:
 
 
 def killed(wait: float = 0.0) -> int | None:
-    """A rank of this machine that is gone and did not say so; None where all are there.
+    """Return a rank of this machine that is gone and did not say so; None where all are there.
 
     Args:
         wait: seconds that one may take to go: its connections close before it has.

@@ -26,7 +26,7 @@ Added = TypeVar("Added")
 
 
 def origin(point: EntryPoint) -> str:
-    """The package that gives an entry point, and its version."""
+    """Return the package that gives an entry point, and its version."""
     return f"{point.dist.name} {point.dist.version}" if point.dist else point.value
 
 
@@ -38,7 +38,7 @@ def found(kind: str) -> tuple[EntryPoint, ...]:
 
 
 def added(kind: str, own: tuple[str, ...]) -> tuple[str, ...]:
-    """Names that other packages add to those of this one."""
+    """Return names that other packages add to those of this one."""
     names = [point.name for point in found(kind)]
     return tuple(name for name in names if names.count(name) == 1 and name not in own)
 
@@ -48,7 +48,7 @@ def with_added(
     own: Mapping[str, Added],
     checked: Callable[[str, Added], Added] = lambda name, one: one,
 ) -> dict[str, Added]:
-    """A table of this package with what others add to it, imported.
+    """Return a table of this package with what others add to it, imported.
 
     Args:
         kind: as in ``KINDS``.

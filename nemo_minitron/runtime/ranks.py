@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 _STARTED = "MINITRON_STARTED"
 """Set in ranks that ``start_ranks`` started: their input is checked already."""
 _VERDICT_FILE = "MINITRON_VERDICT_FILE"
-"""Where a process that another minitron started says why it failed. The first rank to fail does."""
+"""File in which the first rank to fail says why, for the minitron that started it."""
 _STORE = "MINITRON_STORE"
 """File that says where ranks started by ``start_ranks`` meet."""
 _ADVICE = "start all ranks with srun or torchrun, or unset RANK and LOCAL_RANK"
@@ -41,18 +41,18 @@ _LAUNCHER_KEYS = (
 
 
 def rank() -> int:
-    """Global rank of this process; 0 when started alone."""
+    """Return the global rank of this process; 0 when started alone."""
     return int(os.environ.get("RANK", "0"))
 
 
 def launched_world_size() -> int | None:
-    """Ranks a launcher started, those of the teacher aside; None when started alone."""
+    """Return ranks a launcher started, those of the teacher aside; None when started alone."""
     total = launched_ranks()
     return None if total is None else total - _teacher_ranks
 
 
 def launched_ranks() -> int | None:
-    """All ranks a launcher started; None when this process was started alone.
+    """Return all ranks a launcher started; None when this process was started alone.
 
     Raises:
         ValueError: half of what a launcher says is in the environment.
@@ -123,12 +123,12 @@ def set_teacher_ranks(count: int) -> None:
 
 
 def teacher_ranks() -> int:
-    """How many of the last ranks run the teacher alone."""
+    """Return how many of the last ranks run the teacher alone."""
     return _teacher_ranks
 
 
 def runs_teacher_alone() -> bool:
-    """Whether this process is one of them."""
+    """Whether this process is a rank that runs the teacher alone."""
     total = launched_ranks()
     return total is not None and rank() >= total - _teacher_ranks
 
@@ -156,7 +156,7 @@ def started_by_us() -> bool:
 
 
 def adopt_slurm() -> None:
-    """Under srun with several tasks, say who this rank is in torch's variables.
+    """Set torch's variables for this rank under srun with several tasks.
 
     Only inside a job step: an sbatch script sees SLURM_NTASKS and SLURM_PROCID too, but is alone.
     """
@@ -176,7 +176,7 @@ def adopt_slurm() -> None:
 
 
 def _first_node(env: Mapping[str, str]) -> str:
-    """Host of rank 0. The batch node's address stands in for names that do not resolve."""
+    """Return host of rank 0. The batch node's address stands in for names that do not resolve."""
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or ""
     first = re.match(r"(?:\[[^\]]*\]|[^,\[])*", nodes)  # up to a comma outside of brackets
     name = re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0] if first else "")
@@ -188,12 +188,12 @@ def _first_node(env: Mapping[str, str]) -> str:
 
 
 def alone(env: Mapping[str, str]) -> dict[str, str]:
-    """Environment for a process that is to stand alone, whatever launched this one."""
+    """Return an environment for a process that is to stand alone, whatever launched this one."""
     return {key: value for key, value in env.items() if key not in (*_LAUNCHER_KEYS, _STARTED)}
 
 
 def visible_gpus() -> int:
-    """GPUs this process may use, found without torch; 0 on a CPU-only machine."""
+    """Return GPUs this process may use, found without torch; 0 on a CPU-only machine."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     present = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
     if visible is None or not present:

@@ -28,7 +28,7 @@ class StopOnRequest:
         self._before = {number: signal.getsignal(number) or signal.SIG_DFL for number in SIGNALS}
 
     def __enter__(self) -> "StopOnRequest":
-        """Take the signals over."""
+        """Install this object's signal handlers."""
         for number in SIGNALS:
             signal.signal(number, self._ask)
         return self
@@ -48,7 +48,7 @@ class StopOnRequest:
         self._asked = True
 
     def ask(self) -> None:
-        """Ask to stop, as a signal does."""
+        """Ask the training to stop, as a signal does."""
         self._asked = True
 
     def asked(self) -> bool:

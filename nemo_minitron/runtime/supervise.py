@@ -16,9 +16,9 @@ from nemo_minitron.runtime.errors import INTERRUPTED, PREEMPTED, TERMINATED
 
 _ORDERLY = (PREEMPTED, INTERRUPTED, TERMINATED)
 _CRASHED_SECONDS = 3.0
-"""How long the others may go on by themselves once one of them failed."""
+"""How long the other processes may go on by themselves once one of them failed."""
 _ORDERLY_SECONDS = 30.0
-"""The same once one of them ended as it was asked to: they may be saving work."""
+"""The same patience once one process ended as it was asked to: others may be saving work."""
 _KILL_SECONDS = 10.0
 """Time to clean up after SIGTERM."""
 _PR_SET_PDEATHSIG = 1
@@ -108,7 +108,7 @@ class _Family:
                 child.send_signal(number)
 
     def wait(self) -> None:
-        """Until all have ended."""
+        """Wait until all processes have ended."""
         for patience in self._steps():
             end = None if patience is None else time.monotonic() + patience
             while None in [child.poll() for child in self.children]:  # each one is asked

@@ -39,7 +39,7 @@ class Watch:
         self._thread = threading.Thread(target=self._look, daemon=True, name="watch")
 
     def start(self) -> None:
-        """Begin to look."""
+        """Start the thread that looks."""
         self.alive("began to train")
         self._thread.start()
 

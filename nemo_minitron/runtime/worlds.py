@@ -53,7 +53,7 @@ def join(store: dist.Store, rank: int, total: int, backend: str, timeout: timede
 
 
 def shared_store() -> dist.Store:
-    """The store that both worlds see."""
+    """Return the store that both worlds see."""
     assert _joined.store is not None, "this process joined no world"
     return _joined.store
 

@@ -118,7 +118,7 @@ def _parameters(path: str) -> int:
 
 
 def _limit(cfg: BenchmarkConfig) -> int | None:
-    """Bytes per rank that a batch must fit into, or None if the largest batch is not measured."""
+    """Return bytes per rank that a batch must fit into; None if no largest batch is measured."""
     import torch
 
     if cfg.memory_limit_gb is not None:

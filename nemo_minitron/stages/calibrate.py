@@ -79,7 +79,7 @@ def calibrate(
     work: Path,
     save_every: int,
 ) -> Calibrated:
-    """Data, model, forward passes; collective, inside ``runtime.launch.distributed``.
+    """Score a checkpoint on its data; collective, inside ``runtime.launch.distributed``.
 
     Args:
         folder: ``checkpoint/`` of a result.
@@ -146,7 +146,7 @@ def run_rounds(
 def _scores(
     cfg: PruneConfig, config: ModelConfig, plan: Plan, one: PruningConfig, folder: Path, number: int
 ) -> tuple[Scores | None, dict[str, Any]]:
-    """Scores of the model that ``plan`` gives, from wherever they are."""
+    """Return scores of the model that ``plan`` gives, from wherever they are."""
     small = pruned_config(config, plan)
     if number == 1 and cfg.importance is not None:
         return Scores.load(Path(cfg.importance)), {}
@@ -206,7 +206,7 @@ def _save_scores(scores: Scores, part: Path) -> None:
 
 
 def _what_to_score(cfg: PruneConfig, small: ModelConfig, one: PruningConfig) -> ScoreConfig:
-    """Just what a round needs."""
+    """Return what a round needs scores of, and nothing else."""
     needed = needed_scores(small, one)
     dropped = small.num_layers - target_sizes(small, one)["num_layers"]
     axes = [axis for axis in score_axes() if axis in needed and axis != "layer"]

@@ -24,7 +24,7 @@ def training_data(cfg: SearchConfig) -> DataConfig:
 
 
 def distill_config(cfg: SearchConfig, config: ModelConfig, small: ModelConfig) -> DistillConfig:
-    """The ``distill`` stage that a candidate goes through."""
+    """Return the ``distill`` stage that a candidate goes through."""
     short, whole = cfg.search.distill, cfg.parallel
     teacher = TeacherParallelConfig(
         num_layers_in_first_pipeline_stage=whole.num_layers_in_first_pipeline_stage,

@@ -45,11 +45,11 @@ log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 _LAYOUT = "layout"
-"""Of a record that is kept to resume, and no part of the result."""
+"""Keys of a record that are kept to resume, and are no part of the result."""
 
 
 def score_candidates(cfg: SearchConfig, config: ModelConfig, work: Path) -> list[Record]:
-    """Figures of every candidate, the same on every rank.
+    """Return figures of every candidate, the same on every rank.
 
     Args:
         cfg: the stage.
@@ -144,7 +144,7 @@ def _evaluate(
     *,
     timed: bool = False,
 ) -> dict[str, float]:
-    """Loss and speed of a candidate, and ``score`` if tasks are asked.
+    """Return the loss and speed of a candidate, and ``score`` if tasks are asked.
 
     If the speed counts, one micro-batch on every rank comes before: the first pass of a model loads
     kernels and chooses them by shape.
@@ -174,7 +174,7 @@ def _short_distillation(
     dataset: SampleSet,
     work: Path,
 ) -> Record:
-    """Loss and score of a candidate after a few steps, which go on from its last checkpoint."""
+    """Return a candidate's loss and score after a few steps, from its last checkpoint on."""
     source, plan = Path(cfg.checkpoint) / "checkpoint", plans[record["name"]]
     folder = work / "distilled" / record["name"]
     if rank() == 0:

@@ -104,7 +104,7 @@ def run(cfg: DistillConfig) -> None:
 
 
 def _with_teacher(teacher_dir: Path, config: dict[str, Any], after: ExitStack) -> Any:
-    """The model with a teacher on the same ranks, or connected to one on others.
+    """Return the model with a teacher on the same ranks, or connected to one on others.
 
     Args:
         teacher_dir: ``checkpoint/`` of the teacher.
@@ -150,7 +150,7 @@ def _serve(cfg: DistillConfig) -> None:
 def _with_stored_teacher(
     cfg: DistillConfig, config: dict[str, Any], samples: tuple[Any, ...]
 ) -> tuple[Any, tuple[Any, ...]]:
-    """The model without a teacher, and samples that bring the teacher's outputs."""
+    """Return the model without a teacher, and samples that bring the teacher's outputs."""
     from omegaconf import OmegaConf
 
     from nemo_minitron.distillation.logit_shards import StoredTeacher

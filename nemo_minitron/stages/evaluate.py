@@ -51,7 +51,7 @@ def check(cfg: EvaluateConfig) -> None:
 
 
 def _model(cfg: EvaluateConfig) -> ModelConfig:
-    """Sizes of the model, of whichever kind."""
+    """Return the config of the model to evaluate, a Megatron or a Hugging Face one."""
     folder = Path(cfg.checkpoint)
     if not is_export(cfg.checkpoint):
         return ModelConfig.load(folder / "checkpoint")
@@ -165,7 +165,7 @@ def _show(cfg: EvaluateConfig, metrics: dict[str, Any]) -> None:
 
 
 def tasks_of_export(cfg: EvaluateConfig, model: ModelConfig) -> dict[str, Any]:
-    """Metrics of an exported folder, by lm-eval's own Hugging Face backend."""
+    """Return metrics of an exported folder, by lm-eval's own Hugging Face backend."""
     from nemo_minitron.evaluation.lm_eval_models import hf_model
 
     start = time.monotonic()
@@ -179,7 +179,7 @@ def tasks_of_export(cfg: EvaluateConfig, model: ModelConfig) -> dict[str, Any]:
 
 
 def _continued(cfg: EvaluateConfig, answers: "Answers") -> dict[str, Any]:
-    """Each prompt with the text that the model writes after it (collective)."""
+    """Return each prompt with the text that the model writes after it (collective)."""
     from nemo_minitron.evaluation.requests import Continuations
 
     tokenizer = answers.tokenizer

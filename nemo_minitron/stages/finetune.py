@@ -109,13 +109,13 @@ def _check_one_kind(cfg: TrainingStageConfig, phase: Phase) -> None:
 
 
 def sections(cfg: TrainingStageConfig, model: ModelConfig) -> dict[str, Any]:
-    """Config entries that every NeMo model here has."""
+    """Return the config entries that every NeMo model here has."""
     names = ("parallel", "data", "trainer", "optim", "megatron", "exp_manager")
     return {"gpt": asdict(model), **{name: asdict(getattr(cfg, name)) for name in names}}
 
 
 def datasets(cfg: TrainingStageConfig, model: ModelConfig, folder: Path) -> list[tuple[Any, ...]]:
-    """Training and validation samples of each phase (the latter None without validation)."""
+    """Return training and validation samples of each phase (the latter None without validation)."""
     from nemo_minitron.data.datasets import training_datasets
     from nemo_minitron.models.documents import check_shared
 
@@ -190,7 +190,7 @@ def _fit(
 
 
 def flops_per_step(cfg: TrainingStageConfig, model: ModelConfig) -> list[float]:
-    """Operations of a step of each phase on all ranks, as ``plan`` counts, recomputation apart."""
+    """Return each phase's operations of a step on all ranks, as ``plan`` counts them."""
     teacher = None
     if isinstance(cfg, DistillConfig) and cfg.teacher is not None:
         teacher = built_teacher(cfg, model, ModelConfig.load(Path(cfg.teacher) / "checkpoint"))

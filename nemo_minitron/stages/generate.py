@@ -42,7 +42,7 @@ def check(cfg: GenerateConfig) -> None:
 
 
 def _prompts(cfg: GenerateConfig, model: ModelConfig) -> tuple[list[Prompt], Any, frozenset[int]]:
-    """Prompts, tokenizer, and the tokens that end a text."""
+    """Return prompts, tokenizer, and the tokens that end a text."""
     folder = Path(cfg.checkpoint) / "checkpoint" / "tokenizer"
     tokenizer = load_tokenizer(folder)
     stops = stop_ids(folder, tokenizer, model.hf.get("eos_token_id"))
@@ -160,7 +160,7 @@ def _generated(
     tokenizer: "PreTrainedTokenizerFast",
     stops: frozenset[int],
 ) -> "Generated":
-    """A sample as text."""
+    """Return a sample as text."""
     from nemo_minitron.data.filters import Generated
 
     ended = bool(new) and new[-1] in stops

@@ -73,7 +73,7 @@ def _metrics(calibrated: "Calibrated") -> dict[str, Any]:
 
 
 def _of_layers_that_have_it(result: Path, scores: "Scores") -> dict[str, "Tensor"]:
-    """The scores without the zeros of layers that do not have the axis."""
+    """Return the scores without the zeros of layers that do not have the axis."""
     config = ModelConfig.load(result / "checkpoint")
     inside = {a.name: layers_with(config, a) for a in AXES.values() if a.scope is not Scope.MODEL}
     return {

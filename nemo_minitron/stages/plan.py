@@ -75,7 +75,7 @@ def run(cfg: PlanConfig) -> None:
 
 
 def _record(cfg: PlanConfig, plan: ItemPlan) -> dict[str, Any]:
-    """Numbers of one item, as in ``json``."""
+    """Return the numbers of one item, as in ``json``."""
     record: dict[str, Any] = {"name": plan.name, "stage": plan.stage}
     for key, model in (("model", plan.before), ("result", plan.after)):
         record[key] = None if model is None else _facts(model)
@@ -109,7 +109,7 @@ def _run_facts(cfg: PlanConfig, run: Run) -> dict[str, Any]:
 
 
 def _step_facts(cfg: PlanConfig, run: Run) -> dict[str, float] | None:
-    """Seconds of a training step by what they go to, hours of all steps, share of the peak."""
+    """Return seconds of a step by what they go to, hours of all steps, share of the peak."""
     time = step_time(run.job, cfg.cluster, cfg.mfu)
     if time is None or run.work.flops is None:
         return None
@@ -228,5 +228,5 @@ def _short(count: float) -> str:
 
 
 def _number(value: float | None, text: Callable[[float], str]) -> str:
-    """``?`` where it depends on the amount of data."""
+    """Write a number, or ``?`` where it depends on the amount of data."""
     return "?" if value is None else text(value)

@@ -123,7 +123,7 @@ def run(cfg: PruneConfig) -> None:
 def _score_and_prune(
     cfg: PruneConfig, config: ModelConfig, rounds: list[PruningConfig], start: float
 ) -> None:
-    """``run`` on every rank, with a model to score."""
+    """Do what ``run`` does, on every rank and with a model to score."""
     metrics: dict[str, Any] = {}
     with on_ranks(cfg, "prune", cfg.parallel, cfg.data.seed, resumable=True) as work:
         from nemo_minitron.stages.calibrate import run_rounds
@@ -143,7 +143,7 @@ def _write(
     start: float,
     costs: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Files of the result; returns the metrics."""
+    """Write the files of the result, and return the metrics."""
     from nemo_minitron.pruning.compensate import Compensation
     from nemo_minitron.pruning.slicing import prune_checkpoint
 
@@ -185,7 +185,7 @@ def _metrics(config: ModelConfig, small: ModelConfig, plan: Plan) -> dict[str, A
 
 
 def _sizes(config: ModelConfig) -> dict[str, int]:
-    """The sizes that a model has."""
+    """Return the sizes that a model has."""
     return {name: size for name, size in model_sizes(config).items() if name not in _NO_SIZES}
 
 

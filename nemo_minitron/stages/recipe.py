@@ -102,7 +102,7 @@ def _provenance(folder: Path, data: object) -> dict[str, Any]:
 
 
 def _settings_of(result: Path) -> dict[str, Any]:
-    """The config that made a result, dotted keys, as it is stored beside it."""
+    """Return the config that made a result, dotted keys, as it is stored beside it."""
     path = result / ".hydra" / "config.yaml"
     return flatten(read_yaml(path)) if path.is_file() else {}
 
@@ -139,7 +139,7 @@ def _data_name(cfg: TrainingStageConfig) -> str:
 
 
 def _read_by(data: DataConfig) -> str:
-    """Last part of ``data.path``, or the sources of a blend with their weights."""
+    """Return the last part of ``data.path``, or the sources of a blend with their weights."""
     sources = data.blend or ()
     names = [f"{Path(source['path']).name} ({source['weight']:g})" for source in sources]
     return ", ".join(names) or Path(data.path).name
@@ -156,7 +156,7 @@ def _distillation(cfg: DistillConfig) -> dict[str, Any]:
 
 
 def _teacher(cfg: DistillConfig) -> dict[str, Any]:
-    """Describe the teacher."""
+    """Return the facts about the teacher that the recipe names."""
     if cfg.teacher is None:
         folder = Path(str(cfg.teacher_logits))
         name = _settings_of(folder).get("checkpoint") or folder

@@ -125,7 +125,7 @@ def run(cfg: SearchConfig) -> None:
 
 
 def ranked(records: list[dict[str, Any]], max_latency_ms: float | None) -> list[dict[str, Any]]:
-    """Records by ``search.objective``, with ``rank`` from 1: distilled ones first.
+    """Return records by ``search.objective``, with ``rank`` from 1: distilled ones first.
 
     Raises:
         ValueError: every candidate takes longer than ``search.max_latency_ms``.
@@ -154,7 +154,7 @@ def _write(
 def _write_winner(
     cfg: SearchConfig, config: ModelConfig, best: dict[str, Any], folder: Path
 ) -> None:
-    """``pruning/winner.yaml``: ``minitron prune --config-dir <output_dir> pruning=winner ...``."""
+    """Write ``winner.yaml`` for ``minitron prune --config-dir <output_dir> pruning=winner``."""
     target = {n: s for n, s in best["sizes"].items() if s != getattr(config, n)}
     values: dict[str, Any] = {"target": target}
     if "num_layers" in target:
@@ -195,5 +195,5 @@ def _show(cfg: SearchConfig, records: list[dict[str, Any]]) -> None:
 
 
 def _column(name: str) -> str:
-    """Heading of a size or a figure."""
+    """Return the heading of a size or a figure."""
     return name.removeprefix("num_").replace("_", " ")

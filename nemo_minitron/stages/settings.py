@@ -208,5 +208,5 @@ def check_training_settings(cfg: TrainingStageConfig, model: ModelConfig) -> Non
 
 
 def splits(trainer: TrainerConfig | TeacherPassConfig) -> tuple[str, ...]:
-    """Splits that training reads."""
+    """Return the splits that training reads."""
     return PARTS if trainer.limit_val_batches else PARTS[:1]

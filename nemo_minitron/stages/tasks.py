@@ -69,7 +69,7 @@ def check_tasks(cfg: TaskConfig, model: ModelConfig, *, export: bool) -> None:
 
 
 def max_length(cfg: TaskConfig, model: ModelConfig) -> int:
-    """Tokens of the longest request, a length that the layout can cut."""
+    """Return tokens of the longest request, a length that the layout can cut."""
     multiple = cfg.parallel.sequence_multiple
     wanted = cfg.lm_eval.max_length or model.max_written_length
     return max(wanted // multiple, 1) * multiple
@@ -81,7 +81,7 @@ def ready_to_answer(
     chunks: "list[HiddenGPTModel]",
     groups: "ParallelGroups",
 ) -> "Answers":
-    """The model with its tokenizer, ready to be asked."""
+    """Return the model with its tokenizer, ready to be asked."""
     from nemo_minitron.evaluation.answers import Answers
     from nemo_minitron.evaluation.requests import RequestScorer
 
@@ -93,7 +93,7 @@ def ready_to_answer(
 
 
 def answer_tasks(cfg: TaskConfig, model: ModelConfig, answers: "Answers") -> dict[str, Any]:
-    """Metrics of a Megatron model; rank 0 runs lm-eval, and every rank the model (collective)."""
+    """Return a Megatron model's metrics: rank 0 runs lm-eval, all ranks the model (collective)."""
     from nemo_minitron.evaluation.lm_eval_models import MegatronLM
     from nemo_minitron.evaluation.lockstep import led_by_first
 

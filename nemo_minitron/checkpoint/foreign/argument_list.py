@@ -122,7 +122,7 @@ def _bridge(values: JsonObject, given: Given) -> None:
 
 
 def _plain(value: object) -> object:
-    """A value as arguments have it: Bridge writes dtypes and enums as objects."""
+    """Return a value as arguments have it: Bridge writes dtypes and enums as objects."""
     if not isinstance(value, dict) or "_target_" not in value:
         return value
     dtype = str(value["_target_"]).removeprefix("torch.")
@@ -130,7 +130,7 @@ def _plain(value: object) -> object:
 
 
 def _words(words: Sequence[str], given: Given) -> None:
-    """Arguments of a list; whatever is before the first is the program that it was for."""
+    """Read the arguments of a list; what is before the first is the program that it was for."""
     name: str | None = None
     values: list[object] = []
     for word in [*words, "--"]:
@@ -194,7 +194,7 @@ def _expanded(text: str, known: Mapping[str, str]) -> str:
 
 
 def _without_branches(text: str, given: Given) -> str:
-    """The lines that always run; what the others would add is named."""
+    """Return the lines that always run; what the others would add is named."""
     depth, kept = 0, []
     for line in text.splitlines():
         depth += bool(re.match(r"\s*(if|case)\b", line))

@@ -28,7 +28,7 @@ _MOST_LAYERS = 10_000
 
 
 class _Read(Mapping[str, Any]):
-    """Values that remember which of them were asked for."""
+    """A mapping that remembers which of its values were read."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._values, self.asked = values, set[str]()
@@ -61,7 +61,7 @@ class ModelRead:
     note: str = ""
 
     def keys(self) -> JsonObject:
-        """Fields of the model that are not at their defaults."""
+        """Return fields of the model that are not at their defaults."""
         if self.config is None:
             return {}
         said = {f.name: (getattr(self.config, f.name), f.default) for f in fields(ModelConfig)}
@@ -86,7 +86,7 @@ def _layers(node: ast.expr) -> list[int]:
 
 
 def _pattern(given: Given, name: str) -> list[int]:
-    """The layers that an argument says as an expression."""
+    """Return the layers that an argument says as an expression."""
     text = given.values[name]
     try:
         return _layers(ast.parse(str(text), mode="eval").body)

@@ -85,7 +85,7 @@ def _activation(stated: Stated) -> str:
 
 
 def _scaling(stated: Stated) -> JsonObject | None:
-    """The scaling of the rotary frequencies in Hugging Face's words."""
+    """Return the scaling of the rotary frequencies in Hugging Face's words."""
     if stated_latent(stated):
         return latent_yarn(stated)
     if stated.get("position_embedding_type", "rope") == "yarn":
@@ -153,7 +153,7 @@ def _positions(stated: Stated) -> JsonObject:
 
 
 def _without_rotation(stated: Stated) -> list[int] | None:
-    """For each layer whether it is not rotated; Megatron also takes a number, of every n-th."""
+    """Return for each layer whether it is not rotated; a number n means every n-th layer."""
     value, layers = stated.get("no_rope_freq", None), stated.need("num_layers")
     if not isinstance(value, int):
         return None if value is None else [int(bool(entry)) for entry in value]
@@ -226,7 +226,7 @@ def _check_numbers(stated: Stated) -> None:
 
 
 def model_fields(stated: Stated, vocab_size: int) -> JsonObject:
-    """Fields of ModelConfig; those of the family, the dtype and what is carried over are not there.
+    """Return fields of ModelConfig, without those of the family, the dtype and what is kept.
 
     Args:
         stated: from ``of_args``, ``of_nemo1`` or ``of_core``.
@@ -305,7 +305,7 @@ def _with_the_spec(stated: Stated) -> list[Family]:
 
 
 def match_family(stated: Stated, fields: JsonObject) -> tuple[Family, ModelConfig]:
-    """The first family that can express these fields, and the config.
+    """Return the first family that can express these fields, and the config.
 
     Raises:
         ValueError: none can; names what keeps the nearest one from it.

@@ -12,7 +12,7 @@ from nemo_minitron.families.rope import concentration
 
 
 def experts_fields(stated: Stated, ffn: int) -> JsonObject:
-    """Fields of ModelConfig about experts; the width of the MLP where there are none."""
+    """Return the fields of ModelConfig about experts; without experts the width of the MLP."""
     experts = stated.get("num_moe_experts", None)
     if experts is None:
         return {"ffn_hidden_size": ffn}
@@ -34,7 +34,7 @@ def experts_fields(stated: Stated, ffn: int) -> JsonObject:
 
 
 def _routed_layers(stated: Stated) -> list[int] | None:
-    """For each layer whether it has experts; a number of Megatron's means every n-th layer."""
+    """Return for each layer whether it has experts; a number n means every n-th layer."""
     value, layers = stated.get("moe_layer_freq", 1), stated.need("num_layers")
     if isinstance(value, int):
         value = [layer % value == 0 for layer in range(layers)] if value > 0 else [False]
@@ -46,7 +46,7 @@ def _routed_layers(stated: Stated) -> list[int] | None:
 
 
 def stated_pattern(stated: Stated) -> str | None:
-    """Letters of the layers of a hybrid model, one each, or None for a GPT model."""
+    """Return letters of the layers of a hybrid model, one each, or None for a GPT model."""
     key = "hybrid_layer_pattern"
     pattern = stated.get(key, None) or stated.get("hybrid_override_pattern", None)
     if pattern is None:
@@ -57,7 +57,7 @@ def stated_pattern(stated: Stated) -> str | None:
 
 
 def hybrid_fields(stated: Stated, ffn: int) -> JsonObject:
-    """Fields of ModelConfig about hybrid models; nothing for others."""
+    """Return fields of ModelConfig about hybrid models; nothing for others."""
     pattern = stated_pattern(stated)
     if pattern is None:
         return {}
@@ -76,7 +76,7 @@ def hybrid_fields(stated: Stated, ffn: int) -> JsonObject:
 
 
 def linear_fields(stated: Stated) -> JsonObject:
-    """Fields of ModelConfig about gated delta nets and gated attention; nothing for others."""
+    """Return fields of ModelConfig about gated delta nets and gated attention, if any."""
     found: JsonObject = {"attention_output_gate": bool(stated.get("attention_output_gate", False))}
     if stated.get("experimental_attention_variant", None) != LINEAR_VARIANT:
         return found
@@ -110,7 +110,7 @@ def stated_latent(stated: Stated) -> bool:
 
 
 def latent_fields(stated: Stated, heads: int) -> JsonObject:
-    """Fields of ModelConfig about multi-latent attention; nothing for other attention."""
+    """Return fields of ModelConfig about multi-latent attention; nothing for other attention."""
     if not stated_latent(stated):
         return {}
     return {
@@ -124,7 +124,7 @@ def latent_fields(stated: Stated, heads: int) -> JsonObject:
 
 
 def latent_yarn(stated: Stated) -> JsonObject | None:
-    """The scaling of rotary frequencies in Hugging Face's words, or None.
+    """Return the scaling of rotary frequencies in Hugging Face's words, or None.
 
     Multi-latent attention has fields and defaults of its own for it.
     """

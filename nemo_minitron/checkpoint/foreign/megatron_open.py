@@ -96,7 +96,7 @@ def _distributed(source: Source) -> _Weights:
 
 
 def _single_file(where: Path, part: Part) -> _Weights:
-    """The one file that NeMo 1 writes without model parallelism."""
+    """Return the one file that NeMo 1 writes without model parallelism."""
     try:
         found = read_torch_file(part)
     except PICKLE_ERRORS as error:

@@ -73,7 +73,7 @@ def _yaml(part: Part | None, where: Path) -> JsonObject:
 
 
 def _mapping(value: object) -> JsonObject:
-    """A section of a config; empty where the config has something else, or nothing, there."""
+    """Return a section of a config; empty where the config has no section of that name."""
     return value if isinstance(value, dict) else {}
 
 
@@ -81,7 +81,7 @@ def _mapping(value: object) -> JsonObject:
 
 
 def iteration_folder(path: Path) -> Path:
-    """The folder of one iteration, of which a checkpoint folder may hold several.
+    """Return the folder of one iteration, of which a checkpoint folder may hold several.
 
     Raises:
         ValueError: the tracker names one that is not there, or nothing says which one to take.
@@ -146,7 +146,7 @@ def _megatron_lm(path: Path) -> Source:
 
 
 def _tokenizer_inside(folder: Path, named: object) -> TokenizerFiles:
-    """The tokenizer that a config names, where it lies in the checkpoint's own folder."""
+    """Return the tokenizer that a config names, where it lies in the checkpoint's own folder."""
     if not isinstance(named, str) or not is_inside(named):
         return {}
     return tokenizer_files(inside(folder, named))
@@ -192,7 +192,7 @@ def _bridge(path: Path) -> Source:
 
 
 def _nemo2_tokenizer(context: Path, stated: object) -> TokenizerFiles:
-    """The folder or file that model.yaml names, relative to itself; else any that is there."""
+    """Return the file or folder that model.yaml names, relative to itself; else any that exists."""
     for key in ("pretrained_model_name", "model_path", "tokenizer_model"):
         if files := _tokenizer_inside(context, _mapping(stated).get(key)):
             return files

@@ -30,7 +30,7 @@ class Stated:
         return self.names.get(key, key)
 
     def need(self, key: str) -> Any:
-        """A value.
+        """Return a value.
 
         Raises:
             ValueError: the file does not say it.
@@ -40,12 +40,12 @@ class Stated:
         return self.values[key]
 
     def get(self, key: str, default: object) -> Any:
-        """A value, or Megatron-Core's default where the file says none, or null."""
+        """Return a value, or Megatron-Core's default where the file says none, or null."""
         value = self.values.get(key)
         return default if value is None else value
 
     def refuse(self, key: str, only: str) -> ValueError:
-        """The error for a value that is not supported."""
+        """Return the error for a value that is not supported."""
         value = self.values.get(key)
         return ValueError(f"{self.where}: {self.name(key)}={value} is not supported; only {only}")
 
@@ -96,7 +96,7 @@ _YARN_LENGTH = "yarn_original_max_position_embeddings"
 
 
 def _yarn_names(args: Mapping[str, Any]) -> dict[str, str]:
-    """Names of YaRN in Megatron's configuration -> those of the arguments that say it."""
+    """Return names of YaRN in Megatron's configuration -> those of the arguments that say it."""
     latent, constant = args.get("multi_latent_attention"), args.get("enable_gpt_oss")
     if args.get("position_embedding_type") != "yarn" or latent or constant:
         return {}
@@ -105,7 +105,7 @@ def _yarn_names(args: Mapping[str, Any]) -> dict[str, str]:
 
 
 def of_args(args: Mapping[str, Any], where: str) -> Stated:
-    """Arguments of Megatron-LM, ``args`` in ``common.pt`` (megatron/training/arguments.py)."""
+    """Read Megatron-LM's arguments, ``args`` in ``common.pt`` (megatron/training/arguments.py)."""
     yarn, factor = _yarn_names(args), args.get("rope_scaling_factor", _FACTOR)
     if args.get("use_rope_scaling") and factor not in (None, _FACTOR):
         raise ValueError(
@@ -208,7 +208,7 @@ def of_nemo1(config: Mapping[str, Any], where: str) -> Stated:
 
 
 def of_core(config: Mapping[str, Any], where: str) -> Stated:
-    """Fields of TransformerConfig and GPTModel, as NeMo 2 and Megatron-Bridge write them in YAML.
+    """Read fields of TransformerConfig and GPTModel as NeMo 2 and Megatron-Bridge write them.
 
     Newer Bridge versions keep TransformerConfig's in a section of its own, ``transformer``.
     """
