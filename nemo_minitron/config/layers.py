@@ -5,7 +5,7 @@ no layer has anything of its own. Everything here also takes Megatron's ``Transf
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 OPTIONAL: Mapping[str, Any] = {"optional": True}
@@ -16,19 +16,6 @@ PER_LAYER: Mapping[str, Any] = {**OPTIONAL, "per_layer": True}
 ATTENTION, MLP, EXPERTS, MAMBA, LINEAR = "*", "-", "E", "M", "G"
 """What a layer can be made of, in the letters of Megatron's hybrid models; the last one is linear
 attention, a gated delta net."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One layer of a model.
-
-    Attributes:
-        kinds: the letters of what it is made of, in the order of the forward pass.
-        values: its entry of every per-layer field that is set.
-    """
-
-    kinds: str
-    values: Mapping[str, Any]
 
 
 def per_layer_fields(config: Any) -> tuple[str, ...]:
@@ -52,16 +39,6 @@ def kinds_of(config: Any) -> list[str]:
     return [
         (LINEAR if delta else ATTENTION) + (EXPERTS if has else MLP)
         for delta, has in zip(linear, routed, strict=True)
-    ]
-
-
-def layers_of(config: Any) -> list[Layer]:
-    """Return the layers of a model in order."""
-    lists = {name: getattr(config, name) for name in per_layer_fields(config)}
-    lists = {name: values for name, values in lists.items() if values is not None}
-    return [
-        Layer(kinds, {name: values[index] for name, values in lists.items()})
-        for index, kinds in enumerate(kinds_of(config))
     ]
 
 

@@ -82,7 +82,7 @@ def test_help_lists_stages_keys_defaults_and_groups(run):
     assert all(stage in out for stage in STAGE_CONFIGS)
     code, out, _, _ = run("distill", "--help")
     assert code == 0
-    for text in ("data.seq_length=512", "Tokens per sample.", "student=???", "optim=", "tp2"):
+    for text in ("data.seq_length=512", "Tokens of each sample.", "student=???", "optim=", "tp2"):
         assert text in out
 
 
