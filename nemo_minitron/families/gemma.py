@@ -79,6 +79,9 @@ def _sizes(family: str, hf: dict[str, Any], rope: Rope, every: int) -> ModelConf
     for key in ("hidden_activation", "hidden_act"):
         if (hf.get(key) or _GELU) != _GELU:
             raise ValueError(f"config.json {key}={hf[key]} is not supported; only {_GELU}")
+    scalar = hf["query_pre_attn_scalar"]
+    if isinstance(scalar, bool) or not isinstance(scalar, int | float) or scalar <= 0:
+        raise ValueError(f"config.json query_pre_attn_scalar={scalar!r} must be a number above 0")
     if hf.get("use_bidirectional_attention"):
         raise ValueError("config.json use_bidirectional_attention=true is not supported")
     seen = windows.by_layer({**hf, "use_sliding_window": True}, lambda n: bool((n + 1) % every))
@@ -88,7 +91,7 @@ def _sizes(family: str, hf: dict[str, Any], rope: Rope, every: int) -> ModelConf
         layernorm_zero_centered_gamma=True,
         activation="gelu_tanh",
         apply_embedding_scaling=True,
-        multipliers={"attention": hf["query_pre_attn_scalar"] ** -0.5},
+        multipliers={"attention": scalar**-0.5},
         window_size=seen,
         attn_logit_softcapping=_number(hf, "attn_logit_softcapping"),
         final_logit_softcapping=_number(hf, "final_logit_softcapping"),

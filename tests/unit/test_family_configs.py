@@ -142,6 +142,8 @@ def test_mistral_defaults_are_those_of_transformers() -> None:
         ),
         (GEMMA2, {"hidden_activation": "gelu"}, "hidden_activation=gelu is not supported"),
         (GEMMA2, {"use_bidirectional_attention": True}, "use_bidirectional_attention=true"),
+        (GEMMA2, {"query_pre_attn_scalar": -1}, "query_pre_attn_scalar=-1 must be a number above"),
+        (GEMMA3, {"query_pre_attn_scalar": "8"}, "query_pre_attn_scalar='8' must be a number"),
         (GEMMA3, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 of a Gemma 3"),
         (GEMMA3, {"rope_scaling": YARN}, "'yarn' is not supported; only linear"),
         (GEMMA3, {"rope_parameters": {"factor": 8.0}}, r"rope_parameters holds \['factor'\]"),
