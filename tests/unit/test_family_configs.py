@@ -10,6 +10,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from safetensors.torch import load_file
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nemo_minitron.checkpoint.hf import model_config, open_hf, to_hf, to_megatron, write_hf
 from nemo_minitron.checkpoint.lazy import from_tensor
@@ -185,6 +186,26 @@ def test_longrope_needs_sizes_that_transformers_takes() -> None:
     wrong = deepcopy({**FAMILIES["phi3"].to_hf(PHI3_LONG), "hidden_size": 40})
     with pytest.raises(StrictDataclassClassValidationError, match="short_factor field must have"):
         transformers.Phi3Config(**wrong)
+
+
+@pytest.mark.parametrize("beside", [{}, {"original_max_position_embeddings": 16}])
+@pytest.mark.parametrize("inside", [{}, {"original_max_position_embeddings": 64}])
+def test_phi3_stretches_from_the_length_that_transformers_takes(beside, inside) -> None:
+    """It is 4096 where nothing stands beside the dictionary, whatever stands inside."""
+    factors = {key: LONGROPE[key] for key in ("rope_type", "short_factor", "long_factor")}
+    hf = {
+        **FAMILIES["phi3"].to_hf(PHI3_LONG),
+        "max_position_embeddings": 131072,
+        "rope_scaling": {**factors, **inside},
+    }
+    del hf["original_max_position_embeddings"]
+    hf |= beside
+    theirs = transformers.Phi3Config.from_dict(deepcopy(hf))
+    _, factor = ROPE_INIT_FUNCTIONS["longrope"](theirs, None)
+    mine = FAMILIES["phi3"].from_hf(hf).rope_scaling or {}
+    length = theirs.rope_parameters["original_max_position_embeddings"]
+    assert mine["original_max_position_embeddings"] == length
+    assert mine["attention_factor"] == pytest.approx(factor, abs=1e-12)
 
 
 def test_the_first_files_of_phi3_call_longrope_su() -> None:
