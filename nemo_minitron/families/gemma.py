@@ -84,7 +84,7 @@ def _sizes(family: str, hf: dict[str, Any], rope: Rope, every: int) -> ModelConf
         raise ValueError(f"config.json query_pre_attn_scalar={scalar!r} must be a number above 0")
     if hf.get("use_bidirectional_attention"):
         raise ValueError("config.json use_bidirectional_attention=true is not supported")
-    seen = windows.by_layer({**hf, "use_sliding_window": True}, lambda n: bool((n + 1) % every))
+    seen = windows.by_pattern(hf, lambda n: bool((n + 1) % every))
     return replace(
         llama.dense({**hf, "hidden_act": "silu"}, llama.whole(rope)),
         family=family,
@@ -123,7 +123,8 @@ def gemma3_from_hf(hf: dict[str, Any]) -> ModelConfig:
             "not supported; only null, as transformers does not apply it"
         )
     whole, local = _rotations(known)
-    every = known.get("sliding_window_pattern") or known.get("_sliding_window_pattern") or 6
+    # transformers writes _sliding_window_pattern, and does not read it.
+    every = known.get("sliding_window_pattern") or 6
     # A layer with a window that no position leaves still rotates as layers with windows do.
     endless = {**known, "max_position_embeddings": sys.maxsize}
     return replace(

@@ -18,7 +18,7 @@ from nemo_minitron.checkpoint.megatron_args import megatron_lm_args
 from nemo_minitron.checkpoint.source import open_source
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import PruningConfig, TargetConfig
-from nemo_minitron.families.registry import family_of, read_config, written_config
+from nemo_minitron.families.registry import FAMILIES, family_of, read_config, written_config
 from nemo_minitron.families.table import parameter_count
 from nemo_minitron.pruning.targets import check_result
 from tests.helpers.tiny import DEEPSEEK_EXPERTS, DEEPSEEK_V2, DEEPSEEK_V3, random_weights
@@ -98,6 +98,19 @@ def test_deepseek_v2_lite_as_published() -> None:
     smaller = written_config(config.resized({"num_moe_experts": 32}, list(range(20))))
     changed = {key for key in PUBLISHED if smaller[key] != PUBLISHED[key]}
     assert changed == {"n_routed_experts", "num_hidden_layers"}
+
+
+def test_key_heads_that_a_deepseek_v3_does_not_count() -> None:
+    """They are 128 there, and as many as the others in a DeepSeek-V2."""
+    hf = {**FAMILIES["deepseek_v3"].to_hf(V3), "num_attention_heads": 128, "hidden_size": 128}
+    del hf["num_key_value_heads"]
+    _, config = read_config(hf)
+    assert "num_key_value_heads" not in written_config(config)
+    smaller = config.resized({"num_attention_heads": 64, "num_query_groups": 64})
+    theirs = transformers.DeepseekV3Config.from_dict(written_config(smaller))
+    assert (theirs.num_attention_heads, theirs.num_key_value_heads) == (64, 64)
+    with pytest.raises(ValueError, match="num_key_value_heads=128 .*only num_attention_heads=64"):
+        read_config({**hf, "num_attention_heads": 64})
 
 
 @pytest.mark.parametrize("config", [V3, DEEPSEEK_V3, V2, SOFTMAX])

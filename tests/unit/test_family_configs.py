@@ -21,6 +21,7 @@ from nemo_minitron.config.training import DataConfig
 from nemo_minitron.data.checks import check_data
 from nemo_minitron.families.fuse import HF_FORMS
 from nemo_minitron.families.registry import FAMILIES, UNSUPPORTED, family_of, family_of_hf
+from nemo_minitron.families.windows import layer_types
 from nemo_minitron.models.build import embedding_factor, transformer_config
 from nemo_minitron.models.spec import RMSNorm1P
 from nemo_minitron.pruning.plan import make_plan
@@ -30,6 +31,7 @@ from tests.helpers.tiny import (
     GEMMA2,
     GEMMA3,
     GPT2,
+    GPT_OSS,
     GRANITE,
     LLAMA,
     MINISTRAL,
@@ -143,6 +145,9 @@ def test_mistral_defaults_are_those_of_transformers() -> None:
         ),
         (GEMMA2, {"hidden_activation": "gelu"}, "hidden_activation=gelu is not supported"),
         (GEMMA2, {"use_bidirectional_attention": True}, "use_bidirectional_attention=true"),
+        (GEMMA2, {"sliding_window": None, "layer_types": None}, "sliding_window=None, which trans"),
+        (GEMMA3, {"sliding_window": None, "layer_types": None}, "sliding_window=None, which trans"),
+        (GPT_OSS, {"sliding_window": None, "layer_types": None}, "sliding_window=None, which tran"),
         (GEMMA2, {"query_pre_attn_scalar": -1}, "query_pre_attn_scalar=-1 must be a number above"),
         (GEMMA3, {"query_pre_attn_scalar": "8"}, "query_pre_attn_scalar='8' must be a number"),
         (GEMMA3, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 of a Gemma 3"),
@@ -327,6 +332,14 @@ def test_gemmas_as_google_publishes_them() -> None:
     mine = FAMILIES["gemma2"].from_hf(hf)
     assert (mine.attn_logit_softcapping, mine.final_logit_softcapping) == (50.0, 30.0)
     assert mine.window_size == [1024, 0] * 17
+
+
+@pytest.mark.parametrize("key", ["sliding_window_pattern", "_sliding_window_pattern"])
+def test_layers_of_a_gemma3_that_does_not_list_them(key: str) -> None:
+    """transformers reads one of the keys and writes the other."""
+    hf = {**FAMILIES["gemma3"].to_hf(GEMMA3), "num_hidden_layers": 8, "layer_types": None, key: 3}
+    theirs = transformers.Gemma3TextConfig.from_dict(deepcopy(hf)).layer_types
+    assert layer_types(FAMILIES["gemma3"].from_hf(hf)) == theirs
 
 
 def test_gemma_needs_a_hidden_size_that_its_heads_divide() -> None:
