@@ -224,13 +224,16 @@ def test_fp8_weights_are_dequantised(tmp_path: Path) -> None:
     tensors[name] = tensors[name].to(torch.float8_e4m3fn)
     save_file({**tensors, f"{name}_scale_inv": scales}, folder / "model.safetensors")
     store = open_source(str(folder), None).store
-    got = store["decoder.layers.0.self_attention.linear_q_up_proj.weight"].read()
+    lazy = store["decoder.layers.0.self_attention.linear_q_up_proj.weight"]
     want = torch.empty(rows, columns)
     for row in range(rows):
         for column in range(columns):
             scale = scales[row // 16, column // 32]
             want[row, column] = tensors[name][row, column].float() * scale
-    assert torch.equal(got, want.bfloat16())
+    assert torch.equal(lazy.read(), want.bfloat16())
+    assert lazy.read_rows is not None
+    for start, stop in ((0, 3), (5, 18), (16, 32), (31, rows)):
+        assert torch.equal(lazy.read_rows(start, stop), want[start:stop].bfloat16())
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"q_b_proj.weight is FP8 without scales"):
         open_source(str(folder), None)
