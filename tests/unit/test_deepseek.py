@@ -110,7 +110,7 @@ def test_key_heads_that_a_deepseek_v3_does_not_count() -> None:
     written = json.loads(json.dumps(written_config(smaller)))
     theirs = transformers.DeepseekV3Config.from_dict(written)
     assert (theirs.num_attention_heads, theirs.num_key_value_heads) == (64, 64)
-    with pytest.raises(ValueError, match="num_key_value_heads=128 .*only num_attention_heads=64"):
+    with pytest.raises(ValueError, match=r"num_key_value_heads=128 .*only num_attention_heads=64"):
         read_config({**hf, "num_attention_heads": 64})
 
 
