@@ -152,7 +152,12 @@ def _rotations(hf: dict[str, Any]) -> tuple[Rope, Rope]:
             f"config.json rope_parameters holds {strange}, not supported; only {_FULL} and "
             f"{_SLIDING}"
         )
-    whole = {"rope_parameters": given.get(_FULL), "rope_scaling": hf.get("rope_scaling")}
+    full, scaling = given.get(_FULL), hf.get("rope_scaling")
+    if isinstance(scaling, dict):
+        # transformers puts it over what stands there, in this family alone.
+        scaling = {**(full if isinstance(full, dict) else {}), **scaling}
+        _refuse_old_name(scaling)
+    whole = {"rope_parameters": full, "rope_scaling": scaling}
     local = {"rope_parameters": given.get(_SLIDING)}
     for said, key in ((whole, "rope_theta"), (local, "rope_local_base_freq")):
         if hf.get(key) is not None:
@@ -166,6 +171,16 @@ def _rotations(hf: dict[str, Any]) -> tuple[Rope, Rope]:
                 "all tokens, and none for those with windows"
             )
     return found
+
+
+def _refuse_old_name(scaling: dict[str, Any]) -> None:
+    """Refuse a scaling whose kind stands under its first name alone, which transformers 5 skips."""
+    kind = scaling.get("type", "default")
+    if kind != "default" and scaling.get("rope_type") is None:
+        raise ValueError(
+            f"config.json rope_scaling.type={kind} of a Gemma 3 is not supported, as transformers "
+            "does not scale by it; only rope_type, which says the same in a copy of config.json"
+        )
 
 
 def to_hf(architecture: str, config: ModelConfig) -> dict[str, Any]:

@@ -383,9 +383,7 @@ def test_an_object_in_place_of_a_tensor(tmp_path):
 
     def swap(storage):
         (other,) = (info for index, info in storage.items() if index.fqn == COMMON_KEY)
-        return {
-            index: other if index.fqn == norm else info for index, info in storage.items()
-        }
+        return {index: other if index.fqn == norm else info for index, info in storage.items()}
 
     rewrite_metadata(folder, swap)
     with pytest.raises(ValueError, match=rf"distcp is damaged at {norm}"):

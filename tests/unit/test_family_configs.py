@@ -152,6 +152,7 @@ def test_mistral_defaults_are_those_of_transformers() -> None:
         (GEMMA3, {"query_pre_attn_scalar": "8"}, "query_pre_attn_scalar='8' must be a number"),
         (GEMMA3, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 of a Gemma 3"),
         (GEMMA3, {"rope_scaling": YARN}, "'yarn' is not supported; only linear"),
+        (GEMMA3, {"rope_scaling": {"type": "linear", "factor": 8.0}}, "only rope_type, which says"),
         (GEMMA3, {"rope_parameters": {"factor": 8.0}}, r"rope_parameters holds \['factor'\]"),
         (
             GEMMA3,
@@ -340,6 +341,25 @@ def test_layers_of_a_gemma3_that_does_not_list_them(key: str) -> None:
     hf = {**FAMILIES["gemma3"].to_hf(GEMMA3), "num_hidden_layers": 8, "layer_types": None, key: 3}
     theirs = transformers.Gemma3TextConfig.from_dict(deepcopy(hf)).layer_types
     assert layer_types(FAMILIES["gemma3"].from_hf(hf)) == theirs
+
+
+def test_a_scaling_of_gemma3_lies_over_its_rotation() -> None:
+    """The base that stands there alone stays."""
+    full = {"rope_type": "linear", "factor": 8.0, "rope_theta": 500000.0}
+    hf = FAMILIES["gemma3"].to_hf(GEMMA3)
+    for key in ("rope_theta", "rope_local_base_freq"):
+        del hf[key]
+    hf |= {
+        "rope_parameters": {"full_attention": full, "sliding_attention": {"rope_theta": 3000.0}},
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    }
+    theirs = transformers.Gemma3TextConfig.from_dict(deepcopy(hf)).rope_parameters
+    mine = FAMILIES["gemma3"].from_hf(hf)
+    assert mine.rope_scaling == {"rope_type": "linear", "factor": 8.0}
+    assert mine.rotary_base == theirs["full_attention"]["rope_theta"] == 500000.0
+    assert mine.rotary_base_local == theirs["sliding_attention"]["rope_theta"] == 3000.0
+    with pytest.raises(ValueError, match=r"rope_scaling.factor=4.0 and rope_parameters.factor=8.0"):
+        FAMILIES["gemma3"].from_hf({**hf, "rope_scaling": {"rope_type": "linear", "factor": 4.0}})
 
 
 def test_gemma_needs_a_hidden_size_that_its_heads_divide() -> None:
