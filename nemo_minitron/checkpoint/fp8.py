@@ -62,15 +62,20 @@ def dequantised(store: Store, block: tuple[int, int]) -> Store:
                 f"{scale.origin}: {name}{_SCALES} has shape {scale.shape}; weight_block_size="
                 f"{list(block)} asks for {wanted}"
             )
-        read = partial(_read, tensor, scale, block)
-        found[name] = replace(tensor, dtype=torch.bfloat16, read=read, read_rows=None)
+        rows = partial(_read_rows, tensor, scale, block)
+        read = partial(rows, 0, tensor.shape[0])
+        found[name] = replace(tensor, dtype=torch.bfloat16, read=read, read_rows=rows)
     for name, scale in scales.items():
         raise ValueError(f"{scale.origin}: {name}{_SCALES} has no weight; download the files again")
     return found
 
 
-def _read(weight: LazyTensor, scale: LazyTensor, block: tuple[int, int]) -> Tensor:
-    rows, columns = weight.shape
-    factors = scale.read().float()
-    factors = factors.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
-    return (weight.read().float() * factors[:rows, :columns]).to(torch.bfloat16)
+def _read_rows(
+    weight: LazyTensor, scale: LazyTensor, block: tuple[int, int], start: int, stop: int
+) -> Tensor:
+    assert weight.read_rows is not None  # it comes from a file
+    first = start // block[0]
+    factors = scale.read().float()[first : -(-stop // block[0])].repeat_interleave(block[0], 0)
+    factors = factors[start - first * block[0] :][: stop - start]
+    factors = factors.repeat_interleave(block[1], 1)[:, : weight.shape[1]]
+    return (weight.read_rows(start, stop).float() * factors).to(torch.bfloat16)

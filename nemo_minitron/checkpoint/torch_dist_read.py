@@ -5,6 +5,7 @@ lie beside the weights. Nothing is read but the metadata; weights are read when 
 """
 
 import math
+import os
 import re
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +22,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from nemo_minitron.checkpoint.inside import is_inside
 from nemo_minitron.checkpoint.lazy import LazyTensor, Store, from_runs
-from nemo_minitron.checkpoint.parts import Find, in_folder
+from nemo_minitron.checkpoint.parts import Find, Part, in_folder
 from nemo_minitron.checkpoint.safe_pickle import PICKLE_ERRORS, read_metadata
 from nemo_minitron.checkpoint.torch_dist_rows import RowReader, read_region
 from nemo_minitron.config.model import ModelConfig
@@ -168,20 +169,21 @@ def open_torch_dist(where: Path, find: Find | None = None) -> Checkpoint:
     find = find or in_folder(where)
     check_format(where, find)
     metadata = checked_metadata(where, find)
-    places: dict[str, tuple[str, int]] = {}
-    root = where
+    places: dict[str, Part] = {}
     for name, end in sorted(_ends(metadata).items()):
         file, part = where / name, find(name)
         if part is None:
             raise ValueError(f"{file} is missing: the checkpoint is incomplete")
         if part.size < end:
             raise ValueError(f"{file} is truncated: {part.size} of {end} bytes")
-        places[name], root = (part.path.name, part.offset), part.path.parent
+        places[name] = part
+    root = next((part.path.parent for part in places.values()), where)
+    names = {name: os.path.relpath(part.path, root) for name, part in places.items()}
     metadata.storage_data = {
         index: replace(
             info,
-            relative_path=places[info.relative_path][0],
-            offset=info.offset + places[info.relative_path][1],
+            relative_path=names[info.relative_path],
+            offset=info.offset + places[info.relative_path].offset,
         )
         for index, info in metadata.storage_data.items()
     }

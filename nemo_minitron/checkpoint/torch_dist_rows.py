@@ -71,7 +71,7 @@ def read_region(
         try:
             _check_piece(reader, item)
             reader.read_data(LoadPlan([item]), planner)
-        except (*READ_ERRORS, AssertionError, zipfile.BadZipFile) as error:
+        except (*READ_ERRORS, AssertionError, AttributeError, zipfile.BadZipFile) as error:
             file = reader.storage_data[item.storage_index].relative_path
             raise ValueError(f"{Path(reader.path) / file} is damaged at {key}: {error}") from error
     return target.view(shape)

@@ -166,9 +166,6 @@ class ModelConfig:
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
                 f"num_query_groups={self.num_query_groups}"
             )
-        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "kv_channels", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.hybrid_layer_pattern is not None:
             check_pattern(self.hybrid_layer_pattern)
             check_mamba(self)

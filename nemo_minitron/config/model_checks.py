@@ -25,6 +25,15 @@ LINEAR_SIZES = (
 
 
 _ABOVE_0 = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "vocab_size",
+    "max_position_embeddings",
+    "q_lora_rank",
     "rotary_base",
     "rotary_base_local",
     "rotary_percent",
@@ -87,7 +96,7 @@ def check_mamba(config: "ModelConfig") -> None:
     """
     names = ("mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim")
     sizes = {name: getattr(config, name) for name in names}
-    if MAMBA in kinds_of(config) and not all(sizes.values()):
+    if MAMBA in kinds_of(config) and min(size or 0 for size in sizes.values()) < 1:
         raise ValueError(f"a model with Mamba layers needs sizes above 0, not {sizes}")
     heads, groups = config.mamba_num_heads, config.mamba_num_groups
     if MAMBA in kinds_of(config) and heads and groups and heads % groups:
@@ -109,7 +118,7 @@ def check_linear(config: "ModelConfig") -> None:
     if config.linear_attention_freq is None:
         return
     sizes = {name: getattr(config, name) for name in LINEAR_SIZES}
-    if not all(sizes.values()):
+    if min(size or 0 for size in sizes.values()) < 1:
         raise ValueError(f"a model with gated delta nets needs sizes above 0, not {sizes}")
     keys, values = config.linear_num_key_heads or 1, config.linear_num_value_heads or 1
     if values % keys:
@@ -131,7 +140,7 @@ def check_latent(config: "ModelConfig") -> None:
     """
     names = ("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim")
     sizes = {name: getattr(config, name) for name in names}
-    if any(sizes.values()) and not all(sizes.values()):
+    if any(sizes.values()) and min(size or 0 for size in sizes.values()) < 1:
         raise ValueError(f"multi-latent attention needs sizes above 0, not {sizes}")
     if config.multi_latent and config.num_query_groups != config.num_attention_heads:
         raise ValueError(

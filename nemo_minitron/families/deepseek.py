@@ -59,6 +59,7 @@ _V2_DEFAULTS = {
 }
 _V3_DEFAULTS = {
     **latent.DEFAULTS,
+    "num_key_value_heads": 128,
     "max_position_embeddings": 4096,
     "intermediate_size": 18432,
     "first_k_dense_replace": 3,

@@ -79,16 +79,19 @@ def _sizes(family: str, hf: dict[str, Any], rope: Rope, every: int) -> ModelConf
     for key in ("hidden_activation", "hidden_act"):
         if (hf.get(key) or _GELU) != _GELU:
             raise ValueError(f"config.json {key}={hf[key]} is not supported; only {_GELU}")
+    scalar = hf["query_pre_attn_scalar"]
+    if isinstance(scalar, bool) or not isinstance(scalar, int | float) or scalar <= 0:
+        raise ValueError(f"config.json query_pre_attn_scalar={scalar!r} must be a number above 0")
     if hf.get("use_bidirectional_attention"):
         raise ValueError("config.json use_bidirectional_attention=true is not supported")
-    seen = windows.by_layer({**hf, "use_sliding_window": True}, lambda n: bool((n + 1) % every))
+    seen = windows.by_pattern(hf, lambda n: bool((n + 1) % every))
     return replace(
         llama.dense({**hf, "hidden_act": "silu"}, llama.whole(rope)),
         family=family,
         layernorm_zero_centered_gamma=True,
         activation="gelu_tanh",
         apply_embedding_scaling=True,
-        multipliers={"attention": hf["query_pre_attn_scalar"] ** -0.5},
+        multipliers={"attention": scalar**-0.5},
         window_size=seen,
         attn_logit_softcapping=_number(hf, "attn_logit_softcapping"),
         final_logit_softcapping=_number(hf, "final_logit_softcapping"),
@@ -120,7 +123,8 @@ def gemma3_from_hf(hf: dict[str, Any]) -> ModelConfig:
             "not supported; only null, as transformers does not apply it"
         )
     whole, local = _rotations(known)
-    every = known.get("sliding_window_pattern") or known.get("_sliding_window_pattern") or 6
+    # transformers writes _sliding_window_pattern, and does not read it.
+    every = known.get("sliding_window_pattern") or 6
     # A layer with a window that no position leaves still rotates as layers with windows do.
     endless = {**known, "max_position_embeddings": sys.maxsize}
     return replace(
@@ -148,7 +152,12 @@ def _rotations(hf: dict[str, Any]) -> tuple[Rope, Rope]:
             f"config.json rope_parameters holds {strange}, not supported; only {_FULL} and "
             f"{_SLIDING}"
         )
-    whole = {"rope_parameters": given.get(_FULL), "rope_scaling": hf.get("rope_scaling")}
+    full, scaling = given.get(_FULL), hf.get("rope_scaling")
+    if isinstance(scaling, dict):
+        # transformers puts it over what stands there, in this family alone.
+        scaling = {**(full if isinstance(full, dict) else {}), **scaling}
+        _refuse_old_name(scaling)
+    whole = {"rope_parameters": full, "rope_scaling": scaling}
     local = {"rope_parameters": given.get(_SLIDING)}
     for said, key in ((whole, "rope_theta"), (local, "rope_local_base_freq")):
         if hf.get(key) is not None:
@@ -162,6 +171,16 @@ def _rotations(hf: dict[str, Any]) -> tuple[Rope, Rope]:
                 "all tokens, and none for those with windows"
             )
     return found
+
+
+def _refuse_old_name(scaling: dict[str, Any]) -> None:
+    """Refuse a scaling whose kind stands under its first name alone, which transformers 5 skips."""
+    kind = scaling.get("type", "default")
+    if kind != "default" and scaling.get("rope_type") is None:
+        raise ValueError(
+            f"config.json rope_scaling.type={kind} of a Gemma 3 is not supported, as transformers "
+            "does not scale by it; only rope_type, which says the same in a copy of config.json"
+        )
 
 
 def to_hf(architecture: str, config: ModelConfig) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
         glu_linear_offset=1.0,
         add_bias_linear=True,
         add_qkv_bias=True,
-        window_size=windows.by_layer({**known, "use_sliding_window": True}, lambda n: n % 2 == 0),
+        window_size=windows.by_pattern(known, lambda n: n % 2 == 0),
         num_moe_experts=known["num_local_experts"],
         moe_router_topk=known["num_experts_per_tok"],
         moe_ffn_hidden_size=known["intermediate_size"],

@@ -27,7 +27,11 @@ def _fused(row: Row) -> Row:
 ROWS = tuple(map(_fused, llama.ROWS))
 
 # What transformers' Phi3Config takes where config.json says nothing.
-_DEFAULTS = {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
+_DEFAULTS = {
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 4096,
+    "original_max_position_embeddings": 4096,
+}
 READS = llama.READS | {"rope_percent"}
 # In published files, read by nobody, and nothing in the sense of their names.
 _NEUTRAL = {"full_attn_mod": (1,), "interpolate_factor": (1,), "lm_head_bias": (False,)}

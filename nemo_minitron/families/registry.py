@@ -188,7 +188,8 @@ def written_config(config: ModelConfig) -> dict[str, Any]:
     wanted = {key: value for key, value in family.to_hf(config).items() if key not in _CODE}
     source = {key: value for key, value in config.hf.items() if key not in _CODE}
     if not {"model_type", "architectures"} & set(source):  # a part of one, or GGUF, or Megatron
-        return wanted
+        # Unsaid, it is that of some published model, which the vocabulary may not have.
+        return {**wanted, "pad_token_id": wanted.get("pad_token_id")}
     layers = of_layers(source)
     wanted = _spelled(wanted, source)
     wanted = {

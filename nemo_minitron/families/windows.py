@@ -64,6 +64,21 @@ def by_layer(hf: dict[str, Any], slides: Callable[[int], bool]) -> list[int]:
     return [_width(hf) if kind == _SLIDING else 0 for kind in kinds]
 
 
+def by_pattern(hf: dict[str, Any], slides: Callable[[int], bool]) -> list[int]:
+    """Windows of a network whose pattern does not depend on the width (Gemma, gpt-oss).
+
+    Args:
+        hf: as for ``by_layer``.
+        slides: whether a layer has a window where ``layer_types`` does not say it.
+
+    Raises:
+        ValueError: see ``by_layer``; where a layer has a window, its width may not be null.
+    """
+    layers = range(int(hf["num_hidden_layers"]))
+    kinds = hf.get("layer_types") or [_SLIDING if slides(layer) else _FULL for layer in layers]
+    return by_layer({**hf, "use_sliding_window": True, "layer_types": kinds}, slides)
+
+
 def _check_kinds(kinds: Sequence[str], layers: int) -> None:
     others = sorted(set(kinds) - {_FULL, _SLIDING})
     if others:

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from nemo_minitron.checkpoint import torch_dist, torch_dist_rows
+from nemo_minitron.checkpoint.common_state import COMMON_KEY
 from nemo_minitron.checkpoint.lazy import LazyTensor, from_tensor
 from nemo_minitron.checkpoint.page_cache import create
 from nemo_minitron.checkpoint.refuse_code import refuse_code
@@ -34,6 +35,7 @@ from nemo_minitron.checkpoint.torch_dist import (
     read_torch_dist,
     write_torch_dist,
 )
+from nemo_minitron.checkpoint.torch_dist_read import METADATA
 from nemo_minitron.families.registry import family_of
 from tests.helpers.tiny import LLAMA, random_weights
 
@@ -345,6 +347,47 @@ def test_damaged_files_are_named(tmp_path):
     store = read_torch_dist(damaged("__0_0.distcp", bytes(len(data))), FAMILY, LLAMA)
     with pytest.raises(ValueError, match=r"__0_0.distcp is damaged at decoder.*linear_qkv.weight"):
         store["decoder.layers.0.self_attention.linear_qkv.weight"].read()
+
+
+def rewrite_metadata(folder: Path, change) -> None:
+    """Change where the pieces lie; ``change`` takes and returns ``storage_data``."""
+    path = folder / METADATA
+    metadata = pickle.loads(path.read_bytes())
+    metadata.storage_data = change(metadata.storage_data)
+    path.write_bytes(pickle.dumps(metadata))
+
+
+def test_files_in_several_folders(tmp_path):
+    """Of one name, even: each is read where it lies."""
+    weights = random_weights(LLAMA)
+    folder = write(tmp_path / "checkpoint", weights)
+
+    def spread(storage):
+        for file in {info.relative_path for info in storage.values()}:
+            (folder / file).rename(folder / "moved")
+            (folder / file).mkdir()
+            (folder / "moved").rename(folder / file / "x")
+        return {
+            index: replace(info, relative_path=f"{info.relative_path}/x")
+            for index, info in storage.items()
+        }
+
+    rewrite_metadata(folder, spread)
+    store = read_torch_dist(folder, FAMILY, LLAMA)
+    assert all(torch.equal(store[name].read(), value) for name, value in weights.items())
+
+
+def test_an_object_in_place_of_a_tensor(tmp_path):
+    folder = write(tmp_path / "checkpoint", random_weights(LLAMA))
+    norm = "decoder.final_layernorm.weight"
+
+    def swap(storage):
+        (other,) = (info for index, info in storage.items() if index.fqn == COMMON_KEY)
+        return {index: other if index.fqn == norm else info for index, info in storage.items()}
+
+    rewrite_metadata(folder, swap)
+    with pytest.raises(ValueError, match=rf"distcp is damaged at {norm}"):
+        read_torch_dist(folder, FAMILY, LLAMA)[norm].read()
 
 
 def test_full_disk_is_an_os_error(tmp_path, monkeypatch):

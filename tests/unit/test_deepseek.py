@@ -18,7 +18,7 @@ from nemo_minitron.checkpoint.megatron_args import megatron_lm_args
 from nemo_minitron.checkpoint.source import open_source
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.config.stages import PruningConfig, TargetConfig
-from nemo_minitron.families.registry import family_of, read_config, written_config
+from nemo_minitron.families.registry import FAMILIES, family_of, read_config, written_config
 from nemo_minitron.families.table import parameter_count
 from nemo_minitron.pruning.targets import check_result
 from tests.helpers.tiny import DEEPSEEK_EXPERTS, DEEPSEEK_V2, DEEPSEEK_V3, random_weights
@@ -98,6 +98,20 @@ def test_deepseek_v2_lite_as_published() -> None:
     smaller = written_config(config.resized({"num_moe_experts": 32}, list(range(20))))
     changed = {key for key in PUBLISHED if smaller[key] != PUBLISHED[key]}
     assert changed == {"n_routed_experts", "num_hidden_layers"}
+
+
+def test_key_heads_that_a_deepseek_v3_does_not_count() -> None:
+    """They are 128 there, and as many as the others in a DeepSeek-V2."""
+    hf = {**FAMILIES["deepseek_v3"].to_hf(V3), "num_attention_heads": 128, "hidden_size": 128}
+    del hf["num_key_value_heads"]
+    _, config = read_config(hf)
+    assert "num_key_value_heads" not in written_config(config)
+    smaller = config.resized({"num_attention_heads": 64, "num_query_groups": 64})
+    written = json.loads(json.dumps(written_config(smaller)))
+    theirs = transformers.DeepseekV3Config.from_dict(written)
+    assert (theirs.num_attention_heads, theirs.num_key_value_heads) == (64, 64)
+    with pytest.raises(ValueError, match=r"num_key_value_heads=128 .*only num_attention_heads=64"):
+        read_config({**hf, "num_attention_heads": 64})
 
 
 @pytest.mark.parametrize("config", [V3, DEEPSEEK_V3, V2, SOFTMAX])
@@ -210,13 +224,16 @@ def test_fp8_weights_are_dequantised(tmp_path: Path) -> None:
     tensors[name] = tensors[name].to(torch.float8_e4m3fn)
     save_file({**tensors, f"{name}_scale_inv": scales}, folder / "model.safetensors")
     store = open_source(str(folder), None).store
-    got = store["decoder.layers.0.self_attention.linear_q_up_proj.weight"].read()
+    lazy = store["decoder.layers.0.self_attention.linear_q_up_proj.weight"]
     want = torch.empty(rows, columns)
     for row in range(rows):
         for column in range(columns):
             scale = scales[row // 16, column // 32]
             want[row, column] = tensors[name][row, column].float() * scale
-    assert torch.equal(got, want.bfloat16())
+    assert torch.equal(lazy.read(), want.bfloat16())
+    assert lazy.read_rows is not None
+    for start, stop in ((0, 3), (5, 18), (16, 32), (31, rows)):
+        assert torch.equal(lazy.read_rows(start, stop), want[start:stop].bfloat16())
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"q_b_proj.weight is FP8 without scales"):
         open_source(str(folder), None)

@@ -10,6 +10,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from safetensors.torch import load_file
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nemo_minitron.checkpoint.hf import model_config, open_hf, to_hf, to_megatron, write_hf
 from nemo_minitron.checkpoint.lazy import from_tensor
@@ -20,6 +21,7 @@ from nemo_minitron.config.training import DataConfig
 from nemo_minitron.data.checks import check_data
 from nemo_minitron.families.fuse import HF_FORMS
 from nemo_minitron.families.registry import FAMILIES, UNSUPPORTED, family_of, family_of_hf
+from nemo_minitron.families.windows import layer_types
 from nemo_minitron.models.build import embedding_factor, transformer_config
 from nemo_minitron.models.spec import RMSNorm1P
 from nemo_minitron.pruning.plan import make_plan
@@ -29,6 +31,7 @@ from tests.helpers.tiny import (
     GEMMA2,
     GEMMA3,
     GPT2,
+    GPT_OSS,
     GRANITE,
     LLAMA,
     MINISTRAL,
@@ -142,8 +145,14 @@ def test_mistral_defaults_are_those_of_transformers() -> None:
         ),
         (GEMMA2, {"hidden_activation": "gelu"}, "hidden_activation=gelu is not supported"),
         (GEMMA2, {"use_bidirectional_attention": True}, "use_bidirectional_attention=true"),
+        (GEMMA2, {"sliding_window": None, "layer_types": None}, "sliding_window=None, which trans"),
+        (GEMMA3, {"sliding_window": None, "layer_types": None}, "sliding_window=None, which trans"),
+        (GPT_OSS, {"sliding_window": None, "layer_types": None}, "sliding_window=None, which tran"),
+        (GEMMA2, {"query_pre_attn_scalar": -1}, "query_pre_attn_scalar=-1 must be a number above"),
+        (GEMMA3, {"query_pre_attn_scalar": "8"}, "query_pre_attn_scalar='8' must be a number"),
         (GEMMA3, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 of a Gemma 3"),
         (GEMMA3, {"rope_scaling": YARN}, "'yarn' is not supported; only linear"),
+        (GEMMA3, {"rope_scaling": {"type": "linear", "factor": 8.0}}, "only rope_type, which says"),
         (GEMMA3, {"rope_parameters": {"factor": 8.0}}, r"rope_parameters holds \['factor'\]"),
         (
             GEMMA3,
@@ -183,6 +192,26 @@ def test_longrope_needs_sizes_that_transformers_takes() -> None:
     wrong = deepcopy({**FAMILIES["phi3"].to_hf(PHI3_LONG), "hidden_size": 40})
     with pytest.raises(StrictDataclassClassValidationError, match="short_factor field must have"):
         transformers.Phi3Config(**wrong)
+
+
+@pytest.mark.parametrize("beside", [{}, {"original_max_position_embeddings": 16}])
+@pytest.mark.parametrize("inside", [{}, {"original_max_position_embeddings": 64}])
+def test_phi3_stretches_from_the_length_that_transformers_takes(beside, inside) -> None:
+    """It is 4096 where nothing stands beside the dictionary, whatever stands inside."""
+    factors = {key: LONGROPE[key] for key in ("rope_type", "short_factor", "long_factor")}
+    hf = {
+        **FAMILIES["phi3"].to_hf(PHI3_LONG),
+        "max_position_embeddings": 131072,
+        "rope_scaling": {**factors, **inside},
+    }
+    del hf["original_max_position_embeddings"]
+    hf |= beside
+    theirs = transformers.Phi3Config.from_dict(deepcopy(hf))
+    _, factor = ROPE_INIT_FUNCTIONS["longrope"](theirs, None)
+    mine = FAMILIES["phi3"].from_hf(hf).rope_scaling or {}
+    length = theirs.rope_parameters["original_max_position_embeddings"]
+    assert mine["original_max_position_embeddings"] == length
+    assert mine["attention_factor"] == pytest.approx(factor, abs=1e-12)
 
 
 def test_the_first_files_of_phi3_call_longrope_su() -> None:
@@ -304,6 +333,33 @@ def test_gemmas_as_google_publishes_them() -> None:
     mine = FAMILIES["gemma2"].from_hf(hf)
     assert (mine.attn_logit_softcapping, mine.final_logit_softcapping) == (50.0, 30.0)
     assert mine.window_size == [1024, 0] * 17
+
+
+@pytest.mark.parametrize("key", ["sliding_window_pattern", "_sliding_window_pattern"])
+def test_layers_of_a_gemma3_that_does_not_list_them(key: str) -> None:
+    """transformers reads one of the keys and writes the other."""
+    hf = {**FAMILIES["gemma3"].to_hf(GEMMA3), "num_hidden_layers": 8, "layer_types": None, key: 3}
+    theirs = transformers.Gemma3TextConfig.from_dict(deepcopy(hf)).layer_types
+    assert layer_types(FAMILIES["gemma3"].from_hf(hf)) == theirs
+
+
+def test_a_scaling_of_gemma3_lies_over_its_rotation() -> None:
+    """The base that stands there alone stays."""
+    full = {"rope_type": "linear", "factor": 8.0, "rope_theta": 500000.0}
+    hf = FAMILIES["gemma3"].to_hf(GEMMA3)
+    for key in ("rope_theta", "rope_local_base_freq"):
+        del hf[key]
+    hf |= {
+        "rope_parameters": {"full_attention": full, "sliding_attention": {"rope_theta": 3000.0}},
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    }
+    theirs = transformers.Gemma3TextConfig.from_dict(deepcopy(hf)).rope_parameters
+    mine = FAMILIES["gemma3"].from_hf(hf)
+    assert mine.rope_scaling == {"rope_type": "linear", "factor": 8.0}
+    assert mine.rotary_base == theirs["full_attention"]["rope_theta"] == 500000.0
+    assert mine.rotary_base_local == theirs["sliding_attention"]["rope_theta"] == 3000.0
+    with pytest.raises(ValueError, match=r"rope_scaling.factor=4.0 and rope_parameters.factor=8.0"):
+        FAMILIES["gemma3"].from_hf({**hf, "rope_scaling": {"rope_type": "linear", "factor": 4.0}})
 
 
 def test_gemma_needs_a_hidden_size_that_its_heads_divide() -> None:

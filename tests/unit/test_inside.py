@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nemo_minitron.checkpoint.foreign.megatron_sources import find_source
 from nemo_minitron.checkpoint.inside import inside, refuse_links_out
 from nemo_minitron.checkpoint.manifest import read_manifest
 from nemo_minitron.checkpoint.parts import Part
 from nemo_minitron.checkpoint.safe_pickle import PICKLE_ERRORS, read_metadata
 from nemo_minitron.config.training import DataConfig
 from nemo_minitron.data.checks import check_npy
+from tests.helpers import sources
+from tests.helpers.tiny import LLAMA
 
 
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd", "", "a\0b", "C:\\x", "."])
@@ -41,6 +44,32 @@ def test_links(tmp_path: Path) -> None:
     (snapshot / "folder").symlink_to(tmp_path)
     with pytest.raises(ValueError, match="out of its folder"):
         inside(snapshot, "folder/secret")
+
+
+@pytest.mark.parametrize("link", ["bridge/tokenizer", "nemo2/context/nemo_tokenizer"])
+def test_folders_of_tokenizers(tmp_path: Path, link: str) -> None:
+    sources.write_bridge(tmp_path / "bridge", LLAMA)
+    sources.write_nemo2(tmp_path / "nemo2", LLAMA)
+    (tmp_path / "nemo2" / "weights").mkdir()
+    root = tmp_path / link.partition("/")[0]
+    assert "tokenizer.json" in find_source(root).tokenizer
+    (tmp_path / link).rename(tmp_path / "elsewhere")
+    (tmp_path / link).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"tokenizer is a link to .*, out of its folder"):
+        find_source(root)
+
+
+def test_generation_config_of_nemo2(tmp_path: Path) -> None:
+    sources.write_nemo2(tmp_path / "nemo2", LLAMA)
+    (tmp_path / "nemo2" / "weights").mkdir()
+    artifacts = tmp_path / "nemo2" / "context" / "artifacts"
+    artifacts.mkdir()
+    (artifacts / "generation_config.json").write_text('{"top_p": 0.5}')
+    assert find_source(tmp_path / "nemo2").generation == {"top_p": 0.5}
+    (artifacts / "generation_config.json").rename(tmp_path / "secret.json")
+    (artifacts / "generation_config.json").symlink_to(tmp_path / "secret.json")
+    with pytest.raises(ValueError, match=r"generation_config\.json is a link to .*, out of its"):
+        find_source(tmp_path / "nemo2")
 
 
 def test_manifests(tmp_path: Path) -> None:

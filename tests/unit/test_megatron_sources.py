@@ -1,5 +1,6 @@
 """What is wrong with a Megatron or NeMo checkpoint is named; nothing in it is run."""
 
+import io
 import json
 import pickle
 import shutil
@@ -22,7 +23,7 @@ from nemo_minitron.checkpoint.source import open_source
 from nemo_minitron.checkpoint.tokenizer import special_ids, tokenizer_files, vocabulary_size
 from nemo_minitron.config.model import ModelConfig
 from tests.helpers import sources, tiny
-from tests.helpers.tiny import LLAMA, write_weights
+from tests.helpers.tiny import LLAMA, random_weights, write_weights
 
 PADDED = replace(LLAMA, vocab_size=128)
 
@@ -58,6 +59,20 @@ def refuses(path: Path, *says: str, **keys: Any) -> None:
         open_source(str(path), **keys)
     for words in says:
         assert words in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize(
+    "state", [None, io.BytesIO(b"x"), torch.empty(0, dtype=torch.uint8), torch.ones(5).byte()]
+)
+def test_states_of_transformer_engine_are_no_weights(tmp_path: Path, state: object) -> None:
+    """They are objects before Transformer Engine 2.0 and tensors since then."""
+    named: dict[str, object] = {f"model.{n}": value for n, value in random_weights(LLAMA).items()}
+    weights = named | {"model.decoder.layers.0.self_attention.linear_qkv._extra_state": state}
+    torch.save(weights, tmp_path / "model_weights.ckpt")
+    said = sources.nemo1_config(LLAMA, override_vocab_size=None)
+    (tmp_path / "model_config.yaml").write_text(yaml.safe_dump(said))
+    store = open_source(str(tmp_path), vocab_size=LLAMA.vocab_size).store
+    assert {f"model.{name}" for name in store} == {*named}
 
 
 # ---------------------------------------------------------------- which checkpoint

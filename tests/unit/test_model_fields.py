@@ -281,6 +281,11 @@ def test_a_model_that_no_config_json_can_say():
         (LLAMA, "num_layers", 2.5, "=2.5 of the model must be a whole number"),
         (LLAMA, "num_layers", True, "=True of the model must be a whole number"),
         (LLAMA, "rotary_base", 0.0, "=0.0 of the model must be above 0"),
+        (LLAMA, "num_attention_heads", 0, "=0 of the model must be above 0"),
+        (LLAMA, "num_query_groups", 0, "=0 of the model must be above 0"),
+        (LLAMA, "num_query_groups", -2, "=-2 of the model must be above 0"),
+        (LLAMA, "max_position_embeddings", 0, "=0 of the model must be above 0"),
+        (DEEPSEEK_V3, "q_lora_rank", 0, "=0 of the model must be above 0"),
         (LLAMA, "qk_layernorm", "false", "='false' of the model must be true or false"),
         (LLAMA, "rope_scaling", {"rope_type": "linear", "factor": math.inf}, "=.* finite numbers"),
         (GRANITE, "multipliers", {"logits": math.nan}, "=.* must be finite numbers"),
@@ -292,3 +297,16 @@ def test_numbers_that_no_model_has(config, name, value, says):
     """JSON files may hold NaN, and texts where numbers belong."""
     with pytest.raises(ValueError, match=f"^{name}{says}$"):
         replace(config, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (NEMOTRON_H, "mamba_state_dim"),
+        (QWEN3_NEXT, "linear_key_head_dim"),
+        (DEEPSEEK_V3, "qk_head_dim"),
+    ],
+)
+def test_sizes_of_layers_are_above_0(config, name):
+    with pytest.raises(ValueError, match=rf"needs sizes above 0, not .*'{name}': -8"):
+        replace(config, **{name: -8})

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from nemo_minitron.checkpoint.hf import model_config, open_hf, to_hf, to_megatron, write_hf
 from nemo_minitron.config.model import ModelConfig
 from nemo_minitron.families.registry import FAMILIES, read_config, written_config
+from tests.helpers.tiny import PHI3_LONG, SMOLLM3
 from tests.unit.test_config_keys import LLAMA3, LLAMA31_8B, MISTRAL_NEMO, PUBLISHED, QWEN25_7B
 
 CODE = ("auto_map",)
@@ -132,6 +133,16 @@ def test_models_of_other_formats_get_a_whole_one() -> None:
     assert written["eos_token_id"] == 7
     assert "auto_map" not in written
     assert replace(read(written), hf={}) == replace(config, hf={})
+
+
+@pytest.mark.parametrize("config", [replace(PHI3_LONG, hf={}), replace(SMOLLM3, hf={})])
+def test_a_padding_token_that_nobody_named_is_none(config: ModelConfig) -> None:
+    """Config classes of transformers have one of their own, beyond this vocabulary."""
+    written = json.loads(json.dumps(written_config(config)))
+    theirs = transformers.AutoConfig.for_model(**written)
+    transformers.AutoModelForCausalLM.from_config(theirs)  # refuses what it has no embedding of
+    named = written_config(replace(config, hf={"pad_token_id": 3}))
+    assert (theirs.pad_token_id, named["pad_token_id"]) == (None, 3)
 
 
 @pytest.mark.parametrize("hf", [LLAMA31_8B, NEW_ROPE], ids=["torch_dtype", "dtype"])

@@ -103,7 +103,12 @@ def _single_file(where: Path, part: Part) -> _Weights:
         raise ValueError(f"{where} is damaged: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{where} holds a {type(found).__name__}, not weights by name")
-    tensors = {name: value for name, value in found.items() if isinstance(value, LazyTensor)}
+    # Transformer Engine before 2.0 has a file in memory as its state, since then a tensor of bytes.
+    tensors = {
+        name: value
+        for name, value in found.items()
+        if isinstance(value, LazyTensor) and not str(name).endswith("._extra_state")
+    }
     refuse_adapter_names(where, map(str, tensors))
     prefix = _prefix(where, tensors.get)
     named = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}

@@ -176,7 +176,7 @@ def _bridge(path: Path) -> Source:
     model, tokenizer = said.get("model"), _mapping(said.get("tokenizer")).get("tokenizer_model")
     if not isinstance(model, dict):
         raise ValueError(f"{file} lacks model")
-    files = tokenizer_files(folder / "tokenizer")
+    files = _tokenizer_inside(folder, "tokenizer")
     return Source(
         folder,
         of_core(model, f"model in {file}"),
@@ -196,10 +196,11 @@ def _nemo2_tokenizer(context: Path, stated: object) -> TokenizerFiles:
     for key in ("pretrained_model_name", "model_path", "tokenizer_model"):
         if files := _tokenizer_inside(context, _mapping(stated).get(key)):
             return files
-    for folder in (context / "nemo_tokenizer", *sorted(context.iterdir()), context):
-        if folder.is_dir() and (files := tokenizer_files(folder)):
+    folders = sorted(path.name for path in context.iterdir() if path.is_dir())
+    for name in ("nemo_tokenizer", *folders):
+        if files := _tokenizer_inside(context, name):
             return files
-    return {}
+    return tokenizer_files(context)
 
 
 def _nemo2(path: Path) -> Source:
@@ -212,7 +213,7 @@ def _nemo2(path: Path) -> Source:
     config = model.get("config")
     if not isinstance(config, dict):
         raise ValueError(f"{file} lacks config")
-    generation = context / "artifacts" / "generation_config.json"
+    generation = in_folder(context)("artifacts/generation_config.json")
     return Source(
         root,
         of_core(config, f"config in {file}"),
@@ -220,7 +221,7 @@ def _nemo2(path: Path) -> Source:
         in_folder(weights),
         tokenizer=_nemo2_tokenizer(context, model.get("tokenizer")),
         vocab_size=config.get("vocab_size"),
-        generation=read_json_object(generation) if generation.is_file() else {},
+        generation=read_json_object(generation.path) if generation else {},
     )
 
 
