@@ -58,12 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     stage, *rest = arguments
     if stage in usage.COMPLETION_FLAGS:
         return usage.complete(rest)
-    if stage == "submit":
-        return _submit(rest)
-    if stage == "status":
-        return _status(rest)
-    if stage == "from-megatron":
-        return _from_megatron(rest)
+    others = {"submit": _submit, "status": _status, "from-megatron": _from_megatron}
+    if stage in others:
+        return others[stage](rest)
     if stage not in STAGE_CONFIGS:
         return _refuse(usage.unknown_stage(stage))
     if "--help" in rest or "-h" in rest:
@@ -181,8 +178,7 @@ def _run_hydra(stage: str, arguments: list[str]) -> int:
             folder = str(schema.conf_dir())
             hydra.main(version_base="1.3", config_path=folder, config_name=stage)(job)()
     except StageFailed as failure:
-        if not codes:  # it was said where the job ran, which is elsewhere
-            streams.complain(f"minitron {stage}: {failure}\n")
+        streams.complain(f"minitron {stage}: {sweeps.last_line(codes, failure)}\n")
         return failure.code
     except (HydraException, OmegaConfBaseException) as error:
         return _refuse(load.explain(stage, error))

@@ -15,6 +15,7 @@ from nemo_minitron.config.stages import (
     DistillConfig,
     EvaluateConfig,
     ImportanceConfig,
+    ImportConfig,
     PipelineConfig,
     PruneConfig,
 )
@@ -242,4 +243,14 @@ def test_a_text_that_hydra_cannot_read_is_shown_in_quotes(value):
         load.compose("import", complete("import", [f"source=./{value},"]))
     [written] = shlex.split(str(refused.value).rpartition("quote it: ")[2])
     config = load.compose("import", complete("import", [written]))
+    assert isinstance(config, ImportConfig)
     assert config.source == f"./{value},"
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100, 200])
+@pytest.mark.parametrize("stage", STAGE_CONFIGS)
+def test_help_fits_the_terminal(monkeypatch, stage, columns):
+    """All but keys whose default is longer than it is, which can be copied as they stand."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    wide = [line for line in stage_help(stage).splitlines() if len(line) > columns]
+    assert all(re.fullmatch(r"  [a-z_.]+=\S+", line) for line in wide), wide
