@@ -109,6 +109,8 @@ def verdict(stage: str, error: BaseException, log_path: Path | None) -> tuple[in
         )
     if isinstance(error, OSError) and error.errno in _WRONG_PATH:
         return BAD_INPUT, f"{error.strerror}: {str(error.filename)[:_SHOWN]}; give another path"
+    if isinstance(error, RuntimeError) and text.startswith("Symlink loop"):  # until Python 3.12
+        return BAD_INPUT, f"{text}; give another path"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return 1, (
             "out of memory: lower data.micro_batch_size or data.seq_length, or raise "

@@ -59,3 +59,12 @@ def test_a_limit_on_the_size_of_files_is_named():
     code, message = verdict("prune", OSError(errno.EFBIG, "File too large"), Path("out.log"))
     assert code == 1
     assert message.startswith("a file may not grow any more (out.log): raise the limit (ulimit -f)")
+
+
+@pytest.mark.parametrize("keys", ["checkpoint=loop output_dir=out", "checkpoint=a output_dir=loop"])
+def test_links_in_a_circle_are_bad_input(tmp_path, keys):
+    (tmp_path / "loop").symlink_to("loop")
+    ended = shell(tmp_path, f"{COMMAND} prune pruning.drop_layers=[1] {keys}")
+    assert ended.returncode == 2
+    assert "loop" in ended.stderr.splitlines()[-1]
+    assert "Traceback" not in ended.stderr
