@@ -27,7 +27,7 @@ from nemo_minitron.config.stages import (
     PruneConfig,
     StageConfig,
 )
-from nemo_minitron.runtime import endings, extensions, peers, ranks, versions
+from nemo_minitron.runtime import endings, extensions, peers, ranks, streams, versions
 from nemo_minitron.runtime.errors import (
     BAD_INPUT,
     PREEMPTED,
@@ -58,12 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     stage, *rest = arguments
     if stage in usage.COMPLETION_FLAGS:
         return usage.complete(rest)
-    if stage == "submit":
-        return _submit(rest)
-    if stage == "status":
-        return _status(rest)
-    if stage == "from-megatron":
-        return _from_megatron(rest)
+    others = {"submit": _submit, "status": _status, "from-megatron": _from_megatron}
+    if stage in others:
+        return others[stage](rest)
     if stage not in STAGE_CONFIGS:
         return _refuse(usage.unknown_stage(stage))
     if "--help" in rest or "-h" in rest:
@@ -124,22 +121,22 @@ def _from_megatron(arguments: list[str]) -> int:
     except ValueError as error:
         return _refuse(f"from-megatron: {error}")
     for note in taken.comments():
-        sys.stderr.write(f"# {note}\n")
+        streams.complain(f"# {note}\n")
     known = [key.name for key in schema.keys(schema.COMMANDS[stage])] if stage else None
+    lines = []
     for line in taken.lines():
         key = line.partition("=")[0].lstrip("+")
         if known is None or any(key == k or key.startswith(k + ".") for k in known):
-            sys.stdout.write(shlex.quote(line) + "\n")
-    return 0
+            lines.append(shlex.quote(line))
+    return _say("\n".join(lines)) if lines else 0
 
 
 def _say(text: str) -> int:
-    sys.stdout.write(text + "\n")
-    return 0
+    return streams.write(text + "\n")
 
 
 def _refuse(message: str) -> int:
-    sys.stderr.write(f"minitron: {message}\n")
+    streams.complain(f"minitron: {message}\n")
     return BAD_INPUT
 
 
@@ -181,8 +178,7 @@ def _run_hydra(stage: str, arguments: list[str]) -> int:
             folder = str(schema.conf_dir())
             hydra.main(version_base="1.3", config_path=folder, config_name=stage)(job)()
     except StageFailed as failure:
-        if not codes:  # it was said where the job ran, which is elsewhere
-            sys.stderr.write(f"minitron {stage}: {failure}\n")
+        streams.complain(f"minitron {stage}: {sweeps.last_line(codes, failure)}\n")
         return failure.code
     except (HydraException, OmegaConfBaseException) as error:
         return _refuse(load.explain(stage, error))
@@ -223,7 +219,7 @@ def _said(stage: str, error: BaseException, known: Sequence[StageConfig]) -> tup
     if code == 1 and not isinstance(error, StageFailed | RankKilled):
         log.error("%s failed", stage, exc_info=error)
     ranks.leave_verdict(code, message)
-    sys.stderr.write(f"minitron {stage}: {message}\n")
+    streams.complain(f"minitron {stage}: {message}\n")
     return code, message
 
 

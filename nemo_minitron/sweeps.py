@@ -3,6 +3,7 @@
 import os
 import subprocess
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 
 from nemo_minitron.config import load
 from nemo_minitron.runtime import ranks
-from nemo_minitron.runtime.errors import PREEMPTED
+from nemo_minitron.runtime.errors import PREEMPTED, StageFailed
 
 
 def is_sweep_job() -> bool:
@@ -89,6 +90,18 @@ def sweep_settings(flags: Namespace, scratch: str) -> list[str]:
             folder = str(given["output_dir"].value()) if "output_dir" in fixed else "."
         settings.append(load.override("hydra.sweep.dir", folder))
     return settings
+
+
+def last_line(codes: Sequence[int], failure: StageFailed) -> str:
+    """Say why a sweep failed: Hydra's own last line names no cause.
+
+    Args:
+        codes: exit codes of the jobs that ran in this process; none where a launcher took them.
+        failure: of the first job that failed.
+    """
+    if len(codes) < 2:
+        return str(failure)
+    return f"{sum(map(bool, codes))} of {len(codes)} jobs failed, the first one: {failure}"
 
 
 def requeue() -> None:

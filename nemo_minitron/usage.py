@@ -27,15 +27,17 @@ FLAGS = (
 FROM_MEGATRON = """\
 usage: minitron from-megatron [--stage STAGE] ARGS... | @FILE | --file FILE
 
-Prints the keys that say what the arguments of a run of Megatron-LM said, one to a line; on stderr,
-after a #, whatever has no key here, and why. Nothing is run.
+Prints the keys that say what the arguments of a run of Megatron-LM said, one to
+a line; on stderr, after a #, whatever has no key here, and why. Nothing is run.
 
-  ARGS           as they stand behind pretrain_gpt.py; a torchrun before them gives the replicas
-  FILE           a shell script, a list of arguments, the run_config.yaml of a Megatron-Bridge
-                 checkpoint, or a .yaml with MODEL_ARGS
+  ARGS           as they stand behind pretrain_gpt.py; a torchrun before them
+                 gives the replicas
+  FILE           a shell script, a list of arguments, the run_config.yaml of a
+                 Megatron-Bridge checkpoint, or a .yaml with MODEL_ARGS
   --stage STAGE  the keys of this stage alone
 
-  minitron from-megatron --file train.sh | xargs minitron plan finetune checkpoint=C output_dir=O
+  minitron from-megatron --file train.sh |
+      xargs minitron plan finetune checkpoint=C output_dir=O
 """
 COMPLETION_FLAGS = ("-sc", "--shell-completion")
 EXIT_CODES = (
@@ -107,7 +109,7 @@ def stage_help(stage: str, own: str | None = None) -> str:
         [
             f"usage: minitron {stage} key=value ...",
             "",
-            schema.summary(stage),
+            *textwrap.wrap(schema.summary(stage).replace("``", ""), _width()),
             "",
             "keys and defaults (??? must be given):",
             *_table(keys),
@@ -137,13 +139,17 @@ def shown(value: object) -> str:
     return repr(value) if isinstance(value, str) and "\n" in value else str(value)
 
 
+def _width() -> int:
+    return shutil.get_terminal_size((100, 24)).columns
+
+
 def _table(rows: "list[tuple[str, str]] | tuple[tuple[str, str], ...]") -> list[str]:
-    """Return two columns, the second wrapped to the terminal."""
-    width = shutil.get_terminal_size((100, 24)).columns
-    column = min(max(len(left) for left, _ in rows) + 4, 52)
+    """Return two columns, the second wrapped to the terminal; the first gets half of it at most."""
+    width = _width()
+    column = min(max(len(left) for left, _ in rows) + 4, 52, max(width // 2, 12))
     lines = []
     for left, right in rows:
-        wrapped = textwrap.wrap(right.replace("``", ""), max(width - column, 30)) or [""]
+        wrapped = textwrap.wrap(right.replace("``", ""), max(width - column, 20)) or [""]
         head = f"  {left}".ljust(column)
         if not head.endswith(" "):  # a long key gets its own line
             lines.append(head)

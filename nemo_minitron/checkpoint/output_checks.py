@@ -55,7 +55,10 @@ def check_output(cfg: StageConfig, stage: str) -> None:
     check_existing(cfg, stage, output)
     parent = next(p for p in output.parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"output_dir={cfg.output_dir} cannot be made: {parent} is not writable")
+        why = "is not writable" if parent.is_dir() else "is not a folder"
+        raise ValueError(
+            f"output_dir={cfg.output_dir} cannot be made: {parent} {why}; set another output_dir"
+        )
 
 
 def check_existing(cfg: StageConfig, stage: str, output: Path) -> None:

@@ -85,9 +85,10 @@ def _opened(
     source: str, tokenizer: str | None, vocab_size: int | None, source_ignore: Sequence[str]
 ) -> Opened:
     path = Path(source)
-    if not path.exists():
+    if not path.is_dir() and not path.is_file():
+        why = "is neither a folder nor a file" if path.exists() else "does not exist"
         raise ValueError(
-            f"source={source} does not exist; give a Hugging Face model folder (config.json and "
+            f"source={source} {why}; give a Hugging Face model folder (config.json and "
             ".safetensors files), a .gguf file, a Megatron or NeMo checkpoint, or a .nemo archive "
             "on this machine"
         )

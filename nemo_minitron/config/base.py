@@ -9,6 +9,7 @@ every key in it. ``config/identity.py`` reads them.
 """
 
 import math
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
@@ -97,5 +98,23 @@ class StageConfig:
     def __post_init__(self) -> None:
         """Check values and ranges."""
         check_values(self)
+        _check_paths(self)
         if self.workers < 1:
             raise ValueError(f"workers={self.workers} must be at least 1")
+
+
+def _check_paths(stage: StageConfig) -> None:
+    """Refuse paths that are empty, which would mean the working directory, and ``output_dir=/``."""
+    for key in fields(stage):
+        if getattr(stage, key.name) == "" and (
+            key.name == "output_dir" or key.metadata.get(IDENTITY) == INPUT[IDENTITY]
+        ):
+            raise ValueError(
+                f"{key.name}= is empty (a variable of the shell that is not set?); "
+                f"set {key.name} to a path"
+            )
+    if os.path.realpath(stage.output_dir) == os.path.sep:
+        raise ValueError(
+            f"output_dir={stage.output_dir} is the root of the file system, which no result can "
+            "take the place of; set output_dir to a folder below it"
+        )

@@ -11,7 +11,7 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_minitron.config import schema
+from nemo_minitron.config import schema, wording
 from nemo_minitron.config.axes import NEVER_PRUNED
 from nemo_minitron.config.overrides import opened as opened
 from nemo_minitron.config.overrides import override as override
@@ -166,6 +166,8 @@ def check_overrides(stage: str, overrides: Iterable[str], config_dir: str | None
     _check_files(config_dir, known_groups)
     for parsed in OverridesParser.create().parse_overrides(overrides):
         key = parsed.key_or_group
+        if key in known_groups and not parsed.is_delete():
+            wording.check_entry(key, parsed.value())
         grouped = "/" in key or parsed.package is not None or key in known_groups
         if not grouped and key.split(".")[0] != "hydra":
             _check_key(stage, key)
@@ -288,7 +290,7 @@ def explain(stage: str, error: Exception) -> str:
     from hydra.errors import OverrideParseException
 
     if isinstance(error, OverrideParseException):
-        return f"{error.override} is not a key=value that Hydra can read ({_first_line(error)})"
+        return wording.unreadable(error.override, _first_line(error))
     if str(error).startswith("Ambiguous value"):  # a,b without --multirun
         return " ".join(line.strip() for line in str(error).splitlines())
     behind = error.__cause__ or error.__context__
@@ -316,7 +318,7 @@ def explain(stage: str, error: Exception) -> str:
             f"{name} is not set in the environment; export it, or write ${{oc.env:{name},DEFAULT}}"
         )
     if full_key:
-        return f"{full_key}: {text}"
+        return wording.refused_value(full_key, getattr(cause, "value", None), text)
     return text if cause is error else f"{_first_line(error)}: {text}"
 
 

@@ -28,13 +28,14 @@ class OptimConfig:
     def __post_init__(self) -> None:
         """Check ranges and relations."""
         check_values(self, "optim.")
-        if not 0 <= self.min_lr <= self.lr:
-            raise ValueError(
-                f"optim.min_lr={self.min_lr} must lie between 0 and optim.lr={self.lr}"
-            )
-        for name in ("lr_warmup_steps", "weight_decay"):
+        for name in ("lr", "lr_warmup_steps", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"optim.{name}={getattr(self, name)} must not be negative")
+        if not 0 <= self.min_lr <= self.lr:
+            raise ValueError(
+                f"optim.min_lr={self.min_lr} must lie between 0 and optim.lr={self.lr}; "
+                "lower optim.min_lr, or raise optim.lr"
+            )
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optim.{name}={getattr(self, name)} must be from 0 to below 1")

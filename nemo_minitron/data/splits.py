@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from nemo_minitron.config.training import CALIBRATION_SAMPLES, DataConfig
+from nemo_minitron.runtime.ranks import rank
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +198,7 @@ def samples_taken(data: DataConfig, samples: int) -> int:
         ValueError: as ``check_num_samples``.
     """
     check_num_samples(data, samples)
-    if (data.num_samples or 0) > samples:
+    if (data.num_samples or 0) > samples and rank() == 0:
         logger.warning(
             "data.path=%s has %d samples of data.seq_length=%d in its %s split: all of them are "
             "read, not %d",

@@ -30,6 +30,7 @@ from nemo_minitron.config.stages import (
 )
 from nemo_minitron.config.training_stages import TrainingStageConfig
 from nemo_minitron.data.checks import check_batches
+from nemo_minitron.runtime import streams
 
 REPORT_FLAGS = ("--gpus-per-node=0", "--cpus-per-task=4")
 
@@ -84,8 +85,7 @@ def main(arguments: Sequence[str]) -> int:
     given = parser().parse_intermixed_args(arguments)
     text = script(given)
     if given.dry_run:
-        sys.stdout.write(text)
-        return 0
+        return streams.write(text)
     try:
         return subprocess.run(["bash", "-c", text], check=False).returncode
     except FileNotFoundError as error:

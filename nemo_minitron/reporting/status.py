@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 import time
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from nemo_minitron.checkpoint.manifest import MANIFEST, read_manifest
 from nemo_minitron.checkpoint.output_checks import partial_of
 from nemo_minitron.checkpoint.ownership import SIGNED, has_owner, is_ours, read_signed
 from nemo_minitron.checkpoint.progress import read_progress
+from nemo_minitron.runtime import streams
 
 _SILENT_MINUTES = 30.0
 """Without a logged step a training counts as hung, where ``hang_after_minutes`` sets no limit."""
@@ -78,10 +78,8 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     found = read(Path(given.run))
     if given.json:
-        sys.stdout.write(json.dumps([asdict(status) for status in found], indent=1) + "\n")
-    else:
-        sys.stdout.write("\n".join(line for status in found for line in _lines(status)) + "\n")
-    return 0
+        return streams.write(json.dumps([asdict(status) for status in found], indent=1) + "\n")
+    return streams.write("\n".join(line for status in found for line in _lines(status)) + "\n")
 
 
 def read(run: Path) -> list[Status]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_minitron.runtime.ranks import launched_world_size, rank
+from nemo_minitron.runtime.streams import beside_the_work
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -160,7 +161,8 @@ def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]])
             table.add_column(_cell(name), justify="right" if index else "left", no_wrap=True)
         for row in cells:
             table.add_row(*map(_cell, row))
-        out.print(table)
+        with beside_the_work():
+            out.print(table)
 
 
 def fitted(
@@ -214,4 +216,5 @@ def show_texts(written: Sequence[tuple[str, Mapping[str, str]]]) -> None:
     for name, text in written:
         prompt, completion = _cell(text["prompt"]), _cell(text["completion"])
         prompt.stylize("dim")
-        out.print(_cell(f"{name}: ").append_text(prompt).append_text(completion))
+        with beside_the_work():
+            out.print(_cell(f"{name}: ").append_text(prompt).append_text(completion))

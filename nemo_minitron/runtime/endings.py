@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from nemo_minitron.runtime import streams
 from nemo_minitron.runtime.errors import INTERRUPTED, Ending, Interrupted, Terminated, verdict
 
 STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -121,7 +122,7 @@ def asked() -> Ending | None:
 def say(command: str, error: BaseException) -> int:
     """Say the last line of a command that did not reach its job; return the exit code."""
     code, message = verdict(command.rpartition(" ")[2], asked() or error, None)
-    sys.stderr.write(f"{command}: {message}\n")
+    streams.complain(f"{command}: {message}\n")
     return code
 
 
@@ -184,8 +185,7 @@ def _ask(number: int, frame: FrameType | None) -> None:
         sys.settrace(None)
         raise _request.error
     if number == signal.SIGINT:  # pressed again, while it cleans up
-        sys.stderr.write(f"{_request.command}: interrupted; run the same command again\n")
-        sys.stderr.flush()
+        streams.complain(f"{_request.command}: interrupted; run the same command again\n")
         os._exit(INTERRUPTED)
 
 

@@ -101,8 +101,16 @@ def verdict(stage: str, error: BaseException, log_path: Path | None) -> tuple[in
             f"the disk is full ({error.filename or log_path}): free some space or set another "
             "output_dir, then run the same command again"
         )
+    if isinstance(error, OSError) and error.errno == errno.EFBIG:
+        return 1, (
+            f"a file may not grow any more ({error.filename or log_path}): raise the limit "
+            "(ulimit -f), or set an output_dir on a file system that takes large files, then run "
+            "the same command again"
+        )
     if isinstance(error, OSError) and error.errno in _WRONG_PATH:
         return BAD_INPUT, f"{error.strerror}: {str(error.filename)[:_SHOWN]}; give another path"
+    if isinstance(error, RuntimeError) and text.startswith("Symlink loop"):  # until Python 3.12
+        return BAD_INPUT, f"{text}; give another path"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return 1, (
             "out of memory: lower data.micro_batch_size or data.seq_length, or raise "

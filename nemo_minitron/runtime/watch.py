@@ -8,14 +8,13 @@ first one ends.
 import faulthandler
 import logging
 import os
-import sys
 import threading
 import time
 from pathlib import Path
 
 import psutil
 
-from nemo_minitron.runtime import peers, ranks
+from nemo_minitron.runtime import peers, ranks, streams
 from nemo_minitron.runtime.errors import Hung, verdict
 
 log = logging.getLogger(__name__)
@@ -76,8 +75,7 @@ class Watch:
         log.error("failed", exc_info=error)
         code, message = verdict("", error, None)
         ranks.leave_verdict(code, message)
-        sys.stderr.write(f"minitron: {message}\n")
-        sys.stderr.flush()
+        streams.complain(f"minitron: {message}\n")
         peers.leave()
         for child in psutil.Process().children(recursive=True):  # that write checkpoints
             child.kill()

@@ -84,7 +84,7 @@ def _calibrates(cfg: PruneConfig, config: ModelConfig, rounds: list[PruningConfi
             )
         if unserved:
             check_importance(config, rounds[0], None)
-        default = PruneConfig(checkpoint="", output_dir="")
+        default = PruneConfig(checkpoint="-", output_dir="-")
         for section in ("data", "parallel", "megatron", "scores"):
             if getattr(cfg, section) != getattr(default, section):
                 raise ValueError(

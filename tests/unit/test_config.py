@@ -15,6 +15,7 @@ from nemo_minitron.config.stages import (
     DistillConfig,
     EvaluateConfig,
     ImportanceConfig,
+    ImportConfig,
     PipelineConfig,
     PruneConfig,
 )
@@ -200,3 +201,56 @@ def test_stage_reference_is_the_folder_of_the_item():
     config = load.compose("pipeline", ["output_dir=out", "+inputs.x=${stage:a}/b"])
     assert isinstance(config, PipelineConfig)
     assert config.inputs["x"] == "out/a/b"
+
+
+@pytest.mark.parametrize(
+    ("stage", "override", "says"),
+    [
+        ("import", "source=", "source= is empty"),
+        ("import", "output_dir=", "output_dir= is empty"),
+        ("importance", "checkpoint=", "checkpoint= is empty"),
+        ("prune", "importance=", "importance= is empty"),
+        ("distill", "teacher=", "teacher= is empty"),
+        ("import", "output_dir=/", "output_dir=/ is the root of the file system"),
+        ("pipeline", "output_dir=/tmp/..", "output_dir=/tmp/.. is the root of the file system"),
+        ("import", "source=null", "source=null: source needs a value; set it"),
+        ("importance", "data.seq_length=null", "data.seq_length=null: data.seq_length needs a"),
+        (
+            "importance",
+            "scores.layer_criteria=lm_loss",
+            r"must be a list; write scores.layer_criteria=\[lm_loss\]",
+        ),
+        ("prune", "pruning.drop_layers=1", r"must be a list; write pruning.drop_layers=\[1\]"),
+        ("importance", "data.path=[a,b]", r"data.path=\['a', 'b'\] must be one value, not a list"),
+        ("distill", "~optim.min_lr", "~optim.min_lr: a key cannot be removed; leave it out"),
+        ("distill", "parallel=null", "leave parallel out to take none of them"),
+        ("distill", "optim.lr=-1", "optim.lr=-1.0 must not be negative"),
+        ("distill", "optim.lr=1e-6", "lower optim.min_lr, or raise optim.lr"),
+    ],
+)
+def test_a_refusal_names_the_key_and_what_to_write(stage, override, says):
+    given = complete(stage, [override]) if not override.startswith("~") else [override]
+    with pytest.raises(ValueError, match=says):
+        load.compose(stage, given)
+
+
+@pytest.mark.parametrize(
+    "value", ["home/modèle", "a, b", "a b (1)", "x'y", 'x"y', "a=b", "x#y", "[x"]
+)
+def test_a_text_that_hydra_cannot_read_is_shown_in_quotes(value):
+    """Which the shell takes as they stand."""
+    with pytest.raises(ValueError, match="is not a key=value that Hydra can read") as refused:
+        load.compose("import", complete("import", [f"source=./{value},"]))
+    [written] = shlex.split(str(refused.value).rpartition("quote it: ")[2])
+    config = load.compose("import", complete("import", [written]))
+    assert isinstance(config, ImportConfig)
+    assert config.source == f"./{value},"
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100, 200])
+@pytest.mark.parametrize("stage", STAGE_CONFIGS)
+def test_help_fits_the_terminal(monkeypatch, stage, columns):
+    """All but keys whose default is longer than it is, which can be copied as they stand."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    wide = [line for line in stage_help(stage).splitlines() if len(line) > columns]
+    assert all(re.fullmatch(r"  [a-z_.]+=\S+", line) for line in wide), wide

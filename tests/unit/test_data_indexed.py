@@ -192,7 +192,7 @@ def test_training_repeats_epochs_and_the_others_never_do(tmp_path, corpus):
     assert test is None
 
 
-def test_num_samples_takes_the_first_and_is_repeatable(tmp_path, corpus, caplog):
+def test_num_samples_takes_the_first_and_is_repeatable(tmp_path, corpus, caplog, monkeypatch):
     data = data_config(corpus[0])
     tokens = _prepare(data, corpus, tmp_path / "a")
     whole = _split(data, tokens)
@@ -203,6 +203,11 @@ def test_num_samples_takes_the_first_and_is_repeatable(tmp_path, corpus, caplog)
     default = data_config(corpus[0], num_samples=CALIBRATION_SAMPLES)
     assert len(_split(default, tokens)) == len(whole) < CALIBRATION_SAMPLES
     assert f"all of them are read, not {CALIBRATION_SAMPLES}" in caplog.text
+    caplog.clear()
+    monkeypatch.setenv("RANK", "1")  # one rank says it for all
+    assert len(_split(default, tokens)) == len(whole)
+    assert not caplog.text
+    monkeypatch.delenv("RANK")
     many = data_config(corpus[0], num_samples=10**4)
     message = f"set data.num_samples to at most {len(whole)}"
     with pytest.raises(ValueError, match=message):
