@@ -11,8 +11,9 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_minitron.config import schema, wording
+from nemo_minitron.config import schema
 from nemo_minitron.config.axes import NEVER_PRUNED
+from nemo_minitron.config.overrides import check_entry, refused_value, unreadable
 from nemo_minitron.config.overrides import opened as opened
 from nemo_minitron.config.overrides import override as override
 from nemo_minitron.config.stages import StageConfig
@@ -167,7 +168,7 @@ def check_overrides(stage: str, overrides: Iterable[str], config_dir: str | None
     for parsed in OverridesParser.create().parse_overrides(overrides):
         key = parsed.key_or_group
         if key in known_groups and not parsed.is_delete():
-            wording.check_entry(key, parsed.value())
+            check_entry(key, parsed.value())
         grouped = "/" in key or parsed.package is not None or key in known_groups
         if not grouped and key.split(".")[0] != "hydra":
             _check_key(stage, key)
@@ -290,7 +291,7 @@ def explain(stage: str, error: Exception) -> str:
     from hydra.errors import OverrideParseException
 
     if isinstance(error, OverrideParseException):
-        return wording.unreadable(error.override, _first_line(error))
+        return unreadable(error.override, _first_line(error))
     if str(error).startswith("Ambiguous value"):  # a,b without --multirun
         return " ".join(line.strip() for line in str(error).splitlines())
     behind = error.__cause__ or error.__context__
@@ -318,7 +319,7 @@ def explain(stage: str, error: Exception) -> str:
             f"{name} is not set in the environment; export it, or write ${{oc.env:{name},DEFAULT}}"
         )
     if full_key:
-        return wording.refused_value(full_key, getattr(cause, "value", None), text)
+        return refused_value(full_key, getattr(cause, "value", None), text)
     return text if cause is error else f"{_first_line(error)}: {text}"
 
 
