@@ -73,6 +73,17 @@ class HiddenGPTModel(HiddenModel, GPTModel):
         return capped(out, self.logit_cap) if self.post_process else out
 
 
+_LAYOUT = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "sequence_parallel",
+)
+"""Keys of ``parallel`` that Megatron's configuration has under the same names."""
+
+
 def transformer_config(
     config: ModelConfig,
     parallel: ParallelConfig,
@@ -134,12 +145,7 @@ def transformer_config(
         softmax_scale=(config.multipliers or {}).get("attention"),
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
-        context_parallel_size=parallel.context_parallel_size,
-        expert_model_parallel_size=parallel.expert_model_parallel_size,
-        sequence_parallel=parallel.sequence_parallel,
+        **{name: getattr(parallel, name) for name in _LAYOUT},
         **_split_fields(config, parallel),
         pipeline_dtype=dtype,
         params_dtype=dtype,
